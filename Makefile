@@ -1,0 +1,74 @@
+# PYTHON  interpreter the environment is made with, 3.11 or later
+# VENV    the environment; name an existing one to use it: nothing it already has is downloaded again
+# CONFIG  what `make pretrain` runs; ARGS is passed on to it, e.g. ARGS="--set mesh.channel=2"
+# DATASET what `make data` fetches
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= jobs/configs/fashion_mnist.yaml
+DATASET ?= fashion_mnist
+ARGS ?=
+
+BIN := $(VENV)/bin
+# --no-compile: thousands of files would be byte-compiled that are never imported.
+PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check
+# Stamps are keyed on the content of pyproject.toml and on this checkout, not on times that git changes.
+KEY := $(shell { pwd; cat pyproject.toml; } | cksum | cut -d' ' -f1)
+RUN_STAMP := $(VENV)/.simmatch-run-$(KEY)
+TEST_STAMP := $(VENV)/.simmatch-test-$(KEY)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help pretrain data test lint typecheck format ui clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+pretrain: data ## fetch what is missing, then train (CONFIG=..., ARGS="--set key=value")
+	$(BIN)/python -m jobs.pretrain --config $(CONFIG) $(ARGS)
+
+data: $(RUN_STAMP) ## fetch the images, unless they are here already (DATASET=fashion_mnist)
+	$(BIN)/python -m jobs.fetch $(DATASET)
+
+test: lint typecheck ## lint, types and tests: all that must pass
+	$(BIN)/python -m pytest
+
+lint: $(TEST_STAMP) ## ruff, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(TEST_STAMP) ## mypy
+	$(BIN)/python -m mypy
+
+format: $(TEST_STAMP) ## ruff, mending what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(RUN_STAMP) ## look at the runs of this machine in MLflow
+	@mkdir -p runs
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+
+clean: ## remove caches and build outputs; keeps the environment, data/ and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find simmatch cluster jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, in the same chain as the installation: an interrupted one leaves none.
+# --no-build-isolation: with setuptools in place an existing environment needs no network.
+define install
+	@$(call require_python,$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)))
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "installing simmatch$(1) into $(VENV) (the first time takes minutes)"
+	@find $(VENV) -maxdepth 1 -name '.simmatch-*' ! -name '*-$(KEY)' -delete
+	@$(PIP) 'setuptools>=77' && $(PIP) --no-build-isolation -e '.$(1)' $(2) && touch $@
+endef
+
+require_python = command -v $(1) >/dev/null || { echo "error: no interpreter '$(1)'; name one with PYTHON=..." >&2; exit 1; }; \
+	$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "error: simmatch needs Python 3.11 or later, got $$($(1) --version 2>&1) from '$(1)'; name another with PYTHON=..." >&2; exit 1; }
+
+$(RUN_STAMP):
+	$(call install)
+
+# pynsm, the independent oracle of the tests, would pull in what it does not need here: --no-deps.
+$(TEST_STAMP):
+	$(call install,[test],&& $(PIP) --no-deps 'pynsm==1.0.1')

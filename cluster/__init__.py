@@ -1,0 +1,1 @@
+"""Ray actors, torch.distributed collectives, checkpoints and tracking around the method in `simmatch`."""

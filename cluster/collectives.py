@@ -1,0 +1,103 @@
+"""The exchange between owners of channels, by torch.distributed, and its rendezvous.
+
+`TorchExchange` implements `simmatch.exchange.Exchange`: nccl on CUDA, gloo on CPU. One rank uses
+`IdentityExchange`, the same code with nothing to move.
+
+Rendezvous without a port race: rank 0 binds a socket on port 0 of the chosen interface, hands the listening socket
+to torch's store, and only then is the address published.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simmatch.exchange import Handle
+
+
+class PeerTimeout(RuntimeError):
+    """An exchange did not complete: some rank is missing, or the time is up."""
+
+
+class Pending:
+    """A gather under way."""
+
+    def __init__(self, work: dist.Work, exchange: TorchExchange) -> None:
+        self._work, self._exchange = work, exchange
+
+    def wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            exchange = self._exchange
+            raise PeerTimeout(
+                f"rank {exchange.rank} of {exchange.world_size} waited for exchange {exchange.num_exchanges} "
+                f"(limit {exchange.timeout_s:g} s): {error}"
+            ) from error
+        self._exchange.num_completed += 1
+
+
+class TorchExchange:
+    """Collectives of one group of ranks.
+
+    Attributes
+    ----------
+    num_exchanges, num_completed: exchanges started and completed by this rank; all ranks count alike.
+    bytes_exchanged: bytes that reached this rank from the others.
+    """
+
+    asynchronous = True
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.group = group
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.timeout_s = timeout_s
+        self.num_exchanges = self.num_completed = self.bytes_exchanged = 0
+
+    def all_gather(self, gathered: Tensor) -> Handle:
+        own = gathered[self.rank]
+        self.num_exchanges += 1
+        self.bytes_exchanged += own.nbytes * (self.world_size - 1)
+        work = dist.all_gather_single(gathered.view(-1), own.view(-1), group=self.group, async_op=True)
+        return Pending(work, self)
+
+
+def open_store(address: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
+    """Bind the store of a rendezvous on a free port of one interface address. Returns the store and its port."""
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Reach the store that rank 0 has bound."""
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def join_group(
+    store: dist.Store, generation: int, rank: int, world_size: int, device: torch.device, timeout_s: float
+) -> TorchExchange:
+    """Join the group of one generation. Blocks until all ranks have come, at most `timeout_s`."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"generation-{generation}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    return TorchExchange(group, timeout_s)

@@ -1,0 +1,98 @@
+"""Configuration of a run: the method's (`simmatch.config`) and what surrounds it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cluster.mesh import Mesh, MeshConfig
+from cluster.tracking import TrackingConfig
+from simmatch.config import DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class CheckpointConfig(Frozen):
+    """When shards are written."""
+
+    every_steps: PositiveInt = 200
+    """Updates between two checkpoints; one more is written after every layer."""
+
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class ProbeConfig(Frozen):
+    """What is measured on the frozen features at the end."""
+
+    readout: Literal["ridge", "logistic", "knn"] = "logistic"
+    """The readout trained on the features of the training images."""
+
+    train_images: PositiveInt | None = None
+    """Labelled images it is trained on, the first so many. None: all."""
+
+
+class GroupConfig(Frozen):
+    """The Ray actors, their waits and their network."""
+
+    threads_per_rank: PositiveInt | None = None
+    """torch threads of an actor. None: the CPUs of the machine divided by the ranks, at least 1."""
+
+    cpus_per_rank: PositiveInt = 1
+    """CPUs that Ray reserves for an actor."""
+
+    interface: str | None = None
+    """Network interface of the exchanges, such as eth0; they carry no authentication. None: loopback while all
+    actors share one machine, else the interface of Ray's own node address."""
+
+    start_timeout_s: PositiveFloat = 120.0
+    """Longest wait for actors to be placed, started and joined."""
+
+    heartbeat_s: PositiveFloat = 30.0
+    """A rank that does not answer the controller for so long is lost."""
+
+    collective_timeout_s: PositiveFloat = 120.0
+    """Longest wait inside one exchange; longer than the heartbeat, so that the controller is the first to know."""
+
+    poll_s: PositiveFloat = 0.5
+    """Pause between two rounds of the controller."""
+
+    max_restarts: NonNegativeInt = 2
+    """Times that a lost rank may cost a new group, which continues from the newest checkpoint."""
+
+
+class RunConfig(Frozen):
+    """Everything about one run; `jobs/configs/*.yaml` hold examples."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run and its default folder, runs/<name>."""
+
+    seed: NonNegativeInt = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda` gives every rank one whole GPU."""
+
+    dtype: Literal["float32", "float64"] = "float32"
+    """float32 means float32: TF32 is switched off."""
+
+    data: DataConfig
+    model: ModelConfig
+    mesh: MeshConfig = MeshConfig()
+    cluster: GroupConfig = GroupConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    probe: ProbeConfig = ProbeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    encode_batch: PositiveInt = 500
+    """Images per batch and rank where layers only encode."""
+
+    cache_features: bool = True
+    """Keep the encoded input of a layer in every rank's memory while the layer learns, instead of encoding each
+    batch again. `--dry-run` tells the size."""
+
+    log_every: PositiveInt = 10
+    """Updates between two records of a layer's metrics."""
+
+    def place(self) -> Mesh:
+        """The mesh, checked against the model's layers."""
+        mesh = Mesh.from_config(self.mesh)
+        mesh.check(self.model)
+        return mesh

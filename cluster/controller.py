@@ -1,0 +1,252 @@
+"""The controller: starts a group, polls it, keeps its records, commits checkpoints, decides on failures.
+
+It runs in the job's driver process and never touches a tensor. `step` is one round, so that tests can drive it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, Shard, commit, folder_of, newest, prune
+from cluster.config import RunConfig
+from cluster.spool import SPOOL_NAME, Spool
+from cluster.policy import Decision, Failure, FailurePolicy
+from cluster.training import Assignment
+from cluster.worker import Place, Status
+
+
+class Group(Protocol):
+    """What the controller needs of `cluster.group.WorkerGroup`."""
+
+    places: list[Place]
+
+    def start(self) -> None: ...
+
+    def poll(self) -> list[Status]: ...
+
+    def end(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """What the controller needs of `cluster.tracking.Tracker`."""
+
+    @property
+    def run_id(self) -> str | None: ...
+
+    def metrics(
+        self, step: int, values: dict[str, float], layer: int | None = None, time_s: float | None = None
+    ) -> None: ...
+
+    def tags(self, values: dict[str, str]) -> None: ...
+
+
+class Display(Protocol):
+    """Where a person watches."""
+
+    def progress(self, latest: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class RunFailed(RuntimeError):
+    """The run ended without a result; the message is for people."""
+
+
+@dataclass
+class Record:
+    """What is known of the run so far; becomes `summary.json`."""
+
+    layers: dict[int, dict[str, float]] = field(default_factory=dict)
+    curves: dict[int, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+    restarts: int = 0
+    model_path: str | None = None
+    bytes_exchanged: float = 0.0
+    num_exchanges: float = 0.0
+
+
+class Controller:
+    """Runs one job to its end.
+
+    Parameters
+    ----------
+    config, run_dir: what to run, and where its files go.
+    make_group: (assignment) → a group that is not started yet.
+    recorder, display: where metrics and progress go.
+    resume: folder of the checkpoint to continue from, or None.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        make_group: Callable[[Assignment], Group],
+        recorder: Recorder,
+        display: Display,
+        *,
+        resume: Path | None = None,
+    ) -> None:
+        self.config, self.run_dir, self.resume = config, run_dir, resume
+        self.make_group, self.recorder, self.display = make_group, recorder, display
+        self.policy = FailurePolicy(config.cluster.max_restarts)
+        self.record = Record()
+        self._shards: dict[int, dict[int, Shard]] = {}
+
+    def run(self) -> Record:
+        """Train to the end, over as many groups as the policy allows.
+
+        Raises
+        ------
+        RunFailed
+            The policy said stop.
+        """
+        while True:
+            assignment = Assignment(self.config, self.run_dir, 0, self.record.restarts, self.resume)
+            failure = self._run_group(assignment)
+            if failure is None:
+                return self.record
+            if self.policy.decide(failure, self.record.restarts) is Decision.STOP:
+                raise RunFailed(failure.message)
+            self.record.restarts += 1
+            self.resume = newest(self.run_dir)
+            self._shards.clear()
+            origin = "the beginning" if self.resume is None else self.resume.name
+            self.display.note(f"{failure.message}; starting a new group from {origin}")
+            self.recorder.tags({"restarts": str(self.record.restarts)})
+
+    def _run_group(self, assignment: Assignment) -> Failure | None:
+        """One group from start to end; None when it finished."""
+        from cluster.group import GroupFailure  # imports ray, which a test of the controller need not
+
+        group = self.make_group(assignment)
+        try:
+            group.start()
+            self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
+            while True:
+                done, failure = self.step(group)
+                if done or failure is not None:
+                    return failure
+                time.sleep(self.config.cluster.poll_s)
+        except GroupFailure as error:
+            return error.failure
+        finally:
+            group.end()
+
+    def step(self, group: Group) -> tuple[bool, Failure | None]:
+        """One round: ask every rank, keep what they say. Returns whether all are done, and why they cannot be."""
+        statuses = group.poll()
+        for status in statuses:
+            for event in status.events:
+                self._handle(status.rank, event)
+        self.display.progress(statuses[0].progress)
+        failures = [status.failure for status in statuses if status.failure is not None]
+        if failures:
+            # a fault of the program explains the peers that were lost through it
+            return False, min(failures, key=lambda failure: failure.lost)
+        return all(status.done for status in statuses), None
+
+    # ------------------------------------------------------------------------------------------- events
+
+    def _handle(self, rank: int, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "shard":
+            self._shard(rank, event["cursor"], event["shard"], event["layers"])
+        elif kind == "traceback":
+            self.display.note(f"rank {rank}:\n{event['text']}")
+        elif rank == 0 and kind == "metrics":
+            self._metrics(event["layer"], event["step"], event["metrics"])
+        elif rank == 0 and kind == "probe":
+            self.record.probe = {name: value for name, value in event.items() if name != "kind"}
+        elif rank == 0 and kind == "exported":
+            self.record.model_path = event["path"]
+
+    def _metrics(self, layer: int, step: int, metrics: dict[str, float]) -> None:
+        curve = self.record.curves.setdefault(layer, [])
+        self.record.layers[layer] = metrics
+        self.record.bytes_exchanged = metrics["bytes_exchanged"]
+        self.record.num_exchanges = metrics["num_exchanges"]
+        if curve and step <= curve[-1][0]:
+            return  # recorded before a restart
+        curve.append((step, metrics))
+        self.recorder.metrics(step, metrics, layer=layer)
+
+    def _shard(self, rank: int, cursor: Cursor, shard: Shard, layers: list[LayerState]) -> None:
+        """Commit a checkpoint when the last rank has written its part."""
+        self.record.steps = max(self.record.steps, cursor.step)
+        shards = self._shards.setdefault(cursor.step, {})
+        shards[rank] = shard
+        world_size = self.config.place().world_size
+        if len(shards) < world_size:
+            return
+        manifest = Manifest(
+            format=FORMAT,
+            cursor=cursor,
+            seed=self.config.seed,
+            world_size=world_size,
+            config=self.config.model_dump(mode="json"),
+            layers=layers,
+            shards=[shards[number] for number in sorted(shards)],
+            mlflow_run_id=self.recorder.run_id,
+        )
+        commit(folder_of(self.run_dir, cursor.step), manifest)
+        prune(self.run_dir, self.config.checkpoint.keep)
+        del self._shards[cursor.step]
+
+
+def curves_from_spool(run_dir: Path, resume: Path | None) -> dict[int, list[tuple[int, dict[str, float]]]]:
+    """Layers' metrics that an earlier attempt recorded, so that a continued run repeats none of them.
+
+    Nothing where the run does not continue from a checkpoint of its own.
+    """
+    curves: dict[int, list[tuple[int, dict[str, float]]]] = {}
+    if resume is None or not resume.is_relative_to(run_dir):
+        return curves
+    for event, _ in Spool(run_dir / SPOOL_NAME).read():
+        if event.get("kind") == "metrics" and event.get("layer") is not None:
+            curve = curves.setdefault(event["layer"], [])
+            if not curve or event["step"] > curve[-1][0]:
+                curve.append((event["step"], event["values"]))
+    return curves
+
+
+def summarise(
+    config: RunConfig, record: Record, *, status: str, seconds: float, run_id: str | None, message: str | None = None
+) -> dict[str, Any]:
+    """The content of `summary.json`."""
+    images = sum(_images_trained(config, index, curve[-1][0]) for index, curve in record.curves.items() if curve)
+    summary: dict[str, Any] = {
+        "status": status,
+        "name": config.name,
+        "accuracy": record.probe.get("accuracy"),
+        "accuracy_decode": record.probe.get("accuracy_decode"),
+        "readout": record.probe.get("readout"),
+        "world_size": config.place().world_size,
+        "mesh": config.mesh.model_dump(),
+        "steps": record.steps,
+        "images_per_second": images / seconds if seconds > 0 else 0.0,
+        "seconds": seconds,
+        "bytes_exchanged": int(record.bytes_exchanged),
+        "num_exchanges": int(record.num_exchanges),
+        "restarts": record.restarts,
+        "mlflow_run_id": run_id,
+        "layers": [record.layers.get(index, {}) for index in range(len(config.model.layers))],
+    }
+    return summary | ({"message": message} if message else {})
+
+
+def _images_trained(config: RunConfig, index: int, updates: int) -> int:
+    return updates * config.model.layers[index].train.batch_size
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that it is either whole or not there."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,80 @@
+"""The mesh: which rank stands where on the parallel axes. Pure arithmetic, checked before a process starts.
+
+    data      replicas of the group: the batch is split, statistics are reduced once per update
+    layer     stages of the stack
+    channel   shards of a layer's output channels (the innermost axis: neighbours in rank)
+
+Only `channel` may exceed 1 so far; the other axes are named so that ranks and messages need not change with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from simmatch.config import ConfigError, Frozen, ModelConfig, PositiveInt
+
+NotYetSplit = Annotated[int, Field(ge=1, le=1)]
+
+
+class MeshConfig(Frozen):
+    """Extent of every axis."""
+
+    channel: PositiveInt = 1
+    """Shards of the output channels of every layer."""
+
+    data: NotYetSplit = 1
+    """Replicas over the batch: 1."""
+
+    layer: NotYetSplit = 1
+    """Stages of the stack: 1."""
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A rank's place on every axis."""
+
+    data: int
+    layer: int
+    channel: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Extents of the axes; rank = (data · layers + layer) · channels + channel."""
+
+    channel: int
+    data: int = 1
+    layer: int = 1
+
+    @classmethod
+    def from_config(cls, config: MeshConfig) -> Mesh:
+        return cls(channel=config.channel, data=config.data, layer=config.layer)
+
+    @property
+    def world_size(self) -> int:
+        return self.channel * self.data * self.layer
+
+    def coordinates(self, rank: int) -> Coordinates:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"expected a rank from 0 to {self.world_size - 1} in {self}, got {rank}")
+        outer, channel = divmod(rank, self.channel)
+        data, layer = divmod(outer, self.layer)
+        return Coordinates(data=data, layer=layer, channel=channel)
+
+    def rank(self, place: Coordinates) -> int:
+        return (place.data * self.layer + place.layer) * self.channel + place.channel
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise ConfigError where a layer has fewer channels than there are shards."""
+        for index, layer in enumerate(model.layers):
+            if self.channel > layer.out_channels:
+                raise ConfigError(
+                    f"mesh.channel: expected at most {layer.out_channels}, the out_channels of model.layers.{index}, "
+                    f"got {self.channel}"
+                )
+
+    def __str__(self) -> str:
+        return f"data {self.data} × layer {self.layer} × channel {self.channel}"

@@ -1,0 +1,111 @@
+"""Logs an exported model to MLflow as a logged model, in the `pt2` format: a traced graph, no pickle."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.sender import RejectedError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.models import ModelSignature
+    from torch import Tensor, nn
+
+MODEL_KEY_TAG = "simmatch.model_key"
+# torch.export turns an axis of length 1 into a constant: the batch has to be longer to stay open
+EXAMPLE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class ModelLogger:
+    """A `cluster.mlflow_sink.LogModel`.
+
+    Called again with the same key, it finishes what it began and makes no second model.
+    """
+
+    load: Callable[[str], nn.Module]
+    """Loads the exported folder as a module in evaluation mode: `[B, C, H, W]` in [0, 1] → a dictionary of tensors,
+    `features` `[B, F]` and, if supervised, `scores` `[B, classes]`."""
+
+    name: str = "model"
+    """Name of the logged model."""
+
+    def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None:
+        run = client.get_run(run_id)
+        model = self._find_or_make(client, run.info.experiment_id, run_id, key)
+        linked = run.outputs.model_outputs if run.outputs else []
+        if model.status == "READY" and model.model_id in {output.model_id for output in linked}:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                _save(self.load(str(path)), Path(folder) / "model", input_shape, model)
+            except Exception as error:  # a model that cannot be exported now cannot be later either
+                raise RejectedError(f"{type(error).__name__}: {error}") from error
+            client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
+        self._link(client, run_id, model.model_id)
+
+    def _find_or_make(self, client: MlflowClient, experiment_id: str, run_id: str, key: str) -> LoggedModel:
+        found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+        for model in found:
+            if model.tags.get(MODEL_KEY_TAG) == key:
+                return model
+        return client.create_logged_model(
+            experiment_id, name=self.name, source_run_id=run_id, tags={MODEL_KEY_TAG: key}, model_type="simmatch"
+        )
+
+    def _link(self, client: MlflowClient, run_id: str, model_id: str) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        client.finalize_logged_model(model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def load_exported(path: str) -> nn.Module:
+    """`simmatch.load_model` as a module with named outputs."""
+    from simmatch.model import Outputs, load_model
+
+    return Outputs(load_model(path))
+
+
+def signature_of(example: Tensor, outputs: dict[str, Tensor]) -> ModelSignature:
+    """Signature of a module with one input and named outputs; the first axis, the batch, is open."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    def spec(tensor: Tensor, name: str | None = None) -> Any:
+        array = tensor.numpy()
+        return TensorSpec(array.dtype, (-1, *array.shape[1:]), name)
+
+    return ModelSignature(Schema([spec(example)]), Schema([spec(value, name) for name, value in outputs.items()]))
+
+
+def _save(module: nn.Module, path: Path, input_shape: Sequence[int], logged: LoggedModel) -> None:
+    """Write an MLflow model folder."""
+    import mlflow.pytorch
+    import torch
+    from mlflow.models import Model
+
+    module = module.eval().cpu()
+    example = torch.rand(EXAMPLE_BATCH, *input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = module(example)
+        mlflow.pytorch.save_model(
+            module,
+            str(path),
+            mlflow_model=Model(
+                artifact_path=logged.artifact_location,
+                run_id=logged.source_run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            ),
+            signature=signature_of(example, outputs),
+            input_example=example,
+            serialization_format="pt2",
+            # named here, or MLflow starts a process of its own to find out
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}"],
+        )

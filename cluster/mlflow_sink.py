@@ -1,0 +1,295 @@
+"""Turns events into MLflow calls, through a client of its own: no fluent state, no queue of MLflow's.
+
+Layout in MLflow: one parent run per job, one nested child run per layer named `layer 0`, `layer 1`, … Every run
+carries the tag `simmatch.run_key`, by which a replay finds it instead of making another. Metric rows keep the
+event's own time, and MLflow stores identical (key, step, timestamp, value) rows once.
+
+mlflow takes seconds to import and a SQLite store seconds to set up: both happen inside `open_sink`, in the thread
+that sends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote
+
+from cluster.sender import RejectedError, RunsLostError
+from cluster.spool import Event
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PARENT = "parent"
+RUN_KEY_TAG = "simmatch.run_key"
+LAYER_TAG = "simmatch.layer"
+METRICS_PER_REQUEST = 1000
+PAIRS_PER_REQUEST = 100
+LONGEST_VALUE = {"params": 6000, "tags": 5000}
+LONGEST_DIGEST = 36
+TRUNCATED = " … [truncated]"
+# what a server answers to a request that will be as wrong tomorrow; anything else may pass
+FINAL_ERROR_CODES = frozenset(
+    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"}
+)
+FINAL_ERRORS = (AttributeError, FileNotFoundError, KeyError, TypeError)
+
+
+class LogModel(Protocol):
+    """Logs an exported model to a run; raises RejectedError if the model itself is at fault."""
+
+    def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None: ...
+
+
+class MlflowSink:
+    """Delivers events with one client.
+
+    Parameters
+    ----------
+    client
+        MLflow's client, bound to the server.
+    run_dir
+        Folder that relative paths in events start from.
+    artifact_root
+        Folder for the artifacts of experiments made here; None leaves it to the server.
+    log_model
+        Called for events of kind `model`; None rejects them.
+    """
+
+    def __init__(
+        self, client: MlflowClient, run_dir: Path, artifact_root: Path | None, log_model: LogModel | None
+    ) -> None:
+        self._client = client
+        self._run_dir = run_dir
+        self._artifact_root = artifact_root
+        self._log_model = log_model
+        self._runs: dict[str, str] = {}
+        self._handlers: dict[str, Callable[[Event], None]] = {
+            "start": self._on_start,
+            "params": self._on_params,
+            "tags": self._on_tags,
+            "artifact": self._on_artifact,
+            "dataset": self._on_dataset,
+            "model": self._on_model,
+            "finish": self._on_finish,
+        }
+
+    def connect(self, start: Event, runs: dict[str, str]) -> dict[str, str]:
+        """Find or make the parent run and one child per layer; returns their ids."""
+        if start.get("kind") != "start":
+            raise ValueError(f"expected the spool to begin with an event of kind start, got {start.get('kind')!r}")
+        wanted = [PARENT, *(str(layer) for layer in range(start["layers"]))]
+        if not set(wanted) <= set(runs):
+            runs = self._find_or_make_runs(start, wanted)
+        self._runs = dict(runs)
+        return dict(runs)
+
+    def send(self, events: Sequence[Event]) -> None:
+        """Deliver events in order, consecutive metrics in as few requests as the server allows."""
+        metrics: list[Event] = []
+        with _translate_errors():
+            for event in events:
+                if event.get("kind") == "metrics":
+                    metrics.append(event)
+                    continue
+                self._send_metrics(metrics)
+                metrics = []
+                handler = self._handlers.get(str(event.get("kind")))
+                if handler is None:
+                    raise RejectedError(f"unknown kind of event: {event.get('kind')!r}")
+                handler(event)
+            self._send_metrics(metrics)
+
+    def _find_or_make_runs(self, start: Event, wanted: Sequence[str]) -> dict[str, str]:
+        key, name = start["run_key"], start["experiment"]
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            location = (self._artifact_root / name).as_uri() if self._artifact_root else None
+            experiment_id = self._client.create_experiment(name, artifact_location=location)
+        else:
+            experiment_id = experiment.experiment_id
+        found = self._client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'")
+        runs = {run.data.tags.get(LAYER_TAG, PARENT): run.info.run_id for run in found}
+        for which in wanted:
+            if which not in runs:
+                tags = {RUN_KEY_TAG: key}
+                if which != PARENT:
+                    tags |= {LAYER_TAG: which, "mlflow.parentRunId": runs[PARENT]}
+                run_name = start["name"] if which == PARENT else f"layer {which}"
+                run = self._client.create_run(experiment_id, start["time_ms"], tags, run_name)
+                runs[which] = run.info.run_id
+        return {which: runs[which] for which in wanted}
+
+    def _run_of(self, event: Event) -> str:
+        layer = event.get("layer")
+        which = PARENT if layer is None else str(layer)
+        if which not in self._runs:
+            raise RejectedError(f"expected a layer below {len(self._runs) - 1}, got {which}")
+        return self._runs[which]
+
+    def _send_metrics(self, events: Sequence[Event]) -> None:
+        from mlflow.entities import Metric
+
+        rows: dict[str, list[Any]] = {}
+        for event in events:
+            rows.setdefault(self._run_of(event), []).extend(
+                Metric(key, float(value), event["time_ms"], event["step"]) for key, value in event["values"].items()
+            )
+        for run_id, metrics in rows.items():
+            for chunk in _chunks(metrics, METRICS_PER_REQUEST):
+                self._client.log_batch(run_id, metrics=chunk)
+
+    def _on_start(self, event: Event) -> None:
+        if event["attempt"] > 1:
+            for run_id in self._runs.values():
+                self._client.update_run(run_id, status="RUNNING")
+        self._send_tags(self._runs[PARENT], {**event["tags"], "simmatch.attempts": event["attempt"]})
+
+    def _on_params(self, event: Event) -> None:
+        from mlflow.entities import Param
+
+        run_id = self._run_of(event)
+        values = {key: _shorten(value, LONGEST_VALUE["params"]) for key, value in event["values"].items()}
+        known = self._client.get_run(run_id).data.params  # immutable: only new ones can be added
+        fresh = [Param(key, value) for key, value in values.items() if key not in known]
+        for chunk in _chunks(fresh, PAIRS_PER_REQUEST):
+            self._client.log_batch(run_id, params=chunk)
+        changed = sorted(key for key, value in values.items() if known.get(key, value) != value)
+        if changed:
+            raise RejectedError(f"MLflow does not change parameters once logged: {', '.join(changed)}")
+
+    def _on_tags(self, event: Event) -> None:
+        self._send_tags(self._run_of(event), event["values"])
+
+    def _send_tags(self, run_id: str, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, _shorten(value, LONGEST_VALUE["tags"])) for key, value in values.items()]
+        for chunk in _chunks(tags, PAIRS_PER_REQUEST):
+            self._client.log_batch(run_id, tags=chunk)
+
+    def _on_artifact(self, event: Event) -> None:
+        source = self._run_dir / event["path"]
+        with tempfile.TemporaryDirectory() as folder:
+            named = Path(folder) / event["name"]
+            shutil.copyfile(source, named)
+            self._client.log_artifact(self._run_of(event), str(named), event["folder"])
+
+    def _on_dataset(self, event: Event) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=event["name"],
+            digest=event["digest"][:LONGEST_DIGEST],
+            source_type=event["source_type"],
+            source=json.dumps({"uri": event["source"]}),
+            profile=json.dumps({"num_images": event["num_images"]}),
+        )
+        tags = [InputTag("mlflow.data.context", event["context"])]
+        self._client.log_inputs(self._run_of(event), [DatasetInput(dataset, tags)])
+
+    def _on_model(self, event: Event) -> None:
+        if self._log_model is None:
+            raise RejectedError("no way to log a model was given")
+        path, key = self._run_dir / event["path"], f"{event['time_ms']}"
+        self._log_model(path, event["input_shape"], self._runs[PARENT], key, self._client)
+
+    def _on_finish(self, event: Event) -> None:
+        for run_id in reversed(self._runs.values()):  # the parent last: once it has ended, all have
+            self._client.set_terminated(run_id, event["status"], event["time_ms"])
+
+
+@contextmanager
+def open_sink(uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | None) -> Iterator[MlflowSink]:
+    """A sink for one MLflow server; while it is open, MLflow is short of patience and silent in this thread."""
+    artifact_root = _artifact_root(uri)
+    settings = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sender retries, and keeps the order
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
+    }
+    if artifact_root is not None:
+        # without it MLflow makes a folder `mlruns` wherever the job happens to run
+        settings["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifact_root.as_uri()
+    with _environment(settings):
+        from mlflow import MlflowClient
+
+        with _silence("mlflow", "alembic"):
+            yield MlflowSink(MlflowClient(uri, registry_uri=uri), run_dir, artifact_root, log_model)
+
+
+@contextmanager
+def _translate_errors() -> Iterator[None]:
+    """Tell apart what can never work, what needs a fresh start and what may work later (left as it is)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except FINAL_ERRORS as error:
+        raise RejectedError(f"{type(error).__name__}: {error}") from error
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise RunsLostError(str(error)) from error
+        if error.error_code in FINAL_ERROR_CODES:
+            raise RejectedError(str(error)) from error
+        raise
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, the only place MLflow reads its limits from, and put them back."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def _silence(*loggers: str) -> Iterator[None]:
+    """Keep these loggers' chatter below WARNING off the terminal, for this thread only."""
+    thread = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.WARNING
+
+    handlers = {handler for name in loggers for handler in logging.getLogger(name).handlers}
+    for handler in handlers:
+        handler.addFilter(passes)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(passes)
+
+
+def _artifact_root(uri: str) -> Path | None:
+    """Folder beside a SQLite store's file; servers and other databases know their own place."""
+    if not uri.startswith("sqlite"):
+        return None
+    database = unquote(uri.partition("///")[2].partition("?")[0])
+    return Path(database).absolute().parent / "mlartifacts"
+
+
+def _shorten(value: Any, limit: int) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - len(TRUNCATED)] + TRUNCATED
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

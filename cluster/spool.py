@@ -1,0 +1,167 @@
+"""The spool: what a run has to tell the tracking server, one JSON object per line, and how much of it was sent."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+Event = dict[str, Any]
+"""One line of the spool. `kind` says which, `time_ms` when it happened; the rest belongs to the kind."""
+
+SPOOL_NAME = "events.jsonl"
+PROGRESS_NAME = "events.offset"
+
+
+class SpoolBusyError(RuntimeError):
+    """Another process writes or sends the same spool."""
+
+
+class Spool:
+    """An append-only file of events that outlives a crash of its writer.
+
+    A line counts once its newline is written. What a crash left after the last newline is ignored by `read` and
+    cut off by `open`. `append` hands the line to the operating system, so it survives the process; with
+    `sync=True` it is on the disk when the call returns.
+
+    Parameters
+    ----------
+    path
+        The file, made by `open` if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._file: BinaryIO | None = None
+
+    def open(self) -> Spool:
+        """Take the file for this process alone and cut off a torn last line.
+
+        Raises
+        ------
+        SpoolBusyError
+            Another process has it open.
+        """
+        file = self.path.open("a+b")
+        try:
+            _lock_file(file, self.path)
+            _cut_torn_line(file)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        return self
+
+    def append(self, event: Event, *, sync: bool = False) -> None:
+        """Write one event. Numbers JSON has no word for (nan, inf) are written as strings."""
+        line = json.dumps(_finite(event), ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+        with self._lock:
+            if self._file is None:
+                raise ValueError(f"expected an open spool, got a closed one: {self.path}")
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            if sync:
+                os.fsync(self._file.fileno())
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
+        """Events from a byte offset on, each with the offset of the next. Needs no `open`.
+
+        A whole line that is not a JSON object, as a disk failure may leave, comes as kind `unreadable`.
+        """
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                yield _parse(line), offset
+
+    def size_bytes(self) -> int:
+        """Length of the file."""
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        """Release the file; `read` still works."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a spool was sent, and to which server."""
+
+    destination: str
+    """Where to, without credentials. What was sent to one server says nothing about another."""
+
+    offset: int = 0
+    """Bytes of the spool that the server has confirmed."""
+
+    runs: dict[str, str] = field(default_factory=dict)
+    """MLflow run ids: `parent`, and each layer's under its number."""
+
+    @classmethod
+    def load(cls, path: Path, destination: str, size_bytes: int) -> Progress:
+        """The stored progress, or none if it is of another destination, unreadable or past the spool's end."""
+        try:
+            stored = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return cls(destination)
+        if stored.destination != destination or not 0 <= stored.offset <= size_bytes:
+            return cls(destination)
+        return stored
+
+    def save(self, path: Path) -> None:
+        """Replace the stored progress in one step."""
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        fresh.replace(path)
+
+
+def _lock_file(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SpoolBusyError(f"another process is writing or sending {path}") from None
+    except OSError:
+        return  # a file system without locks: two writers there are the user's to avoid
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Truncate a file after its last newline, reading backwards block by block."""
+    position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - 65536)
+        file.seek(start)
+        newline = file.read(position - start).rfind(b"\n")
+        if newline >= 0:
+            file.truncate(start + newline + 1)
+            return
+        position = start
+    file.truncate(0)
+
+
+def _parse(line: bytes) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    return event if isinstance(event, dict) else {"kind": "unreadable"}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value

@@ -1,0 +1,292 @@
+"""Tracking, as the controller sees it: every call writes a line to the run's spool and returns at once.
+
+A background thread ships the spool to MLflow (`cluster.sender`, `cluster.mlflow_sink`). Training waits for it
+nowhere; a server that is away, slow or gone costs nothing but the delay. What was not sent when the job ends is
+sent by `python -m jobs.sync RUN_DIR`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from cluster.mlflow_sink import PARENT, LogModel, open_sink
+from cluster.sender import Sender
+from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
+from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+HIDDEN = "***"
+_USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
+_SECRET_QUERY = re.compile(r"([?&](?:password|passwd|pwd|token|secret|api_key|sig)=)[^&\s]+", re.IGNORECASE)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingConfig(Frozen):
+    """Where a run's parameters, metrics, figures and model are recorded."""
+
+    enabled: bool = True
+    """Send to MLflow. The spool is written either way."""
+
+    uri: str | None = None
+    """MLflow's tracking URI. None: `$MLFLOW_TRACKING_URI`, then `mlflow.db` (SQLite) beside the run directory."""
+
+    experiment: str = "simmatch"
+    """Name of the MLflow experiment, made if it does not exist."""
+
+    timeout_s: PositiveFloat = 10.0
+    """Longest wait for one answer of the server."""
+
+    flush_s: NonNegativeFloat = 60.0
+    """Longest wait, at the end of the job, for what is not sent yet."""
+
+
+class Tracker:
+    """Records one run. Calls append to the spool and return; none raises because of MLflow.
+
+    Parameters
+    ----------
+    run_dir
+        The run's folder; the spool and its offset lie in it.
+    config
+        Where to send. A URI MLflow cannot have is refused here, before anything starts.
+    log_model
+        Logs an exported model, see `cluster.mlflow_model`; None leaves models out of MLflow.
+
+    Raises
+    ------
+    ConfigError
+        `tracking.uri` is malformed.
+    """
+
+    def __init__(self, run_dir: Path, config: TrackingConfig, log_model: LogModel | None = None) -> None:
+        self.run_dir = run_dir.absolute()
+        self.config = config
+        self.uri = resolve_uri(config, self.run_dir)
+        """Where events go; may hold credentials. `redact` it before showing it."""
+        self._spool = Spool(self.run_dir / SPOOL_NAME)
+        self._sender = make_sender(self._spool, self.uri, self.run_dir, config.timeout_s, log_model)
+        self._thread: threading.Thread | None = None
+
+    def start(self, name: str, *, layers: int, tags: Mapping[str, Any] | None = None) -> None:
+        """Open the spool and begin, or, where the spool already holds a run, go on with it.
+
+        Parameters
+        ----------
+        name
+            Name of the parent run.
+        layers
+            Number of child runs, named `layer 0` and on.
+        tags
+            Tags of the parent run. `simmatch.attempts` is counted here.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._spool.open()
+        starts = [event for event, _ in self._spool.read() if event.get("kind") == "start"]
+        self._append(
+            "start",
+            run_key=starts[0]["run_key"] if starts else uuid.uuid4().hex,
+            attempt=len(starts) + 1,
+            name=name,
+            experiment=self.config.experiment,
+            layers=layers,
+            uri=self.uri,
+            tags={"mlflow.user": _user(), **(tags or {})},
+        )
+        self._sender.load()
+        if self.config.enabled:
+            self._thread = threading.Thread(target=self._sender.run, name="tracking-sender", daemon=True)
+            self._thread.start()
+
+    def params(self, values: Mapping[str, Any], layer: int | None = None) -> None:
+        """Parameters of the run, or of one layer's; nested values get dotted names."""
+        self._append("params", values=dict(flatten(values)), layer=layer)
+
+    def metrics(
+        self, step: int, values: Mapping[str, float], layer: int | None = None, time_s: float | None = None
+    ) -> None:
+        """Metrics at a step; `time_s` is the Unix time they were measured at, now if None."""
+        numbers = {key: float(value) for key, value in values.items()}
+        self._append("metrics", time_s, step=int(step), values=numbers, layer=layer)
+
+    def tags(self, values: Mapping[str, Any], layer: int | None = None) -> None:
+        """Facts that may change while the run goes on, such as the world size."""
+        self._append("tags", values=dict(values), layer=layer)
+
+    def figure(self, path: Path, layer: int | None = None, name: str | None = None) -> None:
+        """An image file, shown under `figures/`; `name` is the file's name there."""
+        self.artifact(path, "figures", layer=layer, name=name)
+
+    def artifact(
+        self, path: Path, folder: str | None = None, *, layer: int | None = None, name: str | None = None
+    ) -> None:
+        """A file as it is when it is sent."""
+        self._append("artifact", path=self._portable(path), folder=folder, name=name or path.name, layer=layer)
+
+    def dataset(
+        self,
+        name: str,
+        *,
+        source: str,
+        digest: str,
+        num_images: int,
+        context: str = "training",
+        source_type: str = "local",
+    ) -> None:
+        """The data set as an input of the run; `source_type` is MLflow's, such as `local`, `http` or `s3`."""
+        self._append(
+            "dataset",
+            name=name,
+            source=source,
+            digest=digest,
+            num_images=num_images,
+            context=context,
+            source_type=source_type,
+        )
+
+    def model(self, path: Path, input_shape: Sequence[int]) -> None:
+        """The exported model's folder, and the shape [C, H, W] of one image."""
+        self._append("model", path=self._portable(path), input_shape=list(input_shape))
+
+    def finish(self, status: Status) -> None:
+        """The end of the run and of its layers'; on the disk when this returns."""
+        self._append("finish", sync=True, status=status)
+
+    def close(self) -> int:
+        """Wait at most `flush_s` for the rest to be sent; returns how many events are left for `jobs.sync`."""
+        pending = 0
+        if self._thread is not None:
+            self._sender.close(self.config.flush_s)
+            self._thread.join(self.config.flush_s + self.config.timeout_s)
+            self._thread = None
+            pending = self._sender.pending()
+        self._spool.close()
+        return pending
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the parent run; None until the server has given one."""
+        return self._sender.runs.get(PARENT)
+
+    @property
+    def layer_run_ids(self) -> dict[int, str]:
+        """MLflow's ids of the layers' runs; empty until the server has given them."""
+        return {int(which): run_id for which, run_id in self._sender.runs.items() if which != PARENT}
+
+    @property
+    def problems(self) -> list[str]:
+        """What the server rejected, and why the latest attempt failed, without credentials."""
+        return [*self._sender.notes, *([self._sender.last_error] if self._sender.last_error else [])]
+
+    def _append(self, kind: str, time_s: float | None = None, *, sync: bool = False, **fields: Any) -> None:
+        time_ms = round(1000 * (time.time() if time_s is None else time_s))
+        self._spool.append(_redact_all({"kind": kind, "time_ms": time_ms, **fields}), sync=sync)
+        self._sender.wake()
+
+    def _portable(self, path: Path) -> str:
+        """Relative to the run directory where it lies inside, so that a moved directory can still be sent."""
+        path = path.absolute()
+        return str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
+
+
+def make_sender(spool: Spool, uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | None) -> Sender:
+    """The sender of a run's spool to one MLflow server."""
+    sink = partial(open_sink, uri, run_dir, timeout_s, log_model)
+    return Sender(spool, run_dir / PROGRESS_NAME, redact(uri), sink, redact)
+
+
+def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
+    """The tracking URI in force: the configured one, the environment's, or a SQLite file beside `run_dir`."""
+    uri = config.uri or os.environ.get(URI_VARIABLE) or f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+    return check_uri(uri)
+
+
+def check_uri(uri: str) -> str:
+    """Refuse what MLflow could never reach; a SQLite path comes back absolute.
+
+    Raises
+    ------
+    ConfigError
+        Names `tracking.uri`, what was expected and what was given.
+    """
+    scheme = uri.partition(":")[0].partition("+")[0].lower()
+    plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
+    if scheme not in {*SCHEMES, *plugins} - {"file"}:
+        raise _uri_error(f"a URI of scheme {', '.join(SCHEMES)}", uri)
+    if scheme in ("http", "https") and not _has_host(uri):
+        raise _uri_error(f"{scheme}://HOST[:PORT]", uri)
+    if scheme == "sqlite":
+        head, slashes, path = uri.partition(":///")
+        if not slashes or not path:
+            raise _uri_error("sqlite:///PATH", uri)
+        return f"{head}:///{Path(path).absolute()}"
+    return uri
+
+
+def redact(text: str) -> str:
+    """Hide user names, passwords and tokens of every URI in a text.
+
+    >>> redact("at https://ada:secret@mlflow.example/x?token=1")
+    'at https://***@mlflow.example/x?token=***'
+    """
+    return _SECRET_QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1{HIDDEN}@", text))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested parameters under dotted names.
+
+    >>> dict(flatten({"layers": [{"pool": 4}, {"pool": None}], "mesh": [2, 1]}))
+    {'layers.0.pool': '4', 'layers.1.pool': 'None', 'mesh': '[2, 1]'}
+    """
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, (list, tuple)):
+            yield name, json.dumps(value, default=str)
+        else:
+            yield name, str(value)
+
+
+def _uri_error(expected: str, uri: str) -> ConfigError:
+    return ConfigError(f"tracking.uri: expected {expected}, got {redact(uri)!r}")
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
+def _redact_all(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: _redact_all(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_redact_all(inner) for inner in value]
+    return value
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id need not have a name
+        return "unknown"

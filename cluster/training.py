@@ -1,0 +1,376 @@
+"""The program that every rank runs: layer after layer, learn on the own rows, then encode for the layer above.
+
+Phases of communication, all through the injected exchange:
+
+    learn     every iteration of the dynamics gathers activities; every update gathers 3 K values for the bound of M
+    finish    the layer's rows are gathered once, so that every rank can encode alone
+    encode    none; the cached result is gathered where a layer or a readout needs all of it
+
+All decisions depend on the configuration or on gathered bytes only, so ranks cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import cpu_count
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from cluster.checkpoint import Cursor, LayerState, Reader, folder_of, load_into, read_manifest, write_shard
+from cluster.config import RunConfig
+from cluster.features import FeatureStore, gather_images, own_part
+from cluster.mesh import Mesh
+from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, take_rows
+from simmatch.config import LayerConfig
+from simmatch.data import Dataset, epoch_order, load_dataset, steps_per_epoch, to_unit
+from simmatch.exchange import Exchange
+from simmatch.geometry import Patches
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.lateral import SharedFault
+from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, save_model
+from simmatch.readout import accuracy, decode, fit_readout
+from simmatch.rows import Rows, split_rows
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a rank is told before it starts; nothing changes it.
+
+    Attributes
+    ----------
+    run_dir: folder that all ranks reach.
+    resume: folder of the checkpoint to continue from, or None.
+    generation: how many groups came before this one.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    rank: int
+    generation: int = 0
+    resume: Path | None = None
+
+
+class Report(Protocol):
+    """Where a rank tells how it fares; neither call waits."""
+
+    def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
+        """How far the present phase is; only the latest counts."""
+
+    def event(self, kind: str, **content: Any) -> None:
+        """Something to keep: every event reaches the controller once, in order."""
+
+
+class TrainingFault(RuntimeError):
+    """Training cannot go on; the message names layer, step and rank."""
+
+
+def source_of(dataset: Dataset) -> InputConfig:
+    """Shape and classes of a data set's images."""
+    height, width = dataset.image_size
+    return InputConfig(in_channels=dataset.in_channels, height=height, width=width, num_classes=dataset.num_classes)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Every core of the machine for work that one rank does while the others wait."""
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(cpu_count() or 1)
+    try:
+        with threadpool_limits(cpu_count()):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Training:
+    """One rank's run.
+
+    Parameters
+    ----------
+    assignment: configuration and place.
+    exchange: the way to the other ranks.
+    report: the way to the controller.
+    device: where tensors live.
+    """
+
+    def __init__(self, assignment: Assignment, exchange: Exchange, report: Report, device: torch.device) -> None:
+        self.assignment, self.exchange, self.report, self.device = assignment, exchange, report, device
+        self.config = assignment.config
+        self.dtype = getattr(torch, self.config.dtype)
+        self.place = Mesh.from_config(self.config.mesh).coordinates(assignment.rank)
+        self.dataset = load_dataset(self.config.data)
+        self.source = source_of(self.dataset)
+        self.stack = Stack(self.config.model, self.source, seed=self.config.seed, dtype=self.dtype, device=device)
+        self.reader: Reader | None = None
+        if assignment.resume is not None:
+            self.reader = Reader(assignment.resume, read_manifest(assignment.resume))
+        self.step = 0
+
+    def run(self) -> None:
+        """Everything: learn and encode layer by layer, read out, export."""
+        train, test = self._store(self.dataset.train_images), self._store(self.dataset.test_images)
+        scores: list[Tensor] = []
+        for index, config in enumerate(self.config.model.layers):
+            layer = self._layer(index, config)
+            self._learn(index, config, layer, train)
+            gather_layer(layer, self.stack.layers[index])
+            self._encode(index, train, test, scores)
+        self._read_out(train, test, scores)
+        if self.assignment.rank == 0:
+            save_model(self.stack, self.assignment.run_dir / "model")
+            self.report.event("exported", path=str(self.assignment.run_dir / "model"))
+
+    def _store(self, images: Tensor) -> FeatureStore:
+        return FeatureStore(
+            images,
+            self.exchange,
+            batch=self.config.encode_batch,
+            dtype=self.dtype,
+            device=self.device,
+            keep_all=self.config.model.features == "all",
+        )
+
+    # ------------------------------------------------------------------------------------------- a layer
+
+    def _layer(self, index: int, config: LayerConfig) -> SimilarityMatchingConv2d:
+        """This rank's shard of a layer: fresh, or as the checkpoint has it."""
+        channels, size = layer_inputs(self.config.model, self.source)[index]
+        rows = split_rows(config.out_channels, self.config.mesh.channel)[self.place.channel]
+        layer = build_layer(
+            config,
+            channels,
+            size,
+            num_classes=self.source.num_classes,
+            seed=self.config.seed + index,
+            dtype=self.dtype,
+            device=self.device,
+            rows=rows,
+            exchange=self.exchange,
+        )
+        if self.reader is not None and index < len(self.reader.manifest.layers):
+            prefix = f"layers.{index}"
+            for name, target in replicated_state(layer).items():
+                load_into(target, self.reader.whole(f"{prefix}.{name}"), name, self.reader.folder)
+            for name, target in shard_state(layer).items():
+                load_into(target, self.reader.rows(f"{prefix}.{name}", rows), name, self.reader.folder)
+            state = self.reader.manifest.layers[index]
+            layer.restore_bound(state.bound, state.ridge)
+        return layer
+
+    def _learn(self, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d, train: FeatureStore) -> None:
+        """All updates of one layer that are not done yet."""
+        images = config.train.images
+        per_epoch = steps_per_epoch(train.count, config.train.batch_size, images=images)
+        total, start = per_epoch * config.train.epochs, int(layer.updates)
+        self.step += start
+        if start == total:
+            return
+        inputs = LayerInputs(self, index, config, layer, train)
+        window = Window()
+        order = torch.empty(0)
+        for update in range(start, total):
+            epoch, within = divmod(update, per_epoch)
+            if within == 0 or update == start:
+                order = epoch_order(train.count, seed=self.config.seed, epoch=epoch, images=images)
+            chosen = order[within * config.train.batch_size :][: config.train.batch_size]
+            labels = self.dataset.train_labels[chosen].to(self.device) if config.supervised else None
+            patches, solution = self.update(index, layer, inputs, chosen, labels)
+            self.step += 1
+            window.count(len(chosen))
+            if (update + 1) % self.config.log_every == 0 or update + 1 == total:
+                metrics = window.close(self.exchange) | {
+                    "objective": layer.objective(patches, solution.y, labels),
+                    "residual": float(solution.residual.amax()),
+                    "num_iters": float(solution.num_iters),
+                    "active_fraction": float((solution.y > 0).to(self.dtype).mean()),
+                    "dead_channels": float(layer.dead_channels),
+                    "revived_channels": float(layer.revived),
+                }
+                self.report.event("metrics", layer=index, step=update + 1, metrics=metrics)
+                self.report.progress("learn", update + 1, total, layer=index, **metrics)
+            if update + 1 == total or self.step % self.config.checkpoint.every_steps == 0:
+                self._save(index, layer)
+
+    def update(
+        self, index: int, layer: SimilarityMatchingConv2d, inputs: LayerInputs, chosen: Tensor, labels: Tensor | None
+    ) -> tuple[Patches, Any]:
+        """One update of one layer."""
+        try:
+            patches = inputs.batch(chosen)
+            return patches, layer.partial_fit(patches, labels)
+        except SharedFault as fault:
+            raise TrainingFault(f"layer {index}, step {int(layer.updates) + 1}: {fault}") from fault
+
+    def _save(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
+        tensors: dict[str, Tensor] = {}
+        ranges: dict[str, Rows] = {}
+        states = []
+        for number in range(index + 1):
+            source = layer if number == index else self.stack.layers[number]
+            rows = split_rows(source.out_channels, self.config.mesh.channel)[self.place.channel]
+            for name in SHARDED:
+                key = f"layers.{number}.{name}"
+                tensor = getattr(source, name)
+                tensors[key] = tensor if number == index else take_rows(tensor, rows)
+                ranges[key] = rows
+            if self.assignment.rank == 0:
+                tensors |= {f"layers.{number}.{name}": value for name, value in replicated_state(source).items()}
+            states.append(LayerState(bound=source.bound.value, ridge=source.bound.ridge))
+        folder = folder_of(self.assignment.run_dir, self.step)
+        shard = write_shard(folder, self.assignment.rank, self.exchange.world_size, tensors, ranges)
+        self.report.event(
+            "shard",
+            cursor=Cursor(step=self.step, layer=index, updates=int(layer.updates)),
+            shard=shard,
+            layers=states,
+        )
+
+    # ------------------------------------------------------------------------------------------- encoding
+
+    def _encode(self, index: int, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
+        """Replace the images of both stores by the pooled, label-free activity of layer `index`."""
+        layer, config = self.stack.layers[index], self.config.model.layers[index]
+        last = index == len(self.stack.layers) - 1
+        done, total, started = 0, train.count + test.count, time.monotonic()
+
+        def seen(count: int) -> None:
+            nonlocal done
+            done += count
+            rate = done / (time.monotonic() - started)
+            self.report.progress("encode", done, total, layer=index, images_per_second=rate)
+
+        def encode(x: Tensor) -> Tensor:
+            return pooled(layer(x), config)
+
+        def encode_and_decode(x: Tensor) -> Tensor:
+            activities = layer(x)
+            if config.supervised and last:
+                scores.append(decode(reduce(activities, "b k h w -> b k", "mean"), layer.label))
+            return pooled(activities, config)
+
+        train.advance(encode, seen)
+        test.advance(encode_and_decode, seen)
+
+    def _read_out(self, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
+        """Accuracy of the readouts on the test images, by rank 0 while the others wait."""
+        probe = self.config.probe
+        count = min(probe.train_images or train.count, train.count)
+        self.report.progress("readout", 0, 1)
+        results: dict[str, float] = {}
+        if scores:
+            found = torch.cat(list(test.gather_parts(scores)))
+            results["accuracy_decode"] = accuracy(found.cpu(), self.dataset.test_labels)
+        train_features, test_features = self._collect(train, count), self._collect(test, test.count)
+        if train_features is not None and test_features is not None:
+            with all_threads():
+                readout = fit_readout(probe.readout, train_features, self.dataset.train_labels[:count])
+                results["accuracy"] = float(readout.score(test_features.numpy(), self.dataset.test_labels.numpy()))
+            self.report.event("probe", readout=probe.readout, train_images=count, **results)
+        self.report.progress("readout", 1, 1)
+
+    def _collect(self, store: FeatureStore, count: int) -> Tensor | None:
+        """Features [count, F] on rank 0; the other ranks only contribute."""
+        parts, seen = [], 0
+        for part in store.features():
+            seen += len(part)
+            if self.assignment.rank == 0:
+                parts.append(part.cpu())
+            if seen >= count:
+                break
+        return torch.cat(parts)[:count] if parts else None
+
+
+class Window:
+    """Throughput between two records."""
+
+    def __init__(self) -> None:
+        self._images, self._started = 0, time.monotonic()
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def close(self, exchange: Exchange) -> dict[str, float]:
+        now = time.monotonic()
+        rate = self._images / max(now - self._started, 1e-9)
+        self._images, self._started = 0, now
+        return {
+            "images_per_second": rate,
+            "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),
+            "num_exchanges": float(exchange.num_exchanges),
+        }
+
+
+class LayerInputs:
+    """Batches of patches for one layer: from images, from cached features, or encoded batch by batch.
+
+    A fresh layer is calibrated here: rank 0 measures the input, all ranks take its result.
+    """
+
+    def __init__(
+        self, run: Training, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d, store: FeatureStore
+    ) -> None:
+        self._run, self._index, self._layer = run, index, layer
+        if not layer.calibrated:
+            self._calibrate(config, store)
+        self._cache = self._fill(store) if index > 0 and run.config.cache_features else None
+
+    def _calibrate(self, config: LayerConfig, store: FeatureStore) -> None:
+        self._run.report.progress("calibrate", 0, 1, layer=self._index)
+        layer, exchange = self._layer, self._run.exchange
+        sample = store.first(min(config.whiten_images, store.count))
+        if self._run.assignment.rank == 0:
+            with all_threads():
+                layer.calibrate(sample, config.whiten_patches)
+        for name in ("whitening", "whitening_mean", "input_power"):
+            if hasattr(layer, name):
+                target = getattr(layer, name)
+                target.copy_(from_rank_zero(target, exchange))
+        self._run.report.progress("calibrate", 1, 1, layer=self._index)
+
+    def _fill(self, store: FeatureStore) -> Tensor:
+        """All images' input of this layer on this rank: whole patches where the layer is dense, else maps."""
+        cache: Tensor | None = None
+        done = 0
+
+        def dense(x: Tensor) -> Tensor:
+            patches = self._layer.prepare(x)
+            return x if patches.matrix is None else patches.matrix
+
+        for part in store.gathered(dense):
+            if cache is None:
+                cache = part.new_empty(store.count, *part.shape[1:])
+            cache[done : done + len(part)] = part
+            done += len(part)
+            self._run.report.progress("cache", done, store.count, layer=self._index)
+        assert cache is not None
+        return cache
+
+    def batch(self, chosen: Tensor) -> Patches:
+        """Patches of the images with these indices, the same on every rank."""
+        if self._cache is not None:
+            found = self._cache[chosen.to(self._cache.device)]
+            return Patches(None, None, found, (1, 1)) if found.ndim == 2 else self._layer.prepare(found)
+        run = self._run
+        own = chosen[own_part(len(chosen), run.exchange)] if self._index > 0 else chosen
+        images = to_unit(run.dataset.train_images[own], run.dtype).to(run.device)
+        if self._index > 0:
+            images = gather_images(run.stack.below(images, self._index), len(chosen), run.exchange)
+        return self._layer.prepare(images)
+
+
+def from_rank_zero(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Rank 0's values on every rank."""
+    gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
+    gathered[exchange.rank] = tensor
+    exchange.all_gather(gathered).wait()
+    return gathered[0]

@@ -1,0 +1,155 @@
+"""A rank, as a plain class: the controller talks to it, a thread of it trains.
+
+Nothing here knows of Ray; `cluster.group` makes actors of it at one call site. The training thread never waits for
+the controller, and the controller's calls are answered while it computes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
+from cluster.network import interface_of
+from cluster.policy import Failure
+from cluster.training import Assignment, Training
+from simmatch.exchange import IDENTITY, Exchange
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    rank: int
+    host: str
+    address: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a rank answers to a poll.
+
+    Attributes
+    ----------
+    events: those from number `first` on that were asked for.
+    num_exchanges: exchanges started; a rank that falls behind the others is the one they wait for.
+    """
+
+    rank: int
+    done: bool
+    failure: Failure | None
+    progress: dict[str, Any]
+    events: list[dict[str, Any]]
+    num_exchanges: int
+
+
+@dataclass
+class Outbox:
+    """Implements `cluster.training.Report`: filled by the training thread, emptied by polls."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    latest: dict[str, Any] = field(default_factory=dict)
+
+    def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
+        self.latest = {"phase": phase, "done": done, "total": total, **metrics}
+
+    def event(self, kind: str, **content: Any) -> None:
+        self.events.append({"kind": kind, **content})
+
+
+class Worker:
+    """One rank of a group.
+
+    Parameters
+    ----------
+    assignment: what to do; see `Assignment`.
+    """
+
+    training_class: type[Training] = Training
+    """The program; tests replace it to inject faults."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self._store: dist.Store | None = None
+        self._exchange: Exchange = IDENTITY
+        self._outbox = Outbox()
+        self._done = False
+        self._failure: Failure | None = None
+        self._thread: threading.Thread | None = None
+
+    def describe(self, address: str) -> Place:
+        """Where this rank runs, on the node with this address. Checks that the run directory can be reached."""
+        directory = self.assignment.run_dir
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"--run-dir: expected a folder that every node reaches, got {directory}, "
+                f"which {socket.gethostname()} does not have"
+            )
+        return Place(self.assignment.rank, socket.gethostname(), address, os.getpid())
+
+    def bind(self, interface: str | None, address: str) -> tuple[str, int]:
+        """Rank 0: bind the store of the rendezvous on a free port. Returns its address and port."""
+        _, own = interface_of(interface, address)
+        self._store, port = open_store(own, self.assignment.config.cluster.start_timeout_s)
+        return own, port
+
+    def join(self, interface: str | None, address: str, store: tuple[str, int]) -> None:
+        """Meet the other ranks. Blocks until all have come or the time is up."""
+        config = self.assignment.config
+        name, _ = interface_of(interface, address)
+        # read by gloo and nccl when the group is made: there is no argument for it
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+        if self._store is None:
+            self._store = connect_store(*store, config.cluster.start_timeout_s)
+        self._exchange = join_group(
+            self._store,
+            self.assignment.generation,
+            self.assignment.rank,
+            config.place().world_size,
+            self._device(),
+            config.cluster.collective_timeout_s,
+        )
+
+    def begin(self, threads: int) -> None:
+        """Start to train, in a thread; returns at once."""
+        self._thread = threading.Thread(target=self._run, args=(threads,), name="training", daemon=True)
+        self._thread.start()
+
+    def poll(self, first: int) -> Status:
+        """How things stand, with the events from number `first` on."""
+        done, failure = self._done, self._failure  # read before the events: none is missed when it is the last poll
+        return Status(
+            rank=self.assignment.rank,
+            done=done,
+            failure=failure,
+            progress=self._outbox.latest,
+            events=self._outbox.events[first:],
+            num_exchanges=self._exchange.num_exchanges,
+        )
+
+    def _device(self) -> torch.device:
+        if self.assignment.config.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device: expected a CUDA device on {socket.gethostname()}, found none")
+        return torch.device(self.assignment.config.device)
+
+    def _run(self, threads: int) -> None:
+        try:
+            torch.set_num_threads(threads)
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 is torch's default for convolutions
+            with torch.no_grad():
+                self.training_class(self.assignment, self._exchange, self._outbox, self._device()).run()
+        except PeerTimeout as error:
+            self._failure = Failure(str(error).splitlines()[0], lost=True)
+        except Exception as error:
+            self._outbox.event("traceback", text=traceback.format_exc())
+            self._failure = Failure(f"{type(error).__name__}: {error}", lost=False)
+        self._done = True

@@ -1,0 +1,201 @@
+"""Fetch a data set's files, unless they are here already: `python -m jobs.fetch fashion_mnist`.
+
+Two ways are tried: torchvision's download, and on Debian the package that carries the files, unpacked without being
+installed (no root needed). Files are fetched and read once in a folder of their own before they are moved into place,
+so that an interrupted download leaves nothing behind that looks whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from simmatch.config import ConfigError, DataConfig
+from simmatch.data import DATASETS, DataError, DataNotFoundError, Dataset, default_root, download, load_dataset
+
+CONNECT_TIMEOUT_S = 10.0
+"""A server that has not answered by then counts as out of reach."""
+
+PACKAGE_TIMEOUT_S = 600.0
+"""Longest that one call of the package tools may take."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 with the files in place, 1 where they cannot be had, 2 for a name unknown."""
+    options = _parser().parse_args(arguments)
+    config = DataConfig(name=options.name, root=options.root)
+    root = Path(options.root).expanduser() if options.root is not None else default_root()
+    try:
+        print(f"here already: {_summary(load_dataset(config))}")
+        return 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataNotFoundError:
+        print(f"{options.name} is not here yet; fetching it into {root}", flush=True)
+    except DataError as error:
+        print(f"unusable: {error}; fetching it anew into {root}", flush=True)
+    try:
+        fetch(options.name, root)
+        print(f"fetched: {_summary(load_dataset(config))}")
+        return 0
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def fetch(name: str, root: Path) -> None:
+    """Bring the files of a data set under `root` by the first way that works, read once to be sure of them.
+
+    Raises
+    ------
+    DataError
+        No way worked; the one line says why for each, and what to do.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    ways: list[tuple[str, Callable[[str, Path], None]]] = [("download", _from_network), ("package", _from_package)]
+    failures = []
+    for label, way in ways:
+        # below `root`, so that moving a file into place is a rename
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
+            try:
+                way(name, Path(temporary))
+                load_dataset(DataConfig(name=name, root=temporary))
+            except DataError as error:
+                failures.append(f"{label}: {error}")
+                print(f"{label} did not work: {error}", flush=True)
+                continue
+            _move_into_place(Path(temporary), root)
+            return
+    package = DATASETS[name].package
+    install = f", or install Debian's package {package}" if package else ""
+    raise DataError(
+        f"{name} could not be fetched ({'; '.join(failures)}); connect to the network and try again{install}, "
+        "or copy its files to a folder and name that in data.root or $SIMMATCH_DATA"
+    )
+
+
+def _from_network(name: str, folder: Path) -> None:
+    urls = _mirrors(name)
+    if not any(_answers(url, CONNECT_TIMEOUT_S) for url in urls):
+        raise DataError(f"no server answers: {', '.join(urls) or 'none is known'}")
+    download(name, folder, timeout_s=CONNECT_TIMEOUT_S)
+
+
+def _mirrors(name: str) -> list[str]:
+    """The addresses torchvision takes the files from."""
+    import torchvision.datasets
+
+    torchvision_class = DATASETS[name].torchvision_class
+    if torchvision_class is None:
+        return []
+    source = getattr(torchvision.datasets, torchvision_class)
+    mirrors = [f"{mirror}{source.resources[0][0]}" for mirror in getattr(source, "mirrors", [])]
+    return mirrors or [source.url]
+
+
+def _answers(url: str, timeout_s: float) -> bool:
+    """Whether a server answers in time, with whatever status.
+
+    Asked in a thread: a timeout of the socket's covers neither the look-up of the name nor a second address.
+    """
+    answered = threading.Event()
+    done = threading.Event()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s):
+                answered.set()
+        except urllib.error.HTTPError as error:
+            error.close()
+            answered.set()
+        except Exception:  # whatever else it is, there is no answer
+            pass
+        finally:
+            done.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    done.wait(timeout_s)
+    return answered.is_set()
+
+
+def _from_package(name: str, folder: Path) -> None:
+    """Download and unpack Debian's package of the data set, with private package lists if the system's lack it."""
+    package = DATASETS[name].package
+    if package is None:
+        raise DataError(f"Debian has no package of {name}")
+    missing = [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]
+    if missing:
+        raise DataError(f"this system has no {' and no '.join(missing)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        apt_get = ["apt-get", "-o", f"Acquire::http::Timeout={CONNECT_TIMEOUT_S:.0f}", "-o", "Acquire::Retries=0"]
+        try:
+            _run([*apt_get, "download", package], temporary)
+        except DataError as error:
+            if "Failed to fetch" in str(error) and "404" not in str(error):
+                raise  # the lists are fine, the network is not: fresh lists would only fail more slowly
+            apt_get += ["-o", f"Dir::State::Lists={temporary}/lists", "-o", f"Dir::Cache={temporary}/cache"]
+            _run([*apt_get, "update"], temporary)
+            _run([*apt_get, "download", package], temporary)
+        archives = [str(path) for path in Path(temporary).glob("*.deb")]
+        if not archives:
+            raise DataError(f"apt-get downloaded no {package}")
+        _run(["dpkg", "-x", archives[0], f"{temporary}/unpacked"], temporary)
+        system_folder = DATASETS[name].system_folder
+        assert system_folder is not None, f"{name} names a package but not where it puts its files"
+        unpacked = Path(temporary, "unpacked", *system_folder.parts[1:])
+        if not unpacked.is_dir():
+            raise DataError(f"{package} holds no {system_folder}")
+        shutil.copytree(unpacked, folder / system_folder.name)
+
+
+def _run(command: list[str], folder: str) -> None:
+    """Run a tool of the system's in `folder`; a failure is a `DataError` with the tool's last line."""
+    try:
+        subprocess.run(
+            command, cwd=folder, check=True, capture_output=True, text=True, timeout=PACKAGE_TIMEOUT_S,
+            env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{command[0]} took longer than {PACKAGE_TIMEOUT_S:g} s") from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise DataError(f"{command[0]} failed: {said[-1]}") from None
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    """Move every file below `source` to the same place below `target`, each in one step."""
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        destination = target / path.relative_to(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(destination)
+
+
+def _summary(dataset: Dataset) -> str:
+    train, test = tuple(dataset.train_images.shape), tuple(dataset.test_images.shape)
+    return f"{dataset.name}, train {train}, test {test}, {dataset.num_classes} classes"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.fetch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help=f"data set: {', '.join(sorted(DATASETS))}")
+    parser.add_argument(
+        "--root",
+        metavar="DIR",
+        help="look for the files and put them only here (default: look everywhere, put them into $SIMMATCH_DATA, "
+        "else data/)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Figures of a run: the filters of every layer, and the training curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from simmatch.geometry import Whitening
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.model import Stack, pooled
+
+Curves = dict[int, list[tuple[int, dict[str, float]]]]
+
+PANELS = {
+    "objective": "relative objective",
+    "residual": "worst KKT residual",
+    "num_iters": "iterations of the dynamics",
+    "active_fraction": "active fraction",
+    "dead_channels": "dead channels",
+    "images_per_second": "images / s",
+}
+
+
+def training_curves(curves: Curves, path: Path) -> None:
+    """One panel a metric, one line a layer."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, (metric, name) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for layer, curve in sorted(curves.items()):
+            axes.plot([step for step, _ in curve], [values[metric] for _, values in curve], label=f"layer {layer}")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+        if metric == "residual":
+            axes.set_yscale("log")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def input_filters(layer: SimilarityMatchingConv2d) -> Tensor:
+    """Rows of W as the input sees them, W Π J: [K, C, k, k]."""
+    weight = rearrange(layer.feedforward, "k c h w -> k (c h w)")
+    if layer.whiten:
+        weight = weight @ Whitening(layer.whitening, layer.whitening_mean).matrix
+    if layer.patch.contrast:
+        weight = weight - weight.mean(dim=1, keepdim=True)
+    return weight.reshape(layer.feedforward.shape)
+
+
+def preferred_images(stack: Stack, index: int, images: Tensor) -> Tensor:
+    """Mean of the images [B, C, H, W], weighted by each channel's mean activity, less the plain mean: [K, C, H, W]."""
+    x = images
+    for layer, config in zip(stack.layers[: index + 1], stack.config.layers[: index + 1], strict=True):
+        x = pooled(layer(x), config)
+    activity = x.flatten(2).mean(dim=2)
+    weight = activity / activity.sum(dim=0, keepdim=True).clamp(min=1e-12)
+    return torch.einsum("bk,bchw->kchw", weight, images) - images.mean(dim=0)
+
+
+def filters(stack: Stack, index: int, images: Tensor, path: Path, limit: int = 64) -> None:
+    """Tiles of a layer's channels: filters of the first layer, preferred images of the others."""
+    layer = stack.layers[index]
+    if index == 0:
+        tiles, title = input_filters(layer), f"layer {index}: feedforward filters in input space"
+    else:
+        tiles = preferred_images(stack, index, images)
+        title = f"layer {index}: activity-weighted mean of {len(images)} test images, less their mean"
+    shown = tiles[:limit].cpu().float()
+    columns = int(np.ceil(np.sqrt(len(shown))))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(0.8 * columns, 0.8 * rows + 0.5), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, tile in zip(grid, shown, strict=False):
+        _show(axes, tile)
+    more = f" (first {len(shown)} of {len(tiles)})" if len(tiles) > len(shown) else ""
+    figure.suptitle(title + more, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _show(axes: matplotlib.axes.Axes, tile: Tensor) -> None:
+    extent = float(tile.abs().amax()) or 1.0
+    if tile.shape[0] == 3:
+        axes.imshow(rearrange(tile / (2 * extent) + 0.5, "c h w -> h w c").numpy())
+    else:
+        axes.imshow(tile.mean(dim=0).numpy(), cmap="RdBu_r", vmin=-extent, vmax=extent)

@@ -1,0 +1,91 @@
+"""From a YAML file and `--set` overrides to plain values, ready for `simmatch.config.parse`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simmatch.config import ConfigError
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as in YAML 1.2 and everywhere else."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises
+    ------
+    ConfigError
+        No such file, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.load(path.read_text(), Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"--config: expected a YAML file, got {path}, which does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"--config: expected a readable YAML file, got {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config: expected YAML in {path}, got: {reason}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config: expected a mapping in {path}, got {type(values).__name__}")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `dotted.key=value` assignments; numbers in a key index lists, values are YAML.
+
+    >>> override({"layers": [{"pool": 4}]}, ["layers.0.pool=7", "mesh.channel=2"])
+    {'layers': [{'pool': 7}], 'mesh': {'channel': 2}}
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set: expected dotted.key=value, got {assignment!r}")
+        try:
+            value = yaml.load(text, Loader)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: expected a YAML value, got {text!r}") from None
+        _assign(values, key, value)
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    target: Any = values
+    for depth, part in enumerate(path):
+        target = _child(target, part, ".".join(path[: depth + 1]))
+    if isinstance(target, list):
+        target[_index(target, last, key)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise ConfigError(f"--set {key}: expected a mapping at {'.'.join(path)}, got {target!r}")
+
+
+def _child(target: Any, part: str, key: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, part, key)]
+    if not isinstance(target, dict):
+        raise ConfigError(f"--set {key}: expected a mapping around it, got {target!r}")
+    if target.get(part) is None:
+        target[part] = {}
+    return target[part]
+
+
+def _index(target: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise ConfigError(f"--set {key}: expected a number from 0 to {len(target) - 1}, got {part!r}")
+    return int(part)

@@ -1,0 +1,112 @@
+"""What a run will hold and move, before anything starts: the text of `--dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import RunConfig
+from jobs.display import size
+from simmatch.config import LayerConfig
+from simmatch.model import InputConfig, layer_inputs
+from simmatch.rows import split_rows
+from simmatch.tile import TAIL
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer on the rank that holds most of it.
+
+    Attributes
+    ----------
+    input, output: [C, H, W] before, and [K, H', W'] after the dynamics (before pooling).
+    rows: channels per rank.
+    columns: N = images per batch × positions.
+    parameters: values of W, M and V held.
+    activation_bytes: full activities, own drive, and the solver's tiles.
+    cache_bytes: input of the layer for all training images, where it is cached.
+    exchange_bytes: bytes that reach a rank in one iteration of the dynamics over one batch.
+    """
+
+    input: tuple[int, int, int]
+    output: tuple[int, int, int]
+    rows: int
+    columns: int
+    parameters: int
+    activation_bytes: int
+    cache_bytes: int
+    exchange_bytes: int
+
+
+def plan_layers(config: RunConfig, source: InputConfig, train_images: int) -> list[LayerPlan]:
+    """Sizes of every layer."""
+    inputs = layer_inputs(config.model, source)
+    return [
+        _plan_layer(config, layer, index, channels, extent, source.num_classes, train_images)
+        for index, (layer, (channels, extent)) in enumerate(zip(config.model.layers, inputs, strict=True))
+    ]
+
+
+def _plan_layer(
+    config: RunConfig,
+    layer: LayerConfig,
+    index: int,
+    channels: int,
+    extent: tuple[int, int],
+    num_classes: int,
+    train_images: int,
+) -> LayerPlan:
+    value_bytes = 8 if config.dtype == "float64" else 4
+    kernel = extent[0] if layer.kernel_size == "full" else layer.kernel_size
+    height, width = ((side + 2 * layer.padding - kernel) // layer.stride + 1 for side in extent)
+    rows = split_rows(layer.out_channels, config.mesh.channel)[0]
+    columns = layer.train.batch_size * height * width
+    classes = num_classes if layer.supervised else 0
+    tile = min(columns, layer.dynamics.tile_columns)
+    in_flight = layer.dynamics.tiles_in_flight if config.mesh.channel > 1 else 1
+    slices = config.mesh.channel * (rows.padded + TAIL)
+    tiles = in_flight * tile * (slices + 5 * rows.count)
+    activations = columns * (layer.out_channels + rows.count)
+    return LayerPlan(
+        input=(channels, *extent),
+        output=(layer.out_channels, height, width),
+        rows=rows.count,
+        columns=columns,
+        parameters=rows.count * (channels * kernel**2 + layer.out_channels + classes),
+        activation_bytes=value_bytes * (activations + tiles),
+        cache_bytes=value_bytes * channels * extent[0] * extent[1] * train_images
+        if index > 0 and config.cache_features
+        else 0,
+        exchange_bytes=value_bytes * (config.mesh.channel - 1) * (rows.padded + TAIL) * columns,
+    )
+
+
+def print_plan(console: Console, config: RunConfig, source: InputConfig, train_images: int) -> None:
+    """The resolved configuration, the mesh, and a table of the layers."""
+    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False)
+    console.print(f"mesh: {config.place()}, {config.place().world_size} rank(s) on {config.device}", highlight=False)
+    table = Table(title="per rank (the one with the most rows)")
+    names = ("layer", "input", "output", "rows", "columns", "parameters", "activations", "cache", "per iteration")
+    for name in names:
+        table.add_column(name, justify="right")
+    for index, plan in enumerate(plan_layers(config, source, train_images)):
+        table.add_row(
+            str(index),
+            "×".join(map(str, plan.input)),
+            "×".join(map(str, plan.output)),
+            f"{plan.rows} of {plan.output[0]}",
+            f"{plan.columns:,}",
+            f"{plan.parameters:,}",
+            size(plan.activation_bytes),
+            size(plan.cache_bytes),
+            size(plan.exchange_bytes),
+        )
+    console.print(table)
+    console.print(
+        "columns: per update; cache: encoded input of the layer; per iteration: bytes received in one iteration of "
+        "the dynamics over one batch",
+        highlight=False,
+    )

@@ -1,0 +1,294 @@
+"""Pre-train a stack of similarity-matching layers: `python -m jobs.pretrain --config FILE`.
+
+Exit status: 0 finished, 1 failed, 2 bad configuration or data (one line, nothing started), 130 or 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.checkpoint import CheckpointError, Reader, read_manifest
+from cluster.config import RunConfig
+from cluster.controller import Controller, Record, RunFailed, curves_from_spool, summarise, write_json
+from cluster.mlflow_model import ModelLogger, load_exported
+from cluster.tracking import Status, Tracker
+from cluster.training import Assignment, source_of
+from jobs import figures
+from jobs.display import PlainDisplay, TerminalDisplay, make_display
+from jobs.options import override, read_yaml
+from jobs.plan import print_plan
+from jobs.run_directory import Start, choose
+from simmatch.config import ConfigError, parse
+from simmatch.data import DataError, Dataset, load_dataset, steps_per_epoch, to_unit
+from simmatch.model import layer_inputs, load_model
+
+BAD_INPUT = 2
+FIGURE_IMAGES = 1000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, build, run. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        config = parse(RunConfig, override(read_yaml(Path(options.config)), options.set))
+        dataset = check(config)
+        if options.dry_run:
+            print_plan(console, config, source_of(dataset), len(dataset.train_images))
+            return 0
+        start = choose(config, options.run_dir, options.resume)
+        if start.resume is not None:
+            check_checkpoint(config, start.resume)
+        tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported))
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    return Job(config, dataset, start, tracker, console).run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.pretrain",
+        description="Pre-train a stack of similarity-matching layers on Ray, logged to MLflow.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see jobs/configs")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, e.g. --set mesh.channel=3 --set model.layers.0.out_channels=32; repeatable",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run's files go (default: runs/<name>)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|DIR",
+        help="auto: continue an unfinished run of this configuration; never: a new run; DIR: a run or a checkpoint",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, mesh and sizes; start nothing")
+    return parser
+
+
+def check(config: RunConfig) -> Dataset:
+    """Everything that can be wrong before a process starts; returns the data set.
+
+    Raises
+    ------
+    ConfigError, DataError
+        One line each, naming the key.
+    """
+    config.place()
+    dataset = load_dataset(config.data)
+    layer_inputs(config.model, source_of(dataset))
+    for index, layer in enumerate(config.model.layers):
+        try:
+            steps_per_epoch(len(dataset.train_images), layer.train.batch_size, images=layer.train.images)
+        except ValueError as error:
+            raise ConfigError(f"model.layers.{index}.train.images: {error}") from None
+    return dataset
+
+
+def check_checkpoint(config: RunConfig, folder: Path) -> None:
+    """Refuse a checkpoint whose files are damaged or whose tensors do not fit the model."""
+    manifest = read_manifest(folder)
+    reader = Reader(folder, manifest)
+    for index in range(len(manifest.layers)):
+        reader.check_channels(f"layers.{index}.feedforward", config.model.layers[index].out_channels)
+
+
+class Job:
+    """One run in this process: Ray, the controller, the records."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, start: Start, tracker: Tracker, console: Console) -> None:
+        self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
+        self.run_dir = start.run_dir
+        self.started = time.monotonic()
+        self.record = Record()
+
+    def run(self) -> int:
+        """Train, look at the result, record it. Returns the exit status."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        resolved = self.config.model_dump(mode="json")
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, _interrupt)
+        status: Status = "FAILED"
+        message: str | None = None
+        code = 1
+        with make_display(self.console) as display:
+            display.note(self.start.note)
+            try:
+                self._describe()
+                self._train(display)
+                status, code = "FINISHED", 0
+            except (RunFailed, ConfigError) as error:
+                message, code = str(error), BAD_INPUT if isinstance(error, ConfigError) else 1
+            except Interrupted as error:
+                status, message, code = "KILLED", str(error), 128 + error.signum
+            finally:
+                _shut_down_ray()
+                self._finish(display, status, message)
+        if message is not None:
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+    def _train(self, display: TerminalDisplay | PlainDisplay) -> None:
+        address = start_ray(self.config.place().world_size * self.config.cluster.cpus_per_rank)
+        from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
+
+        display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
+        controller = Controller(
+            self.config, self.run_dir, WorkerGroup, self.tracker, display, resume=self.start.resume
+        )
+        self.record = controller.record
+        self.record.curves = curves_from_spool(self.run_dir, self.start.resume)
+        controller.run()
+        display.note("drawing figures and logging the model")
+        self._look()
+
+    # ------------------------------------------------------------------------------------------- records
+
+    def _describe(self) -> None:
+        """What is known before the first step."""
+        config, tracker = self.config, self.tracker
+        tags = {
+            "simmatch.git_commit": _git_commit(),
+            "simmatch.world_size": str(config.place().world_size),
+            "simmatch.mesh": str(config.place()),
+            "simmatch.host": os.uname().nodename,
+            "simmatch.device": config.device,
+        }
+        tracker.start(self.run_dir.name, layers=len(config.model.layers), tags=tags)
+        values = config.model_dump(mode="json")
+        layers = values["model"].pop("layers")
+        tracker.params({key: value for key, value in values.items() if key not in ("tracking", "cluster", "mesh")})
+        for index, layer in enumerate(layers):
+            tracker.params(layer, layer=index)
+        tracker.artifact(self.run_dir / "config.yaml")
+        digest = sha256(self.dataset.train_images.numpy().tobytes()).hexdigest()[:16]
+        tracker.dataset(
+            self.dataset.name, source=self.dataset.name, digest=digest, num_images=len(self.dataset.train_images)
+        )
+
+    def _look(self) -> None:
+        """Figures and the exported model, once training is over."""
+        folder = self.run_dir / "figures"
+        folder.mkdir(exist_ok=True)
+        stack = load_model(self.run_dir / "model")
+        images = to_unit(self.dataset.test_images[:FIGURE_IMAGES], stack.dtype)
+        for index in range(len(stack.layers)):
+            path = folder / f"filters-layer-{index}.png"
+            figures.filters(stack, index, images, path)
+            self.tracker.figure(path, layer=index)
+            self.tracker.figure(path)
+        figures.training_curves(self.record.curves, folder / "training-curves.png")
+        self.tracker.figure(folder / "training-curves.png")
+        self.tracker.model(self.run_dir / "model", tuple(self.dataset.train_images.shape[1:]))
+
+    def _finish(self, display: TerminalDisplay | PlainDisplay, status: Status, message: str | None) -> None:
+        """Truthful records, whatever happened."""
+        seconds = time.monotonic() - self.started
+        summary = summarise(self.config, self.record, status=status, seconds=seconds, run_id=None, message=message)
+        names = ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged", "num_exchanges", "seconds")
+        final = {name: float(summary[name]) for name in names if summary[name] is not None}
+        self.tracker.metrics(self.record.steps, final)
+        self.tracker.finish(status)
+        pending = self.tracker.close()
+        summary["mlflow_run_id"] = self.tracker.run_id
+        write_json(self.run_dir / "summary.json", summary)
+        if pending:
+            display.note(f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {self.run_dir}")
+        if status == "FINISHED":
+            self._print(summary)
+
+    def _print(self, summary: dict[str, Any]) -> None:
+        table = Table(title=f"{self.config.name}: {summary['steps']} updates in {summary['seconds']:.0f} s")
+        for name in ("layer", "objective", "residual", "iterations", "active", "dead"):
+            table.add_column(name, justify="right")
+        for index, layer in enumerate(summary["layers"]):
+            table.add_row(
+                str(index),
+                f"{layer['objective']:.3f}",
+                f"{layer['residual']:.1e}",
+                f"{layer['num_iters']:.0f}",
+                f"{100 * layer['active_fraction']:.0f} %",
+                f"{layer['dead_channels']:.0f}",
+            )
+        self.console.print(table)
+        lines = [f"test accuracy, {summary['readout']} readout on frozen features: {summary['accuracy']:.4f}"]
+        if summary["accuracy_decode"] is not None:
+            lines.append(f"test accuracy, nearest column of V, no classifier: {summary['accuracy_decode']:.4f}")
+        lines.append(f"model, figures, summary: {self.run_dir}")
+        if self.config.tracking.enabled:
+            lines.append(f"MLflow run: {summary['mlflow_run_id']} (make ui)")
+        for line in lines:
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class Interrupted(BaseException):
+    """A signal asked the job to end."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"ended by {signal.Signals(signum).name}")
+
+
+def _interrupt(signum: int, _: FrameType | None) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)
+    raise Interrupted(signum)
+
+
+def start_ray(cpus: int) -> str:
+    """Join the cluster of `RAY_ADDRESS`, or start an embedded one for this run. Returns a word on which."""
+    # read when ray is imported: no usage reports, and accelerators stay visible to actors that reserve none
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="error")
+        return f"cluster at {ray.get_runtime_context().gcs_address}"
+    ray.init(
+        address="local",
+        num_cpus=max(cpus, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    return "embedded"
+
+
+def _shut_down_ray() -> None:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+def _git_commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Where a run's files go, and whether it starts afresh or continues."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.checkpoint import MANIFEST, newest, read_manifest
+from cluster.config import RunConfig
+from simmatch.config import ConfigError
+
+FREE = ("cluster", "tracking", "checkpoint", "probe", "mesh", "device", "log_every", "encode_batch", "cache_features")
+"""Keys that may differ between a run and its continuation: they change where and how, not what is learnt."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run directory, and the checkpoint to continue from if there is one."""
+
+    run_dir: Path
+    resume: Path | None
+    note: str
+
+
+def default_root() -> Path:
+    """`runs` in the working directory; in a Ray job, whose working directory is a throw-away copy, in the home."""
+    return Path.home() / "simmatch" / "runs" if in_throw_away_copy() else Path("runs")
+
+
+def in_throw_away_copy() -> bool:
+    """Whether the working directory is one that Ray has unpacked for a job and will delete."""
+    return "runtime_resources" in Path.cwd().parts and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
+    """Decide where to run.
+
+    Parameters
+    ----------
+    run_dir: the user's folder, or None for `runs/<name>`.
+    resume: `auto` continues an unfinished run of this configuration and starts a numbered new one beside a finished
+        one; `never` starts anew; anything else is a run directory or a checkpoint to continue from.
+
+    Raises
+    ------
+    ConfigError
+        A relative folder inside a Ray job's copy, an unfinished run of another configuration, or a checkpoint that
+        does not fit.
+    """
+    if run_dir is not None and in_throw_away_copy() and not Path(run_dir).is_absolute():
+        raise ConfigError(
+            f"--run-dir: expected an absolute path inside a Ray job, whose working directory is a copy that is "
+            f"deleted, got {run_dir!r}"
+        )
+    base = (Path(run_dir) if run_dir is not None else default_root() / config.name).absolute()
+    if resume not in ("auto", "never"):
+        return _from(config, base, Path(resume).absolute())
+    for candidate in _numbered(base):
+        if not (candidate / "config.yaml").exists():
+            if candidate.exists() and not candidate.is_dir():
+                raise ConfigError(f"--run-dir: expected a folder, got the file {candidate}")
+            return Start(candidate, None, f"a new run in {candidate}")
+        if resume == "never" or _status(candidate) == "FINISHED":
+            continue
+        _check_same(config, candidate)
+        checkpoint = newest(candidate)
+        origin = "no checkpoint yet: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
+        return Start(candidate, checkpoint, f"continuing the unfinished run in {candidate}, {origin}")
+    raise AssertionError("unreachable: the numbers do not end")
+
+
+def _numbered(base: Path) -> Iterator[Path]:
+    yield base
+    number = 2
+    while True:
+        yield base.with_name(f"{base.name}-{number}")
+        number += 1
+
+
+def _from(config: RunConfig, base: Path, source: Path) -> Start:
+    """Continue the run in `source`, or start a new one at `base` from the checkpoint `source`."""
+    if (source / "config.yaml").exists():
+        _check_same(config, source)
+        return Start(source, newest(source), f"continuing the run in {source}")
+    if not (source / MANIFEST).exists():
+        raise ConfigError(f"--resume: expected auto, never, a run directory or a checkpoint, got {source}")
+    _check_differences(config, read_manifest(source).config, source)
+    fresh = next(path for path in _numbered(base) if not (path / "config.yaml").exists())
+    return Start(fresh, source, f"a new run in {fresh} from {source}")
+
+
+def _status(run_dir: Path) -> str | None:
+    try:
+        status = json.loads((run_dir / "summary.json").read_text()).get("status")
+    except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+        return None
+    return status if isinstance(status, str) else None
+
+
+def _check_same(config: RunConfig, run_dir: Path) -> None:
+    _check_differences(config, yaml.safe_load((run_dir / "config.yaml").read_text()), run_dir)
+
+
+def _check_differences(config: RunConfig, other: Any, where: Path) -> None:
+    """Refuse to continue a run whose configuration would have learnt something else."""
+    if not isinstance(other, dict):
+        raise ConfigError(f"--resume: expected the configuration of a run in {where}, got {type(other).__name__}")
+    ours = dict(_flat(config.model_dump(mode="json")))
+    theirs = dict(_flat(other))
+    differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    differing = [key for key in differing if key.split(".")[0] not in FREE and key != "name"]
+    if differing:
+        parts = "; ".join(f"{key}: expected {theirs.get(key)!r}, got {ours.get(key)!r}" for key in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ConfigError(
+            f"--resume: {where} was made by another configuration: {parts}{more}; use --resume never or --run-dir"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}{key}.")
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from _flat(value, f"{prefix}{index}.")
+    else:
+        yield prefix.rstrip("."), values

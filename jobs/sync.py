@@ -1,0 +1,112 @@
+"""Send to MLflow what a run has recorded and not sent yet: `python -m jobs.sync runs/fashion`.
+
+Sending again does no harm: MLflow keeps one copy of each row. Another server (`--uri`) gets the whole run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster.mlflow_model import ModelLogger, load_exported
+from cluster.mlflow_sink import PARENT
+from cluster.sender import Sender
+from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
+from cluster.tracking import HIDDEN, URI_VARIABLE, check_uri, make_sender, redact
+from simmatch.config import ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 with everything sent, 1 if something is left or refused, 2 for a wrong call."""
+    options = _parser().parse_args(arguments)
+    run_dir = Path(options.run_dir).absolute()
+    spool = Spool(run_dir / SPOOL_NAME)
+    try:
+        start, ended = _look_through(spool)
+        uri = check_uri(options.uri or _recorded_uri(start))
+        spool.open()
+    except (ConfigError, SpoolBusyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported))
+        sender.load()
+        _send(sender, options.wait)
+        return _report(sender, redact(uri), ended)
+    finally:
+        spool.close()
+
+
+def _look_through(spool: Spool) -> tuple[Event, bool]:
+    """The first event, and whether the last attempt came to an end."""
+    if not spool.path.is_file():
+        raise ConfigError(f"RUN_DIR: expected a folder with {SPOOL_NAME}, got {spool.path.parent}")
+    start, ended = None, False
+    for event, _ in spool.read():
+        start = start or event
+        if event.get("kind") in ("start", "finish"):
+            ended = event["kind"] == "finish"
+    if start is None or start.get("kind") != "start":
+        raise ConfigError(f"RUN_DIR: expected {SPOOL_NAME} to begin with the start of a run, got {spool.path}")
+    return start, ended
+
+
+def _recorded_uri(start: Event) -> str:
+    """Where the job sent to; the spool holds no passwords, so one with a password comes from the environment."""
+    recorded, ambient = str(start["uri"]), os.environ.get(URI_VARIABLE, "")
+    if HIDDEN not in recorded:
+        return recorded
+    if redact(ambient) == recorded:
+        return ambient
+    raise ConfigError(f"--uri: expected {recorded} with its password here or in ${URI_VARIABLE}, got none")
+
+
+def _send(sender: Sender, wait_s: float) -> None:
+    """Send until done, or until nothing was accepted for `wait_s`."""
+    console = Console(stderr=True)
+    columns = (TextColumn("sending events"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sender.pending())
+
+        def on_sent(sent: int) -> None:
+            progress.advance(task, sent)
+            if sent:
+                sender.close(wait_s)
+
+        sender.close(wait_s)
+        sender.run(on_sent)
+
+
+def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
+    pending = sender.pending()
+    print(f"{sender.sent - sender.rejected} events sent to {shown_uri}, run {sender.runs.get(PARENT, 'unknown')}")
+    for note in sender.notes:
+        print(f"refused: {note}", file=sys.stderr)
+    if pending:
+        print(f"error: {pending} events are left; the latest attempt said: {sender.last_error}", file=sys.stderr)
+    elif not ended:
+        print("the run recorded no end, so MLflow shows it as running")
+    return 1 if pending or sender.rejected else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.sync", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run, the one that holds events.jsonl")
+    parser.add_argument("--uri", help="MLflow's tracking URI (default: the one the job used)")
+    parser.add_argument(
+        "--wait", type=float, default=60.0, metavar="S", help="give up after so long without success (default: 60)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=10.0, metavar="S", help="longest wait for one answer (default: 10)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

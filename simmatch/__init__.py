@@ -1,0 +1,23 @@
+"""Similarity matching: layers that learn by local rules, solved to a certified residual."""
+
+from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
+from simmatch.dynamics import ConvergenceWarning, Solution, solve
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.model import Stack, load_model, save_model
+from simmatch.plasticity import Statistics
+
+__all__ = [
+    "ConfigError",
+    "ConvergenceWarning",
+    "DynamicsConfig",
+    "LayerConfig",
+    "ModelConfig",
+    "PlasticityConfig",
+    "SimilarityMatchingConv2d",
+    "Solution",
+    "Stack",
+    "Statistics",
+    "load_model",
+    "save_model",
+    "solve",
+]

@@ -1,0 +1,256 @@
+"""Typed, frozen configuration of the method, checked once at the edge.
+
+Every class here refuses unknown keys and wrong types. `parse` turns a plain mapping (a YAML file, say) into
+one of them and raises a `ConfigError` whose single line names the key, what was expected and what was given.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the expectation and the value given."""
+
+
+class Frozen(BaseModel):
+    """Base of all configuration: immutable, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class DynamicsConfig(Frozen):
+    """How the fast dynamics y* = argmin over y ≥ 0 of ½ yᵀM y − yᵀd is solved.
+
+    See `simmatch.dynamics` for the solvers, the residual and the meaning of an iteration.
+    """
+
+    solver: Literal["accelerated", "projected_gradient"] = "accelerated"
+    """`accelerated`: projected gradient with Nesterov momentum, adaptive restart and certified step 1/λ̂.
+    `projected_gradient`: the fixed-step reference."""
+
+    tolerance: NonNegativeFloat = 1e-2
+    """A column stops once its relative residual is at most this. 0 runs exactly `max_iterations`."""
+
+    max_iterations: PositiveInt = 200
+    """Iterations after which the solver stops in any case."""
+
+    encode_iterations: PositiveInt = 30
+    """Fixed number of iterations in evaluation: what the next layer, the readouts and an exported model see."""
+
+    check_every: PositiveInt = 4
+    """Iterations between two looks at the residual and the restart test."""
+
+    step: PositiveFloat | None = None
+    """Step of `projected_gradient`. None: 1.9 / λ̂ with the certified bound λ̂. Anything at or above 2/λmax(M)
+    may diverge; 1.0 reproduces the authors' code."""
+
+    ridge: NonNegativeFloat = 1e-6
+    """The system solved is M + ridge · mean(diag M) · I, never stored: a singular M has no minimum otherwise."""
+
+    exchange: Literal["every_iteration"] = "every_iteration"
+    """What shards exchange: `every_iteration` gathers the activities once per iteration."""
+
+    tile_columns: PositiveInt = 1024
+    """Columns (images × positions) per tile; a tile's working set should fit the cache."""
+
+    tiles_in_flight: PositiveInt = 2
+    """Tiles whose dynamics advance in turn, so that one computes while another's exchange is under way."""
+
+    def encoding(self) -> DynamicsConfig:
+        """The same dynamics with a fixed number of iterations, as used in evaluation and in an exported model."""
+        return self.model_copy(update={"tolerance": 0.0, "max_iterations": self.encode_iterations})
+
+
+class PlasticityConfig(Frozen):
+    """How the slow variables W (feedforward), M (lateral) and V (label) learn.
+
+    ΔW = η (⟨y xᵀ⟩ − W), ΔM = (η/τ)(⟨y yᵀ⟩ − M), ΔV = η (⟨y zᵀ⟩ − V⟨z zᵀ⟩) diag(1/p̂)
+    """
+
+    rule: Literal["similarity_matching"] = "similarity_matching"
+    """Name of the rule in `simmatch.plasticity.RULES`."""
+
+    lr: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """η at the first update."""
+
+    lr_decay_steps: PositiveInt | None = None
+    """η falls as lr / (1 + step / lr_decay_steps). None keeps it constant."""
+
+    tau: PositiveFloat = 0.5
+    """Divides M's rate. 0 ≤ η/τ ≤ 1 keeps M positive semidefinite and entrywise nonnegative."""
+
+    dead_after: PositiveInt = 50
+    """A channel is dead once it was silent on every column of so many updates in a row."""
+
+    revive: bool = True
+    """Re-draw the feedforward row of a dead channel (a local rule); dead channels are counted either way."""
+
+    @model_validator(mode="after")
+    def _rates_keep_lateral_valid(self) -> PlasticityConfig:
+        if self.lr > self.tau:
+            raise ValueError(f"expected lr / tau at most 1, got lr={self.lr:g} with tau={self.tau:g}")
+        return self
+
+
+class TrainConfig(Frozen):
+    """How long one layer learns."""
+
+    epochs: PositiveInt = 1
+    """Passes over the images."""
+
+    images: PositiveInt | None = None
+    """Images per pass, drawn anew each epoch. None: all."""
+
+    batch_size: PositiveInt = 100
+    """Images per update."""
+
+
+class LayerConfig(Frozen):
+    """One convolutional similarity-matching layer, its geometry, its rates and its training."""
+
+    out_channels: PositiveInt
+    """K, the number of neurons (output channels)."""
+
+    kernel_size: PositiveInt | Literal["full"]
+    """k of the k × k patches; `full` covers the whole input map, which makes the layer dense."""
+
+    stride: PositiveInt = 1
+    padding: NonNegativeInt = 0
+
+    normalize: Literal["none", "contrast"] = "none"
+    """`contrast`: subtract each patch's mean and divide by its standard deviation (clamped)."""
+
+    contrast_floor: PositiveFloat = 0.1
+    """Least standard deviation a patch is divided by, in units of the input."""
+
+    whiten: bool = False
+    """ZCA-whiten the patches with statistics taken once, before the layer learns."""
+
+    whiten_ridge: PositiveFloat = 0.1
+    """Added to the eigenvalues of the patch covariance before inversion, relative to their mean."""
+
+    whiten_images: PositiveInt = 10_000
+    """Images from which the patch statistics are taken."""
+
+    whiten_patches: PositiveInt = 200_000
+    """Patches sampled from those images, at random positions."""
+
+    supervised: bool = False
+    """Learn the label weights V and let labels act on the dynamics with `label_gain`."""
+
+    label_gain: NonNegativeFloat = 0.0
+    """Variance of a label direction over the mean variance of an input direction: α = label_gain · tr C_x / P.
+    On whitened input, the ratio of the two views' eigenvalues in the canonical correlation objective."""
+
+    pool: PositiveInt | None = None
+    """Average-pool the activities to a map of this height and width before the next layer or a readout."""
+
+    dynamics: DynamicsConfig = DynamicsConfig()
+    plasticity: PlasticityConfig = PlasticityConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _gain_needs_labels(self) -> LayerConfig:
+        if self.label_gain > 0 and not self.supervised:
+            raise ValueError(f"expected supervised: true with label_gain={self.label_gain:g}, got supervised: false")
+        return self
+
+
+class ModelConfig(Frozen):
+    """A stack of layers; layer l reads the label-free, pooled activity of layer l − 1."""
+
+    layers: Annotated[tuple[LayerConfig, ...], Field(min_length=1, strict=False)]
+
+    features: Literal["last", "all"] = "last"
+    """What a readout sees: the pooled activities of the last layer, or of all layers side by side."""
+
+
+class DataConfig(Frozen):
+    """Which images, and where they lie."""
+
+    name: str
+    """Name of the data set in `simmatch.data.DATASETS`."""
+
+    root: str | None = None
+    """Folder of the files. None: `$SIMMATCH_DATA`, then the Debian package's folder, then a download."""
+
+    train_images: PositiveInt | None = None
+    """Use only the first so many training images. None: all."""
+
+    test_images: PositiveInt | None = None
+    """Use only the first so many test images. None: all."""
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Validate a plain mapping as `cls`.
+
+    Raises
+    ------
+    ConfigError
+        One line per fault: `key: expected …, got …`.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(cls, fault) for fault in error.errors())) from None
+
+
+def _describe(cls: type[BaseModel], fault: Any) -> str:
+    """One fault of pydantic's in our words: key, expectation, value given."""
+    # pydantic puts the member of a union it tried ('int', 'literal[...]') into the location: not a key of the user's
+    location = [part for part in fault["loc"] if isinstance(part, int) or _is_key(str(part))]
+    key = ".".join(str(part) for part in location) or "configuration"
+    given, kind = fault.get("input"), fault["type"]
+    if kind == "extra_forbidden":
+        known = sorted(_known_keys(cls, location[:-1]))
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        return f"{key}: unknown key; expected one of {', '.join(known)}; got '{location[-1]}'{hint}"
+    if kind == "missing":
+        return f"{key}: expected a value, got nothing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}"
+    message = message.replace("Input should be ", "").replace("a valid ", "a ")
+    return f"{key}: expected {message}, got {given!r}"
+
+
+def _is_key(part: str) -> bool:
+    return part.isidentifier() and part not in {"int", "float", "str", "bool", "none"}
+
+
+def _known_keys(cls: type[BaseModel], path: list[Any]) -> Iterator[str]:
+    """The keys that `cls` knows at a dotted path."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = cls.model_fields.get(str(part))
+        inner = _inner_model(field.annotation) if field else None
+        if inner is None:
+            return
+        cls = inner
+    yield from cls.model_fields
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The configuration class inside an annotation such as `tuple[LayerConfig, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        inner = _inner_model(argument)
+        if inner is not None:
+            return inner
+    return None

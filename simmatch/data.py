@@ -1,0 +1,522 @@
+"""Data sets, where their files are found, and the order in which images are visited.
+
+To add a data set write one function `(name, folder) -> Dataset` and one entry of `DATASETS`. Files are read without
+executing anything they contain; whatever is wrong with them is a `DataError` of one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import http.client
+import io
+import math
+import os
+import pickle
+import socket
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simmatch.config import ConfigError, DataConfig
+
+
+class DataError(ValueError):
+    """Images or labels that cannot be used; one line that names the file or the data set and what is wrong."""
+
+
+class DataNotFoundError(DataError):
+    """No place that was looked at holds the data set's files."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels as stored, checked when built.
+
+    Raises
+    ------
+    DataError
+        Counts that differ, a label outside the classes, a value that is not finite (index and value are named).
+    """
+
+    name: str
+    train_images: Tensor
+    """`[N, C, H, W]`, uint8, or float32 in [0, 1]."""
+    train_labels: Tensor
+    """`[N]`, int64."""
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        _check_split(f"{self.name} train", self.train_images, self.train_labels, self.num_classes)
+        _check_split(f"{self.name} test", self.test_images, self.test_labels, self.num_classes)
+        train, test = tuple(self.train_images.shape[1:]), tuple(self.test_images.shape[1:])
+        if train != test:
+            raise DataError(f"{self.name}: expected test images of the training images' shape {train}, got {test}")
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return self.train_images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.train_images.shape[2], self.train_images.shape[3]
+
+
+def _check_split(what: str, images: Tensor, labels: Tensor, num_classes: int) -> None:
+    if images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32) or 0 in images.shape:
+        raise DataError(
+            f"{what}: expected uint8 or float32 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}"
+        )
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise DataError(f"{what}: expected int64 labels [N], got {labels.dtype} {tuple(labels.shape)}")
+    if len(images) != len(labels):
+        raise DataError(f"{what}: expected one label per image, got {len(images)} images and {len(labels)} labels")
+    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(outside):
+        index = int(outside[0])
+        raise DataError(f"{what}: expected labels 0 to {num_classes - 1}, got {int(labels[index])} at index {index}")
+    broken = (~torch.isfinite(images)).nonzero() if images.is_floating_point() else images.new_empty(0)
+    if len(broken):
+        index, *position = broken[0].tolist()
+        value = images[index][tuple(position)].item()
+        raise DataError(f"{what}: expected finite values, got {value} in image {index} at {position}")
+
+
+# -- file formats ------------------------------------------------------------------------------------------------------
+
+_IDX_DTYPES: dict[int, np.dtype[Any]] = {0x08: np.dtype(np.uint8), 0x0D: np.dtype(">f4")}
+
+
+def read_idx(path: Path, num_dims: int) -> Tensor:
+    """Read an IDX file, plain or gzipped, of uint8 or float32 values.
+
+    Returns
+    -------
+    Tensor
+        uint8 or float32, of the `num_dims` sizes that the file declares.
+
+    Raises
+    ------
+    DataError
+        Not such a file, or its length differs from what it declares; at most that length is ever held.
+    """
+    try:
+        with path.open("rb") as raw:
+            is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
+            return _parse_idx(gzip.GzipFile(fileobj=raw) if is_gzip else raw, path, num_dims)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _parse_idx(file: IO[bytes] | gzip.GzipFile, path: Path, num_dims: int) -> Tensor:
+    header = _read(file, 4 + 4 * num_dims)
+    if header[:2] != b"\0\0" or len(header) < 4:
+        raise DataError(f"{path}: expected an IDX file, which starts with 00 00, got '{header[:4].hex(' ')}'")
+    dtype = _IDX_DTYPES.get(header[2])
+    if dtype is None:
+        raise DataError(f"{path}: expected IDX type code 0x08 (uint8) or 0x0d (float32), got 0x{header[2]:02x}")
+    if header[3] != num_dims:
+        raise DataError(f"{path}: expected {num_dims} dimensions, got {header[3]}")
+    if len(header) < 4 + 4 * num_dims:
+        raise DataError(f"{path}: expected a header of {4 + 4 * num_dims} bytes, got {len(header)}")
+    shape = struct.unpack_from(f">{num_dims}I", header, 4)
+    if 0 in shape:
+        raise DataError(f"{path}: expected sizes of at least 1, got {shape}")
+    expected = math.prod(shape) * dtype.itemsize
+    body = _read(file, expected + 1)
+    if len(body) != expected:
+        given = len(body) if len(body) < expected else "more"
+        raise DataError(f"{path}: expected {expected} bytes after the header for sizes {shape}, got {given}")
+    values = np.frombuffer(body, dtype).reshape(shape)
+    return torch.from_numpy(values.astype(dtype.newbyteorder("="), copy=False))
+
+
+def _read(file: IO[bytes] | gzip.GzipFile, limit: int) -> bytearray:
+    """At most `limit` bytes, in pieces: a declared size is never allocated before its bytes are seen."""
+    content = bytearray()
+    while len(content) < limit and (piece := file.read(min(limit - len(content), 1 << 20))):
+        content += piece
+    return content
+
+
+class _Recorded:
+    """Stands in for every object of numpy's that a pickle names: keeps what it is handed, runs nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+# The C unpickler allocates its memo table from an index in the file; this one keeps a dict.
+class _BatchUnpickler(pickle._Unpickler):
+    """Reads a CIFAR batch; a name outside `allowed` is refused and no name is ever imported."""
+
+    allowed = frozenset({"_reconstruct", "ndarray", "dtype", "encode"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] not in ("numpy", "_codecs") or name not in self.allowed:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _Recorded
+
+
+_CIFAR_SHAPE = (3, 32, 32)
+
+
+def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+    """Read one file of CIFAR-10, of the python or (suffix `.bin`) of the binary version.
+
+    Returns
+    -------
+    tuple of Tensor
+        Images uint8 `[n, 3, 32, 32]` and labels int64 `[n]`.
+    """
+    try:
+        content = path.read_bytes()
+        images, labels = _parse_binary(content) if path.suffix == ".bin" else _parse_pickle(content)
+        return torch.from_numpy(images.reshape(-1, *_CIFAR_SHAPE)), torch.tensor(labels, dtype=torch.int64)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: expected a batch of CIFAR-10: {reason}") from None
+
+
+def _parse_binary(content: bytes) -> tuple[np.ndarray, list[int]]:
+    size = 1 + math.prod(_CIFAR_SHAPE)
+    if not content or len(content) % size:
+        raise ValueError(f"expected a multiple of {size} bytes, got {len(content)}")
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    return records[:, 1:].copy(), records[:, 0].tolist()
+
+
+def _parse_pickle(content: bytes) -> tuple[np.ndarray, list[int]]:
+    # latin1 turns the byte strings of Python 2 into text, one character a byte
+    batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
+    labels, (_, shape, dtype, is_fortran, raw) = batch["labels"], batch["data"].state
+    raw = raw.args[0] if isinstance(raw, _Recorded) else raw
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    if dtype.args[0] != "u1" or len(shape) != 2 or shape[1] != math.prod(_CIFAR_SHAPE) or len(raw) != math.prod(shape):
+        raise ValueError(f"expected uint8 data [n, {math.prod(_CIFAR_SHAPE)}], got {dtype.args[0]} {shape}")
+    if len(labels) != shape[0] or not all(type(label) is int for label in labels):
+        raise ValueError(f"expected {shape[0]} integer labels, got {len(labels)} values")
+    images = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if is_fortran else "C")
+    return images.copy(order="C"), labels
+
+
+# -- readers: (name, folder) -> Dataset --------------------------------------------------------------------------------
+
+
+def read_mnist_folder(name: str, folder: Path) -> Dataset:
+    """The four IDX files of MNIST or of a data set with its format; images `[N, 1, H, W]`."""
+    parts = [read_idx(_stored(folder, file), 3 if "images" in file else 1) for file in _IDX_FILES]
+    train, train_labels, test, test_labels = parts
+    return Dataset(name, train[:, None], train_labels.long(), test[:, None], test_labels.long(), num_classes=10)
+
+
+def read_cifar10_folder(name: str, folder: Path) -> Dataset:
+    """CIFAR-10, python or binary version, whichever the folder holds; images `[N, 3, 32, 32]`."""
+    files = _CIFAR_BIN if _holds(folder, _CIFAR_BIN) else _CIFAR_PY
+    *train, (test_images, test_labels) = [read_cifar_batch(folder / file) for file in files]
+    images, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
+    return Dataset(name, images, labels, test_images, test_labels, num_classes=10)
+
+
+def read_digits(name: str, folder: Path | None = None) -> Dataset:
+    """The 8 × 8 digits inside scikit-learn: `[1437, 1, 8, 8]` and `[360, 1, 8, 8]` in [0, 1], always the same split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.float32) / 16)[:, None]  # 17 grey levels, 0 to 16
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=digits.target, random_state=0)
+    return Dataset(name, images[train], labels[train], images[test], labels[test], num_classes=10)
+
+
+_IDX_FILES = tuple(f"{part}-idx{n}-ubyte" for part, n in (
+    ("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1)
+))  # fmt: skip
+_CIFAR_PY = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_CIFAR_BIN = tuple(f"{file}.bin" for file in _CIFAR_PY)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one data set is read and where its files may lie."""
+
+    read: Callable[[str, Path], Dataset]
+    """Called with the data set's name and the folder that was found."""
+    layouts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(folder below a place, files it must hold), tried in order. Empty: the data set needs no files."""
+    system_folder: Path | None = None
+    """Where a package of the operating system puts the files."""
+    torchvision_class: str | None = None
+    """Name in `torchvision.datasets` of the class that downloads it."""
+    package: str | None = None
+    """Debian's package of it."""
+
+
+DATASETS: dict[str, Source] = {
+    "fashion_mnist": Source(
+        read_mnist_folder,
+        tuple(
+            (folder, _IDX_FILES)
+            for folder in ("fashion-mnist", "usr/share/datasets/fashion-mnist", "FashionMNIST/raw", "")
+        ),
+        system_folder=Path("/usr/share/datasets/fashion-mnist"),
+        torchvision_class="FashionMNIST",
+        package="dataset-fashion-mnist",
+    ),
+    "mnist": Source(
+        read_mnist_folder,
+        tuple((folder, _IDX_FILES) for folder in ("mnist", "MNIST/raw", "")),
+        torchvision_class="MNIST",
+    ),
+    "cifar10": Source(
+        read_cifar10_folder,
+        (
+            ("cifar-10-batches-py", _CIFAR_PY),
+            ("cifar-10-batches-bin", _CIFAR_BIN),
+            ("", _CIFAR_PY),
+            ("", _CIFAR_BIN),
+        ),
+        torchvision_class="CIFAR10",
+    ),
+    "digits": Source(read_digits),
+}
+
+
+# -- finding and loading -----------------------------------------------------------------------------------------------
+
+
+def load_dataset(config: DataConfig, *, allow_download: bool = False) -> Dataset:
+    """Find and read a data set.
+
+    The files are looked for in this order, and the first place that holds all of them is read:
+
+    1. `data.root`: if given, nothing else is looked at;
+    2. `$SIMMATCH_DATA`;
+    3. `/usr/share/datasets/fashion-mnist`, where Debian's `dataset-fashion-mnist` puts them (Fashion-MNIST only);
+    4. `data/` in the working directory, which `make data` fills;
+    5. with `allow_download` and without `data.root`: torchvision's download into `$SIMMATCH_DATA`, else `data/`.
+
+    In a place, IDX files (plain or gzipped) may lie directly, in `fashion-mnist/`, in
+    `usr/share/datasets/fashion-mnist/` or as torchvision leaves them (`FashionMNIST/raw/`); CIFAR-10's directly, in
+    `cifar-10-batches-py/` or in `cifar-10-batches-bin/`. `digits` needs no files.
+
+    Raises
+    ------
+    ConfigError
+        An unknown `data.name`, or more images asked for than there are.
+    DataNotFoundError
+        No place holds the files; the message lists the places and how to get the files.
+    DataError
+        The files found cannot be used.
+    """
+    source = _source(config.name)
+    if not source.layouts:
+        return _first_images(source.read(config.name, Path()), config)
+    try:
+        folder = _find(config, source)
+    except DataNotFoundError:
+        if not allow_download or config.root is not None:
+            raise
+        download(config.name, default_root())
+        folder = _find(config, source)
+    return _first_images(source.read(config.name, folder), config)
+
+
+def default_root() -> Path:
+    """Where a download goes: `$SIMMATCH_DATA`, else `data/` in the working directory."""
+    return Path(os.environ.get("SIMMATCH_DATA") or "data")
+
+
+def download(name: str, root: Path, *, timeout_s: float = 10.0) -> None:
+    """Have torchvision download a data set into `root`, in torchvision's layout.
+
+    Raises
+    ------
+    DataError
+        No such download, or it failed; a connection silent for `timeout_s` counts as failed.
+    """
+    torchvision_class = _source(name).torchvision_class
+    if torchvision_class is None:
+        raise DataError(f"{name}: there is no download for it")
+    import torchvision.datasets
+
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout_s)  # torchvision opens its connections without one
+    try:
+        getattr(torchvision.datasets, torchvision_class)(str(root), download=True)
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
+        raise DataError(f"{name}: torchvision's download failed: {' '.join(str(error).split())}") from None
+    finally:
+        socket.setdefaulttimeout(previous)
+
+
+def _source(name: str) -> Source:
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"data.name: expected one of {', '.join(sorted(DATASETS))}, got '{name}'{hint}")
+    return DATASETS[name]
+
+
+def _find(config: DataConfig, source: Source) -> Path:
+    """The first folder with all files of one of the source's layouts."""
+    looked_at = []
+    for label, place in _places(config, source):
+        for below, files in source.layouts:
+            folder = place / below
+            if _holds(folder, files) and not (below == "" and _is_of_another(folder, config.name)):
+                return folder
+        looked_at.append(f"{label} ({place}{_lacking(place, source)})")
+    remedies = [f"run `make data DATASET={config.name}`", "set data.root or $SIMMATCH_DATA to its folder"]
+    if source.package is not None:
+        remedies.insert(1, f"install Debian's package {source.package}")
+    raise DataNotFoundError(
+        f"{config.name}: no files found; looked in {', '.join(looked_at)}; to get it {', '.join(remedies)}"
+    )
+
+
+def _places(config: DataConfig, source: Source) -> list[tuple[str, Path]]:
+    if config.root is not None:
+        return [("data.root", Path(config.root).expanduser())]
+    places = [("working directory", Path("data").absolute())]
+    if source.system_folder is not None:
+        places.insert(0, ("system", source.system_folder))
+    if os.environ.get("SIMMATCH_DATA"):
+        places.insert(0, ("$SIMMATCH_DATA", Path(os.environ["SIMMATCH_DATA"]).expanduser()))
+    return places
+
+
+def _stored(folder: Path, file: str) -> Path:
+    """The file's path, or that of its gzipped form where only that exists."""
+    plain, gzipped = folder / file, folder / f"{file}.gz"
+    return gzipped if os.path.isfile(gzipped) and not os.path.isfile(plain) else plain
+
+
+def _holds(folder: Path, files: tuple[str, ...]) -> bool:
+    # os.path rather than Path.is_file: a folder one may not enter does not hold the files, and is no traceback
+    return all(os.path.isfile(_stored(folder, file)) for file in files)
+
+
+def _is_of_another(folder: Path, name: str) -> bool:
+    """Whether the folder is named for another data set: Fashion-MNIST's files have the names of MNIST's."""
+    others = {other.replace("_", "") for other in DATASETS if other != name}
+    parts = folder.absolute().parts[-2:]
+    return any("".join(filter(str.isalnum, part)).lower() in others for part in parts)
+
+
+def _lacking(place: Path, source: Source) -> str:
+    """What to say of a place that does not exist, or that holds some of the files."""
+    if not os.path.isdir(place):
+        return ": no such folder"
+    for below, files in source.layouts:
+        missing = [file for file in files if not _holds(place / below, (file,))]
+        if len(missing) < len(files):
+            return f": {below or 'it'} lacks {', '.join(missing)}"
+    return ""
+
+
+def _first_images(dataset: Dataset, config: DataConfig) -> Dataset:
+    for key, images in (("train_images", dataset.train_images), ("test_images", dataset.test_images)):
+        count = getattr(config, key)
+        if count is not None and count > len(images):
+            raise ConfigError(f"data.{key}: expected at most {len(images)}, got {count}")
+    train, test = slice(config.train_images), slice(config.test_images)
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[train],
+        train_labels=dataset.train_labels[train],
+        test_images=dataset.test_images[test],
+        test_labels=dataset.test_labels[test],
+    )
+
+
+# -- values and order --------------------------------------------------------------------------------------------------
+
+
+def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images of any shape as floats in [0, 1]: uint8 divided by 255, floats only converted to `dtype`."""
+    if images.dtype == torch.uint8:
+        # divided in at least float32, then rounded once
+        return images.to(torch.promote_types(dtype, torch.float32)).div_(255).to(dtype)
+    if not images.is_floating_point():
+        raise ValueError(f"expected uint8 or floating-point images, got {images.dtype}")
+    return images.to(dtype)
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = None) -> Tensor:
+    """The indices visited in one epoch, int64 `[images]` (None: all): a pure function of its arguments.
+
+    A permutation of `range(num_images)`, or its first `images` entries.
+    """
+    count = _images_per_epoch(num_images, images)
+    order = torch.randperm(num_images, generator=_generator("order", seed, epoch), device="cpu")
+    return order[:count].clone()
+
+
+def steps_per_epoch(num_images: int, batch_size: int, *, images: int | None = None) -> int:
+    """Batches in one epoch, a last partial one counted."""
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    return -(-_images_per_epoch(num_images, images) // batch_size)
+
+
+def batch_indices(
+    step: int, *, num_images: int, batch_size: int, seed: int, epoch: int, images: int | None = None
+) -> Tensor:
+    """The images of one global batch, int64 `[batch_size]` or fewer in the epoch's last.
+
+    A pure function of its arguments: neither the number of ranks nor any state enters. `step` counts within `epoch`,
+    from 0 to `steps_per_epoch(...) - 1`; the batches of an epoch are `epoch_order(...)`, cut in pieces.
+    """
+    steps = steps_per_epoch(num_images, batch_size, images=images)
+    if not 0 <= step < steps:
+        raise ValueError(f"expected a step from 0 to {steps - 1} within the epoch, got {step}")
+    order = epoch_order(num_images, seed=seed, epoch=epoch, images=images)
+    return order[step * batch_size : (step + 1) * batch_size].clone()
+
+
+def stratified_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
+    """Indices, ascending int64, of `per_class` random examples of every class in `labels` `[N]`.
+
+    A subset with fewer per class, of the same seed, is contained in one with more.
+    """
+    if per_class < 1:
+        raise ValueError(f"expected per_class of at least 1, got {per_class}")
+    shuffled = torch.randperm(len(labels), generator=_generator("subset", seed), device="cpu")
+    chosen = []
+    labels = labels.cpu()
+    for label in sorted(set(labels.tolist())):
+        members = shuffled[labels[shuffled] == label]
+        if len(members) < per_class:
+            raise ValueError(f"expected {per_class} examples of class {label}, got {len(members)}")
+        chosen.append(members[:per_class])
+    return torch.cat(chosen).sort().values
+
+
+def _images_per_epoch(num_images: int, images: int | None) -> int:
+    if images is not None and not 0 < images <= num_images:
+        raise ValueError(f"expected 1 to {num_images} images per epoch, got {images}")
+    return num_images if images is None else images
+
+
+def _generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A generator of its own for each purpose and numbers, far from those of neighbouring numbers."""
+    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,410 @@
+"""A convolutional nonnegative similarity-matching layer: thin state around dynamics and plasticity.
+
+    min over Y ≥ 0 of ‖XᵀX + α Zᵀ C_z⁻¹ Z − YᵀY‖²_F
+
+is solved online by neurons with feedforward weights W, lateral inhibition M and label weights V: the dynamics
+find y for the patches of a batch, the plasticity moves the weights by the batch's statistics. Everything that a
+synapse needs is at its two ends.
+
+The layer owns W, M and V: all rows, or the rows of one shard (`rows`), the rest being reached through the injected
+`exchange`. It knows nothing of processes.
+
+Source: Bahroun et al., arXiv:2308.02427 (ConvNSM); Pehlevan & Chklovskii (2014, 2019) for the min–max derivation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.dynamics import Dynamics, Solution, unrolled
+from simmatch.exchange import IDENTITY, Exchange
+from simmatch.geometry import (
+    PatchConfig,
+    Patches,
+    Whitening,
+    correlate,
+    drive,
+    explicit,
+    prepare,
+    sample_patches,
+    zca,
+)
+from simmatch.lateral import Bound, certify, certify_afresh
+from simmatch.objective import similarity_objective
+from simmatch.plasticity import RULES, Statistics, Weights, class_frequency_change, learning_rate
+from simmatch.rows import Rows
+
+UNLABELLED = -1
+"""Label of an image whose class is unknown: it contributes nothing to V and V nothing to it."""
+
+
+class SimilarityMatchingConv2d(nn.Module):
+    """Convolutional nonnegative similarity matching (ConvNSM).
+
+    Parameters
+    ----------
+    in_channels, out_channels: C and K.
+    kernel_size, stride, padding: of the k × k patches.
+    num_classes: classes of the label weights V; 0 for none.
+    label_gain: variance of a label direction over the mean variance of an input direction, α = label_gain · tr C_x / P,
+        so that rescaling the input does not change its meaning.
+    dynamics, plasticity: how activities are found and weights learn.
+    normalize: 'none', or 'contrast' for patches of zero mean and unit deviation.
+    contrast_floor: least deviation a patch is divided by.
+    whiten, whiten_ridge: ZCA whitening of the patches, regularised; see `calibrate`.
+    seed: of the initial weights and of every re-drawn row.
+    dtype, device: of all buffers.
+    rows, exchange: the channels held here and the way to the others. Default: all of them.
+
+    Attributes
+    ----------
+    feedforward: [K_g, C, k, k], W.
+    lateral: [K_g, K], M: symmetric, positive semidefinite, entrywise nonnegative.
+    label: [K_g, num_classes], V.
+    whitening, whitening_mean: [P, P] and [P], where whitening is on.
+    input_power: tr C_x, the mean squared norm of a patch after normalisation and whitening; 0 before `calibrate`.
+    class_frequency: [num_classes], p̂.
+    silent: [K_g], updates in a row in which the channel was silent on every column.
+    perron: [K], approximate Perron vector of M.
+    updates, revived: counts of updates and of re-drawn channels.
+    dead_channels: channels of all owners found dead at the last update (and then revived, if so configured).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        num_classes: int = 0,
+        label_gain: float = 0.0,
+        dynamics: DynamicsConfig | None = None,
+        plasticity: PlasticityConfig | None = None,
+        normalize: str = "none",
+        contrast_floor: float = 0.1,
+        whiten: bool = False,
+        whiten_ridge: float = 0.1,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rows: Rows | None = None,
+        exchange: Exchange = IDENTITY,
+    ) -> None:
+        super().__init__()
+        self._check(in_channels, out_channels, kernel_size, stride, padding, num_classes, label_gain, normalize)
+        self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
+        self.label_gain, self.whiten, self.whiten_ridge, self.seed = label_gain, whiten, whiten_ridge, seed
+        self.dynamics = dynamics or DynamicsConfig()
+        self.plasticity = plasticity or PlasticityConfig()
+        self.patch = PatchConfig(in_channels, kernel_size, stride, padding, normalize == "contrast", contrast_floor)
+        self.rows = rows or Rows.all(out_channels)
+        self.exchange = exchange
+        self._solver = Dynamics(self.dynamics, self.rows, exchange)
+        self._bound: Bound | None = None
+        self.dead_channels = 0
+
+        own, size = self.rows.count, self.patch.patch_size
+        options = {"dtype": dtype, "device": device}
+        self.feedforward: Tensor
+        self.lateral: Tensor
+        self.label: Tensor
+        self.register_buffer("feedforward", torch.empty(own, in_channels, kernel_size, kernel_size, **options))
+        self.register_buffer("lateral", torch.zeros(own, out_channels, **options))
+        self.register_buffer("label", torch.zeros(own, num_classes, **options))
+        if whiten:
+            self.register_buffer("whitening", torch.eye(size, **options))
+            self.register_buffer("whitening_mean", torch.zeros(size, **options))
+        self.register_buffer("input_power", torch.zeros((), **options))
+        self.register_buffer("class_frequency", torch.full((num_classes,), 1.0 / max(num_classes, 1), **options))
+        self.register_buffer("silent", torch.zeros(own, dtype=torch.int64, device=device))
+        self.register_buffer("perron", torch.ones(out_channels, **options))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("revived", torch.zeros((), dtype=torch.int64))
+        self.lateral.diagonal(offset=self.rows.start).fill_(1.0)
+        for channel in range(self.rows.start, self.rows.stop):
+            self.feedforward[channel - self.rows.start] = self._draw_row(channel, 0)
+
+    @staticmethod
+    def _check(
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        num_classes: int,
+        label_gain: float,
+        normalize: str,
+    ) -> None:
+        positive = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "kernel_size": kernel_size,
+            "stride": stride,
+        }
+        for name, value in positive.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name, value in {"padding": padding, "num_classes": num_classes}.items():
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected a nonnegative integer, got {value!r}")
+        if not (math.isfinite(label_gain) and label_gain >= 0):
+            raise ValueError(f"label_gain: expected a finite nonnegative number, got {label_gain!r}")
+        if label_gain > 0 and num_classes == 0:
+            raise ValueError(f"num_classes: expected at least 1 with label_gain={label_gain:g}, got 0")
+        if normalize not in ("none", "contrast"):
+            raise ValueError(f"normalize: expected 'none' or 'contrast', got {normalize!r}")
+
+    def _draw_row(self, channel: int, draw: int) -> Tensor:
+        """Row of W at birth (draw 0) and at each revival: Gaussian of expected norm 1, whatever the sharding."""
+        generator = torch.Generator().manual_seed(hash((self.seed, channel, draw)) % 2**63)
+        shape = self.feedforward.shape[1:]
+        row = torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(self.patch.patch_size)
+        return row.to(self.feedforward)
+
+    # ------------------------------------------------------------------------------------------- input
+
+    def _whitening(self) -> Whitening | None:
+        return Whitening(self.whitening, self.whitening_mean) if self.whiten else None
+
+    def prepare(self, x: Tensor) -> Patches:
+        """Images [B, C, H, W] → `Patches`, which every other method takes in place of the images."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected images [B, {self.in_channels}, H, W], got {list(x.shape)}")
+        return prepare(x, self.patch, self._whitening())
+
+    def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
+        """Measure, once and before learning, what the input looks like: tr C_x, and Π and μ where whitening is on.
+
+        Parameters
+        ----------
+        x: [B, C, H, W], a sample of the input.
+        num_patches: patches taken from it at random positions.
+        """
+        sample = sample_patches(x, self.patch, num_patches, torch.Generator().manual_seed(self.seed))
+        if self.whiten:
+            found = zca(sample, self.whiten_ridge)
+            self.whitening.copy_(found.matrix)
+            self.whitening_mean.copy_(found.mean)
+            sample = (sample - found.mean) @ found.matrix.T
+        self.input_power.copy_(sample.square().sum(dim=1).mean())
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.input_power > 0)
+
+    @property
+    def alpha(self) -> Tensor:
+        """α, weight of the label term: label_gain times the mean variance tr C_x / P of a direction of the input."""
+        return self.label_gain * self.input_power / self.patch.patch_size
+
+    # ------------------------------------------------------------------------------------------- fast: dynamics
+
+    @property
+    def bound(self) -> Bound:
+        """Certified bound of λmax(M), equal on all owners; computed afresh after the weights were loaded."""
+        if self._bound is None:
+            self._bound = certify_afresh(
+                self.lateral, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange
+            )
+            self.perron.copy_(self._bound.perron)
+        return self._bound
+
+    def drive(self, x: Tensor | Patches, labels: Tensor | None = None) -> Tensor:
+        """d = W x̃ + α V z of the own channels: [K_g, N], columns in the order of 'b h w'."""
+        patches = x if isinstance(x, Patches) else self.prepare(x)
+        result = drive(patches, self.feedforward, self.patch, self._whitening())
+        if labels is None or self.label_gain == 0:
+            return result
+        height, width = patches.map_size
+        return result + self.alpha * self.label @ one_hot(labels, self, height * width)
+
+    def solve(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
+        """Activities y [B, K, H', W'] of all channels, with residual [B, H', W'].
+
+        Parameters
+        ----------
+        x: [B, C, H, W].
+        labels: [B], classes that drive the activities (training), `UNLABELLED` where unknown; None for none.
+        """
+        patches = x if isinstance(x, Patches) else self.prepare(x)
+        solution = self._solve(patches, labels, fixed=False)
+        return Solution(
+            self._as_maps(solution.y, patches),
+            solution.num_iters,
+            rearrange(solution.residual, "(b h w) -> b h w", h=patches.map_size[0], w=patches.map_size[1]),
+        )
+
+    def _solve(
+        self, patches: Patches, labels: Tensor | None, *, fixed: bool, fault: Exception | None = None
+    ) -> Solution:
+        """Columns: y [K, N], residual [N]. A fault of this owner, or one met here, reaches all owners."""
+        height, width = patches.map_size
+        own_drive = self.lateral.new_zeros(self.rows.count, patches.batch_size * height * width)
+        try:
+            own_drive = self.drive(patches, labels)
+        except Exception as error:
+            fault = error
+        return self._solver.solve(own_drive, self.lateral, self.bound, fixed=fixed, fault=fault)
+
+    @staticmethod
+    def _as_maps(columns: Tensor, patches: Patches) -> Tensor:
+        height, width = patches.map_size
+        return rearrange(columns, "k (b h w) -> b k h w", h=height, w=width)
+
+    def forward(self, x: Tensor | Patches) -> Tensor:
+        """Label-free activities [B, K, H', W'] after the fixed number of iterations used in evaluation."""
+        patches = x if isinstance(x, Patches) else self.prepare(x)
+        if torch.compiler.is_exporting():
+            return self._as_maps(unrolled(self.drive(patches), self.lateral, self.bound, self.dynamics), patches)
+        return self._as_maps(self._solve(patches, None, fixed=True).y, patches)
+
+    # ------------------------------------------------------------------------------------------- slow: plasticity
+
+    def statistics(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None) -> Statistics:
+        """Sums over the columns of a batch; y [B, K, H', W'] as from `solve`."""
+        patches = x if isinstance(x, Patches) else self.prepare(x)
+        return self._statistics(patches, rearrange(y, "b k h w -> k (b h w)"), labels)
+
+    def _statistics(self, patches: Patches, y: Tensor, labels: Tensor | None) -> Statistics:
+        own = y[self.rows.start : self.rows.stop]
+        positions = patches.map_size[0] * patches.map_size[1]
+        yx = correlate(patches, own, self.patch, self._whitening())
+        if labels is None or self.num_classes == 0:
+            yz, zz = torch.zeros_like(self.label), self.label.new_zeros(self.num_classes, self.num_classes)
+        else:
+            z = one_hot(labels, self, 1)
+            yz = reduce(own, "k (b l) -> k b", "sum", l=positions) @ z.T
+            zz = z @ z.T * positions
+        return Statistics(yx, own @ y.T, yz, zz, y.shape[1])
+
+    @torch.no_grad()
+    def apply(self, statistics: Statistics, fault: Exception | None = None) -> None:
+        """One plasticity step on the own rows, then the bound of the new M and the revival of dead channels.
+
+        Raises
+        ------
+        SharedFault
+            On all owners, where one has a fault or non-finite weights.
+        """
+        dead = torch.zeros(self.rows.count, dtype=torch.bool, device=self.lateral.device)
+        try:
+            if fault is None:
+                self._learn(statistics)
+                dead = self.silent >= self.plasticity.dead_after
+        except Exception as error:
+            fault = error
+        self._certify(dead, fault)
+        channels = torch.nonzero(self.bound.flagged).flatten().tolist()
+        self.dead_channels = len(channels)
+        if channels and self.plasticity.revive:
+            self._revive(channels)
+
+    def _learn(self, statistics: Statistics) -> None:
+        lr = learning_rate(self.plasticity, int(self.updates))
+        weights = Weights(self.feedforward, self.lateral, self.label)
+        change = RULES[self.plasticity.rule](weights, statistics, self.class_frequency, lr, self.plasticity)
+        self.class_frequency.add_(class_frequency_change(statistics, self.class_frequency, lr))
+        self.feedforward.add_(change.feedforward)
+        self.lateral.add_(change.lateral)
+        self.label.add_(change.label)
+        self.silent.add_(1).masked_fill_(statistics.yy.diagonal(offset=self.rows.start) > 0, 0)
+        self.updates.add_(1)
+
+    def _certify(self, dead: Tensor | None = None, fault: Exception | None = None) -> None:
+        self._bound = certify(
+            self.lateral,
+            self.perron,
+            self.rows,
+            ridge=self.dynamics.ridge,
+            exchange=self.exchange,
+            flagged=dead,
+            fault=fault,
+        )
+        self.perron.copy_(self._bound.perron)
+
+    def _revive(self, channels: list[int]) -> None:
+        """Dead channels start again: a fresh row of W, no lateral or label weights but M_ii = 1.
+
+        Every owner knows the same list, so each clears its part of the rows and columns: M stays symmetric,
+        positive semidefinite and nonnegative.
+        """
+        for channel in channels:
+            self.revived.add_(1)
+            self.lateral[:, channel] = 0.0
+            row = channel - self.rows.start
+            if 0 <= row < self.rows.count:
+                self.feedforward[row] = self._draw_row(channel, int(self.updates))
+                self.lateral[row] = 0.0
+                self.lateral[row, channel] = 1.0
+                self.label[row] = 0.0
+                self.silent[row] = 0
+        self.perron.fill_(1.0)
+        self._certify()
+
+    @torch.no_grad()
+    def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
+        """Learn from one batch: solve, statistics, apply. Returns the columns' solution, y [K, N], residual [N].
+
+        A layer that whitens, or has a label gain, calibrates itself on its first batch if nobody did.
+        """
+        if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
+            self.calibrate(x)
+        patches = x if isinstance(x, Patches) else self.prepare(x)
+        solution = self._solve(patches, labels, fixed=False)
+        fault: Exception | None = None
+        statistics: Statistics | None = None
+        try:
+            statistics = self._statistics(patches, solution.y, labels)
+        except Exception as error:
+            fault = error
+        self.apply(statistics, fault)  # type: ignore[arg-type]  # a fault is raised before statistics are read
+        return solution
+
+    def objective(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None, *, columns: int = 4096) -> float:
+        """Relative similarity-matching objective on the first images of a batch, about `columns` columns of it.
+
+        y: [K, N], activities of all channels as returned by `partial_fit`.
+        """
+        patches = x if isinstance(x, Patches) else self.prepare(x)
+        positions = patches.map_size[0] * patches.map_size[1]
+        images = min(patches.batch_size, max(1, columns // positions))
+        found = explicit(patches, self.patch, self._whitening(), images=images)
+        z = None if labels is None or self.num_classes == 0 else one_hot(labels[:images], self, positions)
+        return float(similarity_objective(found, y[:, : images * positions], z, float(self.alpha)))
+
+    def invalidate_bound(self) -> None:
+        """Forget the bound of M; call after writing to `lateral`."""
+        self._bound = None
+
+    def restore_bound(self, value: float, ridge: float) -> None:
+        """Put back a bound that belongs to the present weights, so that a resumed run repeats every bit."""
+        flagged = torch.zeros(self.out_channels, dtype=torch.bool, device=self.lateral.device)
+        self._bound = Bound(value, ridge, self.perron.clone(), flagged)
+
+    def load_state_dict(self, *args: object, **kwargs: object) -> object:
+        self.invalidate_bound()
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def one_hot(labels: Tensor, layer: SimilarityMatchingConv2d, positions: int) -> Tensor:
+    """z [num_classes, B · positions]: zero columns where unlabelled.
+
+    Raises
+    ------
+    ValueError
+        A label outside 0 … num_classes − 1 that is not `UNLABELLED`.
+    """
+    valid = (labels == UNLABELLED) | ((labels >= 0) & (labels < layer.num_classes))
+    if not bool(valid.all()):
+        worst = int(labels[~valid][0])
+        raise ValueError(f"labels: expected classes 0 … {layer.num_classes - 1} or {UNLABELLED}, got {worst}")
+    classes = torch.arange(layer.num_classes, device=labels.device)
+    z = (rearrange(labels, "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
+    return z.repeat_interleave(positions, dim=1)

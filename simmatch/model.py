@@ -1,0 +1,273 @@
+"""A stack of similarity-matching layers, each reading the label-free, pooled activity of the one below.
+
+    images → layer 0 → pool → layer 1 → pool → … → features (what readouts see), scores (decoded from V)
+
+Nothing flows backward: a layer learns from its own input, its own output and the label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from einops import reduce
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from simmatch.config import ConfigError, LayerConfig, ModelConfig, PositiveInt, Frozen, parse
+from simmatch.exchange import IDENTITY, Exchange
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.readout import decode
+from simmatch.rows import Rows
+
+EXPORTED = ("feedforward", "lateral", "label", "whitening", "whitening_mean")
+"""Tensors of a layer that an exported model holds, where they exist."""
+
+
+class InputConfig(Frozen):
+    """What a model was built for."""
+
+    in_channels: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    num_classes: PositiveInt
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+
+class ExportConfig(Frozen):
+    """`model/config.yaml` beside the weights of an exported model."""
+
+    input: InputConfig
+    model: ModelConfig
+
+
+def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tuple[int, int]]]:
+    """Channels and map size that each layer reads, checked against its kernel.
+
+    Raises
+    ------
+    ConfigError
+        A kernel larger than its input, or a pooled map larger than the map.
+    """
+    channels, size = source.in_channels, source.image_size
+    inputs = []
+    for index, config in enumerate(model.layers):
+        inputs.append((channels, size))
+        where = f"model.layers.{index}"
+        if config.kernel_size == "full" and size[0] != size[1]:
+            raise ConfigError(f"{where}.kernel_size: expected a number for an input map of {size}, got 'full'")
+        kernel = size[0] if config.kernel_size == "full" else config.kernel_size
+        padded = min(size) + 2 * config.padding
+        if kernel > padded:
+            raise ConfigError(
+                f"{where}.kernel_size: expected at most {padded}, the padded input of {size[0]} × {size[1]}, got {kernel}"
+            )
+        height, width = ((extent + 2 * config.padding - kernel) // config.stride + 1 for extent in size)
+        if config.pool is not None and config.pool > min(height, width):
+            raise ConfigError(
+                f"{where}.pool: expected at most {min(height, width)}, the map of activities, got {config.pool}"
+            )
+        channels = config.out_channels
+        size = (height, width) if config.pool is None else (config.pool, config.pool)
+    return inputs
+
+
+def build_layer(
+    config: LayerConfig,
+    in_channels: int,
+    map_size: tuple[int, int],
+    *,
+    num_classes: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    rows: Rows | None = None,
+    exchange: Exchange = IDENTITY,
+) -> SimilarityMatchingConv2d:
+    """The layer that a configuration describes, for inputs of `in_channels` × `map_size`: all rows, or a shard."""
+    return SimilarityMatchingConv2d(
+        in_channels,
+        config.out_channels,
+        map_size[0] if config.kernel_size == "full" else config.kernel_size,
+        stride=config.stride,
+        padding=config.padding,
+        num_classes=num_classes if config.supervised else 0,
+        label_gain=config.label_gain,
+        dynamics=config.dynamics,
+        plasticity=config.plasticity,
+        normalize=config.normalize,
+        contrast_floor=config.contrast_floor,
+        whiten=config.whiten,
+        whiten_ridge=config.whiten_ridge,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        rows=rows,
+        exchange=exchange,
+    )
+
+
+def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
+    """Average-pool [B, K, H, W] to [B, K, pool, pool]; unchanged where the layer has no pool."""
+    return activities if config.pool is None else F.adaptive_avg_pool2d(activities, config.pool)
+
+
+class Stack(nn.Module):
+    """Layers with their pooling.
+
+    Parameters
+    ----------
+    model: the layers' configuration.
+    source: channels, size and classes of the images.
+    seed: layer i starts from seed + i.
+
+    Attributes
+    ----------
+    layers: `SimilarityMatchingConv2d` each, all rows of them.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        source: InputConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config, self.source = model, source
+        self.layers = nn.ModuleList(
+            build_layer(
+                config,
+                channels,
+                size,
+                num_classes=source.num_classes,
+                seed=seed + index,
+                dtype=dtype,
+                device=device,
+            )
+            for index, (config, (channels, size)) in enumerate(
+                zip(model.layers, layer_inputs(model, source), strict=True)
+            )
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all weights."""
+        first: Tensor = self.layers[0].feedforward
+        return first.dtype
+
+    def below(self, x: Tensor, index: int) -> Tensor:
+        """Input of layer `index`: images [B, C, H, W] through the layers below it, label-free and pooled."""
+        for layer, config in zip(self.layers[:index], self.config.layers[:index], strict=True):
+            x = pooled(layer(x), config)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activities [B, K, H', W'] of the last layer for images [B, C, H, W] in [0, 1]."""
+        result: Tensor = self.layers[-1](self.below(x, len(self.layers) - 1))
+        return result
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """One pass: `features` [B, F] and, where the last layer is supervised, `scores` [B, num_classes]."""
+        maps, activities = [], x
+        for layer, config in zip(self.layers, self.config.layers, strict=True):
+            activities = layer(x)
+            x = pooled(activities, config)
+            maps.append(x.flatten(1))
+        result = {"features": maps[-1] if self.config.features == "last" else torch.cat(maps, dim=1)}
+        if self.config.layers[-1].supervised:
+            result["scores"] = decode(reduce(activities, "b k h w -> b k", "mean"), self.layers[-1].label)
+        return result
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, F], what the readouts see: pooled activities of the last layer, or of all (`features: all`)."""
+        return self.outputs(x)["features"]
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Class scores [B, num_classes] from the label weights V of the last layer; argmax is the class.
+
+        Raises
+        ------
+        ValueError
+            The last layer is not supervised.
+        """
+        outputs = self.outputs(x)
+        if "scores" not in outputs:
+            raise ValueError("decode: expected a supervised last layer, got one without label weights")
+        return outputs["scores"]
+
+
+class Outputs(nn.Module):
+    """`Stack.outputs` as a module's forward, the form in which a stack is exported."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.stack.outputs(x)
+
+
+def save_model(stack: Stack, path: str | Path) -> None:
+    """Write `model.safetensors` (unsharded tensors `layers.{i}.…`) and `config.yaml` into the folder `path`."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"layers.{index}.{name}": getattr(layer, name).contiguous().cpu()
+        for index, layer in enumerate(stack.layers)
+        for name in EXPORTED
+        if hasattr(layer, name)
+    }
+    save_file(tensors, folder / "model.safetensors")
+    export = ExportConfig(input=stack.source, model=stack.config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(export.model_dump(mode="json"), sort_keys=False))
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack:
+    """The exported stack of a run, in evaluation mode.
+
+    Parameters
+    ----------
+    path: the folder `RUN_DIR/model`, holding `model.safetensors` and `config.yaml`.
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing.
+    ConfigError
+        The configuration is not one of ours, or the tensors do not have the shapes it asks for.
+    """
+    folder = Path(path)
+    values: Any = yaml.safe_load((folder / "config.yaml").read_text())
+    if not isinstance(values, dict):
+        raise ConfigError(f"{folder / 'config.yaml'}: expected a mapping, got {type(values).__name__}")
+    export = parse(ExportConfig, values)
+    tensors = load_file(folder / "model.safetensors")
+    stack = Stack(export.model, export.input, dtype=tensors["layers.0.feedforward"].dtype, device=device)
+    for index, layer in enumerate(stack.layers):
+        for name in EXPORTED:
+            if hasattr(layer, name):
+                _copy_checked(getattr(layer, name), tensors, f"layers.{index}.{name}")
+        layer.invalidate_bound()
+    return stack.eval()
+
+
+def _copy_checked(target: Tensor, tensors: dict[str, Tensor], key: str) -> None:
+    found = tensors.get(key)
+    if found is None or found.shape != target.shape:
+        given = "nothing" if found is None else str(list(found.shape))
+        raise ConfigError(f"{key}: expected a tensor of shape {list(target.shape)}, got {given}")
+    if not bool(found.isfinite().all()):
+        raise ConfigError(f"{key}: expected finite values, got NaN or infinity")
+    target.copy_(found)
+
+

@@ -1,0 +1,48 @@
+"""The similarity-matching objective on a batch: how far the output similarities are from the input's.
+
+    ‖XᵀX + α Zᵀ C_z⁻¹ Z − YᵀY‖²_F  over  ‖XᵀX + α Zᵀ C_z⁻¹ Z‖²_F
+
+The N × N similarity matrices are never formed where N is large: with S = [X; √α C_z^(-1/2) Z] stacked by rows,
+‖SᵀS − YᵀY‖² = ‖S Sᵀ‖² − 2 ‖Y Sᵀ‖² + ‖Y Yᵀ‖², and nothing here is larger than max(K, P + num_classes)².
+
+Source: Bahroun et al., arXiv:2308.02427; design of the label term after canonical correlation analysis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def similarity_objective(x: Tensor, y: Tensor, z: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """Relative objective: 0 when similarities match exactly, 1 for Y = 0.
+
+    Parameters
+    ----------
+    x: [N, P], patches after normalisation and whitening (as in `Patches.matrix`).
+    y: [K, N], activities.
+    z: [num_classes, N], one-hot labels, zero columns where unlabelled; classes that do not occur count for nothing.
+    alpha: α, the weight of the label term.
+
+    Returns
+    -------
+    Scalar tensor in float64.
+    """
+    source = x.double().T
+    if z is not None and alpha > 0:
+        frequency = z.double().mean(dim=1, keepdim=True)
+        source = torch.cat([source, alpha**0.5 * z.double() * frequency.clamp(min=1e-300).rsqrt()])
+    target = y.double()
+    reference = _squared_gram(source)
+    value = reference - 2 * _squared_cross(target, source) + _squared_gram(target)
+    return value / reference.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _squared_gram(rows: Tensor) -> Tensor:
+    """‖R Rᵀ‖²_F = ‖Rᵀ R‖²_F, by the smaller of the two."""
+    gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
+    return gram.square().sum()
+
+
+def _squared_cross(left: Tensor, right: Tensor) -> Tensor:
+    return (left @ right.T).square().sum()

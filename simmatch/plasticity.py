@@ -1,0 +1,106 @@
+"""Slow plasticity: what a batch of activities adds to the synapses, as pure functions.
+
+    ΔW = η (⟨y xᵀ⟩ − W)                            Hebbian, feedforward
+    ΔM = (η/τ) (⟨y yᵀ⟩ − M)                        anti-Hebbian (M inhibits), lateral
+    ΔV = (⟨y zᵀ⟩ − V ⟨z zᵀ⟩) diag(min(η/p̂, 1/p))   Hebbian, label; p̂ the running class frequency, p the batch's
+
+⟨·⟩ is the mean over columns, so a step depends on the batch only through sums and a count (`Statistics`), and
+sums from several places add up before the step: one reduction per update, never a mean of means. Without 1/p̂
+the label weights would learn as many times slower as there are classes; 1/p keeps a batch that is rich in one
+class from overshooting that class's mean activity.
+
+Source: Pehlevan, Sengupta & Chklovskii, "Why do similarity matching objectives lead to Hebbian/anti-Hebbian
+networks?" (2018), online rules; Bahroun et al., arXiv:2308.02427, for convolution and supervision.
+A new rule is a function of (weights, means, rates) in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from simmatch.config import PlasticityConfig
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the columns of one or more batches.
+
+    Attributes
+    ----------
+    yx: [K_g, C, k, k], Σ y xᵀ.
+    yy: [K_g, K], Σ y yᵀ, own rows.
+    yz: [K_g, num_classes], Σ y zᵀ.
+    zz: [num_classes, num_classes], Σ z zᵀ.
+    count: columns summed over.
+    """
+
+    yx: Tensor
+    yy: Tensor
+    yz: Tensor
+    zz: Tensor
+    count: int
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            self.yx + other.yx,
+            self.yy + other.yy,
+            self.yz + other.yz,
+            self.zz + other.zz,
+            self.count + other.count,
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """W [K_g, C, k, k], M [K_g, K] and V [K_g, num_classes]: values, or the changes that are added to them."""
+
+    feedforward: Tensor
+    lateral: Tensor
+    label: Tensor
+
+
+def learning_rate(config: PlasticityConfig, update: int) -> float:
+    """η of one update: lr / (1 + update / lr_decay_steps)."""
+    return config.lr if config.lr_decay_steps is None else config.lr / (1.0 + update / config.lr_decay_steps)
+
+
+def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float) -> Tensor:
+    """Change of the running class frequency p̂ [num_classes]; none from a batch without labels."""
+    labelled = statistics.zz.diagonal()
+    total = labelled.sum()
+    return torch.where(total > 0, lr * (labelled / total.clamp(min=1.0) - frequency), torch.zeros_like(frequency))
+
+
+def similarity_matching(
+    weights: Weights, statistics: Statistics, frequency: Tensor, lr: float, config: PlasticityConfig
+) -> Weights:
+    """The changes ΔW, ΔM, ΔV of similarity matching.
+
+    Parameters
+    ----------
+    weights: own rows of W, M, V.
+    statistics: sums over the batch, own rows.
+    frequency: [num_classes], p̂ > 0.
+    lr: η.
+    """
+    count = statistics.count
+    label = (statistics.yz - einsum(weights.label, statistics.zz, "k c, c d -> k d")) / count
+    smallest = torch.finfo(frequency.dtype).tiny
+    present = statistics.zz.diagonal() / count
+    rate = torch.minimum(lr / frequency.clamp(min=smallest), 1.0 / present.clamp(min=smallest))
+    return Weights(
+        feedforward=lr * (statistics.yx / count - weights.feedforward),
+        lateral=lr / config.tau * (statistics.yy / count - weights.lateral),
+        label=torch.where(present > 0, label * rate, 0.0),
+    )
+
+
+Rule = Callable[[Weights, Statistics, Tensor, float, PlasticityConfig], Weights]
+
+RULES: dict[str, Rule] = {"similarity_matching": similarity_matching}
+"""Plasticity rules by the name used in `PlasticityConfig.rule`."""

@@ -1,0 +1,587 @@
+"""Tracking against a real SQLite store, and the sender's promises against a sink whose failures are scripted."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.mlflow_model import ModelLogger, load_exported
+from cluster.mlflow_sink import TRUNCATED, _shorten
+from cluster.sender import RejectedError, RunsLostError, Sender
+from cluster.spool import Event, Progress, Spool, SpoolBusyError
+from cluster.tracking import Tracker, TrackingConfig, check_uri, flatten, redact, resolve_uri
+from simmatch.config import ConfigError, ModelConfig, parse
+from simmatch.model import InputConfig, Stack, save_model
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    """An empty spool, open."""
+    spool = Spool(tmp_path / "events.jsonl").open()
+    yield spool
+    spool.close()
+
+
+def fill(spool: Spool, kinds: Sequence[str]) -> None:
+    for number, kind in enumerate(kinds):
+        spool.append({"kind": kind, "number": number})
+
+
+# --- the spool -------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"kind":"a"}\n{"kind":"b"}\n{"kind":"c", "values"')
+    assert [event["kind"] for event, _ in Spool(path).read()] == ["a", "b"]
+    spool = Spool(path).open()
+    spool.append({"kind": "d"})
+    spool.close()
+    assert path.read_bytes() == b'{"kind":"a"}\n{"kind":"b"}\n{"kind":"d"}\n'
+
+
+@pytest.mark.parametrize("length", [0, 65535, 65536, 200_000])
+def test_a_torn_line_of_any_length_is_cut_off(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "events.jsonl"
+    for whole in (b"", b'{"kind":"a"}\n'):
+        path.write_bytes(whole + b"x" * length)
+        Spool(path).open().close()
+        assert path.read_bytes() == whole
+
+
+def test_reading_from_each_offset_gives_the_rest(spool: Spool) -> None:
+    events = [{"kind": "metrics", "step": step, "text": "é\n"} for step in range(5)]
+    for event in events:
+        spool.append(event)
+    offsets = [0, *(offset for _, offset in spool.read())]
+    for index, offset in enumerate(offsets):
+        assert [event for event, _ in spool.read(offset)] == events[index:]
+    assert offsets[-1] == spool.size_bytes()
+
+
+def test_numbers_without_a_json_form_survive(spool: Spool) -> None:
+    spool.append({"values": {"nan": math.nan, "inf": -math.inf, "one": 1.5}})
+    [line] = spool.path.read_text().splitlines()
+    values = json.loads(line, parse_constant=pytest.fail)["values"]
+    assert math.isnan(float(values["nan"]))
+    assert (float(values["inf"]), values["one"]) == (-math.inf, 1.5)
+
+
+def test_a_spool_has_one_writer(spool: Spool) -> None:
+    with pytest.raises(SpoolBusyError, match=r"events\.jsonl"):
+        Spool(spool.path).open()
+    spool.close()
+    Spool(spool.path).open().close()
+
+
+def test_progress_counts_only_for_its_destination_and_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.offset"
+    progress = Progress("https://a", 120, {"parent": "r"})
+    progress.save(path)
+    assert Progress.load(path, "https://a", 120) == progress
+    assert Progress.load(path, "https://b", 120) == Progress("https://b")
+    assert Progress.load(path, "https://a", 119) == Progress("https://a")
+    path.write_text("{half")
+    assert Progress.load(path, "https://a", 120) == Progress("https://a")
+
+
+# --- the sender ------------------------------------------------------------------------------------------------
+
+
+class ScriptedSink:
+    """Keeps what it gets; raises the next scripted error instead while there is one."""
+
+    def __init__(self, errors: Sequence[Exception] = (), gate: threading.Event | None = None) -> None:
+        self.errors = list(errors)
+        self.gate = gate
+        self.got: list[Event] = []
+        self.connects: list[dict[str, str]] = []
+
+    def connect(self, start: Event, runs: dict[str, str]) -> dict[str, str]:
+        self.connects.append(dict(runs))
+        return {"parent": "id"}
+
+    def send(self, events: Sequence[Event]) -> None:
+        if self.gate is not None:
+            assert self.gate.wait(30), "the test never opened the gate"
+        if self.errors:
+            raise self.errors.pop(0)
+        if any(event["kind"] == "bad" for event in events):
+            raise RejectedError("no such kind")
+        self.got += events
+
+    @contextmanager
+    def opened(self) -> Iterator[ScriptedSink]:
+        yield self
+
+
+def send_all(spool: Spool, sink: ScriptedSink, deadline_s: float = 30.0) -> Sender:
+    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened, redact)
+    sender.load()
+    sender.close(deadline_s)
+    sender.run()
+    return sender
+
+
+def test_everything_is_sent_once_and_in_order(spool: Spool) -> None:
+    fill(spool, ["start", *["metrics"] * 1200])
+    sink = ScriptedSink()
+    assert send_all(spool, sink).pending() == 0
+    assert [event["number"] for event in sink.got] == list(range(1201))
+    again = ScriptedSink()
+    assert send_all(spool, again).sent == 0
+    assert again.got == []
+    assert again.connects == [{"parent": "id"}]
+
+
+def test_a_failure_is_retried_from_the_persisted_offset(spool: Spool) -> None:
+    fill(spool, ["start", "metrics"])
+    sink = ScriptedSink([ConnectionError("refused")])
+    sender = send_all(spool, sink)
+    assert [event["number"] for event in sink.got] == [0, 1]
+    assert (sender.pending(), sender.last_error) == (0, None)
+
+
+def test_one_rejected_event_does_not_take_its_neighbours(spool: Spool) -> None:
+    fill(spool, ["start", "metrics", "bad", "metrics"])
+    sink = ScriptedSink()
+    sender = send_all(spool, sink)
+    assert [event["number"] for event in sink.got] == [0, 1, 3]
+    assert (sender.rejected, sender.pending()) == (1, 0)
+    assert sender.notes == ["bad: no such kind"]
+
+
+def test_lost_runs_are_made_anew_and_everything_sent_again(spool: Spool) -> None:
+    fill(spool, ["start", "metrics"])
+    send_all(spool, ScriptedSink())
+    spool.append({"kind": "metrics", "number": 2})
+    sink = ScriptedSink([RunsLostError("gone")])
+    assert send_all(spool, sink).pending() == 0
+    assert [event["number"] for event in sink.got] == [0, 1, 2]
+    assert sink.connects == [{"parent": "id"}, {}]
+
+
+def test_the_deadline_leaves_the_rest_for_later(spool: Spool) -> None:
+    fill(spool, ["start", "metrics"])
+    secret = ConnectionError("no answer from https://ada:secret@host/")
+    sender = send_all(spool, ScriptedSink([secret] * 100), deadline_s=0.0)
+    assert sender.pending() == 2
+    assert sender.last_error == "ConnectionError: no answer from https://***@host/"
+    later = ScriptedSink()
+    assert send_all(spool, later).pending() == 0
+    assert len(later.got) == 2
+
+
+def test_appending_does_not_wait_for_a_server_that_hangs(spool: Spool) -> None:
+    fill(spool, ["start"])
+    gate = threading.Event()
+    sink = ScriptedSink(gate=gate)
+    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened)
+    thread = threading.Thread(target=sender.run, daemon=True)
+    thread.start()
+    for number in range(1, 2000):
+        spool.append({"kind": "metrics", "number": number})
+        sender.wake()
+    assert sink.got == []  # every append returned while the server had answered nothing
+    assert sender.pending() == 2000
+    gate.set()
+    sender.close(30.0)
+    thread.join(30.0)
+    assert [event["number"] for event in sink.got] == list(range(2000))
+
+
+# --- configuration and secrets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("htp://host:5000", "scheme http"),
+        ("mlruns", "scheme http"),
+        ("file:///tmp/mlruns", "scheme http"),
+        ("http://", "HOST"),
+        ("http://host:port", "HOST"),
+        ("sqlite://mlflow.db", "sqlite:///PATH"),
+    ],
+)
+def test_a_malformed_uri_is_refused_before_anything_starts(tmp_path: Path, uri: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^tracking\.uri: expected .*{expected}.*, got '{uri}'$"):
+        Tracker(tmp_path / "run", TrackingConfig(uri=uri))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_uri_comes_from_the_configuration_then_the_environment_then_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri(TrackingConfig(), run_dir) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://b:5000")
+    assert resolve_uri(TrackingConfig(), run_dir) == "http://b:5000"
+    assert resolve_uri(TrackingConfig(uri="https://a"), run_dir) == "https://a"
+
+
+def test_a_sqlite_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check_uri("sqlite:///m.db") == f"sqlite:///{tmp_path}/m.db"
+    assert check_uri(f"sqlite:///{tmp_path}/m.db") == f"sqlite:///{tmp_path}/m.db"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://ada:s3cr@t@host:5000/p", "https://***@host:5000/p"),
+        ("postgresql+psycopg2://ada:secret@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
+        ("https://host/p?token=abc&x=1", "https://host/p?token=***&x=1"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("ada@example.org", "ada@example.org"),
+    ],
+)
+def test_redaction(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+def test_no_password_reaches_the_disk(tmp_path: Path) -> None:
+    uri = "http://ada:secret@127.0.0.1:1/"
+    tracker = Tracker(tmp_path / "run", TrackingConfig(uri=uri, flush_s=0.0, timeout_s=1.0))
+    tracker.start("run", layers=1, tags={"from": uri})
+    tracker.params({"tracking": {"uri": uri}, "list": [uri]})
+    tracker.finish("FINISHED")
+    tracker.close()
+    for path in (tmp_path / "run").iterdir():
+        assert b"secret" not in path.read_bytes(), path
+    assert "secret" not in " ".join(tracker.problems)
+
+
+def test_nested_parameters_get_dotted_names() -> None:
+    values = {"a": {"b": {"c": 1}}, "layers": [{"k": 5}, {"k": 3}], "mesh": (2, 1), "none": None}
+    assert dict(flatten(values)) == {
+        "a.b.c": "1", "layers.0.k": "5", "layers.1.k": "3", "mesh": "[2, 1]", "none": "None",
+    }  # fmt: skip
+
+
+def test_long_values_end_in_a_marker() -> None:
+    assert _shorten("x" * 10, 10) == "x" * 10
+    assert _shorten("x" * 5000, 100) == "x" * (100 - len(TRUNCATED)) + TRUNCATED
+
+
+def test_without_mlflow_the_spool_is_written_all_the_same(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False))
+    tracker.start("run", layers=1)
+    tracker.metrics(1, {"objective": 1.0})
+    assert (tracker.close(), tracker.run_id) == (0, None)
+    assert [event["kind"] for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()] == ["start", "metrics"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# --- a server that fails ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_server() -> Iterator[tuple[str, list[str]]]:
+    """An HTTP server that answers every request with status 500; its URI and the requests it got."""
+    requests: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_error(500)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", requests
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_server_that_fails_costs_the_run_nothing(
+    tmp_path: Path, broken_server: tuple[str, list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow.store.tracking.rest_store  # noqa: F401  (takes longer than the job waits)
+
+    uri, requests = broken_server
+    tracker = Tracker(tmp_path / "run", TrackingConfig(uri=uri, flush_s=1.0, timeout_s=2.0))
+    tracker.start("run", layers=1)
+    for step in range(100):
+        tracker.metrics(step, {"objective": 1.0}, layer=0)
+    tracker.finish("FINISHED")
+    assert tracker.close() == 102
+    assert tracker.run_id is None
+    assert requests, "the server was never asked"
+    assert "500" in tracker.problems[-1]
+    assert capfd.readouterr() == ("", "")
+
+
+# --- MLflow ----------------------------------------------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    """Two named outputs of one input, like an exported stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.linear(x.flatten(1)).relu()
+        return {"features": y, "scores": y[:, :3].cumsum(1)}
+
+
+def toy(path: str) -> nn.Module:
+    torch.manual_seed(len(Path(path).name))
+    return Toy()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a SQLite store; setting one up takes seconds, so the tests share it."""
+    return tmp_path_factory.mktemp("store")
+
+
+def config_of(store: Path, experiment: str) -> TrackingConfig:
+    return TrackingConfig(uri=f"sqlite:///{store}/mlflow.db", experiment=experiment)
+
+
+@pytest.fixture(scope="module")
+def recorded(store: Path) -> Tracker:
+    """A finished run of two layers."""
+    run_dir = store / "run"
+    (run_dir / "figures").mkdir(parents=True)
+    (run_dir / "figures" / "filters-3.png").write_bytes(PNG)
+    (run_dir / "config.yaml").write_text("seed: 1\n")
+    tracker = Tracker(run_dir, config_of(store, "recorded"), ModelLogger(toy))
+    tracker.start("fashion", layers=2, tags={"world_size": 2})
+    tracker.params({"model": {"layers": [{"out_channels": 64}]}, "note": "x" * 7000})
+    tracker.params({"out_channels": 64}, layer=1)
+    tracker.artifact(run_dir / "config.yaml")
+    tracker.dataset("digits", source="scikit-learn", digest="0123456789abcdef", num_images=1797)
+    for step in range(1, 4):
+        for layer in (0, 1):
+            tracker.metrics(step, {"objective": 10.0 * layer - step, "residual": math.nan}, layer=layer, time_s=step)
+    tracker.metrics(3, {"accuracy": 0.9})
+    tracker.figure(run_dir / "figures" / "filters-3.png", layer=0, name="filters.png")
+    tracker.model(run_dir / "model", (3, 2, 2))
+    tracker.finish("FINISHED")
+    assert (tracker.close(), tracker.problems) == (0, [])
+    return tracker
+
+
+@pytest.fixture(scope="module")
+def client(store: Path, recorded: Tracker) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(recorded.uri, registry_uri=recorded.uri)
+
+
+def history(client: Any, run_id: str, key: str) -> list[tuple[int, int, float]]:
+    return sorted((row.step, row.timestamp, row.value) for row in client.get_metric_history(run_id, key))
+
+
+def test_the_page_of_a_run(recorded: Tracker, client: Any) -> None:
+    parent = client.get_run(recorded.run_id)
+    assert (parent.info.run_name, parent.info.status) == ("fashion", "FINISHED")
+    assert parent.data.params["model.layers.0.out_channels"] == "64"
+    assert parent.data.params["note"].endswith(TRUNCATED)
+    assert parent.data.tags["world_size"] == "2"
+    assert parent.data.tags["simmatch.attempts"] == "1"
+    assert parent.data.metrics == {"accuracy": 0.9}
+    assert [artifact.path for artifact in client.list_artifacts(recorded.run_id)] == ["config.yaml"]
+    assert sorted(recorded.layer_run_ids) == [0, 1]
+    for layer, run_id in recorded.layer_run_ids.items():
+        child = client.get_run(run_id)
+        assert (child.info.run_name, child.info.status) == (f"layer {layer}", "FINISHED")
+        assert child.data.tags["mlflow.parentRunId"] == recorded.run_id
+        assert history(client, run_id, "objective") == [(s, 1000 * s, 10.0 * layer - s) for s in (1, 2, 3)]
+        assert all(math.isnan(value) for _, _, value in history(client, run_id, "residual"))
+    assert client.get_run(recorded.layer_run_ids[1]).data.params == {"out_channels": "64"}
+    assert [a.path for a in client.list_artifacts(recorded.layer_run_ids[0], "figures")] == ["figures/filters.png"]
+    [used] = parent.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("digits", "0123456789abcdef")
+    assert json.loads(used.dataset.profile) == {"num_images": 1797}
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
+
+
+def test_the_logged_model_gives_the_same_outputs(recorded: Tracker, client: Any) -> None:
+    import mlflow.pytorch
+
+    [output] = client.get_run(recorded.run_id).outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert (logged.name, logged.status, logged.source_run_id) == ("model", "READY", recorded.run_id)
+    folder = Path(logged.artifact_location.removeprefix("file://"))
+    assert [path.suffix for path in (folder / "data").iterdir()] == [".pt2"]
+    module = mlflow.pytorch.load_model(str(folder))
+    for batch in (1, 7):  # neither is the batch it was traced with
+        x = torch.rand(batch, 3, 2, 2)
+        expected = toy("model")(x)
+        loaded = module(x)
+        assert sorted(loaded) == ["features", "scores"]
+        for name, value in expected.items():
+            torch.testing.assert_close(loaded[name], value)
+    from mlflow.models import Model
+
+    signature = Model.load(str(folder)).signature
+    assert [spec.shape for spec in signature.inputs.inputs] == [(-1, 3, 2, 2)]
+    assert {spec.name: spec.shape for spec in signature.outputs.inputs} == {"features": (-1, 5), "scores": (-1, 3)}
+
+
+def test_a_stack_is_logged_with_named_outputs(store: Path, tmp_path: Path, client: Any) -> None:
+    import mlflow.pytorch
+
+    layer = {"out_channels": 6, "kernel_size": "full", "supervised": True, "dynamics": {"encode_iterations": 3}}
+    stack = Stack(parse(ModelConfig, {"layers": [layer]}), InputConfig(in_channels=1, height=4, width=4, num_classes=3))
+    torch.nn.init.normal_(stack.get_buffer("layers.0.label"), generator=torch.Generator().manual_seed(0))
+    save_model(stack, tmp_path / "run" / "model")
+    tracker = Tracker(tmp_path / "run", config_of(store, "stack"), ModelLogger(load_exported))
+    tracker.start("run", layers=1)
+    tracker.model(tmp_path / "run" / "model", (1, 4, 4))
+    assert (tracker.close(), tracker.problems) == (0, [])
+    [output] = client.get_run(tracker.run_id).outputs.model_outputs
+    folder = client.get_logged_model(output.model_id).artifact_location.removeprefix("file://")
+    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    loaded, expected = mlflow.pytorch.load_model(folder)(x), stack.eval().outputs(x)
+    assert sorted(loaded) == sorted(expected) == ["features", "scores"]
+    for name, value in expected.items():
+        torch.testing.assert_close(loaded[name], value)
+
+
+def test_a_replay_from_the_start_stores_nothing_twice(recorded: Tracker, client: Any) -> None:
+    def picture() -> Any:
+        runs = client.search_runs([client.get_experiment_by_name("recorded").experiment_id])
+        return sorted(
+            (
+                run.info.run_id,
+                run.info.status,
+                run.info.end_time,
+                [(key, len(history(client, run.info.run_id, key))) for key in sorted(run.data.metrics)],
+                run.data.params,
+                len(run.inputs.dataset_inputs),
+                [output.model_id for output in run.outputs.model_outputs] if run.outputs else [],
+            )
+            for run in runs
+        )
+
+    before = picture()
+    assert len(before) == 3
+    spool = Spool(recorded.run_dir / "events.jsonl")
+    events = sum(1 for _ in spool.read())
+    (recorded.run_dir / "events.offset").unlink()
+    replay = Tracker(recorded.run_dir, recorded.config, ModelLogger(toy))
+    replay._sender.load()
+    assert replay._sender.runs == {}
+    replay._sender.close(60.0)
+    replay._sender.run()
+    assert (replay._sender.sent, replay._sender.pending(), replay.problems) == (events, 0, [])
+    assert replay.run_id == recorded.run_id
+    assert picture() == before
+    assert len(client.search_logged_models([client.get_experiment_by_name("recorded").experiment_id])) == 1
+
+
+def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client: Any) -> None:
+    config = config_of(store, "resumed")
+    first = Tracker(tmp_path / "run", config)
+    first.start("run", layers=1)
+    first.params({"seed": 1})
+    first.metrics(1, {"objective": 1.0}, layer=0)
+    first.finish("KILLED")
+    assert first.close() == 0
+    assert {client.get_run(run_id).info.status for run_id in first._sender.runs.values()} == {"KILLED"}
+    with (tmp_path / "run" / "events.jsonl").open("ab") as spool:
+        spool.write(b'{"kind":"metr')  # the crash of a writer
+    second = Tracker(tmp_path / "run", config)
+    second.start("run", layers=1)
+    second.params({"seed": 2, "extra": 3})
+    second.metrics(2, {"objective": 0.5}, layer=0)
+    assert second.close() == 0
+    assert (second.run_id, second.layer_run_ids) == (first.run_id, first.layer_run_ids)
+    run = client.get_run(second.run_id)
+    assert (run.info.status, run.data.tags["simmatch.attempts"]) == ("RUNNING", "2")
+    assert run.data.params == {"seed": "1", "extra": "3"}
+    assert [problem for problem in second.problems if "seed" in problem] == second.problems != []
+    assert [row[0] for row in history(client, second.layer_run_ids[0], "objective")] == [1, 2]
+
+
+def test_what_mlflow_cannot_take_is_noted_and_passed_over(store: Path, tmp_path: Path, client: Any) -> None:
+    tracker = Tracker(tmp_path / "run", config_of(store, "refused"), ModelLogger(broken_model))
+    tracker.start("run", layers=1)
+    tracker.metrics(1, {"good": 1.0})
+    tracker.metrics(1, {"bad name: \\ §": 1.0})
+    tracker.metrics(1, {"objective": 1.0}, layer=7)
+    tracker.figure(tmp_path / "missing.png")
+    tracker.model(tmp_path / "model", (1, 2, 2))
+    tracker.metrics(2, {"good": 2.0})
+    tracker.finish("FAILED")
+    assert tracker.close() == 0
+    assert [note.partition(":")[0] for note in tracker.problems] == ["metrics", "metrics", "artifact", "model"]
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FAILED", {"good": 2.0})
+
+
+def broken_model(path: str) -> nn.Module:
+    raise ValueError(f"no model in {path}")
+
+
+def test_runs_the_server_does_not_know_are_looked_for_again(store: Path, tmp_path: Path, client: Any) -> None:
+    config = config_of(store, "deleted")
+    tracker = Tracker(tmp_path / "run", config)
+    tracker.start("run", layers=0)
+    tracker.metrics(1, {"accuracy": 0.5})
+    assert tracker.close() == 0
+    progress = Progress.load(tmp_path / "run" / "events.offset", redact(tracker.uri), sys.maxsize)
+    stale = Progress(progress.destination, progress.offset, {"parent": "0" * 32})
+    stale.save(tmp_path / "run" / "events.offset")
+    again = Tracker(tmp_path / "run", config)
+    again.start("run", layers=0)
+    assert again.close() == 0
+    assert again.run_id == tracker.run_id
+    assert client.get_run(tracker.run_id).data.tags["simmatch.attempts"] == "2"
+
+
+@pytest.mark.slow
+def test_a_job_prints_nothing_of_mlflow_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys\n"
+        "from cluster.tracking import Tracker, TrackingConfig\n"
+        "assert 'mlflow' not in sys.modules\n"
+        "tracker = Tracker(pathlib.Path(sys.argv[1]), TrackingConfig())\n"
+        "tracker.start('run', layers=1)\n"
+        "tracker.finish('FINISHED')\n"
+        "assert tracker.close() == 0, tracker.problems\n"
+        "import os\n"
+        "assert not [key for key in os.environ if 'MLFLOW' in key], os.environ\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "runs" / "a")],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"a", "mlflow.db", "mlartifacts"}

@@ -1,0 +1,26 @@
+"""What all tests share: one thread per process, the digits, and the CUDA device where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simmatch.config import DataConfig
+from simmatch.data import Dataset, load_dataset
+
+# The problems are small and the machines that run them are shared: more threads only add noise.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    """The 8 × 8 digits inside scikit-learn: no network, no files of ours."""
+    return load_dataset(DataConfig(name="digits"))
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The CUDA device; a test that asks for it is skipped where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none here")
+    return torch.device("cuda")

@@ -1,0 +1,124 @@
+"""Several owners in one process: an exchange between threads that is as unforgiving as a network.
+
+What a real collective leaves undefined is made to fail here: slices of the others are NaN until `wait`, an own
+slice that is written to while its exchange is under way raises, and so do owners that disagree about a shape.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TIMEOUT_S = 20.0
+
+
+class Board:
+    """Where `world_size` owners post their slices, one page per exchange."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.changed = threading.Condition()
+        self.pages: dict[int, dict[int, Tensor]] = {}
+        self.readers: dict[int, int] = {}
+
+    def post(self, page: int, rank: int, own: Tensor) -> None:
+        with self.changed:
+            self.pages.setdefault(page, {})[rank] = own
+            self.changed.notify_all()
+
+    def read(self, page: int) -> list[Tensor]:
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.pages[page]) == self.world_size, TIMEOUT_S):
+                missing = sorted(set(range(self.world_size)) - set(self.pages[page]))
+                raise TimeoutError(f"exchange {page}: nothing from rank {missing} within {TIMEOUT_S:g} s")
+            slices = [self.pages[page][rank] for rank in range(self.world_size)]
+            self.readers[page] = self.readers.get(page, 0) + 1
+            if self.readers[page] == self.world_size:
+                del self.pages[page], self.readers[page]
+            return slices
+
+
+class Pending:
+    """A gather that the others may not have joined yet."""
+
+    def __init__(self, board: Board, page: int, rank: int, gathered: Tensor, posted: Tensor) -> None:
+        self.board, self.page, self.rank, self.gathered, self.posted = board, page, rank, gathered, posted
+
+    def wait(self) -> None:
+        slices = self.board.read(self.page)
+        if not _same_bytes(self.gathered[self.rank], self.posted):
+            raise AssertionError(f"rank {self.rank} wrote to its slice while exchange {self.page} was under way")
+        for rank, part in enumerate(slices):
+            if part.shape != self.posted.shape:
+                raise AssertionError(f"rank {rank} sent {list(part.shape)}, rank {self.rank} {list(self.posted.shape)}")
+            if rank != self.rank:
+                self.gathered[rank].copy_(part)
+
+
+class ThreadExchange:
+    """One owner's end of a board; the protocol of `simmatch.exchange.Exchange`.
+
+    Attributes
+    ----------
+    delay_s: slept before every exchange.
+    num_exchanges: gathers started.
+    """
+
+    def __init__(self, board: Board, rank: int, *, asynchronous: bool = False, delay_s: float = 0.0) -> None:
+        self.board, self.rank, self.asynchronous, self.delay_s = board, rank, asynchronous, delay_s
+        self.world_size = board.world_size
+        self.num_exchanges = 0
+
+    def all_gather(self, gathered: Tensor) -> Pending:
+        assert gathered.shape[0] == self.world_size
+        time.sleep(self.delay_s)
+        own = gathered[self.rank].clone()
+        for rank in range(self.world_size):
+            if rank != self.rank:
+                gathered[rank] = torch.nan
+        page, self.num_exchanges = self.num_exchanges, self.num_exchanges + 1
+        self.board.post(page, self.rank, own)
+        return Pending(self.board, page, self.rank, gathered, own)
+
+
+def run_owners(
+    world_size: int,
+    owner: Callable[[ThreadExchange], Any],
+    *,
+    asynchronous: bool = False,
+    delays_s: dict[int, float] | None = None,
+) -> list[Any]:
+    """Run `owner` once per rank, each in its thread; what each returned, or the exception it raised."""
+    board = Board(world_size)
+    outcomes: list[Any] = [TimeoutError("this owner never ended")] * world_size
+
+    def work(rank: int) -> None:
+        exchange = ThreadExchange(board, rank, asynchronous=asynchronous, delay_s=(delays_s or {}).get(rank, 0.0))
+        try:
+            outcomes[rank] = owner(exchange)
+        except Exception as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S + 10.0)
+    return outcomes
+
+
+def results(outcomes: list[Any]) -> list[Any]:
+    """The outcomes, or the first exception among them."""
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return bool((one == other).logical_or(one.isnan() & other.isnan()).all())
