@@ -63,6 +63,7 @@ class TorchExchange:
         self.num_exchanges += 1
         self.bytes_exchanged += own.nbytes * (self.world_size - 1)
         work = dist.all_gather_single(gathered.view(-1), own.view(-1), group=self.group, async_op=True)
+        assert work is not None  # asked for with async_op
         return Pending(work, self)
 
 
@@ -87,7 +88,7 @@ def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def join_group(
-    store: dist.Store, generation: int, rank: int, world_size: int, device: torch.device, timeout_s: float
+    store: dist.TCPStore, generation: int, rank: int, world_size: int, device: torch.device, timeout_s: float
 ) -> TorchExchange:
     """Join the group of one generation. Blocks until all ranks have come, at most `timeout_s`."""
     backend = "nccl" if device.type == "cuda" else "gloo"

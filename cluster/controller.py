@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, Shard, commit, folder_of, newest, prune
 from cluster.config import RunConfig
-from cluster.spool import SPOOL_NAME, Spool
 from cluster.policy import Decision, Failure, FailurePolicy
+from cluster.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
 from cluster.worker import Place, Status
 

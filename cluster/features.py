@@ -59,19 +59,27 @@ class FeatureStore:
         self._keep_all = keep_all
         self._below: list[list[Tensor]] = []
 
-    def _own_images(self, chunk: slice) -> Tensor:
-        part = own_part(chunk.stop - chunk.start, self.exchange)
-        return to_unit(self._images[chunk][part], self._dtype).to(self._device)
+    def images(self, chosen: Tensor | slice) -> Tensor:
+        """The images themselves, [n, C, H, W] in [0, 1]."""
+        return to_unit(self._images[chosen], self._dtype).to(self._device)
 
     def own(self, index: int) -> Tensor:
         """This rank's share of chunk `index`."""
-        return self._own_images(self.chunks[index]) if self._own is None else self._own[index]
+        return self.images(self._part(self.chunks[index])) if self._own is None else self._own[index]
 
-    def advance(self, encode: Callable[[Tensor], Tensor], seen: Callable[[int], None]) -> None:
-        """Replace the features by their encoding; `seen(n)` hears of every n images done by all ranks."""
+    def _part(self, chunk: slice) -> slice:
+        """The images of a chunk that are this rank's."""
+        part = own_part(chunk.stop - chunk.start, self.exchange)
+        return slice(chunk.start + part.start, chunk.start + part.stop)
+
+    def advance(self, encode: Callable[[Tensor, slice], Tensor], seen: Callable[[int], None]) -> None:
+        """Replace the features by their encoding.
+
+        `encode(x, images)` also hears which images of the set x are; `seen(n)` of every n images done by all ranks.
+        """
         following = []
         for index, chunk in enumerate(self.chunks):
-            following.append(encode(self.own(index)))
+            following.append(encode(self.own(index), self._part(chunk)))
             seen(chunk.stop - chunk.start)
         if self._keep_all:
             self._below.append(following)

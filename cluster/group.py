@@ -72,7 +72,7 @@ class WorkerGroup:
         bundle = {"CPU": float(self.config.cpus_per_rank)}
         if self.assignment.config.device == "cuda":
             bundle["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
-        total = ray.cluster_resources()
+        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for kind, amount in bundle.items():
             if total.get(kind, 0.0) < amount * self.world_size:
                 raise ConfigError(
@@ -81,7 +81,7 @@ class WorkerGroup:
                 )
         self._placement = placement_group([bundle] * self.world_size, strategy="PACK")
         if not self._placement.wait(self.config.start_timeout_s):
-            free = ray.available_resources()
+            free = ray.available_resources()  # type: ignore[no-untyped-call]
             raise GroupFailure(
                 Failure(
                     f"no place for {self.world_size} ranks of {bundle} within {self.config.start_timeout_s:g} s; "
@@ -91,6 +91,7 @@ class WorkerGroup:
             )
 
     def _create(self) -> None:
+        assert self._placement is not None
         gpus = 1 if self.assignment.config.device == "cuda" else 0
         actor_class = ray.remote(self.worker_class)
         for rank in range(self.world_size):
@@ -103,7 +104,7 @@ class WorkerGroup:
 
     def _addresses(self) -> list[str]:
         """Address of the node that each rank was placed on."""
-        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}  # type: ignore[no-untyped-call]
         placed = ray.util.placement_group_table(self._placement)["bundles_to_node_id"]
         return [nodes[placed[rank]] for rank in range(self.world_size)]
 

@@ -50,3 +50,19 @@ def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingCon
         for name, tensor in shard_state(source).items():
             getattr(target, name).copy_(gather_rows(tensor, source.rows, source.exchange))
     target.invalidate_bound()
+
+
+def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Σ over ranks of their tensors, added in the order of ranks, on every rank."""
+    gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
+    gathered[exchange.rank] = tensor
+    exchange.all_gather(gathered).wait()
+    return gathered.sum(dim=0)
+
+
+def from_rank_zero(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Rank 0's values on every rank."""
+    gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
+    gathered[exchange.rank] = tensor
+    exchange.all_gather(gathered).wait()
+    return gathered[0]

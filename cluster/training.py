@@ -12,29 +12,30 @@ All decisions depend on the configuration or on gathered bytes only, so ranks ca
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from os import cpu_count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import reduce
 from torch import Tensor
 
 from cluster.checkpoint import Cursor, LayerState, Reader, folder_of, load_into, read_manifest, write_shard
+from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
-from cluster.features import FeatureStore, gather_images, own_part
+from cluster.features import FeatureStore
+from cluster.inputs import LayerInputs, all_threads
 from cluster.mesh import Mesh
-from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, take_rows
+from cluster.report import Report
+from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
 from simmatch.config import LayerConfig
-from simmatch.data import Dataset, epoch_order, load_dataset, steps_per_epoch, to_unit
+from simmatch.data import Dataset, load_dataset
 from simmatch.exchange import Exchange
 from simmatch.geometry import Patches
-from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.lateral import SharedFault
+from simmatch.layer import SimilarityMatchingConv2d, one_hot
 from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, save_model
+from simmatch.order import epoch_order, steps_per_epoch
 from simmatch.readout import accuracy, decode, fit_readout
 from simmatch.rows import Rows, split_rows
 
@@ -57,16 +58,6 @@ class Assignment:
     resume: Path | None = None
 
 
-class Report(Protocol):
-    """Where a rank tells how it fares; neither call waits."""
-
-    def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
-        """How far the present phase is; only the latest counts."""
-
-    def event(self, kind: str, **content: Any) -> None:
-        """Something to keep: every event reaches the controller once, in order."""
-
-
 class TrainingFault(RuntimeError):
     """Training cannot go on; the message names layer, step and rank."""
 
@@ -75,20 +66,6 @@ def source_of(dataset: Dataset) -> InputConfig:
     """Shape and classes of a data set's images."""
     height, width = dataset.image_size
     return InputConfig(in_channels=dataset.in_channels, height=height, width=width, num_classes=dataset.num_classes)
-
-
-@contextmanager
-def all_threads() -> Iterator[None]:
-    """Every core of the machine for work that one rank does while the others wait."""
-    from threadpoolctl import threadpool_limits
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(cpu_count() or 1)
-    try:
-        with threadpool_limits(cpu_count()):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Training:
@@ -122,7 +99,7 @@ class Training:
         for index, config in enumerate(self.config.model.layers):
             layer = self._layer(index, config)
             self._learn(index, config, layer, train)
-            gather_layer(layer, self.stack.layers[index])
+            gather_layer(layer, self.stack.layer(index))
             self._encode(index, train, test, scores)
         self._read_out(train, test, scores)
         if self.assignment.rank == 0:
@@ -174,7 +151,15 @@ class Training:
         self.step += start
         if start == total:
             return
-        inputs = LayerInputs(self, index, config, layer, train)
+        inputs = LayerInputs(
+            index,
+            config,
+            layer,
+            train,
+            stack=self.stack,
+            report=self.report,
+            cache=self.config.cache_features,
+        )
         window = Window()
         order = torch.empty(0)
         for update in range(start, total):
@@ -207,8 +192,11 @@ class Training:
         try:
             patches = inputs.batch(chosen)
             return patches, layer.partial_fit(patches, labels)
-        except SharedFault as fault:
-            raise TrainingFault(f"layer {index}, step {int(layer.updates) + 1}: {fault}") from fault
+        except PeerTimeout:
+            raise
+        except Exception as fault:
+            what = str(fault) if isinstance(fault, SharedFault) else f"{type(fault).__name__}: {fault}"
+            raise TrainingFault(f"layer {index}, step {int(layer.updates) + 1}: {what}") from fault
 
     def _save(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
@@ -216,7 +204,7 @@ class Training:
         ranges: dict[str, Rows] = {}
         states = []
         for number in range(index + 1):
-            source = layer if number == index else self.stack.layers[number]
+            source = layer if number == index else self.stack.layer(number)
             rows = split_rows(source.out_channels, self.config.mesh.channel)[self.place.channel]
             for name in SHARDED:
                 key = f"layers.{number}.{name}"
@@ -238,8 +226,11 @@ class Training:
     # ------------------------------------------------------------------------------------------- encoding
 
     def _encode(self, index: int, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
-        """Replace the images of both stores by the pooled, label-free activity of layer `index`."""
-        layer, config = self.stack.layers[index], self.config.model.layers[index]
+        """Replace the images of both stores by the pooled, label-free activity of layer `index`.
+
+        On the way the label weights settle on the training images' label-free activity, and read the test images'.
+        """
+        layer, config = self.stack.layer(index), self.config.model.layers[index]
         last = index == len(self.stack.layers) - 1
         done, total, started = 0, train.count + test.count, time.monotonic()
 
@@ -249,17 +240,27 @@ class Training:
             rate = done / (time.monotonic() - started)
             self.report.progress("encode", done, total, layer=index, images_per_second=rate)
 
-        def encode(x: Tensor) -> Tensor:
-            return pooled(layer(x), config)
+        yz = torch.zeros_like(layer.label)
+        zz = yz.new_zeros(layer.num_classes, layer.num_classes)
 
-        def encode_and_decode(x: Tensor) -> Tensor:
+        def learn_label(x: Tensor, images: slice) -> Tensor:
+            activities = layer(x)
+            if config.supervised:
+                z = one_hot(self.dataset.train_labels[images].to(self.device), layer, 1)
+                yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
+                zz.add_(z @ z.T)
+            return pooled(activities, config)
+
+        def read_label(x: Tensor, _: slice) -> Tensor:
             activities = layer(x)
             if config.supervised and last:
                 scores.append(decode(reduce(activities, "b k h w -> b k", "mean"), layer.label))
             return pooled(activities, config)
 
-        train.advance(encode, seen)
-        test.advance(encode_and_decode, seen)
+        train.advance(learn_label, seen)
+        if config.supervised:
+            layer.settle_label(sum_over_ranks(yz, self.exchange), sum_over_ranks(zz, self.exchange))
+        test.advance(read_label, seen)
 
     def _read_out(self, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
         """Accuracy of the readouts on the test images, by rank 0 while the others wait."""
@@ -308,69 +309,3 @@ class Window:
             "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),
             "num_exchanges": float(exchange.num_exchanges),
         }
-
-
-class LayerInputs:
-    """Batches of patches for one layer: from images, from cached features, or encoded batch by batch.
-
-    A fresh layer is calibrated here: rank 0 measures the input, all ranks take its result.
-    """
-
-    def __init__(
-        self, run: Training, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d, store: FeatureStore
-    ) -> None:
-        self._run, self._index, self._layer = run, index, layer
-        if not layer.calibrated:
-            self._calibrate(config, store)
-        self._cache = self._fill(store) if index > 0 and run.config.cache_features else None
-
-    def _calibrate(self, config: LayerConfig, store: FeatureStore) -> None:
-        self._run.report.progress("calibrate", 0, 1, layer=self._index)
-        layer, exchange = self._layer, self._run.exchange
-        sample = store.first(min(config.whiten_images, store.count))
-        if self._run.assignment.rank == 0:
-            with all_threads():
-                layer.calibrate(sample, config.whiten_patches)
-        for name in ("whitening", "whitening_mean", "input_power"):
-            if hasattr(layer, name):
-                target = getattr(layer, name)
-                target.copy_(from_rank_zero(target, exchange))
-        self._run.report.progress("calibrate", 1, 1, layer=self._index)
-
-    def _fill(self, store: FeatureStore) -> Tensor:
-        """All images' input of this layer on this rank: whole patches where the layer is dense, else maps."""
-        cache: Tensor | None = None
-        done = 0
-
-        def dense(x: Tensor) -> Tensor:
-            patches = self._layer.prepare(x)
-            return x if patches.matrix is None else patches.matrix
-
-        for part in store.gathered(dense):
-            if cache is None:
-                cache = part.new_empty(store.count, *part.shape[1:])
-            cache[done : done + len(part)] = part
-            done += len(part)
-            self._run.report.progress("cache", done, store.count, layer=self._index)
-        assert cache is not None
-        return cache
-
-    def batch(self, chosen: Tensor) -> Patches:
-        """Patches of the images with these indices, the same on every rank."""
-        if self._cache is not None:
-            found = self._cache[chosen.to(self._cache.device)]
-            return Patches(None, None, found, (1, 1)) if found.ndim == 2 else self._layer.prepare(found)
-        run = self._run
-        own = chosen[own_part(len(chosen), run.exchange)] if self._index > 0 else chosen
-        images = to_unit(run.dataset.train_images[own], run.dtype).to(run.device)
-        if self._index > 0:
-            images = gather_images(run.stack.below(images, self._index), len(chosen), run.exchange)
-        return self._layer.prepare(images)
-
-
-def from_rank_zero(tensor: Tensor, exchange: Exchange) -> Tensor:
-    """Rank 0's values on every rank."""
-    gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
-    gathered[exchange.rank] = tensor
-    exchange.all_gather(gathered).wait()
-    return gathered[0]

@@ -53,7 +53,7 @@ class Status:
 
 @dataclass
 class Outbox:
-    """Implements `cluster.training.Report`: filled by the training thread, emptied by polls."""
+    """Implements `cluster.report.Report`: filled by the training thread, emptied by polls."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
     latest: dict[str, Any] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY_S = 5.0
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def size(count: float) -> str:
@@ -43,6 +45,15 @@ def details(latest: dict[str, Any]) -> str:
     if "bytes_exchanged" in latest:
         parts.append(f"{size(latest['bytes_exchanged'])} exchanged")
     return " · ".join(parts)
+
+
+def without_control(text: str) -> str:
+    """A text without colours and other control characters; lines and tabs stay.
+
+    >>> without_control("\\x1b[36mrank 0\\x1b[0m\\r\\n\\tlost")
+    'rank 0\\n\\tlost'
+    """
+    return _CONTROL.sub("", text)
 
 
 class TerminalDisplay:
@@ -79,7 +90,7 @@ class TerminalDisplay:
         )
 
     def note(self, text: str) -> None:
-        self._progress.console.print(escape(text), highlight=False)
+        self._progress.console.print(escape(without_control(text)), highlight=False)
 
 
 class PlainDisplay:
@@ -117,7 +128,7 @@ class PlainDisplay:
         self._print(text)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(without_control(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def make_display(console: Console) -> TerminalDisplay | PlainDisplay:

@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simmatch.config import ConfigError, DataConfig
-from simmatch.data import DATASETS, DataError, DataNotFoundError, Dataset, default_root, download, load_dataset
+from simmatch.data import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
+from simmatch.formats import DataError
 
 CONNECT_TIMEOUT_S = 10.0
 """A server that has not answered by then counts as out of reach."""

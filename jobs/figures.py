@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simmatch.geometry import Whitening
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.model import Stack, pooled
+from simmatch.model import Stack
 
 Curves = dict[int, list[tuple[int, dict[str, float]]]]
 
@@ -36,9 +36,10 @@ def training_curves(curves: Curves, path: Path) -> None:
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("update")
         axes.grid(alpha=0.3)
-        if metric == "residual":
+        if metric == "residual" and any(values[metric] > 0 for curve in curves.values() for _, values in curve):
             axes.set_yscale("log")
-    figure.axes[0].legend()
+    if curves:
+        figure.axes[0].legend()
     figure.savefig(path, dpi=110)
 
 
@@ -54,17 +55,15 @@ def input_filters(layer: SimilarityMatchingConv2d) -> Tensor:
 
 def preferred_images(stack: Stack, index: int, images: Tensor) -> Tensor:
     """Mean of the images [B, C, H, W], weighted by each channel's mean activity, less the plain mean: [K, C, H, W]."""
-    x = images
-    for layer, config in zip(stack.layers[: index + 1], stack.config.layers[: index + 1], strict=True):
-        x = pooled(layer(x), config)
-    activity = x.flatten(2).mean(dim=2)
-    weight = activity / activity.sum(dim=0, keepdim=True).clamp(min=1e-12)
-    return torch.einsum("bk,bchw->kchw", weight, images) - images.mean(dim=0)
+    activity = stack.below(images, index + 1).flatten(2).mean(dim=2)
+    weight = activity / activity.sum(dim=0).clamp(min=1e-12)
+    less_mean = weight - weight.sum(dim=0) / len(images)  # a silent channel's weights are 0, and its image is
+    return torch.einsum("bk,bchw->kchw", less_mean, images)
 
 
 def filters(stack: Stack, index: int, images: Tensor, path: Path, limit: int = 64) -> None:
     """Tiles of a layer's channels: filters of the first layer, preferred images of the others."""
-    layer = stack.layers[index]
+    layer = stack.layer(index)
     if index == 0:
         tiles, title = input_filters(layer), f"layer {index}: feedforward filters in input space"
     else:

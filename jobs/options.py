@@ -22,6 +22,10 @@ Loader.add_implicit_resolver(
 )
 
 
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What reading a text that is not YAML may raise; a ValueError: the 99th of a month, or bytes that are not UTF-8."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
@@ -36,7 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config: expected a YAML file, got {path}, which does not exist") from None
     except OSError as error:
         raise ConfigError(f"--config: expected a readable YAML file, got {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config: expected YAML in {path}, got: {reason}") from None
     if not isinstance(values, dict):
@@ -56,7 +60,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set: expected dotted.key=value, got {assignment!r}")
         try:
             value = yaml.load(text, Loader)
-        except yaml.YAMLError:
+        except NOT_YAML:
             raise ConfigError(f"--set {key}: expected a YAML value, got {text!r}") from None
         _assign(values, key, value)
     return values
@@ -86,6 +90,6 @@ def _child(target: Any, part: str, key: str) -> Any:
 
 
 def _index(target: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
+    if not part.isdecimal() or int(part) >= len(target):
         raise ConfigError(f"--set {key}: expected a number from 0 to {len(target) - 1}, got {part!r}")
     return int(part)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import yaml
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from cluster.config import RunConfig
@@ -14,6 +15,8 @@ from simmatch.config import LayerConfig
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.rows import split_rows
 from simmatch.tile import TAIL
+
+LOG_WIDTH = 1000
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def _plan_layer(
 
 def print_plan(console: Console, config: RunConfig, source: InputConfig, train_images: int) -> None:
     """The resolved configuration, the mesh, and a table of the layers."""
-    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"mesh: {config.place()}, {config.place().world_size} rank(s) on {config.device}", highlight=False)
     table = Table(title="per rank (the one with the most rows)")
     names = ("layer", "input", "output", "rows", "columns", "parameters", "activations", "cache", "per iteration")
@@ -104,9 +108,13 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
             size(plan.cache_bytes),
             size(plan.exchange_bytes),
         )
+    if not console.is_terminal:  # a log has no width of its own: cut nothing
+        unlimited = console.options.update(max_width=LOG_WIDTH)
+        console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
     console.print(table)
     console.print(
         "columns: per update; cache: encoded input of the layer; per iteration: bytes received in one iteration of "
         "the dynamics over one batch",
         highlight=False,
+        soft_wrap=True,
     )

@@ -6,6 +6,7 @@ Exit status: 0 finished, 1 failed, 2 bad configuration or data (one line, nothin
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -25,15 +26,17 @@ from cluster.config import RunConfig
 from cluster.controller import Controller, Record, RunFailed, curves_from_spool, summarise, write_json
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.tracking import Status, Tracker
-from cluster.training import Assignment, source_of
+from cluster.training import source_of
 from jobs import figures
 from jobs.display import PlainDisplay, TerminalDisplay, make_display
 from jobs.options import override, read_yaml
 from jobs.plan import print_plan
 from jobs.run_directory import Start, choose
 from simmatch.config import ConfigError, parse
-from simmatch.data import DataError, Dataset, load_dataset, steps_per_epoch, to_unit
+from simmatch.data import Dataset, load_dataset, to_unit
+from simmatch.formats import DataError
 from simmatch.model import layer_inputs, load_model
+from simmatch.order import steps_per_epoch
 
 BAD_INPUT = 2
 FIGURE_IMAGES = 1000
@@ -124,8 +127,7 @@ class Job:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = self.config.model_dump(mode="json")
         (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, _interrupt)
+        _watch_signals()
         status: Status = "FAILED"
         message: str | None = None
         code = 1
@@ -148,12 +150,11 @@ class Job:
 
     def _train(self, display: TerminalDisplay | PlainDisplay) -> None:
         address = start_ray(self.config.place().world_size * self.config.cluster.cpus_per_rank)
+        _watch_signals()  # ray.init has put handlers of its own in place
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
         display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
-        controller = Controller(
-            self.config, self.run_dir, WorkerGroup, self.tracker, display, resume=self.start.resume
-        )
+        controller = Controller(self.config, self.run_dir, WorkerGroup, self.tracker, display, resume=self.start.resume)
         self.record = controller.record
         self.record.curves = curves_from_spool(self.run_dir, self.start.resume)
         controller.run()
@@ -211,7 +212,9 @@ class Job:
         summary["mlflow_run_id"] = self.tracker.run_id
         write_json(self.run_dir / "summary.json", summary)
         if pending:
-            display.note(f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {self.run_dir}")
+            display.note(
+                f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {self.run_dir}"
+            )
         if status == "FINISHED":
             self._print(summary)
 
@@ -247,6 +250,11 @@ class Interrupted(BaseException):
         super().__init__(f"ended by {signal.Signals(signum).name}")
 
 
+def _watch_signals() -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _interrupt)
+
+
 def _interrupt(signum: int, _: FrameType | None) -> NoReturn:
     signal.signal(signum, signal.SIG_IGN)
     raise Interrupted(signum)
@@ -261,14 +269,14 @@ def start_ray(cpus: int) -> str:
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="error")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return f"cluster at {ray.get_runtime_context().gcs_address}"
     ray.init(
         address="local",
         num_cpus=max(cpus, os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
     )
     return "embedded"
 

@@ -58,7 +58,10 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
             f"--run-dir: expected an absolute path inside a Ray job, whose working directory is a copy that is "
             f"deleted, got {run_dir!r}"
         )
+    if run_dir == "":
+        raise ConfigError("--run-dir: expected a folder, got nothing")
     base = (Path(run_dir) if run_dir is not None else default_root() / config.name).absolute()
+    _check_place(base)
     if resume not in ("auto", "never"):
         return _from(config, base, Path(resume).absolute())
     for candidate in _numbered(base):
@@ -73,6 +76,18 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
         origin = "no checkpoint yet: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
         return Start(candidate, checkpoint, f"continuing the unfinished run in {candidate}, {origin}")
     raise AssertionError("unreachable: the numbers do not end")
+
+
+def _check_place(base: Path) -> None:
+    """Refuse a folder that could not be made, before anything else is."""
+    try:
+        existing = next(path for path in (base, *base.parents) if path.exists())
+    except OSError as error:  # such as a name too long
+        raise ConfigError(f"--run-dir: expected a folder that can be made, got {base}: {error.strerror}") from None
+    if not existing.is_dir():
+        raise ConfigError(f"--run-dir: expected a folder, got the file {existing}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--run-dir: expected a folder that can be written to, got {existing}")
 
 
 def _numbered(base: Path) -> Iterator[Path]:
@@ -104,7 +119,14 @@ def _status(run_dir: Path) -> str | None:
 
 
 def _check_same(config: RunConfig, run_dir: Path) -> None:
-    _check_differences(config, yaml.safe_load((run_dir / "config.yaml").read_text()), run_dir)
+    path = run_dir / "config.yaml"
+    try:
+        other = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"--resume: expected the configuration of a run in {path}, got {type(error).__name__}"
+        ) from None
+    _check_differences(config, other, run_dir)
 
 
 def _check_differences(config: RunConfig, other: Any, where: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data sets, where their files are found, and the order in which images are visited.
+"""Data sets, and where their files are found.
 
 To add a data set write one function `(name, folder) -> Dataset` and one entry of `DATASETS`. Files are read without
 executing anything they contain; whatever is wrong with them is a `DataError` of one line.
@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import gzip
-import hashlib
 import http.client
-import io
-import math
 import os
-import pickle
 import socket
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from simmatch.config import ConfigError, DataConfig
-
-
-class DataError(ValueError):
-    """Images or labels that cannot be used; one line that names the file or the data set and what is wrong."""
+from simmatch.formats import DataError, read_cifar_batch, read_idx
 
 
 class DataNotFoundError(DataError):
@@ -93,127 +82,6 @@ def _check_split(what: str, images: Tensor, labels: Tensor, num_classes: int) ->
         index, *position = broken[0].tolist()
         value = images[index][tuple(position)].item()
         raise DataError(f"{what}: expected finite values, got {value} in image {index} at {position}")
-
-
-# -- file formats ------------------------------------------------------------------------------------------------------
-
-_IDX_DTYPES: dict[int, np.dtype[Any]] = {0x08: np.dtype(np.uint8), 0x0D: np.dtype(">f4")}
-
-
-def read_idx(path: Path, num_dims: int) -> Tensor:
-    """Read an IDX file, plain or gzipped, of uint8 or float32 values.
-
-    Returns
-    -------
-    Tensor
-        uint8 or float32, of the `num_dims` sizes that the file declares.
-
-    Raises
-    ------
-    DataError
-        Not such a file, or its length differs from what it declares; at most that length is ever held.
-    """
-    try:
-        with path.open("rb") as raw:
-            is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
-            return _parse_idx(gzip.GzipFile(fileobj=raw) if is_gzip else raw, path, num_dims)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _parse_idx(file: IO[bytes] | gzip.GzipFile, path: Path, num_dims: int) -> Tensor:
-    header = _read(file, 4 + 4 * num_dims)
-    if header[:2] != b"\0\0" or len(header) < 4:
-        raise DataError(f"{path}: expected an IDX file, which starts with 00 00, got '{header[:4].hex(' ')}'")
-    dtype = _IDX_DTYPES.get(header[2])
-    if dtype is None:
-        raise DataError(f"{path}: expected IDX type code 0x08 (uint8) or 0x0d (float32), got 0x{header[2]:02x}")
-    if header[3] != num_dims:
-        raise DataError(f"{path}: expected {num_dims} dimensions, got {header[3]}")
-    if len(header) < 4 + 4 * num_dims:
-        raise DataError(f"{path}: expected a header of {4 + 4 * num_dims} bytes, got {len(header)}")
-    shape = struct.unpack_from(f">{num_dims}I", header, 4)
-    if 0 in shape:
-        raise DataError(f"{path}: expected sizes of at least 1, got {shape}")
-    expected = math.prod(shape) * dtype.itemsize
-    body = _read(file, expected + 1)
-    if len(body) != expected:
-        given = len(body) if len(body) < expected else "more"
-        raise DataError(f"{path}: expected {expected} bytes after the header for sizes {shape}, got {given}")
-    values = np.frombuffer(body, dtype).reshape(shape)
-    return torch.from_numpy(values.astype(dtype.newbyteorder("="), copy=False))
-
-
-def _read(file: IO[bytes] | gzip.GzipFile, limit: int) -> bytearray:
-    """At most `limit` bytes, in pieces: a declared size is never allocated before its bytes are seen."""
-    content = bytearray()
-    while len(content) < limit and (piece := file.read(min(limit - len(content), 1 << 20))):
-        content += piece
-    return content
-
-
-class _Recorded:
-    """Stands in for every object of numpy's that a pickle names: keeps what it is handed, runs nothing."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-# The C unpickler allocates its memo table from an index in the file; this one keeps a dict.
-class _BatchUnpickler(pickle._Unpickler):
-    """Reads a CIFAR batch; a name outside `allowed` is refused and no name is ever imported."""
-
-    allowed = frozenset({"_reconstruct", "ndarray", "dtype", "encode"})
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] not in ("numpy", "_codecs") or name not in self.allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return _Recorded
-
-
-_CIFAR_SHAPE = (3, 32, 32)
-
-
-def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    """Read one file of CIFAR-10, of the python or (suffix `.bin`) of the binary version.
-
-    Returns
-    -------
-    tuple of Tensor
-        Images uint8 `[n, 3, 32, 32]` and labels int64 `[n]`.
-    """
-    try:
-        content = path.read_bytes()
-        images, labels = _parse_binary(content) if path.suffix == ".bin" else _parse_pickle(content)
-        return torch.from_numpy(images.reshape(-1, *_CIFAR_SHAPE)), torch.tensor(labels, dtype=torch.int64)
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: expected a batch of CIFAR-10: {reason}") from None
-
-
-def _parse_binary(content: bytes) -> tuple[np.ndarray, list[int]]:
-    size = 1 + math.prod(_CIFAR_SHAPE)
-    if not content or len(content) % size:
-        raise ValueError(f"expected a multiple of {size} bytes, got {len(content)}")
-    records = np.frombuffer(content, np.uint8).reshape(-1, size)
-    return records[:, 1:].copy(), records[:, 0].tolist()
-
-
-def _parse_pickle(content: bytes) -> tuple[np.ndarray, list[int]]:
-    # latin1 turns the byte strings of Python 2 into text, one character a byte
-    batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
-    labels, (_, shape, dtype, is_fortran, raw) = batch["labels"], batch["data"].state
-    raw = raw.args[0] if isinstance(raw, _Recorded) else raw
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    if dtype.args[0] != "u1" or len(shape) != 2 or shape[1] != math.prod(_CIFAR_SHAPE) or len(raw) != math.prod(shape):
-        raise ValueError(f"expected uint8 data [n, {math.prod(_CIFAR_SHAPE)}], got {dtype.args[0]} {shape}")
-    if len(labels) != shape[0] or not all(type(label) is int for label in labels):
-        raise ValueError(f"expected {shape[0]} integer labels, got {len(labels)} values")
-    images = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if is_fortran else "C")
-    return images.copy(order="C"), labels
 
 
 # -- readers: (name, folder) -> Dataset --------------------------------------------------------------------------------
@@ -394,12 +262,12 @@ def _find(config: DataConfig, source: Source) -> Path:
 
 def _places(config: DataConfig, source: Source) -> list[tuple[str, Path]]:
     if config.root is not None:
-        return [("data.root", Path(config.root).expanduser())]
+        return [("data.root", Path(os.path.expanduser(config.root)))]
     places = [("working directory", Path("data").absolute())]
     if source.system_folder is not None:
         places.insert(0, ("system", source.system_folder))
     if os.environ.get("SIMMATCH_DATA"):
-        places.insert(0, ("$SIMMATCH_DATA", Path(os.environ["SIMMATCH_DATA"]).expanduser()))
+        places.insert(0, ("$SIMMATCH_DATA", Path(os.path.expanduser(os.environ["SIMMATCH_DATA"]))))
     return places
 
 
@@ -447,7 +315,7 @@ def _first_images(dataset: Dataset, config: DataConfig) -> Dataset:
     )
 
 
-# -- values and order --------------------------------------------------------------------------------------------------
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -458,65 +326,3 @@ def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"expected uint8 or floating-point images, got {images.dtype}")
     return images.to(dtype)
-
-
-def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = None) -> Tensor:
-    """The indices visited in one epoch, int64 `[images]` (None: all): a pure function of its arguments.
-
-    A permutation of `range(num_images)`, or its first `images` entries.
-    """
-    count = _images_per_epoch(num_images, images)
-    order = torch.randperm(num_images, generator=_generator("order", seed, epoch), device="cpu")
-    return order[:count].clone()
-
-
-def steps_per_epoch(num_images: int, batch_size: int, *, images: int | None = None) -> int:
-    """Batches in one epoch, a last partial one counted."""
-    if batch_size < 1:
-        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    return -(-_images_per_epoch(num_images, images) // batch_size)
-
-
-def batch_indices(
-    step: int, *, num_images: int, batch_size: int, seed: int, epoch: int, images: int | None = None
-) -> Tensor:
-    """The images of one global batch, int64 `[batch_size]` or fewer in the epoch's last.
-
-    A pure function of its arguments: neither the number of ranks nor any state enters. `step` counts within `epoch`,
-    from 0 to `steps_per_epoch(...) - 1`; the batches of an epoch are `epoch_order(...)`, cut in pieces.
-    """
-    steps = steps_per_epoch(num_images, batch_size, images=images)
-    if not 0 <= step < steps:
-        raise ValueError(f"expected a step from 0 to {steps - 1} within the epoch, got {step}")
-    order = epoch_order(num_images, seed=seed, epoch=epoch, images=images)
-    return order[step * batch_size : (step + 1) * batch_size].clone()
-
-
-def stratified_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Indices, ascending int64, of `per_class` random examples of every class in `labels` `[N]`.
-
-    A subset with fewer per class, of the same seed, is contained in one with more.
-    """
-    if per_class < 1:
-        raise ValueError(f"expected per_class of at least 1, got {per_class}")
-    shuffled = torch.randperm(len(labels), generator=_generator("subset", seed), device="cpu")
-    chosen = []
-    labels = labels.cpu()
-    for label in sorted(set(labels.tolist())):
-        members = shuffled[labels[shuffled] == label]
-        if len(members) < per_class:
-            raise ValueError(f"expected {per_class} examples of class {label}, got {len(members)}")
-        chosen.append(members[:per_class])
-    return torch.cat(chosen).sort().values
-
-
-def _images_per_epoch(num_images: int, images: int | None) -> int:
-    if images is not None and not 0 < images <= num_images:
-        raise ValueError(f"expected 1 to {num_images} images per epoch, got {images}")
-    return num_images if images is None else images
-
-
-def _generator(purpose: str, *numbers: int) -> torch.Generator:
-    """A generator of its own for each purpose and numbers, far from those of neighbouring numbers."""
-    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))

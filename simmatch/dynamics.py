@@ -40,6 +40,7 @@ from simmatch.lateral import Bound, certify_afresh, raise_shared
 from simmatch.rows import Rows, join_rows
 from simmatch.tile import Folded, Tile
 
+
 @dataclass(frozen=True)
 class Solution:
     """What a solver returns.
@@ -251,17 +252,19 @@ def solve(drive: Tensor, lateral: Tensor, config: DynamicsConfig | None = None) 
     """
     config = config or DynamicsConfig()
     _validate(drive, lateral)
-    # exact powers of two bring d and M near 1, so that no finite input overflows on the way
-    drive_scale, lateral_scale = _power_of_two(drive.abs().amax()), _power_of_two(lateral.diagonal().amax())
+    if drive.shape[1] == 0:
+        return Solution(drive.clone(), 0, drive.new_zeros(0))
+    # exact powers of two bring M and every column of d near 1, so that no finite input overflows on the way
+    drive_scale, lateral_scale = _power_of_two(drive.abs().amax(dim=0)), _power_of_two(lateral.diagonal().amax())
     rows = Rows.all(lateral.shape[0])
-    scaled = lateral / lateral_scale
+    scaled = (lateral / lateral_scale).to(lateral.dtype)
     _check_semidefinite(scaled)
     bound = certify_afresh(scaled, rows, ridge=config.ridge)
     if config.step is not None:
-        config = config.model_copy(update={"step": config.step * lateral_scale})
-    solution = Dynamics(config, rows).solve(drive / drive_scale, scaled, bound)
-    largest = torch.finfo(drive.dtype).max
-    y = (solution.y * (drive_scale / lateral_scale)).clamp_(max=largest)
+        config = config.model_copy(update={"step": config.step * float(lateral_scale)})
+    solution = Dynamics(config, rows).solve((drive / drive_scale).to(drive.dtype), scaled, bound)
+    unscaled = torch.where(solution.y > 0, solution.y * (drive_scale / lateral_scale), 0.0)
+    y = unscaled.clamp(max=torch.finfo(drive.dtype).max).to(drive.dtype)
     worst = float(solution.residual.amax()) if solution.residual.numel() else 0.0
     if config.tolerance > 0 and not worst <= config.tolerance:
         warnings.warn(
@@ -273,9 +276,9 @@ def solve(drive: Tensor, lateral: Tensor, config: DynamicsConfig | None = None) 
     return Solution(y, solution.num_iters, solution.residual)
 
 
-def _power_of_two(value: Tensor) -> float:
-    """Largest power of two at most `value`; 1 for 0."""
-    return float(2.0 ** torch.floor(torch.log2(value.double()))) if value > 0 else 1.0
+def _power_of_two(values: Tensor) -> Tensor:
+    """Largest power of two at most each value, in float64; 1 for 0."""
+    return torch.where(values > 0, torch.exp2(torch.floor(torch.log2(values.double()))), 1.0)
 
 
 def _validate(drive: Tensor, lateral: Tensor) -> None:

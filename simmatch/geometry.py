@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def inverse_contrast(images: Tensor, config: PatchConfig) -> Tensor:
     """1 / max(std, floor) of every patch, zero padding included: [B, C, H, W] → [B, 1, H', W']."""
 
     def box(values: Tensor) -> Tensor:
-        return F.avg_pool2d(values, config.kernel_size, config.stride, config.padding).mean(dim=1, keepdim=True)
+        return F.avg_pool2d(values, config.kernel_size, config.stride).mean(dim=1, keepdim=True)
 
+    images = F.pad(images, (config.padding,) * 4)
     variance = box(images.square()) - box(images).square()
     return variance.clamp(min=config.contrast_floor**2).rsqrt()
 
@@ -172,7 +174,7 @@ def correlate(patches: Patches, y: Tensor, config: PatchConfig, whitening: White
     maps = rearrange(y, "k (b h w) -> b k h w", h=height, w=width)
     if patches.inverse_scale is not None:
         maps = maps * patches.inverse_scale
-    product = torch.nn.grad.conv2d_weight(
+    product: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
         patches.images, shape, maps.contiguous(), stride=config.stride, padding=config.padding
     ).flatten(1)
     if config.contrast:
@@ -201,17 +203,25 @@ def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: t
     return transform(rearrange(picked, "n c h w -> n (c h w)"), config)
 
 
+COVARIANCE_ROWS = 2048
+"""Patches multiplied at a time, so that a float32 covariance does not lose digits to its length."""
+
+
 def zca(patches: Tensor, ridge: float) -> Whitening:
-    """ZCA whitening of normalised patches [N, P], in float64 and returned in their dtype.
+    """ZCA whitening of normalised patches [N, P], decomposed in float64 and returned in their dtype.
 
     Π = (C_x + ridge · mean eigenvalue · I)^(-1/2) with C_x the covariance: the identity of the canonical
     correlation objective XᵀC_x⁻¹X, regularised.
     """
-    values = patches.double()
-    mean = values.mean(dim=0)
-    centred = values - mean
-    covariance = centred.T @ centred / values.shape[0]
+    mean = patches.mean(dim=0, dtype=torch.float64)
+    covariance = mean.new_zeros(len(mean), len(mean))
+    for part in patches.split(COVARIANCE_ROWS):  # products in the patches' dtype, sums of them in float64
+        centred = part - mean.to(part.dtype)
+        covariance += centred.T @ centred
+    covariance /= patches.shape[0]
     eigenvalues, vectors = torch.linalg.eigh(covariance)
-    floor = ridge * eigenvalues.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    matrix = (vectors * (eigenvalues.clamp(min=0.0) + floor).rsqrt()) @ vectors.T
+    # patches that hardly vary are left alone rather than blown up to what their dtype cannot hold
+    least = torch.finfo(patches.dtype).eps
+    spectrum = (eigenvalues.clamp(min=0.0) + ridge * eigenvalues.mean()).clamp(min=least)
+    matrix = (vectors * spectrum.rsqrt()) @ vectors.T
     return Whitening(matrix.to(patches.dtype), mean.to(patches.dtype))

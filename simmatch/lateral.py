@@ -1,6 +1,6 @@
 """The lateral matrix M as the dynamics need it: a certified bound of its largest eigenvalue.
 
-Every owner of channels holds its rows of M. `certify` costs one matrix–vector product and one small gather, in
+Every owner of channels holds its rows of M. `certify` costs two matrix–vector products and two small gathers, in
 which all owners learn the same bound from the same bytes, and whether any of them is in trouble.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from simmatch.exchange import IDENTITY, Exchange
 from simmatch.rows import Rows, join_rows
 
-PERRON_FLOOR = 1e-6
-"""Least entry of the Perron vector relative to its largest: keeps v > 0 on rows of M that are zero."""
+PERRON_FLOOR = 1e-2
+"""Least entry of the vector v relative to its largest: keeps v > 0 on rows of M that are zero or were until now."""
 
 
 class SharedFault(RuntimeError):
@@ -37,8 +37,13 @@ class SharedFault(RuntimeError):
 
 
 def raise_shared(flagged: Tensor, kind: str, cause: Exception | None = None) -> None:
-    """Raise `SharedFault` where `flagged` [G] has a true entry; `cause` is this owner's own exception, if any."""
+    """Raise `SharedFault` where `flagged` [G] has a true entry; `cause` is this owner's own exception, if any.
+
+    An owner of all channels has nobody to tell: its exception is raised as it is.
+    """
     if bool(flagged.any()):
+        if cause is not None and flagged.numel() == 1:
+            raise cause
         raise SharedFault(kind, torch.nonzero(flagged).flatten().tolist()) from cause
 
 
@@ -70,7 +75,11 @@ def certify(
     flagged: Tensor | None = None,
     fault: Exception | None = None,
 ) -> Bound:
-    """Bound λmax(M) from one matrix–vector product and one gather of 3 K values.
+    """Bound λmax(M) from two matrix–vector products, each followed by a gather of at most 3 K values.
+
+    The first product starts from the last update's vector, the second from the first's result: a channel that has
+    just woken is nearly absent from the one and present in the other. Both certify, and so does the trace of a
+    positive semidefinite M; the least counts.
 
     Parameters
     ----------
@@ -94,17 +103,27 @@ def certify(
     else:
         marks.fill_(-1.0)
     exchange.all_gather(gathered).wait()
-
     raise_shared((gathered[:, 2] < 0).any(dim=1), "exception", fault)
     raise_shared(~gathered[:, :2].isfinite().all(dim=2).all(dim=1), "non-finite lateral weights")
     product, diagonal, marks = join_rows(gathered, rows.total, dim=1)
-    epsilon = ridge * float(diagonal.mean())
+    second = _floored(product)
+
+    gathered = lateral.new_zeros(exchange.world_size, rows.padded)
+    gathered[exchange.rank, : rows.count] = lateral.abs() @ second
+    exchange.all_gather(gathered).wait()
+    third = join_rows(gathered, rows.total)
+
     # a nonnegative dot product of length K has relative error below (K + 2) eps; doubled for the division
     rounding = 1.0 + 2 * (rows.total + 2) * torch.finfo(lateral.dtype).eps
-    value = float((product / perron).amax()) * rounding + epsilon
+    value = torch.stack([(product / perron).amax(), (third / second).amax(), diagonal.sum()]).amin()
+    epsilon = ridge * float(diagonal.mean())
+    return Bound(float(value) * rounding + epsilon, epsilon, _floored(third), marks > 0)
+
+
+def _floored(product: Tensor) -> Tensor:
+    """A product M v as the next v: largest entry 1, none below `PERRON_FLOOR`; ones where M is zero."""
     top = product.amax()
-    following = product.div(top).clamp_(min=PERRON_FLOOR) if top > 0 else torch.ones_like(perron)
-    return Bound(value, epsilon, following, marks > 0)
+    return product.div(top).clamp_(min=PERRON_FLOOR) if top > 0 else torch.ones_like(product)
 
 
 def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, exchange: Exchange = IDENTITY) -> Bound:

@@ -38,6 +38,7 @@ from simmatch.lateral import Bound, certify, certify_afresh
 from simmatch.objective import similarity_objective
 from simmatch.plasticity import RULES, Statistics, Weights, class_frequency_change, learning_rate
 from simmatch.rows import Rows
+from simmatch.seeding import seeded
 
 UNLABELLED = -1
 """Label of an image whose class is unknown: it contributes nothing to V and V nothing to it."""
@@ -75,6 +76,18 @@ class SimilarityMatchingConv2d(nn.Module):
     dead_channels: channels of all owners found dead at the last update (and then revived, if so configured).
     """
 
+    feedforward: Tensor
+    lateral: Tensor
+    label: Tensor
+    whitening: Tensor
+    whitening_mean: Tensor
+    input_power: Tensor
+    class_frequency: Tensor
+    silent: Tensor
+    perron: Tensor
+    updates: Tensor
+    revived: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -111,22 +124,23 @@ class SimilarityMatchingConv2d(nn.Module):
         self.dead_channels = 0
 
         own, size = self.rows.count, self.patch.patch_size
-        options = {"dtype": dtype, "device": device}
-        self.feedforward: Tensor
-        self.lateral: Tensor
-        self.label: Tensor
-        self.register_buffer("feedforward", torch.empty(own, in_channels, kernel_size, kernel_size, **options))
-        self.register_buffer("lateral", torch.zeros(own, out_channels, **options))
-        self.register_buffer("label", torch.zeros(own, num_classes, **options))
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.register_buffer("feedforward", zeros(own, in_channels, kernel_size, kernel_size))
+        self.register_buffer("lateral", zeros(own, out_channels))
+        self.register_buffer("label", zeros(own, num_classes))
         if whiten:
-            self.register_buffer("whitening", torch.eye(size, **options))
-            self.register_buffer("whitening_mean", torch.zeros(size, **options))
-        self.register_buffer("input_power", torch.zeros((), **options))
-        self.register_buffer("class_frequency", torch.full((num_classes,), 1.0 / max(num_classes, 1), **options))
-        self.register_buffer("silent", torch.zeros(own, dtype=torch.int64, device=device))
-        self.register_buffer("perron", torch.ones(out_channels, **options))
+            self.register_buffer("whitening", zeros(size, size).fill_diagonal_(1.0))
+            self.register_buffer("whitening_mean", zeros(size))
+        self.register_buffer("input_power", zeros())
+        self.register_buffer("class_frequency", zeros(num_classes).add_(1.0 / max(num_classes, 1)))
+        self.register_buffer("silent", zeros(own, dtype=torch.int64))
+        self.register_buffer("perron", zeros(out_channels).add_(1.0))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("revived", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(lambda *_: self.invalidate_bound())  # type: ignore[no-untyped-call]
         self.lateral.diagonal(offset=self.rows.start).fill_(1.0)
         for channel in range(self.rows.start, self.rows.stop):
             self.feedforward[channel - self.rows.start] = self._draw_row(channel, 0)
@@ -163,7 +177,7 @@ class SimilarityMatchingConv2d(nn.Module):
 
     def _draw_row(self, channel: int, draw: int) -> Tensor:
         """Row of W at birth (draw 0) and at each revival: Gaussian of expected norm 1, whatever the sharding."""
-        generator = torch.Generator().manual_seed(hash((self.seed, channel, draw)) % 2**63)
+        generator = seeded("feedforward", self.seed, channel, draw)
         shape = self.feedforward.shape[1:]
         row = torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(self.patch.patch_size)
         return row.to(self.feedforward)
@@ -187,7 +201,7 @@ class SimilarityMatchingConv2d(nn.Module):
         x: [B, C, H, W], a sample of the input.
         num_patches: patches taken from it at random positions.
         """
-        sample = sample_patches(x, self.patch, num_patches, torch.Generator().manual_seed(self.seed))
+        sample = sample_patches(x, self.patch, num_patches, seeded("calibrate", self.seed))
         if self.whiten:
             found = zca(sample, self.whiten_ridge)
             self.whitening.copy_(found.matrix)
@@ -210,9 +224,7 @@ class SimilarityMatchingConv2d(nn.Module):
     def bound(self) -> Bound:
         """Certified bound of λmax(M), equal on all owners; computed afresh after the weights were loaded."""
         if self._bound is None:
-            self._bound = certify_afresh(
-                self.lateral, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange
-            )
+            self._bound = certify_afresh(self.lateral, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
             self.perron.copy_(self._bound.perron)
         return self._bound
 
@@ -232,21 +244,25 @@ class SimilarityMatchingConv2d(nn.Module):
         ----------
         x: [B, C, H, W].
         labels: [B], classes that drive the activities (training), `UNLABELLED` where unknown; None for none.
+
+        Raises
+        ------
+        ValueError
+            Images of another shape, or labels out of range.
+        SharedFault
+            On all owners alike: one of them met an exception or a non-finite value.
         """
         patches = x if isinstance(x, Patches) else self.prepare(x)
         solution = self._solve(patches, labels, fixed=False)
-        return Solution(
-            self._as_maps(solution.y, patches),
-            solution.num_iters,
-            rearrange(solution.residual, "(b h w) -> b h w", h=patches.map_size[0], w=patches.map_size[1]),
-        )
+        height, width = patches.map_size
+        residual = rearrange(solution.residual, "(b h w) -> b h w", h=height, w=width)
+        return Solution(self._as_maps(solution.y, patches), solution.num_iters, residual)
 
-    def _solve(
-        self, patches: Patches, labels: Tensor | None, *, fixed: bool, fault: Exception | None = None
-    ) -> Solution:
-        """Columns: y [K, N], residual [N]. A fault of this owner, or one met here, reaches all owners."""
+    def _solve(self, patches: Patches, labels: Tensor | None, *, fixed: bool) -> Solution:
+        """Columns: y [K, N], residual [N]. An exception met here reaches all owners."""
         height, width = patches.map_size
         own_drive = self.lateral.new_zeros(self.rows.count, patches.batch_size * height * width)
+        fault: Exception | None = None
         try:
             own_drive = self.drive(patches, labels)
         except Exception as error:
@@ -285,8 +301,12 @@ class SimilarityMatchingConv2d(nn.Module):
         return Statistics(yx, own @ y.T, yz, zz, y.shape[1])
 
     @torch.no_grad()
-    def apply(self, statistics: Statistics, fault: Exception | None = None) -> None:
+    def apply(  # type: ignore[override]
+        self, statistics: Statistics, fault: Exception | None = None
+    ) -> None:
         """One plasticity step on the own rows, then the bound of the new M and the revival of dead channels.
+
+        Takes the name of `nn.Module.apply`, which has no use here: a layer has no submodules.
 
         Raises
         ------
@@ -367,6 +387,21 @@ class SimilarityMatchingConv2d(nn.Module):
         self.apply(statistics, fault)  # type: ignore[arg-type]  # a fault is raised before statistics are read
         return solution
 
+    @torch.no_grad()
+    def settle_label(self, yz: Tensor, zz: Tensor) -> None:
+        """V ← V* = Σ y zᵀ (Σ z zᵀ)⁻¹, the fixed point of the label rule: each class's mean activity.
+
+        Called once after learning, with sums over *label-free* activities: while labels drive the activities V grows
+        with them, and would be too long for the label-free activity that decoding compares it with.
+
+        Parameters
+        ----------
+        yz: [K_g, num_classes]; zz: [num_classes, num_classes], as in `Statistics`. A class without images keeps its
+            column.
+        """
+        counts = zz.diagonal()
+        self.label.copy_(torch.where(counts > 0, yz / counts.clamp(min=1.0), self.label))
+
     def objective(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None, *, columns: int = 4096) -> float:
         """Relative similarity-matching objective on the first images of a batch, about `columns` columns of it.
 
@@ -388,23 +423,18 @@ class SimilarityMatchingConv2d(nn.Module):
         flagged = torch.zeros(self.out_channels, dtype=torch.bool, device=self.lateral.device)
         self._bound = Bound(value, ridge, self.perron.clone(), flagged)
 
-    def load_state_dict(self, *args: object, **kwargs: object) -> object:
-        self.invalidate_bound()
-        return super().load_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError for a label outside 0 … num_classes − 1 that is not `UNLABELLED`."""
+    valid = (labels == UNLABELLED) | ((labels >= 0) & (labels < num_classes))
+    if not bool(valid.all()):
+        worst = int(labels[~valid][0])
+        raise ValueError(f"labels: expected classes 0 … {num_classes - 1} or {UNLABELLED}, got {worst}")
 
 
 def one_hot(labels: Tensor, layer: SimilarityMatchingConv2d, positions: int) -> Tensor:
-    """z [num_classes, B · positions]: zero columns where unlabelled.
-
-    Raises
-    ------
-    ValueError
-        A label outside 0 … num_classes − 1 that is not `UNLABELLED`.
-    """
-    valid = (labels == UNLABELLED) | ((labels >= 0) & (labels < layer.num_classes))
-    if not bool(valid.all()):
-        worst = int(labels[~valid][0])
-        raise ValueError(f"labels: expected classes 0 … {layer.num_classes - 1} or {UNLABELLED}, got {worst}")
+    """z [num_classes, B · positions] of checked labels [B]: zero columns where unlabelled."""
+    check_labels(labels, layer.num_classes)
     classes = torch.arange(layer.num_classes, device=labels.device)
     z = (rearrange(labels, "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
     return z.repeat_interleave(positions, dim=1)

@@ -7,7 +7,6 @@ Nothing flows backward: a layer learns from its own input, its own output and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from einops import reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simmatch.config import ConfigError, LayerConfig, ModelConfig, PositiveInt, Frozen, parse
+from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
 from simmatch.exchange import IDENTITY, Exchange
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.readout import decode
@@ -67,7 +66,8 @@ def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tup
         padded = min(size) + 2 * config.padding
         if kernel > padded:
             raise ConfigError(
-                f"{where}.kernel_size: expected at most {padded}, the padded input of {size[0]} × {size[1]}, got {kernel}"
+                f"{where}.kernel_size: expected at most {padded}, the padded input of {size[0]} × {size[1]}, "
+                f"got {kernel}"
             )
         height, width = ((extent + 2 * config.padding - kernel) // config.stride + 1 for extent in size)
         if config.pool is not None and config.pool > min(height, width):
@@ -162,30 +162,35 @@ class Stack(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of all weights."""
-        first: Tensor = self.layers[0].feedforward
-        return first.dtype
+        return self.layer(0).feedforward.dtype
+
+    def layer(self, index: int) -> SimilarityMatchingConv2d:
+        """Layer `index`; −1 is the last."""
+        found = self.layers[index]
+        assert isinstance(found, SimilarityMatchingConv2d)
+        return found
 
     def below(self, x: Tensor, index: int) -> Tensor:
         """Input of layer `index`: images [B, C, H, W] through the layers below it, label-free and pooled."""
-        for layer, config in zip(self.layers[:index], self.config.layers[:index], strict=True):
-            x = pooled(layer(x), config)
+        for number, config in enumerate(self.config.layers[:index]):
+            x = pooled(self.layer(number)(x), config)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
         """Activities [B, K, H', W'] of the last layer for images [B, C, H, W] in [0, 1]."""
-        result: Tensor = self.layers[-1](self.below(x, len(self.layers) - 1))
+        result: Tensor = self.layer(-1)(self.below(x, len(self.layers) - 1))
         return result
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
         """One pass: `features` [B, F] and, where the last layer is supervised, `scores` [B, num_classes]."""
         maps, activities = [], x
-        for layer, config in zip(self.layers, self.config.layers, strict=True):
-            activities = layer(x)
+        for index, config in enumerate(self.config.layers):
+            activities = self.layer(index)(x)
             x = pooled(activities, config)
             maps.append(x.flatten(1))
         result = {"features": maps[-1] if self.config.features == "last" else torch.cat(maps, dim=1)}
         if self.config.layers[-1].supervised:
-            result["scores"] = decode(reduce(activities, "b k h w -> b k", "mean"), self.layers[-1].label)
+            result["scores"] = decode(reduce(activities, "b k h w -> b k", "mean"), self.layer(-1).label)
         return result
 
     def features(self, x: Tensor) -> Tensor:
@@ -253,7 +258,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
     export = parse(ExportConfig, values)
     tensors = load_file(folder / "model.safetensors")
     stack = Stack(export.model, export.input, dtype=tensors["layers.0.feedforward"].dtype, device=device)
-    for index, layer in enumerate(stack.layers):
+    for index in range(len(export.model.layers)):
+        layer = stack.layer(index)
         for name in EXPORTED:
             if hasattr(layer, name):
                 _copy_checked(getattr(layer, name), tensors, f"layers.{index}.{name}")
@@ -269,5 +275,3 @@ def _copy_checked(target: Tensor, tensors: dict[str, Tensor], key: str) -> None:
     if not bool(found.isfinite().all()):
         raise ConfigError(f"{key}: expected finite values, got NaN or infinity")
     target.copy_(found)
-
-

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Rows start … stop − 1 of `total`; every exchange pads them to `padded` rows so that all slices are alike."""
 
     start: int
@@ -43,7 +45,7 @@ def split_rows(total: int, parts: int) -> list[Rows]:
     size, larger = divmod(total, parts)
     starts = [part * size + min(part, larger) for part in range(parts + 1)]
     padded = size + (larger > 0)
-    return [Rows(start, stop, total, padded) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    return [Rows(start, stop, total, padded) for start, stop in pairwise(starts)]
 
 
 def join_rows(gathered: Tensor, total: int, dim: int = 0) -> Tensor:

@@ -55,9 +55,7 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
     return request.param
 
 
-VARIANTS = pytest.mark.parametrize(
-    ("contrast", "whiten"), [(False, False), (True, False), (False, True), (True, True)]
-)
+VARIANTS = pytest.mark.parametrize(("contrast", "whiten"), [(False, False), (True, False), (False, True), (True, True)])
 
 
 @VARIANTS
@@ -168,7 +166,9 @@ def test_sampled_patches_are_patches(stride: int, padding: int, contrast: bool, 
     assert some.shape[0] == count
     assert torch.equal(some, again)
     assert not torch.equal(some, other)
-    assert torch.cdist(some, explicit, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1).amax() < 1e-10  # each is one of the patches
+    assert (
+        torch.cdist(some, explicit, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1).amax() < 1e-10
+    )  # each is one of the patches
 
 
 def test_sampling_reaches_every_position() -> None:
@@ -187,10 +187,8 @@ def test_sampling_reaches_every_position() -> None:
 @pytest.mark.parametrize(("kernel", "padding"), [(6, 0), (8, 1)])
 def test_a_kernel_larger_than_the_image_is_refused(kernel: int, padding: int) -> None:
     config = PatchConfig(1, kernel, 1, padding)
-    with pytest.raises(
-        ValueError,
-        match=f"kernel_size: expected at most {5 + 2 * padding} for images of 5 × 9 with padding {padding}, got {kernel}",
-    ):
+    message = f"expected at most {5 + 2 * padding} for images of 5 × 9 with padding {padding}, got {kernel}"
+    with pytest.raises(ValueError, match=f"kernel_size: {message}"):
         prepare(torch.zeros(1, 1, 5, 9), config)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from simmatch.config import DynamicsConfig
 from simmatch.data import Dataset, to_unit
 from simmatch.dynamics import Dynamics, Solution
-from simmatch.lateral import SharedFault, certify, certify_afresh
+from simmatch.lateral import SharedFault, certify, certify_afresh, raise_shared
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.rows import Rows, split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
-from tests.reference import random_drive, random_lateral
+from tests.reference import random_drive, random_lateral, relative_residual
 
 MATRICES = settings(derandomize=True, deadline=None, database=None, max_examples=40)
 ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True])
@@ -72,7 +72,7 @@ def test_bound_is_exact_where_rounding_is_all_there_is() -> None:
 @MATRICES
 @given(seed=st.integers(0, 10_000), size=st.integers(2, 40), zero_rows=st.integers(0, 1))
 def test_bound_is_tight_after_a_warm_start(seed: int, size: int, zero_rows: int) -> None:
-    """Within 5 % once M moves by a few per cent per update, zero rows included: a loose bound costs iterations."""
+    """Within 5 %, zero rows included, while M still moves: a loose bound costs iterations."""
     lateral, goal = random_lateral(size, seed, largest=3.0), random_lateral(size, seed + 1, largest=5.0)
     for matrix in (lateral, goal):
         matrix[:zero_rows] = 0.0
@@ -82,18 +82,33 @@ def test_bound_is_tight_after_a_warm_start(seed: int, size: int, zero_rows: int)
         lateral = lateral + 0.1 * (goal - lateral)
         bound = certify(lateral, perron, Rows.all(size), ridge=0)
         perron = bound.perron
-        # by the fifth update two unrelated matrices have come within 0.9⁵ of each other
-        assert update < 5 or bound.value <= 1.05 * largest_eigenvalue(lateral)
+        # two unrelated matrices: from the tenth update on, each moves M by less than 4 % of their difference
+        assert update < 10 or bound.value <= 1.05 * largest_eigenvalue(lateral)
 
 
-def test_bound_is_tight_throughout_training(digits: Dataset) -> None:
+def test_bound_stays_useful_throughout_training(digits: Dataset) -> None:
+    """Real updates, of 20 images each, in which channels fall silent and wake: never a multiple of λmax."""
     images = to_unit(digits.train_images[:600])
     layer = SimilarityMatchingConv2d(1, 20, 4)
     for start in range(0, 600, 20):
         layer.partial_fit(images[start : start + 20])
         top = largest_eigenvalue(layer.lateral)
         # float32 rows of M are symmetric to rounding only, hence the 1e-5
-        assert top * (1 - 1e-5) <= layer.bound.value <= top * 1.05
+        assert top * (1 - 1e-5) <= layer.bound.value <= top * 1.5
+
+
+def test_bound_stays_useful_when_a_silent_channel_wakes() -> None:
+    """A channel silent for 60 updates (its Perron entry decays to the floor) that is active in the next batch."""
+    lateral = random_lateral(8, 6, largest=3.0)
+    active = lateral.clone()
+    active[2] = active[:, 2] = 0.0
+    silent = active.clone()
+    silent[2, 2] = 0.8**60
+    perron = torch.ones(8, dtype=torch.float64)
+    for _ in range(60):
+        perron = certify(silent, perron, Rows.all(8), ridge=0).perron
+    awake = silent + 0.2 * (lateral - silent)
+    assert certify(awake, perron, Rows.all(8), ridge=0).value <= 1.5 * largest_eigenvalue(awake)
 
 
 def test_bound_survives_a_revival() -> None:
@@ -128,13 +143,20 @@ def test_non_finite_weights_are_refused(bad: float, place: tuple[int, int]) -> N
         certify(lateral, torch.ones(5), Rows.all(5), ridge=0)
 
 
+def test_an_own_exception_is_raised_as_it_is_where_nobody_shares_it() -> None:
+    cause = ZeroDivisionError("mine")
+    with pytest.raises(ZeroDivisionError) as caught:
+        certify(torch.eye(2), torch.ones(2), Rows.all(2), ridge=0, fault=cause)
+    assert caught.value is cause
+
+
 def test_an_own_exception_is_the_cause_of_the_shared_one() -> None:
     cause = ZeroDivisionError("mine")
-    with pytest.raises(SharedFault, match="exception on rank 0") as caught:
-        certify(torch.eye(2), torch.ones(2), Rows.all(2), ridge=0, fault=cause)
+    with pytest.raises(SharedFault, match="exception on rank 1") as caught:
+        raise_shared(torch.tensor([False, True]), "exception", cause)
     assert caught.value.__cause__ is cause
     copied = pickle.loads(pickle.dumps(caught.value))  # it travels between processes
-    assert (str(copied), copied.ranks) == (str(caught.value), [0])
+    assert (str(copied), copied.ranks) == (str(caught.value), [1])
 
 
 # -- several owners: the bound -----------------------------------------------------------------------------------------
@@ -225,7 +247,9 @@ def sharded_solve(
 @pytest.mark.parametrize(("solver", "tolerance"), ITERATIONS)
 def test_owners_reach_the_result_of_a_single_one(solver: str, tolerance: float, asynchronous: bool) -> None:
     """10 channels over 1, 2 and 3 owners, tiles in turn: fixed iterations and early stop."""
-    config = DynamicsConfig(solver=solver, tolerance=tolerance, max_iterations=ITERATIONS[solver, tolerance], tile_columns=16)
+    config = DynamicsConfig(
+        solver=solver, tolerance=tolerance, max_iterations=ITERATIONS[solver, tolerance], tile_columns=16
+    )
     single, _ = results(sharded_solve(1, config))[0]
     assert (single.num_iters < config.max_iterations) == (tolerance > 0)
     for world_size in (2, 3):
@@ -236,6 +260,28 @@ def test_owners_reach_the_result_of_a_single_one(solver: str, tolerance: float, 
             torch.testing.assert_close(solution.y, single.y, rtol=0, atol=1e-12)
             torch.testing.assert_close(solution.residual, single.residual, rtol=0, atol=1e-12)
             assert torch.equal(solution.y, outcomes[0][0].y)  # the owners among themselves: the same bytes
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_owners_report_the_residual_of_what_they_return(world_size: int) -> None:
+    """Few iterations on an M of uneven diagonal: each owner's part needs its own M_ii and its own gradient."""
+    uneven = torch.linspace(0.2, 3.0, SIZE, dtype=torch.float64)
+    lateral = random_lateral(SIZE, 93, largest=4.0) * torch.outer(uneven, uneven)
+    columns = random_drive(SIZE, COLUMNS, 94)
+    bound = certify_afresh(lateral, Rows.all(SIZE), ridge=0)
+    parts = split_rows(SIZE, world_size)
+    for iterations in (2, 5, 9):
+        config = DynamicsConfig(tolerance=0, max_iterations=iterations, ridge=0)
+
+        def owner(exchange: ThreadExchange, config: DynamicsConfig = config) -> Solution:
+            rows = parts[exchange.rank]
+            own = slice(rows.start, rows.stop)
+            return Dynamics(config, rows, exchange).solve(columns[own], lateral[own], bound)
+
+        for solution in results(run_owners(world_size, owner)):
+            expected = relative_residual(columns, lateral, solution.y)
+            # the solver forms it as (y − w)/s: rounding of order K · eps · λmax y relative to the drive
+            torch.testing.assert_close(solution.residual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -304,7 +350,9 @@ def test_overflow_on_the_way_is_raised_by_all() -> None:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("total", "parts", "counts"), [(10, 3, [4, 3, 3]), (4, 4, [1] * 4), (7, 2, [4, 3]), (5, 1, [5])])
+@pytest.mark.parametrize(
+    ("total", "parts", "counts"), [(10, 3, [4, 3, 3]), (4, 4, [1] * 4), (7, 2, [4, 3]), (5, 1, [5])]
+)
 def test_rows_are_contiguous_and_even(total: int, parts: int, counts: list[int]) -> None:
     found = split_rows(total, parts)
     assert [rows.count for rows in found] == counts

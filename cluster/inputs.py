@@ -1,0 +1,97 @@
+"""Batches of patches for one layer, the same on every rank, and the calibration of a fresh layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import cpu_count
+
+import torch
+from torch import Tensor
+
+from cluster.features import FeatureStore, gather_images, own_part
+from cluster.report import Report
+from cluster.sharding import from_rank_zero
+from simmatch.config import LayerConfig
+from simmatch.geometry import Patches
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.model import Stack
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Every core of the machine for work that one rank does while the others wait."""
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(cpu_count() or 1)
+    try:
+        with threadpool_limits(cpu_count()):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class LayerInputs:
+    """Batches of patches for one layer: from images, from cached features, or encoded batch by batch.
+
+    A fresh layer is calibrated here: rank 0 measures the input, all ranks take its result.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        config: LayerConfig,
+        layer: SimilarityMatchingConv2d,
+        store: FeatureStore,
+        *,
+        stack: Stack,
+        report: Report,
+        cache: bool,
+    ) -> None:
+        self._index, self._layer, self._store, self._stack, self._report = index, layer, store, stack, report
+        if not layer.calibrated:
+            self._calibrate(config, store)
+        self._cache = self._fill(store) if index > 0 and cache else None
+
+    def _calibrate(self, config: LayerConfig, store: FeatureStore) -> None:
+        self._report.progress("calibrate", 0, 1, layer=self._index)
+        layer, exchange = self._layer, store.exchange
+        sample = store.first(min(config.whiten_images, store.count))
+        if exchange.rank == 0:
+            with all_threads():
+                layer.calibrate(sample, config.whiten_patches)
+        for name in ("whitening", "whitening_mean", "input_power"):
+            if hasattr(layer, name):
+                target = getattr(layer, name)
+                target.copy_(from_rank_zero(target, exchange))
+        self._report.progress("calibrate", 1, 1, layer=self._index)
+
+    def _fill(self, store: FeatureStore) -> Tensor:
+        """All images' input of this layer on this rank: whole patches where the layer is dense, else maps."""
+        cache: Tensor | None = None
+        done = 0
+
+        def dense(x: Tensor) -> Tensor:
+            patches = self._layer.prepare(x)
+            return x if patches.matrix is None else patches.matrix
+
+        for part in store.gathered(dense):
+            if cache is None:
+                cache = part.new_empty(store.count, *part.shape[1:])
+            cache[done : done + len(part)] = part
+            done += len(part)
+            self._report.progress("cache", done, store.count, layer=self._index)
+        assert cache is not None
+        return cache
+
+    def batch(self, chosen: Tensor) -> Patches:
+        """Patches of the images with these indices, the same on every rank."""
+        if self._cache is not None:
+            found = self._cache[chosen.to(self._cache.device)]
+            return Patches(None, None, found, (1, 1)) if found.ndim == 2 else self._layer.prepare(found)
+        if self._index == 0:
+            return self._layer.prepare(self._store.images(chosen))
+        exchange = self._store.exchange
+        own = self._store.images(chosen[own_part(len(chosen), exchange)])
+        return self._layer.prepare(gather_images(self._stack.below(own, self._index), len(chosen), exchange))

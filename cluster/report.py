@@ -1,0 +1,15 @@
+"""What a rank tells the controller while it works."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Report(Protocol):
+    """Where a rank tells how it fares; neither call waits."""
+
+    def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
+        """How far the present phase is; only the latest counts."""
+
+    def event(self, kind: str, **content: Any) -> None:
+        """Something to keep: every event reaches the controller once, in order."""

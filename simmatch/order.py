@@ -1,0 +1,70 @@
+"""The order in which images are visited: pure functions of seed, epoch and step, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = None) -> Tensor:
+    """The indices visited in one epoch, int64 `[images]` (None: all): a pure function of its arguments.
+
+    A permutation of `range(num_images)`, or its first `images` entries.
+    """
+    count = _images_per_epoch(num_images, images)
+    order = torch.randperm(num_images, generator=_generator("order", seed, epoch), device="cpu")
+    return order[:count].clone()
+
+
+def steps_per_epoch(num_images: int, batch_size: int, *, images: int | None = None) -> int:
+    """Batches in one epoch, a last partial one counted."""
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    return -(-_images_per_epoch(num_images, images) // batch_size)
+
+
+def batch_indices(
+    step: int, *, num_images: int, batch_size: int, seed: int, epoch: int, images: int | None = None
+) -> Tensor:
+    """The images of one global batch, int64 `[batch_size]` or fewer in the epoch's last.
+
+    A pure function of its arguments: neither the number of ranks nor any state enters. `step` counts within `epoch`,
+    from 0 to `steps_per_epoch(...) - 1`; the batches of an epoch are `epoch_order(...)`, cut in pieces.
+    """
+    steps = steps_per_epoch(num_images, batch_size, images=images)
+    if not 0 <= step < steps:
+        raise ValueError(f"expected a step from 0 to {steps - 1} within the epoch, got {step}")
+    order = epoch_order(num_images, seed=seed, epoch=epoch, images=images)
+    return order[step * batch_size : (step + 1) * batch_size].clone()
+
+
+def stratified_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
+    """Indices, ascending int64, of `per_class` random examples of every class in `labels` `[N]`.
+
+    A subset with fewer per class, of the same seed, is contained in one with more.
+    """
+    if per_class < 1:
+        raise ValueError(f"expected per_class of at least 1, got {per_class}")
+    shuffled = torch.randperm(len(labels), generator=_generator("subset", seed), device="cpu")
+    chosen = []
+    labels = labels.cpu()
+    for label in sorted(set(labels.tolist())):
+        members = shuffled[labels[shuffled] == label]
+        if len(members) < per_class:
+            raise ValueError(f"expected {per_class} examples of class {label}, got {len(members)}")
+        chosen.append(members[:per_class])
+    return torch.cat(chosen).sort().values
+
+
+def _images_per_epoch(num_images: int, images: int | None) -> int:
+    if images is not None and not 0 < images <= num_images:
+        raise ValueError(f"expected 1 to {num_images} images per epoch, got {images}")
+    return num_images if images is None else images
+
+
+def _generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A generator of its own for each purpose and numbers, far from those of neighbouring numbers."""
+    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))

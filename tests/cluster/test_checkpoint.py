@@ -1,0 +1,448 @@
+"""Checkpoints: any shard count reads any checkpoint, damage is named, and a resumed run repeats every bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cluster.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    Cursor,
+    LayerState,
+    Manifest,
+    Reader,
+    Shard,
+    commit,
+    folder_of,
+    load_into,
+    newest,
+    prune,
+    read_manifest,
+    write_shard,
+)
+from cluster.config import RunConfig
+from cluster.training import Assignment, Training
+from cluster.worker import Outbox
+from simmatch.exchange import Exchange
+from simmatch.rows import Rows, split_rows
+from tests.exchanges import results
+
+CHANNELS = 10
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def whole_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "w": torch.randn(CHANNELS, 1, 3, 3, generator=generator),
+        "m": torch.randn(CHANNELS, CHANNELS, generator=generator, dtype=torch.float64),
+        "empty": torch.zeros(CHANNELS, 0),
+        "counts": torch.arange(CHANNELS),
+    }
+
+
+REPLICATED = {"mean": torch.linspace(0, 1, 7), "updates": torch.tensor(12)}
+
+
+def write(folder: Path, world_size: int, step: int = 12) -> Manifest:
+    """A checkpoint as `world_size` ranks and the controller write it."""
+    shards = []
+    for rank, rows in enumerate(split_rows(CHANNELS, world_size)):
+        own = {name: tensor[rows.start : rows.stop] for name, tensor in whole_tensors().items()}
+        replicated = REPLICATED if rank == 0 else {}
+        shards.append(write_shard(folder, rank, world_size, own | replicated, dict.fromkeys(own, rows)))
+    manifest = Manifest(
+        format=FORMAT,
+        cursor=Cursor(step=step, layer=0, updates=step),
+        seed=3,
+        world_size=world_size,
+        config={"name": "test"},
+        layers=[LayerState(bound=2.5, ridge=1e-6)],
+        shards=shards,
+    )
+    commit(folder, manifest)
+    return manifest
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3])
+@pytest.mark.parametrize("readers", [1, 2, 3, 10])
+def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path, writers: int, readers: int) -> None:
+    written = write(tmp_path / "step", writers)
+    manifest = read_manifest(tmp_path / "step")
+    assert manifest == written
+    reader = Reader(tmp_path / "step", manifest)
+    for name, expected in whole_tensors().items():
+        parts = [reader.rows(name, rows) for rows in split_rows(CHANNELS, readers)]
+        assert torch.equal(torch.cat(parts), expected)
+        assert parts[0].dtype == expected.dtype
+        reader.check_channels(name, CHANNELS)
+    for name, expected in REPLICATED.items():
+        assert torch.equal(reader.whole(name), expected)
+
+
+@pytest.fixture(scope="module")
+def three_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three") / "step"
+    write(folder, 3)
+    return folder
+
+
+@given(data=st.data())
+def test_any_row_range_is_that_range_of_the_whole(three_shards: Path, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, CHANNELS - 1))
+    stop = data.draw(st.integers(start + 1, CHANNELS))
+    reader = Reader(three_shards, read_manifest(three_shards))
+    rows = Rows(start, stop, CHANNELS, stop - start)
+    for name, expected in whole_tensors().items():
+        assert torch.equal(reader.rows(name, rows), expected[start:stop])
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    write(folder_of(tmp_path, 4), 2, step=4)
+    write(folder_of(tmp_path, 8), 2, step=8)
+    (folder_of(tmp_path, 8) / MANIFEST).unlink()  # the state between the last shard and the commit
+    assert newest(tmp_path) == folder_of(tmp_path, 4)
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(folder_of(tmp_path, 8))
+    assert str(folder_of(tmp_path, 8) / MANIFEST) in str(caught.value)
+
+
+def test_no_checkpoints_is_none(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    prune(tmp_path, 1)
+
+
+def test_the_newest_is_by_number_of_step(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        write(folder_of(tmp_path, step), 1, step=step)
+    assert newest(tmp_path) == folder_of(tmp_path, 100)
+
+
+def test_nothing_partial_is_left(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rank-0-of-2.safetensors",
+        "rank-1-of-2.safetensors",
+        MANIFEST,
+    }
+
+
+def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> None:
+    for step in (4, 8, 12, 16):
+        write(folder_of(tmp_path, step), 2, step=step)
+    for step in (8, 16):
+        (folder_of(tmp_path, step) / MANIFEST).unlink()  # 8 was given up, 16 is still being written
+    prune(tmp_path, 2)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+        "step-00000016",
+    ]
+    prune(tmp_path, 1)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000012", "step-00000016"]
+    assert newest(tmp_path) == folder_of(tmp_path, 12)
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(folder: Path) -> str:
+    path = folder / "rank-1-of-2.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return path.name
+
+
+def truncate_shard(folder: Path) -> str:
+    path = folder / "rank-0-of-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    return path.name
+
+
+def empty_shard(folder: Path) -> str:
+    path = folder / "rank-0-of-2.safetensors"
+    path.write_bytes(b"")
+    return path.name
+
+
+def remove_shard(folder: Path) -> str:
+    (folder / "rank-1-of-2.safetensors").unlink()
+    return "rank-1-of-2.safetensors"
+
+
+def swap_shards(folder: Path) -> str:
+    one, two = folder / "rank-0-of-2.safetensors", folder / "rank-1-of-2.safetensors"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    return one.name
+
+
+def truncate_manifest(folder: Path) -> str:
+    path = folder / MANIFEST
+    path.write_bytes(path.read_bytes()[:-20])
+    return MANIFEST
+
+
+def manifest_of_bytes(folder: Path) -> str:
+    (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
+    return MANIFEST
+
+
+def manifest_of_a_list(folder: Path) -> str:
+    (folder / MANIFEST).write_text("[1, 2]")
+    return MANIFEST
+
+
+def edit_manifest(folder: Path, **changes: Any) -> str:
+    content = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(content | changes))
+    return MANIFEST
+
+
+def other_format(folder: Path) -> str:
+    return edit_manifest(folder, format=FORMAT + 1)
+
+
+def unknown_key(folder: Path) -> str:
+    return edit_manifest(folder, surprise=1)
+
+
+def cursor_of_text(folder: Path) -> str:
+    return edit_manifest(folder, cursor={"step": "12", "layer": 0, "updates": 12})
+
+
+def shard_elsewhere(folder: Path) -> str:
+    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    shutil.copy(folder / shards[0]["file"], folder.parent / "outside.safetensors")
+    shards[0]["file"] = "../outside.safetensors"
+    return edit_manifest(folder, shards=shards)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        truncate_shard,
+        empty_shard,
+        remove_shard,
+        swap_shards,
+        truncate_manifest,
+        manifest_of_bytes,
+        manifest_of_a_list,
+        other_format,
+        unknown_key,
+        cursor_of_text,
+        shard_elsewhere,
+    ],
+)
+def test_damage_is_one_line_that_names_the_file(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    folder = tmp_path / "step"
+    write(folder, 2)
+    Reader(folder, read_manifest(folder))  # sound before
+    name = damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        Reader(folder, read_manifest(folder))
+    message = str(caught.value)
+    assert name in message
+    assert str(folder) in message
+    assert "\n" not in message
+
+
+def test_a_shard_that_the_manifest_forgets_is_missed(tmp_path: Path) -> None:
+    """A manifest of one shard of two is whole in itself; the rows are not."""
+    manifest = write(tmp_path, 2)
+    reader = Reader(tmp_path, manifest.model_copy(update={"shards": manifest.shards[:1]}))
+    with pytest.raises(CheckpointError, match=r"expected rows 0 to 10 of w, found 5 of them$") as caught:
+        reader.rows("w", Rows.all(CHANNELS))
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(CheckpointError, match="expected 10 channels in w, got 5"):
+        reader.check_channels("w", CHANNELS)
+
+
+def test_other_channels_are_refused(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, write(tmp_path, 2))
+    for channels in (9, 12):
+        with pytest.raises(CheckpointError, match=f"expected {channels} channels in w, got 10"):
+            reader.check_channels("w", channels)
+    with pytest.raises(CheckpointError, match=r"expected rows 6 to 12 of w, found 4 of them"):
+        reader.rows("w", split_rows(12, 2)[1])
+
+
+def test_unknown_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, write(tmp_path, 2))
+    with pytest.raises(CheckpointError, match="nothing"):
+        reader.whole("nothing")
+    with pytest.raises(CheckpointError, match="nothing"):
+        reader.rows("nothing", Rows.all(CHANNELS))
+
+
+@pytest.mark.parametrize("found", [torch.zeros(3, 4), torch.zeros(4, 3, dtype=torch.float64)])
+def test_a_tensor_of_another_shape_or_dtype_is_refused(tmp_path: Path, found: Tensor) -> None:
+    target = torch.ones(4, 3)
+    with pytest.raises(CheckpointError, match=r"w: expected shape \[4, 3\] of torch.float32, got \[") as caught:
+        load_into(target, found, "w", tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert torch.equal(target, torch.ones(4, 3))
+
+
+def test_shards_hold_no_code(tmp_path: Path) -> None:
+    """safetensors: eight bytes of length, a JSON header, bytes. A pickle would begin with 0x80."""
+    write(tmp_path, 1)
+    content = (tmp_path / "rank-0-of-1.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert json.loads(content[8 : 8 + length]).keys() >= {"w", "m", "counts", "mean"}
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+ConfigMaker = Callable[..., RunConfig]
+
+
+def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[dict[str, Any]]:
+    outbox = Outbox()
+    assignment = Assignment(config, run_dir, exchange.rank, resume=resume)
+    Training(assignment, exchange, outbox, torch.device("cpu")).run()
+    return outbox.events
+
+
+def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[dict[str, Any]]]:
+    run_dir.mkdir(parents=True)
+    return results(ranks(train, config.place().world_size, config, run_dir, resume))
+
+
+def commit_all(config: RunConfig, run_dir: Path, events: list[list[dict[str, Any]]]) -> list[Cursor]:
+    """Manifests as the controller writes them, from what all ranks have reported."""
+    cursors = []
+    for told in zip(*([event for event in own if event["kind"] == "shard"] for own in events), strict=True):
+        cursor = told[0]["cursor"]
+        assert all(other["cursor"] == cursor for other in told)
+        assert all(other["layers"] == told[0]["layers"] for other in told)
+        shards: list[Shard] = [other["shard"] for other in told]
+        manifest = Manifest(
+            format=FORMAT,
+            cursor=cursor,
+            seed=config.seed,
+            world_size=len(shards),
+            config=config.model_dump(mode="json"),
+            layers=told[0]["layers"],
+            shards=shards,
+        )
+        commit(folder_of(run_dir, cursor.step), manifest)
+        cursors.append(cursor)
+    return cursors
+
+
+def exported(run_dir: Path) -> dict[str, Tensor]:
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def metrics_of(events: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[float, ...]]:
+    names = ("objective", "residual", "num_iters", "active_fraction", "dead_channels", "revived_channels")
+    return {
+        (event["layer"], event["step"]): tuple(event["metrics"][name] for name in names)
+        for event in events
+        if event["kind"] == "metrics"
+    }
+
+
+class Reference:
+    """An uninterrupted run and its committed checkpoints."""
+
+    def __init__(self, ranks: Any, config: RunConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        events = run(ranks, config, run_dir)
+        self.cursors = commit_all(config, run_dir, events)
+        self.metrics = metrics_of(events[0])
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(ranks, digits_config(1, dtype="float64"), tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.fixture(scope="module")
+def pair(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(ranks, digits_config(2), tmp_path_factory.mktemp("pair") / "run")
+
+
+def test_checkpoints_come_every_so_often_and_after_each_layer(alone: Reference) -> None:
+    """Layer 0 makes 10 updates (200 images of 20), layer 1 makes 12 (240); every 4th of the 22 is kept."""
+    assert [(cursor.step, cursor.layer, cursor.updates) for cursor in alone.cursors] == [
+        (4, 0, 4),
+        (8, 0, 8),
+        (10, 0, 10),
+        (12, 1, 2),
+        (16, 1, 6),
+        (20, 1, 10),
+        (22, 1, 12),
+    ]
+
+
+@pytest.mark.parametrize("step", [4, 10, 16, 22])
+def test_resuming_repeats_every_bit_on_one_rank(ranks: Any, alone: Reference, tmp_path: Path, step: int) -> None:
+    """From the middle of a layer, its end, the middle of the next and the end of training."""
+    events = run(ranks, alone.config, tmp_path / "run", folder_of(alone.run_dir, step))
+    expected = exported(alone.run_dir)
+    for name, tensor in exported(tmp_path / "run").items():
+        assert torch.equal(tensor, expected[name]), name
+    assert metrics_of(events[0]).items() <= alone.metrics.items()
+    written = [event["cursor"] for event in events[0] if event["kind"] == "shard"]
+    assert written == [cursor for cursor in alone.cursors if cursor.step > step]  # it did not begin again
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_resuming_repeats_every_bit_on_two_ranks(ranks: Any, pair: Reference, tmp_path: Path, step: int) -> None:
+    events = run(ranks, pair.config, tmp_path / "run", folder_of(pair.run_dir, step))
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
+        pair.run_dir / "model/model.safetensors"
+    ).read_bytes()
+    assert metrics_of(events[0]).items() <= pair.metrics.items()
+
+
+@pytest.mark.parametrize(("world_size", "step"), [(2, 16), (3, 4)])
+def test_resuming_on_other_shards_gives_the_same_model(
+    ranks: Any, digits_config: ConfigMaker, alone: Reference, tmp_path: Path, world_size: int, step: int
+) -> None:
+    """Written on one rank, continued on two or three: the tolerance of parity in float64 (see test_parity)."""
+    config = digits_config(world_size, dtype="float64")
+    run(ranks, config, tmp_path / "run", folder_of(alone.run_dir, step))
+    for name, expected in exported(alone.run_dir).items():
+        scale = float(expected.abs().amax()) if expected.numel() else 0.0
+        torch.testing.assert_close(exported(tmp_path / "run")[name], expected, rtol=0, atol=1e-9 * scale, msg=name)
+
+
+def test_resuming_in_another_dtype_is_refused(
+    ranks: Any, digits_config: ConfigMaker, alone: Reference, tmp_path: Path
+) -> None:
+    (outcome,) = ranks(train, 1, digits_config(1), tmp_path, folder_of(alone.run_dir, 4))
+    assert isinstance(outcome, CheckpointError)
+    assert "float32" in str(outcome)
+    assert "float64" in str(outcome)
+    assert str(folder_of(alone.run_dir, 4)) in str(outcome)
+
+
+def test_a_damaged_checkpoint_stops_every_rank(
+    ranks: Any, digits_config: ConfigMaker, pair: Reference, tmp_path: Path
+) -> None:
+    """Every rank checks every shard, so none waits for one that refused."""
+    folder = tmp_path / "step"
+    shutil.copytree(folder_of(pair.run_dir, 8), folder)
+    name = flip_a_bit(folder)
+    outcomes = ranks(train, 2, digits_config(2), tmp_path, folder)
+    assert all(isinstance(outcome, CheckpointError) and name in str(outcome) for outcome in outcomes), outcomes

@@ -1,0 +1,461 @@
+"""The controller against a group whose every answer is scripted: no Ray, no processes, no tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, newest, read_manifest
+from cluster.config import RunConfig
+from cluster.controller import Controller, Record, RunFailed, curves_from_spool, summarise, write_json
+from cluster.group import GroupFailure
+from cluster.policy import Decision, Failure, FailurePolicy
+from cluster.spool import SPOOL_NAME, Spool
+from cluster.training import Assignment
+from cluster.worker import Place, Status
+from simmatch.config import ConfigError
+
+Event = dict[str, Any]
+Round = list[list[Event]] | Failure
+"""One answer to a poll: every rank's new events, or the failure that the group raises instead."""
+
+LOST = Failure("rank 1 (pid 7 on node) was lost", lost=True)
+FAULT = Failure("TrainingFault: layer 0, step 3: non-finite activities on rank 1", lost=False)
+
+
+class ScriptedGroup:
+    """Answers polls from a script; an empty list of rounds means that all ranks are done."""
+
+    def __init__(self, assignment: Assignment, rounds: list[Round], start: Exception | None = None) -> None:
+        self.assignment, self.rounds, self.failure = assignment, list(rounds), start
+        self.places: list[Place] = []
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+        if self.failure is not None:
+            raise self.failure
+        self.places = [Place(rank, "node", "127.0.0.1", 6 + rank) for rank in range(2)]
+
+    def poll(self) -> list[Status]:
+        self.calls.append("poll")
+        done = not self.rounds
+        events = [[], []] if done else self.rounds.pop(0)
+        if isinstance(events, Failure):
+            raise GroupFailure(events)
+        return [status(rank, own, done=done) for rank, own in enumerate(events)]
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+class Recorded:
+    """A recorder that keeps what it is given."""
+
+    run_id = "run-1"
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int | None, int, dict[str, float]]] = []
+        self.all_tags: list[dict[str, str]] = []
+
+    def metrics(
+        self, step: int, values: dict[str, float], layer: int | None = None, time_s: float | None = None
+    ) -> None:
+        self.rows.append((layer, step, values))
+
+    def tags(self, values: dict[str, str]) -> None:
+        self.all_tags.append(values)
+
+
+class Shown:
+    """A display that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.latest: dict[str, Any] = {}
+
+    def progress(self, latest: dict[str, Any]) -> None:
+        self.latest = latest
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def status(
+    rank: int, events: list[Event], *, done: bool = False, failure: Failure | None = None, progress: Any = None
+) -> Status:
+    return Status(rank, done, failure, progress or {}, events, num_exchanges=0)
+
+
+def metrics_event(layer: int, step: int, objective: float = 0.5, exchanged: float = 1000.0) -> Event:
+    values = {"objective": objective, "bytes_exchanged": exchanged, "num_exchanges": exchanged / 100}
+    return {"kind": "metrics", "layer": layer, "step": step, "metrics": values}
+
+
+def shard_event(run_dir: Path, rank: int, step: int, layer: int = 0, world_size: int = 2) -> Event:
+    """What a rank says after it wrote its file; the file is there, as the manifest's reader expects."""
+    folder = folder_of(run_dir, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"rank-{rank}-of-{world_size}.safetensors"
+    file.write_bytes(b"rows")
+    shard = Shard(rank=rank, file=file.name, sha256="0" * 64, rows={"w": [5 * rank, 5 * rank + 5]}, shapes={"w": [5]})
+    cursor = Cursor(step=step, layer=layer, updates=step)
+    return {"kind": "shard", "cursor": cursor, "shard": shard, "layers": [LayerState(bound=2.0, ridge=1e-6)]}
+
+
+class Scene:
+    """A controller of two ranks whose groups play the given scripts, one after another."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, *scripts: Any, resume: Path | None = None) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.recorder, self.display = Recorded(), Shown()
+        self.groups: list[ScriptedGroup] = []
+        self._scripts = list(scripts)
+        self.controller = Controller(config, run_dir, self._make, self.recorder, self.display, resume=resume)
+
+    def _make(self, assignment: Assignment) -> ScriptedGroup:
+        script = self._scripts.pop(0)
+        start = script if isinstance(script, Exception) else None
+        self.groups.append(ScriptedGroup(assignment, [] if start else script, start))
+        return self.groups[-1]
+
+    def round(self, *events: list[Event]) -> tuple[bool, Failure | None]:
+        """One step of the controller in which rank 0, rank 1, … tell these events."""
+        group = ScriptedGroup(Assignment(self.config, self.run_dir, 0), [list(events)])
+        return self.controller.step(group)
+
+
+MakeScene = Callable[..., Scene]
+
+
+@pytest.fixture
+def scene(digits_config: Callable[..., RunConfig], tmp_path: Path) -> MakeScene:
+    def make(*scripts: Any, max_restarts: int = 2, keep: int = 100, resume: Path | None = None) -> Scene:
+        config = digits_config(
+            2, cluster={"poll_s": 1e-3, "max_restarts": max_restarts}, checkpoint={"every_steps": 4, "keep": keep}
+        )
+        return Scene(config, tmp_path, *scripts, resume=resume)
+
+    return make
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_rank_zero_are_recorded_once(scene: MakeScene) -> None:
+    """All ranks hold the same metrics; each rank tells its own events, and one record of each is wanted."""
+    rounds = [
+        [[metrics_event(0, 5, 0.9)], [metrics_event(0, 5, 0.9)]],
+        [[], [metrics_event(0, 10, 0.8)]],
+        [[metrics_event(0, 10, 0.8), metrics_event(1, 5, 0.7)], []],
+    ]
+    playing = scene(rounds)
+    record = playing.controller.run()
+    assert [(layer, step, values["objective"]) for layer, step, values in playing.recorder.rows] == [
+        (0, 5, 0.9),
+        (0, 10, 0.8),
+        (1, 5, 0.7),
+    ]
+    assert {layer: [step for step, _ in curve] for layer, curve in record.curves.items()} == {0: [5, 10], 1: [5]}
+    assert record.layers[0]["objective"] == 0.8
+    assert playing.groups[0].calls == ["start", "poll", "poll", "poll", "poll", "end"]
+
+
+def test_the_result_and_the_model_come_from_rank_zero(scene: MakeScene) -> None:
+    probe = {"kind": "probe", "readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8}
+    playing = scene([[[probe, {"kind": "exported", "path": "here"}], [{"kind": "exported", "path": "there"}]]])
+    record = playing.controller.run()
+    assert record.probe == {"readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8}
+    assert record.model_path == "here"
+
+
+def test_progress_and_tracebacks_are_shown(scene: MakeScene) -> None:
+    playing = scene()
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    group.poll = lambda: [  # type: ignore[method-assign]
+        status(0, [], progress={"phase": "learn", "done": 3}),
+        status(1, [{"kind": "traceback", "text": "Traceback: where"}]),
+    ]
+    assert playing.controller.step(group) == (False, None)
+    assert playing.display.latest == {"phase": "learn", "done": 3}
+    assert playing.display.notes == ["rank 1:\nTraceback: where"]
+
+
+def test_done_means_all_ranks(scene: MakeScene) -> None:
+    playing = scene()
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    for flags in [(False, False), (True, False), (False, True), (True, True)]:
+        group.poll = lambda flags=flags: [  # type: ignore[method-assign, misc]
+            status(rank, [], done=done) for rank, done in enumerate(flags)
+        ]
+        assert playing.controller.step(group) == (all(flags), None)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene, tmp_path: Path) -> None:
+    playing = scene()
+    folder = folder_of(tmp_path, 4)
+    playing.round([], [shard_event(tmp_path, 1, 4)])
+    assert not (folder / MANIFEST).exists()
+    playing.round([shard_event(tmp_path, 0, 8)], [])  # of another step: does not complete this one
+    assert newest(tmp_path) is None
+    playing.round([shard_event(tmp_path, 0, 4)], [])
+    assert newest(tmp_path) == folder
+    manifest = read_manifest(folder)
+    assert [shard.rank for shard in manifest.shards] == [0, 1]
+    assert manifest.cursor == Cursor(step=4, layer=0, updates=4)
+    assert (manifest.world_size, manifest.seed, manifest.mlflow_run_id) == (2, 0, "run-1")
+    assert manifest.layers == [LayerState(bound=2.0, ridge=1e-6)]
+    assert RunConfig.model_validate_json(json.dumps(manifest.config)) == playing.config
+    playing.round([], [shard_event(tmp_path, 1, 8)])
+    assert newest(tmp_path) == folder_of(tmp_path, 8)
+    assert playing.controller.record.steps == 8
+
+
+def test_old_checkpoints_are_pruned_at_each_commit(scene: MakeScene, tmp_path: Path) -> None:
+    playing = scene(keep=2)
+    for step in (4, 8, 12, 16):
+        playing.round([shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000012", "step-00000016"]
+
+
+def test_shards_of_a_lost_group_do_not_complete_a_checkpoint_of_the_next(scene: MakeScene, tmp_path: Path) -> None:
+    """Rank 0 of the first group wrote its part of step 8 and rank 1 did not; in the second group only rank 1 has so
+    far. The two halves belong to different attempts."""
+    first = [[[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]], [[shard_event(tmp_path, 0, 8)], []], LOST]
+    second = [[[], [shard_event(tmp_path, 1, 8)]], FAULT]
+    playing = scene(first, second)
+    with pytest.raises(RunFailed):
+        playing.controller.run()
+    assert newest(tmp_path) == folder_of(tmp_path, 4)
+
+
+# -- restarts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_restarts_after_a_loss_only_and_so_often() -> None:
+    policy = FailurePolicy(max_restarts=2)
+    assert [policy.decide(LOST, restarts) for restarts in range(4)] == [
+        Decision.RESTART,
+        Decision.RESTART,
+        Decision.STOP,
+        Decision.STOP,
+    ]
+    assert policy.decide(FAULT, 0) is Decision.STOP
+    assert FailurePolicy(max_restarts=0).decide(LOST, 0) is Decision.STOP
+
+
+def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
+    both = [
+        [[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)
+    ]
+    playing = scene([*both, LOST], [LOST], [[[metrics_event(0, 10)], []]])
+    record = playing.controller.run()
+    assert record.restarts == 2
+    assert [group.assignment.generation for group in playing.groups] == [0, 1, 2]
+    assert [group.assignment.resume for group in playing.groups] == [None, folder_of(tmp_path, 8), folder_of(tmp_path, 8)]
+    assert all(group.calls[0] == "start" and group.calls[-1] == "end" for group in playing.groups)
+    assert all(group.calls.count("end") == 1 for group in playing.groups)
+    assert playing.recorder.all_tags == [{"restarts": "1"}, {"restarts": "2"}]
+    assert any("rank 1 (pid 7 on node) was lost" in note and "step-00000008" in note for note in playing.display.notes)
+
+
+def test_without_a_checkpoint_a_restart_begins_again(scene: MakeScene) -> None:
+    playing = scene([LOST], [])
+    playing.controller.run()
+    assert [group.assignment.resume for group in playing.groups] == [None, None]
+    assert any("from the beginning" in note for note in playing.display.notes)
+
+
+def test_a_restart_before_the_first_own_checkpoint_continues_from_the_given_one(
+    scene: MakeScene, tmp_path: Path
+) -> None:
+    """The run was told to continue from another run's checkpoint and loses a rank before it wrote one of its own."""
+    given = folder_of(tmp_path / "another-run", 8)
+    playing = scene([LOST], [], resume=given)
+    playing.controller.run()
+    assert [group.assignment.resume for group in playing.groups] == [given, given]
+
+
+def test_restarts_end_at_their_limit(scene: MakeScene) -> None:
+    playing = scene([LOST], [LOST], [LOST], max_restarts=1)
+    with pytest.raises(RunFailed, match=r"^rank 1 \(pid 7 on node\) was lost$"):
+        playing.controller.run()
+    assert len(playing.groups) == 2
+    assert playing.controller.record.restarts == 1
+
+
+def test_a_group_that_does_not_come_up_is_a_loss(scene: MakeScene) -> None:
+    playing = scene(GroupFailure(Failure("rank 1 did not start within 5 s", lost=True)), [])
+    playing.controller.run()
+    assert [group.calls for group in playing.groups] == [["start", "end"], ["start", "poll", "end"]]
+
+
+def test_an_impossible_group_is_no_loss(scene: MakeScene) -> None:
+    playing = scene(ConfigError("mesh: expected a larger cluster"), [])
+    with pytest.raises(ConfigError, match="larger cluster"):
+        playing.controller.run()
+    assert [group.calls for group in playing.groups] == [["start", "end"]]
+
+
+def test_a_fault_of_the_program_stops_the_run(scene: MakeScene) -> None:
+    playing = scene([FAULT], [])
+    with pytest.raises(RunFailed, match=r"layer 0, step 3: non-finite activities on rank 1$"):
+        playing.controller.run()
+    assert [group.calls for group in playing.groups] == [["start", "poll", "end"]]
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_the_fault_explains_the_peers_it_cost(scene: MakeScene, faulty: int) -> None:
+    """Rank `faulty` raised, and the other one lost its peer through that: a new group would fail again."""
+    playing = scene()
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    failures = [FAULT if rank == faulty else LOST for rank in range(2)]
+    group.poll = lambda: [  # type: ignore[method-assign]
+        status(rank, [], done=True, failure=failure) for rank, failure in enumerate(failures)
+    ]
+    assert playing.controller.step(group) == (False, FAULT)
+
+
+def test_what_a_failing_rank_last_said_is_kept(scene: MakeScene, tmp_path: Path) -> None:
+    """Events that came with the failure count: the checkpoint they complete is the one to continue from."""
+    playing = scene()
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    group.poll = lambda: [  # type: ignore[method-assign]
+        status(0, [shard_event(tmp_path, 0, 4)], done=True, failure=LOST),
+        status(1, [shard_event(tmp_path, 1, 4)]),
+    ]
+    assert playing.controller.step(group) == (False, LOST)
+    assert newest(tmp_path) == folder_of(tmp_path, 4)
+
+
+def test_an_interrupt_ends_the_group(scene: MakeScene) -> None:
+    playing = scene(KeyboardInterrupt())  # the script's start raises it
+    with pytest.raises(KeyboardInterrupt):
+        playing.controller.run()
+    assert playing.groups[0].calls == ["start", "end"]
+
+
+def test_metrics_are_not_recorded_twice_after_a_restart(scene: MakeScene, tmp_path: Path) -> None:
+    """The second group repeats updates 5 to 10 from the checkpoint at 4, and goes on to 15."""
+    first = [
+        [[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]],
+        [[metrics_event(0, 5, 0.9), metrics_event(0, 10, 0.8)], []],
+        LOST,
+    ]
+    second = [[[metrics_event(0, 5, 0.9), metrics_event(0, 10, 0.8)], []], [[metrics_event(0, 15, 0.7)], []]]
+    playing = scene(first, second)
+    record = playing.controller.run()
+    assert [(layer, step) for layer, step, _ in playing.recorder.rows] == [(0, 5), (0, 10), (0, 15)]
+    assert [step for step, _ in record.curves[0]] == [5, 10, 15]
+    assert record.layers[0]["objective"] == 0.7
+
+
+def test_bytes_of_all_groups_are_counted(scene: MakeScene) -> None:
+    """A group's counters start at 0, and what the lost one has moved was moved."""
+    first = [[[metrics_event(0, 5, exchanged=1000.0), metrics_event(0, 10, exchanged=2000.0)], []], LOST]
+    second = [[[metrics_event(0, 5, exchanged=1000.0)], []], [[metrics_event(0, 15, exchanged=3000.0)], []]]
+    record = scene(first, second).controller.run()
+    assert record.bytes_exchanged == 2000.0 + 3000.0
+    assert record.num_exchanges == 20.0 + 30.0
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+def spool_of(run_dir: Path, *rows: tuple[int | None, int, float]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    spool = Spool(run_dir / SPOOL_NAME).open()
+    for layer, step, objective in rows:
+        spool.append({"kind": "metrics", "layer": layer, "step": step, "values": {"objective": objective}})
+    spool.append({"kind": "params", "values": {}})
+    spool.close()
+
+
+def test_an_earlier_attempts_curves_come_from_the_spool(tmp_path: Path) -> None:
+    spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8), (0, 5, 0.9), (1, 5, 0.7), (None, 3, 0.1))
+    assert curves_from_spool(tmp_path, folder_of(tmp_path, 4)) == {
+        0: [(5, {"objective": 0.9}), (10, {"objective": 0.8})],
+        1: [(5, {"objective": 0.7})],
+    }
+    assert curves_from_spool(tmp_path, None) == {}
+    assert curves_from_spool(tmp_path, folder_of(tmp_path.with_name("another"), 4)) == {}
+
+
+def record_of_a_run() -> Record:
+    """10 updates of layer 0 and 12 of layer 1, as digits_config has them."""
+    layers = {
+        index: {
+            "objective": 0.5,
+            "residual": 0.009,
+            "num_iters": 12.0,
+            "active_fraction": 0.3,
+            "dead_channels": 0.0,
+        }
+        for index in range(2)
+    }
+    return Record(
+        layers=layers,
+        curves={0: [(5, layers[0]), (10, layers[0])], 1: [(5, layers[1]), (12, layers[1])]},
+        probe={"readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8},
+        steps=22,
+        restarts=1,
+        bytes_exchanged=12345.0,
+        num_exchanges=67.0,
+    )
+
+
+def test_the_summary_holds_what_is_promised(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    summary = summarise(digits_config(2), record_of_a_run(), status="FINISHED", seconds=11.0, run_id="run-1")
+    layer = {"objective": 0.5, "residual": 0.009, "num_iters": 12.0, "active_fraction": 0.3, "dead_channels": 0.0}
+    expected = {
+        "status": "FINISHED",
+        "accuracy": 0.9,
+        "accuracy_decode": 0.8,
+        "world_size": 2,
+        "mesh": {"channel": 2, "data": 1, "layer": 1},
+        "steps": 22,
+        "images_per_second": (10 * 20 + 12 * 20) / 11.0,  # batches of 20
+        "seconds": 11.0,
+        "bytes_exchanged": 12345,
+        "num_exchanges": 67,
+        "restarts": 1,
+        "mlflow_run_id": "run-1",
+        "layers": [layer, layer],
+    }
+    assert expected.items() <= summary.items()
+    assert "message" not in summary
+    write_json(tmp_path / "summary.json", summary)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_summary_names_the_readout_as_probe(digits_config: Callable[..., RunConfig]) -> None:
+    """The contract: `accuracy` is that of the best readout, named in `probe`."""
+    summary = summarise(digits_config(2), record_of_a_run(), status="FINISHED", seconds=11.0, run_id="run-1")
+    assert summary["probe"] == "ridge"
+
+
+def test_the_summary_of_a_run_that_failed_early(digits_config: Callable[..., RunConfig]) -> None:
+    summary = summarise(digits_config(2), Record(), status="FAILED", seconds=0.0, run_id=None, message="rank 1 died")
+    assert (summary["status"], summary["message"], summary["accuracy"], summary["steps"]) == (
+        "FAILED",
+        "rank 1 died",
+        None,
+        0,
+    )
+    assert (summary["layers"], summary["images_per_second"], summary["mlflow_run_id"]) == ([{}, {}], 0.0, None)
+
+
+def test_a_manifest_survives_its_file(tmp_path: Path, scene: MakeScene) -> None:
+    """What `restart` reads is what `commit` wrote, configuration included."""
+    playing = scene()
+    playing.round([shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)])
+    content = json.loads((folder_of(tmp_path, 4) / MANIFEST).read_text())
+    assert Manifest.model_validate(content) == read_manifest(folder_of(tmp_path, 4))

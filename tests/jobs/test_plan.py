@@ -1,0 +1,115 @@
+"""Sizes of the plan against layers that are built, and bytes against exchanges that are made."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import asdict
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from cluster.config import RunConfig
+from cluster.training import source_of
+from jobs.plan import plan_layers, print_plan
+from simmatch.config import parse
+from simmatch.data import Dataset, to_unit
+from simmatch.model import Stack, build_layer, layer_inputs
+from simmatch.rows import split_rows
+from tests.exchanges import ThreadExchange, results, run_owners
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.mark.parametrize("channel", [1, 2, 3])
+def test_sizes_are_those_of_the_layers(make_config: MakeConfig, digits: Dataset, channel: int) -> None:
+    config = make_config(f"mesh.channel={channel}", "model.layers.0.stride=2", "model.layers.0.pool=3")
+    source = source_of(digits)
+    plans = plan_layers(config, source, len(digits.train_images))
+    stack = Stack(config.model, source)
+    images = to_unit(digits.train_images[:2])
+    for index, plan in enumerate(plans):
+        layer, size = config.model.layers[index], layer_inputs(config.model, source)[index]
+        below = stack.below(images, index)
+        assert plan.input == tuple(below.shape[1:])
+        assert plan.output == tuple(stack.layer(index)(below).shape[1:])
+        assert plan.columns == layer.train.batch_size * plan.output[1] * plan.output[2]
+        rows = split_rows(layer.out_channels, channel)[0]
+        shard = build_layer(layer, *size, num_classes=10, seed=0, rows=rows)
+        assert plan.rows == shard.feedforward.shape[0]
+        assert plan.parameters == sum(tensor.numel() for tensor in (shard.feedforward, shard.lateral, shard.label))
+    assert plans[0].cache_bytes == 0
+    cached = stack.below(images, 1)
+    assert plans[1].cache_bytes == cached[0].numel() * cached.element_size() * len(digits.train_images)
+
+
+def test_double_precision_holds_and_moves_twice_as_much(make_config: MakeConfig, digits: Dataset) -> None:
+    singles, doubles = (
+        plan_layers(make_config(f"dtype={dtype}"), source_of(digits), 1437) for dtype in ("float32", "float64")
+    )
+    for single, double in zip(singles, doubles, strict=True):
+        for name, value in asdict(single).items():
+            assert asdict(double)[name] == (2 * value if name.endswith("_bytes") else value)
+
+
+def test_nothing_is_cached_where_caching_is_off(make_config: MakeConfig, digits: Dataset) -> None:
+    plans = plan_layers(make_config("cache_features=false", "mesh.channel=1"), source_of(digits), 1437)
+    assert [(plan.cache_bytes, plan.exchange_bytes) for plan in plans] == [(0, 0), (0, 0)]
+
+
+class Counting:
+    """An exchange that counts the bytes which reach this rank."""
+
+    def __init__(self, inner: ThreadExchange) -> None:
+        self.inner, self.rank, self.world_size, self.asynchronous = inner, inner.rank, inner.world_size, False
+        self.received = 0
+
+    def all_gather(self, gathered: torch.Tensor):
+        self.received += gathered.nbytes - gathered[0].nbytes
+        return self.inner.all_gather(gathered)
+
+
+@pytest.mark.parametrize("channel", [2, 3])
+def test_bytes_of_an_iteration_are_those_that_arrive(make_config: MakeConfig, digits: Dataset, channel: int) -> None:
+    """A solve of one iteration more receives exactly what the plan says, on the rank with the most rows."""
+    config = make_config(
+        f"mesh.channel={channel}", "model.layers.0.train.batch_size=3", "model.layers.0.dynamics.tile_columns=48"
+    )
+    plan = plan_layers(config, source_of(digits), 1437)[0]
+    images = to_unit(digits.train_images[:3])
+
+    def received(iterations: int) -> int:
+        values = config.model.layers[0].model_dump()
+        values["dynamics"] |= {"tolerance": 0.0, "max_iterations": iterations}
+        layer = parse(type(config.model.layers[0]), values)
+
+        def owner(exchange: ThreadExchange) -> int:
+            counting = Counting(exchange)
+            rows = split_rows(layer.out_channels, channel)[exchange.rank]
+            shard = build_layer(layer, 1, (8, 8), num_classes=10, seed=0, rows=rows, exchange=counting)
+            with torch.no_grad():
+                shard.solve(images)
+            return counting.received
+
+        return results(run_owners(channel, owner))[0]
+
+    assert received(12) - received(11) == plan.exchange_bytes
+    assert received(11) - received(4) == 7 * plan.exchange_bytes
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, digits: Dataset, terminal: bool) -> None:
+    config = make_config("data.root=/" + "long/" * 30)
+    out = io.StringIO()
+    print_plan(Console(file=out, width=80, force_terminal=terminal, no_color=True), config, source_of(digits), 1437)
+    text = out.getvalue()
+    above, _, below = text.partition("mesh: ")
+    if not terminal:  # a log can be read back as it is, and nothing in its table is cut
+        assert parse(RunConfig, yaml.safe_load(above)) == config
+        assert "…" not in text
+        assert not set(text) & set(map(chr, (*range(10), *range(11, 32), 127)))
+        for word in ("parameters", "activations", "per iteration", "8 of 16", "16×8×8", "10,560", "1.47 MB"):
+            assert word in below
+    assert below.startswith("data 1 × layer 1 × channel 2, 2 rank(s) on cpu")

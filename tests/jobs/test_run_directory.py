@@ -1,0 +1,195 @@
+"""Where a run goes: each rule of `--run-dir` and `--resume`, with checkpoints written by cluster.checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, folder_of, write_shard
+from cluster.config import RunConfig
+from jobs.run_directory import Start, choose, default_root
+from simmatch.config import ConfigError
+from simmatch.rows import Rows
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    return folder
+
+
+def leave(run_dir: Path, config: RunConfig, status: str | None = None, steps: tuple[int, ...] = ()) -> Path:
+    """What a run that has ended so far leaves behind."""
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    if status is not None:
+        (run_dir / "summary.json").write_text(json.dumps({"status": status}))
+    for step in steps:
+        folder = folder_of(run_dir, step)
+        tensors = {"layers.0.feedforward": torch.zeros(16, 1, 3, 3)}
+        shard = write_shard(folder, 0, 1, tensors, {"layers.0.feedforward": Rows.all(16)})
+        cursor = Cursor(step=step, layer=0, updates=step)
+        values = config.model_dump(mode="json")
+        states = [LayerState(bound=1.0, ridge=0.0)]
+        commit(
+            folder,
+            Manifest(format=FORMAT, cursor=cursor, seed=0, world_size=1, config=values, layers=states, shards=[shard]),
+        )
+    return run_dir
+
+
+def test_a_new_run_goes_below_runs_and_makes_nothing(work: Path, make_config: MakeConfig) -> None:
+    run_dir = work / "runs" / "digits"
+    assert choose(make_config(), None, "auto") == Start(run_dir, None, f"a new run in {run_dir}")
+    assert choose(make_config(), "elsewhere/x", "auto").run_dir == work / "elsewhere" / "x"
+    assert list(work.iterdir()) == []
+
+
+def test_an_empty_folder_is_used_as_it_is(work: Path, make_config: MakeConfig) -> None:
+    (work / "mine").mkdir()
+    assert choose(make_config(), "mine", "auto").run_dir == work / "mine"
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_numbered_run_beside_finished_ones(work: Path, make_config: MakeConfig, resume: str) -> None:
+    """Whatever their configuration: what is finished stands in nobody's way."""
+    leave(work / "r", make_config(), "FINISHED", (116,))
+    assert choose(make_config("seed=1"), "r", resume).run_dir == work / "r-2"
+    leave(work / "r-2", make_config("seed=1"), "FINISHED")
+    start = choose(make_config(), "r", resume)
+    assert (start.run_dir, start.resume) == (work / "r-3", None)
+
+
+@pytest.mark.parametrize("status", [None, "FAILED", "KILLED"])
+def test_an_unfinished_run_is_continued(work: Path, make_config: MakeConfig, status: str | None) -> None:
+    leave(work / "r", make_config(), status, (20, 40))
+    start = choose(make_config(), "r", "auto")
+    assert (start.run_dir, start.resume) == (work / "r", work / "r" / "checkpoints" / "step-00000040")
+    assert start.note == f"continuing the unfinished run in {work / 'r'}, from step-00000040"
+    assert choose(make_config(), "r", "never").run_dir == work / "r-2"
+
+
+def test_a_checkpoint_without_manifest_is_none(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "FAILED", (20, 40))
+    for step in (40, 20):
+        (folder_of(work / "r", step) / "manifest.json").unlink()
+        found = choose(make_config(), "r", "auto").resume
+        assert found == (folder_of(work / "r", 20) if step == 40 else None)
+
+
+def test_the_unfinished_one_beside_a_finished_one_is_continued(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "FINISHED")
+    leave(work / "r-2", make_config(), "KILLED", (20,))
+    assert choose(make_config(), "r", "auto").resume == folder_of(work / "r-2", 20)
+
+
+def test_another_configuration_is_refused_and_named(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "FAILED", (20,))
+    other = make_config("seed=3", "model.layers.0.plasticity.lr=0.05", "model.layers.1.pool=1")
+    with pytest.raises(ConfigError) as caught:
+        choose(other, "r", "auto")
+    assert str(caught.value) == (
+        f"--resume: {work / 'r'} was made by another configuration: "
+        "model.layers.0.plasticity.lr: expected 0.1, got 0.05; model.layers.1.pool: expected None, got 1; "
+        "seed: expected 0, got 3; use --resume never or --run-dir"
+    )
+    assert choose(other, "r", "never").run_dir == work / "r-2"
+
+
+def test_many_differences_are_counted(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "FAILED")
+    with pytest.raises(ConfigError, match=r"got 'all'; .* and \d+ more; use --resume never"):
+        choose(make_config("model.layers=[{out_channels: 3, kernel_size: 3}]", "model.features=all"), "r", "auto")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "mesh.channel=3",
+        "cluster.threads_per_rank=2",
+        "tracking.enabled=false",
+        "checkpoint.every_steps=7",
+        "probe.readout=ridge",
+        "log_every=3",
+        "encode_batch=17",
+        "cache_features=false",
+        "name=other",
+    ],
+)
+def test_what_changes_nothing_that_is_learnt_may_differ(work: Path, make_config: MakeConfig, change: str) -> None:
+    leave(work / "r", make_config(), "FAILED", (20,))
+    assert choose(make_config(change), "r", "auto").resume == folder_of(work / "r", 20)
+
+
+def test_resume_names_a_run_or_a_checkpoint(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "FAILED", (20, 40))
+    run = choose(make_config(), None, "r")
+    assert (run.run_dir, run.resume) == (work / "r", folder_of(work / "r", 40))
+    fork = choose(make_config(), "r", str(folder_of(work / "r", 20)))
+    assert (fork.run_dir, fork.resume) == (work / "r-2", folder_of(work / "r", 20))
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.out_channels: expected 16, got 8"):
+        choose(make_config("model.layers.0.out_channels=8"), "new", str(folder_of(work / "r", 20)))
+    with pytest.raises(ConfigError, match=r"--resume: expected auto, never, a run directory or a checkpoint, got .*no"):
+        choose(make_config(), None, "nothing-there")
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "a: 2020-99-99"])
+def test_a_run_whose_configuration_cannot_be_read_is_named(work: Path, make_config: MakeConfig, content: str) -> None:
+    leave(work / "r", make_config(), "FAILED")
+    (work / "r" / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"--resume: expected the configuration of a run in .*, got \w+$"):
+        choose(make_config(), "r", "auto")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 3}'])
+def test_a_broken_summary_is_that_of_an_unfinished_run(work: Path, make_config: MakeConfig, content: str) -> None:
+    leave(work / "r", make_config(), None, (20,))
+    (work / "r" / "summary.json").write_text(content)
+    assert choose(make_config(), "r", "auto").resume == folder_of(work / "r", 20)
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused(work: Path, make_config: MakeConfig) -> None:
+    (work / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=r"--run-dir: expected a folder, got the file .*file$"):
+            choose(make_config(), place, "auto")
+    with pytest.raises(ConfigError, match="--run-dir: expected a folder, got nothing"):
+        choose(make_config(), "", "auto")
+    with pytest.raises(ConfigError, match=r"--run-dir: expected a folder that can be made, .*File name too long"):
+        choose(make_config(), "x" * 300, "auto")
+    leave(work / "r", make_config(), "FINISHED")
+    (work / "r-2").touch()
+    with pytest.raises(ConfigError, match=r"--run-dir: expected a folder, got the file .*r-2$"):
+        choose(make_config(), "r", "auto")
+
+
+def test_a_place_that_may_not_be_written_is_refused(
+    work: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.run_directory.os.access", lambda path, mode: path != work)  # root may write anywhere
+    with pytest.raises(ConfigError, match=r"--run-dir: expected a folder that can be written to, got .*work$"):
+        choose(make_config(), "new/r", "auto")
+
+
+def test_inside_the_copy_of_a_ray_job(tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert default_root() == Path("runs")  # a folder of that name alone is no job
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(ConfigError, match=r"--run-dir: expected an absolute path inside a Ray job.*got 'runs/mine'"):
+        choose(make_config(), "runs/mine", "auto")
+    assert choose(make_config(), str(tmp_path / "mine"), "auto").run_dir == tmp_path / "mine"
+    assert choose(make_config(), None, "auto").run_dir == tmp_path / "home" / "simmatch" / "runs" / "digits"
