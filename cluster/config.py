@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from cluster.mesh import Mesh, MeshConfig
-from cluster.tracking import TrackingConfig
+from cluster.tracking import TrackingConfig, redact
 from simmatch.config import DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -96,3 +96,11 @@ class RunConfig(Frozen):
         mesh = Mesh.from_config(self.mesh)
         mesh.check(self.model)
         return mesh
+
+
+def public(config: RunConfig) -> dict[str, Any]:
+    """Plain values of a configuration as they may be written down: no credentials in a tracking URI."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    if config.tracking.uri is not None:
+        values["tracking"]["uri"] = redact(config.tracking.uri)
+    return values

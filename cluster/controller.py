@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, Shard, commit, folder_of, newest, prune
-from cluster.config import RunConfig
+from cluster.config import RunConfig, public
 from cluster.policy import Decision, Failure, FailurePolicy
 from cluster.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
@@ -190,7 +190,7 @@ class Controller:
             cursor=cursor,
             seed=self.config.seed,
             world_size=world_size,
-            config=self.config.model_dump(mode="json"),
+            config=public(self.config),
             layers=layers,
             shards=[shards[number] for number in sorted(shards)],
             mlflow_run_id=self.recorder.run_id,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from cluster.config import RunConfig
+from cluster.config import RunConfig, public
 from jobs.display import size
 from simmatch.config import LayerConfig
 from simmatch.model import InputConfig, layer_inputs
@@ -89,7 +89,7 @@ def _plan_layer(
 
 def print_plan(console: Console, config: RunConfig, source: InputConfig, train_images: int) -> None:
     """The resolved configuration, the mesh, and a table of the layers."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(public(config), sort_keys=False)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"mesh: {config.place()}, {config.place().world_size} rank(s) on {config.device}", highlight=False)
     table = Table(title="per rank (the one with the most rows)")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.checkpoint import CheckpointError, Reader, read_manifest
-from cluster.config import RunConfig
+from cluster.config import RunConfig, public
 from cluster.controller import Controller, Record, RunFailed, curves_from_spool, summarise, write_json
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.tracking import Status, Tracker
@@ -125,7 +125,7 @@ class Job:
     def run(self) -> int:
         """Train, look at the result, record it. Returns the exit status."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        resolved = self.config.model_dump(mode="json")
+        resolved = public(self.config)
         (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         _watch_signals()
         status: Status = "FAILED"
@@ -174,7 +174,7 @@ class Job:
             "simmatch.device": config.device,
         }
         tracker.start(self.run_dir.name, layers=len(config.model.layers), tags=tags)
-        values = config.model_dump(mode="json")
+        values = public(config)
         layers = values["model"].pop("layers")
         tracker.params({key: value for key, value in values.items() if key not in ("tracking", "cluster", "mesh")})
         for index, layer in enumerate(layers):

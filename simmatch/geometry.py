@@ -215,7 +215,8 @@ def zca(patches: Tensor, ridge: float) -> Whitening:
     """
     mean = patches.mean(dim=0, dtype=torch.float64)
     covariance = mean.new_zeros(len(mean), len(mean))
-    for part in patches.split(COVARIANCE_ROWS):  # products in the patches' dtype, sums of them in float64
+    for start in range(0, len(patches), COVARIANCE_ROWS):  # products in the patches' dtype, sums of them in float64
+        part = patches[start : start + COVARIANCE_ROWS]
         centred = part - mean.to(part.dtype)
         covariance += centred.T @ centred
     covariance /= patches.shape[0]

@@ -28,7 +28,7 @@ Kind = Literal["nan feedforward", "nan lateral", "nan label", "exception", "erro
 """
 nan …       a NaN in the last own row of W, M or V, before the update
 exception   the rank's statistics raise, in the middle of the update
-error       the program raises outside of what the ranks share
+error       the rank's next batch raises, outside of what the ranks tell each other
 kill        the process ends, by SIGKILL
 hold        the training thread stays away for `HOLD_S`
 """
@@ -60,15 +60,15 @@ class FaultyTraining(Training):
         here = (self.assignment.rank, index, int(layer.updates) + 1, self.assignment.generation)
         for plan in self.plans:
             if (plan.rank, plan.layer, plan.step, plan.generation) == here:
-                inject(plan.kind, layer)
+                inject(plan.kind, layer, inputs)
         return super().update(index, layer, inputs, chosen, labels)
 
 
-def inject(kind: Kind, layer: SimilarityMatchingConv2d) -> None:
+def inject(kind: Kind, layer: SimilarityMatchingConv2d, inputs: LayerInputs) -> None:
     """Let one rank's layer, or its process, suffer one fault now."""
     if kind == "error":
-        raise InjectedError("injected")
-    if kind == "exception":
+        inputs.batch = _raise  # type: ignore[method-assign]
+    elif kind == "exception":
         layer._statistics = _raise  # type: ignore[method-assign]
     elif kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

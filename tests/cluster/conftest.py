@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import secrets
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,9 @@ from simmatch.exchange import IdentityExchange
 
 # Read when ray is imported. A developer's own settings must not decide what the tests see.
 os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else ray writes one into the home directory
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 

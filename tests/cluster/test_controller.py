@@ -30,7 +30,7 @@ FAULT = Failure("TrainingFault: layer 0, step 3: non-finite activities on rank 1
 class ScriptedGroup:
     """Answers polls from a script; an empty list of rounds means that all ranks are done."""
 
-    def __init__(self, assignment: Assignment, rounds: list[Round], start: Exception | None = None) -> None:
+    def __init__(self, assignment: Assignment, rounds: list[Round], start: BaseException | None = None) -> None:
         self.assignment, self.rounds, self.failure = assignment, list(rounds), start
         self.places: list[Place] = []
         self.calls: list[str] = []
@@ -119,7 +119,7 @@ class Scene:
 
     def _make(self, assignment: Assignment) -> ScriptedGroup:
         script = self._scripts.pop(0)
-        start = script if isinstance(script, Exception) else None
+        start = script if isinstance(script, BaseException) else None
         self.groups.append(ScriptedGroup(assignment, [] if start else script, start))
         return self.groups[-1]
 
@@ -252,14 +252,16 @@ def test_the_policy_restarts_after_a_loss_only_and_so_often() -> None:
 
 
 def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
-    both = [
-        [[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)
-    ]
+    both = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
     playing = scene([*both, LOST], [LOST], [[[metrics_event(0, 10)], []]])
     record = playing.controller.run()
     assert record.restarts == 2
     assert [group.assignment.generation for group in playing.groups] == [0, 1, 2]
-    assert [group.assignment.resume for group in playing.groups] == [None, folder_of(tmp_path, 8), folder_of(tmp_path, 8)]
+    assert [group.assignment.resume for group in playing.groups] == [
+        None,
+        folder_of(tmp_path, 8),
+        folder_of(tmp_path, 8),
+    ]
     assert all(group.calls[0] == "start" and group.calls[-1] == "end" for group in playing.groups)
     assert all(group.calls.count("end") == 1 for group in playing.groups)
     assert playing.recorder.all_tags == [{"restarts": "1"}, {"restarts": "2"}]
@@ -364,6 +366,17 @@ def test_bytes_of_all_groups_are_counted(scene: MakeScene) -> None:
     record = scene(first, second).controller.run()
     assert record.bytes_exchanged == 2000.0 + 3000.0
     assert record.num_exchanges == 20.0 + 30.0
+
+
+def test_throughput_counts_what_this_job_did(scene: MakeScene, tmp_path: Path) -> None:
+    """An earlier job trained layer 0 (10 updates of 20 images); this one continues and trains layer 1 (12 of 20)."""
+    spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8))
+    given = folder_of(tmp_path, 10)
+    playing = scene([[[metrics_event(1, 5), metrics_event(1, 12)], []]], resume=given)
+    playing.controller.record.curves = curves_from_spool(tmp_path, given)  # as jobs.pretrain does
+    record = playing.controller.run()
+    summary = summarise(playing.config, record, status="FINISHED", seconds=10.0, run_id=None)
+    assert summary["images_per_second"] == 12 * 20 / 10.0
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

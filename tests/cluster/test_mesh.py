@@ -72,9 +72,7 @@ def test_more_shards_than_channels_are_refused_with_all_sizes(digits_config: Cal
     assert config.place().world_size == 10  # one channel each is the most
     with pytest.raises(ConfigError) as caught:
         digits_config(channel=11).place()
-    assert str(caught.value) == (
-        "mesh.channel: expected at most 10, the out_channels of model.layers.0, got 11"
-    )
+    assert str(caught.value) == ("mesh.channel: expected at most 10, the out_channels of model.layers.0, got 11")
 
 
 def test_the_narrowest_layer_decides(digits_config: Callable[..., RunConfig]) -> None:

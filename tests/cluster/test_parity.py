@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.config import RunConfig
-from cluster.sharding import SHARDED, gather_rows, replicated_state, shard_state
+from cluster.sharding import gather_rows, replicated_state, shard_state
 from cluster.training import Assignment, TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
@@ -24,7 +25,7 @@ from simmatch.exchange import IDENTITY, Exchange, Handle
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.rows import split_rows
 from tests.exchanges import results
-from tests.faults import FaultPlan, InjectedError, faulty_training
+from tests.faults import FaultPlan, faulty_training
 from tests.reference import nnls_columns
 
 UPDATES = 50
@@ -72,7 +73,8 @@ class Learnt:
 def learn(exchange: Exchange, kind: str, dtype_name: str, tolerance: float, device: str = "cpu") -> Learnt:
     dtype = DTYPES[dtype_name]
     layer = make_layer(kind, dtype, tolerance, exchange, device)
-    size = 8 if kind == "conv" else 40  # 8 × 16 columns make a tile of 80 and one of 48
+    # a convolution on 8 images makes 128 columns, two tiles; on 5, where columns stop by themselves, one tile
+    size = 40 if kind == "dense" else 8 if tolerance == 0 else 5
     data = load_dataset(DataConfig(name="digits"))
     images, labels = to_unit(data.train_images, dtype).to(device), data.train_labels.to(device)
     num_iters, residuals = [], []
@@ -211,7 +213,7 @@ def test_early_stop_in_float32(ranks: Any, kind: str) -> None:
     rounding, as in the test of fixed iterations. Without such a column the tolerance is that of rounding.
     """
     one = on_one_rank(kind, "float32", TOLERANCE)
-    found = results(ranks(learn, 3, kind, "float32", TOLERANCE))
+    found = results(ranks(learn, 2, kind, "float32", TOLERANCE))
     assert_same_everywhere(found)
     assert max(float(residual.amax()) for residual in found[0].residuals) <= TOLERANCE
     differences = torch.stack(found[0].residuals) - torch.stack(one.residuals)
@@ -256,7 +258,11 @@ def train(
     assignment, outbox = Assignment(config, run_dir, exchange.rank), Outbox()
     if exchange.rank == late_rank:
         exchange = LateExchange(exchange, 0.02)
-    faulty_training(*plans)(assignment, exchange, outbox, torch.device("cpu")).run()
+    try:
+        faulty_training(*plans)(assignment, exchange, outbox, torch.device("cpu")).run()
+    except TrainingFault as fault:
+        fault.add_note("".join(traceback.format_exception(fault)))  # causes do not travel between processes
+        raise
     return outbox.events
 
 
@@ -377,6 +383,9 @@ def test_a_fault_on_one_rank_ends_all_at_the_same_exchange(
     assert ("exception" if plan.kind == "exception" else "non-finite") in message
     assert len(set(ranks.num_exchanges)) == 1
     assert not (tmp_path / "model").exists()
+    if plan.kind == "exception":  # the faulty rank's own exception stands behind the shared one, in its traceback
+        told = ["InjectedError: injected" in outcome.__notes__[0] for outcome in outcomes]
+        assert told == [rank == plan.rank for rank in range(world_size)]
 
 
 def test_faults_on_two_ranks_name_both(ranks: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
@@ -386,13 +395,10 @@ def test_faults_on_two_ranks_name_both(ranks: Any, digits_config: ConfigMaker, t
     assert len(set(ranks.num_exchanges)) == 1
 
 
-def test_the_faulty_rank_keeps_the_cause(digits_config: ConfigMaker, tmp_path: Path) -> None:
-    """One rank takes the same way: its own exception stands behind the shared one, for the traceback."""
+def test_one_rank_alone_says_what_it_met(digits_config: ConfigMaker, tmp_path: Path) -> None:
     plan = FaultPlan(rank=0, layer=0, step=2, kind="exception")
-    with pytest.raises(TrainingFault, match=r"^layer 0, step 2: exception on rank 0$") as caught, torch.no_grad():
+    with pytest.raises(TrainingFault, match=r"^layer 0, step 2: InjectedError: injected$"), torch.no_grad():
         train(IDENTITY, digits_config(1), tmp_path, (plan,))
-    assert caught.value.__cause__ is not None
-    assert isinstance(caught.value.__cause__.__cause__, InjectedError)
 
 
 # -- GPUs --------------------------------------------------------------------------------------------------------------

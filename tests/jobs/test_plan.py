@@ -113,3 +113,11 @@ def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, di
         for word in ("parameters", "activations", "per iteration", "8 of 16", "16×8×8", "10,560", "1.47 MB"):
             assert word in below
     assert below.startswith("data 1 × layer 1 × channel 2, 2 rank(s) on cpu")
+
+
+def test_a_password_is_not_printed(make_config: MakeConfig, digits: Dataset) -> None:
+    out = io.StringIO()
+    config = make_config("tracking.uri=https://ada:secret@mlflow.example")
+    print_plan(Console(file=out), config, source_of(digits), 1437)
+    assert "uri: https://***@mlflow.example\n" in out.getvalue()
+    assert "secret" not in out.getvalue()

@@ -1,0 +1,313 @@
+"""Actors of an embedded Ray: a run to its end, and every way to lose a rank, each named and cleaned up after."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from cluster.config import RunConfig
+from cluster.controller import Controller, RunFailed
+from cluster.group import GroupFailure, WorkerGroup
+from cluster.training import Assignment, Training
+from cluster.worker import Outbox, Place, Status, Worker
+from simmatch.config import ConfigError
+from simmatch.exchange import Exchange
+from tests.exchanges import results
+from tests.faults import FaultPlan, faulty_worker
+
+CPUS = 4
+LIMIT_S = 60.0
+
+ConfigMaker = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """An embedded Ray of this module's own."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",  # nothing of it is reachable from outside
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(ray: Any) -> Iterator[None]:
+    """After every test: no placement group, no reserved CPU. Ray gives them back with some delay."""
+    yield
+    deadline = time.monotonic() + 20.0
+    while time.monotonic() < deadline:
+        groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+        if not groups and ray.available_resources().get("CPU") == CPUS:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"left behind: {groups}, free: {ray.available_resources()}")
+
+
+def limits(**changes: float) -> dict[str, Any]:
+    """`cluster` of a configuration, with waits that fit a test."""
+    return {"poll_s": 0.1, "threads_per_rank": 1, "heartbeat_s": 20.0, "start_timeout_s": 60.0} | changes
+
+
+@contextmanager
+def started(config: RunConfig, run_dir: Path, worker: type[Worker] = Worker) -> Iterator[WorkerGroup]:
+    """A group that trains; ended in any case, and its processes with it. `end` may come early, and twice."""
+    group = WorkerGroup(Assignment(config, run_dir, 0), worker)
+    group.end()
+    try:
+        group.start()
+        yield group
+    finally:
+        group.end()
+        group.end()
+        assert_gone([place.pid for place in group.places])
+
+
+def assert_gone(pids: list[int], limit_s: float = 20.0) -> None:
+    """The processes have ended by themselves. One that did not is ended here, and the test fails."""
+    deadline = time.monotonic() + limit_s
+    while (alive := [pid for pid in pids if lives(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in alive:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not alive, f"processes {alive} outlived their group by {limit_s:g} s"
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def poll_until(group: WorkerGroup, reached: Callable[[list[Status]], bool]) -> list[Status]:
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        statuses = group.poll()
+        if reached(statuses):
+            return statuses
+        time.sleep(0.05)
+    pytest.fail(f"not reached within {LIMIT_S:g} s: {statuses}")
+
+
+def learning(statuses: list[Status]) -> bool:
+    """All ranks have exchanged something: training is under way."""
+    return all(status.num_exchanges > 20 for status in statuses)
+
+
+class Quiet:
+    """Recorder and display of a run that nobody watches."""
+
+    run_id = None
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int | None, int]] = []
+        self.notes: list[str] = []
+
+    def metrics(self, step: int, values: Any, layer: int | None = None, time_s: float | None = None) -> None:
+        self.rows.append((layer, step))
+
+    def tags(self, values: dict[str, str]) -> None: ...
+
+    def progress(self, latest: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+# -- to the end --------------------------------------------------------------------------------------------------------
+
+
+def train(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
+    Training(Assignment(config, run_dir, exchange.rank), exchange, Outbox(), torch.device("cpu")).run()
+
+
+@pytest.fixture(scope="module")
+def without_ray(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The model that two plain processes learn, nothing going wrong."""
+    run_dir = tmp_path_factory.mktemp("plain")
+    results(ranks(train, 2, digits_config(2), run_dir))
+    return (run_dir / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_of_two_actors_gives_the_model_of_two_processes(
+    ray: Any, digits_config: ConfigMaker, without_ray: bytes, tmp_path: Path
+) -> None:
+    """Ray carries control only, so not one bit depends on it."""
+    quiet = Quiet()
+    config = digits_config(2, cluster=limits())
+    record = Controller(config, tmp_path, WorkerGroup, quiet, quiet).run()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == without_ray
+    assert quiet.rows == [(0, 5), (0, 10), (1, 5), (1, 10), (1, 12)]
+    assert record.steps == 22
+    assert record.restarts == 0
+    assert 0.4 < record.probe["accuracy"] <= 1.0
+    committed = sorted(path.parent.name for path in (tmp_path / "checkpoints").glob("step-*/manifest.json"))
+    assert committed == [f"step-{step:08d}" for step in (4, 8, 10, 12, 16, 20, 22)]
+
+
+def test_a_run_survives_a_killed_actor_bit_by_bit(
+    ray: Any, digits_config: ConfigMaker, without_ray: bytes, tmp_path: Path
+) -> None:
+    """Rank 1 of the first group dies at update 7 of layer 1; the second group continues from a checkpoint."""
+    quiet, config = Quiet(), digits_config(2, cluster=limits())
+    worker = faulty_worker(FaultPlan(rank=1, layer=1, step=7, kind="kill"))
+    record = Controller(config, tmp_path, lambda assignment: WorkerGroup(assignment, worker), quiet, quiet).run()
+    assert record.restarts == 1
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == without_ray
+    assert quiet.rows == [(0, 5), (0, 10), (1, 5), (1, 10), (1, 12)]
+    (note,) = [note for note in quiet.notes if "starting a new group" in note]
+    assert "rank 1" in note
+    assert "from step-" in note  # 16 updates were done, and the controller had seconds to commit those of layer 0
+
+
+# -- ranks that are lost -----------------------------------------------------------------------------------------------
+
+HELD = faulty_worker(FaultPlan(rank=0, layer=0, step=4, kind="hold"))
+
+
+def test_a_killed_actor_is_named(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    with started(digits_config(2, cluster=limits()), tmp_path, HELD) as group:
+        poll_until(group, learning)
+        pid = group.places[1].pid
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(GroupFailure) as caught:
+            poll_until(group, lambda _: False)
+    assert caught.value.failure.lost
+    assert f"rank 1 (pid {pid} on " in caught.value.failure.message
+    assert "rank 0" not in caught.value.failure.message
+    assert "\n" not in caught.value.failure.message
+
+
+def test_a_stopped_actor_is_named_within_the_heartbeat(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    heartbeat_s = 2.0
+    config = digits_config(2, cluster=limits(heartbeat_s=heartbeat_s))
+    with started(config, tmp_path, HELD) as group:
+        poll_until(group, learning)
+        pid = group.places[1].pid
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(GroupFailure) as caught:
+            poll_until(group, lambda _: False)
+        waited_s = time.monotonic() - began
+    assert caught.value.failure.lost
+    assert caught.value.failure.message.startswith(f"rank 1 (pid {pid} on ")
+    assert caught.value.failure.message.endswith("did not answer within 2 s")
+    assert heartbeat_s - 0.1 <= waited_s < heartbeat_s + 5.0  # a poll may just have passed; the machine may be busy
+
+
+def test_a_rank_that_keeps_the_others_waiting_is_a_loss(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    """Its process answers, its training thread does not come to the exchange: the peer's limit ends the wait."""
+    config = digits_config(2, cluster=limits(collective_timeout_s=3.0))
+    with started(config, tmp_path, HELD) as group:
+        statuses = poll_until(group, lambda statuses: any(status.failure for status in statuses))
+    assert statuses[0].failure is None
+    failure = statuses[1].failure
+    assert failure is not None
+    assert failure.lost
+    assert failure.message.startswith("rank 1 of 2 waited for exchange ")
+    assert "(limit 3 s)" in failure.message
+
+
+def test_an_exception_of_one_rank_alone_names_it_and_stops_the_run(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """The others do not learn of it and wait; the run ends at the next poll, long before their limit."""
+    quiet, config = Quiet(), digits_config(2, cluster=limits(collective_timeout_s=50.0))
+    worker = faulty_worker(FaultPlan(rank=1, layer=0, step=3, kind="error"))
+    controller = Controller(config, tmp_path, lambda assignment: WorkerGroup(assignment, worker), quiet, quiet)
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match="InjectedError: injected") as caught:
+        controller.run()
+    assert time.monotonic() - began < 45.0
+    assert controller.record.restarts == 0
+    assert any("Traceback" in note and note.startswith("rank 1:") for note in quiet.notes)
+    assert "layer 0, step 3" in str(caught.value)
+    assert "rank 1" in str(caught.value)
+
+
+# -- groups that do not come up ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "wanted"),
+    [
+        ({"cluster": limits(cpus_per_rank=3)}, "CPU", "6"),
+        pytest.param(
+            {"device": "cuda"},
+            "GPU",
+            "2",
+            marks=pytest.mark.skipif(torch.cuda.device_count() > 1, reason="has the devices that it asks for"),
+        ),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_refused_with_the_sizes(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path, changes: dict[str, Any], kind: str, wanted: str
+) -> None:
+    group = WorkerGroup(Assignment(digits_config(2, **changes), tmp_path, 0))
+    with pytest.raises(ConfigError, match=rf"at least {wanted} {kind} for 2 ranks, got one with \d+$"):
+        group.start()
+    group.end()
+
+
+def test_a_busy_cluster_is_waited_for_and_then_named(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    blocker = ray.util.placement_group([{"CPU": 3.0}])
+    assert blocker.wait(20)
+    group = WorkerGroup(Assignment(digits_config(2, cluster=limits(start_timeout_s=1.0)), tmp_path, 0))
+    try:
+        with pytest.raises(GroupFailure, match=r"no place for 2 ranks .* within 1 s; free now: .*1\.0") as caught:
+            group.start()
+    finally:
+        group.end()
+        ray.util.remove_placement_group(blocker)
+    assert caught.value.failure.lost
+
+
+def test_a_missing_run_directory_is_named(digits_config: ConfigMaker, tmp_path: Path) -> None:
+    """What a node without the shared folder answers, before anything is trained."""
+    missing = tmp_path / "not-here"
+    worker = Worker(Assignment(digits_config(2), missing, 1))
+    with pytest.raises(FileNotFoundError, match="--run-dir: expected a folder that every node reaches") as caught:
+        worker.describe("127.0.0.1")
+    assert str(missing) in str(caught.value)
+    assert socket.gethostname() in str(caught.value)
+    worker = Worker(Assignment(digits_config(2), tmp_path, 1))
+    assert worker.describe("127.0.0.1") == Place(1, socket.gethostname(), "127.0.0.1", os.getpid())
+
+
+class DiesOnJoin(Worker):
+    """Rank 1 dies when the ranks meet."""
+
+    def join(self, interface: str | None, address: str, store: tuple[str, int]) -> None:
+        if self.assignment.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().join(interface, address, store)
+
+
+def test_a_rank_that_dies_while_the_others_wait_for_it_is_the_one_named(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    config = digits_config(2, cluster=limits(collective_timeout_s=3.0))
+    with pytest.raises(GroupFailure) as caught, started(config, tmp_path, DiesOnJoin):
+        pass
+    assert caught.value.failure.lost
+    assert "rank 1 (pid " in caught.value.failure.message

@@ -1,0 +1,189 @@
+"""`ray job submit` to a cluster of its own on loopback, which asks for a token: what its user types and sees."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 120.0
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+"""All but tabs and line ends: Ray's own lines, before ours, hold a tab."""
+
+SMALL = (
+    "data.train_images=200", "data.test_images=50", "model.layers.0.out_channels=6", "model.layers.1.out_channels=12",
+    "model.layers.1.train.epochs=1", "probe.readout=ridge", "tracking.enabled=false", "cluster.poll_s=0.1",
+)  # fmt: skip
+DECOYS = (".venv/lib/module.py", "data/images.gz", "runs/digits/events.jsonl", ".git/config", "mlflow.db")
+"""What lies in a checkout and has no business on a cluster."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [taken.getsockname()[1] for taken in sockets]
+    for taken in sockets:
+        taken.close()
+    return ports
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray head with two CPUs."""
+
+    address: str
+    environment: dict[str, str]
+    working_dir: Path
+
+    def submit(self, entrypoint: str) -> tuple[int, str, str]:
+        """Submit and wait as the command line does: its exit status, the job's final status, the job's lines."""
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "job"]
+        done = subprocess.run(
+            [*ray, "submit", "--working-dir", str(self.working_dir), "--", "sh", "-c", entrypoint],
+            env=self.environment, cwd=self.working_dir, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+        submitted = re.search(r"Job '(\w+)' submitted successfully", done.stdout)
+        assert submitted, done.stdout + done.stderr
+        job = f"/api/jobs/{submitted[1]}"
+        return done.returncode, self.get(job)["status"], self.get(f"{job}/logs")["logs"]
+
+    def get(self, path: str, *, token: bool = True) -> dict:
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"} if token else {}
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout: the packages, .gitignore, and what collects beside them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for package in ("simmatch", "cluster", "jobs"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".gitignore", folder)
+    for decoy in (*DECOYS, "jobs/__pycache__/left.pyc"):
+        (folder / decoy).parent.mkdir(parents=True, exist_ok=True)
+        (folder / decoy).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str], working_dir: Path) -> Iterator[Cluster]:
+    """`ray start --head --block`, its folder and its ports its own."""
+    port, dashboard, agent, client = free_ports(4)
+    # Ray's sockets lie below it, and the path of a socket may have 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    options = {
+        "--port": port,
+        "--dashboard-port": dashboard,
+        "--dashboard-agent-listen-port": agent,
+        "--ray-client-server-port": client,
+        "--node-ip-address": "127.0.0.1",
+        "--dashboard-host": "127.0.0.1",
+        "--temp-dir": folder,
+        "--num-cpus": 2,
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"{name}={value}" for name, value in options.items()]
+    values = {name: value for name, value in environment.items() if name != "PYTHONPATH"}  # jobs bring their own copy
+    log = folder / "head.log"
+    with log.open("w") as output:
+        head = subprocess.Popen(command, env=values, stdout=output, stderr=output, cwd=folder)
+    address = f"http://127.0.0.1:{dashboard}"
+    found = Cluster(address, values | {"RAY_API_SERVER_ADDRESS": address}, working_dir)
+    try:
+        wait_until_it_answers(found, head, log)
+        yield found
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        head.terminate()
+        _, left = psutil.wait_procs(children, timeout=5)
+        for process in (head, *left):  # nothing of it is needed any more
+            process.kill()
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until_it_answers(cluster: Cluster, head: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            cluster.get("/api/jobs/")
+            return
+        except OSError:
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+
+
+def pretrain(run_dir: Path | str, *assignments: str) -> str:
+    """The words of the README, for a small run."""
+    words = ["python", "-m", "jobs.pretrain", "--config", "jobs/configs/digits.yaml", "--run-dir", str(run_dir)]
+    for assignment in (*SMALL, *assignments):
+        words += ["--set", assignment]
+    return " ".join(words)
+
+
+def test_a_stranger_is_refused(cluster: Cluster) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        cluster.get("/api/jobs/", token=False)
+
+
+def test_a_job_succeeds(cluster: Cluster, tmp_path: Path) -> None:
+    code, status, logs = cluster.submit(pretrain(tmp_path / "run"))
+    assert (code, status) == (0, "SUCCEEDED"), logs
+    lines = logs.splitlines()
+    assert not CONTROL.search(logs)
+    assert f"a new run in {tmp_path / 'run'}" in lines
+    assert any(
+        re.match(r"ray: cluster at 127\.0\.0\.1:\d+; mesh: data 1 × layer 1 × channel 2;", line) for line in lines
+    )
+    assert any(line.startswith("readout 1/1") for line in lines)
+    assert f"model, figures, summary: {tmp_path / 'run'}" in lines
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["world_size"]) == ("FINISHED", 8, 2)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster) -> None:
+    """A relative run directory would vanish with the job's copy of the checkout; only a real job can know."""
+    code, status, logs = cluster.submit(f"find . -type f | sort; {pretrain('runs/mine')}; exit $?")
+    assert (code, status) == (1, "FAILED"), logs
+    errors = [line for line in logs.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: --run-dir: expected an absolute path inside a Ray job")
+    assert errors[0].endswith("got 'runs/mine'")
+    assert "Traceback" not in logs
+    uploaded = {line.removeprefix("./") for line in logs.splitlines() if line.startswith("./")}
+    assert {"jobs/pretrain.py", "jobs/configs/digits.yaml", "simmatch/layer.py", "cluster/group.py"} <= uploaded
+    assert not uploaded & set(DECOYS)
+    assert not any(name.endswith(".pyc") for name in uploaded)
+
+
+def test_a_failure_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """Actors that would have to be there within a millisecond, and no second try."""
+    impossible = ("cluster.start_timeout_s=0.001", "cluster.max_restarts=0")
+    code, status, logs = cluster.submit(pretrain(tmp_path / "run", *impossible))
+    assert (code, status) == (1, "FAILED"), logs
+    [error] = [line for line in logs.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: no place for 2 ranks")
+    assert "within 0.001 s" in error
+    assert "Traceback" not in logs
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["message"]) == ("FAILED", error.removeprefix("error: "))

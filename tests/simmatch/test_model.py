@@ -1,0 +1,141 @@
+"""The stack: its own forward by hand, its file, its refusals, its export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file, save_file
+
+import simmatch
+from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig
+from simmatch.data import Dataset, to_unit
+from simmatch.model import InputConfig, Outputs, Stack, layer_inputs, load_model, save_model
+
+SOURCE = InputConfig(in_channels=1, height=8, width=8, num_classes=10)
+ENCODING = DynamicsConfig(encode_iterations=12)
+
+
+def model_config(features: str = "last") -> ModelConfig:
+    first = LayerConfig(
+        out_channels=6, kernel_size=3, padding=1, normalize="contrast", whiten=True, pool=4, dynamics=ENCODING
+    )
+    second = LayerConfig(
+        out_channels=9, kernel_size="full", whiten=True, supervised=True, label_gain=5.0, dynamics=ENCODING
+    )
+    return ModelConfig(layers=(first, second), features=features)
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Dataset) -> Stack:
+    stack = Stack(model_config(), SOURCE, seed=3)
+    images = to_unit(digits.train_images[:200])
+    for index in range(2):
+        x = stack.below(images, index)
+        for start in range(0, 200, 40):
+            stack.layer(index).partial_fit(x[start : start + 40], digits.train_labels[start : start + 40] * index)
+    return stack.eval()
+
+
+def test_outputs_are_the_layers_by_hand(trained: Stack, digits: Dataset) -> None:
+    x = to_unit(digits.test_images[:7])
+    first, second = trained.layer(0), trained.layer(1)
+    pooled = F.avg_pool2d(first(x), 2)  # 8 × 8 to 4 × 4
+    activities = second(pooled)
+    # means over 2 × 2 windows by another routine: a rounding or two
+    torch.testing.assert_close(trained(x), activities, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trained.features(x), activities.flatten(1), rtol=1e-5, atol=1e-5)
+    distance = torch.cdist(activities.flatten(1), second.label.T)
+    # scores differ from −½ distance² by a constant per row: same order, same winner
+    assert torch.equal(trained.decode(x).argmax(dim=1), distance.argmin(dim=1))
+
+
+def test_all_features_stand_side_by_side(trained: Stack, digits: Dataset) -> None:
+    both = Stack(model_config("all"), SOURCE)
+    both.load_state_dict(trained.state_dict())
+    x = to_unit(digits.test_images[:5])
+    for index in (0, 1):
+        trained.layer(index).invalidate_bound()  # as loading does: the step, so the rounding, follows the bound
+    expected = torch.cat([F.avg_pool2d(trained.layer(0)(x), 2).flatten(1), trained.features(x)], dim=1)
+    torch.testing.assert_close(both.features(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_model_is_the_same_model(trained: Stack, digits: Dataset, tmp_path: Path) -> None:
+    save_model(trained, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    names = {"feedforward", "lateral", "label", "whitening", "whitening_mean"}
+    assert set(tensors) == {f"layers.{index}.{name}" for index in (0, 1) for name in names}
+    loaded = simmatch.load_model(tmp_path / "model")
+    x = to_unit(digits.test_images[:11])
+    trained.layer(0).invalidate_bound()
+    trained.layer(1).invalidate_bound()
+    for name in ("features", "decode"):
+        assert torch.equal(getattr(loaded, name)(x), getattr(trained, name)(x))
+    assert not loaded.training
+
+
+def test_the_exported_graph_equals_the_model_at_any_batch(trained: Stack, digits: Dataset) -> None:
+    example = to_unit(digits.test_images[:3])
+    program = torch.export.export(Outputs(trained), (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    for batch in (1, 2, 5):
+        x = to_unit(digits.test_images[:batch])
+        found = program.module()(x)
+        assert set(found) == {"features", "scores"}
+        for name, value in trained.outputs(x).items():
+            # float32, 12 iterations per layer summed in another order; V is a few units long
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_needs_labels() -> None:
+    stack = Stack(ModelConfig(layers=(LayerConfig(out_channels=4, kernel_size=3),)), SOURCE)
+    with pytest.raises(ValueError, match="expected a supervised last layer"):
+        stack.decode(torch.rand(1, 1, 8, 8))
+
+
+def test_inputs_of_every_layer_are_known_beforehand(trained: Stack) -> None:
+    assert layer_inputs(trained.config, SOURCE) == [(1, (8, 8)), (6, (4, 4))]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (LayerConfig(out_channels=4, kernel_size=9), r"model.layers.0.kernel_size: expected at most 8.*got 9"),
+        (LayerConfig(out_channels=4, kernel_size=3, pool=7), r"model.layers.0.pool: expected at most 6.*got 7"),
+    ],
+)
+def test_a_layer_that_does_not_fit_is_refused(layer: LayerConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        layer_inputs(ModelConfig(layers=(layer,)), SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.pop("layers.1.label"), r"layers.1.label: expected a tensor of shape.*got nothing"),
+        (lambda tensors: tensors.update({"layers.0.lateral": torch.eye(5)}), r"layers.0.lateral: .*\[6, 6\], got"),
+        (lambda tensors: tensors["layers.0.lateral"].fill_(torch.nan), r"layers.0.lateral: expected finite values"),
+    ],
+)
+def test_a_damaged_model_is_refused(trained: Stack, tmp_path: Path, damage: object, message: str) -> None:
+    save_model(trained, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)  # type: ignore[operator]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path)
+
+
+def test_an_unknown_key_of_a_models_configuration_is_named(trained: Stack, tmp_path: Path) -> None:
+    save_model(trained, tmp_path)
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    values["model"]["layers"][0]["kernel"] = 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"model.layers.0.kernel: unknown key.*did you mean 'kernel_size'"):
+        load_model(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_model(tmp_path)

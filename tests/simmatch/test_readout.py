@@ -1,0 +1,67 @@
+"""Readouts against nearest neighbours and classes that are known to be separable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.data import Dataset, to_unit
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.readout import READOUTS, accuracy, decode, fit_readout
+from simmatch.seeding import seeded
+
+
+def test_decode_names_the_nearest_column() -> None:
+    generator = seeded("decode")
+    activity, label = torch.rand(50, 8, generator=generator), torch.rand(8, 5, generator=generator)
+    nearest = torch.cdist(activity.double(), label.T.double()).argmin(dim=1)
+    assert torch.equal(decode(activity, label).argmax(dim=1), nearest)
+    assert accuracy(decode(activity, label), nearest) == 1.0
+    assert accuracy(decode(activity, label), (nearest + 1) % 5) == 0.0
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_a_readout_learns_what_can_be_read(name: str) -> None:
+    generator = seeded("readout")
+    labels = torch.arange(300) % 3
+    centres = 4 * torch.eye(3, 6)
+    features = centres[labels] + 0.5 * torch.randn(300, 6, generator=generator)
+    readout = fit_readout(name, features[:200].clone(), labels[:200])  # type: ignore[arg-type]
+    # centres are 5.7 apart, deviations 0.5: an error has probability below 1e-7
+    assert readout.score(features[200:].numpy(), labels[200:].numpy()) == 1.0
+
+
+def test_an_unknown_readout_is_refused() -> None:
+    with pytest.raises(ValueError, match="readout: expected one of ridge, logistic, knn, got 'svm'"):
+        fit_readout("svm", torch.zeros(2, 2), torch.zeros(2))  # type: ignore[arg-type]
+
+
+def test_settled_labels_are_class_means_and_decode_better_than_driven_ones(digits: Dataset) -> None:
+    """Under a strong label gain V grows with the labels' drive; settled on label-free activity it decodes."""
+    images, labels = to_unit(digits.train_images), digits.train_labels
+    layer = SimilarityMatchingConv2d(
+        1,
+        64,
+        8,
+        num_classes=10,
+        label_gain=300.0,
+        normalize="contrast",
+        whiten=True,
+        dynamics=DynamicsConfig(tolerance=1e-3),
+        plasticity=PlasticityConfig(lr=0.1, lr_decay_steps=10),
+    )
+    layer.calibrate(images)
+    for start in [*range(0, 1400, 50)] * 3:
+        layer.partial_fit(images[start : start + 50], labels[start : start + 50])
+    test, test_labels = to_unit(digits.test_images), digits.test_labels
+    driven = accuracy(decode(layer(test).flatten(1), layer.label), test_labels)
+    free = layer(images)
+    statistics = layer.statistics(images, free, labels)
+    layer.settle_label(statistics.yz, statistics.zz)
+    for name in range(10):
+        expected = free[labels == name].mean(dim=0).flatten()
+        torch.testing.assert_close(layer.label[:, name], expected, rtol=1e-4, atol=1e-5)
+    settled = accuracy(decode(layer(test).flatten(1), layer.label), test_labels)
+    assert settled > 0.9  # a linear classifier reaches 0.95 here
+    assert driven < 0.5
