@@ -10,7 +10,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 # --no-compile: thousands of files would be byte-compiled that are never imported.
-PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 # Stamps are keyed on the content of pyproject.toml and on this checkout, not on times that git changes.
 KEY := $(shell { pwd; cat pyproject.toml; } | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.simmatch-run-$(KEY)

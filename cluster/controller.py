@@ -67,9 +67,26 @@ class Record:
     probe: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     restarts: int = 0
-    model_path: str | None = None
+    images: int = 0
     bytes_exchanged: float = 0.0
     num_exchanges: float = 0.0
+
+    def continue_from(self, run_dir: Path, checkpoint: Path) -> None:
+        """Take over what an earlier attempt has recorded, so that none of it is recorded twice.
+
+        Nothing where the checkpoint is not the run's own.
+        """
+        if not checkpoint.is_relative_to(run_dir):
+            return
+        for event, _ in Spool(run_dir / SPOOL_NAME).read():
+            layer, step, values = event.get("layer"), event.get("step", 0), event.get("values", {})
+            if event.get("kind") != "metrics" or layer is None:
+                continue
+            curve = self.curves.setdefault(layer, [])
+            if not curve or step > curve[-1][0]:
+                curve.append((step, values))
+                self.layers[layer] = values
+            self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
 
 
 class Controller:
@@ -98,6 +115,7 @@ class Controller:
         self.policy = FailurePolicy(config.cluster.max_restarts)
         self.record = Record()
         self._shards: dict[int, dict[int, Shard]] = {}
+        self._before = (0.0, 0.0)
 
     def run(self) -> Record:
         """Train to the end, over as many groups as the policy allows.
@@ -126,6 +144,7 @@ class Controller:
         from cluster.group import GroupFailure  # imports ray, which a test of the controller need not
 
         group = self.make_group(assignment)
+        self._before = (self.record.bytes_exchanged, self.record.num_exchanges)
         try:
             group.start()
             self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
@@ -161,17 +180,19 @@ class Controller:
         elif kind == "traceback":
             self.display.note(f"rank {rank}:\n{event['text']}")
         elif rank == 0 and kind == "metrics":
-            self._metrics(event["layer"], event["step"], event["metrics"])
+            self._metrics(event["layer"], event["step"], event["images"], event["metrics"])
         elif rank == 0 and kind == "probe":
             self.record.probe = {name: value for name, value in event.items() if name != "kind"}
-        elif rank == 0 and kind == "exported":
-            self.record.model_path = event["path"]
 
-    def _metrics(self, layer: int, step: int, metrics: dict[str, float]) -> None:
-        curve = self.record.curves.setdefault(layer, [])
-        self.record.layers[layer] = metrics
-        self.record.bytes_exchanged = metrics["bytes_exchanged"]
-        self.record.num_exchanges = metrics["num_exchanges"]
+    def _metrics(self, layer: int, step: int, images: int, metrics: dict[str, float]) -> None:
+        """Keep one record of a layer; exchanges are counted on from what earlier groups have moved."""
+        record = self.record
+        record.images += images
+        record.bytes_exchanged = self._before[0] + metrics["bytes_exchanged"]
+        record.num_exchanges = self._before[1] + metrics["num_exchanges"]
+        metrics |= {"bytes_exchanged": record.bytes_exchanged, "num_exchanges": record.num_exchanges}
+        record.layers[layer] = metrics
+        curve = record.curves.setdefault(layer, [])
         if curve and step <= curve[-1][0]:
             return  # recorded before a restart
         curve.append((step, metrics))
@@ -200,27 +221,10 @@ class Controller:
         del self._shards[cursor.step]
 
 
-def curves_from_spool(run_dir: Path, resume: Path | None) -> dict[int, list[tuple[int, dict[str, float]]]]:
-    """Layers' metrics that an earlier attempt recorded, so that a continued run repeats none of them.
-
-    Nothing where the run does not continue from a checkpoint of its own.
-    """
-    curves: dict[int, list[tuple[int, dict[str, float]]]] = {}
-    if resume is None or not resume.is_relative_to(run_dir):
-        return curves
-    for event, _ in Spool(run_dir / SPOOL_NAME).read():
-        if event.get("kind") == "metrics" and event.get("layer") is not None:
-            curve = curves.setdefault(event["layer"], [])
-            if not curve or event["step"] > curve[-1][0]:
-                curve.append((event["step"], event["values"]))
-    return curves
-
-
 def summarise(
     config: RunConfig, record: Record, *, status: str, seconds: float, run_id: str | None, message: str | None = None
 ) -> dict[str, Any]:
     """The content of `summary.json`."""
-    images = sum(_images_trained(config, index, curve[-1][0]) for index, curve in record.curves.items() if curve)
     summary: dict[str, Any] = {
         "status": status,
         "name": config.name,
@@ -230,7 +234,7 @@ def summarise(
         "world_size": config.place().world_size,
         "mesh": config.mesh.model_dump(),
         "steps": record.steps,
-        "images_per_second": images / seconds if seconds > 0 else 0.0,
+        "images_per_second": record.images / seconds if seconds > 0 else 0.0,
         "seconds": seconds,
         "bytes_exchanged": int(record.bytes_exchanged),
         "num_exchanges": int(record.num_exchanges),
@@ -239,10 +243,6 @@ def summarise(
         "layers": [record.layers.get(index, {}) for index in range(len(config.model.layers))],
     }
     return summary | ({"message": message} if message else {})
-
-
-def _images_trained(config: RunConfig, index: int, updates: int) -> int:
-    return updates * config.model.layers[index].train.batch_size
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ where somebody needs all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class FeatureStore:
     ----------
     images: [N, C, H, W] as stored in the data set, all of them on every rank.
     batch: images per rank and step of encoding.
-    keep_all: keep the features of every depth, for readouts that see all of them side by side.
+    kept_depths: depths whose features a readout will see side by side; depth 0 is the first layer's output.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class FeatureStore:
         batch: int,
         dtype: torch.dtype,
         device: torch.device,
-        keep_all: bool = False,
+        kept_depths: Sequence[int] = (),
     ) -> None:
         self.count, self.exchange = len(images), exchange
         chunk = batch * exchange.world_size
         self.chunks = [slice(start, min(start + chunk, self.count)) for start in range(0, self.count, chunk)]
         self._images, self._dtype, self._device = images, dtype, device
         self._own: list[Tensor] | None = None
-        self._keep_all = keep_all
-        self._below: list[list[Tensor]] = []
+        self._kept_depths, self._depth = frozenset(kept_depths), 0
+        self._kept: list[list[Tensor]] = []
 
     def images(self, chosen: Tensor | slice) -> Tensor:
         """The images themselves, [n, C, H, W] in [0, 1]."""
@@ -81,8 +81,9 @@ class FeatureStore:
         for index, chunk in enumerate(self.chunks):
             following.append(encode(self.own(index), self._part(chunk)))
             seen(chunk.stop - chunk.start)
-        if self._keep_all:
-            self._below.append(following)
+        if self._depth in self._kept_depths:
+            self._kept.append(following)
+        self._depth += 1
         self._own = following
 
     def gathered(self, encode: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
@@ -97,11 +98,10 @@ class FeatureStore:
             yield gather_images(part, chunk.stop - chunk.start, self.exchange)
 
     def features(self) -> Iterator[Tensor]:
-        """What readouts see, chunk by chunk: [n, F] of the present depth, or of all depths side by side."""
-        depths = self._below if self._keep_all else [[self.own(index) for index in range(len(self.chunks))]]
-        yield from self.gather_parts(
-            [torch.cat([part.flatten(1) for part in parts], dim=1) for parts in zip(*depths, strict=True)]
-        )
+        """What readouts see, chunk by chunk: [n, F], the kept depths side by side."""
+        for parts, chunk in zip(zip(*self._kept, strict=True), self.chunks, strict=True):
+            own = torch.cat([part.flatten(1) for part in parts], dim=1)
+            yield gather_images(own, chunk.stop - chunk.start, self.exchange)
 
     def first(self, count: int) -> Tensor:
         """The first `count` images' features, on every rank."""

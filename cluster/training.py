@@ -104,7 +104,6 @@ class Training:
         self._read_out(train, test, scores)
         if self.assignment.rank == 0:
             save_model(self.stack, self.assignment.run_dir / "model")
-            self.report.event("exported", path=str(self.assignment.run_dir / "model"))
 
     def _store(self, images: Tensor) -> FeatureStore:
         return FeatureStore(
@@ -113,7 +112,7 @@ class Training:
             batch=self.config.encode_batch,
             dtype=self.dtype,
             device=self.device,
-            keep_all=self.config.model.features == "all",
+            kept_depths=self.config.model.feature_layers(),
         )
 
     # ------------------------------------------------------------------------------------------- a layer
@@ -172,6 +171,7 @@ class Training:
             self.step += 1
             window.count(len(chosen))
             if (update + 1) % self.config.log_every == 0 or update + 1 == total:
+                images_done = window.images
                 metrics = window.close(self.exchange) | {
                     "objective": layer.objective(patches, solution.y, labels),
                     "residual": float(solution.residual.amax()),
@@ -180,7 +180,7 @@ class Training:
                     "dead_channels": float(layer.dead_channels),
                     "revived_channels": float(layer.revived),
                 }
-                self.report.event("metrics", layer=index, step=update + 1, metrics=metrics)
+                self.report.event("metrics", layer=index, step=update + 1, images=images_done, metrics=metrics)
                 self.report.progress("learn", update + 1, total, layer=index, **metrics)
             if update + 1 == total or self.step % self.config.checkpoint.every_steps == 0:
                 self._save(index, layer)
@@ -295,15 +295,15 @@ class Window:
     """Throughput between two records."""
 
     def __init__(self) -> None:
-        self._images, self._started = 0, time.monotonic()
+        self.images, self._started = 0, time.monotonic()
 
     def count(self, images: int) -> None:
-        self._images += images
+        self.images += images
 
     def close(self, exchange: Exchange) -> dict[str, float]:
         now = time.monotonic()
-        rate = self._images / max(now - self._started, 1e-9)
-        self._images, self._started = 0, now
+        rate = self.images / max(now - self._started, 1e-9)
+        self.images, self._started = 0, now
         return {
             "images_per_second": rate,
             "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),

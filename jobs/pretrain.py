@@ -23,8 +23,9 @@ from rich.table import Table
 
 from cluster.checkpoint import CheckpointError, Reader, read_manifest
 from cluster.config import RunConfig, public
-from cluster.controller import Controller, Record, RunFailed, curves_from_spool, summarise, write_json
+from cluster.controller import Controller, Record, RunFailed, summarise, write_json
 from cluster.mlflow_model import ModelLogger, load_exported
+from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
 from cluster.training import source_of
 from jobs import figures
@@ -102,6 +103,9 @@ def check(config: RunConfig) -> Dataset:
             steps_per_epoch(len(dataset.train_images), layer.train.batch_size, images=layer.train.images)
         except ValueError as error:
             raise ConfigError(f"model.layers.{index}.train.images: {error}") from None
+    labelled, available = config.probe.train_images, len(dataset.train_images)
+    if labelled is not None and labelled > available:
+        raise ConfigError(f"probe.train_images: expected at most {available}, got {labelled}")
     return dataset
 
 
@@ -124,9 +128,16 @@ class Job:
 
     def run(self) -> int:
         """Train, look at the result, record it. Returns the exit status."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        resolved = public(self.config)
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._describe()
+            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(public(self.config), sort_keys=False))
+        except SpoolBusyError as error:
+            print(f"error: --run-dir: another process works in {self.run_dir}: {error}", file=sys.stderr)
+            return BAD_INPUT
+        except OSError as error:
+            print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
+            return BAD_INPUT
         _watch_signals()
         status: Status = "FAILED"
         message: str | None = None
@@ -134,7 +145,6 @@ class Job:
         with make_display(self.console) as display:
             display.note(self.start.note)
             try:
-                self._describe()
                 self._train(display)
                 status, code = "FINISHED", 0
             except (RunFailed, ConfigError) as error:
@@ -156,7 +166,8 @@ class Job:
         display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
         controller = Controller(self.config, self.run_dir, WorkerGroup, self.tracker, display, resume=self.start.resume)
         self.record = controller.record
-        self.record.curves = curves_from_spool(self.run_dir, self.start.resume)
+        if self.start.resume is not None:
+            self.record.continue_from(self.run_dir, self.start.resume)
         controller.run()
         display.note("drawing figures and logging the model")
         self._look()
@@ -266,10 +277,17 @@ def start_ray(cpus: int) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # otherwise ray takes the machine's own address in place of loopback
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    if address:
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise RunFailed(f"RAY_ADDRESS: expected a running cluster at {address}, got {error}") from error
         return f"cluster at {ray.get_runtime_context().gcs_address}"
     ray.init(
         address="local",

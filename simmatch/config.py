@@ -7,6 +7,7 @@ one of them and raises a `ConfigError` whose single line names the key, what was
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -171,8 +172,22 @@ class ModelConfig(Frozen):
 
     layers: Annotated[tuple[LayerConfig, ...], Field(min_length=1, strict=False)]
 
-    features: Literal["last", "all"] = "last"
-    """What a readout sees: the pooled activities of the last layer, or of all layers side by side."""
+    features: Literal["last", "all", "unsupervised"] = "last"
+    """What a readout sees: the pooled activities of the last layer, or side by side of all layers, or of those that
+    learn without labels (a readout overfits features that have already seen the labels of its training images)."""
+
+    @model_validator(mode="after")
+    def _features_exist(self) -> ModelConfig:
+        if not self.feature_layers():
+            raise ValueError("expected a layer without labels with features: unsupervised, got supervised ones only")
+        return self
+
+    def feature_layers(self) -> list[int]:
+        """Indices of the layers whose pooled activities a readout sees."""
+        everything = range(len(self.layers))
+        if self.features == "unsupervised":
+            return [index for index in everything if not self.layers[index].supervised]
+        return list(everything) if self.features == "all" else [len(self.layers) - 1]
 
 
 class DataConfig(Frozen):
@@ -205,7 +220,30 @@ def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(cls, fault) for fault in error.errors())) from None
+        raise ConfigError("; ".join(_merged([_describe(cls, fault) for fault in error.errors()]))) from None
+
+
+def _merged(lines: list[str]) -> list[str]:
+    """One line per key where a value fits none of several alternatives: 'expected an integer or 'full', got …'."""
+    merged: dict[tuple[str, str], str] = {}
+    for line in lines:
+        key, _, rest = line.partition(": expected ")
+        expected, _, given = rest.rpartition(", got ")
+        place = (key, given)
+        merged[place] = f"{merged[place]} or {expected}" if place in merged and expected else expected or line
+    return [f"{key}: expected {text}, got {given}" if given else text for (key, given), text in merged.items()]
+
+
+WORDING = {
+    "^Input should be ": "",
+    "^(String|Tuple|List) should (match|have)": r"\1 to \2",
+    "^Tuple to have at least": "a list of at least",
+    "^String to match pattern": "text that matches",
+    " after validation, not 0": "",
+    "a valid integer": "an integer",
+    "a valid ": "a ",
+}
+"""Patterns in pydantic's messages, and what stands there in ours after 'expected'."""
 
 
 def _describe(cls: type[BaseModel], fault: Any) -> str:
@@ -224,7 +262,8 @@ def _describe(cls: type[BaseModel], fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}"
-    message = message.replace("Input should be ", "").replace("a valid ", "a ")
+    for pydantics, ours in WORDING.items():
+        message = re.sub(pydantics, ours, message)
     return f"{key}: expected {message}, got {given!r}"
 
 

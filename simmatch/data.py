@@ -82,6 +82,9 @@ def _check_split(what: str, images: Tensor, labels: Tensor, num_classes: int) ->
         index, *position = broken[0].tolist()
         value = images[index][tuple(position)].item()
         raise DataError(f"{what}: expected finite values, got {value} in image {index} at {position}")
+    if images.is_floating_point() and not 0.0 <= float(images.amin()) <= float(images.amax()) <= 1.0:
+        low, high = float(images.amin()), float(images.amax())
+        raise DataError(f"{what}: expected float images in [0, 1], got values from {low:g} to {high:g}")
 
 
 # -- readers: (name, folder) -> Dataset --------------------------------------------------------------------------------

@@ -188,13 +188,13 @@ class Stack(nn.Module):
             activities = self.layer(index)(x)
             x = pooled(activities, config)
             maps.append(x.flatten(1))
-        result = {"features": maps[-1] if self.config.features == "last" else torch.cat(maps, dim=1)}
+        result = {"features": torch.cat([maps[index] for index in self.config.feature_layers()], dim=1)}
         if self.config.layers[-1].supervised:
             result["scores"] = decode(reduce(activities, "b k h w -> b k", "mean"), self.layer(-1).label)
         return result
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, F], what the readouts see: pooled activities of the last layer, or of all (`features: all`)."""
+        """[B, F], what the readouts see: pooled activities of the layers that `ModelConfig.features` names."""
         return self.outputs(x)["features"]
 
     def decode(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, newest, read_manifest
 from cluster.config import RunConfig
-from cluster.controller import Controller, Record, RunFailed, curves_from_spool, summarise, write_json
+from cluster.controller import Controller, Record, RunFailed, summarise, write_json
 from cluster.group import GroupFailure
 from cluster.policy import Decision, Failure, FailurePolicy
 from cluster.spool import SPOOL_NAME, Spool
@@ -91,9 +91,10 @@ def status(
     return Status(rank, done, failure, progress or {}, events, num_exchanges=0)
 
 
-def metrics_event(layer: int, step: int, objective: float = 0.5, exchanged: float = 1000.0) -> Event:
+def metrics_event(layer: int, step: int, objective: float = 0.5, exchanged: float = 1000.0, images: int = 100) -> Event:
+    """What rank 0 says of a layer; `exchanged` counts from the start of its group, `images` from its last record."""
     values = {"objective": objective, "bytes_exchanged": exchanged, "num_exchanges": exchanged / 100}
-    return {"kind": "metrics", "layer": layer, "step": step, "metrics": values}
+    return {"kind": "metrics", "layer": layer, "step": step, "images": images, "metrics": values}
 
 
 def shard_event(run_dir: Path, rank: int, step: int, layer: int = 0, world_size: int = 2) -> Event:
@@ -165,12 +166,10 @@ def test_metrics_of_rank_zero_are_recorded_once(scene: MakeScene) -> None:
     assert playing.groups[0].calls == ["start", "poll", "poll", "poll", "poll", "end"]
 
 
-def test_the_result_and_the_model_come_from_rank_zero(scene: MakeScene) -> None:
+def test_the_result_comes_from_rank_zero(scene: MakeScene) -> None:
     probe = {"kind": "probe", "readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8}
-    playing = scene([[[probe, {"kind": "exported", "path": "here"}], [{"kind": "exported", "path": "there"}]]])
-    record = playing.controller.run()
+    record = scene([[[probe], [probe | {"accuracy": 0.1}]]]).controller.run()
     assert record.probe == {"readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8}
-    assert record.model_path == "here"
 
 
 def test_progress_and_tracebacks_are_shown(scene: MakeScene) -> None:
@@ -372,8 +371,8 @@ def test_throughput_counts_what_this_job_did(scene: MakeScene, tmp_path: Path) -
     """An earlier job trained layer 0 (10 updates of 20 images); this one continues and trains layer 1 (12 of 20)."""
     spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8))
     given = folder_of(tmp_path, 10)
-    playing = scene([[[metrics_event(1, 5), metrics_event(1, 12)], []]], resume=given)
-    playing.controller.record.curves = curves_from_spool(tmp_path, given)  # as jobs.pretrain does
+    playing = scene([[[metrics_event(1, 5, images=100), metrics_event(1, 12, images=140)], []]], resume=given)
+    playing.controller.record.continue_from(tmp_path, given)  # as jobs.pretrain does
     record = playing.controller.run()
     summary = summarise(playing.config, record, status="FINISHED", seconds=10.0, run_id=None)
     assert summary["images_per_second"] == 12 * 20 / 10.0
@@ -383,22 +382,37 @@ def test_throughput_counts_what_this_job_did(scene: MakeScene, tmp_path: Path) -
 
 
 def spool_of(run_dir: Path, *rows: tuple[int | None, int, float]) -> None:
+    """Rows (layer, step, objective); the bytes exchanged grow by 1000 from row to row."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spool = Spool(run_dir / SPOOL_NAME).open()
-    for layer, step, objective in rows:
-        spool.append({"kind": "metrics", "layer": layer, "step": step, "values": {"objective": objective}})
+    for number, (layer, step, objective) in enumerate(rows, 1):
+        values = {"objective": objective, "bytes_exchanged": 1000.0 * number, "num_exchanges": 10.0 * number}
+        spool.append({"kind": "metrics", "layer": layer, "step": step, "values": values})
     spool.append({"kind": "params", "values": {}})
+    spool.append({"kind": "metrics", "layer": None, "step": 22, "values": {"accuracy": 0.9}})
     spool.close()
 
 
-def test_an_earlier_attempts_curves_come_from_the_spool(tmp_path: Path) -> None:
-    spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8), (0, 5, 0.9), (1, 5, 0.7), (None, 3, 0.1))
-    assert curves_from_spool(tmp_path, folder_of(tmp_path, 4)) == {
-        0: [(5, {"objective": 0.9}), (10, {"objective": 0.8})],
-        1: [(5, {"objective": 0.7})],
-    }
-    assert curves_from_spool(tmp_path, None) == {}
-    assert curves_from_spool(tmp_path, folder_of(tmp_path.with_name("another"), 4)) == {}
+def test_a_continued_run_takes_over_what_was_recorded(scene: MakeScene, tmp_path: Path) -> None:
+    """From the spool: curves, the last record of each layer, and the exchanges, on which it counts on."""
+    spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8), (0, 5, 0.9), (1, 5, 0.7))
+    given = folder_of(tmp_path, 12)
+    playing = scene([[[metrics_event(1, 5, 0.7), metrics_event(1, 10, 0.6, exchanged=500.0)], []]], resume=given)
+    playing.controller.record.continue_from(tmp_path, given)
+    record = playing.controller.run()
+    objectives = {layer: [(step, row["objective"]) for step, row in curve] for layer, curve in record.curves.items()}
+    assert objectives == {0: [(5, 0.9), (10, 0.8)], 1: [(5, 0.7), (10, 0.6)]}
+    assert (record.layers[0]["objective"], record.layers[1]["objective"]) == (0.8, 0.6)
+    assert [(layer, step) for layer, step, _ in playing.recorder.rows] == [(1, 10)]
+    assert record.bytes_exchanged == 4000.0 + 500.0
+    assert record.num_exchanges == 40.0 + 5.0
+
+
+def test_a_run_from_anothers_checkpoint_takes_over_nothing(tmp_path: Path) -> None:
+    spool_of(tmp_path, (0, 5, 0.9))
+    record = Record()
+    record.continue_from(tmp_path, folder_of(tmp_path.with_name("another"), 4))
+    assert record == Record()
 
 
 def record_of_a_run() -> Record:
@@ -419,6 +433,7 @@ def record_of_a_run() -> Record:
         probe={"readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8},
         steps=22,
         restarts=1,
+        images=440,
         bytes_exchanged=12345.0,
         num_exchanges=67.0,
     )
@@ -434,7 +449,7 @@ def test_the_summary_holds_what_is_promised(digits_config: Callable[..., RunConf
         "world_size": 2,
         "mesh": {"channel": 2, "data": 1, "layer": 1},
         "steps": 22,
-        "images_per_second": (10 * 20 + 12 * 20) / 11.0,  # batches of 20
+        "images_per_second": 440 / 11.0,
         "seconds": 11.0,
         "bytes_exchanged": 12345,
         "num_exchanges": 67,

@@ -183,7 +183,7 @@ def test_a_place_that_may_not_be_written_is_refused(
 
 
 def test_inside_the_copy_of_a_ray_job(tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    copy = tmp_path / "ray" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     assert default_root() == Path("runs")  # a folder of that name alone is no job

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import simmatch
-from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig
+from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig, parse
 from simmatch.data import Dataset, to_unit
 from simmatch.model import InputConfig, Outputs, Stack, layer_inputs, load_model, save_model
 
@@ -62,6 +62,17 @@ def test_all_features_stand_side_by_side(trained: Stack, digits: Dataset) -> Non
         trained.layer(index).invalidate_bound()  # as loading does: the step, so the rounding, follows the bound
     expected = torch.cat([F.avg_pool2d(trained.layer(0)(x), 2).flatten(1), trained.features(x)], dim=1)
     torch.testing.assert_close(both.features(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unsupervised_features_are_those_of_the_layers_without_labels(trained: Stack, digits: Dataset) -> None:
+    first = Stack(model_config("unsupervised"), SOURCE)
+    first.load_state_dict(trained.state_dict())
+    x = to_unit(digits.test_images[:5])
+    expected = F.avg_pool2d(trained.layer(0)(x), 2).flatten(1)
+    torch.testing.assert_close(first.features(x), expected, rtol=1e-5, atol=1e-5)
+    layers = [{"out_channels": 3, "kernel_size": 2, "supervised": True}]
+    with pytest.raises(ConfigError, match="expected a layer without labels"):
+        parse(ModelConfig, {"layers": layers, "features": "unsupervised"})
 
 
 def test_a_saved_model_is_the_same_model(trained: Stack, digits: Dataset, tmp_path: Path) -> None:
