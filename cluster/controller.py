@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, Shard, commit, folder_of, newest, prune
+from cluster.checkpoint import (
+    FORMAT,
+    Cursor,
+    LayerState,
+    Manifest,
+    Shard,
+    commit,
+    folder_of,
+    newest,
+    prune,
+    read_manifest,
+)
 from cluster.config import RunConfig, public
 from cluster.policy import Decision, Failure, FailurePolicy
 from cluster.spool import SPOOL_NAME, Spool
@@ -76,6 +87,7 @@ class Record:
 
         Nothing where the checkpoint is not the run's own.
         """
+        self.steps = read_manifest(checkpoint).cursor.step
         if not checkpoint.is_relative_to(run_dir):
             return
         for event, _ in Spool(run_dir / SPOOL_NAME).read():
@@ -133,7 +145,7 @@ class Controller:
             if self.policy.decide(failure, self.record.restarts) is Decision.STOP:
                 raise RunFailed(failure.message)
             self.record.restarts += 1
-            self.resume = newest(self.run_dir)
+            self.resume = newest(self.run_dir) or self.resume
             self._shards.clear()
             origin = "the beginning" if self.resume is None else self.resume.name
             self.display.note(f"{failure.message}; starting a new group from {origin}")
@@ -168,8 +180,18 @@ class Controller:
         failures = [status.failure for status in statuses if status.failure is not None]
         if failures:
             # a fault of the program explains the peers that were lost through it
-            return False, min(failures, key=lambda failure: failure.lost)
+            failure = min(failures, key=lambda failure: failure.lost)
+            return False, self._name_missing(failure, statuses) if failure.lost else failure
         return all(status.done for status in statuses), None
+
+    @staticmethod
+    def _name_missing(failure: Failure, statuses: list[Status]) -> Failure:
+        """A rank that waited in vain knows only itself; the one that has started the fewest exchanges is missing."""
+        least = min(status.num_exchanges for status in statuses)
+        behind = [str(status.rank) for status in statuses if status.num_exchanges == least]
+        if len(behind) == len(statuses):
+            return failure
+        return Failure(f"{failure.message}; missing: rank {', '.join(behind)} at exchange {least}", failure.lost)
 
     # ------------------------------------------------------------------------------------------- events
 
@@ -230,7 +252,7 @@ def summarise(
         "name": config.name,
         "accuracy": record.probe.get("accuracy"),
         "accuracy_decode": record.probe.get("accuracy_decode"),
-        "readout": record.probe.get("readout"),
+        "probe": record.probe.get("readout"),
         "world_size": config.place().world_size,
         "mesh": config.mesh.model_dump(),
         "steps": record.steps,

@@ -150,16 +150,20 @@ class WorkerGroup:
         if late:
             missing = ", ".join(self._name(rank) for rank, ref in zip(ranks, refs, strict=True) if ref in late)
             raise GroupFailure(Failure(f"{missing} did not {verb} within {limit_s:g} s", lost=True))
-        results = []
+        results: list[Any] = []
+        failed: list[Failure] = []
         for rank, ref in zip(ranks, refs, strict=True):
             try:
                 results.append(ray.get(ref, timeout=limit_s))
             except (RayActorError, GetTimeoutError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise GroupFailure(Failure(f"{self._name(rank)} was lost: {reason}", lost=True)) from error
+                failed.append(Failure(f"{self._name(rank)} was lost: {reason}", lost=True))
             except RayTaskError as error:
                 cause = error.cause if error.cause is not None else error
-                raise GroupFailure(Failure(f"{self._name(rank)} failed: {cause}", lost=False)) from error
+                failed.append(Failure(f"{self._name(rank)} failed: {cause}", lost=False))
+        if failed:
+            # a rank that died explains what the others waited for in vain
+            raise GroupFailure(max(failed, key=lambda failure: failure.lost))
         return results
 
     def _name(self, rank: int) -> str:

@@ -189,6 +189,7 @@ class Training:
         self, index: int, layer: SimilarityMatchingConv2d, inputs: LayerInputs, chosen: Tensor, labels: Tensor | None
     ) -> tuple[Patches, Any]:
         """One update of one layer."""
+        step = int(layer.updates) + 1  # all ranks name the same step, whoever noticed first
         try:
             patches = inputs.batch(chosen)
             return patches, layer.partial_fit(patches, labels)
@@ -196,7 +197,7 @@ class Training:
             raise
         except Exception as fault:
             what = str(fault) if isinstance(fault, SharedFault) else f"{type(fault).__name__}: {fault}"
-            raise TrainingFault(f"layer {index}, step {int(layer.updates) + 1}: {what}") from fault
+            raise TrainingFault(f"layer {index}, step {step}: {what}") from fault
 
     def _save(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
@@ -228,7 +229,7 @@ class Training:
     def _encode(self, index: int, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
         """Replace the images of both stores by the pooled, label-free activity of layer `index`.
 
-        On the way the label weights settle on the training images' label-free activity, and read the test images'.
+        On the way the label weights settle to the length of label-free activity, and read the test images.
         """
         layer, config = self.stack.layer(index), self.config.model.layers[index]
         last = index == len(self.stack.layers) - 1

@@ -151,5 +151,5 @@ class Worker:
             self._failure = Failure(str(error).splitlines()[0], lost=True)
         except Exception as error:
             self._outbox.event("traceback", text=traceback.format_exc())
-            self._failure = Failure(f"{type(error).__name__}: {error}", lost=False)
+            self._failure = Failure(f"rank {self.assignment.rank}: {type(error).__name__}: {error}", lost=False)
         self._done = True

@@ -234,6 +234,8 @@ class Job:
         for name in ("layer", "objective", "residual", "iterations", "active", "dead"):
             table.add_column(name, justify="right")
         for index, layer in enumerate(summary["layers"]):
+            if not layer:  # finished before the checkpoint of another run that this one started from
+                continue
             table.add_row(
                 str(index),
                 f"{layer['objective']:.3f}",
@@ -243,7 +245,7 @@ class Job:
                 f"{layer['dead_channels']:.0f}",
             )
         self.console.print(table)
-        lines = [f"test accuracy, {summary['readout']} readout on frozen features: {summary['accuracy']:.4f}"]
+        lines = [f"test accuracy, {summary['probe']} readout on frozen features: {summary['accuracy']:.4f}"]
         if summary["accuracy_decode"] is not None:
             lines.append(f"test accuracy, nearest column of V, no classifier: {summary['accuracy_decode']:.4f}")
         lines.append(f"model, figures, summary: {self.run_dir}")

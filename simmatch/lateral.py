@@ -18,6 +18,10 @@ PERRON_FLOOR = 1e-2
 """Least entry of the vector v relative to its largest: keeps v > 0 on rows of M that are zero or were until now."""
 
 
+EXCEPTION, UNHEALTHY = -1.0, -2.0
+"""Marks that an owner in trouble sends in place of its channels' flags."""
+
+
 class SharedFault(RuntimeError):
     """Something went wrong on at least one owner; raised by all owners at the same exchange.
 
@@ -73,6 +77,7 @@ def certify(
     ridge: float,
     exchange: Exchange = IDENTITY,
     flagged: Tensor | None = None,
+    healthy: bool = True,
     fault: Exception | None = None,
 ) -> Bound:
     """Bound λmax(M) from two matrix–vector products, each followed by a gather of at most 3 K values.
@@ -87,6 +92,7 @@ def certify(
     perron: [K], v > 0, equal on all owners.
     ridge: ε relative to the mean of M's diagonal.
     flagged: [K_g], a mark for own channels that all owners are to learn (the layer marks dead ones).
+    healthy: false where this owner's other weights are not finite; then all owners raise.
     fault: this owner's exception, if it has one; then all owners raise.
 
     Raises
@@ -96,14 +102,17 @@ def certify(
     """
     gathered = lateral.new_zeros(exchange.world_size, 3, rows.padded)
     product, diagonal, marks = gathered[exchange.rank]
-    if fault is None:
+    if fault is not None:
+        marks.fill_(EXCEPTION)
+    elif not healthy:
+        marks.fill_(UNHEALTHY)
+    else:
         product[: rows.count] = lateral.abs() @ perron
         diagonal[: rows.count] = lateral.diagonal(offset=rows.start)
         marks[: rows.count] = 0 if flagged is None else flagged
-    else:
-        marks.fill_(-1.0)
     exchange.all_gather(gathered).wait()
-    raise_shared((gathered[:, 2] < 0).any(dim=1), "exception", fault)
+    raise_shared((gathered[:, 2] == EXCEPTION).any(dim=1), "exception", fault)
+    raise_shared((gathered[:, 2] == UNHEALTHY).any(dim=1), "non-finite feedforward or label weights")
     raise_shared(~gathered[:, :2].isfinite().all(dim=2).all(dim=1), "non-finite lateral weights")
     product, diagonal, marks = join_rows(gathered, rows.total, dim=1)
     second = _floored(product)

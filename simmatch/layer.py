@@ -338,6 +338,7 @@ class SimilarityMatchingConv2d(nn.Module):
         self.updates.add_(1)
 
     def _certify(self, dead: Tensor | None = None, fault: Exception | None = None) -> None:
+        healthy = bool(self.feedforward.isfinite().all() & self.label.isfinite().all())
         self._bound = certify(
             self.lateral,
             self.perron,
@@ -345,6 +346,7 @@ class SimilarityMatchingConv2d(nn.Module):
             ridge=self.dynamics.ridge,
             exchange=self.exchange,
             flagged=dead,
+            healthy=healthy,
             fault=fault,
         )
         self.perron.copy_(self._bound.perron)
@@ -389,18 +391,20 @@ class SimilarityMatchingConv2d(nn.Module):
 
     @torch.no_grad()
     def settle_label(self, yz: Tensor, zz: Tensor) -> None:
-        """V ← V* = Σ y zᵀ (Σ z zᵀ)⁻¹, the fixed point of the label rule: each class's mean activity.
+        """Bring V to the length of label-free activity: V ← g V, g = ⟨C, V⟩ / ⟨V, V⟩ with class means C.
 
-        Called once after learning, with sums over *label-free* activities: while labels drive the activities V grows
-        with them, and would be too long for the label-free activity that decoding compares it with.
+        Called once after learning, on a layer that holds all rows. While labels drive the activities V grows with
+        them, and would be too long for the label-free activity that decoding compares it with. One number g moves:
+        the least-squares length. The class means themselves decode worse (see `LOG.md`).
 
         Parameters
         ----------
-        yz: [K_g, num_classes]; zz: [num_classes, num_classes], as in `Statistics`. A class without images keeps its
-            column.
+        yz: [K, num_classes]; zz: [num_classes, num_classes]: sums as in `Statistics`, over label-free activities.
+            Classes without images count for nothing.
         """
-        counts = zz.diagonal()
-        self.label.copy_(torch.where(counts > 0, yz / counts.clamp(min=1.0), self.label))
+        means = yz / zz.diagonal().clamp(min=1.0)
+        known = self.label * (zz.diagonal() > 0)
+        self.label.mul_((means * known).sum() / known.square().sum().clamp(min=torch.finfo(self.label.dtype).tiny))
 
     def objective(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None, *, columns: int = 4096) -> float:
         """Relative similarity-matching objective on the first images of a batch, about `columns` columns of it.

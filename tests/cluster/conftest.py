@@ -181,7 +181,7 @@ def digits_config() -> Callable[..., RunConfig]:
             "whiten": True,
             "supervised": True,
             "label_gain": 3.0,
-            "train": {"batch_size": 20},
+            "train": {"batch_size": 20, "images": 120, "epochs": 2},
             "plasticity": plasticity,
             "dynamics": {"max_iterations": 40},
         }
