@@ -87,7 +87,6 @@ class Record:
 
         Nothing where the checkpoint is not the run's own.
         """
-        self.steps = read_manifest(checkpoint).cursor.step
         if not checkpoint.is_relative_to(run_dir):
             return
         for event, _ in Spool(run_dir / SPOOL_NAME).read():

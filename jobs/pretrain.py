@@ -167,6 +167,7 @@ class Job:
         controller = Controller(self.config, self.run_dir, WorkerGroup, self.tracker, display, resume=self.start.resume)
         self.record = controller.record
         if self.start.resume is not None:
+            self.record.steps = read_manifest(self.start.resume).cursor.step
             self.record.continue_from(self.run_dir, self.start.resume)
         controller.run()
         display.note("drawing figures and logging the model")

@@ -15,6 +15,11 @@ ReadoutName = Literal["ridge", "logistic", "knn"]
 READOUTS: tuple[str, ...] = get_args(ReadoutName)
 
 
+LOGISTIC_STRENGTH = 40.0
+"""C of the logistic readout times the number of images: the data term's weight per unit of penalty. Chosen on 5,000
+held-out training images of Fashion-MNIST, where 20 to 60 did equally well."""
+
+
 def decode(activity: Tensor, label: Tensor) -> Tensor:
     """Scores v_c · ȳ − ½ ‖v_c‖², whose argmax is the column of V nearest to ȳ.
 
@@ -47,12 +52,12 @@ def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Any:
 
     makers = {
         "ridge": lambda: RidgeClassifier(alpha=0.01 * features.shape[0], solver="cholesky"),
-        "logistic": lambda: LogisticRegression(C=0.01, max_iter=200, tol=1e-3),
+        "logistic": lambda: LogisticRegression(C=LOGISTIC_STRENGTH / features.shape[0], max_iter=200, tol=1e-3),
         "knn": lambda: KNeighborsClassifier(n_neighbors=10, metric="cosine"),
     }
     if name not in makers:
         raise ValueError(f"readout: expected one of {', '.join(makers)}, got {name!r}")
-    model = make_pipeline(StandardScaler(copy=False), makers[name]())
+    model = make_pipeline(StandardScaler(), makers[name]())
     return model.fit(features.cpu().numpy(), labels.cpu().numpy())
 
 
