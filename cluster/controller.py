@@ -23,7 +23,6 @@ from cluster.checkpoint import (
     folder_of,
     newest,
     prune,
-    read_manifest,
 )
 from cluster.config import RunConfig, public
 from cluster.policy import Decision, Failure, FailurePolicy
