@@ -2,7 +2,7 @@
 
 Phases of communication, all through the injected exchange:
 
-    learn     every iteration of the dynamics gathers activities; every update gathers 3 K values for the bound of M
+    learn     every iteration of the dynamics gathers activities; every update gathers 4 K values for the bound of M
     finish    the layer's rows are gathered once, so that every rank can encode alone
     encode    none; the cached result is gathered where a layer or a readout needs all of it
 
