@@ -257,7 +257,7 @@ def test_params_figures_and_data_set(finished: Ended, store: MlflowClient, digit
     parent, children = family(store, finished.summary["mlflow_run_id"])
     assert parent.data.params.items() >= {"seed": "0", "data.name": "digits", "log_every": "5"}.items()
     assert children["layer 1"].data.params.items() >= {
-        "out_channels": "64", "kernel_size": "full", "label_gain": "3.0", "plasticity.lr": "0.1", "train.epochs": "3",
+        "out_channels": "64", "kernel_size": "full", "label_gain": "100.0", "plasticity.lr": "0.1", "train.epochs": "3",
     }.items()  # fmt: skip
     names = ("figures/filters-layer-0.png", "figures/filters-layer-1.png", "figures/training-curves.png")
     logged = {artifact.path for artifact in store.list_artifacts(parent.info.run_id, "figures")}

@@ -81,7 +81,7 @@ def refuse(
         ("mesh.data=2", "mesh.data: expected less than or equal to 1, got 2"),
         ("model.layers.0.kernel_size=11", "model.layers.0.kernel_size: expected at most 10, the padded input of 8 × 8"),
         ("model.layers.0.pool=9", "model.layers.0.pool: expected at most 8, the map of activities, got 9"),
-        ("model.layers.1.supervised=false", "expected supervised: true with label_gain=3, got supervised: false"),
+        ("model.layers.1.supervised=false", "expected supervised: true with label_gain=100, got supervised: false"),
         ("data.name=digit", "data.name: expected one of cifar10, digits, fashion_mnist, mnist, got 'digit'; did you"),
         ("data.train_images=1438", "data.train_images: expected at most 1437, got 1438"),
         ("data.test_images=361", "data.test_images: expected at most 360, got 361"),
