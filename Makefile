@@ -7,6 +7,8 @@ VENV ?= .venv
 CONFIG ?= jobs/configs/fashion_mnist.yaml
 DATASET ?= fashion_mnist
 ARGS ?=
+# PYTEST_ARGS two processes, each a file at a time: much of the time goes into waiting for actors to start
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 # --no-compile: thousands of files would be byte-compiled that are never imported.
@@ -31,7 +33,7 @@ data: $(RUN_STAMP) ## fetch the images, unless they are here already (DATASET=fa
 	$(BIN)/python -m jobs.fetch $(DATASET)
 
 test: lint typecheck ## lint, types and tests: all that must pass
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP) ## ruff, changing nothing
 	$(BIN)/ruff check .
