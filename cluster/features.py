@@ -6,7 +6,7 @@ where somebody needs all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -88,20 +88,18 @@ class FeatureStore:
 
     def gathered(self, encode: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
         """Chunks in order, whole on every rank; each rank's share goes through `encode` first."""
-        for index, chunk in enumerate(self.chunks):
-            own = self.own(index)
-            yield gather_images(own if encode is None else encode(own), chunk.stop - chunk.start, self.exchange)
+        parts = (self.own(index) for index in range(len(self.chunks)))
+        return self.gather_parts(parts if encode is None else map(encode, parts))
 
-    def gather_parts(self, own: list[Tensor]) -> Iterator[Tensor]:
+    def gather_parts(self, own: Iterable[Tensor]) -> Iterator[Tensor]:
         """Like `gathered`, for tensors [share, …] computed beside the features, one a chunk."""
         for part, chunk in zip(own, self.chunks, strict=True):
             yield gather_images(part, chunk.stop - chunk.start, self.exchange)
 
     def features(self) -> Iterator[Tensor]:
         """What readouts see, chunk by chunk: [n, F], the kept depths side by side."""
-        for parts, chunk in zip(zip(*self._kept, strict=True), self.chunks, strict=True):
-            own = torch.cat([part.flatten(1) for part in parts], dim=1)
-            yield gather_images(own, chunk.stop - chunk.start, self.exchange)
+        depths = zip(*self._kept, strict=True)
+        return self.gather_parts(torch.cat([part.flatten(1) for part in parts], dim=1) for parts in depths)
 
     def first(self, count: int) -> Tensor:
         """The first `count` images' features, on every rank."""

@@ -52,17 +52,19 @@ def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingCon
     target.invalidate_bound()
 
 
-def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
-    """Σ over ranks of their tensors, added in the order of ranks, on every rank."""
+def of_every_rank(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Tensors of one shape, one a rank → [G, …], the same on every rank."""
     gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
     gathered[exchange.rank] = tensor
     exchange.all_gather(gathered).wait()
-    return gathered.sum(dim=0)
+    return gathered
+
+
+def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Σ over ranks of their tensors, added in the order of ranks, on every rank."""
+    return of_every_rank(tensor, exchange).sum(dim=0)
 
 
 def from_rank_zero(tensor: Tensor, exchange: Exchange) -> Tensor:
     """Rank 0's values on every rank."""
-    gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
-    gathered[exchange.rank] = tensor
-    exchange.all_gather(gathered).wait()
-    return gathered[0]
+    return of_every_rank(tensor, exchange)[0]
