@@ -122,6 +122,8 @@ class Quiet:
     def __init__(self) -> None:
         self.rows: list[tuple[int | None, int]] = []
         self.notes: list[str] = []
+        self.began = float("inf")
+        """When the newest group began to train: how long actors take to start is the machine's affair."""
 
     def metrics(self, step: int, values: Any, layer: int | None = None, time_s: float | None = None) -> None:
         self.rows.append((layer, step))
@@ -132,6 +134,8 @@ class Quiet:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        if text.startswith("ranks: "):
+            self.began = time.monotonic()
 
 
 # -- to the end --------------------------------------------------------------------------------------------------------
@@ -232,13 +236,12 @@ def test_an_exception_of_one_rank_alone_names_it_and_stops_the_run(
     ray: Any, digits_config: ConfigMaker, tmp_path: Path
 ) -> None:
     """The others do not learn of it and wait; the run ends at the next poll, long before their limit."""
-    quiet, config = Quiet(), digits_config(2, cluster=limits(collective_timeout_s=50.0))
+    quiet, config = Quiet(), digits_config(2, cluster=limits(collective_timeout_s=100.0))
     worker = faulty_worker(FaultPlan(rank=1, layer=0, step=3, kind="error"))
     controller = Controller(config, tmp_path, lambda assignment: WorkerGroup(assignment, worker), quiet, quiet)
-    began = time.monotonic()
     with pytest.raises(RunFailed, match="InjectedError: injected") as caught:
         controller.run()
-    assert time.monotonic() - began < 45.0
+    assert time.monotonic() - quiet.began < 50.0
     assert controller.record.restarts == 0
     assert any("Traceback" in note and note.startswith("rank 1:") for note in quiet.notes)
     assert "layer 0, step 3" in str(caught.value)
