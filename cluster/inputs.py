@@ -13,9 +13,10 @@ from cluster.features import FeatureStore, gather_images, own_part
 from cluster.report import Report
 from cluster.sharding import from_rank_zero
 from simmatch.config import LayerConfig
-from simmatch.geometry import Patches
+from simmatch.geometry import Patches, draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack
+from simmatch.seeding import seeded
 
 
 @contextmanager
@@ -50,6 +51,7 @@ class LayerInputs:
         cache: bool,
     ) -> None:
         self._index, self._layer, self._store, self._stack, self._report = index, layer, store, stack, report
+        self._positions = config.train.positions
         if not layer.calibrated:
             self._calibrate(config, store)
         self._cache = self._fill(store) if index > 0 and cache else None
@@ -86,12 +88,20 @@ class LayerInputs:
         return cache
 
     def batch(self, chosen: Tensor) -> Patches:
-        """Patches of the images with these indices, the same on every rank."""
+        """Patches of the images with these indices, the same on every rank; of drawn positions, if so configured."""
         if self._cache is not None:
             found = self._cache[chosen.to(self._cache.device)]
-            return Patches(None, None, found, (1, 1)) if found.ndim == 2 else self._layer.prepare(found)
+            return Patches(None, None, found, (1, 1)) if found.ndim == 2 else self._prepare(found)
         if self._index == 0:
-            return self._layer.prepare(self._store.images(chosen))
+            return self._prepare(self._store.images(chosen))
         exchange = self._store.exchange
         own = self._store.images(chosen[own_part(len(chosen), exchange)])
-        return self._layer.prepare(gather_images(self._stack.below(own, self._index), len(chosen), exchange))
+        return self._prepare(gather_images(self._stack.below(own, self._index), len(chosen), exchange))
+
+    def _prepare(self, x: Tensor) -> Patches:
+        """Positions are drawn as a pure function of the layer's seed and update, whatever the number of ranks."""
+        if self._positions is None:
+            return self._layer.prepare(x)
+        map_size = self._layer.patch.map_size((x.shape[2], x.shape[3]))
+        generator = seeded("positions", self._layer.seed, int(self._layer.updates))
+        return self._layer.prepare(x, draw_positions(self._positions, len(x), map_size, generator))

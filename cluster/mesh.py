@@ -68,8 +68,15 @@ class Mesh:
         return (place.data * self.layer + place.layer) * self.channel + place.channel
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ConfigError where a layer has fewer channels than there are shards."""
+        """Raise ConfigError where a layer has fewer channels than there are shards, or a solver that cannot share."""
         for index, layer in enumerate(model.layers):
+            dynamics = layer.dynamics
+            if self.channel > 1 and dynamics.solver == "coordinate_descent" and dynamics.exchange != "gather_state":
+                raise ConfigError(
+                    f"model.layers.{index}.dynamics.solver: expected auto or accelerated with mesh.channel="
+                    f"{self.channel} and exchange: {dynamics.exchange}, got coordinate_descent, which needs all "
+                    "channels in one place (exchange: gather_state)"
+                )
             if self.channel > layer.out_channels:
                 raise ConfigError(
                     f"mesh.channel: expected at most {layer.out_channels}, the out_channels of model.layers.{index}, "

@@ -2,7 +2,8 @@
 
 Phases of communication, all through the injected exchange:
 
-    learn     every iteration of the dynamics gathers activities; every update gathers 4 K values for the bound of M
+    learn     by rows: every iteration of the dynamics gathers activities; by columns (`gather_state`): every update
+              gathers the weights and scatters the statistics; every update gathers 4 K values for the bound of M
     finish    the layer's rows are gathered once, so that every rank can encode alone
     encode    none; the cached result is gathered where a layer or a readout needs all of it
 
@@ -32,11 +33,13 @@ from simmatch.config import LayerConfig
 from simmatch.data import Dataset, load_dataset
 from simmatch.exchange import Exchange
 from simmatch.geometry import Patches
+from simmatch.labels import one_hot
 from simmatch.lateral import SharedFault
-from simmatch.layer import SimilarityMatchingConv2d, one_hot
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, save_model
 from simmatch.order import epoch_order, steps_per_epoch
 from simmatch.readout import accuracy, decode, fit_readout
+from simmatch.record import measure
 from simmatch.rows import Rows, split_rows
 
 
@@ -159,7 +162,7 @@ class Training:
             report=self.report,
             cache=self.config.cache_features,
         )
-        window = Window()
+        window = Window(self.exchange)
         order = torch.empty(0)
         for update in range(start, total):
             epoch, within = divmod(update, per_epoch)
@@ -172,11 +175,12 @@ class Training:
             window.count(len(chosen))
             if (update + 1) % self.config.log_every == 0 or update + 1 == total:
                 images_done = window.images
-                metrics = window.close(self.exchange) | {
-                    "objective": layer.objective(patches, solution.y, labels),
-                    "residual": float(solution.residual.amax()),
-                    "num_iters": float(solution.num_iters),
-                    "active_fraction": float((solution.y > 0).to(self.dtype).mean()),
+                record = measure(layer, patches, solution, labels)
+                metrics = window.close() | {
+                    "objective": record.objective,
+                    "residual": record.residual,
+                    "num_iters": float(record.num_iters),
+                    "active_fraction": record.active_fraction,
                     "dead_channels": float(layer.dead_channels),
                     "revived_channels": float(layer.revived),
                 }
@@ -293,20 +297,24 @@ class Training:
 
 
 class Window:
-    """Throughput between two records."""
+    """Throughput between two records, and the share of this rank's time that went into waiting for the others."""
 
-    def __init__(self) -> None:
-        self.images, self._started = 0, time.monotonic()
+    def __init__(self, exchange: Exchange) -> None:
+        self.images, self._exchange = 0, exchange
+        self._started, self._waited_s = time.monotonic(), exchange.waited_s
 
     def count(self, images: int) -> None:
         self.images += images
 
-    def close(self, exchange: Exchange) -> dict[str, float]:
-        now = time.monotonic()
-        rate = self.images / max(now - self._started, 1e-9)
-        self.images, self._started = 0, now
+    def close(self) -> dict[str, float]:
+        """The window's figures; the next one begins."""
+        exchange, now = self._exchange, time.monotonic()
+        seconds = max(now - self._started, 1e-9)
+        rate, waiting = self.images / seconds, (exchange.waited_s - self._waited_s) / seconds
+        self.images, self._started, self._waited_s = 0, now, exchange.waited_s
         return {
             "images_per_second": rate,
+            "waiting_share": waiting,
             "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),
             "num_exchanges": float(exchange.num_exchanges),
         }

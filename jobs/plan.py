@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cluster.config import RunConfig, public
 from jobs.display import size
+from simmatch.block import TAIL as BLOCK_TAIL
 from simmatch.config import LayerConfig
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.rows import split_rows
@@ -31,7 +32,8 @@ class LayerPlan:
     parameters: values of W, M and V held.
     activation_bytes: full activities, own drive, and the solver's tiles.
     cache_bytes: input of the layer for all training images, where it is cached.
-    exchange_bytes: bytes that reach a rank in one iteration of the dynamics over one batch.
+    exchange: when shards exchange something: every 'iteration', 'block step' or 'update' of a batch.
+    exchange_bytes: bytes that then reach a rank, for the whole batch.
     """
 
     input: tuple[int, int, int]
@@ -41,6 +43,7 @@ class LayerPlan:
     parameters: int
     activation_bytes: int
     cache_bytes: int
+    exchange: str
     exchange_bytes: int
 
 
@@ -66,7 +69,7 @@ def _plan_layer(
     kernel = extent[0] if layer.kernel_size == "full" else layer.kernel_size
     height, width = ((side + 2 * layer.padding - kernel) // layer.stride + 1 for side in extent)
     rows = split_rows(layer.out_channels, config.mesh.channel)[0]
-    columns = layer.train.batch_size * height * width
+    columns = layer.train.batch_size * (layer.train.positions or height * width)
     classes = num_classes if layer.supervised else 0
     tile = min(columns, layer.dynamics.tile_columns)
     in_flight = layer.dynamics.tiles_in_flight if config.mesh.channel > 1 else 1
@@ -83,8 +86,26 @@ def _plan_layer(
         cache_bytes=value_bytes * channels * extent[0] * extent[1] * train_images
         if index > 0 and config.cache_features
         else 0,
-        exchange_bytes=value_bytes * (config.mesh.channel - 1) * (rows.padded + TAIL) * columns,
+        exchange=EXCHANGES[layer.dynamics.exchange],
+        exchange_bytes=(config.mesh.channel - 1)
+        * slice_bytes(layer, rows.padded, columns, channels * kernel**2, classes, value_bytes),
     )
+
+
+EXCHANGES = {"every_iteration": "iteration", "block": "block step", "gather_state": "update"}
+"""What one exchange of each mode belongs to."""
+
+
+def slice_bytes(layer: LayerConfig, rows: int, columns: int, patch_size: int, classes: int, value_bytes: int) -> int:
+    """What an owner sends to another at once: activities and tails of a batch, or weights and then statistics."""
+    mode = layer.dynamics.exchange
+    if mode == "gather_state":
+        gained = classes if layer.label_gain > 0 else 0
+        weights, statistics = patch_size + layer.out_channels + gained, patch_size + layer.out_channels + classes
+        return value_bytes * (rows * (weights + statistics) + 2)  # a mark behind each
+    tails = TAIL if mode == "every_iteration" else BLOCK_TAIL
+    body_bytes = min(value_bytes, {"bfloat16": 2, "float32": 4}.get(layer.dynamics.exchange_dtype or "", value_bytes))
+    return columns * (body_bytes * rows + value_bytes * tails)
 
 
 def print_plan(console: Console, config: RunConfig, source: InputConfig, train_images: int) -> None:
@@ -93,7 +114,18 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"mesh: {config.place()}, {config.place().world_size} rank(s) on {config.device}", highlight=False)
     table = Table(title="per rank (the one with the most rows)")
-    names = ("layer", "input", "output", "rows", "columns", "parameters", "activations", "cache", "per iteration")
+    names = (
+        "layer",
+        "input",
+        "output",
+        "rows",
+        "columns",
+        "parameters",
+        "activations",
+        "cache",
+        "exchange",
+        "at a time",
+    )
     for name in names:
         table.add_column(name, justify="right")
     for index, plan in enumerate(plan_layers(config, source, train_images)):
@@ -106,6 +138,7 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
             f"{plan.parameters:,}",
             size(plan.activation_bytes),
             size(plan.cache_bytes),
+            f"every {plan.exchange}" if config.mesh.channel > 1 else "none",
             size(plan.exchange_bytes),
         )
     if not console.is_terminal:  # a log has no width of its own: cut nothing
@@ -113,8 +146,8 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
         console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
     console.print(table)
     console.print(
-        "columns: per update; cache: encoded input of the layer; per iteration: bytes received in one iteration of "
-        "the dynamics over one batch",
+        "columns: per update; cache: encoded input of the layer; exchange, at a time: when a rank receives something, "
+        "and how many bytes for a whole batch",
         highlight=False,
         soft_wrap=True,
     )

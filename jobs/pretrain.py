@@ -36,6 +36,7 @@ from jobs.run_directory import Start, choose
 from simmatch.config import ConfigError, parse
 from simmatch.data import Dataset, load_dataset, to_unit
 from simmatch.formats import DataError
+from simmatch.geometry import PatchConfig
 from simmatch.model import layer_inputs, load_model
 from simmatch.order import steps_per_epoch
 
@@ -97,8 +98,16 @@ def check(config: RunConfig) -> Dataset:
     """
     config.place()
     dataset = load_dataset(config.data)
-    layer_inputs(config.model, source_of(dataset))
+    inputs = layer_inputs(config.model, source_of(dataset))
     for index, layer in enumerate(config.model.layers):
+        channels, size = inputs[index]
+        kernel = size[0] if layer.kernel_size == "full" else layer.kernel_size
+        height, width = PatchConfig(channels, kernel, layer.stride, layer.padding).map_size(size)
+        if layer.train.positions is not None and layer.train.positions > height * width:
+            raise ConfigError(
+                f"model.layers.{index}.train.positions: expected at most {height * width}, the map of "
+                f"{height} × {width} activities, got {layer.train.positions}"
+            )
         try:
             steps_per_epoch(len(dataset.train_images), layer.train.batch_size, images=layer.train.images)
         except ValueError as error:

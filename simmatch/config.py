@@ -35,15 +35,19 @@ class DynamicsConfig(Frozen):
     See `simmatch.dynamics` for the solvers, the residual and the meaning of an iteration.
     """
 
-    solver: Literal["accelerated", "projected_gradient"] = "accelerated"
-    """`accelerated`: projected gradient with Nesterov momentum, adaptive restart and certified step 1/λ̂.
-    `projected_gradient`: the fixed-step reference."""
+    solver: Literal["auto", "coordinate_descent", "accelerated", "projected_gradient"] = "auto"
+    """`coordinate_descent`: greedy moves and solutions on the face, column by column; by far the fastest, on a CPU that
+    holds all channels. `accelerated`: projected gradient with Nesterov momentum, adaptive restart and certified step
+    1/λ̂; any device, any number of shards. `projected_gradient`: the fixed-step reference. `auto`:
+    `coordinate_descent` where nothing is exchanged within the dynamics (`simmatch.solve`, `exchange: gather_state`) and
+    the device is a CPU, else `accelerated`."""
 
     tolerance: NonNegativeFloat = 1e-2
-    """A column stops once its relative residual is at most this. 0 runs exactly `max_iterations`."""
+    """A column stops once its relative residual is at most this. With 0 the gradient methods run exactly
+    `max_iterations`, and `coordinate_descent` as far as the dtype allows."""
 
     max_iterations: PositiveInt = 200
-    """Iterations after which the solver stops in any case."""
+    """Iterations after which the solver stops in any case. One of `coordinate_descent` is K moves of a channel."""
 
     encode_iterations: PositiveInt = 30
     """Fixed number of iterations in evaluation: what the next layer, the readouts and an exported model see."""
@@ -58,8 +62,17 @@ class DynamicsConfig(Frozen):
     ridge: NonNegativeFloat = 1e-6
     """The system solved is M + ridge · mean(diag M) · I, never stored: a singular M has no minimum otherwise."""
 
-    exchange: Literal["every_iteration"] = "every_iteration"
-    """What shards exchange: `every_iteration` gathers the activities once per iteration."""
+    exchange: Literal["every_iteration", "block", "gather_state"] = "every_iteration"
+    """What shards exchange while learning. `every_iteration`: activities, once per iteration of the dynamics.
+    `block`: activities, once after several inner iterations on the own block. `gather_state`: weights and statistics,
+    once per update; every shard holds all weights for its time and solves a share of the columns."""
+
+    inner_iterations: PositiveInt = 8
+    """Iterations on the own block for every exchange of `exchange: block`."""
+
+    exchange_dtype: Literal["float32", "bfloat16"] | None = None
+    """Format in which `every_iteration` and `block` send activities: where it is shorter than that of the weights,
+    their increments, rounded alike for all shards. None: that of the weights."""
 
     tile_columns: PositiveInt = 1024
     """Columns (images × positions) per tile; a tile's working set should fit the cache."""
@@ -68,8 +81,22 @@ class DynamicsConfig(Frozen):
     """Tiles whose dynamics advance in turn, so that one computes while another's exchange is under way."""
 
     def encoding(self) -> DynamicsConfig:
-        """The same dynamics with a fixed number of iterations, as used in evaluation and in an exported model."""
-        return self.model_copy(update={"tolerance": 0.0, "max_iterations": self.encode_iterations})
+        """The same dynamics with a fixed number of iterations, as used in evaluation and in an exported model.
+
+        A fixed number means a gradient method: coordinate descent has no use for one.
+        """
+        solver = "projected_gradient" if self.solver == "projected_gradient" else "accelerated"
+        changes = {"tolerance": 0.0, "max_iterations": self.encode_iterations}
+        return self.model_copy(
+            update=changes | {"solver": solver, "exchange": "every_iteration", "exchange_dtype": None}
+        )
+
+    def solver_on(self, device: str, *, alone: bool) -> str:
+        """The solver that `auto` stands for on a device type; `alone`: nothing is exchanged within the dynamics."""
+        if self.solver != "auto":
+            return self.solver
+        by_column = alone and device == "cpu" and self.tolerance > 0
+        return "coordinate_descent" if by_column else "accelerated"
 
 
 class PlasticityConfig(Frozen):
@@ -114,6 +141,9 @@ class TrainConfig(Frozen):
 
     batch_size: PositiveInt = 100
     """Images per update."""
+
+    positions: PositiveInt | None = None
+    """Positions of each image that are solved and learnt from, drawn anew for every update. None: all."""
 
 
 class LayerConfig(Frozen):

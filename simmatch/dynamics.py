@@ -21,24 +21,34 @@ Residual of a column: max_i |min(M_ii y_i, (M y − d)_i)| / max|d|, zero exactl
 
 Sources: Pehlevan & Chklovskii, "Neuroscience-inspired online unsupervised learning algorithms" (2019), for the
 dynamics; Nesterov (1983); O'Donoghue & Candès, "Adaptive restart for accelerated gradient schemes" (2015).
-A new first-order solver is a step rule and a momentum rule: see `simmatch.tile.SOLVERS`.
+A new first-order solver is a step rule and a momentum rule: see `simmatch.tile.SOLVERS`. Where one place holds all
+channels and nothing has to be exchanged, `simmatch.coordinate` solves columns one by one instead.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from simmatch.block import Blocks, BlockTile, iterate_block
 from simmatch.config import DynamicsConfig
 from simmatch.exchange import IDENTITY, Exchange, Handle
-from simmatch.lateral import Bound, certify_afresh, raise_shared
+from simmatch.lateral import Bound, raise_shared
 from simmatch.rows import Rows, join_rows
-from simmatch.tile import Folded, Tile
+from simmatch.tile import Folded, Tile, iterate
+
+if TYPE_CHECKING:
+    from simmatch.coordinate import CoordinateDescent
+
+Steps = Generator[Handle, None, tuple[int, Tensor]]
+"""The course of one tile: every exchange it starts, and in the end (iterations, residual [n])."""
+
+TileT = TypeVar("TileT", Tile, BlockTile)
 
 
 @dataclass(frozen=True)
@@ -57,60 +67,6 @@ class Solution:
     residual: Tensor
 
 
-class ConvergenceWarning(UserWarning):
-    """The dynamics ended above the requested residual."""
-
-
-def _iterate(
-    tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchange, fault: Exception | None
-) -> Generator[Handle, None, tuple[int, Tensor]]:
-    """The dynamics of one tile; yields every exchange it starts, returns (iterations, residual [n])."""
-    yield exchange.all_gather(tile.gathered)
-    raise_shared((tile.tails[:, 1] > 0).any(dim=1), "exception", fault)
-    raise_shared(~tile.tails[:, 0].isfinite().all(dim=1), "non-finite values in the drive or the lateral weights")
-    scale = tile.tails[:, 0].amax(dim=0) * folded.step
-    scale.masked_fill_(scale == 0, 1.0)  # no drive: y = 0 is exact, 0/0 = 0
-
-    iteration, checked, frozen = 1, False, None
-    while True:
-        if checked:  # the tails that came with this y tell of the one before
-            residual, uphill = _read_tails(tile.tails, scale)
-            tile.k.masked_fill_(uphill, 0.0)
-            frozen = _freeze(residual, frozen, tile.k, config.tolerance)
-        torch.addmm(tile.bias, folded.matrix, tile.all_rows, out=tile.w)
-        settled = frozen is not None and bool(frozen.all())
-        if settled or iteration == config.max_iterations:
-            tile.measure(folded, tile.last_tails[exchange.rank, 0])
-            yield exchange.all_gather(tile.last_tails)
-            residual, _ = _read_tails(tile.last_tails, scale)
-            # frozen columns would be looked at again at the next check: nothing moves until then, so go there
-            following = -(-iteration // config.check_every) * config.check_every + 1
-            frozen = _freeze(residual, frozen, tile.k, config.tolerance)
-            if not settled or following >= config.max_iterations or (frozen is not None and bool(frozen.all())):
-                return iteration, residual
-            iteration = following
-        checked = iteration % config.check_every == 0
-        tile.update(folded, frozen, checked)
-        iteration += 1
-        yield exchange.all_gather(tile.gathered)
-
-
-def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gathered tails [G, TAIL, n] → relative residual [n] and, per column, whether momentum led uphill."""
-    raise_shared(~tails[:, 0].isfinite().all(dim=1), "non-finite activities")
-    return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
-
-
-def _freeze(residual: Tensor, frozen: Tensor | None, k: Tensor, tolerance: float) -> Tensor | None:
-    """Columns at the tolerance stop. One that stopped and turns out above it starts again without momentum."""
-    if tolerance == 0.0:
-        return None
-    below = residual <= tolerance
-    if frozen is not None:
-        k.masked_fill_(frozen & ~below, 0.0)
-    return below if frozen is not None or bool(below.any()) else None
-
-
 class Dynamics:
     """Solves tiles of columns with buffers that last from call to call.
 
@@ -122,11 +78,25 @@ class Dynamics:
     """
 
     def __init__(self, config: DynamicsConfig, rows: Rows, exchange: Exchange = IDENTITY) -> None:
+        if config.solver == "coordinate_descent" and exchange.world_size > 1:
+            raise ValueError(
+                f"solver: expected accelerated with exchange: {config.exchange} and {exchange.world_size} shards, "
+                "got coordinate_descent, which needs all channels in one place (exchange: gather_state)"
+            )
         self.config, self.rows, self.exchange = config, rows, exchange
-        self._tiles: dict[tuple[int, torch.dtype, torch.device], list[Tile]] = {}
+        self._coordinates: CoordinateDescent | None = None
+        self._tiles: dict[tuple[Any, ...], list[Any]] = {}
 
     def solve(
-        self, drive: Tensor, lateral: Tensor, bound: Bound, *, fixed: bool = False, fault: Exception | None = None
+        self,
+        drive: Tensor,
+        lateral: Tensor,
+        bound: Bound,
+        *,
+        fixed: bool = False,
+        fault: Exception | None = None,
+        start: Tensor | None = None,
+        alone: bool | None = None,
     ) -> Solution:
         """Solve all columns.
 
@@ -137,6 +107,10 @@ class Dynamics:
         bound: certified bound of λmax(M), the same on all owners.
         fixed: run exactly `encode_iterations` iterations, as in evaluation.
         fault: this owner's exception, if it has one; then all owners raise.
+        start: [K, N], y ≥ 0 of all channels to start from, such as the activities of the same images before an
+            update. None: y = 0.
+        alone: whether nothing is ever exchanged here, whatever the number of shards, so that `solver: auto` may
+            choose what needs no exchange. None: as `exchange` of the configuration says.
 
         Returns
         -------
@@ -148,51 +122,116 @@ class Dynamics:
             On all owners alike, when one of them has a fault or meets a non-finite value.
         """
         config = self.config.encoding() if fixed else self.config
-        folded = Folded.from_lateral(lateral, bound, config, self.rows, self.exchange.world_size)
+        if alone is None:
+            alone = config.exchange == "gather_state"
+        solver = config.solver_on(drive.device.type, alone=alone)
+        if solver == "coordinate_descent":
+            return self._by_column(drive, lateral, bound, fault, start)
+        config = config.model_copy(update={"solver": solver})
         columns = drive.shape[1]
         y = drive.new_empty(self.rows.total, columns)
         residual = drive.new_zeros(columns)
         num_iters = 0
-        for where, tile, (iterations, reached) in self._run(drive, folded, config, fault):
-            y[:, where] = join_rows(tile.gathered, self.rows.total)
+        for where, gathered, (iterations, reached) in self._run(drive, lateral, bound, config, fault, start):
+            y[:, where] = join_rows(gathered, self.rows.total)
             residual[where] = reached
             num_iters = max(num_iters, iterations)
         return Solution(y, num_iters, residual)
 
-    def _run(
-        self, drive: Tensor, folded: Folded, config: DynamicsConfig, fault: Exception | None
-    ) -> Iterator[tuple[slice, Tile, tuple[int, Tensor]]]:
-        """Advance a few tiles in turn, so that one computes while another's exchange is under way.
+    def _by_column(
+        self, drive: Tensor, lateral: Tensor, bound: Bound, fault: Exception | None, start: Tensor | None
+    ) -> Solution:
+        """Coordinate descent, all channels being here."""
+        if fault is not None:
+            raise fault
+        if drive.device.type != "cpu":
+            raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent")
+        if drive.shape[1] == 0:
+            return Solution(drive.clone(), 0, drive.new_zeros(0))
+        raise_shared(_non_finite(drive) | _non_finite(lateral), "non-finite values in the drive or the lateral weights")
+        if self._coordinates is None:
+            from simmatch.coordinate import CoordinateDescent  # imports numba, which the other solvers need not
 
-        Which tile advances when depends on gathered bytes only, so all owners start the same exchanges in the
-        same order.
+            self._coordinates = CoordinateDescent()
+        y, num_iters, residual = self._coordinates.solve(
+            drive,
+            lateral,
+            ridge=bound.ridge,
+            tolerance=self.config.tolerance,
+            max_iterations=self.config.max_iterations,
+            start=start,
+        )
+        raise_shared(_non_finite(y) | _non_finite(residual), "non-finite activities")
+        return Solution(y, num_iters, residual)
+
+    def _run(
+        self,
+        drive: Tensor,
+        lateral: Tensor,
+        bound: Bound,
+        config: DynamicsConfig,
+        fault: Exception | None,
+        start: Tensor | None,
+    ) -> Iterator[tuple[slice, Tensor, tuple[int, Tensor]]]:
+        """(columns, their activities [G, K_pad, n], (iterations, residual)) of one tile after the other.
+
+        A few tiles advance in turn, so that one computes while another's exchange is under way. Which tile advances
+        when depends on gathered bytes only, so all owners start the same exchanges in the same order.
         """
+        begin = self._stepper(lateral, bound, config, fault)
         width = self.config.tile_columns
-        waiting = deque(slice(start, min(start + width, drive.shape[1])) for start in range(0, drive.shape[1], width))
+        waiting = deque(slice(first, min(first + width, drive.shape[1])) for first in range(0, drive.shape[1], width))
         in_flight = config.tiles_in_flight if self.exchange.asynchronous else 1
-        running: deque[tuple[slice, Tile, Generator[Handle, None, tuple[int, Tensor]], Handle]] = deque()
+        running: deque[tuple[slice, Tile | BlockTile, Steps, Handle]] = deque()
         while waiting or running:
             while waiting and len(running) < in_flight:
                 where = waiting.popleft()
-                tile = self._borrow(where.stop - where.start, drive)
-                tile.start(drive[:, where], folded, fault)
-                steps = _iterate(tile, folded, config, self.exchange, fault)
+                own = None if start is None else start[self.rows.start : self.rows.stop, where]
+                tile, steps = begin(drive[:, where], own)
                 running.append((where, tile, steps, next(steps)))
             where, tile, steps, handle = running.popleft()
             handle.wait()
             try:
                 running.append((where, tile, steps, next(steps)))
             except StopIteration as stop:
-                yield where, tile, stop.value
-                self._tiles[self._key(tile.bias)].append(tile)
+                yield where, tile.gathered, stop.value
+                self._free(type(tile), tile.drive, config).append(tile)
 
-    @staticmethod
-    def _key(like: Tensor) -> tuple[int, torch.dtype, torch.device]:
-        return like.shape[1], like.dtype, like.device
+    def _stepper(
+        self, lateral: Tensor, bound: Bound, config: DynamicsConfig, fault: Exception | None
+    ) -> Callable[[Tensor, Tensor | None], tuple[Tile | BlockTile, Steps]]:
+        """(own drive [K_g, n], own start or None) → a started tile and its steps, as the configuration has them."""
+        rows, exchange = self.rows, self.exchange
+        if config.exchange == "block":
+            blocks = Blocks.from_lateral(lateral, bound, rows, exchange.world_size)
 
-    def _borrow(self, columns: int, like: Tensor) -> Tile:
-        free = self._tiles.setdefault((columns, like.dtype, like.device), [])
-        return free.pop() if free else Tile(self.rows, columns, self.exchange, like)
+            def begin_block(drive: Tensor, start: Tensor | None) -> tuple[BlockTile, Steps]:
+                tile = self._borrow(BlockTile, drive, config)
+                tile.start(drive, blocks, config, fault, start)
+                return tile, iterate_block(tile, blocks, config, exchange, fault)
+
+            return begin_block
+        folded = Folded.from_lateral(lateral, bound, config, rows, exchange.world_size)
+
+        def begin(drive: Tensor, start: Tensor | None) -> tuple[Tile, Steps]:
+            tile = self._borrow(Tile, drive, config)
+            tile.start(drive, folded, fault, start)
+            return tile, iterate(tile, folded, config, exchange, fault)
+
+        return begin
+
+    def _borrow(self, kind: type[TileT], like: Tensor, config: DynamicsConfig) -> TileT:
+        free = self._free(kind, like, config)
+        return free.pop() if free else kind(self.rows, like.shape[1], self.exchange, like, config)
+
+    def _free(self, kind: type, like: Tensor, config: DynamicsConfig) -> list[Any]:
+        """Tiles of one kind and width that wait for their next use."""
+        return self._tiles.setdefault((kind, config.exchange_dtype, like.shape[1], like.dtype, like.device), [])
+
+
+def _non_finite(values: Tensor) -> Tensor:
+    """Whether some value is NaN or infinite: [1], in one pass that copies nothing."""
+    return ~torch.stack(values.aminmax()).isfinite().all().reshape(1)
 
 
 def unrolled(drive: Tensor, lateral: Tensor, bound: Bound, config: DynamicsConfig) -> Tensor:
@@ -220,94 +259,3 @@ def unrolled(drive: Tensor, lateral: Tensor, bound: Bound, config: DynamicsConfi
         uphill = ((y - w) * (following - y)).sum(dim=0) > 0 if checked else None
         w_prev, y = w, following
     return y
-
-
-def solve(drive: Tensor, lateral: Tensor, config: DynamicsConfig | None = None) -> Solution:
-    """Solve y* = argmin over y ≥ 0 of ½ yᵀ M y − yᵀ d for every column of the drive.
-
-    Parameters
-    ----------
-    drive: [K, N], floating point, finite.
-    lateral: [K, K], symmetric positive semidefinite, finite; entries may have any sign.
-    config: solver, tolerance, iterations. Default: `DynamicsConfig()`.
-
-    Returns
-    -------
-    Solution(y [K, N], num_iters, residual [N]).
-
-    Raises
-    ------
-    ValueError
-        Shapes or dtypes that do not fit, values that are not finite, M not symmetric or not positive semidefinite.
-
-    Warns
-    -----
-    ConvergenceWarning
-        Some column ended above `config.tolerance`.
-
-    Examples
-    --------
-    >>> solve(torch.tensor([[2.0], [-1.0]]), torch.eye(2)).y.flatten().tolist()
-    [2.0, 0.0]
-    """
-    config = config or DynamicsConfig()
-    _validate(drive, lateral)
-    if drive.shape[1] == 0:
-        return Solution(drive.clone(), 0, drive.new_zeros(0))
-    # exact powers of two bring M and every column of d near 1, so that no finite input overflows on the way
-    drive_scale, lateral_scale = _power_of_two(drive.abs().amax(dim=0)), _power_of_two(lateral.diagonal().amax())
-    rows = Rows.all(lateral.shape[0])
-    scaled = (lateral / lateral_scale).to(lateral.dtype)
-    _check_semidefinite(scaled)
-    bound = certify_afresh(scaled, rows, ridge=config.ridge)
-    if config.step is not None:
-        config = config.model_copy(update={"step": config.step * float(lateral_scale)})
-    solution = Dynamics(config, rows).solve((drive / drive_scale).to(drive.dtype), scaled, bound)
-    unscaled = torch.where(solution.y > 0, solution.y * (drive_scale / lateral_scale), 0.0)
-    y = unscaled.clamp(max=torch.finfo(drive.dtype).max).to(drive.dtype)
-    worst = float(solution.residual.amax()) if solution.residual.numel() else 0.0
-    if config.tolerance > 0 and not worst <= config.tolerance:
-        warnings.warn(
-            f"the dynamics reached a residual of {worst:.2e} after {solution.num_iters} iterations, "
-            f"above the tolerance {config.tolerance:.2e}; raise max_iterations (now {config.max_iterations})",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    return Solution(y, solution.num_iters, solution.residual)
-
-
-def _power_of_two(values: Tensor) -> Tensor:
-    """Largest power of two at most each value, in float64; 1 for 0."""
-    return torch.where(values > 0, torch.exp2(torch.floor(torch.log2(values.double()))), 1.0)
-
-
-def _validate(drive: Tensor, lateral: Tensor) -> None:
-    if drive.ndim != 2 or lateral.ndim != 2 or lateral.shape != (drive.shape[0],) * 2:
-        raise ValueError(
-            f"expected drive [K, N] and lateral [K, K], got drive {list(drive.shape)} and lateral {list(lateral.shape)}"
-        )
-    if not drive.is_floating_point() or drive.dtype != lateral.dtype:
-        raise ValueError(f"expected drive and lateral in one floating dtype, got {drive.dtype} and {lateral.dtype}")
-    for name, values in (("drive", drive), ("lateral", lateral)):
-        if not bool(values.isfinite().all()):
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-    largest = lateral.abs().amax() if lateral.numel() else lateral.new_zeros(())
-    asymmetry = (lateral - lateral.T).abs().amax() if lateral.numel() else largest
-    if asymmetry > 100 * torch.finfo(lateral.dtype).eps * largest:
-        raise ValueError(f"lateral: expected a symmetric matrix, got |M - Mᵀ| up to {float(asymmetry):.2e}")
-
-
-def _check_semidefinite(lateral: Tensor) -> None:
-    """Cholesky of M with a shift for rounding; M is scaled so that its largest diagonal entry is in [1, 2)."""
-    size = lateral.shape[0]
-    shift = 10 * size * torch.finfo(lateral.dtype).eps
-    if not lateral.diagonal().amax() > 0:
-        raise ValueError("lateral: expected a positive diagonal entry, got none: the problem has no minimum")
-    shifted = lateral + shift * torch.eye(size, dtype=lateral.dtype, device=lateral.device)
-    _, info = torch.linalg.cholesky_ex(shifted)
-    if int(info) > 0:
-        lowest = float(torch.linalg.eigvalsh(lateral)[0])
-        raise ValueError(
-            f"lateral: expected a positive semidefinite matrix, got a smallest eigenvalue of {lowest:.2e} "
-            f"relative to the largest diagonal entry"
-        )

@@ -40,9 +40,18 @@ class Exchange(Protocol):
     bytes_exchanged: int
     """Bytes that reached this owner from the others so far."""
 
+    waited_s: float
+    """Seconds that this owner has spent in `Handle.wait`, and so not computing."""
+
     def all_gather(self, gathered: Tensor) -> Handle:
         """Start to fill `gathered` [G, …]: on entry every owner has written `gathered[rank]`; after `wait` it
         holds every owner's slice, the same bytes everywhere."""
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Handle:
+        """Start to send `sent[r]` to owner r, of [G, …]: after `wait`, `received[r]` is what owner r sent here.
+
+        Half of a reduce-scatter: the other half, the sum over r, is the caller's, in an order that it chooses.
+        """
 
 
 class Done:
@@ -60,8 +69,13 @@ class IdentityExchange:
     asynchronous = False
     num_exchanges = 0
     bytes_exchanged = 0
+    waited_s = 0.0
 
     def all_gather(self, gathered: Tensor) -> Handle:
+        return Done()
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Handle:
+        received.copy_(sent)
         return Done()
 
 

@@ -10,21 +10,24 @@ Both directions fold into one convolution each:
     drive       W x̃ = conv(x, W Π J) / s − W Π μ
     statistics  ⟨y x̃ᵀ⟩ = [weight gradient of the convolution at y / s] J Πᵀ − ⟨y⟩ (Π μ)ᵀ
 
-Folding J into the filter, instead of subtracting a mean afterwards, avoids cancellation. Where the kernel covers
-the whole map there is one patch per image, as large as the image itself: `prepare` then stores x̃ directly.
+Folding J into the filter, instead of subtracting a mean afterwards, avoids cancellation. `simmatch.convolution`
+computes both. Where the kernel covers the whole map there is one patch per image, as large as the image itself:
+`prepare` then stores x̃ directly. So it does where only some positions of each image are asked for; the sums over
+their columns estimate without bias, per column, those over all.
 
 Written for two spatial axes; nothing outside this module and `simmatch.model` knows how many there are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
+
+from simmatch.convolution import Convolution, images_per_chunk
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class PatchConfig:
         """P = C · k · k."""
         return self.in_channels * self.kernel_size**2
 
+    @property
+    def convolution(self) -> Convolution:
+        return Convolution(self.kernel_size, self.stride, self.padding)
+
     def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the activities. Raises ValueError when the kernel exceeds the padded image."""
         padded = [size + 2 * self.padding for size in image_size]
@@ -51,32 +58,50 @@ class PatchConfig:
                 f"kernel_size: expected at most {min(padded)} for images of {image_size[0]} × {image_size[1]} "
                 f"with padding {self.padding}, got {self.kernel_size}"
             )
-        height, width = ((size - self.kernel_size) // self.stride + 1 for size in padded)
+        height, width = map(self.convolution.extent, image_size)
         return height, width
 
 
 @dataclass(frozen=True)
 class Patches:
-    """Input of a layer, ready for drives and statistics: images with their contrast, or whole patches.
+    """Input of a layer, ready for drives and statistics: images with their contrast, or explicit patches.
 
     Attributes
     ----------
     images: [B, C, H, W], or None where `matrix` is used.
     inverse_scale: [B, 1, H', W'], 1/s of each patch, or None for 1.
-    matrix: [N, P], the patches x̃ themselves, where the kernel covers the map (N = B).
-    map_size: (H', W') of the activities.
+    matrix: [N, P], the patches themselves, where the kernel covers the map (N = B) or only some positions of each
+        image are wanted (N = B · positions, those of an image together).
+    map_size: (H', W') of the activities; (1, positions) where only some positions are wanted.
+    whitened: whether `matrix` holds x̃; else it is still to be whitened, which drives and statistics fold.
     """
 
     images: Tensor | None
     inverse_scale: Tensor | None
     matrix: Tensor | None
     map_size: tuple[int, int]
+    whitened: bool = True
+
+    @property
+    def positions(self) -> int:
+        """Columns per image."""
+        return self.map_size[0] * self.map_size[1]
 
     @property
     def batch_size(self) -> int:
-        source = self.images if self.matrix is None else self.matrix
-        assert source is not None
-        return source.shape[0]
+        if self.matrix is not None:
+            return self.matrix.shape[0] // self.positions
+        assert self.images is not None
+        return self.images.shape[0]
+
+    def of_images(self, chosen: slice) -> Patches:
+        """The patches of some of the images."""
+        if self.matrix is not None:
+            by_image = rearrange(self.matrix, "(b l) p -> b l p", l=self.positions)
+            return replace(self, matrix=by_image[chosen].flatten(0, 1))
+        assert self.images is not None
+        scale = None if self.inverse_scale is None else self.inverse_scale[chosen]
+        return replace(self, images=self.images[chosen], inverse_scale=scale)
 
 
 @dataclass(frozen=True)
@@ -92,31 +117,67 @@ class Whitening:
         return self.matrix @ self.mean
 
 
-def prepare(images: Tensor, config: PatchConfig, whitening: Whitening | None = None) -> Patches:
-    """Images [B, C, H, W] → `Patches`."""
+def prepare(
+    images: Tensor, config: PatchConfig, whitening: Whitening | None = None, positions: Tensor | None = None
+) -> Patches:
+    """Images [B, C, H, W] → `Patches`.
+
+    Parameters
+    ----------
+    positions: [B, n], the only positions of each image that are wanted, as h · W' + w; None: all.
+    """
     map_size = config.map_size((images.shape[2], images.shape[3]))
+    if positions is not None:
+        positions = positions.to(images.device)
+        batch = torch.arange(len(images), device=images.device).repeat_interleave(positions.shape[1])
+        found = transform(config.convolution.gather(images, batch, positions.flatten()), config)
+        return Patches(None, None, found, (1, positions.shape[1]), whitened=whitening is None)
     if map_size == (1, 1) and config.padding == 0 and images.shape[2:] == (config.kernel_size,) * 2:
         return Patches(None, None, transform(rearrange(images, "b c h w -> b (c h w)"), config, whitening), map_size)
     return Patches(images, inverse_contrast(images, config) if config.contrast else None, None, map_size)
 
 
+def draw_positions(count: int, batch_size: int, map_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """`count` different positions of each image, ascending int64 [batch_size, count]; each is as likely as any other.
+
+    Raises
+    ------
+    ValueError
+        The map has fewer.
+    """
+    available = map_size[0] * map_size[1]
+    if count > available:
+        raise ValueError(
+            f"positions: expected at most {available}, the map of {map_size[0]} × {map_size[1]} activities, got {count}"
+        )
+    keys = torch.rand(batch_size, available, generator=generator, dtype=torch.float64)
+    return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+
+
 def inverse_contrast(images: Tensor, config: PatchConfig) -> Tensor:
     """1 / max(std, floor) of every patch, zero padding included: [B, C, H, W] → [B, 1, H', W']."""
 
-    def box(values: Tensor) -> Tensor:
-        return F.avg_pool2d(values, config.kernel_size, config.stride).mean(dim=1, keepdim=True)
+    def box(values: Tensor) -> Tensor:  # batch innermost in memory: pooling is vectorised over it
+        padded = F.pad(rearrange(values, "b 1 h w -> 1 b h w"), (config.padding,) * 4)
+        padded = padded.contiguous(memory_format=torch.channels_last)
+        found = F.avg_pool2d(padded, config.kernel_size, config.stride)
+        return rearrange(found, "1 b h w -> b 1 h w")
 
-    images = F.pad(images, (config.padding,) * 4)
-    variance = box(images.square()) - box(images).square()
-    return variance.clamp(min=config.contrast_floor**2).rsqrt()
+    if images.shape[0] == 0:  # a rank's share of few images
+        return images.new_empty(0, 1, *config.map_size((images.shape[2], images.shape[3])))
+    # over channels first, so that no more than a chunk of the images' size is made
+    chunks = [images] if torch.compiler.is_exporting() else torch.split(images, images_per_chunk(images))
+    squares = torch.cat([chunk.square().mean(dim=1, keepdim=True) for chunk in chunks])
+    variance = box(squares) - box(images.mean(dim=1, keepdim=True)).square()
+    return variance.clamp(min=config.contrast_floor**2).rsqrt().contiguous()
 
 
 def transform(patches: Tensor, config: PatchConfig, whitening: Whitening | None = None) -> Tensor:
     """x → x̃ on explicit patches [N, P]: the definition that the convolutions fold."""
     if config.contrast:
         patches = patches - patches.mean(dim=1, keepdim=True)
-        deviation = patches.square().mean(dim=1, keepdim=True).sqrt()
-        patches = patches / deviation.clamp(min=config.contrast_floor)
+        deviation = torch.linalg.vector_norm(patches, dim=1, keepdim=True) / config.patch_size**0.5
+        patches = patches.div_(deviation.clamp(min=config.contrast_floor))
     if whitening is not None:
         patches = (patches - whitening.mean) @ whitening.matrix.T
     return patches
@@ -126,13 +187,14 @@ def explicit(
     patches: Patches, config: PatchConfig, whitening: Whitening | None = None, *, images: int | None = None
 ) -> Tensor:
     """x̃ of the first `images` images (None: all) as a matrix [N', P]; for looks at a few images, not for learning."""
-    if patches.matrix is not None:
-        return patches.matrix[:images]
-    assert patches.images is not None
-    chosen = patches.images[:images]
-    total = chosen.shape[0] * patches.map_size[0] * patches.map_size[1]
-    found = sample_patches(chosen, config, total, torch.Generator())
-    return found if whitening is None else (found - whitening.mean) @ whitening.matrix.T
+    chosen = patches.of_images(slice(images))
+    if chosen.matrix is not None:
+        found = chosen.matrix
+    else:
+        assert chosen.images is not None
+        found = sample_patches(chosen.images, config, chosen.batch_size * chosen.positions, torch.Generator())
+    already = patches.matrix is not None and patches.whitened
+    return found if whitening is None or already else (found - whitening.mean) @ whitening.matrix.T
 
 
 def drive(patches: Patches, feedforward: Tensor, config: PatchConfig, whitening: Whitening | None = None) -> Tensor:
@@ -147,40 +209,37 @@ def drive(patches: Patches, feedforward: Tensor, config: PatchConfig, whitening:
     [K_g, N], columns in the order of 'b h w'.
     """
     weight = rearrange(feedforward, "k c h w -> k (c h w)")
-    if patches.matrix is not None:
+    if patches.matrix is not None and patches.whitened:
         return weight @ patches.matrix.T
-    assert patches.images is not None
     offset = None
     if whitening is not None:
-        offset = weight @ whitening.offset
+        offset = -(weight @ whitening.offset)
         weight = weight @ whitening.matrix
+    if patches.matrix is not None:
+        result = weight @ patches.matrix.T
+        return result if offset is None else result.add_(offset.unsqueeze(1))
+    assert patches.images is not None
     if config.contrast:
         weight = weight - weight.mean(dim=1, keepdim=True)
-    weight = weight.reshape(feedforward.shape)
-    result = F.conv2d(patches.images, weight, stride=config.stride, padding=config.padding)
-    if patches.inverse_scale is not None:
-        result = result * patches.inverse_scale
-    result = rearrange(result, "b k h w -> k (b h w)")
-    return result if offset is None else result - offset.unsqueeze(1)
+    return config.convolution.forward(patches.images, weight.reshape(feedforward.shape), patches.inverse_scale, offset)
 
 
 def correlate(patches: Patches, y: Tensor, config: PatchConfig, whitening: Whitening | None = None) -> Tensor:
     """Σ over columns of y x̃ᵀ: y [K_g, N] → [K_g, C, k, k]."""
     shape = (y.shape[0], config.in_channels, config.kernel_size, config.kernel_size)
     if patches.matrix is not None:
-        return (y @ patches.matrix).reshape(shape)
-    assert patches.images is not None
-    height, width = patches.map_size
-    maps = rearrange(y, "k (b h w) -> b k h w", h=height, w=width)
-    if patches.inverse_scale is not None:
-        maps = maps * patches.inverse_scale
-    product: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
-        patches.images, shape, maps.contiguous(), stride=config.stride, padding=config.padding
-    ).flatten(1)
-    if config.contrast:
-        product = product - product.mean(dim=1, keepdim=True)
+        product = y @ patches.matrix
+        if patches.whitened:
+            return product.reshape(shape)
+        total = y.sum(dim=1, keepdim=True)
+    else:
+        assert patches.images is not None
+        found = config.convolution.weight_gradient(patches.images, y, patches.inverse_scale)
+        product, total = found[:, :-1], found[:, -1:]
+        if config.contrast:
+            product = product - product.mean(dim=1, keepdim=True)
     if whitening is not None:
-        product = product @ whitening.matrix.T - y.sum(dim=1, keepdim=True) * whitening.offset
+        product = product @ whitening.matrix.T - total * whitening.offset
     return product.reshape(shape)
 
 
@@ -194,13 +253,7 @@ def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: t
     index = torch.arange(total) if total <= count else torch.randint(total, (count,), generator=generator)
     index = index.to(images.device)
     batch, position = index // (height * width), index % (height * width)
-    padded = F.pad(images, (config.padding,) * 4)
-    kernel = torch.arange(config.kernel_size, device=images.device)
-    rows = rearrange(position // width * config.stride, "n -> n 1 1 1") + rearrange(kernel, "k -> 1 1 k 1")
-    cols = rearrange(position % width * config.stride, "n -> n 1 1 1") + rearrange(kernel, "k -> 1 1 1 k")
-    channel = rearrange(torch.arange(config.in_channels, device=images.device), "c -> 1 c 1 1")
-    picked = padded[rearrange(batch, "n -> n 1 1 1"), channel, rows, cols]
-    return transform(rearrange(picked, "n c h w -> n (c h w)"), config)
+    return transform(config.convolution.gather(images, batch, position), config)
 
 
 COVARIANCE_ROWS = 2048

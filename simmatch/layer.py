@@ -20,8 +20,9 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from simmatch.arguments import check_arguments
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.dynamics import Dynamics, Solution, unrolled
+from simmatch.dynamics import Solution, unrolled
 from simmatch.exchange import IDENTITY, Exchange
 from simmatch.geometry import (
     PatchConfig,
@@ -34,14 +35,13 @@ from simmatch.geometry import (
     sample_patches,
     zca,
 )
+from simmatch.labels import one_hot
 from simmatch.lateral import Bound, certify, certify_afresh
 from simmatch.objective import similarity_objective
 from simmatch.plasticity import RULES, Statistics, Weights, class_frequency_change, learning_rate
 from simmatch.rows import Rows
 from simmatch.seeding import seeded
-
-UNLABELLED = -1
-"""Label of an image whose class is unknown: it contributes nothing to V and V nothing to it."""
+from simmatch.sharing import ColumnSharing, RowSharing, Sharing
 
 
 class SimilarityMatchingConv2d(nn.Module):
@@ -60,7 +60,9 @@ class SimilarityMatchingConv2d(nn.Module):
     whiten, whiten_ridge: ZCA whitening of the patches, regularised; see `calibrate`.
     seed: of the initial weights and of every re-drawn row.
     dtype, device: of all buffers.
-    rows, exchange: the channels held here and the way to the others. Default: all of them.
+    rows, exchange: the channels held here and the way to the others. Default: all of them, and nobody to exchange with,
+        which lets `solver: auto` choose what is fastest here. Given an exchange, be it of a single owner, it chooses by
+        configuration alone, so that the number of owners changes nothing.
 
     Attributes
     ----------
@@ -108,18 +110,32 @@ class SimilarityMatchingConv2d(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         rows: Rows | None = None,
-        exchange: Exchange = IDENTITY,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
-        self._check(in_channels, out_channels, kernel_size, stride, padding, num_classes, label_gain, normalize)
+        check_arguments(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            num_classes=num_classes,
+            label_gain=label_gain,
+            normalize=normalize,
+        )
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.label_gain, self.whiten, self.whiten_ridge, self.seed = label_gain, whiten, whiten_ridge, seed
         self.dynamics = dynamics or DynamicsConfig()
         self.plasticity = plasticity or PlasticityConfig()
         self.patch = PatchConfig(in_channels, kernel_size, stride, padding, normalize == "contrast", contrast_floor)
         self.rows = rows or Rows.all(out_channels)
-        self.exchange = exchange
-        self._solver = Dynamics(self.dynamics, self.rows, exchange)
+        self.exchange = exchange or IDENTITY
+        self.sharing: Sharing
+        if self.dynamics.exchange == "gather_state":
+            filters = (in_channels, kernel_size, kernel_size)
+            self.sharing = ColumnSharing(self.dynamics, self.rows, self.exchange, filters, num_classes)
+        else:
+            self.sharing = RowSharing(self.dynamics, self.rows, self.exchange, alone=exchange is None)
         self._bound: Bound | None = None
         self.dead_channels = 0
 
@@ -145,36 +161,6 @@ class SimilarityMatchingConv2d(nn.Module):
         for channel in range(self.rows.start, self.rows.stop):
             self.feedforward[channel - self.rows.start] = self._draw_row(channel, 0)
 
-    @staticmethod
-    def _check(
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        padding: int,
-        num_classes: int,
-        label_gain: float,
-        normalize: str,
-    ) -> None:
-        positive = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "kernel_size": kernel_size,
-            "stride": stride,
-        }
-        for name, value in positive.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        for name, value in {"padding": padding, "num_classes": num_classes}.items():
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: expected a nonnegative integer, got {value!r}")
-        if not (math.isfinite(label_gain) and label_gain >= 0):
-            raise ValueError(f"label_gain: expected a finite nonnegative number, got {label_gain!r}")
-        if label_gain > 0 and num_classes == 0:
-            raise ValueError(f"num_classes: expected at least 1 with label_gain={label_gain:g}, got 0")
-        if normalize not in ("none", "contrast"):
-            raise ValueError(f"normalize: expected 'none' or 'contrast', got {normalize!r}")
-
     def _draw_row(self, channel: int, draw: int) -> Tensor:
         """Row of W at birth (draw 0) and at each revival: Gaussian of expected norm 1, whatever the sharding."""
         generator = seeded("feedforward", self.seed, channel, draw)
@@ -187,11 +173,15 @@ class SimilarityMatchingConv2d(nn.Module):
     def _whitening(self) -> Whitening | None:
         return Whitening(self.whitening, self.whitening_mean) if self.whiten else None
 
-    def prepare(self, x: Tensor) -> Patches:
-        """Images [B, C, H, W] → `Patches`, which every other method takes in place of the images."""
+    def prepare(self, x: Tensor, positions: Tensor | None = None) -> Patches:
+        """Images [B, C, H, W] → `Patches`, which every other method takes in place of the images.
+
+        positions: [B, n], the only positions of each image to be driven, solved and learnt from, as h · W' + w;
+        activities are then maps of 1 × n. None: all.
+        """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected images [B, {self.in_channels}, H, W], got {list(x.shape)}")
-        return prepare(x, self.patch, self._whitening())
+        return prepare(x, self.patch, self._whitening(), positions)
 
     def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
         """Measure, once and before learning, what the input looks like: tr C_x, and Π and μ where whitening is on.
@@ -228,14 +218,22 @@ class SimilarityMatchingConv2d(nn.Module):
             self.perron.copy_(self._bound.perron)
         return self._bound
 
-    def drive(self, x: Tensor | Patches, labels: Tensor | None = None) -> Tensor:
-        """d = W x̃ + α V z of the own channels: [K_g, N], columns in the order of 'b h w'."""
+    @property
+    def weights(self) -> Weights:
+        """Own rows of W, M and V; the buffers themselves."""
+        return Weights(self.feedforward, self.lateral, self.label)
+
+    def drive(self, x: Tensor | Patches, labels: Tensor | None = None, weights: Weights | None = None) -> Tensor:
+        """d = W x̃ + α V z of the own channels, or of the rows in `weights`: [K_g, N], columns as in 'b h w'."""
         patches = x if isinstance(x, Patches) else self.prepare(x)
-        result = drive(patches, self.feedforward, self.patch, self._whitening())
+        weights = weights or self.weights
+        result = drive(patches, weights.feedforward, self.patch, self._whitening())
         if labels is None or self.label_gain == 0:
             return result
-        height, width = patches.map_size
-        return result + self.alpha * self.label @ one_hot(labels, self, height * width)
+        driven = self.alpha * weights.label @ one_hot(labels, self, 1)  # [K_g, B]: alike at all positions of an image
+        by_image = rearrange(result, "k (b l) -> k b l", l=patches.positions)
+        by_image += rearrange(driven, "k b -> k b 1")
+        return result
 
     def solve(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
         """Activities y [B, K, H', W'] of all channels, with residual [B, H', W'].
@@ -253,21 +251,10 @@ class SimilarityMatchingConv2d(nn.Module):
             On all owners alike: one of them met an exception or a non-finite value.
         """
         patches = x if isinstance(x, Patches) else self.prepare(x)
-        solution = self._solve(patches, labels, fixed=False)
+        solution = self.sharing.solve(self, patches, labels)
         height, width = patches.map_size
         residual = rearrange(solution.residual, "(b h w) -> b h w", h=height, w=width)
         return Solution(self._as_maps(solution.y, patches), solution.num_iters, residual)
-
-    def _solve(self, patches: Patches, labels: Tensor | None, *, fixed: bool) -> Solution:
-        """Columns: y [K, N], residual [N]. An exception met here reaches all owners."""
-        height, width = patches.map_size
-        own_drive = self.lateral.new_zeros(self.rows.count, patches.batch_size * height * width)
-        fault: Exception | None = None
-        try:
-            own_drive = self.drive(patches, labels)
-        except Exception as error:
-            fault = error
-        return self._solver.solve(own_drive, self.lateral, self.bound, fixed=fixed, fault=fault)
 
     @staticmethod
     def _as_maps(columns: Tensor, patches: Patches) -> Tensor:
@@ -279,26 +266,33 @@ class SimilarityMatchingConv2d(nn.Module):
         patches = x if isinstance(x, Patches) else self.prepare(x)
         if torch.compiler.is_exporting():
             return self._as_maps(unrolled(self.drive(patches), self.lateral, self.bound, self.dynamics), patches)
-        return self._as_maps(self._solve(patches, None, fixed=True).y, patches)
+        return self._as_maps(self.sharing.solve(self, patches, None, fixed=True).y, patches)
 
     # ------------------------------------------------------------------------------------------- slow: plasticity
 
     def statistics(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None) -> Statistics:
         """Sums over the columns of a batch; y [B, K, H', W'] as from `solve`."""
         patches = x if isinstance(x, Patches) else self.prepare(x)
-        return self._statistics(patches, rearrange(y, "b k h w -> k (b h w)"), labels)
+        return self._statistics(patches, rearrange(y, "b k h w -> k (b h w)"), labels, self.rows)
 
-    def _statistics(self, patches: Patches, y: Tensor, labels: Tensor | None) -> Statistics:
-        own = y[self.rows.start : self.rows.stop]
-        positions = patches.map_size[0] * patches.map_size[1]
+    def _statistics(self, patches: Patches, y: Tensor, labels: Tensor | None, rows: Rows) -> Statistics:
+        """Sums for these rows; y [K, N] of all channels."""
+        own = y[rows.start : rows.stop]
         yx = correlate(patches, own, self.patch, self._whitening())
         if labels is None or self.num_classes == 0:
-            yz, zz = torch.zeros_like(self.label), self.label.new_zeros(self.num_classes, self.num_classes)
+            yz = y.new_zeros(rows.count, self.num_classes)
         else:
-            z = one_hot(labels, self, 1)
-            yz = reduce(own, "k (b l) -> k b", "sum", l=positions) @ z.T
-            zz = z @ z.T * positions
-        return Statistics(yx, own @ y.T, yz, zz, y.shape[1])
+            yz = reduce(own, "k (b l) -> k b", "sum", b=patches.batch_size) @ one_hot(labels, self, 1).T
+        zz, count = self._totals(patches, labels)
+        return Statistics(yx, own @ y.T, yz, zz, count)
+
+    def _totals(self, patches: Patches, labels: Tensor | None) -> tuple[Tensor, int]:
+        """The statistics that take no activities: Σ z zᵀ and the count of columns."""
+        count = patches.batch_size * patches.positions
+        if labels is None or self.num_classes == 0:
+            return self.label.new_zeros(self.num_classes, self.num_classes), count
+        z = one_hot(labels, self, 1)
+        return z @ z.T * patches.positions, count
 
     @torch.no_grad()
     def apply(  # type: ignore[override]
@@ -328,8 +322,7 @@ class SimilarityMatchingConv2d(nn.Module):
 
     def _learn(self, statistics: Statistics) -> None:
         lr = learning_rate(self.plasticity, int(self.updates))
-        weights = Weights(self.feedforward, self.lateral, self.label)
-        change = RULES[self.plasticity.rule](weights, statistics, self.class_frequency, lr, self.plasticity)
+        change = RULES[self.plasticity.rule](self.weights, statistics, self.class_frequency, lr, self.plasticity)
         self.class_frequency.add_(class_frequency_change(statistics, self.class_frequency, lr))
         self.feedforward.add_(change.feedforward)
         self.lateral.add_(change.lateral)
@@ -374,18 +367,15 @@ class SimilarityMatchingConv2d(nn.Module):
     def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
         """Learn from one batch: solve, statistics, apply. Returns the columns' solution, y [K, N], residual [N].
 
+        Where columns are split (`exchange: gather_state`) these are own columns only, N of them the range
+        `split_columns(…)[rank]`: learning does not need the others. `simmatch.record.measure` looks at all.
+
         A layer that whitens, or has a label gain, calibrates itself on its first batch if nobody did.
         """
         if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
             self.calibrate(x)
         patches = x if isinstance(x, Patches) else self.prepare(x)
-        solution = self._solve(patches, labels, fixed=False)
-        fault: Exception | None = None
-        statistics: Statistics | None = None
-        try:
-            statistics = self._statistics(patches, solution.y, labels)
-        except Exception as error:
-            fault = error
+        solution, statistics, fault = self.sharing.learn(self, patches, labels)
         self.apply(statistics, fault)  # type: ignore[arg-type]  # a fault is raised before statistics are read
         return solution
 
@@ -426,19 +416,3 @@ class SimilarityMatchingConv2d(nn.Module):
         """Put back a bound that belongs to the present weights, so that a resumed run repeats every bit."""
         flagged = torch.zeros(self.out_channels, dtype=torch.bool, device=self.lateral.device)
         self._bound = Bound(value, ridge, self.perron.clone(), flagged)
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise ValueError for a label outside 0 … num_classes − 1 that is not `UNLABELLED`."""
-    valid = (labels == UNLABELLED) | ((labels >= 0) & (labels < num_classes))
-    if not bool(valid.all()):
-        worst = int(labels[~valid][0])
-        raise ValueError(f"labels: expected classes 0 … {num_classes - 1} or {UNLABELLED}, got {worst}")
-
-
-def one_hot(labels: Tensor, layer: SimilarityMatchingConv2d, positions: int) -> Tensor:
-    """z [num_classes, B · positions] of checked labels [B]: zero columns where unlabelled."""
-    check_labels(labels, layer.num_classes)
-    classes = torch.arange(layer.num_classes, device=labels.device)
-    z = (rearrange(labels, "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
-    return z.repeat_interleave(positions, dim=1)

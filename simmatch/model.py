@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
-from simmatch.exchange import IDENTITY, Exchange
+from simmatch.exchange import Exchange
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.readout import decode
 from simmatch.rows import Rows
@@ -89,7 +89,7 @@ def build_layer(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     rows: Rows | None = None,
-    exchange: Exchange = IDENTITY,
+    exchange: Exchange | None = None,
 ) -> SimilarityMatchingConv2d:
     """The layer that a configuration describes, for inputs of `in_channels` × `map_size`: all rows, or a shard."""
     return SimilarityMatchingConv2d(

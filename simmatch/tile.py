@@ -1,4 +1,4 @@
-"""One tile of columns: the folded lateral matrix, the buffers, and the arithmetic of one iteration, in place.
+"""One tile of columns: the folded lateral matrix, the buffers, the arithmetic of one iteration, and their course.
 
 The solvers differ in their step and their momentum only; `SOLVERS` names them. See `simmatch.dynamics` for the
 problem, the exchange between iterations and the decisions.
@@ -6,15 +6,16 @@ problem, the exchange between iterations and the decisions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.exchange import Exchange
-from simmatch.lateral import Bound
+from simmatch.exchange import Exchange, Handle
+from simmatch.lateral import Bound, raise_shared
+from simmatch.packing import Packing
 from simmatch.rows import Rows, split_rows
 
 TAIL = 2
@@ -81,24 +82,39 @@ class Folded:
 
 
 class Tile:
-    """Buffers for n columns, allocated once and reused by every tile of that width."""
+    """Buffers for n columns, allocated once and reused by every tile of that width.
 
-    def __init__(self, rows: Rows, columns: int, exchange: Exchange, like: Tensor) -> None:
+    Where `exchange_dtype` is shorter than the computing one, owners send increments y_next − y, and all of them add
+    the same rounded increment to their copy of y: the copies stay equal bit by bit, the residual belongs to the copy,
+    and the rounding shrinks with the increments.
+    """
+
+    def __init__(self, rows: Rows, columns: int, exchange: Exchange, like: Tensor, config: DynamicsConfig) -> None:
+        self.rank = exchange.rank
         slice_rows = rows.padded + TAIL
         self.gathered = like.new_zeros(exchange.world_size, slice_rows, columns)
+        self.activities = self.gathered[:, : rows.padded]
         self.all_rows = self.gathered.view(exchange.world_size * slice_rows, columns)[:-TAIL]
-        self.tails = self.gathered[:, rows.padded :]
-        own = self.gathered[exchange.rank]
-        self.y, self.tail = own[: rows.count], own[rows.padded :]
-        self.bias, self.w, self.w_prev, self.scratch, self.other = like.new_empty(5, rows.count, columns)
+        self.packing = Packing.of(config.exchange_dtype, exchange.world_size, rows.padded, TAIL, columns, like)
+        self.tails = self.gathered[:, rows.padded :] if self.packing is None else self.packing.tails
+        self.y, self.tail = self.gathered[self.rank, : rows.count], self.tails[self.rank]
+        self.drive = self.bias = like.new_empty(rows.count, columns)
+        self.w, self.w_prev, self.scratch, self.other = like.new_empty(4, rows.count, columns)
         self.last_tails = like.new_zeros(exchange.world_size, TAIL, columns)
         self.k, self.weight = like.new_empty(2, columns)
 
-    def start(self, drive: Tensor, folded: Folded, fault: Exception | None) -> None:
-        """First iterate from y = 0, and in the tail max|d|, or NaN where own values are not finite."""
+    def start(self, drive: Tensor, folded: Folded, fault: Exception | None, y: Tensor | None = None) -> None:
+        """First iterate, from own y [K_g, n] or from 0, and in the tail max|d|, or NaN where d or M is not finite."""
         torch.mul(drive, folded.step, out=self.bias)
-        torch.clamp(self.bias, min=0.0, out=self.y)
-        self.w_prev.copy_(self.bias)
+        if y is None:
+            torch.clamp(self.bias, min=0.0, out=self.other)  # the step from 0
+            self.w_prev.copy_(self.bias)
+        else:
+            self.other.copy_(y)
+            self.w_prev.copy_(y)
+        if self.packing is not None:
+            self.activities.zero_()
+        self._next(self.other)
         self.k.fill_(1.0)
         torch.amax(torch.abs(drive, out=self.scratch), dim=0, out=self.tail[0])
         self.tail[0].add_(folded.matrix.sum() * 0.0)
@@ -115,19 +131,88 @@ class Tile:
         """y ← relu(w + β(w − w_prev)) outside frozen columns; when checking, residual and restart test of y first."""
         if checking:
             self.measure(folded, self.tail[0])
-        target = self.other if checking or frozen is not None else self.y
+        in_place = not checking and frozen is None and self.packing is None
+        target = self.y if in_place else self.other
         if folded.solver.momentum is None:
             torch.clamp(self.w, min=0.0, out=target)
         else:
             folded.solver.momentum(self.k, self.weight).add_(1.0)
             torch.lerp(self.w_prev, self.w, self.weight, out=target).clamp_(min=0.0)
             self.k.add_(1.0)
-        if target is not self.y:
-            if frozen is not None:
-                torch.where(frozen, self.y, target, out=target)
-            if checking:
-                # uphill if s∇(y)·(y_next − y) > 0; the products are summed over the owners' parts
-                moved = torch.sub(target, self.y, out=self.y)
-                torch.sum(self.scratch.mul_(moved), dim=0, out=self.tail[1]).nan_to_num_(0.0)
-            self.y.copy_(target)
+        if frozen is not None:
+            torch.where(frozen, self.y, target, out=target)
+        if checking:
+            # uphill if s∇(y)·(y_next − y) > 0; the products are summed over the owners' parts
+            moved = torch.sub(target, self.y, out=self.w_prev)
+            torch.sum(self.scratch.mul_(moved), dim=0, out=self.tail[1]).nan_to_num_(0.0)
+        if not in_place:
+            self._next(target)
         self.w, self.w_prev = self.w_prev, self.w
+
+    def _next(self, y: Tensor) -> None:
+        """Own rows of the next iterate: into the slice that is sent, or as a rounded increment to the shared copy."""
+        if self.packing is None:
+            self.y.copy_(y)
+        else:
+            self.packing.pack(self.rank, y.sub_(self.y))
+
+    def send(self, exchange: Exchange) -> Handle:
+        """Start to exchange the iterate and the tails."""
+        return exchange.all_gather(self.gathered if self.packing is None else self.packing.buffer)
+
+    def receive(self) -> None:
+        """Let `gathered` hold what has arrived. Increments are added by all owners alike, the sender too."""
+        if self.packing is not None:
+            self.activities.add_(self.packing.body).clamp_(min=0.0)
+
+
+def iterate(
+    tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchange, fault: Exception | None
+) -> Generator[Handle, None, tuple[int, Tensor]]:
+    """The dynamics of one started tile; yields every exchange it starts, returns (iterations, residual [n])."""
+    yield tile.send(exchange)
+    tile.receive()
+    raise_shared((tile.tails[:, 1] > 0).any(dim=1), "exception", fault)
+    raise_shared(~tile.tails[:, 0].isfinite().all(dim=1), "non-finite values in the drive or the lateral weights")
+    scale = tile.tails[:, 0].amax(dim=0) * folded.step
+    scale.masked_fill_(scale == 0, 1.0)  # no drive: y = 0 is exact, 0/0 = 0
+
+    iteration, checked, frozen = 1, False, None
+    while True:
+        if checked:  # the tails that came with this y tell of the one before
+            residual, uphill = _read_tails(tile.tails, scale)
+            tile.k.masked_fill_(uphill, 0.0)
+            frozen = _freeze(residual, frozen, tile.k, config.tolerance)
+        torch.addmm(tile.bias, folded.matrix, tile.all_rows, out=tile.w)
+        settled = frozen is not None and bool(frozen.all())
+        if settled or iteration == config.max_iterations:
+            tile.measure(folded, tile.last_tails[exchange.rank, 0])
+            yield exchange.all_gather(tile.last_tails)
+            residual, _ = _read_tails(tile.last_tails, scale)
+            # frozen columns would be looked at again at the next check: nothing moves until then, so go there
+            following = -(-iteration // config.check_every) * config.check_every + 1
+            frozen = _freeze(residual, frozen, tile.k, config.tolerance)
+            if not settled or following >= config.max_iterations or (frozen is not None and bool(frozen.all())):
+                return iteration, residual
+            iteration = following
+        checked = iteration % config.check_every == 0
+        tile.update(folded, frozen, checked)
+        iteration += 1
+        yield tile.send(exchange)
+        tile.receive()
+
+
+def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gathered tails [G, TAIL, n] → relative residual [n] and, per column, whether momentum led uphill."""
+    raise_shared(~tails[:, 0].isfinite().all(dim=1), "non-finite activities")
+    return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
+
+
+def _freeze(residual: Tensor, frozen: Tensor | None, k: Tensor, tolerance: float) -> Tensor | None:
+    """Columns at the tolerance stop. One that stopped and turns out above it starts again without momentum."""
+    if tolerance == 0.0:
+        return None
+    below = residual <= tolerance
+    if frozen is not None:
+        k.masked_fill_(frozen & ~below, 0.0)
+    return below if frozen is not None or bool(below.any()) else None

@@ -44,20 +44,32 @@ class Board:
 
 
 class Pending:
-    """A gather that the others may not have joined yet."""
+    """An exchange that the others may not have joined yet.
 
-    def __init__(self, board: Board, page: int, rank: int, gathered: Tensor, posted: Tensor) -> None:
-        self.board, self.page, self.rank, self.gathered, self.posted = board, page, rank, gathered, posted
+    `source` is what this owner gives, and must leave alone until `wait`; `posted` what it was at the start. `deliver`
+    hears of every owner's post.
+    """
+
+    def __init__(
+        self,
+        exchange: ThreadExchange,
+        page: int,
+        source: Tensor,
+        posted: Tensor,
+        deliver: Callable[[int, Tensor], Any],
+    ) -> None:
+        self.exchange, self.page, self.source, self.posted, self.deliver = exchange, page, source, posted, deliver
 
     def wait(self) -> None:
-        slices = self.board.read(self.page)
-        if not _same_bytes(self.gathered[self.rank], self.posted):
-            raise AssertionError(f"rank {self.rank} wrote to its slice while exchange {self.page} was under way")
-        for rank, part in enumerate(slices):
+        own, started = self.exchange.rank, time.perf_counter()
+        posts = self.exchange.board.read(self.page)
+        self.exchange.waited_s += time.perf_counter() - started
+        if not _same_bytes(self.source, self.posted):
+            raise AssertionError(f"rank {own} wrote to its slice while exchange {self.page} was under way")
+        for rank, part in enumerate(posts):
             if part.shape != self.posted.shape:
-                raise AssertionError(f"rank {rank} sent {list(part.shape)}, rank {self.rank} {list(self.posted.shape)}")
-            if rank != self.rank:
-                self.gathered[rank].copy_(part)
+                raise AssertionError(f"rank {rank} sent {list(part.shape)}, rank {own} {list(self.posted.shape)}")
+            self.deliver(rank, part)
 
 
 class ThreadExchange:
@@ -66,24 +78,43 @@ class ThreadExchange:
     Attributes
     ----------
     delay_s: slept before every exchange.
-    num_exchanges: gathers started.
+    num_exchanges, bytes_exchanged, waited_s: as in the protocol.
     """
 
     def __init__(self, board: Board, rank: int, *, asynchronous: bool = False, delay_s: float = 0.0) -> None:
         self.board, self.rank, self.asynchronous, self.delay_s = board, rank, asynchronous, delay_s
         self.world_size = board.world_size
-        self.num_exchanges = 0
+        self.num_exchanges = self.bytes_exchanged = 0
+        self.waited_s = 0.0
 
     def all_gather(self, gathered: Tensor) -> Pending:
         assert gathered.shape[0] == self.world_size
-        time.sleep(self.delay_s)
         own = gathered[self.rank].clone()
         for rank in range(self.world_size):
             if rank != self.rank:
                 gathered[rank] = torch.nan
+
+        def deliver(rank: int, part: Tensor) -> None:
+            if rank != self.rank:
+                gathered[rank].copy_(part)
+
+        return Pending(self, self._post(own, own.nbytes), gathered[self.rank], own, deliver)
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
+        assert received.shape == sent.shape
+        assert sent.shape[0] == self.world_size
+        received.fill_(torch.nan)
+        posted = sent.clone()
+        page = self._post(posted, sent[0].nbytes)
+        return Pending(self, page, sent, posted, lambda rank, part: received[rank].copy_(part[self.rank]))
+
+    def _post(self, own: Tensor, slice_bytes: int) -> int:
+        """Page on the board of the exchange that this begins."""
+        time.sleep(self.delay_s)
         page, self.num_exchanges = self.num_exchanges, self.num_exchanges + 1
+        self.bytes_exchanged += slice_bytes * (self.world_size - 1)
         self.board.post(page, self.rank, own)
-        return Pending(self.board, page, self.rank, gathered, own)
+        return page
 
 
 def run_owners(

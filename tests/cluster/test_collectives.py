@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, join_group, open_store
 from cluster.features import gather_images, own_part
-from simmatch.exchange import Exchange
+from simmatch.exchange import Exchange, IdentityExchange
 from simmatch.rows import split_rows
+from tests.exchanges import results
 
 LOOPBACK = "127.0.0.1"
 SHAPES = [(1,), (3,), (17, 3), (1001,), (5, 0)]  # (5, 0): the label weights of an unsupervised layer
@@ -74,6 +75,61 @@ def test_every_rank_holds_every_slice_and_counts_its_bytes(ranks: Any, world_siz
             (number, (world_size - 1) * part.numel() * part.element_size()) for number, part in enumerate(slices, 1)
         ]
     assert ranks.num_exchanges == [len(cases)] * world_size
+
+
+def exchange_everything(exchange: TorchExchange) -> tuple[list[Tensor], list[int]]:
+    """Owner s sends owner r the pattern of s, salted by r."""
+    found, counted = [], []
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            before = exchange.bytes_exchanged
+            sent = torch.stack([pattern(exchange.rank, shape, dtype, to) for to in range(exchange.world_size)])
+            received = torch.full_like(sent, 127)
+            exchange.all_to_all(received, sent).wait()
+            found.append(received)
+            counted.append(exchange.bytes_exchanged - before)
+    assert exchange.num_completed == exchange.num_exchanges
+    return found, counted
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_rank_receives_what_each_sent_to_it(ranks: Any, world_size: int) -> None:
+    outcomes = ranks(exchange_everything, world_size) if world_size > 1 else [everything_alone()]
+    cases = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+    for rank, (found, counted) in enumerate(results(outcomes)):
+        for received, (shape, dtype) in zip(found, cases, strict=True):
+            assert torch.equal(received, stacked(world_size, shape, dtype, salt=rank))
+        slices = [torch.empty(shape, dtype=dtype) for shape, dtype in cases]
+        assert counted == [(world_size - 1) * part.numel() * part.element_size() for part in slices]
+    assert world_size == 1 or ranks.num_exchanges == [len(cases)] * world_size
+
+
+def everything_alone() -> Any:
+    """The identity exchange keeps to the same protocol."""
+    exchange: Any = IdentityExchange()
+    exchange.num_completed = 0
+    return exchange_everything(exchange)
+
+
+def wait_for_a_late_rank(exchange: TorchExchange) -> list[float]:
+    """Seconds waited in a gather and in an exchange to which rank 1 comes 0.6 s late, both after a common start."""
+    waited = []
+    sent = torch.zeros(exchange.world_size, 5)
+    for start in (lambda: begin(exchange, (5,), torch.float32)[1], lambda: exchange.all_to_all(sent.clone(), sent)):
+        begin(exchange, (1,), torch.float32)[1].wait()
+        before = exchange.waited_s
+        if exchange.rank == 1:
+            time.sleep(0.6)
+        start().wait()
+        waited.append(exchange.waited_s - before)
+    return waited
+
+
+def test_time_spent_waiting_is_counted(ranks: Any) -> None:
+    """On a busy machine rank 0 may itself be late, but hardly by half of 0.6 s."""
+    for prompt, late in zip(*results(ranks(wait_for_a_late_rank, 2)), strict=True):
+        assert 0.3 < prompt < 0.6 + SLACK_S
+        assert 0.0 < late < prompt
 
 
 def gather_in_flight(exchange: TorchExchange, count: int) -> tuple[list[Tensor], list[Counted]]:

@@ -65,17 +65,30 @@ class Counting:
     def __init__(self, inner: ThreadExchange) -> None:
         self.inner, self.rank, self.world_size, self.asynchronous = inner, inner.rank, inner.world_size, False
         self.received = 0
+        self.waited_s = 0.0
 
     def all_gather(self, gathered: torch.Tensor):
         self.received += gathered.nbytes - gathered[0].nbytes
         return self.inner.all_gather(gathered)
 
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor):
+        self.received += received.nbytes - received[0].nbytes
+        return self.inner.all_to_all(received, sent)
+
 
 @pytest.mark.parametrize("channel", [2, 3])
-def test_bytes_of_an_iteration_are_those_that_arrive(make_config: MakeConfig, digits: Dataset, channel: int) -> None:
+@pytest.mark.parametrize("mode", ["every_iteration", "block"])
+@pytest.mark.parametrize("dtype", ["null", "bfloat16"])
+def test_bytes_of_an_iteration_are_those_that_arrive(
+    make_config: MakeConfig, digits: Dataset, channel: int, mode: str, dtype: str
+) -> None:
     """A solve of one iteration more receives exactly what the plan says, on the rank with the most rows."""
     config = make_config(
-        f"mesh.channel={channel}", "model.layers.0.train.batch_size=3", "model.layers.0.dynamics.tile_columns=48"
+        f"mesh.channel={channel}",
+        "model.layers.0.train.batch_size=3",
+        "model.layers.0.dynamics.tile_columns=48",
+        f"model.layers.0.dynamics.exchange={mode}",
+        f"model.layers.0.dynamics.exchange_dtype={dtype}",
     )
     plan = plan_layers(config, source_of(digits), 1437)[0]
     images = to_unit(digits.train_images[:3])
@@ -99,6 +112,34 @@ def test_bytes_of_an_iteration_are_those_that_arrive(make_config: MakeConfig, di
     assert received(11) - received(4) == 7 * plan.exchange_bytes
 
 
+@pytest.mark.parametrize("channel", [2, 3])
+def test_bytes_of_an_update_are_those_that_arrive(make_config: MakeConfig, digits: Dataset, channel: int) -> None:
+    """Of a supervised layer, whose labels travel too; beside them only the bound of the new M, 4 K values."""
+    config = make_config(f"mesh.channel={channel}", "model.layers.1.dynamics.exchange=gather_state")
+    plan = plan_layers(config, source_of(digits), 1437)[1]
+    layer, (channels, extent) = config.model.layers[1], layer_inputs(config.model, source_of(digits))[1]
+    images, labels = torch.rand(5, channels, *extent), digits.train_labels[:5]
+    rows = split_rows(layer.out_channels, channel)
+
+    def owner(exchange: ThreadExchange) -> int:
+        counting = Counting(exchange)
+        own = rows[exchange.rank]
+        shard = build_layer(layer, channels, extent, num_classes=10, seed=0, rows=own, exchange=counting)
+        shard.calibrate(images)
+        shard.partial_fit(images, labels)
+        before = counting.received
+        shard.partial_fit(images, labels)
+        return counting.received - before
+
+    bound_bytes = 4 * (channel - 1) * 4 * rows[0].padded
+    assert results(run_owners(channel, owner))[0] == plan.exchange_bytes + bound_bytes
+
+
+def test_drawn_positions_are_fewer_columns(make_config: MakeConfig, digits: Dataset) -> None:
+    plan = plan_layers(make_config("model.layers.0.train.positions=7"), source_of(digits), 1437)[0]
+    assert plan.columns == 7 * make_config().model.layers[0].train.batch_size
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, digits: Dataset, terminal: bool) -> None:
     config = make_config("data.root=/" + "long/" * 30)
@@ -110,7 +151,7 @@ def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, di
         assert parse(RunConfig, yaml.safe_load(above)) == config
         assert "…" not in text
         assert not set(text) & set(map(chr, (*range(10), *range(11, 32), 127)))
-        for word in ("parameters", "activations", "per iteration", "8 of 16", "16×8×8", "10,560", "1.47 MB"):
+        for word in ("parameters", "activations", "every iteration", "8 of 16", "16×8×8", "10,560", "1.47 MB"):
             assert word in below
     assert below.startswith("data 1 × layer 1 × channel 2, 2 rank(s) on cpu")
 

@@ -80,6 +80,15 @@ def refuse(
         ("mesh.channel=17", "mesh.channel: expected at most 16, the out_channels of model.layers.0, got 17"),
         ("mesh.data=2", "mesh.data: expected less than or equal to 1, got 2"),
         ("model.layers.0.kernel_size=11", "model.layers.0.kernel_size: expected at most 10, the padded input of 8 × 8"),
+        (
+            "model.layers.0.train.positions=65",
+            "model.layers.0.train.positions: expected at most 64, the map of 8 × 8 activities, got 65",
+        ),
+        (
+            "model.layers.1.train.positions=2",
+            "model.layers.1.train.positions: expected at most 1, the map of 1 × 1 activities, got 2",
+        ),
+        ("model.layers.0.train.positions=0", "model.layers.0.train.positions: expected greater than 0, got 0"),
         ("model.layers.0.pool=9", "model.layers.0.pool: expected at most 8, the map of activities, got 9"),
         ("model.layers.1.supervised=false", "expected supervised: true with label_gain=100, got supervised: false"),
         ("data.name=digit", "data.name: expected one of cifar10, digits, fashion_mnist, mnist, got 'digit'; did you"),

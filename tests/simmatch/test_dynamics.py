@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import product
 
 import pynsm
 import pytest
@@ -16,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
-from simmatch.dynamics import ConvergenceWarning, Dynamics, solve, unrolled
+from simmatch.dynamics import Dynamics, unrolled
 from simmatch.geometry import PatchConfig, drive, prepare
 from simmatch.lateral import certify_afresh
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.quadratic import ConvergenceWarning, solve
 from simmatch.rows import Rows
 from tests.reference import (
     accelerated,
@@ -31,7 +33,8 @@ from tests.reference import (
 )
 
 PROBLEMS = settings(derandomize=True, deadline=None, database=None, max_examples=15)
-SOLVERS = ("accelerated", "projected_gradient")
+FIRST_ORDER = ("accelerated", "projected_gradient")
+SOLVERS = ("coordinate_descent", *FIRST_ORDER)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +68,12 @@ def dynamics(config: DynamicsConfig, lateral: Tensor) -> Dynamics:
     size=st.integers(1, 12),
     log_condition=st.floats(0.5, 4.0),
     largest=st.sampled_from([0.03, 1.0, 2.5, 300.0]),
+    solver=st.sampled_from(["coordinate_descent", "accelerated"]),
 )
-def test_accelerated_equals_nnls(seed: int, size: int, log_condition: float, largest: float) -> None:
+def test_fast_solvers_equal_nnls(seed: int, size: int, log_condition: float, largest: float, solver: str) -> None:
     lateral = random_lateral(size, seed, condition=10**log_condition, largest=largest)
     columns = random_drive(size, 3, seed + 1)
-    config = DynamicsConfig(tolerance=1e-13, max_iterations=20_000, ridge=0)
+    config = DynamicsConfig(solver=solver, tolerance=1e-13, max_iterations=20_000, ridge=0)
     solution = solve(columns, lateral, config)
     # |Δy| ≤ √K · residual · max|d| / λmin, and |y*| ≳ max|d| / λmax: relative error ≤ √12 · 1e-13 · 1e4 = 4e-9
     expected = nnls_columns(columns, lateral)
@@ -78,7 +82,7 @@ def test_accelerated_equals_nnls(seed: int, size: int, log_condition: float, lar
 
 @PROBLEMS
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 10), solver=st.sampled_from(SOLVERS), signed=st.booleans())
-def test_both_solvers_equal_nnls(seed: int, size: int, solver: str, signed: bool) -> None:
+def test_all_solvers_equal_nnls(seed: int, size: int, solver: str, signed: bool) -> None:
     lateral = random_lateral(size, seed, condition=30.0, largest=3.0, signed=signed)
     columns = random_drive(size, 3, seed + 1)
     config = DynamicsConfig(solver=solver, tolerance=1e-12, max_iterations=5_000, ridge=0)
@@ -97,25 +101,28 @@ def test_ill_conditioned(solver: str) -> None:
     slack = torch.rand(size, 2, generator=generator, dtype=torch.float64) * (known == 0)
     columns = lateral @ known - slack
     # projected gradient gains a factor 1 − 1.9e-4 per iteration at worst: 120,000 of them reach 1e-10
-    iterations = {"accelerated": 20_000, "projected_gradient": 120_000}[solver]
+    iterations = 120_000 if solver == "projected_gradient" else 20_000
     config = DynamicsConfig(solver=solver, tolerance=1e-13, max_iterations=iterations, check_every=100, ridge=0)
     assert (solve(columns, lateral, config).y - known).norm() <= 1e-8 * known.norm()
 
 
-def test_trained_lateral_equals_nnls(trained: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("solver", ["coordinate_descent", "accelerated"])
+def test_trained_lateral_equals_nnls(trained: tuple[Tensor, Tensor], solver: str) -> None:
     columns, lateral = trained
     eigenvalues = torch.linalg.eigvalsh(lateral)
     assert eigenvalues[-1] > 2.0  # the step 1.0 of the authors' code has no guarantee here
     expected = nnls_columns(columns, lateral)
-    solution = solve(columns, lateral, DynamicsConfig(tolerance=1e-13, max_iterations=20_000, ridge=0))
+    config = DynamicsConfig(solver=solver, tolerance=1e-13, max_iterations=20_000, ridge=0)
+    solution = solve(columns, lateral, config)
     # condition up to 1e5 at residual 1e-13
     assert (solution.y - expected).norm() <= 1e-8 * expected.norm()
 
 
-def test_ridge_is_added_to_the_diagonal() -> None:
+@pytest.mark.parametrize("solver", ["coordinate_descent", "accelerated"])
+def test_ridge_is_added_to_the_diagonal(solver: str) -> None:
     lateral = random_lateral(6, 11, condition=1e3, largest=4.0)
     columns = random_drive(6, 4, 12)
-    config = DynamicsConfig(tolerance=1e-13, max_iterations=20_000, ridge=0.05)
+    config = DynamicsConfig(solver=solver, tolerance=1e-13, max_iterations=20_000, ridge=0.05)
     shifted = lateral + 0.05 * lateral.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     expected = nnls_columns(columns, shifted)
     assert (solve(columns, lateral, config).y - expected).norm() <= 1e-10 * expected.norm()
@@ -184,7 +191,7 @@ def test_step_one_oscillates_where_the_certified_step_converges(trained: tuple[T
 # -- the residual and the stop -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", FIRST_ORDER)
 @pytest.mark.parametrize("iterations", [1, 3, 8, 30])
 def test_residual_belongs_to_the_returned_activities(
     solver: str, iterations: int, trained: tuple[Tensor, Tensor]
@@ -261,11 +268,12 @@ def test_warns_exactly_when_not_converged() -> None:
     lateral = random_lateral(6, 51, condition=1e3, largest=3.0)
     columns = random_drive(6, 5, 52)
     with pytest.warns(ConvergenceWarning, match=r"above the tolerance 1\.00e-09; raise max_iterations \(now 9\)"):
-        solution = solve(columns, lateral, DynamicsConfig(tolerance=1e-9, max_iterations=9))
+        solution = solve(columns, lateral, DynamicsConfig(solver="accelerated", tolerance=1e-9, max_iterations=9))
     assert solution.num_iters == 9
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        solve(columns, lateral, DynamicsConfig(tolerance=1e-9, max_iterations=5_000))
+        for solver in ("coordinate_descent", "accelerated"):
+            solve(columns, lateral, DynamicsConfig(solver=solver, tolerance=1e-9, max_iterations=5_000))
         solve(columns, lateral, DynamicsConfig(tolerance=0, max_iterations=9))  # asked for nothing
         bound = certify_afresh(lateral, Rows.all(6), ridge=0)
         dynamics(DynamicsConfig(tolerance=1e-9, max_iterations=9), lateral).solve(columns, lateral, bound)
@@ -365,6 +373,8 @@ def test_unrolled_equals_the_fixed_solver(
 # y* beyond float32 and y* = 0 side by side, of either solver
 @example(0, 1, 37, -30, 0, False, "accelerated", 0.0)
 @example(0, 4, 37, -30, 2, True, "projected_gradient", 1e-6)
+@example(0, 1, 37, -30, 0, False, "coordinate_descent", 0.0)
+@example(0, 4, 37, -30, 2, True, "coordinate_descent", 0.0)
 @settings(PROBLEMS, max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
@@ -408,9 +418,9 @@ def test_finite_float32_input_never_gives_nan(
 
 def test_extreme_units_still_solve() -> None:
     """d = 1e30 and M = 1e-4: y = 1e34; d = 1e-30 and M = 1e-20: y = 1e-10. Both fit float32, though M d would not."""
-    for level, inhibition in ((1e30, 1e-4), (1e-30, 1e-20), (1e-30, 1e6)):
+    for (level, inhibition), solver in product(((1e30, 1e-4), (1e-30, 1e-20), (1e-30, 1e6)), SOLVERS[:2]):
         columns = torch.tensor([[level], [-level]])
-        solution = solve(columns, torch.eye(2) * inhibition, DynamicsConfig(ridge=0))
+        solution = solve(columns, torch.eye(2) * inhibition, DynamicsConfig(solver=solver, ridge=0))
         # two roundings of float32
         torch.testing.assert_close(solution.y, torch.tensor([[level / inhibition], [0.0]]), rtol=1e-6, atol=0)
 
@@ -472,7 +482,7 @@ def test_the_counter_counts() -> None:
         assert counter.count == 2
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", FIRST_ORDER)
 @pytest.mark.parametrize("tolerance", [0.0, 1e-12])
 def test_no_buffer_is_allocated_per_iteration(solver: str, tolerance: float) -> None:
     size, columns = 6, 64

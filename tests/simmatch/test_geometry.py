@@ -78,6 +78,18 @@ def test_correlate_equals_explicit_patches(shape: tuple[int, ...], contrast: boo
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@VARIANTS
+def test_no_images_make_no_columns(contrast: bool, whiten: bool) -> None:
+    """A rank's share of a chunk of few images may be empty."""
+    case = Case((2, 3, 1, 1, 8, 7), contrast=contrast, whiten=whiten)
+    for channels in (5, 20):  # the library's convolution, and patches written out
+        patches = prepare(case.images[:0], case.config, case.whitening)
+        weight = torch.zeros(channels, 2, 3, 3, dtype=torch.float64)
+        assert drive(patches, weight, case.config, case.whitening).shape == (channels, 0)
+        sums = correlate(patches, torch.zeros(channels, 0, dtype=torch.float64), case.config, case.whitening)
+        assert torch.equal(sums, weight)
+
+
 @pytest.mark.parametrize("whiten", [False, True])
 def test_transform_is_the_definition(whiten: bool) -> None:
     case = Case((2, 3, 1, 1, 8, 7), contrast=True, whiten=whiten)

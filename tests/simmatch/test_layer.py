@@ -10,8 +10,9 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
+from simmatch.labels import UNLABELLED
 from simmatch.lateral import SharedFault
-from simmatch.layer import UNLABELLED, SimilarityMatchingConv2d
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.reference import nnls_columns, normalised, patch_matrix, random_lateral
@@ -147,7 +148,7 @@ def test_forward_is_label_free_with_fixed_iterations(digits: Dataset) -> None:
     lateral = random_lateral(7, 8, condition=1e3, largest=4.0)  # 25 iterations do not solve this
     layers = []
     for gain, tolerance, limit in ((0.5, 1e-1, 9), (0.0, 0.0, 25)):
-        settings = DynamicsConfig(tolerance=tolerance, encode_iterations=25, max_iterations=limit)
+        settings = DynamicsConfig(solver="accelerated", tolerance=tolerance, encode_iterations=25, max_iterations=limit)
         layer = SimilarityMatchingConv2d(
             1, 7, 3, num_classes=10, label_gain=gain, dynamics=settings, dtype=torch.float64
         )

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
-from simmatch.layer import SimilarityMatchingConv2d, one_hot
+from simmatch.labels import one_hot
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.objective import similarity_objective
 from simmatch.seeding import seeded
 

@@ -1,0 +1,99 @@
+"""Measure the dynamics, alone, sharded and beside others: `python -m jobs.benchmark SUBCOMMAND`.
+
+Rows go to standard output and to `<run-dir>/<subcommand>.jsonl`, one JSON object per line; tables and progress go to
+standard error; figures into `<run-dir>/figures`.
+
+Exit status: 0 finished, 2 bad input or something needed is missing (one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from jobs.benchmarks import dynamics, network, pynsm, scaling
+from jobs.benchmarks.report import MissingError, Report
+from jobs.benchmarks.timing import MIN_ROUNDS
+from jobs.run_directory import default_root
+from simmatch.config import ConfigError
+from simmatch.formats import DataError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+SUBCOMMANDS = {
+    "dynamics": (dynamics, "the solvers on one device: iterations, columns/s, share of the GEMM rate, memory"),
+    "pynsm": (pynsm, "encoding and training beside the authors' library"),
+    "scaling": (scaling, "shards against one device, and the map of the exchange modes"),
+    "network": (network, "two hosts on a slow link"),
+}
+"""Name → module with `add_arguments(parser)` and `run(options, report)`, and its purpose."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    before = torch.get_num_threads()
+    try:
+        if options.run_dir == "":
+            raise ConfigError("--run-dir: expected a folder, got nothing")
+        torch.set_num_threads(options.threads or before)
+        run_dir = Path(options.run_dir or default_root() / f"benchmark-{options.subcommand}")
+        with threadpool_limits(limits=torch.get_num_threads()), Report(options.subcommand, run_dir) as report:
+            report.environment(vars(options))
+            SUBCOMMANDS[options.subcommand][0].run(options, report)
+    except (ConfigError, DataError, MissingError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the rows so far are kept", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        torch.set_num_threads(before)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--quick", action="store_true", help="small sizes, under a minute on two cores")
+    common.add_argument("--run-dir", metavar="DIR", help="where rows and figures go (default: runs/benchmark-<name>)")
+    common.add_argument("--seed", type=_natural, default=0, metavar="N", help="of data order and weights (default: 0)")
+    common.add_argument("--threads", type=_positive, metavar="N", help="threads of torch and BLAS (default: torch's)")
+    common.add_argument(
+        "--rounds",
+        type=_rounds,
+        default=MIN_ROUNDS,
+        metavar="N",
+        help=f"rounds in which the candidates take turns, at least {MIN_ROUNDS} (default: {MIN_ROUNDS})",
+    )
+    parser = argparse.ArgumentParser(prog="python -m jobs.benchmark", description=(__doc__ or "").splitlines()[0])
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name, (module, purpose) in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, parents=[common], help=purpose, description=purpose)
+        module.add_arguments(subparser)
+    return parser
+
+
+def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _rounds(text: str) -> int:
+    return _at_least(MIN_ROUNDS, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

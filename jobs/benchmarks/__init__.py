@@ -1,0 +1,1 @@
+"""The measurements behind `python -m jobs.benchmark`; see `jobs.benchmarks.report` for what they print where."""

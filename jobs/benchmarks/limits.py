@@ -1,0 +1,133 @@
+"""How near the hardware's limit: share of the GEMM rate, and memory of a training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jobs.benchmarks.memory import peak_allocated_bytes, peak_resident_bytes
+from jobs.benchmarks.problems import Problem
+from jobs.benchmarks.report import Report
+from jobs.benchmarks.timing import alternate
+from simmatch.config import DynamicsConfig, parse
+from simmatch.data import Dataset
+from simmatch.dynamics import Dynamics
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.tile import SOLVERS
+
+FIXED_ITERATIONS = 40
+KERNELS = (3, 5, 7)
+
+Row = dict[str, Any]
+
+# -- share of the GEMM rate --------------------------------------------------------------------------------------------
+
+
+def measure_gemm(problems: list[Problem], rounds: int, round_s: float, report: Report) -> None:
+    """Operations of the iterations over the time of a whole solve, against the bare products of the same shape."""
+    table = []
+    with report.progress(len(problems) * len(SOLVERS)) as step:
+        for problem in problems:
+            for solver in SOLVERS:
+                step(f"K = {problem.channels}: share of the GEMM rate, {solver}")
+                row = gemm_share(problem, solver, rounds, round_s)
+                report.row(kind="gemm", **row)
+                table.append(row)
+    keys = ("channels", "solver", "tile_columns", "gemm_gflops", "gflops", "share", "share_min", "share_max")
+    report.table(
+        f"Share of the GEMM rate that the gradient methods reach, {FIXED_ITERATIONS} iterations",
+        ["K", "solver", "tile", "mm GFLOP/s", "solve GFLOP/s", "share", "min", "max"],
+        [[row[key] for key in keys] for row in table],
+    )
+
+
+def gemm_share(problem: Problem, solver_name: str, rounds: int, round_s: float) -> Row:
+    """`Dynamics.solve` with fixed iterations beside `torch.mm` and `torch.addmm` with `out=` at [K, K] × [K, n].
+
+    round_s: least time of each in a round.
+    """
+    config = parse(DynamicsConfig, {"solver": solver_name, "tolerance": 0.0, "max_iterations": FIXED_ITERATIONS})
+    width = min(config.tile_columns, problem.drive.shape[1])
+    tiles = problem.drive.shape[1] // width
+    drive = problem.drive[:, : width * tiles].contiguous()
+    solver = Dynamics(config, problem.rows)
+    iterations = solver.solve(drive, problem.lateral, problem.bound).num_iters
+    y = drive[:, :width].clamp(min=0.0).contiguous()
+    out = torch.empty_like(y)
+
+    def products() -> None:
+        for _ in range(tiles * iterations):
+            torch.mm(problem.lateral, y, out=out)
+
+    def biased_products() -> None:
+        for _ in range(tiles * iterations):
+            torch.addmm(y, problem.lateral, y, out=out)
+
+    candidates = {
+        "mm": products,
+        "solve": lambda: solver.solve(drive, problem.lateral, problem.bound),
+        "addmm": biased_products,
+    }
+    timings = alternate(candidates, rounds, min_s=round_s)
+    gflop = 2e-9 * problem.channels**2 * drive.shape[1] * iterations
+    return {
+        "channels": problem.channels,
+        "solver": solver_name,
+        "tile_columns": width,
+        "columns": drive.shape[1],
+        "iterations": iterations,
+        "dtype": str(drive.dtype).removeprefix("torch."),
+        **timings.rate("mm", gflop).fields("gemm_gflops"),
+        **timings.rate("addmm", gflop).fields("addmm_gflops"),
+        **timings.rate("solve", gflop).fields("gflops"),
+        **timings.speedup("solve", "mm").fields("share"),
+        **timings.speedup("solve", "addmm").fields("share_of_addmm"),
+    }
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def measure_memory(dataset: Dataset, images: int, report: Report) -> None:
+    """Peak of the first training step over the size of its activities."""
+    table = []
+    with report.progress(len(KERNELS)) as step:
+        for kernel_size in KERNELS:
+            step(f"memory, k = {kernel_size}")
+            row = step_memory(kernel_size, dataset.in_channels, dataset.image_size, images=images)
+            report.row(kind="memory", **row)
+            table.append([row[key] for key in ("kernel_size", "activities_bytes", "ratio", "resident_ratio")])
+    report.table("Peak memory of a training step over its activities", ["k", "activities, bytes", "ratio",
+                                                                        "ratio, resident"], table)  # fmt: skip
+
+
+def step_memory(
+    kernel_size: int, in_channels: int, image_size: tuple[int, int], *, channels: int = 64, images: int = 50
+) -> Row:
+    """Peak bytes of one `partial_fit`, buffers of the solver included, over those of y [K, N].
+
+    A fresh layer each time: the buffers that later steps find in place are part of its peak.
+    """
+    height, width = image_size
+    batch = torch.rand(images, in_channels, height, width, generator=torch.Generator().manual_seed(0))
+
+    def layer() -> SimilarityMatchingConv2d:
+        return SimilarityMatchingConv2d(
+            in_channels, channels, kernel_size, padding=kernel_size // 2, normalize="contrast"
+        )
+
+    counted, resident = layer(), layer()
+    activities = channels * images * height * width * batch.element_size()  # odd k with padding k // 2 keeps the size
+    allocated = peak_allocated_bytes(lambda: counted.partial_fit(batch))
+    grown = peak_resident_bytes(lambda: resident.partial_fit(batch))
+    return {
+        "kernel_size": kernel_size,
+        "channels": channels,
+        "images": images,
+        "activities_bytes": activities,
+        "peak_bytes": allocated,
+        "ratio": allocated / activities,
+        "resident_bytes": grown,
+        "resident_ratio": None if grown is None else grown / activities,
+    }

@@ -1,0 +1,265 @@
+"""Two hosts on a slow link: `python -m jobs.benchmark network`.
+
+Two ranks in network namespaces of their own (`jobs.benchmarks.links`) make the same learning update of the same layer,
+in turns in every exchange mode and number format, over a link that is first unlimited and then limited. All ways reach
+the same residual; the ratio is that to the plain one, a float32 exchange at every iteration of the accelerated solver.
+
+Beside the seconds stands the time that the bytes of one update take at the link's rate, `wire_s`: the floor of any way
+that moves so many. The limit is checked by a plain TCP transfer in the same namespaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from jobs.benchmarks.links import Link, ended_by_signal
+from jobs.benchmarks.processes import Group
+from jobs.benchmarks.report import Report
+from jobs.benchmarks.scaling import listed, sample, trained
+from jobs.benchmarks.transfers import measure
+from jobs.benchmarks.updates import BASELINE, Compared, affordable, compare, hold, modes
+from simmatch.config import ConfigError, DynamicsConfig
+
+CHANNELS, BATCHES, RATES, UPDATE_SECONDS = (256,), (8, 128), (1000.0, 200.0), 15.0
+QUICK_CHANNELS, QUICK_BATCHES, QUICK_UPDATE_SECONDS = (128,), (8,), 0.3
+
+PLAIN = f"{BASELINE}, float32"
+"""Name of the way that the others are compared with."""
+
+SHORT, SHORTENED = "bfloat16", ("block",)
+"""Number format of half the bytes, and the modes that can exchange activities in it."""
+
+TARGET = 3.0
+"""Times that the best way should be faster than the plain one on a limited link."""
+
+TRANSFER_S, TRANSFER_BYTES = 0.5, 1 << 28
+"""How long the plain transfer takes on a limited link, and its size on the unlimited one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark beside the common ones; `--threads` is per rank here, 1 by default."""
+    parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
+    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help=f"default: {listed(CHANNELS)}")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"images; default: {listed(BATCHES)}")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", metavar="R", help=f"limits in Mbit/s, one run each (default: {listed(RATES)})"
+    )
+    parser.add_argument(
+        "--delay", type=float, default=0.0, metavar="MS", help="one way, in milliseconds; needs netem (default: 0)"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-2, metavar="R", help="residual to reach (default: 0.01)")
+    parser.add_argument(
+        "--update-seconds",
+        type=float,
+        metavar="S",
+        help=f"cut batches to what the plain way learns in S seconds (default: {UPDATE_SECONDS:g}, quick: "
+        f"{QUICK_UPDATE_SECONDS:g})",
+    )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A link as asked for and as found: nominal bits per second (None: unlimited), and what `measure` found."""
+
+    rate: float | None
+    measured: list[float]
+    exchange_s: float
+
+    @property
+    def name(self) -> str:
+        return "unlimited" if self.rate is None else f"{self.rate / 1e6:g} Mbit/s"
+
+
+@dataclass(frozen=True)
+class Result:
+    """All ways to make one update over one link: `batch` images were asked for, `images` measured."""
+
+    speed: Speed
+    channels: int
+    batch: int
+    images: int
+    columns: int
+    compared: Compared
+
+    def fields(self, way: str) -> dict[str, Any]:
+        """A way's part of a row; `wire_s`: what the busier direction carries, in seconds at the nominal rate."""
+        found = self.compared.fields(way, PLAIN)
+        rate = self.speed.rate
+        return found | {"wire_s": None if rate is None else max(found["bytes_per_rank"]) * 8 / rate}
+
+    @property
+    def best(self) -> str:
+        """The way with the greatest ratio."""
+        return max(self.compared.candidates, key=lambda way: self.compared.timings.speedup(way, PLAIN).median)
+
+
+def ways(tolerance: float) -> dict[str, DynamicsConfig]:
+    """The plain way first, then every other mode, and the short format of those that have one."""
+    found = modes(tolerance)
+    plain = found.pop(BASELINE).model_copy(update={"solver": "accelerated", "exchange_dtype": None})
+    shorter = {
+        f"{mode}, {SHORT}": config.model_copy(update={"exchange_dtype": SHORT}) for mode, config in found.items()
+    }
+    return {PLAIN: plain} | found | {name: config for name, config in shorter.items() if config.exchange in SHORTENED}
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Make the two hosts, measure every way over every link, remove them.
+
+    Raises
+    ------
+    ConfigError
+        Options out of range.
+    MissingError
+        Network namespaces cannot be made here.
+    """
+    _check(options)
+    channels, batches = _sizes(options)
+    rates = [None, *(megabits * 1e6 for megabits in options.rates or RATES)]
+    images = sample(options.data, max(batches), options.seed)
+    results: list[Result] = []
+    steps = len(channels) * (1 + len(rates) * len(batches))
+    with (
+        ended_by_signal(),
+        Link() as link,
+        Group(link.hosts, threads=options.threads or 1) as group,
+        report.progress(steps) as step,
+    ):
+        weights = {}
+        for count in channels:
+            step(f"K = {count}: learning weights")
+            weights[count] = trained(group, options.data, count, options.seed)
+        for rate in rates:
+            link.limit(rate, delay_ms=options.delay)
+            speed = _speed(group, rate)
+            report.row(
+                kind="link",
+                link=speed.name,
+                delay_ms=options.delay,
+                rate_bits_per_s=speed.rate,
+                measured_bits_per_s=speed.measured,
+                exchange_s=speed.exchange_s,
+            )
+            for count in channels:
+                for result in _measure(group, speed, weights[count], images, options, step):
+                    results.append(result)
+                    _tell(result, options, report)
+    _table(results, report)
+    with report.figure("network", width=3.0 + 1.2 * len(ways(1e-2)), height=1.0 + 2.6 * len(results)) as figure:
+        draw(figure, results)
+
+
+def _sizes(options: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """Channels, and images per update in ascending order."""
+    channels = options.channels or (QUICK_CHANNELS if options.quick else CHANNELS)
+    return list(channels), sorted(options.batches or (QUICK_BATCHES if options.quick else BATCHES))
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, values in {"--channels": options.channels or [2], "--batches": options.batches or [1]}.items():
+        least = 2 if name == "--channels" else 1
+        if min(values) < least:
+            raise ConfigError(f"{name}: expected integers of at least {least}, got {listed(values)}")
+    if min(options.rates or RATES) < 1:
+        raise ConfigError(f"--rates: expected at least 1 Mbit/s, got {min(options.rates):g}")
+    if not 0 <= options.delay < 1e4:
+        raise ConfigError(f"--delay: expected milliseconds from 0 to 9999, got {options.delay:g}")
+    if options.update_seconds is not None and not options.update_seconds > 0:
+        raise ConfigError(f"--update-seconds: expected a positive number, got {options.update_seconds:g}")
+    modes(options.tolerance)
+
+
+def _speed(group: Group, rate: float | None) -> Speed:
+    size = TRANSFER_BYTES if rate is None else int(rate / 8 * TRANSFER_S)
+    return Speed(rate, *measure(group, size))
+
+
+def _measure(
+    group: Group,
+    speed: Speed,
+    weights: dict[str, Tensor],
+    images: Tensor,
+    options: argparse.Namespace,
+    step: Callable[[str], None],
+) -> Iterator[Result]:
+    """All batches of one width over one link. A batch that is cut to one already measured is left out."""
+    channels, columns = len(weights["feedforward"]), images.shape[2] * images.shape[3]
+    group.ask(hold, weights, images)
+    configs = ways(options.tolerance)
+    limit_s = options.update_seconds or (QUICK_UPDATE_SECONDS if options.quick else UPDATE_SECONDS)
+    most = affordable(group, configs[PLAIN], seed=options.seed, limit_s=limit_s)
+    before = 0
+    for batch in _sizes(options)[1]:
+        count = min(batch, most)
+        cut = f", cut to {count}" if count < batch else ""
+        step(f"{speed.name}: K = {channels}, {batch} images{cut}")
+        if count == before:
+            continue
+        before = count
+        chosen = {way: (group, config) for way, config in configs.items()}
+        found = compare(chosen, batch=count, seed=options.seed, rounds=options.rounds, min_s=0.0)
+        yield Result(speed, channels, batch, count, count * columns, found)
+
+
+# ------------------------------------------------------------------------------------------- what is told
+
+
+def _tell(result: Result, options: argparse.Namespace, report: Report) -> None:
+    """A row for every way, and one for the best of them."""
+    where = {
+        "link": result.speed.name,
+        "rate_bits_per_s": result.speed.rate,
+        "channels": result.channels,
+        "batch": result.batch,
+        "images": result.images,
+        "columns": result.columns,
+        "tolerance": options.tolerance,
+    }
+    for way in result.compared.candidates:
+        report.row(
+            kind="update", **where, way=way, ranks=2, threads_per_rank=options.threads or 1, **result.fields(way)
+        )
+    ratio = result.compared.timings.speedup(result.best, PLAIN).median
+    target = None if result.speed.rate is None else TARGET
+    reached = None if target is None else ratio >= target
+    report.row(kind="best", **where, way=result.best, ratio=ratio, target=target, reached=reached)
+
+
+def _table(results: list[Result], report: Report) -> None:
+    for result in results:
+        rows = []
+        for way in result.compared.candidates:
+            found = result.fields(way)
+            rows.append(
+                [way, *(found[name] for name in ("seconds", "wire_s", "ratio", "exchanges", "bytes", "waiting"))]
+            )
+        images = f"{result.images} images" + (f" (cut from {result.batch})" if result.images < result.batch else "")
+        measured = " and ".join(f"{rate / 1e6:,.0f}" for rate in result.speed.measured)
+        title = f"{result.speed.name} (a plain transfer: {measured} Mbit/s) · K = {result.channels} · {images}"
+        report.table(title, ["way", "s/update", "s on the wire", "ratio", "exchanges", "bytes", "waiting"], rows)
+
+
+def draw(figure: Figure, results: list[Result]) -> None:
+    """Seconds per update, a panel per link and batch; black marks: what the bytes alone take at the link's rate."""
+    panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
+    for axes, result in zip(panels, results, strict=True):
+        names = list(result.compared.candidates)
+        seconds = [result.compared.timings.spread(way).median for way in names]
+        places = np.arange(len(names))
+        axes.bar(places, seconds, color="#9ecae1")
+        for place, way, taken in zip(places, names, seconds, strict=True):
+            found = result.fields(way)
+            axes.text(place, taken, f"{found['ratio']:.2f}×", ha="center", va="bottom", fontsize=8)
+            if found["wire_s"] is not None:
+                axes.plot([place - 0.4, place + 0.4], [found["wire_s"]] * 2, color="black")
+        axes.set_xticks(places, [way.replace(", ", "\n") for way in names], fontsize=8)
+        axes.set_ylabel("seconds per update")
+        axes.margins(y=0.15)
+        axes.set_title(f"{result.speed.name}, K = {result.channels}, {result.images} images", fontsize=9)

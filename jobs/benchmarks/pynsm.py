@@ -1,0 +1,337 @@
+"""Beside `pynsm` 1.0.1, the authors' library: encoding to a residual, equal iterations, training as published."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.benchmarks.authors import (
+    AUTHORS_ITERATIONS,
+    CHANNELS,
+    KERNEL,
+    Authors,
+    Lesson,
+    Own,
+    State,
+    columns,
+    held_out_objective,
+    trained_states,
+)
+from jobs.benchmarks.problems import Problem, error
+from jobs.benchmarks.report import MissingError, Report
+from jobs.benchmarks.timing import alternate
+from simmatch.config import ConfigError, DataConfig, DynamicsConfig
+from simmatch.data import Dataset, load_dataset, to_unit
+from simmatch.layer import SimilarityMatchingConv2d
+
+RESIDUALS = (1e-2, 1e-3)
+MAX_ITERATIONS = 50_000
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
+    parser.add_argument(
+        "--after", type=int, nargs="+", metavar="N",
+        help="encode with the weights after so many images (default: 5000 20000 60000; quick: 500 1000)",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, metavar="N", help="images to encode (default: 200; quick: 20)")
+    parser.add_argument(
+        "--train-images", type=int, metavar="N", help="images both learn from (default: 20000; quick: 1000)"
+    )
+    parser.add_argument(
+        "--positions", type=int, default=64, metavar="N",
+        help="positions per image of the candidate that learns from some of them (default: 64)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images per batch (default: 100)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
+        help=f"what to measure (default: all of {', '.join(PARTS)})",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call measures."""
+
+    after: tuple[int, ...]
+    images: int
+    train_images: int
+    chunk: int
+    objective_images: int
+    positions: int
+    batch_size: int
+    rounds: int
+    seed: int
+
+    def lesson(self, dataset: Dataset) -> Lesson:
+        return Lesson(dataset, self.batch_size, self.seed)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, dataset: Dataset) -> Plan:
+        """Sizes from the options, checked against the data set."""
+        quick, batch_size = options.quick, options.batch_size
+        train_images = options.train_images or (1000 if quick else 20_000)
+        least = max(1, batch_size) * options.rounds
+        rounds = options.rounds if quick else max(options.rounds, 20)
+        chunk = max(1, train_images // (rounds * max(1, batch_size))) * batch_size  # whole batches
+        positions = (dataset.image_size[0] - KERNEL + 1) * (dataset.image_size[1] - KERNEL + 1)
+        plan = cls(
+            after=tuple(sorted(options.after or ((500, 1000) if quick else (5000, 20_000, 60_000)))),
+            images=options.images or (20 if quick else 200),
+            train_images=train_images,
+            chunk=chunk,
+            objective_images=5 if quick else 20,
+            positions=options.positions,
+            batch_size=batch_size,
+            rounds=options.rounds,
+            seed=options.seed,
+        )
+        limits = {
+            "after": (plan.after[-1], 1, len(dataset.train_images)),
+            "images": (plan.images, 1, len(dataset.test_images)),
+            "batch-size": (batch_size, 1, len(dataset.train_images)),
+            "train-images": (train_images, least, len(dataset.train_images)),
+            "positions": (plan.positions, 1, positions),
+        }
+        for name, (value, fewest, most) in limits.items():
+            if not fewest <= value <= most:
+                raise ConfigError(f"--{name}: expected {fewest} to {most}, got {value}")
+        if plan.after[0] < 1:
+            raise ConfigError(f"--after: expected positive integers, got {plan.after[0]}")
+        return plan
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    try:
+        import pynsm  # noqa: F401
+    except ImportError:
+        raise MissingError(
+            "pynsm is not installed: `pip install --no-deps pynsm==1.0.1`, or `make test`, which installs it"
+        ) from None
+    dataset = load_dataset(DataConfig(name=options.data))
+    plan = Plan.of(options, dataset)
+    report.row(kind="library", pynsm=version("pynsm"), channels=CHANNELS, kernel_size=KERNEL, **asdict(plan))
+    rows: list[Row] = []
+    for name in options.parts:
+        rows += PARTS[name](plan, dataset, report)
+    _draw(rows, report)
+
+
+# -- encoding ----------------------------------------------------------------------------------------------------------
+
+
+def iterations_needed(state: State, images: Tensor, problem: Problem, residual: float, step: float) -> int | None:
+    """The authors' iterations at this step after which all columns have the residual; None if more than the most."""
+    model = state.authors(step, MAX_ITERATIONS)
+    reached: list[int] = []
+
+    def look(module: Any) -> bool:
+        if float(problem.residual(columns(module.y.detach())).amax()) <= residual:
+            reached.append(module.iteration_idx + 1)
+        return bool(reached)
+
+    model.register_iteration_hook("iteration", look)
+    with torch.no_grad():
+        model(images)
+    return reached[0] if reached else None
+
+
+def measure_encoding(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
+    """Images/s to a residual, both from the same frozen weights."""
+    states = trained_states(plan.lesson(dataset), plan.after, report)
+    images = to_unit(dataset.test_images[: plan.images])
+    rows = []
+    with report.progress(len(states) * len(RESIDUALS)) as step:
+        for after, state in sorted(states.items()):
+            problem = state.problem(images)
+            exact = problem.exact()
+            for residual in RESIDUALS:
+                step(f"after {after} images: encoding to {residual:g}")
+                rows.append({"after": after} | encode(state, images, problem, exact, residual, plan))
+                report.row(kind="encoding", **rows[-1])
+    report.table(
+        "Encoding to a residual with the same frozen weights",
+        ["images learnt", "λmax", "residual", "pynsm steps", "pynsm images/s", "error", "images/s", "error", "×",
+         "min", "max"],
+        [
+            [row[key] for key in ("after", "largest_eigenvalue", "tolerance", "pynsm_iterations",
+                                  "pynsm_images_per_second", "pynsm_error", "images_per_second", "error", "speedup",
+                                  "speedup_min", "speedup_max")]
+            for row in rows
+        ],
+    )  # fmt: skip
+    return [row | {"label": f"encode to {row['tolerance']:g}\nafter {row['after']}"} for row in rows]
+
+
+def encode(state: State, images: Tensor, problem: Problem, exact: Tensor, residual: float, plan: Plan) -> Row:
+    """Both sides at one residual: theirs with 1.9/λmax and the iterations it needs, ours as it stands."""
+    step = 1.9 / problem.largest
+    needed = iterations_needed(state, images, problem, residual, step)
+    model = state.authors(step, needed or MAX_ITERATIONS)
+    layer = state.own(DynamicsConfig(tolerance=residual, max_iterations=MAX_ITERATIONS, ridge=0.0))
+    row: Row = {"largest_eigenvalue": problem.largest, "condition": problem.condition, "tolerance": residual}
+    return row | side_by_side(model, layer, images, problem, exact, plan) | {"pynsm_iterations": needed}
+
+
+def side_by_side(
+    model: Any, layer: SimilarityMatchingConv2d, images: Tensor, problem: Problem, exact: Tensor, plan: Plan
+) -> Row:
+    """Time both in turns on the images, batch by batch, and look at what they return."""
+    parts = torch.split(images, plan.batch_size)
+
+    def theirs() -> Tensor:
+        return torch.cat([columns(model(part)) for part in parts], dim=1)
+
+    def ours() -> Tensor:
+        return torch.cat([columns(layer.solve(part).y) for part in parts], dim=1)
+
+    with torch.no_grad():
+        their_y, our_y = theirs(), ours()
+        timings = alternate(
+            {
+                "pynsm": lambda: [model(part) for part in parts],
+                "simmatch": lambda: [layer.solve(part) for part in parts],
+            },
+            plan.rounds,
+        )
+    return {
+        "images": len(images),
+        "batch_size": plan.batch_size,
+        "pynsm_residual": problem.residual(their_y).amax(),
+        "pynsm_error": error(their_y, exact),
+        **timings.rate("pynsm", len(images)).fields("pynsm_images_per_second"),
+        "solver": layer.dynamics.solver_on("cpu", alone=True),
+        "residual": problem.residual(our_y).amax(),
+        "error": error(our_y, exact),
+        "difference": error(our_y, their_y.double()),
+        **timings.rate("simmatch", len(images)).fields("images_per_second"),
+        **timings.speedup("simmatch", "pynsm").fields("speedup"),
+    }
+
+
+def measure_fixed(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
+    """Exactly the authors' 40 float32 projected-gradient iterations on both sides, at 1.9/λmax."""
+    rows = []
+    images = to_unit(dataset.test_images[: plan.images])
+    states = trained_states(plan.lesson(dataset), plan.after, report)
+    with report.progress(len(states)) as step:
+        for after, state in sorted(states.items()):
+            step(f"after {after} images: {AUTHORS_ITERATIONS} iterations")
+            problem = state.problem(images)
+            size = 1.9 / problem.largest
+            layer = state.own(
+                DynamicsConfig(
+                    solver="projected_gradient", step=size, tolerance=0.0, max_iterations=AUTHORS_ITERATIONS, ridge=0.0
+                )
+            )
+            model = state.authors(size, AUTHORS_ITERATIONS)
+            found = side_by_side(model, layer, images, problem, problem.exact(), plan)
+            rows.append({"after": after, "iterations": AUTHORS_ITERATIONS} | found)
+            report.row(kind="fixed", **rows[-1])
+    report.table(
+        f"Encoding with exactly {AUTHORS_ITERATIONS} float32 projected-gradient iterations",
+        ["images learnt", "pynsm images/s", "images/s", "difference", "residual", "×", "min", "max"],
+        [
+            [row[key] for key in ("after", "pynsm_images_per_second", "images_per_second", "difference", "residual",
+                                  "speedup", "speedup_min", "speedup_max")]
+            for row in rows
+        ],
+    )  # fmt: skip
+    return [row | {"label": f"{AUTHORS_ITERATIONS} steps\nafter {row['after']}"} for row in rows]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def all_learners(start: State, positions: int) -> dict[str, Authors | Own]:
+    """Everyone who is timed, from the same state."""
+    return {
+        "pynsm": Authors(start),
+        "simmatch": Own(start, None),
+        "simmatch, some positions": Own(start, positions),
+    }
+
+
+def measure_training(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
+    """The same images in the same order from the same state; a round is the next part of the training of each."""
+    lesson = plan.lesson(dataset)
+    start = lesson.start()
+    held_out = to_unit(dataset.test_images[: plan.objective_images])
+    learners, spare = all_learners(start, plan.positions), all_learners(start, plan.positions)
+    edges = [*range(0, plan.train_images, plan.chunk), plan.train_images]  # the last part may be a short one
+    rounds = len(edges) - 1
+    parts = {name: iter(pairwise(edges)) for name in learners}
+
+    def advance(name: str) -> None:
+        for batch in lesson.batches(*next(parts[name])):
+            learners[name].learn(batch)
+
+    first = next(lesson.batches(0, plan.batch_size))
+    with report.progress(rounds + 1) as step:
+        timings = alternate(
+            {name: partial(advance, name) for name in learners},
+            rounds,
+            warm_up={name: partial(learner.learn, first) for name, learner in spare.items()},
+            after_round=lambda: step(f"training on {plan.train_images} images"),
+        )
+    before = held_out_objective(start, held_out)
+    rows = []
+    for name, learner in learners.items():
+        total = sum(timings.seconds[name])
+        rows.append(
+            {
+                "trainer": name,
+                "images": plan.train_images,
+                "positions": getattr(learner, "positions", None),
+                "objective_before": before,
+                "objective": held_out_objective(learner.state(), held_out),
+                "largest_eigenvalue": torch.linalg.eigvalsh(learner.state().lateral.double())[-1],
+                "images_per_second": plan.train_images / total,
+                "speedup_total": sum(timings.seconds["pynsm"]) / total,
+                **timings.speedup(name, "pynsm").fields("speedup"),
+            }
+        )
+        report.row(kind="training", **rows[-1])
+    report.table(
+        f"Training on {plan.train_images} images, one round per {plan.chunk}",
+        ["", "images/s", "objective, held out", "λmax", "×, whole run", "×, median round", "min", "max"],
+        [
+            [row[key] for key in ("trainer", "images_per_second", "objective", "largest_eigenvalue", "speedup_total",
+                                  "speedup", "speedup_min", "speedup_max")]
+            for row in rows
+        ],
+    )  # fmt: skip
+    return [row | {"label": f"train\n{row['trainer']}"} for row in rows if row["trainer"] != "pynsm"]
+
+
+PARTS: dict[str, Callable[[Plan, Dataset, Report], list[Row]]] = {
+    "encoding": measure_encoding,
+    "fixed": measure_fixed,
+    "training": measure_training,
+}
+"""What can be measured, in this order."""
+
+
+def _draw(rows: list[Row], report: Report) -> None:
+    with report.figure("pynsm", width=max(6.0, 1.1 * len(rows)), height=4.5) as figure:
+        axes = figure.subplots()
+        middle = [row["speedup"] for row in rows]
+        spread = [
+            [row["speedup"] - row["speedup_min"] for row in rows],
+            [row["speedup_max"] - row["speedup"] for row in rows],
+        ]
+        axes.bar([row["label"] for row in rows], middle, yerr=spread, capsize=4, color="C0", alpha=0.8)
+        axes.axhline(1.0, color="k", linewidth=0.8)
+        axes.set_ylabel("times faster than pynsm (median, least, greatest)")
+        axes.tick_params(axis="x", labelsize=7)
+        axes.grid(axis="y", alpha=0.3)

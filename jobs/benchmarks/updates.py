@@ -1,0 +1,276 @@
+"""The measured unit of the sharded benchmarks: one learning update of a layer, asked of a group of processes.
+
+Every update starts from the same weights and sees the same images, so that all repetitions are the same work, and
+counts of exchanges and bytes are the same numbers each time. Restoring the weights and the ranks' common start lie
+outside of the measured seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from jobs.benchmarks.problems import Recipe
+from jobs.benchmarks.processes import Group, Member
+from jobs.benchmarks.timing import Timings, alternate
+from simmatch.config import DynamicsConfig, parse
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.rows import split_rows
+
+KERNEL, PADDING = 5, 2
+"""Of the measured layer, at stride 1: as many columns per image as the image has pixels."""
+
+BASELINE = "every_iteration"
+"""The exchange that all others are compared with; on one rank there is nothing to exchange."""
+
+
+def exchanges() -> tuple[str, ...]:
+    """The exchange modes that a configuration may name."""
+    return get_args(DynamicsConfig.model_fields["exchange"].annotation)
+
+
+def modes(tolerance: float) -> dict[str, DynamicsConfig]:
+    """Every exchange mode with the solver that it takes on a CPU.
+
+    Raises
+    ------
+    ConfigError
+        A tolerance below 0.
+    """
+    found = {}
+    for mode in exchanges():
+        config = parse(DynamicsConfig, {"exchange": mode, "tolerance": tolerance})
+        solver = config.solver_on("cpu", alone=mode == "gather_state")
+        found[mode] = config.model_copy(update={"solver": solver})
+    return found
+
+
+# ------------------------------------------------------------------------------------------- in the processes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One update as one rank saw it.
+
+    Attributes
+    ----------
+    seconds: from the common start to the end of the update on this rank; `waited_s` of them blocked in an exchange.
+    exchanges, bytes: exchanges started, and bytes that came from the other ranks.
+    iterations, residual: of the dynamics; the residual of the worst column.
+    """
+
+    seconds: float
+    waited_s: float
+    exchanges: int
+    bytes: int
+    iterations: int
+    residual: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A rank's shard of a layer, the state that every update starts from, and the batch that it sees."""
+
+    layer: SimilarityMatchingConv2d
+    state: dict[str, Tensor]
+    bound: tuple[float, float]
+    images: Tensor
+
+
+def train(member: Member, recipe: Recipe, images: Tensor) -> dict[str, Tensor]:
+    """Weights of a layer of this recipe after one pass over images [B, C, H, W]: an untrained M is the identity."""
+    layer = recipe.layer(images.shape[1])
+    for start in range(0, len(images), recipe.batch_size):
+        layer.partial_fit(images[start : start + recipe.batch_size])
+    return {"feedforward": layer.feedforward, "lateral": layer.lateral, "perron": layer.perron}
+
+
+def hold(member: Member, weights: dict[str, Tensor], images: Tensor) -> None:
+    """Keep full weights, and images for all batches, for the layers to come."""
+    member.kept["weights"], member.kept["images"] = weights, images
+
+
+def seat(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed: int) -> None:
+    """Build this rank's shard of the held weights, to learn from the first `batch` held images."""
+    weights, images = member.kept["weights"], member.kept["images"]
+    layer = _build(member, len(weights["feedforward"]), images.shape[1], dynamics, seed)
+    own = slice(layer.rows.start, layer.rows.stop)
+    layer.feedforward.copy_(weights["feedforward"][own])
+    layer.lateral.copy_(weights["lateral"][own])
+    layer.perron.copy_(weights["perron"])
+    layer.invalidate_bound()
+    bound = layer.bound  # certified by all ranks together; writes `perron`
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    member.kept[name] = Bench(layer, state, (bound.value, bound.ridge), images[:batch])
+
+
+def update(member: Member, name: str) -> Sample:
+    """One update from the seated state."""
+    bench: Bench = member.kept[name]
+    exchange = member.exchange
+    bench.layer.load_state_dict(bench.state)
+    bench.layer.restore_bound(*bench.bound)
+    exchange.all_gather(torch.zeros(exchange.world_size, 1)).wait()  # all start together
+    before = (exchange.num_exchanges, exchange.bytes_exchanged, exchange.waited_s)
+    start = time.perf_counter()
+    solution = bench.layer.partial_fit(bench.images)
+    seconds = time.perf_counter() - start
+    return Sample(
+        seconds=seconds,
+        waited_s=exchange.waited_s - before[2],
+        exchanges=exchange.num_exchanges - before[0],
+        bytes=exchange.bytes_exchanged - before[1],
+        iterations=solution.num_iters,
+        residual=float(solution.residual.amax()) if solution.residual.numel() else 0.0,
+    )
+
+
+def learnt(member: Member, name: str) -> Tensor:
+    """What the last update changed in the own rows of W: [K_g, C, k, k]."""
+    bench: Bench = member.kept[name]
+    return bench.layer.feedforward - bench.state["feedforward"]
+
+
+def clear(member: Member, name: str) -> None:
+    """Forget a seated layer."""
+    del member.kept[name]
+
+
+def _build(
+    member: Member, channels: int, in_channels: int, dynamics: DynamicsConfig, seed: int
+) -> SimilarityMatchingConv2d:
+    exchange = member.exchange
+    return SimilarityMatchingConv2d(
+        in_channels,
+        channels,
+        KERNEL,
+        padding=PADDING,
+        normalize="contrast",
+        dynamics=dynamics,
+        seed=seed,
+        rows=split_rows(channels, exchange.world_size)[exchange.rank],
+        exchange=exchange,
+    )
+
+
+# ------------------------------------------------------------------------------------------- beside them
+
+
+SETTLE_S = 0.02
+"""Pause before another group's turn: OpenMP's threads go on spinning for some milliseconds after their last loop."""
+
+
+class Stopwatch:
+    """A clock that shows the seconds the ranks have measured, so that the caller's own time does not count.
+
+    Attributes
+    ----------
+    total: seconds so far.
+    last: the group that measured last.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.last: Group | None = None
+
+    def __call__(self) -> float:
+        return self.total
+
+
+@dataclass
+class Candidate:
+    """One way to make the update: a group of processes and a configuration of the dynamics.
+
+    Attributes
+    ----------
+    samples: of every update so far, one `Sample` per rank.
+    """
+
+    name: str
+    group: Group
+    dynamics: DynamicsConfig
+    watch: Stopwatch
+    samples: list[list[Sample]] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        """One update; the last rank to end it counts."""
+        if self.watch.last is not self.group:
+            time.sleep(SETTLE_S)
+            self.watch.last = self.group
+        found: list[Sample] = self.group.ask(update, self.name)
+        self.samples.append(found)
+        self.watch.total += max(sample.seconds for sample in found)
+
+    def fields(self) -> dict[str, Any]:
+        """Counts of one update, and what the seconds went into, for a row.
+
+        `counts_repeat`: whether all updates had the same numbers of exchanges and bytes, as they should.
+        """
+        last = self.samples[-1]
+        counts = {tuple((sample.exchanges, sample.bytes) for sample in found) for found in self.samples}
+        shares = [median(sample.waited_s / sample.seconds for sample in found) for found in self.samples[1:]]
+        return {
+            "exchanges": last[0].exchanges,
+            "bytes_per_rank": [sample.bytes for sample in last],
+            "bytes": sum(sample.bytes for sample in last),
+            "counts_repeat": len(counts) == 1,
+            "waiting": median(shares),
+            "iterations": max(sample.iterations for sample in last),
+            "residual": max(sample.residual for sample in last),
+        }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Candidates that took turns at the same update.
+
+    Attributes
+    ----------
+    timings: seconds per update.
+    change: candidate → ΔW [K, C, k, k] of its last update.
+    """
+
+    timings: Timings
+    candidates: dict[str, Candidate]
+    change: dict[str, Tensor]
+
+    def fields(self, name: str, baseline: str) -> dict[str, Any]:
+        """A candidate's part of a row: seconds, ratio to the baseline, counts, and how far its ΔW is from there."""
+        reference = self.change[baseline]
+        distance = (self.change[name] - reference).norm() / reference.norm().clamp(min=1e-30)
+        return {
+            **self.timings.spread(name).fields("seconds"),
+            **self.timings.speedup(name, baseline).fields("ratio"),
+            **self.candidates[name].fields(),
+            "distance": float(distance),
+        }
+
+
+def compare(
+    ways: Mapping[str, tuple[Group, DynamicsConfig]], *, batch: int, seed: int, rounds: int, min_s: float
+) -> Compared:
+    """Let several ways make the same update in turns, round by round. The groups must hold the same weights."""
+    watch = Stopwatch()
+    candidates = {name: Candidate(name, group, dynamics, watch) for name, (group, dynamics) in ways.items()}
+    for candidate in candidates.values():
+        candidate.group.ask(seat, candidate.name, candidate.dynamics, batch, seed)
+    timings = alternate(candidates, rounds, min_s=min_s, clock=watch)
+    change = {}
+    for candidate in candidates.values():
+        change[candidate.name] = torch.cat(candidate.group.ask(learnt, candidate.name))
+        candidate.group.ask(clear, candidate.name)
+    return Compared(timings, candidates, change)
+
+
+def affordable(group: Group, dynamics: DynamicsConfig, *, seed: int, limit_s: float) -> int:
+    """How many images an update may have for one way to make it in `limit_s`, judged by an update of one image."""
+    group.ask(seat, "one image", dynamics, 1, seed)
+    taken = min(max(sample.seconds for sample in group.ask(update, "one image")) for _ in range(3))
+    group.ask(clear, "one image")
+    return max(1, int(limit_s / taken))

@@ -1,0 +1,223 @@
+"""Convolution of images to columns [K, N], and its weight gradient, with buffers that do not grow with the batch.
+
+Both run over chunks of images (of rows, where one image is large), so that what lies between input and result stays in
+cache and neither the P × N patch matrix nor a second tensor of the size of the activities is ever built. Columns are
+in the order 'b h w', channels outermost, which no convolution library writes: something has to be rearranged per
+column, the P values of its patch or the K values of its activity. The smaller of the two is:
+
+    P ≤ K    patches of a chunk are written out, and one matrix product gives the chunk's columns in place
+    P > K    the library convolves the chunk, and scale, offset and rearrangement are one pass over its result
+
+On a GPU it is always the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+CHUNK_VALUES = 1 << 18
+"""Values rearranged at a time on a CPU: 1 MiB in float32, so that a chunk stays in cache."""
+
+DEVICE_CHUNK_VALUES = 1 << 24
+"""The same on other devices: enough for a kernel to fill the device."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some images, or some rows of one image.
+
+    Attributes
+    ----------
+    images: [n, C, h, w], padded: exactly what the chunk's columns see.
+    batch, rows: which images and which rows of the map they make up.
+    columns: which columns, n · rows · W' of them.
+    """
+
+    images: Tensor
+    batch: slice
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Patches of k × k at a stride, with zero padding: [B, C, H, W] ↔ [K, N], N = B · H' · W'."""
+
+    kernel_size: int
+    stride: int
+    padding: int
+
+    def extent(self, size: int) -> int:
+        """Positions along an axis of `size` pixels."""
+        return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
+
+    def forward(self, images: Tensor, weight: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+        """conv(x, W) · scale + offset.
+
+        Parameters
+        ----------
+        images: [B, C, H, W].
+        weight: [K, C, k, k].
+        scale: [B, 1, H', W'], of every patch, or None for 1.
+        offset: [K], or None for 0.
+
+        Returns
+        -------
+        [K, N], columns in the order 'b h w'.
+        """
+        if torch.compiler.is_exporting():  # a graph has no loop over an open batch
+            return self._graph(images, weight, scale, offset)
+        height, width = self.extent(images.shape[2]), self.extent(images.shape[3])
+        channels = weight.shape[0]
+        result = images.new_empty(channels, images.shape[0] * height * width)
+        maps = rearrange(result, "k (b h w) -> b k h w", h=height, w=width)
+        lowered = self._lowered(weight)
+        if lowered is not None:
+            constant = weight.new_zeros(channels) if offset is None else offset
+            affine = torch.cat([weight.flatten(1), constant.unsqueeze(1)], dim=1)
+            for chunk, patches in self._patches(images, scale, lowered):
+                torch.mm(affine, patches, out=result[:, chunk.columns])
+            return result
+        bias = offset if scale is None else None
+        for chunk in self._chunks(images, channels):
+            found = F.conv2d(chunk.images, weight, bias, self.stride)
+            target = maps[chunk.batch, :, chunk.rows]
+            if scale is None:
+                target.copy_(found)
+            elif offset is None:
+                torch.mul(found, scale[chunk.batch, :, chunk.rows], out=target)
+            else:
+                torch.addcmul(offset.view(-1, 1, 1), found, scale[chunk.batch, :, chunk.rows], out=target)
+        return result
+
+    def weight_gradient(self, images: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
+        """Σ over columns of y [x · scale; 1]ᵀ.
+
+        Parameters
+        ----------
+        images, scale: as in `forward`.
+        y: [K, N].
+
+        Returns
+        -------
+        [K, P + 1]: the weight's gradient, and in the last column Σ y.
+        """
+        channels, kernel = y.shape[0], self.kernel_size
+        weight = y.new_empty(channels, images.shape[1], kernel, kernel)  # asked for its shape only
+        total = y.new_zeros(channels, weight[0].numel() + 1)
+        lowered = self._lowered(weight)
+        if lowered is not None:
+            for chunk, patches in self._patches(images, scale, lowered):
+                total.addmm_(y[:, chunk.columns], patches.T)
+            return total
+        height, width = self.extent(images.shape[2]), self.extent(images.shape[3])
+        maps = rearrange(y, "k (b h w) -> b k h w", h=height, w=width)
+        for chunk in self._chunks(images, channels):
+            own = maps[chunk.batch, :, chunk.rows]
+            scaled = own.new_empty(own.shape)
+            if scale is None:
+                scaled.copy_(own)
+            else:
+                torch.mul(own, scale[chunk.batch, :, chunk.rows], out=scaled)
+            total[:, :-1] += self._library_gradient(scaled, chunk.images, weight).flatten(1)
+            total[:, -1] += y[:, chunk.columns].sum(dim=1)
+        return total
+
+    def _library_gradient(self, scaled: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+        """Gradient [K, C, k, k] of a convolution without padding, as automatic differentiation computes it."""
+        stride, none, once = [self.stride] * 2, [0, 0], [1, 1]
+        gradient: Tensor
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            scaled, images, weight, None, stride, none, once, False, none, 1, [False, True, False]
+        )
+        return gradient
+
+    def gather(self, images: Tensor, batch: Tensor, position: Tensor) -> Tensor:
+        """Patches [n, P] at some positions.
+
+        Parameters
+        ----------
+        images: [B, C, H, W].
+        batch, position: [n], the image of each patch, and its position h · W' + w.
+        """
+        padded = self._pad(images)
+        _, channels, height, width = padded.shape
+        across = self.extent(images.shape[3])
+        corner = position // across * (self.stride * width) + position % across * self.stride
+        corner = corner + batch * (channels * height * width)
+        kernel = torch.arange(self.kernel_size, device=images.device)
+        channel = torch.arange(channels, device=images.device) * (height * width)
+        inside = rearrange(channel, "c -> c 1 1") + rearrange(kernel * width, "i -> i 1") + kernel
+        inside = inside.flatten()
+        found = images.new_empty(len(corner), len(inside))
+        rows = max(1, _budget(images) // len(inside))
+        for part, target in zip(torch.split(corner, rows), torch.split(found, rows), strict=True):
+            torch.take(padded, part.unsqueeze(1) + inside, out=target)
+        return found
+
+    def _windows(self, padded: Tensor) -> Tensor:
+        """All patches of padded images as a view: [B, C, h, w] → [B, C, H', W', k, k]."""
+        return padded.unfold(2, self.kernel_size, self.stride).unfold(3, self.kernel_size, self.stride)
+
+    def _pad(self, images: Tensor) -> Tensor:
+        return F.pad(images, (self.padding,) * 4) if self.padding else images
+
+    def _graph(self, images: Tensor, weight: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+        """`forward` as a plain graph."""
+        result = F.conv2d(images, weight, stride=self.stride, padding=self.padding)
+        result = rearrange(result if scale is None else result * scale, "b k h w -> k (b h w)")
+        return result if offset is None else result + offset.unsqueeze(1)
+
+    @staticmethod
+    def _lowered(weight: Tensor) -> int | None:
+        """P + 1 where patches are written out, None where the library convolves."""
+        size = weight[0].numel()
+        return size + 1 if weight.device.type == "cpu" and size <= weight.shape[0] else None
+
+    def _chunks(self, images: Tensor, values_per_column: int) -> Iterator[Chunk]:
+        """The batch in chunks of about `CHUNK_VALUES`, at least one row of one image each."""
+        height, width = self.extent(images.shape[2]), self.extent(images.shape[3])
+        affordable = max(1, _budget(images) // (values_per_column * width))
+        rows, step = min(affordable, height), max(1, affordable // height)
+        for start in range(0, images.shape[0], step):
+            batch = slice(start, min(start + step, images.shape[0]))
+            padded = self._pad(images[batch])
+            for top in range(0, height, rows):
+                bottom = min(top + rows, height)
+                seen = padded[:, :, top * self.stride : (bottom - 1) * self.stride + self.kernel_size]
+                first = (start * height + top) * width
+                columns = slice(first, first + (batch.stop - start) * (bottom - top) * width)
+                yield Chunk(seen, batch, slice(top, bottom), columns)
+
+    def _patches(self, images: Tensor, scale: Tensor | None, lowered: int) -> Iterator[tuple[Chunk, Tensor]]:
+        """Chunks with their patches, times scale, and a last row of ones: [P + 1, columns], in one buffer."""
+        buffer = images.new_empty(0)
+        for chunk in self._chunks(images, lowered):
+            windows = rearrange(self._windows(chunk.images), "b c h w i j -> c i j b h w")
+            count = chunk.columns.stop - chunk.columns.start
+            if buffer.numel() < lowered * count:  # the first chunk is the largest
+                buffer = images.new_empty(lowered * count)
+            patches = buffer[: lowered * count].view(lowered, count)
+            target = patches[:-1].view(windows.shape)
+            if scale is None:
+                target.copy_(windows)
+            else:
+                torch.mul(windows, rearrange(scale[chunk.batch, :, chunk.rows], "b 1 h w -> b h w"), out=target)
+            patches[-1] = 1.0
+            yield chunk, patches
+
+
+def images_per_chunk(images: Tensor) -> int:
+    """How many images [B, C, H, W] make up a chunk, at least one."""
+    return max(1, _budget(images) // images.shape[1:].numel())
+
+
+def _budget(like: Tensor) -> int:
+    """Values in a chunk."""
+    return CHUNK_VALUES if like.device.type == "cpu" else DEVICE_CHUNK_VALUES

@@ -1,0 +1,185 @@
+"""Weights, statistics and solutions on their way between owners of rows and owners of columns.
+
+Where columns are split, an update moves two buffers of equal slices, one slice an owner:
+
+    weights     rows of W, M and, where labels act, V    all-gather: every owner holds all rows
+    statistics  rows of Σ y xᵀ, Σ y yᵀ, Σ y zᵀ           all-to-all, then summed by the rows' owner in the order of
+                                                         ranks: a reduce-scatter whose result repeats bit by bit
+
+Together 2 K (K + P) values, a little more with labels and padding. Behind every slice rides its owner's mark: an
+exception or a non-finite value of one owner is raised by all, at the same exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from simmatch.exchange import Exchange
+from simmatch.lateral import SharedFault, raise_shared
+from simmatch.plasticity import Statistics, Weights
+from simmatch.rows import Rows, join_rows, split_rows
+
+HEALTHY, EXCEPTION, NON_FINITE = 0.0, 1.0, 2.0
+"""Marks that ride behind a slice."""
+
+
+class Slices:
+    """A flat buffer [G, …] of equal slices: a table [height, width] each, and behind it single values.
+
+    Attributes
+    ----------
+    flat: [G, height · width + singles], what is exchanged.
+    table: [G, height, width], singles: [G, singles]; views of it.
+    """
+
+    def __init__(self, owners: int, height: int, width: int, singles: int, like: Tensor) -> None:
+        self.flat = like.new_zeros(owners, height * width + singles)
+        self.table = self.flat[:, : height * width].view(owners, height, width)
+        self.singles = self.flat[:, height * width :]
+
+    @property
+    def marks(self) -> Tensor:
+        """[G], the last single value of every slice."""
+        return self.singles[:, -1]
+
+
+def mark_of(fault: Exception | None) -> float:
+    """An owner of all channels who solves alone meets a `SharedFault` only where values are not finite."""
+    if fault is None:
+        return HEALTHY
+    return NON_FINITE if isinstance(fault, SharedFault) else EXCEPTION
+
+
+def mark_if_not_finite(marks: Tensor, values: Tensor) -> None:
+    """Set `marks`, a view, where `values` has NaN or infinity anywhere; one pass, no wait for a device."""
+    least, largest = values.aminmax()
+    marks.masked_fill_(~(least.isfinite() & largest.isfinite()), NON_FINITE)
+
+
+def raise_marked(marks: Tensor, what: str, fault: Exception | None = None) -> None:
+    """Raise on all owners what the marks [G] say; `fault` is this owner's own exception, if any."""
+    raise_shared(marks == EXCEPTION, "exception", fault)
+    raise_shared(marks == NON_FINITE, f"non-finite {what}", fault)
+
+
+class GatheredState:
+    """Moves the state of one layer between its owners; buffers last from update to update.
+
+    Parameters
+    ----------
+    rows: the rows held here.
+    exchange: the way to the other owners.
+    filters: (C, k, k), shape of a row of W.
+    num_classes: columns of V.
+    """
+
+    def __init__(self, rows: Rows, exchange: Exchange, filters: tuple[int, int, int], num_classes: int) -> None:
+        self.rows, self.exchange, self.filters = rows, exchange, filters
+        self.widths = [math.prod(filters), rows.total, num_classes]
+        self._parts = split_rows(rows.total, exchange.world_size)
+        self._buffers: dict[str, Slices] = {}
+
+    def weights(self, own: Weights, *, label: bool) -> Weights:
+        """Own rows of W [K_g, C, k, k], M [K_g, K] and, if asked for, V [K_g, num_classes] → all rows, everywhere.
+
+        Raises
+        ------
+        SharedFault
+            On all owners, where the rows of one are not finite.
+        """
+        widths = self.widths[: 3 if label else 2]
+        buffer, rank = self._buffer("weights", sum(widths), own.lateral), self.exchange.rank
+        _fill(buffer.table[rank], [own.feedforward.flatten(1), own.lateral, own.label], widths)
+        buffer.marks[rank] = HEALTHY
+        mark_if_not_finite(buffer.marks[rank], buffer.table[rank])
+        self.exchange.all_gather(buffer.flat).wait()
+        raise_marked(buffer.marks, "weights")
+        feedforward, lateral, *rest = (
+            join_rows(part, self.rows.total) for part in torch.split(buffer.table, widths, dim=2)
+        )
+        whole_label = rest[0] if label else lateral.new_zeros(self.rows.total, self.widths[2])
+        return Weights(feedforward.view(-1, *self.filters), lateral, whole_label)
+
+    def statistics(self, sums: Statistics | None, like: Tensor, fault: Exception | None = None) -> Statistics:
+        """Sums over own columns for all K rows → sums over all columns for own rows, good until the next call.
+
+        Parameters
+        ----------
+        sums: yx [K, C, k, k], yy [K, K], yz [K, num_classes] over own columns; zz and count, which take no activities,
+            over the whole batch already: every owner knows them. None only with a fault.
+        like: a tensor of their dtype and device.
+        fault: this owner's exception, if it has one; then all owners raise.
+
+        Raises
+        ------
+        SharedFault
+            On all owners, where one has a fault or sums that are not finite.
+        """
+        sent, received = (self._buffer(name, sum(self.widths), like) for name in ("sent", "received"))
+        sent.marks.fill_(mark_of(fault))
+        if sums is not None:
+            tensors = [sums.yx.flatten(1), sums.yy, sums.yz]
+            for table, part in zip(sent.table, self._parts, strict=True):
+                _fill(table, [tensor[part.start : part.stop] for tensor in tensors], self.widths)
+            mark_if_not_finite(sent.marks, sent.table)  # every owner hears of what any of them would get
+        self.exchange.all_to_all(received.flat, sent.flat).wait()
+        raise_marked(received.marks, "activities or statistics", fault)
+        assert sums is not None  # else this owner's own mark has been raised
+        total = received.table[0, : self.rows.count]
+        for other in received.table[1:, : self.rows.count]:
+            total += other
+        yx, yy, yz = torch.split(total, self.widths, dim=1)
+        return Statistics(yx.view(-1, *self.filters), yy, yz, sums.zz, sums.count)
+
+    def _buffer(self, name: str, width: int, like: Tensor) -> Slices:
+        """Slices of the padded rows with one mark."""
+        found = self._buffers.get(name)
+        wanted = (width, like.dtype, like.device)
+        if found is None or (found.table.shape[2], found.flat.dtype, found.flat.device) != wanted:
+            found = Slices(self.exchange.world_size, self.rows.padded, width, 1, like)
+            self._buffers[name] = found
+        return found
+
+
+def _fill(table: Tensor, tensors: Sequence[Tensor], widths: Sequence[int]) -> None:
+    """Write rows of tensors side by side into the first rows of a table [padded, Σ widths]."""
+    for place, tensor in zip(torch.split(table, list(widths), dim=1), tensors, strict=False):
+        place[: tensor.shape[0]] = tensor
+
+
+def gather_columns(
+    values: Tensor,
+    singles: Sequence[float],
+    counts: Sequence[int],
+    exchange: Exchange,
+    fault: Exception | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Columns of every owner side by side, and single values of every owner.
+
+    Parameters
+    ----------
+    values: [h, n], own columns.
+    singles: s numbers of this owner.
+    counts: n of every owner.
+    fault: this owner's exception, if it has one; then all owners raise.
+
+    Returns
+    -------
+    ([h, Σ n], [G, s]), the same on all owners.
+
+    Raises
+    ------
+    SharedFault
+        On all owners, where one has a fault.
+    """
+    slices = Slices(exchange.world_size, values.shape[0], max(counts), len(singles) + 1, values)
+    slices.table[exchange.rank, :, : values.shape[1]] = values
+    slices.singles[exchange.rank] = values.new_tensor([*singles, mark_of(fault)])
+    exchange.all_gather(slices.flat).wait()
+    raise_marked(slices.marks, "activities", fault)
+    joined = torch.cat([table[:, :count] for table, count in zip(slices.table, counts, strict=True)], dim=1)
+    return joined, slices.singles[:, :-1]

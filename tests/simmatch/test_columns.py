@@ -1,0 +1,79 @@
+"""Ranges of columns: how they split a batch, and that a range's part of a batch is enough for its drive and sums."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simmatch.columns import Touched, split_columns
+from simmatch.geometry import PatchConfig, correlate, draw_positions, drive, prepare
+
+
+@given(total=st.integers(1, 10_000), parts=st.integers(1, 40))
+def test_ranges_cover_all_columns_evenly(total: int, parts: int) -> None:
+    found = split_columns(total, parts)
+    assert [found[0].start, found[-1].stop, len(found)] == [0, total, parts]
+    assert all(one.stop == other.start for one, other in pairwise(found))
+    counts = {columns.count for columns in found}
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 60])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PatchConfig(2, 3, 1, 0),
+        PatchConfig(2, 3, 1, 1, contrast=True),
+        PatchConfig(2, 3, 1, 2),
+        PatchConfig(2, 4, 2, 1, contrast=True),
+        PatchConfig(2, 4, 3, 3),
+        PatchConfig(2, 2, 3, 0),
+        PatchConfig(2, 2, 1, 3),  # padding beyond the kernel
+        PatchConfig(2, 7, 1, 0),  # the kernel covers the width
+    ],
+)
+def test_parts_give_the_drive_and_sums_of_the_whole(config: PatchConfig, images: int, parts: int) -> None:
+    """Drives of all ranges side by side, and sums added up, against those of the whole batch."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(images, 2, 9, 7, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 2, config.kernel_size, config.kernel_size, generator=generator, dtype=torch.float64)
+    patches = prepare(x, config)
+    total = images * patches.positions
+    y = torch.rand(5, total, generator=generator, dtype=torch.float64)
+    drives, sums = [], torch.zeros_like(weight)
+    for columns in split_columns(total, parts):
+        touched = Touched.by(columns, patches, config)
+        drives.append(drive(touched.patches, weight, config)[:, touched.inside])
+        own = touched.with_zeros(y[:, columns.start : columns.stop])
+        assert own.shape[1] == touched.patches.batch_size * touched.patches.positions
+        sums += correlate(touched.patches, own, config)
+    torch.testing.assert_close(torch.cat(drives, dim=1), drive(patches, weight, config), rtol=0, atol=1e-13)
+    torch.testing.assert_close(sums, correlate(patches, y, config), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 12])
+@pytest.mark.parametrize("images", [1, 3])
+def test_drawn_positions_split_alike(images: int, parts: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    config = PatchConfig(2, 3, 1, 1, contrast=True)
+    x = torch.rand(images, 2, 6, 6, generator=generator, dtype=torch.float64)
+    patches = prepare(x, config, positions=draw_positions(5, images, (6, 6), generator))
+    weight = torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64)
+    found = []
+    for columns in split_columns(images * 5, parts):
+        touched = Touched.by(columns, patches, config)
+        found.append(drive(touched.patches, weight, config)[:, touched.inside])
+    torch.testing.assert_close(torch.cat(found, dim=1), drive(patches, weight, config), rtol=0, atol=1e-13)
+
+
+def test_a_range_of_one_image_needs_few_rows_of_it() -> None:
+    """Eight owners of one image of 32 × 32 with a 5 × 5 kernel: 4 rows of the map, and padding's margin of 2 around."""
+    config = PatchConfig(1, 5, 1, 2)
+    patches = prepare(torch.rand(1, 1, 32, 32), config)
+    computed = [Touched.by(columns, patches, config).patches.map_size for columns in split_columns(1024, 8)]
+    assert computed == [(6, 32), *[(8, 32)] * 6, (6, 32)]
