@@ -7,8 +7,8 @@ VENV ?= .venv
 CONFIG ?= jobs/configs/fashion_mnist.yaml
 DATASET ?= fashion_mnist
 ARGS ?=
-# PYTEST_ARGS two processes, each a file at a time: much of the time goes into waiting for actors to start
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# PYTEST_ARGS three processes, each a file at a time, slow files first: much of the time is waiting for actors to start
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 # --no-compile: thousands of files would be byte-compiled that are never imported.

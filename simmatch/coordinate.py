@@ -46,17 +46,17 @@ _FAST = {"contract", "reassoc", "nsz", "arcp", "nnan", "ninf"}
 
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
-def _add_row(g, row, amount):  # type: ignore[no-untyped-def]
-    """g ← g + amount · row."""
+def _add_row(g, lateral, i, amount):  # type: ignore[no-untyped-def]
+    """g ← g + amount · M_i. Row i is read in place: a view of it would cost a count of references."""
     for j in range(g.shape[0]):
-        g[j] += amount * row[j]
+        g[j] += amount * lateral[i, j]
 
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
-def _move(g, row, amount, y, diagonal, violation):  # type: ignore[no-untyped-def]
-    """g ← g + amount · row, and of the new g the violations |min(M_ii y_i, g_i)|."""
+def _move(g, lateral, i, amount, y, diagonal, violation):  # type: ignore[no-untyped-def]
+    """g ← g + amount · M_i, and of the new g the violations |min(M_ii y_i, g_i)|."""
     for j in range(g.shape[0]):
-        gradient = g[j] + amount * row[j]
+        gradient = g[j] + amount * lateral[i, j]
         g[j] = gradient
         own = diagonal[j] * y[j]
         violation[j] = abs(own if own < gradient else gradient)
@@ -68,9 +68,10 @@ def _largest(bits, index_mask):  # type: ignore[no-untyped-def]
 
     `bits` are the violations as integers: nonnegative floats are ordered like their bits.
     """
-    top = bits[0] & ~index_mask
+    keep = ~index_mask
+    top = bits[0] & keep
     for j in range(1, bits.shape[0]):
-        top = max(top, (bits[j] & ~index_mask) | j)
+        top = max(top, (bits[j] & keep) | bits.dtype.type(j))  # all in the width of `bits`: wider would be slower
     return top & index_mask
 
 
@@ -78,9 +79,8 @@ def _largest(bits, index_mask):  # type: ignore[no-untyped-def]
 def _step_on_face(lateral, g, active, count, factor, inverse, step):  # type: ignore[no-untyped-def]
     """Solve M_SS p = −g_S by Cholesky; returns whether M_SS is positive definite to working precision."""
     for a in range(count):
-        row = lateral[active[a]]
         for b in range(a + 1):
-            factor[a, b] = row[active[b]]
+            factor[a, b] = lateral[active[a], active[b]]
     for a in range(count):
         for b in range(a):
             done = factor[a, b]
@@ -119,7 +119,7 @@ def _take_face_step(lateral, g, y, active, count, step):  # type: ignore[no-unty
     for a in range(count):
         i = active[a]
         value = zero if a == first else max(zero, y[i] + length * step[a])
-        _add_row(g, lateral[i], value - y[i])
+        _add_row(g, lateral, i, value - y[i])
         y[i] = value
 
 
@@ -130,7 +130,7 @@ def _gradient(lateral, d, y, g):  # type: ignore[no-untyped-def]
         g[j] = -d[j]
     for i in range(y.shape[0]):
         if y[i] != 0:
-            _add_row(g, lateral[i], y[i])
+            _add_row(g, lateral, i, y[i])
 
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
@@ -181,7 +181,7 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
         _from_silence(d, g, violation)
     else:
         _gradient(lateral, d, y, g)
-        _move(g, lateral[0], zero, y, diagonal, violation)
+        _move(g, lateral, 0, zero, y, diagonal, violation)
     while True:
         i = _largest(bits, index_mask)
         largest = violation[i] * slack
@@ -189,14 +189,14 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
             return moves, largest / scale  # what moves have left of rounding is far below the tolerance
         if stuck or moves >= limit or largest <= goal:
             _gradient(lateral, d, y, g)
-            _move(g, lateral[0], zero, y, diagonal, violation)
+            _move(g, lateral, 0, zero, y, diagonal, violation)
             reached = _maximum(violation, bits)
             # a fresh gradient that is no better again and again: the dtype has no more to give
             failures = failures + 1 if reached > best / 2 else 0
             best = min(best, reached)
             if reached <= tolerance * scale or moves >= limit or failures == 3:
                 return moves, reached / scale
-            _move(g, lateral[0], zero, y, diagonal, violation)
+            _move(g, lateral, 0, zero, y, diagonal, violation)
             i = _largest(bits, index_mask)
         value = max(zero, y[i] - g[i] * inverse_diagonal[i])
         change = value - y[i]
@@ -204,7 +204,7 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
         unchanged = unchanged + 1 if (value > zero) == (y[i] > zero) else 0
         y[i] = value
         moves += 1
-        _move(g, lateral[i], change, y, diagonal, violation)
+        _move(g, lateral, i, change, y, diagonal, violation)
         if unchanged >= patience:
             unchanged, count = 0, 0
             for j in range(channels):
@@ -215,7 +215,7 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
             patience = max(LEAST_PATIENCE, cost // (4 * channels))
             if _step_on_face(lateral, g, active, count, factor, pivots, step):
                 _take_face_step(lateral, g, y, active, count, step)
-                _move(g, lateral[0], zero, y, diagonal, violation)
+                _move(g, lateral, 0, zero, y, diagonal, violation)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -287,7 +287,8 @@ class CoordinateDescent:
 
         eps, index_mask = torch.finfo(drive.dtype).eps, (1 << (padded - 1).bit_length()) - 1
         levels = torch.tensor([tolerance, 8 * eps, 1 + 2 * index_mask * eps, 100 * eps], dtype=drive.dtype)
-        limits = (*levels.numpy(), max_iterations * channels, index_mask)
+        integer = np.int32 if drive.dtype == torch.float32 else np.int64  # as wide as a value
+        limits = (*levels.numpy(), max_iterations * channels, integer(index_mask))
         y = torch.empty_like(answered) if start is None else start.clone()
         residual, moves = drive.new_empty(columns), torch.empty(columns, dtype=torch.int64)
         arrays = [tensor.numpy() for tensor in (answered, y, residual, moves)]

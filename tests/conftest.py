@@ -12,6 +12,12 @@ from simmatch.data import Dataset, load_dataset
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left alone with them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
     """The 8 × 8 digits inside scikit-learn: no network, no files of ours."""

@@ -26,6 +26,8 @@ from simmatch.exchange import Exchange
 from tests.exchanges import results
 from tests.faults import FaultPlan, faulty_worker
 
+pytestmark = pytest.mark.slow
+
 CPUS = 4
 LIMIT_S = 60.0
 
