@@ -71,7 +71,7 @@ def _plan_layer(
     rows = split_rows(layer.out_channels, config.mesh.channel)[0]
     columns = layer.train.batch_size * (layer.train.positions or height * width)
     classes = num_classes if layer.supervised else 0
-    tile = min(columns, layer.dynamics.tile_columns)
+    tile = min(columns, layer.dynamics.columns_per_tile(layer.out_channels))
     in_flight = layer.dynamics.tiles_in_flight if config.mesh.channel > 1 else 1
     slices = config.mesh.channel * (rows.padded + TAIL)
     tiles = in_flight * tile * (slices + 5 * rows.count)

@@ -74,8 +74,9 @@ class DynamicsConfig(Frozen):
     """Format in which `every_iteration` and `block` send activities: where it is shorter than that of the weights,
     their increments, rounded alike for all shards. None: that of the weights."""
 
-    tile_columns: PositiveInt = 1024
-    """Columns (images × positions) per tile; a tile's working set should fit the cache."""
+    tile_columns: PositiveInt | None = None
+    """Columns (images × positions) per tile of the gradient methods; a tile's working set should fit the cache. None:
+    about 2¹⁸ activities, 256 to 8192 columns: few channels need many columns to be worth an operation's overhead."""
 
     tiles_in_flight: PositiveInt = 2
     """Tiles whose dynamics advance in turn, so that one computes while another's exchange is under way."""
@@ -90,6 +91,10 @@ class DynamicsConfig(Frozen):
         return self.model_copy(
             update=changes | {"solver": solver, "exchange": "every_iteration", "exchange_dtype": None}
         )
+
+    def columns_per_tile(self, channels: int) -> int:
+        """Width of a tile, by the configuration and K alone."""
+        return self.tile_columns or min(8192, max(256, 2**18 // channels // 256 * 256))
 
     def solver_on(self, device: str, *, alone: bool) -> str:
         """The solver that `auto` stands for on a device type; `alone`: nothing is exchanged within the dynamics."""

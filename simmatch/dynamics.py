@@ -179,7 +179,7 @@ class Dynamics:
         when depends on gathered bytes only, so all owners start the same exchanges in the same order.
         """
         begin = self._stepper(lateral, bound, config, fault)
-        width = self.config.tile_columns
+        width = config.columns_per_tile(self.rows.total)
         waiting = deque(slice(first, min(first + width, drive.shape[1])) for first in range(0, drive.shape[1], width))
         in_flight = config.tiles_in_flight if self.exchange.asynchronous else 1
         running: deque[tuple[slice, Tile | BlockTile, Steps, Handle]] = deque()

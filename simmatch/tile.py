@@ -177,6 +177,8 @@ def iterate(
     scale = tile.tails[:, 0].amax(dim=0) * folded.step
     scale.masked_fill_(scale == 0, 1.0)  # no drive: y = 0 is exact, 0/0 = 0
 
+    # a fixed number of iterations without momentum leaves nothing to decide on the way
+    decides = config.tolerance > 0 or folded.solver.momentum is not None
     iteration, checked, frozen = 1, False, None
     while True:
         if checked:  # the tails that came with this y tell of the one before
@@ -195,7 +197,7 @@ def iterate(
             if not settled or following >= config.max_iterations or (frozen is not None and bool(frozen.all())):
                 return iteration, residual
             iteration = following
-        checked = iteration % config.check_every == 0
+        checked = decides and iteration % config.check_every == 0
         tile.update(folded, frozen, checked)
         iteration += 1
         yield tile.send(exchange)

@@ -26,10 +26,8 @@ def solve_blocks(
     bound = certify_afresh(lateral.nan_to_num(), Rows.all(lateral.shape[0]), ridge=config.ridge)
     blocks = Blocks.from_lateral(own_lateral, bound, rows, exchange.world_size)
     y, residual = torch.empty_like(drive), drive.new_empty(drive.shape[1])
-    waiting = [
-        slice(start, min(start + config.tile_columns, drive.shape[1]))
-        for start in range(0, drive.shape[1], config.tile_columns)
-    ]
+    width = config.columns_per_tile(rows.total)
+    waiting = [slice(start, min(start + width, drive.shape[1])) for start in range(0, drive.shape[1], width)]
     steps, running = 0, []
     while waiting or running:
         while waiting and len(running) < config.tiles_in_flight:

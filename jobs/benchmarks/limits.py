@@ -48,7 +48,7 @@ def gemm_share(problem: Problem, solver_name: str, rounds: int, round_s: float) 
     round_s: least time of each in a round.
     """
     config = parse(DynamicsConfig, {"solver": solver_name, "tolerance": 0.0, "max_iterations": FIXED_ITERATIONS})
-    width = min(config.tile_columns, problem.drive.shape[1])
+    width = min(config.columns_per_tile(problem.channels), problem.drive.shape[1])
     tiles = problem.drive.shape[1] // width
     drive = problem.drive[:, : width * tiles].contiguous()
     solver = Dynamics(config, problem.rows)
