@@ -32,8 +32,10 @@ pretrain: data ## fetch what is missing, then train (CONFIG=..., ARGS="--set key
 data: $(RUN_STAMP) ## fetch the images, unless they are here already (DATASET=fashion_mnist)
 	$(BIN)/python -m jobs.fetch $(DATASET)
 
-test: lint typecheck ## lint, types and tests: all that must pass
+test: lint typecheck ## lint, types and tests: all that must pass; then a quick benchmark, which cannot fail
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "for information, on a machine that may be busy; nothing here fails the tests:"
+	-@$(BIN)/python -m jobs.benchmark dynamics --quick --data digits --channels 64 --parts solvers --run-dir build/benchmark >/dev/null
 
 lint: $(TEST_STAMP) ## ruff, changing nothing
 	$(BIN)/ruff check .

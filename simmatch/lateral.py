@@ -143,3 +143,32 @@ def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, exchange: Excha
         if bound.value >= 0.999 * previous.value:
             break
     return bound
+
+
+def check_lateral(lateral: Tensor) -> None:
+    """Refuse an M for which ½ yᵀMy − yᵀd need not have a minimum: [K, K], finite.
+
+    Raises
+    ------
+    ValueError
+        M is not symmetric, not positive semidefinite (both to rounding), or has no positive diagonal entry.
+    """
+    size, eps = lateral.shape[0], torch.finfo(lateral.dtype).eps
+    if size == 0:
+        return
+    asymmetry = (lateral - lateral.T).abs().amax()
+    if asymmetry > 100 * eps * lateral.abs().amax():
+        raise ValueError(f"lateral: expected a symmetric matrix, got |M - Mᵀ| up to {float(asymmetry):.2e}")
+    largest = lateral.diagonal().amax().double()
+    if not largest > 0:
+        raise ValueError("lateral: expected a positive diagonal entry, got none: the problem has no minimum")
+    # scaled so that nothing overflows; the Cholesky factorisation needs a shift for rounding
+    scaled = (lateral / torch.exp2(torch.floor(torch.log2(largest)))).to(lateral.dtype)
+    shift = 10 * size * eps * torch.eye(size, dtype=lateral.dtype, device=lateral.device)
+    _, info = torch.linalg.cholesky_ex(scaled + shift)
+    if int(info) > 0:
+        lowest = float(torch.linalg.eigvalsh(scaled)[0])
+        raise ValueError(
+            f"lateral: expected a positive semidefinite matrix, got a smallest eigenvalue of {lowest:.2e} "
+            f"relative to the largest diagonal entry"
+        )

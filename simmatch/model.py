@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
 from simmatch.exchange import Exchange
+from simmatch.lateral import check_lateral
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.readout import decode
 from simmatch.rows import Rows
@@ -249,7 +250,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
     FileNotFoundError
         A file is missing.
     ConfigError
-        The configuration is not one of ours, or the tensors do not have the shapes it asks for.
+        The configuration is not one of ours, the tensors do not have the shapes it asks for, or an M is not symmetric
+        positive semidefinite.
     """
     folder = Path(path)
     values: Any = yaml.safe_load((folder / "config.yaml").read_text())
@@ -263,6 +265,10 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
         for name in EXPORTED:
             if hasattr(layer, name):
                 _copy_checked(getattr(layer, name), tensors, f"layers.{index}.{name}")
+        try:
+            check_lateral(layer.lateral)
+        except ValueError as error:
+            raise ConfigError(f"layers.{index}.{error}") from None
         layer.invalidate_bound()
     return stack.eval()
 

@@ -33,7 +33,7 @@ QUICK_CHANNELS, QUICK_BATCHES, QUICK_UPDATE_SECONDS = (128,), (8,), 0.3
 PLAIN = f"{BASELINE}, float32"
 """Name of the way that the others are compared with."""
 
-SHORT, SHORTENED = "bfloat16", ("block",)
+SHORT, SHORTENED = "bfloat16", ("every_iteration", "block")
 """Number format of half the bytes, and the modes that can exchange activities in it."""
 
 TARGET = 3.0
@@ -105,9 +105,11 @@ def ways(tolerance: float) -> dict[str, DynamicsConfig]:
     found = modes(tolerance)
     plain = found.pop(BASELINE).model_copy(update={"solver": "accelerated", "exchange_dtype": None})
     shorter = {
-        f"{mode}, {SHORT}": config.model_copy(update={"exchange_dtype": SHORT}) for mode, config in found.items()
+        f"{mode}, {SHORT}": config.model_copy(update={"exchange_dtype": SHORT})
+        for mode, config in {BASELINE: plain, **found}.items()
+        if mode in SHORTENED
     }
-    return {PLAIN: plain} | found | {name: config for name, config in shorter.items() if config.exchange in SHORTENED}
+    return {PLAIN: plain} | found | shorter
 
 
 def run(options: argparse.Namespace, report: Report) -> None:

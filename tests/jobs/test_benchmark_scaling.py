@@ -50,8 +50,9 @@ def expected(way: str, iterations: int, columns: int) -> dict[str, int]:
     """
     if way == "gather_state":
         exchanged, moved = 2, 2 * (PADDED * (PATCH + CHANNELS) + 1) * FLOAT
-    elif way == "every_iteration":
-        exchanged, moved = iterations + 1, (iterations * (PADDED + 2) + 2) * columns * FLOAT
+    elif way.startswith("every_iteration"):
+        width = 2 if "bfloat16" in way else FLOAT
+        exchanged, moved = iterations + 1, (iterations * (PADDED * width + 2 * FLOAT) + 2 * FLOAT) * columns
     else:
         width = {"block": FLOAT, "block, bfloat16": 2}[way]
         exchanged, moved = iterations, iterations * (PADDED * width + TAIL * FLOAT) * columns
@@ -240,7 +241,8 @@ def test_ways_begin_with_the_plain_one() -> None:
     assert (plain.exchange, plain.solver, plain.exchange_dtype) == ("every_iteration", "accelerated", None)
     assert {config.exchange for config in found.values()} == set(exchanges())
     assert {config.tolerance for config in found.values()} == {1e-3}
-    assert found["block, bfloat16"].exchange_dtype == "bfloat16"
+    for mode in ("every_iteration", "block"):
+        assert found[f"{mode}, bfloat16"].exchange_dtype == "bfloat16"
     assert len({config.model_dump_json() for config in found.values()}) == len(found)
 
 

@@ -129,6 +129,9 @@ def test_a_layer_that_does_not_fit_is_refused(layer: LayerConfig, message: str) 
         (lambda tensors: tensors.pop("layers.1.label"), r"layers.1.label: expected a tensor of shape.*got nothing"),
         (lambda tensors: tensors.update({"layers.0.lateral": torch.eye(5)}), r"layers.0.lateral: .*\[6, 6\], got"),
         (lambda tensors: tensors["layers.0.lateral"].fill_(torch.nan), r"layers.0.lateral: expected finite values"),
+        (lambda tensors: tensors["layers.0.lateral"][0, 1].add_(1.0), r"layers.0.lateral: expected a symmetric matrix"),
+        (lambda tensors: tensors["layers.1.lateral"].sub_(9.0), r"layers.1.lateral: expected a positive diagonal"),
+        (lambda tensors: tensors["layers.0.lateral"].fill_(9).fill_diagonal_(1), r"layers.0.lateral: .*semidefinite"),
     ],
 )
 def test_a_damaged_model_is_refused(trained: Stack, tmp_path: Path, damage: object, message: str) -> None:
