@@ -249,6 +249,10 @@ class CoordinateDescent:
         self._threads: ThreadPoolExecutor | None = None
         self._buffers: dict[tuple[int, torch.dtype], list[Any]] = {}
 
+    def __reduce__(self) -> tuple[type[CoordinateDescent], tuple[()]]:
+        """A copy of a layer starts with buffers and threads of its own."""
+        return CoordinateDescent, ()
+
     def solve(
         self,
         drive: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -14,6 +15,7 @@ from simmatch.config import DynamicsConfig
 from simmatch.coordinate import CHUNK, LANES, CoordinateDescent
 from simmatch.dynamics import Dynamics
 from simmatch.lateral import SharedFault, certify_afresh
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.quadratic import ConvergenceWarning, solve
 from simmatch.rows import Rows, split_rows
 from tests.exchanges import results, run_owners
@@ -72,6 +74,23 @@ def test_buffers_are_reused_without_a_trace() -> None:
     for drive, matrix in ((other, harder), problem(33, 5), problem(20, 5, torch.float64), (columns, lateral)):
         y, *_ = solver.solve(drive, matrix, ridge=0.0, tolerance=1e-5, max_iterations=200)
     assert torch.equal(y, expected)
+
+
+def test_a_layer_that_has_learnt_can_be_copied() -> None:
+    """Threads and buffers are not part of what it knows."""
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        layer = SimilarityMatchingConv2d(1, 6, 3)
+        layer.partial_fit(images)
+        other = copy.deepcopy(layer)
+        layer.partial_fit(images)
+        other.partial_fit(images)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(other.lateral, layer.lateral)
+    assert torch.equal(other.solve(images).y, layer.solve(images).y)
 
 
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
