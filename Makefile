@@ -7,12 +7,14 @@ VENV ?= .venv
 CONFIG ?= jobs/configs/fashion_mnist.yaml
 DATASET ?= fashion_mnist
 ARGS ?=
-# PYTEST_ARGS three processes, each a file at a time, slow files first: much of the time is waiting for actors to start
-PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
+# PYTEST_ARGS two processes, each a file at a time, slow files first
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
-# --no-compile: thousands of files would be byte-compiled that are never imported.
+# Byte-compiled once, after installation and on all cores: each of a run's processes (driver, actors, Ray's workers)
+# imports torch, and where PYTHONDONTWRITEBYTECODE is set each would compile it anew, for as long as an actor may take.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 # Stamps are keyed on the content of pyproject.toml and on this checkout, not on times that git changes.
 KEY := $(shell { pwd; cat pyproject.toml; } | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.simmatch-run-$(KEY)
@@ -63,7 +65,7 @@ define install
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "installing simmatch$(1) into $(VENV) (the first time takes minutes)"
 	@find $(VENV) -maxdepth 1 -name '.simmatch-*' ! -name '*-$(KEY)' -delete
-	@$(PIP) 'setuptools>=77' && $(PIP) --no-build-isolation -e '.$(1)' $(2) && touch $@
+	@$(PIP) 'setuptools>=77' && $(PIP) --no-build-isolation -e '.$(1)' $(2) && { $(COMPILE); } && touch $@
 endef
 
 require_python = command -v $(1) >/dev/null || { echo "error: no interpreter '$(1)'; name one with PYTHON=..." >&2; exit 1; }; \
