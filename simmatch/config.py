@@ -191,6 +191,10 @@ class LayerConfig(Frozen):
     pool: PositiveInt | None = None
     """Average-pool the activities to a map of this height and width before the next layer or a readout."""
 
+    power: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Pooled activities are raised to this power before the next layer or a readout; ½ keeps a few large ones from
+    deciding."""
+
     dynamics: DynamicsConfig = DynamicsConfig()
     plasticity: PlasticityConfig = PlasticityConfig()
     train: TrainConfig = TrainConfig()

@@ -116,8 +116,9 @@ def build_layer(
 
 
 def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
-    """Average-pool [B, K, H, W] to [B, K, pool, pool]; unchanged where the layer has no pool."""
-    return activities if config.pool is None else F.adaptive_avg_pool2d(activities, config.pool)
+    """What is passed on of activities [B, K, H, W]: averages [B, K, pool, pool], raised to the configured power."""
+    passed = activities if config.pool is None else F.adaptive_avg_pool2d(activities, config.pool)
+    return passed if config.power == 1.0 else passed.pow(config.power)
 
 
 class Stack(nn.Module):

@@ -1,0 +1,157 @@
+"""Configuration of an evaluation; `jobs/configs/evaluate_*.yaml` hold examples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from cluster.tracking import TrackingConfig
+from jobs.evaluation.interface import Shape
+from jobs.options import override
+from simmatch.config import (
+    ConfigError,
+    DataConfig,
+    Frozen,
+    ModelConfig,
+    NonNegativeInt,
+    PositiveInt,
+    parse,
+)
+
+CANDIDATES = 4
+"""Settings that every row may choose from: the same search budget for all."""
+
+Overrides = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+Layers = Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
+
+
+class ShapeConfig(Frozen):
+    """Geometry of the learners that similarity matching is compared with; see `jobs.evaluation.interface.Shape`."""
+
+    channels: PositiveInt
+    kernel_size: PositiveInt
+    stride: PositiveInt = 1
+    padding: NonNegativeInt = 0
+    pool: PositiveInt = 4
+
+    def shape(self) -> Shape:
+        return Shape(**self.model_dump())
+
+
+class StackRow(Frozen):
+    """A similarity-matching stack, the rows of the table that it fills, and up to four variants to choose from."""
+
+    model: ModelConfig
+
+    rows: Annotated[
+        dict[str, Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]], Field(min_length=1)
+    ]
+    """Row name → layers, from 0, whose features its readout sees side by side, averaged down to `shape.pool`. A
+    supervised layer has seen the labels of all training images: no place for it in a row. Settings are chosen by the
+    first row."""
+
+    candidates: Annotated[tuple[Overrides, ...], Field(strict=False, max_length=CANDIDATES)] = ()
+    """Overrides of `model`, `layers.0.whiten=true`; none: the model as it is."""
+
+    @model_validator(mode="after")
+    def _rows_are_unsupervised(self) -> StackRow:
+        for name, layers in self.rows.items():
+            for index in layers:
+                if index >= len(self.model.layers) or self.model.layers[index].supervised:
+                    raise ValueError(f"expected rows.{name} to name unsupervised layers of the model, got {index}")
+        return self
+
+    def models(self) -> list[ModelConfig]:
+        """The models to choose from.
+
+        Raises
+        ------
+        ConfigError
+            An override that does not fit the model.
+        """
+        variants = self.candidates or ((),)
+        return [parse(ModelConfig, override(self.model.model_dump(mode="json"), list(each))) for each in variants]
+
+
+class EvaluationConfig(Frozen):
+    """Everything about one evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run and its default folder, runs/<name>."""
+
+    data: DataConfig
+
+    unseen: DataConfig | None = None
+    """A data set that no learner has seen: learners keep what they learnt, the readout is trained on its labels. Its
+    images are resized, and made grey where `data`'s are."""
+
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
+    """Of weights, data order and label subsets."""
+
+    budgets: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (10, 50, 100, 1000)
+    """Labels per class, smallest first; all labels are always read as well."""
+
+    held_out: PositiveInt = 5000
+    """Training images, the last ones, that nothing learns from: settings and penalties are chosen on them."""
+
+    tuning_images: PositiveInt = 5000
+    """Training images, the first ones, that settings are chosen with."""
+
+    corrupted_images: NonNegativeInt = 1000
+    """Test images, the first ones, that every corruption is applied to; 0 for none."""
+
+    outlier_shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.01, 0.05)
+    """Shares of the training images replaced by noise, one experiment each."""
+
+    outlier_images: NonNegativeInt = 10_000
+    """Training images of those experiments and of the one without noise beside them; 0 for none."""
+
+    shape: ShapeConfig
+    """What the rivals learn: the geometry of the single similarity-matching layer."""
+
+    stacks: Annotated[dict[str, StackRow], Field(min_length=1)]
+    """Row name → similarity-matching stack."""
+
+    rivals: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Rows of `jobs.evaluation.rivals.RIVALS`."""
+
+    networks: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Rows of `jobs.evaluation.networks.NETWORKS`: trained by backpropagation."""
+
+    tracking: TrackingConfig = TrackingConfig()
+
+    quick: Overrides = ()
+    """Overrides that `--quick` applies: a table of the same rows in minutes, with figures that mean less."""
+
+    @model_validator(mode="after")
+    def _budgets_rise(self) -> EvaluationConfig:
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"expected rising budgets, got {list(self.budgets)}")
+        return self
+
+    def all_budgets(self) -> tuple[int | None, ...]:
+        """Labels per class; None for all."""
+        return (*self.budgets, None)
+
+
+def read(values: dict[str, Any], assignments: list[str], *, quick: bool) -> EvaluationConfig:
+    """Values of a YAML file as a configuration; `quick` applies the file's own overrides first.
+
+    Raises
+    ------
+    ConfigError
+        One line, naming the key.
+    """
+    shortcuts = values.get("quick") or []
+    if quick and not shortcuts:
+        raise ConfigError("--quick: expected a configuration with overrides under 'quick', got none")
+    config = parse(EvaluationConfig, override(values, [*(shortcuts if quick else []), *assignments]))
+    for name, row in config.stacks.items():
+        try:
+            row.models()
+        except ConfigError as error:
+            raise ConfigError(f"stacks.{name}.{error}") from None
+    return config

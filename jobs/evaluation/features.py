@@ -1,0 +1,329 @@
+"""One row of features without backpropagated labels: learn, encode, read out at every budget, on shifted data too.
+
+All learners of features take this path, similarity matching as its rivals: the same images in the same order, the same
+pooling, the same readout, the same choice of settings on held-out images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from jobs.evaluation.interface import Cost, Learner, Shape
+from jobs.evaluation.material import Material, corrupted, resized, with_outliers
+from jobs.evaluation.readouts import Ridge, accuracy_of, choose_ridge, neighbours_accuracy
+from jobs.evaluation.results import Result, budget_name
+from jobs.evaluation.stacks import BATCH, Seen, StackLearner, unseen
+from simmatch.config import ModelConfig
+from simmatch.model import InputConfig
+from simmatch.order import stratified_subset
+
+
+class Features(Protocol):
+    """A learner as the evaluation sees it: blocks of features, one a layer, that rows put side by side."""
+
+    def fit(self, images: Tensor, labels: Tensor) -> None:
+        """Learn; labels are for supervised layers."""
+
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Features [N, F] of each block, and class scores where the learner itself decides."""
+
+    def cost(self, depth: int) -> Cost:
+        """Of the first `depth` blocks."""
+
+    def active(self) -> list[float]:
+        """Share of nonzero activities per block over the images encoded last; empty where nobody counts."""
+
+
+class StackFeatures:
+    """A similarity-matching stack; a block a layer, averaged down to maps of `pool`."""
+
+    def __init__(self, config: ModelConfig, source: InputConfig, pool: int, seed: int, seen: Seen) -> None:
+        self.learner, self.pool = StackLearner(config, source, seed, seen), pool
+
+    def fit(self, images: Tensor, labels: Tensor) -> None:
+        self.learner.fit(images, labels)
+
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        return self.learner.outputs(images, self.pool)
+
+    def cost(self, depth: int) -> Cost:
+        return self.learner.cost(depth)
+
+    def active(self) -> list[float]:
+        return self.learner.active_fraction
+
+
+class PooledFeatures:
+    """A rival: one block, its maps average-pooled."""
+
+    def __init__(self, learner: Learner, shape: Shape, image_size: tuple[int, int], seen: Seen) -> None:
+        self.learner, self.shape, self.image_size, self.seen = learner, shape, image_size, seen
+        self._active: list[float] = []
+
+    def fit(self, images: Tensor, labels: Tensor) -> None:
+        self.learner.fit(images)
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        features, active = [], 0.0
+        for x in torch.split(images, BATCH):
+            maps = self.learner.maps(x)
+            active += float((maps > 0).double().mean()) * len(x) / len(images)
+            features.append(rearrange(F.adaptive_avg_pool2d(maps, self.shape.pool), "b k h w -> b (k h w)"))
+            self.seen("encode", len(features) * BATCH, len(images))
+        self._active = [active]
+        return [torch.cat(features)], None
+
+    def cost(self, depth: int) -> Cost:
+        return self.learner.cost(self.image_size)
+
+    def active(self) -> list[float]:
+        return self._active
+
+
+class Pixels:
+    """No learner at all: the images themselves."""
+
+    def fit(self, images: Tensor, labels: Tensor) -> None:
+        pass
+
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        return [rearrange(images, "b c h w -> b (c h w)")], None
+
+    def cost(self, depth: int) -> Cost:
+        return Cost(0, 0, 0)
+
+    def active(self) -> list[float]:
+        return []
+
+
+@dataclass(frozen=True)
+class View:
+    """A row of the table: blocks of a learner side by side, each divided by its mean over the training images.
+
+    Attributes
+    ----------
+    blocks: which, from 0.
+    """
+
+    name: str
+    blocks: tuple[int, ...] = (0,)
+
+    @property
+    def depth(self) -> int:
+        """Blocks that must be computed."""
+        return max(self.blocks) + 1
+
+    def scales(self, blocks: list[Tensor]) -> list[float]:
+        """Mean of each block that is looked at; 1 for a silent one."""
+        return [float(blocks[index].mean()) or 1.0 for index in self.blocks]
+
+    def of(self, blocks: list[Tensor], scales: list[float]) -> Tensor:
+        """[N, F]."""
+        parts = [blocks[index] / scale for index, scale in zip(self.blocks, scales, strict=True)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """A learner with its rows: how it is made, and the settings to choose from.
+
+    Attributes
+    ----------
+    views: the first is what settings are chosen by.
+    settings: a word on each.
+    make: (settings' index, seed, seen) → a fresh learner.
+    """
+
+    name: str
+    views: tuple[View, ...]
+    settings: tuple[str, ...]
+    make: Callable[[int, int, Seen], Features]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured; see `jobs.evaluation.config.EvaluationConfig`."""
+
+    budgets: tuple[int | None, ...]
+    tuning_images: int
+    corrupted_images: int
+    outlier_shares: tuple[float, ...]
+    outlier_images: int
+
+
+def tune(row: FeatureRow, material: Material, plan: Plan, seed: int, seen: Seen = unseen) -> int:
+    """Index of the settings that do best on held-out images after learning from the first `tuning_images`.
+
+    Judged by the sum of the accuracies of ridge readouts with all labels of those images and with the second smallest
+    budget.
+    """
+    if len(row.settings) == 1:
+        return 0
+    train = material.train.take(slice(0, plan.tuning_images))
+    few = next((budget for budget in plan.budgets[1:] if budget is not None), None)
+    subsets = [torch.arange(len(train))]
+    if few is not None and int(torch.bincount(train.labels).min()) >= few:
+        subsets.append(stratified_subset(train.labels, few, seed))
+    best, chosen = -1.0, 0
+    for index, words in enumerate(row.settings):
+        seen(f"try {words}", index, len(row.settings))
+        learner = row.make(index, seed, unseen)
+        learner.fit(train.images, train.labels)
+        blocks = learner.outputs(train.images)[0]
+        scales = row.views[0].scales(blocks)
+        features = row.views[0].of(blocks, scales)
+        held_out = row.views[0].of(learner.outputs(material.held_out.images)[0], scales)
+        right = sum(
+            choose_ridge(
+                (features[each], train.labels[each]),
+                (held_out, material.held_out.labels),
+                material.source.num_classes,
+            )[1]
+            for each in subsets
+        )
+        if right > best:
+            best, chosen = right, index
+    return chosen
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A row's readout of all labels, to be used on other images."""
+
+    view: View
+    scales: list[float]
+    readout: Ridge
+
+    def scores(self, blocks: list[Tensor]) -> Tensor:
+        return self.readout.scores(self.view.of(blocks, self.scales))
+
+
+def evaluate(
+    row: FeatureRow, chosen: int, material: Material, plan: Plan, seed: int, seen: Seen = unseen
+) -> tuple[list[Result], Features, list[Reading]]:
+    """Learn with one seed and read out at every budget: a result and a readout for each view, and the learner."""
+    learner = row.make(chosen, seed, seen)
+    started = time.monotonic()
+    learner.fit(material.train.images, material.train.labels)
+    fit_seconds = time.monotonic() - started
+    started = time.monotonic()
+    train, held_out = learner.outputs(material.train.images)[0], learner.outputs(material.held_out.images)[0]
+    test, scores = learner.outputs(material.test.images)
+    encoded = len(material.train) + len(material.held_out) + len(material.test)
+    rate = encoded / max(time.monotonic() - started, 1e-9)
+    results, readings = [], []
+    for view in row.views:
+        seen(f"read out {view.name}", 0, 1)
+        scales = view.scales(train)
+        parts = [view.of(blocks, scales) for blocks in (train, held_out, test)]
+        cost = learner.cost(view.depth)
+        result = Result(
+            row=view.name,
+            seed=seed,
+            settings=row.settings[chosen],
+            features=parts[0].shape[1],
+            parameters_trained=cost.trained,
+            parameters_inference=cost.inference,
+            operations=cost.operations,
+            fit_seconds=fit_seconds,
+            images_per_second=rate,
+            active_fraction=learner.active()[: view.depth],
+        )
+        readout = _at_budgets(result, parts, material, plan.budgets, seed)
+        results.append(result)
+        readings.append(Reading(view, scales, readout))
+    if scores is not None:
+        results[-1].decode = accuracy_of(scores, material.test.labels)
+    return results, learner, readings
+
+
+def _at_budgets(
+    result: Result, parts: list[Tensor], material: Material, budgets: tuple[int | None, ...], seed: int
+) -> Ridge:
+    """Fill in accuracies from the features of train, held-out and test images; the readout of all labels."""
+    train, held_out, test = parts
+    classes = material.source.num_classes
+    for budget in budgets:
+        index = material.labelled(budget, seed)
+        readout, right = choose_ridge(
+            (train[index], material.train.labels[index]), (held_out, material.held_out.labels), classes
+        )
+        result.held_out[budget_name(budget)] = right
+        result.accuracy[budget_name(budget)] = accuracy_of(readout.scores(test), material.test.labels)
+    result.parameters_readout = readout.parameters
+    result.neighbours = neighbours_accuracy((train, material.train.labels), (test, material.test.labels), classes)
+    return readout
+
+
+def under_corruption(
+    learner: Features, readings: list[Reading], material: Material, count: int
+) -> list[dict[str, float]]:
+    """Accuracy of each reading under each corruption, and under none: `clean`."""
+    images = {"clean": material.test.take(slice(0, count))} | corrupted(material.test, count, seed=0)
+    found: list[dict[str, float]] = [{} for _ in readings]
+    for name, each in images.items():
+        blocks = learner.outputs(each.images)[0]
+        for values, reading in zip(found, readings, strict=True):
+            values[name] = accuracy_of(reading.scores(blocks), each.labels)
+    return found
+
+
+def transferred(
+    learner: Features,
+    views: tuple[View, ...],
+    other: Material,
+    source: InputConfig,
+    budgets: tuple[int | None, ...],
+    seed: int,
+) -> list[dict[str, float]]:
+    """Test accuracy on a data set that the learner has not seen, by readouts trained on its labels; for each view.
+
+    Budgets that a class cannot fill are left out.
+    """
+    blocks = [learner.outputs(resized(part.images, source))[0] for part in (other.train, other.held_out, other.test)]
+    least = int(torch.bincount(other.train.labels).min())
+    found = []
+    for view in views:
+        scales = view.scales(blocks[0])
+        train, held_out, test = (view.of(each, scales) for each in blocks)
+        values: dict[str, float] = {}
+        for budget in (each for each in budgets if each is None or each <= least):
+            index = other.labelled(budget, seed)
+            readout, _ = choose_ridge(
+                (train[index], other.train.labels[index]), (held_out, other.held_out.labels), other.source.num_classes
+            )
+            values[budget_name(budget)] = accuracy_of(readout.scores(test), other.test.labels)
+        found.append(values)
+    return found
+
+
+def with_noise(row: FeatureRow, chosen: int, material: Material, plan: Plan, seed: int) -> list[dict[str, float]]:
+    """Test accuracy after learning, and reading out, from images of which a share is noise; '0' for none; per view.
+
+    The first `outlier_images` training images, noise keeping the label of the image that it replaces.
+    """
+    train = material.train.take(slice(0, plan.outlier_images))
+    test = material.test.take(slice(0, plan.corrupted_images or None))
+    found: list[dict[str, float]] = [{} for _ in row.views]
+    for share in (0.0, *plan.outlier_shares):
+        images = with_outliers(train.images, share, seed)
+        learner = row.make(chosen, seed, unseen)
+        learner.fit(images, train.labels)
+        blocks = [learner.outputs(each)[0] for each in (images, material.held_out.images, test.images)]
+        for values, view in zip(found, row.views, strict=True):
+            scales = view.scales(blocks[0])
+            features, held_out, seen = (view.of(each, scales) for each in blocks)
+            readout, _ = choose_ridge(
+                (features, train.labels), (held_out, material.held_out.labels), material.source.num_classes
+            )
+            values[f"{share:g}"] = accuracy_of(readout.scores(seen), test.labels)
+    return found

@@ -1,0 +1,99 @@
+"""The images of an evaluation, cut and altered the same way for every row: splits, corruption, outliers, resizing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jobs.evaluation.corruptions import CORRUPTIONS, corrupt
+from simmatch.config import ConfigError
+from simmatch.data import Dataset, to_unit
+from simmatch.model import InputConfig
+from simmatch.order import stratified_subset
+from simmatch.seeding import seeded
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Images [N, C, H, W] in [0, 1] with labels [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor | slice) -> Labelled:
+        return Labelled(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What all rows learn from and are judged by.
+
+    Attributes
+    ----------
+    source: shape and classes of the images.
+    train: to learn from; `held_out`: to choose with; `test`: to report.
+    """
+
+    source: InputConfig
+    train: Labelled
+    held_out: Labelled
+    test: Labelled
+
+    @classmethod
+    def of(cls, dataset: Dataset, held_out: int) -> Material:
+        """The last `held_out` training images are held out.
+
+        Raises
+        ------
+        ConfigError
+            Fewer training images than that.
+        """
+        count = len(dataset.train_images)
+        if held_out >= count:
+            raise ConfigError(f"held_out: expected less than the {count} training images, got {held_out}")
+        height, width = dataset.image_size
+        every = Labelled(to_unit(dataset.train_images, torch.float32), dataset.train_labels)
+        return cls(
+            InputConfig(in_channels=dataset.in_channels, height=height, width=width, num_classes=dataset.num_classes),
+            every.take(slice(0, count - held_out)),
+            every.take(slice(count - held_out, count)),
+            Labelled(to_unit(dataset.test_images, torch.float32), dataset.test_labels),
+        )
+
+    def labelled(self, per_class: int | None, seed: int) -> Tensor:
+        """Indices of the training images whose labels a budget gives; nested over budgets, None for all."""
+        if per_class is None:
+            return torch.arange(len(self.train))
+        return stratified_subset(self.train.labels, per_class, seed)
+
+
+def resized(images: Tensor, source: InputConfig) -> Tensor:
+    """Images [N, C, H, W] as another data set has them: its size (bilinear, antialiased) and its number of channels."""
+    if images.shape[1] != source.in_channels:
+        images = images.mean(dim=1, keepdim=True).expand(-1, source.in_channels, -1, -1)
+    if images.shape[2:] == source.image_size:
+        return images
+    found = F.interpolate(images, source.image_size, mode="bilinear", antialias=True, align_corners=False)
+    return found.clamp(0.0, 1.0)
+
+
+def with_outliers(images: Tensor, share: float, seed: int) -> Tensor:
+    """Images with a share of them, drawn by the seed, replaced by uniform noise of their own range."""
+    count = round(share * len(images))
+    generator = seeded("outliers", seed)
+    chosen = torch.randperm(len(images), generator=generator)[:count]
+    altered = images.clone()
+    altered[chosen] = torch.rand((count, *images.shape[1:]), generator=generator)
+    return altered
+
+
+def corrupted(test: Labelled, count: int, seed: int) -> dict[str, Labelled]:
+    """Corruption → the first `count` test images under it."""
+    some = test.take(slice(0, count))
+    return {name: Labelled(corrupt(some.images, name, seed), some.labels) for name in CORRUPTIONS}

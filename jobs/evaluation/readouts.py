@@ -1,0 +1,173 @@
+"""Readouts at a label budget: closed-form ridge, logistic regression, nearest neighbours; the same for every learner.
+
+Features are pooled, nonnegative activities. A readout first raises them to a power (1, or ½, which keeps a few large
+activities from deciding), subtracts the mean of its training images and divides by one number, so that the mean squared
+norm is 1. Power and penalty are chosen on held-out images; the test images are read once, by what was chosen.
+
+Ridge solves min over A of ⟨‖Aφ − t‖²⟩ + λ‖A‖², t = ±1 targets centred, ⟨·⟩ the mean over labelled images, from sums
+alone where images outnumber features, else by the kernel matrix of the images. Source: Hoerl & Kennard (1970).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POWERS = (1.0, 0.5)
+"""Exponents that features may be raised to."""
+
+PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""λ that a ridge readout may choose from; features have a mean squared norm of 1."""
+
+ROWS = 8192
+"""Images multiplied at a time."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """φ = (f^power − mean) / scale; features are nonnegative up to rounding.
+
+    Attributes
+    ----------
+    mean: [F]; scale: square root of the mean squared norm of the centred features.
+    """
+
+    power: float
+    mean: Tensor
+    scale: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (raised(features, self.power) - self.mean) / self.scale
+
+
+def raised(features: Tensor, power: float) -> Tensor:
+    """f^power of features [N, F], clamped at zero first; f itself for a power of 1."""
+    return features if power == 1.0 else features.clamp(min=0.0).pow(power)
+
+
+def scaling_of(features: Tensor, power: float) -> Scaling:
+    """The scaling that features [N, F] ask for."""
+    values = raised(features, power)
+    mean = values.mean(dim=0)
+    squared = float((values - mean).square().sum(dim=1).mean())
+    return Scaling(power, mean, max(squared, torch.finfo(features.dtype).tiny) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A linear readout: scores = φ(f) A + b.
+
+    Attributes
+    ----------
+    matrix: [F, classes]; bias: [classes]; penalty: λ.
+    """
+
+    scaling: Scaling
+    matrix: Tensor
+    bias: Tensor
+    penalty: float
+
+    def scores(self, features: Tensor) -> Tensor:
+        """[N, classes]."""
+        parts = [self.scaling(part) @ self.matrix + self.bias for part in torch.split(features, ROWS)]
+        return torch.cat(parts)
+
+    @property
+    def parameters(self) -> int:
+        return self.matrix.numel() + self.bias.numel()
+
+
+def ridge_path(
+    features: Tensor, labels: Tensor, num_classes: int, *, power: float = 1.0, penalties: Sequence[float] = PENALTIES
+) -> list[Ridge]:
+    """Ridge readouts of features [N, F] and labels [N], one for every penalty.
+
+    Raises
+    ------
+    ValueError
+        A label out of range, or no images.
+    """
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(f"labels: expected classes 0 to {num_classes - 1}, got {labels.tolist()[:5]} …")
+    scaling = scaling_of(features, power)
+    targets = F.one_hot(labels, num_classes).to(features.dtype)
+    bias = targets.mean(dim=0)
+    centred = targets - bias
+    solve = _by_kernel if len(features) <= features.shape[1] else _by_sums
+    return [
+        Ridge(scaling, matrix, bias, penalty)
+        for matrix, penalty in zip(solve(features, centred, scaling, penalties), penalties, strict=True)
+    ]
+
+
+def _by_sums(features: Tensor, targets: Tensor, scaling: Scaling, penalties: Sequence[float]) -> list[Tensor]:
+    """A = (⟨φφᵀ⟩ + λ)⁻¹ ⟨φ tᵀ⟩, a factorisation each."""
+    count, size = features.shape
+    gram, right = features.new_zeros(size, size), features.new_zeros(size, targets.shape[1])
+    for part, target in zip(torch.split(features, ROWS), torch.split(targets, ROWS), strict=True):
+        scaled = scaling(part)
+        gram.addmm_(scaled.T, scaled, alpha=1 / count)
+        right.addmm_(scaled.T, target, alpha=1 / count)
+    solutions = []
+    for penalty in penalties:
+        shifted = gram.clone()
+        shifted.diagonal().add_(penalty)
+        solutions.append(torch.cholesky_solve(right, torch.linalg.cholesky(shifted)))
+    return solutions
+
+
+def _by_kernel(features: Tensor, targets: Tensor, scaling: Scaling, penalties: Sequence[float]) -> list[Tensor]:
+    """A = φᵀ (φφᵀ + Nλ)⁻¹ t, all penalties from one decomposition, in float64."""
+    scaled = scaling(features)
+    values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
+    projected = vectors.T @ targets.double()
+    count = len(features)
+    return [
+        scaled.T @ (vectors @ (projected / (values.clamp(min=0.0) + count * penalty)[:, None])).to(features.dtype)
+        for penalty in penalties
+    ]
+
+
+def choose_ridge(
+    labelled: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], num_classes: int
+) -> tuple[Ridge, float]:
+    """The ridge readout of labelled (features, labels) that is best on held-out images, and its accuracy there.
+
+    Of equals the stronger penalty is taken.
+    """
+    best: tuple[float, float, Ridge] | None = None
+    for power in POWERS:
+        for readout in ridge_path(*labelled, num_classes, power=power):
+            right = accuracy_of(readout.scores(held_out[0]), held_out[1])
+            if best is None or (right, readout.penalty) > best[:2]:
+                best = (right, readout.penalty, readout)
+    assert best is not None
+    return best[2], best[0]
+
+
+def accuracy_of(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows of scores [N, classes] whose argmax is the label."""
+    return float((scores.argmax(dim=1) == labels).double().mean())
+
+
+def neighbours_accuracy(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, *, count: int = 10
+) -> float:
+    """Accuracy of the vote of the `count` nearest training images by cosine of the centred features' square roots."""
+    scaling = scaling_of(train[0], 0.5)
+    keys = F.normalize(scaling(train[0]), dim=1)
+    right = 0
+    for features, labels in zip(torch.split(test[0], 1000), torch.split(test[1], 1000), strict=True):
+        nearest = (F.normalize(scaling(features), dim=1) @ keys.T).topk(min(count, len(keys)), dim=1).indices
+        votes = F.one_hot(train[1][nearest], num_classes).sum(dim=1)
+        right += int((votes.argmax(dim=1) == labels).sum())
+    return right / len(test[1])
+
+
+def by_budget(values: Mapping[int | None, float]) -> dict[str, float]:
+    """Budgets as they are written down: '10', …, 'all'."""
+    return {"all" if budget is None else str(budget): value for budget, value in values.items()}

@@ -1,0 +1,57 @@
+"""Filters that nobody learnt: Gaussian, or patches drawn from the data, on normalised and whitened patches.
+
+    f = max(0, a_k · x̃ − θ),  ‖a_k‖ = 1
+
+Patches as filters with a threshold: Coates & Ng, "The importance of encoding versus training with sparse coding and
+vector quantization" (2011), where they came close to learnt ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
+from jobs.evaluation.rivals.patches import Preprocessing, View
+
+
+@dataclass(frozen=True)
+class RandomSettings(Preprocessing):
+    """What may be chosen.
+
+    Attributes
+    ----------
+    source: of the filters.
+    threshold: θ, in standard deviations of a white direction.
+    """
+
+    source: Literal["gaussian", "patches"] = "gaussian"
+    threshold: float = 0.0
+
+
+class Random(Convolutional[RandomSettings]):
+    """K random filters of norm 1; only the whitening is taken from the images, and with `patches` the filters."""
+
+    name = "random"
+    candidates: ClassVar[tuple[RandomSettings, ...]] = (
+        RandomSettings("gaussian", contrast_floor=0.1),
+        RandomSettings("gaussian", contrast_floor=0.03),
+        RandomSettings("patches", contrast_floor=0.03),
+        RandomSettings("patches", threshold=0.25, contrast_floor=0.03),
+    )
+
+    def learn(self, images: Tensor, view: View, generator: torch.Generator) -> Learnt:
+        """Nothing but the draw."""
+        channels = self.shape.channels
+        if self.settings.source == "gaussian":
+            filters = torch.randn(channels, view.config.patch_size, generator=generator)
+        else:
+            filters = view.sample(images, channels, generator)
+        return Learnt(F.normalize(filters, dim=1), torch.full((channels,), -self.settings.threshold), trained=0)
+
+    def activity(self, columns: Tensor) -> Tensor:
+        return columns.clamp_(min=0.0)

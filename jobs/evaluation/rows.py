@@ -1,0 +1,197 @@
+"""The rows of an evaluation: what is made of a configuration, and how one row meets one seed.
+
+To add a rival write one class (`jobs.evaluation.interface.Learner`) and one entry of `jobs.evaluation.rivals.RIVALS`; a
+similarity-matching stack is an entry of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from jobs.evaluation import features, networks
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.features import FeatureRow, Features, Pixels, Plan, PooledFeatures, StackFeatures, View
+from jobs.evaluation.material import Material
+from jobs.evaluation.networks import NETWORKS, Network
+from jobs.evaluation.results import Result
+from jobs.evaluation.rivals import RIVALS
+from jobs.evaluation.stacks import Seen
+from simmatch.config import ConfigError, ModelConfig
+
+PIXELS = "pixels"
+
+
+class Row(Protocol):
+    """A row of the table."""
+
+    @property
+    def name(self) -> str: ...
+
+    def tune(self, seen: Seen) -> object:
+        """Choose settings on held-out images; what is chosen can be written as JSON."""
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The rows of the table that it fills."""
+
+    def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
+        """Everything that is measured with one seed, a result for each view; the learner, for figures."""
+
+
+class FeatureRun:
+    """A row of features with the images of one evaluation."""
+
+    def __init__(self, row: FeatureRow, config: EvaluationConfig, material: Material, other: Material | None) -> None:
+        self.row, self.config, self.material, self.other = row, config, material, other
+        self.plan = plan_of(config)
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return tuple(view.name for view in self.row.views)
+
+    def tune(self, seen: Seen) -> object:
+        return features.tune(self.row, self.material, self.plan, self.config.seeds[0], seen)
+
+    def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
+        assert isinstance(chosen, int)
+        plan, material, row = self.plan, self.material, self.row
+        results, learner, readings = features.evaluate(row, chosen, material, plan, seed, seen)
+        first = seed == self.config.seeds[0]
+        if self.other is not None:
+            found = features.transferred(learner, row.views, self.other, material.source, plan.budgets, seed)
+            for result, values in zip(results, found, strict=True):
+                result.transfer = values
+        if plan.corrupted_images and first:
+            seen("corrupted images", 0, 1)
+            found = features.under_corruption(learner, readings, material, plan.corrupted_images)
+            for result, values in zip(results, found, strict=True):
+                result.corruptions = values
+        if plan.outlier_images and first:
+            seen("learn among noise", 0, 1)
+            found = features.with_noise(row, chosen, material, plan, seed)
+            for result, values in zip(results, found, strict=True):
+                result.outliers = values
+        return results, learner
+
+
+class NetworkRun:
+    """A row trained by backpropagation, with the images of one evaluation."""
+
+    def __init__(self, network: Network, config: EvaluationConfig, material: Material, other: Material | None) -> None:
+        self.network, self.config, self.material, self.other = network, config, material, other
+        self.plan = plan_of(config)
+
+    @property
+    def name(self) -> str:
+        return self.network.name
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return (self.network.name,)
+
+    def tune(self, seen: Seen) -> object:
+        return self.network.tune(self.material, self.plan, self.config.seeds[0], seen)
+
+    def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
+        assert isinstance(chosen, dict)
+        plan, material = self.plan, self.material
+        result, net = self.network.evaluate(chosen, material, plan, seed, seen)
+        first = seed == self.config.seeds[0]
+        if self.other is not None:
+            result.transfer = networks.transferred(net, self.other, material.source, plan.budgets, seed)
+        if plan.corrupted_images and first:
+            result.corruptions = networks.under_corruption(net, material, plan.corrupted_images)
+        if plan.outlier_images and first:
+            result.outliers = self.network.with_noise(chosen, material, plan, seed)
+        return [result], None
+
+
+def plan_of(config: EvaluationConfig) -> Plan:
+    return Plan(
+        config.all_budgets(),
+        config.tuning_images,
+        config.corrupted_images,
+        config.outlier_shares,
+        config.outlier_images,
+    )
+
+
+def rows_of(config: EvaluationConfig, material: Material, other: Material | None) -> list[Row]:
+    """All rows, in the order of the table: stacks, rivals, pixels, networks.
+
+    Raises
+    ------
+    ConfigError
+        A rival or a network that does not exist.
+    """
+    found: list[Row] = [
+        FeatureRun(row, config, material, other) for row in (*_stacks(config, material), *_rivals(config, material))
+    ]
+    for name in config.networks:
+        if name not in NETWORKS:
+            raise ConfigError(f"networks: expected some of {', '.join(NETWORKS)}, got {name!r}")
+        found.append(NetworkRun(NETWORKS[name], config, material, other))
+    return found
+
+
+def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
+    for name, row in config.stacks.items():
+        words = tuple(" ".join(each) or "as configured" for each in row.candidates or ((),))
+        views = tuple(View(view, blocks) for view, blocks in row.rows.items())
+        yield FeatureRow(name, views, words, _stack_maker(row.models(), config.shape.pool, material))
+
+
+def _stack_maker(models: list[ModelConfig], pool: int, material: Material) -> Callable[[int, int, Seen], Features]:
+    return lambda index, seed, seen: StackFeatures(models[index], material.source, pool, seed, seen)
+
+
+def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
+    for name in config.rivals:
+        if name == PIXELS:
+            yield FeatureRow(PIXELS, (View(PIXELS),), ("the images themselves",), lambda index, seed, seen: Pixels())
+        elif name in RIVALS:
+            words = tuple(str(each) for each in RIVALS[name].candidates)
+            yield FeatureRow(name, (View(name),), words, _rival_maker(name, config, material))
+        else:
+            raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")
+
+
+def _rival_maker(name: str, config: EvaluationConfig, material: Material) -> Callable[[int, int, Seen], Features]:
+    rival, shape, size = RIVALS[name], config.shape.shape(), material.source.image_size
+
+    def make(index: int, seed: int, seen: Seen) -> Features:
+        return PooledFeatures(rival(shape, rival.candidates[index], seed), shape, size, seen)
+
+    return make
+
+
+class Choices:
+    """Settings chosen so far, in a file of the run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def of(self, row: Row, seen: Seen) -> object:
+        """The row's settings: those chosen before, or chosen now."""
+        known = self._known()
+        if row.name not in known:
+            known[row.name] = row.tune(seen)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.path.with_suffix(".draft")
+            draft.write_text(json.dumps(known, indent=1))
+            draft.replace(self.path)
+        return known[row.name]
+
+    def _known(self) -> dict[str, object]:
+        try:
+            found = json.loads(self.path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return found if isinstance(found, dict) else {}

@@ -1,0 +1,163 @@
+"""Similarity-matching stacks as learners: greedy, layer by layer, in this process, with nothing flowing backward.
+
+A layer learns on the label-free, pooled activity of the layers below. Encoding solves the dynamics to the layer's
+tolerance, as learning does (an exported model takes a fixed number of iterations instead). `jobs.pretrain` trains the
+same stacks on a cluster; here they are small enough for one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from jobs.evaluation.interface import Cost
+from simmatch.config import ModelConfig
+from simmatch.geometry import draw_positions
+from simmatch.labels import one_hot
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.model import InputConfig, Stack, pooled
+from simmatch.order import epoch_order, steps_per_epoch
+from simmatch.readout import decode
+from simmatch.seeding import seeded
+
+BATCH = 250
+"""Images encoded at a time."""
+
+Seen = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it, of how much."""
+
+
+def unseen(_: str, __: int, ___: int) -> None:
+    """Nobody watches."""
+
+
+class StackLearner:
+    """A stack that learns in this process.
+
+    Parameters
+    ----------
+    config: the layers, their geometry and training.
+    source: shape and classes of the images.
+    seed: of weights, order and drawn positions.
+    seen: told of progress.
+    """
+
+    def __init__(self, config: ModelConfig, source: InputConfig, seed: int, seen: Seen = unseen) -> None:
+        self.config, self.source, self.seed, self.seen = config, source, seed, seen
+        self.stack = Stack(config, source, seed=seed).eval()
+        self.active_fraction = [0.0] * len(config.layers)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Learn all layers from images [N, C, H, W] in [0, 1]; labels [N] for the supervised ones.
+
+        Raises
+        ------
+        ValueError
+            A supervised layer without labels.
+        """
+        for index, config in enumerate(self.config.layers):
+            if config.supervised and labels is None:
+                raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
+            self._learn(index, images, labels if config.supervised else None)
+
+    def _learn(self, index: int, images: Tensor, labels: Tensor | None) -> None:
+        layer, config = self.stack.layer(index), self.config.layers[index]
+        train = config.train
+        count = min(train.images or len(images), len(images))  # settings are tried on fewer images
+        orders = [epoch_order(len(images), seed=self.seed, epoch=epoch, images=count) for epoch in range(train.epochs)]
+        measured = torch.arange(min(config.whiten_images, len(images)))
+        wanted = torch.unique(torch.cat([*orders, *([measured] if layer.whiten or layer.label_gain else [])]))
+        inputs = self._below(images[wanted], index)
+        layer.calibrate(inputs[wanted < len(measured)], config.whiten_patches)
+        per_epoch = steps_per_epoch(len(images), train.batch_size, images=count)
+        for epoch, order in enumerate(orders):
+            places = torch.searchsorted(wanted, order)
+            for step, chosen in enumerate(torch.split(places, train.batch_size)):
+                self._update(layer, inputs[chosen], None if labels is None else labels[wanted[chosen]], train.positions)
+                self.seen(f"layer {index}: learn", epoch * per_epoch + step + 1, train.epochs * per_epoch)
+        if labels is not None:
+            self._settle(layer, inputs, labels[wanted])
+
+    def _update(self, layer: SimilarityMatchingConv2d, x: Tensor, labels: Tensor | None, positions: int | None) -> None:
+        """One batch; from drawn positions, if so configured."""
+        map_size = layer.patch.map_size((x.shape[2], x.shape[3]))
+        drawn = None
+        if positions is not None and positions < map_size[0] * map_size[1]:
+            drawn = draw_positions(positions, len(x), map_size, seeded("positions", layer.seed, int(layer.updates)))
+        layer.partial_fit(layer.prepare(x, drawn), labels)
+
+    def _settle(self, layer: SimilarityMatchingConv2d, inputs: Tensor, labels: Tensor) -> None:
+        """V takes the length of label-free activity."""
+        yz = torch.zeros_like(layer.label)
+        zz = yz.new_zeros(layer.num_classes, layer.num_classes)
+        for x, part in zip(torch.split(inputs, BATCH), torch.split(labels, BATCH), strict=True):
+            z = one_hot(part, layer, 1)
+            yz.add_(reduce(layer.solve(x).y, "b k h w -> k b", "mean") @ z.T)
+            zz.add_(z @ z.T)
+        layer.settle_label(yz, zz)
+
+    def _below(self, images: Tensor, index: int) -> Tensor:
+        """Input of a layer for images, kept for as long as it learns."""
+        if index == 0:
+            return images
+        parts = []
+        for x in torch.split(images, BATCH):
+            for number in range(index):
+                x = pooled(self.stack.layer(number).solve(x).y, self.config.layers[number])
+            parts.append(x)
+            self.seen(f"layer {index}: encode its input", len(parts) * BATCH, len(images))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor, pool: int) -> tuple[list[Tensor], Tensor | None]:
+        """What every layer passes on, and scores decoded from V where the last layer is supervised.
+
+        Maps larger than `pool` are averaged down to it. The fraction of active channels of every layer over these
+        images goes to `active_fraction`.
+
+        Returns
+        -------
+        [N, F] for each layer; [N, num_classes] or None.
+        """
+        features: list[list[Tensor]] = [[] for _ in self.config.layers]
+        scores = []
+        active = [0.0] * len(self.config.layers)
+        for x in torch.split(images, BATCH):
+            share = len(x) / len(images)
+            for index, config in enumerate(self.config.layers):
+                y = self.stack.layer(index).solve(x).y
+                active[index] += share * float((y > 0).double().mean())
+                x = pooled(y, config)
+                small = F.adaptive_avg_pool2d(y, pool).pow(config.power) if x.shape[-1] > pool else x
+                features[index].append(rearrange(small, "b k h w -> b (k h w)"))
+            if self.config.layers[-1].supervised:
+                scores.append(decode(reduce(y, "b k h w -> b k", "mean"), self.stack.layer(-1).label))
+            self.seen("encode", len(features[0]) * BATCH, len(images))
+        self.active_fraction = active
+        return [torch.cat(each) for each in features], torch.cat(scores) if scores else None
+
+    def cost(self, depth: int | None = None) -> Cost:
+        """W, M, V and the whitening of the first `depth` layers. Operations: drive, and products with M.
+
+        The dynamics are counted as the fixed iterations of an exported model, T K² a column; coordinate descent takes
+        fewer (README, "What an update costs").
+        """
+        trained = inference = operations = 0
+        size = self.source.image_size
+        for index, config in enumerate(self.config.layers[:depth]):
+            layer = self.stack.layer(index)
+            weights = layer.feedforward.numel() + layer.lateral.numel() + layer.label.numel()
+            whitening = layer.whitening.numel() + layer.whitening_mean.numel() if layer.whiten else 0
+            height, width = layer.patch.map_size(size)
+            channels, patch = layer.out_channels, layer.patch.patch_size
+            # the whitening is folded into the filter: inference holds W Π and an offset
+            trained += weights + whitening
+            inference += weights + (channels if layer.whiten else 0)
+            operations += height * width * channels * (patch + config.dynamics.encode_iterations * channels)
+            size = (height, width) if config.pool is None else (config.pool, config.pool)
+        return Cost(trained, inference, operations)

@@ -1,0 +1,136 @@
+"""The comparison as a person runs it, small: the table, its files, its record, and going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.evaluate import main
+from jobs.evaluation.config import read
+from jobs.options import read_yaml
+from simmatch.config import ConfigError
+
+CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "evaluate_digits.yaml"
+FASHION = CONFIG.with_name("evaluate_fashion_mnist.yaml")
+
+SMALL = [
+    "data.train_images=400",
+    "data.test_images=150",
+    "held_out=60",
+    "seeds=[0]",
+    "budgets=[5]",
+    "tuning_images=150",
+    "corrupted_images=10",
+    "outlier_images=100",
+    "outlier_shares=[0.05]",
+    "rivals=[kmeans, pixels]",
+    "networks=[]",
+    "stacks.nsm.model.layers.0.train.epochs=1",
+    "tracking.enabled=false",
+]
+
+
+def arguments(run_dir: Path, *more: str) -> list[str]:
+    """Of a small evaluation."""
+    sets = [word for assignment in (*SMALL, *more) for word in ("--set", assignment)]
+    return ["--config", str(CONFIG), "--run-dir", str(run_dir), "--threads", "1", *sets]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished evaluation."""
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    assert main(arguments(folder)) == 0
+    return folder
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((run_dir / "results").glob("*.json"))}
+
+
+@pytest.mark.slow
+def test_every_row_has_its_result(run_dir: Path) -> None:
+    found = results(run_dir)
+    assert sorted(found) == ["kmeans-0", "nsm_1-0", "nsm_2-0", "pixels-0"]
+    for name, each in found.items():
+        assert set(each["accuracy"]) == set(each["held_out"]) == {"5", "all"}, name
+        assert 0.1 < each["accuracy"]["5"] <= 1, name
+        assert len(each["corruptions"]) == 16, name
+        assert set(each["outliers"]) == {"0", "0.05"}, name
+    assert found["nsm_2-0"]["decode"] > 0.5
+    assert found["nsm_1-0"]["accuracy"]["all"] > found["pixels-0"]["accuracy"]["all"]
+    assert len(found["nsm_2-0"]["active_fraction"]) == 2
+
+
+@pytest.mark.slow
+def test_tables_and_figures(run_dir: Path) -> None:
+    text = (run_dir / "table.md").read_text()
+    for name in ("nsm_1", "nsm_2", "kmeans", "pixels"):
+        assert f"| {name} |" in text
+    figures = {path.name for path in (run_dir / "figures").glob("*.png")}
+    assert {"label-efficiency.png", "corruptions.png", "corrupted-images.png", "activations-nsm.png"} <= figures
+    assert {f"filters-nsm-layer-{index}.png" for index in range(3)} <= figures
+
+
+@pytest.mark.slow
+def test_a_second_call_computes_what_is_missing_and_nothing_else(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "results").glob("*.json")}
+    lost = run_dir / "results" / "kmeans-0.json"
+    known = json.loads(lost.read_text())
+    lost.write_text("{")
+    assert main(arguments(run_dir)) == 0
+    again = json.loads(lost.read_text())
+    assert again["accuracy"] == known["accuracy"]
+    assert {path.name for path, time in before.items() if path.stat().st_mtime_ns != time} == {"kmeans-0.json"}
+    assert "kmeans, seed 0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_results_of_another_configuration_are_not_mixed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(run_dir, "budgets=[4]")) == 2
+    assert "which differs in budgets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("budgets=[10, 5]", "expected rising budgets"),
+        ("budgets=[90]", "budgets.0: expected at most"),
+        ("held_out=4000", "held_out: expected less than the 400 training images, got 4000"),
+        ("rivals=[kmean]", "rivals: expected some of autoencoder"),
+        ("networks=[alexnet]", "networks: expected some of lenet"),
+        ("stacks.nsm.rows.nsm_2=[2]", "expected rows.nsm_2 to name unsupervised layers"),
+        ("stacks.nsm.model.layers.0.kernel_size=20", "stacks.nsm.model.layers.0.kernel_size: expected at most 12"),
+        ("stacks.nsm.candidates=[[layers.0.stride=0]]", "stacks.nsm.layers.0.stride: expected greater than 0, got 0"),
+        ("shape.chanels=3", "shape.chanels: unknown key"),
+        ("seeds=[]", "seeds: expected"),
+    ],
+)
+def test_bad_input_is_one_line(
+    assignment: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "run", assignment)) == 2
+    written = capsys.readouterr().err
+    assert message in written
+    assert written.count("\n") == 1
+    assert not (tmp_path / "run" / "results").exists()
+
+
+@pytest.mark.parametrize("path", [CONFIG, FASHION], ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_have_a_quick_form(path: Path) -> None:
+    whole, quick = read(read_yaml(path), [], quick=False), read(read_yaml(path), [], quick=True)
+    assert len(whole.seeds) >= 3 > len(quick.seeds)
+    for row in whole.stacks.values():
+        assert len(row.models()) <= 4
+
+
+def test_quick_needs_overrides(tmp_path: Path) -> None:
+    values = {key: value for key, value in yaml.safe_load(CONFIG.read_text()).items() if key != "quick"}
+    with pytest.raises(ConfigError, match="--quick: expected a configuration with overrides"):
+        read(values, [], quick=True)

@@ -1,0 +1,355 @@
+"""Means and spreads against hand-computed ones, tables against golden ones, names of metrics against MLflow's rules."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from io import StringIO
+
+import pytest
+from mlflow.exceptions import MlflowException
+from rich.console import Console, RenderableType
+
+from jobs.evaluation.results import Result
+from jobs.evaluation.summaries import Estimate, Summary, summarise
+from jobs.evaluation.table import accuracy_table, cost_table, markdown, metrics, robustness_table
+
+
+def result(row: str = "nsm", seed: int = 0, **fields) -> Result:
+    values = {
+        "settings": "as configured",
+        "features": 1024,
+        "parameters_trained": 5000,
+        "parameters_inference": 1664,
+        "operations": 1_250_000,
+        "fit_seconds": 30.0,
+        "images_per_second": 2000.0,
+    }
+    return Result(row=row, seed=seed, **(values | fields))
+
+
+def shown(table: RenderableType, width: int = 160) -> list[str]:
+    """The lines of a table on a terminal of this width, no line of which may be wider."""
+    console = Console(file=StringIO(), width=width, force_terminal=False)
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines), default=0) <= width
+    return lines
+
+
+def many_rows(count: int = 16) -> list[Summary]:
+    """As many rows as an evaluation has, with everything that a row may have, and names that are long."""
+    draw = random.Random(1)
+
+    def row(index: int, seed: int) -> Result:
+        def some(*keys: str) -> dict[str, float]:
+            return {key: draw.uniform(0.5, 1.0) for key in keys}
+
+        return result(
+            f"similarity matching, supervised, no. {index}" if index % 2 else f"row {index}",
+            seed,
+            accuracy=some("10", "50", "100", "1000", "all"),
+            decode=draw.random(),
+            neighbours=draw.random(),
+            fit_seconds=draw.uniform(100, 2000),
+            images_per_second=draw.uniform(100, 20000),
+            operations=10**8,
+            parameters_trained=1_234_567,
+            parameters_inference=234_567,
+            parameters_readout=20_490,
+            active_fraction=[0.12, 0.1, 0.17],
+            corruptions=some("clean", "fog", "shear"),
+            transfer=some("10", "50", "100", "all"),
+            outliers=some("0", "0.01", "0.05"),
+        )
+
+    return summarise([row(index, seed) for index in range(count) for seed in range(3)])
+
+
+# -- summaries ---------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_spread_by_hand() -> None:
+    """0.7, 0.8, 0.6: mean 0.7, squared deviations 0, 0.01, 0.01, over 2: 0.01. 20, 40: mean 30, spread √200."""
+    found = [
+        result(seed=0, accuracy={"10": 0.7}, fit_seconds=20.0, decode=0.5, active_fraction=[0.1, 0.3]),
+        result(seed=1, accuracy={"10": 0.8}, fit_seconds=40.0, active_fraction=[0.2, 0.5]),
+        result(seed=2, accuracy={"10": 0.6}, fit_seconds=30.0, neighbours=0.25, active_fraction=[0.3, 0.7]),
+    ]
+    [summary] = summarise(found)
+    assert (summary.row, summary.seeds) == ("nsm", 3)
+    accuracy = summary.accuracy["10"]
+    assert accuracy.mean == pytest.approx(0.7, abs=1e-15)
+    assert accuracy.spread == pytest.approx(0.1, abs=1e-15)
+    assert accuracy.count == 3
+    assert [active.mean for active in summary.active_fraction] == pytest.approx([0.2, 0.5])
+    assert [active.spread for active in summary.active_fraction] == pytest.approx([0.1, 0.2])
+    assert summary.decode == Estimate(0.5, None, 1)
+    assert summary.neighbours == Estimate(0.25, None, 1)
+    assert summary.parameters_trained == Estimate(5000.0, 0.0, 3)
+    [two] = summarise(found[:2])
+    assert two.fit_seconds.mean == 30.0
+    assert two.fit_seconds.spread == pytest.approx(math.sqrt(200))
+    [one] = summarise(found[:1])
+    assert one.accuracy["10"] == Estimate(0.7, None, 1)
+
+
+def test_corruptions_are_averaged_within_a_seed() -> None:
+    """Seed 0: mean 0.5 of 0.4 and 0.6, clean 0.8, ratio 0.625; seed 1: 0.7, 0.875, 0.8. Clean is none of them."""
+    found = [
+        result(seed=0, corruptions={"clean": 0.8, "fog": 0.4, "shear": 0.6}),
+        result(seed=1, corruptions={"clean": 0.875, "fog": 0.6, "shear": 0.8}),
+        result(seed=2),
+    ]
+    [summary] = summarise(found)
+    assert list(summary.corruptions) == ["clean", "fog", "shear"]
+    assert summary.corruptions["fog"].mean == pytest.approx(0.5)
+    assert summary.corrupted is not None
+    assert summary.relative is not None
+    assert summary.corrupted.mean == pytest.approx(0.6)
+    assert summary.corrupted.spread == pytest.approx(0.1 * math.sqrt(2))
+    assert summary.relative.mean == pytest.approx((0.625 + 0.8) / 2)
+    assert summary.relative.spread == pytest.approx(0.175 / math.sqrt(2))
+    assert summary.corrupted.count == summary.relative.count == 2
+
+
+@pytest.mark.parametrize(
+    ("corruptions", "corrupted"), [({}, None), ({"clean": 0.9}, None), ({"fog": 0.5}, 0.5), ({"clean": 0, "fog": 0}, 0)]
+)
+def test_no_ratio_without_both(corruptions: dict[str, float], corrupted: float | None) -> None:
+    [summary] = summarise([result(corruptions=corruptions)])
+    assert (summary.corrupted.mean if summary.corrupted else None) == corrupted
+    assert summary.relative is None
+
+
+def test_rows_keep_their_order_and_budgets_rise() -> None:
+    """Whatever order results and budgets arrive in; a budget may be missing in a row, or with a seed."""
+    found = [
+        result("b", 1, accuracy={"all": 0.9, "1000": 0.8, "50": 0.6}, transfer={"all": 0.3, "9": 0.1}),
+        result("a", 1, accuracy={"100": 0.7, "10": 0.5}, outliers={"0.05": 0.5, "0": 0.7, "0.01": 0.6}),
+        result("b", 0, accuracy={"10": 0.4, "1000": 0.6}),
+    ]
+    summaries = summarise(found)
+    assert [summary.row for summary in summaries] == ["b", "a"]
+    assert list(summaries[0].accuracy) == ["10", "50", "1000", "all"]
+    assert list(summaries[0].transfer) == ["9", "all"]
+    assert list(summaries[1].outliers) == ["0", "0.01", "0.05"]
+    assert [known.count for known in summaries[0].accuracy.values()] == [1, 1, 2, 1]
+    heading = next(line for line in shown(accuracy_table(summaries)) if "all" in line)
+    assert heading.split() == ["seeds", "10", "50", "100", "1000", "all"]
+
+
+def test_a_row_may_have_changed_its_layers() -> None:
+    [summary] = summarise([result(seed=0, active_fraction=[0.1]), result(seed=1, active_fraction=[0.3, 0.5])])
+    assert [active.mean for active in summary.active_fraction] == pytest.approx([0.2, 0.5])
+
+
+def test_one_result_per_row_and_seed() -> None:
+    with pytest.raises(ValueError, match="expected one per row and seed, got two of 'nsm', seed 4"):
+        summarise([result(seed=4), result("other", 4), result(seed=4)])
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+GOLDEN = """\
+Test accuracy by labels per class; mean ± standard deviation over seeds:
+
+|  | seeds | 10 | all | nearest column of V | 10 nearest images |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| nsm | 2 | 0.762 ± 0.004 | 0.905 | 0.880 ± 0.014 | 0.851 |
+| a \\| b | 1 | 0.500 | – | – | – |
+
+Cost: parameters trained, for inference, of the readout; multiply–adds (ops) an image; active share by layer:
+
+|  | learn, s | encode, images/s | trained | inference | readout | million ops | active, % |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| nsm | 30.0 ± 14.1 | 2,000 | 5,500 ± 707 | 1,664 | 10,250 | 1.25 | 17, 9.2 |
+| a \\| b | 123 | – | 0 | 0 | 0 | 0 | – |
+
+Test accuracy under corruptions (their mean), and after learning with noise for a share of the images:
+
+|  | clean | corrupted | corrupted / clean | 0 % noise | 2.5 % noise |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| nsm | 0.900 ± 0.000 | 0.675 ± 0.035 | 0.750 ± 0.039 | 0.850 | 0.800 |
+| a \\| b | – | – | – | – | – |
+
+Test accuracy on a data set not seen while learning, by labels per class:
+
+|  | 5 | all |
+| --- | ---: | ---: |
+| nsm | – | – |
+| a \\| b | 0.333 | 0.667 |
+"""
+
+
+def golden_rows() -> list[Summary]:
+    common = {"parameters_readout": 10_250}
+    return summarise(
+        [
+            result(
+                seed=0,
+                accuracy={"10": 0.7593, "all": 0.905},
+                decode=0.87,
+                neighbours=0.851,
+                fit_seconds=20.0,
+                active_fraction=[0.16, 0.094],
+                corruptions={"clean": 0.9, "fog": 0.6, "shear": 0.7},
+                outliers={"0": 0.85, "0.025": 0.8},
+                **common,
+            ),
+            result(
+                seed=1,
+                accuracy={"10": 0.7647},
+                decode=0.89,
+                fit_seconds=40.0,
+                parameters_trained=6000,
+                active_fraction=[0.18, 0.09],
+                corruptions={"clean": 0.9, "fog": 0.65, "shear": 0.75},
+                **common,
+            ),
+            result(
+                "a | b",
+                accuracy={"10": 0.5},
+                fit_seconds=123.4,
+                parameters_trained=0,
+                parameters_inference=0,
+                operations=0,
+                transfer={"5": 1 / 3, "all": 2 / 3},
+            ),
+        ]
+    )
+
+
+def test_golden_markdown() -> None:
+    assert markdown(golden_rows()) == GOLDEN
+
+
+def words_of(cells: Iterable[str]) -> list[str]:
+    """Words as a terminal has them: the spread is glued to its sign."""
+    return [word for cell in cells for word in cell.replace("± ", "±").split()]
+
+
+def markdown_cells(text: str) -> list[list[str]]:
+    """Cells of all lines of tables, without rules."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_a_terminal_shows_the_cells_of_the_markdown() -> None:
+    rows = golden_rows()
+    lines = [*shown(accuracy_table(rows)), *shown(cost_table(rows)), *shown(robustness_table(rows))]
+    for row in ("nsm", "a | b"):
+        ours = [line.split() for line in lines if line.startswith(f" {row} ")]
+        assert ours == [words_of(cells) for cells in markdown_cells(GOLDEN) if cells[0] == row]
+
+
+@pytest.mark.parametrize("width", [92, 100, 130, 160])
+def test_many_rows_fit_a_terminal(width: int) -> None:
+    """No number, no word of a heading and no name is cut: every word of the markdown is there as often."""
+    rows = many_rows()
+    lines = [line for table in (accuracy_table, cost_table, robustness_table) for line in shown(table(rows), width)]
+    given = Counter(word for line in lines for word in line.split())
+    wanted = Counter(word for cells in markdown_cells(markdown(rows)) for word in words_of(cells))
+    assert len(wanted) > 400
+    assert wanted <= given
+
+
+def test_rows_without_anything_but_costs() -> None:
+    rows = summarise([result()])
+    assert shown(robustness_table(rows)) == []
+    assert "corrupted" not in markdown(rows)
+    assert "not seen" not in markdown(rows)
+    for table in (accuracy_table, cost_table, robustness_table):
+        shown(table([]))
+    assert metrics([]) == {}
+
+
+def test_names_are_no_markup() -> None:
+    rows = summarise([result("[red]nsm[/red]", accuracy={"all": 0.5})])
+    assert any(line.split()[0] == "[red]nsm[/red]" for line in shown(accuracy_table(rows)) if line.strip())
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_the_summaries() -> None:
+    found = metrics(golden_rows())
+    expected = {
+        "nsm/accuracy/10": 0.762,
+        "nsm/accuracy_spread/10": 0.0054 / math.sqrt(2),
+        "nsm/accuracy/all": 0.905,
+        "nsm/decode": 0.88,
+        "nsm/decode_spread": 0.02 / math.sqrt(2),
+        "nsm/neighbours": 0.851,
+        "nsm/corruptions/clean": 0.9,
+        "nsm/corruptions_spread/clean": 0.0,
+        "nsm/corruptions/fog": 0.625,
+        "nsm/corruptions_spread/fog": 0.05 / math.sqrt(2),
+        "nsm/corruptions/shear": 0.725,
+        "nsm/corruptions_spread/shear": 0.05 / math.sqrt(2),
+        "nsm/corrupted": 0.675,
+        "nsm/corrupted_spread": 0.05 / math.sqrt(2),
+        "nsm/relative": 0.75,
+        "nsm/relative_spread": 0.05 / 0.9 / math.sqrt(2),
+        "nsm/outliers/0": 0.85,
+        "nsm/outliers/0.025": 0.8,
+        "nsm/fit_seconds": 30.0,
+        "nsm/images_per_second": 2000.0,
+        "nsm/parameters_trained": 5500.0,
+        "nsm/parameters_inference": 1664.0,
+        "nsm/parameters_readout": 10250.0,
+        "nsm/operations": 1.25e6,
+        "nsm/active_fraction/0": 0.17,
+        "nsm/active_fraction/1": 0.092,
+    }
+    assert {name: value for name, value in found.items() if name.startswith("nsm/")} == pytest.approx(expected)
+    assert found["a _ b/transfer/5"] == pytest.approx(1 / 3)
+
+
+STRANGE = [
+    "nsm",
+    "k-means (α = 3)",
+    "../..",
+    "a/b",
+    "a|b",
+    "a:b",
+    "/",
+    "",
+    " ",
+    ".",
+    "x" * 400,
+    "x" * 401,
+    "ä\nö",
+    "a b",
+]
+
+
+def accepted(found: dict[str, float]) -> None:
+    """MLflow's own check of a batch of metrics: characters, paths and lengths of names, values."""
+    from mlflow.entities import Metric
+    from mlflow.utils.validation import _validate_batch_log_data
+
+    _validate_batch_log_data([Metric(name, value, 0, 0) for name, value in found.items()], [], [])
+
+
+def test_mlflow_takes_every_name() -> None:
+    """And no row hides another's metrics."""
+    accuracies = {row: 0.1 + 0.01 * index for index, row in enumerate(STRANGE)}
+    found = metrics(summarise([result(row, accuracy={"10": value}) for row, value in accuracies.items()]))
+    accepted(found)
+    recorded = [value for name, value in found.items() if name.endswith("/accuracy/10")]
+    assert recorded == list(accuracies.values())
+    with pytest.raises(MlflowException):
+        accepted({"k-means (α = 3)/accuracy/10": 0.5})
+
+
+def test_mlflow_takes_what_an_evaluation_records() -> None:
+    found = metrics(many_rows())
+    accepted(found)
+    assert "row 0/accuracy/1000" in found
+    corrupted = statistics.fmean(found[f"row 0/corruptions/{each}"] for each in ("fog", "shear"))
+    assert corrupted == pytest.approx(found["row 0/corrupted"])

@@ -1,0 +1,117 @@
+"""Stacks that learn in one process: against the rank's program, and against what the weights weigh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.config import RunConfig
+from cluster.training import Assignment, Training
+from jobs.evaluation.stacks import StackLearner
+from simmatch.config import ModelConfig, parse
+from simmatch.data import Dataset, to_unit
+from simmatch.exchange import IDENTITY
+from simmatch.model import InputConfig, pooled
+
+SOURCE = InputConfig(in_channels=1, height=8, width=8, num_classes=10)
+
+MODEL = {
+    "layers": [
+        {
+            "out_channels": 8,
+            "kernel_size": 3,
+            "normalize": "contrast",
+            "whiten": True,
+            "pool": 3,
+            "power": 0.5,
+            "train": {"images": 200, "batch_size": 20, "positions": 10},
+            "dynamics": {"solver": "coordinate_descent", "exchange": "gather_state"},
+        },
+        {
+            "out_channels": 12,
+            "kernel_size": "full",
+            "whiten": True,
+            "supervised": True,
+            "label_gain": 30.0,
+            "train": {"epochs": 2, "batch_size": 50},
+            "dynamics": {"solver": "coordinate_descent", "exchange": "gather_state", "tolerance": 1e-3},
+        },
+    ]
+}
+
+
+class Silent:
+    """A report that nobody reads."""
+
+    def event(self, *_: object, **__: object) -> None:
+        pass
+
+    def progress(self, *_: object, **__: object) -> None:
+        pass
+
+
+def learnt(digits: Dataset, seed: int = 0) -> StackLearner:
+    learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, seed)
+    learner.fit(to_unit(digits.train_images, torch.float32), digits.train_labels)
+    return learner
+
+
+def test_the_first_layer_is_the_one_that_a_rank_learns(digits: Dataset, tmp_path: Path) -> None:
+    """Same order, same positions, same solver; from there on a rank encodes with fixed iterations."""
+    config = parse(
+        RunConfig,
+        {"name": "test", "data": {"name": "digits"}, "model": MODEL, "probe": {"readout": "ridge"}},
+    )
+    rank = Training(Assignment(config, tmp_path, 0), IDENTITY, Silent(), torch.device("cpu"))  # type: ignore[arg-type]
+    rank.run()
+    ours, theirs = learnt(digits).stack.layer(0), rank.stack.layer(0)
+    torch.testing.assert_close(ours.feedforward, theirs.feedforward, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.lateral, theirs.lateral, rtol=1e-4, atol=1e-5)
+    assert int(ours.updates) == 10
+
+
+def test_outputs_are_what_layers_pass_on(digits: Dataset) -> None:
+    learner = learnt(digits)
+    images = to_unit(digits.test_images[:300], torch.float32)
+    blocks, scores = learner.outputs(images, pool=3)
+    assert [list(block.shape) for block in blocks] == [[300, 8 * 9], [300, 12]]
+    assert scores is not None
+    with torch.no_grad():
+        y = learner.stack.layer(0).solve(images).y
+        x = pooled(y, learner.config.layers[0])
+        code = learner.stack.layer(1).solve(x).y.flatten(1)
+    torch.testing.assert_close(blocks[0], x.flatten(1))
+    torch.testing.assert_close(blocks[1], code)
+    label = learner.stack.layer(1).label
+    distances = torch.cdist(code, label.T)
+    assert torch.equal(scores.argmax(dim=1), distances.argmin(dim=1))
+    assert learner.active_fraction[0] == pytest.approx(float((y > 0).double().mean()))
+    # maps larger than asked for are averaged before the power is taken
+    small, _ = learner.outputs(images, pool=1)
+    torch.testing.assert_close(small[0], y.mean(dim=(2, 3)).sqrt())
+
+
+def test_learning_is_repeatable_and_depends_on_the_seed(digits: Dataset) -> None:
+    first, again, other = learnt(digits), learnt(digits), learnt(digits, seed=1)
+    for name, values in first.stack.state_dict().items():
+        assert torch.equal(values, again.stack.state_dict()[name]), name
+    assert not torch.equal(first.stack.layer(0).feedforward, other.stack.layer(0).feedforward)
+
+
+def test_a_supervised_layer_asks_for_labels(digits: Dataset) -> None:
+    learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, 0)
+    with pytest.raises(ValueError, match="labels: expected one for every image, layer 1 is supervised"):
+        learner.fit(to_unit(digits.train_images, torch.float32))
+
+
+def test_cost_counts_what_is_held() -> None:
+    learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, 0)
+    first = learner.cost(1)
+    assert first.trained == 8 * 9 + 8 * 8 + 9 * 9 + 9  # W, M, Π, μ
+    assert first.inference == 8 * 9 + 8 * 8 + 8  # W Π, M, an offset
+    assert first.operations == 36 * 8 * (9 + 30 * 8)  # 6 × 6 positions, 30 iterations
+    both = learner.cost()
+    assert both.trained - first.trained == 12 * 72 + 12 * 12 + 12 * 10 + 72 * 72 + 72
+    assert both.operations - first.operations == 12 * (72 + 30 * 12)
