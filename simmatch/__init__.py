@@ -2,6 +2,7 @@
 
 from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
 from simmatch.dynamics import Solution
+from simmatch.encoder import feedforward_encoder
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack, load_model, save_model
 from simmatch.plasticity import Statistics
@@ -18,6 +19,7 @@ __all__ = [
     "Solution",
     "Stack",
     "Statistics",
+    "feedforward_encoder",
     "load_model",
     "save_model",
     "solve",
