@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Byte-compiled once, after installation and on all cores: each of a run's processes (driver, actors, Ray's workers)
 # imports torch, and where PYTHONDONTWRITEBYTECODE is set each would compile it anew, for as long as an actor may take.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
-COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
 # Stamps are keyed on the content of pyproject.toml and on this checkout, not on times that git changes.
 KEY := $(shell { pwd; cat pyproject.toml; } | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.simmatch-run-$(KEY)

@@ -54,6 +54,21 @@ def test_outputs_are_the_layers_by_hand(trained: Stack, digits: Dataset) -> None
     assert torch.equal(trained.decode(x).argmax(dim=1), distance.argmin(dim=1))
 
 
+def test_pooled_activities_are_raised_to_the_configured_power(trained: Stack, digits: Dataset) -> None:
+    """For the layer above, for readouts and in the exported graph."""
+    first, second = trained.config.layers
+    config = ModelConfig(layers=(first.model_copy(update={"power": 0.5}), second), features="all")
+    rooted = Stack(config, SOURCE)
+    rooted.load_state_dict(trained.state_dict())
+    x = to_unit(digits.test_images[:5])
+    roots = F.avg_pool2d(rooted.layer(0)(x), 2).sqrt()
+    torch.testing.assert_close(rooted.below(x, 1), roots, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rooted(x), rooted.layer(1)(roots), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rooted.features(x)[:, : roots[0].numel()], roots.flatten(1), rtol=1e-5, atol=1e-5)
+    graph = torch.export.export(Outputs(rooted.eval()), (x,)).module()
+    torch.testing.assert_close(graph(x)["features"], rooted.features(x), rtol=1e-4, atol=1e-4)
+
+
 def test_all_features_stand_side_by_side(trained: Stack, digits: Dataset) -> None:
     both = Stack(model_config("all"), SOURCE)
     both.load_state_dict(trained.state_dict())
