@@ -18,7 +18,15 @@ from torch import Tensor
 
 from jobs.evaluation.interface import Cost, Learner, Shape
 from jobs.evaluation.material import Material, corrupted, resized, with_outliers
-from jobs.evaluation.readouts import Ridge, accuracy_of, choose_ridge, neighbours_accuracy
+from jobs.evaluation.readouts import (
+    LOGISTIC_PENALTIES,
+    Linear,
+    accuracy_of,
+    choose,
+    choose_ridge,
+    logistic_path,
+    neighbours_accuracy,
+)
 from jobs.evaluation.results import Result, budget_name
 from jobs.evaluation.stacks import BATCH, Seen, StackLearner, unseen
 from simmatch.config import ModelConfig
@@ -201,7 +209,7 @@ class Reading:
 
     view: View
     scales: list[float]
-    readout: Ridge
+    readout: Linear
 
     def scores(self, blocks: list[Tensor]) -> Tensor:
         return self.readout.scores(self.view.of(blocks, self.scales))
@@ -248,7 +256,7 @@ def evaluate(
 
 def _at_budgets(
     result: Result, parts: list[Tensor], material: Material, budgets: tuple[int | None, ...], seed: int
-) -> Ridge:
+) -> Linear:
     """Fill in accuracies from the features of train, held-out and test images; the readout of all labels."""
     train, held_out, test = parts
     classes = material.source.num_classes
@@ -260,6 +268,10 @@ def _at_budgets(
         result.held_out[budget_name(budget)] = right
         result.accuracy[budget_name(budget)] = accuracy_of(readout.scores(test), material.test.labels)
     result.parameters_readout = readout.parameters
+    if classes > 2:
+        path = logistic_path(train, material.train.labels, classes, readout.scaling, penalties=LOGISTIC_PENALTIES)
+        logistic, result.held_out["logistic"] = choose(path, (held_out, material.held_out.labels))
+        result.logistic = accuracy_of(logistic.scores(test), material.test.labels)
     result.neighbours = neighbours_accuracy((train, material.train.labels), (test, material.test.labels), classes)
     return readout
 

@@ -6,9 +6,11 @@ To add a network write its class beside `jobs.evaluation.lenet` and an entry of 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 
@@ -19,7 +21,10 @@ from jobs.evaluation.material import Labelled, Material, corrupted, resized, wit
 from jobs.evaluation.readouts import accuracy_of, choose_ridge, neighbours_accuracy
 from jobs.evaluation.results import Result, budget_name
 from jobs.evaluation.stacks import Seen, unseen
+from jobs.evaluation.together import together
 from simmatch.model import InputConfig
+
+T = TypeVar("T")
 
 TUNING_SHARE = 0.25
 """Share of the steps after which settings for all labels are compared; those for fewer labels take all steps."""
@@ -52,11 +57,10 @@ class Network:
 
     def tune(self, material: Material, plan: Plan, seed: int, seen: Seen = unseen) -> dict[str, int]:
         """Budget → index of the settings that do best on held-out images."""
-        found: dict[str, int] = {}
-        for budget in plan.budgets:
-            seen(f"try settings, {budget_name(budget)} labels per class", len(found), len(plan.budgets))
+
+        def best(budget: int | None) -> int:
             settings = candidates(budget)
-            best = tune(
+            found = tune(
                 lambda: self.make(material.source, seed),
                 material.train.take(material.labelled(budget, seed)),
                 material.held_out,
@@ -64,23 +68,26 @@ class Network:
                 seed,
                 share=TUNING_SHARE if budget is None else 1.0,
             )
-            found[budget_name(budget)] = settings.index(best)
-        return found
+            return settings.index(found)
+
+        return self._by_budget(best, plan, "try settings", seen)
 
     def evaluate(
         self, chosen: Mapping[str, int], material: Material, plan: Plan, seed: int, seen: Seen = unseen
     ) -> tuple[Result, LeNet]:
-        """One network per budget; the result, and the network that learnt from all labels."""
-        found: dict[str, LeNet] = {}
-        started = time.monotonic()
-        for budget in plan.budgets:
-            name = budget_name(budget)
-            seen(f"learn from {name} labels per class", len(found), len(plan.budgets))
+        """One network per budget; the result, and the network that learnt from all labels.
+
+        Its seconds are those of one thread, while others learn from fewer labels beside it.
+        """
+
+        def learnt(budget: int | None) -> tuple[LeNet, float]:
             started = time.monotonic()
-            index = material.labelled(budget, seed)
-            found[name] = self._learn(material.train.take(index), self.settings(chosen, budget), material, seed)
-        seconds = time.monotonic() - started
-        net = found["all"]
+            images = material.train.take(material.labelled(budget, seed))
+            net = self._learn(images, self.settings(chosen, budget), material, seed)
+            return net, time.monotonic() - started
+
+        found = self._by_budget(learnt, plan, "learn", seen)
+        net, seconds = found["all"]
         started = time.monotonic()
         scores = predict(net, material.test.images)
         rate = len(material.test) / max(time.monotonic() - started, 1e-9)
@@ -96,7 +103,7 @@ class Network:
             fit_seconds=seconds,
             images_per_second=rate,
         )
-        for name, each in found.items():
+        for name, (each, _) in found.items():
             result.held_out[name] = accuracy_of(predict(each, material.held_out.images), material.held_out.labels)
             result.accuracy[name] = accuracy_of(predict(each, material.test.images), material.test.labels)
         result.accuracy["all"] = accuracy_of(scores, material.test.labels)
@@ -106,6 +113,15 @@ class Network:
             material.source.num_classes,
         )
         return result, net
+
+    def _by_budget(self, work: Callable[[int | None], T], plan: Plan, words: str, seen: Seen) -> dict[str, T]:
+        """Budget → what the work gives, several at a time, the longest first."""
+        longest_first = plan.budgets[::-1]
+        found: dict[int, T] = {}
+        for place, value in together([partial(work, each) for each in longest_first], torch.get_num_threads()):
+            found[place] = value
+            seen(f"{words}, by labels per class", len(found), len(plan.budgets))
+        return {budget_name(longest_first[place]): found[place] for place in sorted(found, reverse=True)}
 
     def settings(self, chosen: Mapping[str, int], budget: int | None) -> TrainSettings:
         """The settings that were chosen for a budget."""
@@ -120,12 +136,15 @@ class Network:
         """As `jobs.evaluation.features.with_noise`: noise keeps the label of the image that it replaces."""
         part = material.train.take(slice(0, plan.outlier_images))
         test = material.test.take(slice(0, plan.corrupted_images or None))
-        found = {}
-        for share in (0.0, *plan.outlier_shares):
+        shares = (0.0, *plan.outlier_shares)
+
+        def among(share: float) -> float:
             images = Labelled(with_outliers(part.images, share, seed), part.labels)
             net = self._learn(images, self.settings(chosen, None), material, seed)
-            found[f"{share:g}"] = accuracy_of(predict(net, test.images), test.labels)
-        return found
+            return accuracy_of(predict(net, test.images), test.labels)
+
+        found = dict(together([partial(among, share) for share in shares], torch.get_num_threads()))
+        return {f"{share:g}": found[place] for place, share in enumerate(shares)}
 
 
 def under_corruption(net: LeNet, material: Material, count: int) -> dict[str, float]:

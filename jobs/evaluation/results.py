@@ -37,10 +37,13 @@ class Result(BaseModel):
     """Per layer."""
 
     held_out: dict[str, float] = {}
-    """Budget → accuracy on the held-out images, by which settings and penalties were chosen."""
+    """Budget → accuracy on the held-out images, by which settings and penalties were chosen; `logistic` likewise."""
 
     accuracy: dict[str, float] = {}
-    """Budget → test accuracy."""
+    """Budget → test accuracy: of a ridge readout, or of the network itself."""
+
+    logistic: float | None = None
+    """Of a logistic readout of all labels."""
 
     decode: float | None = None
     """Nearest column of V: no trained classifier."""

@@ -67,6 +67,7 @@ class Summary:
     row: str
     seeds: int
     accuracy: dict[str, Estimate]
+    logistic: Estimate | None
     decode: Estimate | None
     neighbours: Estimate | None
     fit_seconds: Estimate
@@ -115,6 +116,7 @@ def _summary(row: str, found: list[Result]) -> Summary:
         row=row,
         seeds=len(found),
         accuracy=_by_key([result.accuracy for result in found], labels_per_class),
+        logistic=_known(result.logistic for result in found),
         decode=_known(result.decode for result in found),
         neighbours=_known(result.neighbours for result in found),
         active_fraction=tuple(filter(None, map(_known, zip_longest(*(result.active_fraction for result in found))))),

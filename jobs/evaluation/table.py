@@ -93,6 +93,7 @@ def _of_key(name: str, key: str) -> Callable[[Summary], str]:
 def _accuracy_sheet(summaries: Sequence[Summary]) -> _Sheet:
     columns: Columns = {"seeds": lambda summary: str(summary.seeds)}
     columns |= _by_budget(summaries, "accuracy")
+    columns["all, logistic"] = lambda summary: _accuracy(summary.logistic)
     columns["nearest column of V"] = lambda summary: _accuracy(summary.decode)
     columns["10 nearest images"] = lambda summary: _accuracy(summary.neighbours)
     return _sheet("Test accuracy by labels per class; mean ± standard deviation over seeds", summaries, columns)
@@ -215,7 +216,7 @@ def _accuracies_of(summary: Summary) -> Iterator[tuple[str, str, Estimate]]:
     for name in ("accuracy", "corruptions", "transfer", "outliers"):
         for key, known in getattr(summary, name).items():
             yield name, f"/{_safe(key)}", known
-    for name in ("decode", "neighbours", "corrupted", "relative"):
+    for name in ("logistic", "decode", "neighbours", "corrupted", "relative"):
         known = getattr(summary, name)
         if known is not None:
             yield name, "", known

@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from cluster.config import RunConfig
+from jobs.evaluation import config as evaluation
+from jobs.evaluation import finetuning
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
 
@@ -110,5 +112,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_every_configuration_here_is_valid() -> None:
     folder = Path(__file__).resolve().parents[2] / "jobs" / "configs"
-    names = [parse(RunConfig, read_yaml(path)).name for path in sorted(folder.glob("*.yaml"))]
-    assert "digits" in names
+    names = [_name(path) for path in sorted(folder.glob("*.yaml"))]
+    assert {"digits", "evaluate_digits", "finetune_digits"} <= set(names)
+
+
+def _name(path: Path) -> str:
+    """The name of a file's configuration, read by the job that it is for, with its shortcuts too where it has them."""
+    reader = {"evaluate": evaluation.read, "finetune": finetuning.read}.get(path.stem.partition("_")[0])
+    if reader is None:
+        return parse(RunConfig, read_yaml(path)).name
+    quick = reader(read_yaml(path), [], quick=True)
+    assert reader(read_yaml(path), [], quick=False).name == quick.name
+    return quick.name

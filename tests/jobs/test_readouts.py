@@ -1,4 +1,4 @@
-"""Ridge readouts against scikit-learn, their choice, and the neighbours' vote."""
+"""Ridge and logistic readouts against oracles, their choice, and the neighbours' vote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from jobs.evaluation.readouts import (
     PENALTIES,
     accuracy_of,
+    choose,
     choose_ridge,
+    logistic_path,
     neighbours_accuracy,
     ridge_path,
     scaling_of,
@@ -68,6 +70,48 @@ def test_of_equals_the_stronger_penalty_is_taken() -> None:
 def test_a_label_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="expected classes 0 to 3"):
         ridge_path(torch.ones(2, 3), torch.tensor([0, 4]), 4)
+
+
+def test_a_logistic_readout_is_where_its_objective_is_flat() -> None:
+    features, labels = problem(200)
+    scaling = scaling_of(features, 1.0)
+    found = logistic_path(features, labels, 4, scaling, penalties=(1e-2, 1e-3))
+    assert [each.penalty for each in found] == [1e-2, 1e-3]
+    for each in found:
+        matrix, bias = each.matrix.clone().requires_grad_(), each.bias.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(scaling(features) @ matrix + bias, labels)
+        objective = loss + each.penalty / 2 * matrix.square().sum()
+        slopes = torch.autograd.grad(objective, (matrix, bias))
+        assert max(float(slope.abs().max()) for slope in slopes) < 2e-4  # of scores of order 1
+        at_zero = torch.autograd.grad(
+            torch.nn.functional.cross_entropy(
+                scaling(features) @ (m := torch.zeros_like(matrix).requires_grad_()), labels
+            ),
+            m,
+        )[0]
+        assert float(at_zero.abs().max()) > 1e-2
+    assert float(found[1].matrix.norm()) > 1.5 * float(found[0].matrix.norm())
+
+
+def test_a_logistic_readout_never_answers_a_class_without_images() -> None:
+    features, labels = problem(60, classes=3)
+    readout = logistic_path(features, labels + 1, 5, scaling_of(features, 1.0), penalties=(1e-3,))[0]
+    answers = readout.scores(features).argmax(dim=1)
+    assert set(answers.tolist()) == {1, 2, 3}
+    assert accuracy_of(readout.scores(features), labels + 1) > 0.8
+
+
+def test_a_logistic_readout_asks_for_three_classes() -> None:
+    with pytest.raises(ValueError, match=r"expected at least 3 classes, got \[0, 2\]"):
+        logistic_path(torch.eye(4), torch.tensor([0, 2, 0, 2]), 3, scaling_of(torch.eye(4), 1.0), penalties=(1.0,))
+
+
+def test_of_readouts_the_best_on_held_out_images_is_chosen() -> None:
+    train, held_out = problem(40), problem(300)
+    path = ridge_path(*train, 4)
+    best, right = choose(path, held_out)
+    assert right == max(accuracy_of(each.scores(held_out[0]), held_out[1]) for each in path)
+    assert any(best is each for each in path)
 
 
 def test_neighbours_vote_as_scikit_learns(digits: Dataset) -> None:

@@ -100,7 +100,7 @@ class Autoencoder(Convolutional[AutoencoderSettings]):
     candidates: ClassVar[tuple[AutoencoderSettings, ...]] = (
         AutoencoderSettings(contrast_floor=0.03),
         AutoencoderSettings(noise=0.5, contrast_floor=0.03),
-        AutoencoderSettings(noise=1.0, contrast_floor=0.03),
+        AutoencoderSettings(lr=1e-2, noise=0.5, contrast_floor=0.03),
         AutoencoderSettings(lr=1e-2, noise=0.5, sparsity=0.1, contrast_floor=0.03),
     )
 

@@ -1,0 +1,281 @@
+"""Does a LeNet need fewer labels where its convolutions start from similarity matching? Paired comparisons.
+
+One network is trained from four starts, which differ in its convolutions alone:
+
+    random          drawn (He et al. 2015), all weights trained
+    random_frozen   drawn and left so, dense layers trained
+    nsm_frozen      learnt without labels by similarity matching (`finetuning_start`) and left so
+    nsm             the same, fine-tuned with the rest
+
+With one seed all starts share the labelled images, the initial dense weights, and the order of the batches. Settings
+are chosen on held-out images for every network, budget and start, from the same candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.tracking import TrackingConfig
+from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, train
+from jobs.evaluation.finetuning_start import Start, StartConfig, pretrain
+from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
+from jobs.evaluation.material import Material
+from jobs.options import override
+from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt, parse
+from simmatch.readout import accuracy
+
+StartName = Literal["random", "random_frozen", "nsm_frozen", "nsm"]
+STARTS: tuple[StartName, ...] = get_args(StartName)
+BASELINE: StartName = "random"
+"""What the others are compared with."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class BudgetConfig(Frozen):
+    """One budget of labels."""
+
+    labels: PositiveInt
+    """Per class."""
+
+    seeds: PositiveInt
+    """Seeds 0 to seeds − 1: of label subsets, dense weights, order, random convolutions and similarity matching."""
+
+
+class FinetuneConfig(Frozen):
+    """Everything about one comparison of starts."""
+
+    name: Name
+    """Names the run and its default folder, runs/<name>."""
+
+    data: DataConfig
+
+    networks: Annotated[
+        dict[Name, Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]], Field(min_length=1)
+    ]
+    """Name → maps of the two convolutions."""
+
+    budgets: Annotated[tuple[BudgetConfig, ...], Field(strict=False, min_length=1)]
+    """The smallest first."""
+
+    held_out: PositiveInt = 5000
+    """Training images, the last ones, that nothing learns from: settings are chosen on them."""
+
+    tuning_seeds: PositiveInt = 2
+    """The first so many seeds of a budget decide on its settings, by their mean accuracy on held-out images."""
+
+    layers: Annotated[tuple[StartConfig, StartConfig], Field(strict=False)]
+    """How similarity matching learns the weights of each convolution."""
+
+    tracking: TrackingConfig = TrackingConfig()
+
+    quick: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Overrides that `--quick` applies: the same table in minutes, with figures that mean less."""
+
+    @model_validator(mode="after")
+    def _budgets_rise(self) -> FinetuneConfig:
+        labels = [each.labels for each in self.budgets]
+        if labels != sorted(set(labels)):
+            raise ValueError(f"expected rising budgets, got {labels}")
+        return self
+
+    def comparable(self) -> dict[str, Any]:
+        """What results depend on, as plain values."""
+        values = self.model_dump(mode="json", exclude={"tracking", "quick"})
+        values["candidates"] = {kind: [asdict(each) for each in some] for kind, some in CANDIDATES.items()}
+        return values
+
+
+def read(values: dict[str, Any], assignments: list[str], *, quick: bool) -> FinetuneConfig:
+    """Values of a YAML file as a configuration; `quick` applies the file's own overrides first.
+
+    Raises
+    ------
+    ConfigError
+        One line, naming the key.
+    """
+    shortcuts = values.get("quick") or []
+    if quick and not shortcuts:
+        raise ConfigError("--quick: expected a configuration with overrides under 'quick', got none")
+    return parse(FinetuneConfig, override(values, [*(shortcuts if quick else []), *assignments]))
+
+
+def check(config: FinetuneConfig, material: Material) -> None:
+    """What can be wrong before anything learns.
+
+    Raises
+    ------
+    ConfigError
+        A budget that a class cannot fill, or images too small for a LeNet.
+    """
+    least = int(torch.bincount(material.train.labels, minlength=material.source.num_classes).min())
+    for index, budget in enumerate(config.budgets):
+        if budget.labels > least:
+            raise ConfigError(
+                f"budgets.{index}.labels: expected at most {least}, the images of the rarest class, got {budget.labels}"
+            )
+    if min(material.source.image_size) < LEAST_SIDE:
+        height, width = material.source.image_size
+        raise ConfigError(f"data: expected images of at least {LEAST_SIDE} × {LEAST_SIDE}, got {height} × {width}")
+
+
+class Outcome(BaseModel):
+    """One network, budget, seed and start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    network: str
+    labels: int
+    """Per class."""
+
+    seed: int
+    start: StartName
+    settings: int
+    """Index of the candidate that was chosen."""
+
+    accuracy: float
+    """On the test images, read once."""
+
+
+class Outcomes:
+    """Outcomes of a run, a file each, on the disk as soon as they are known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, network: str, labels: int, seed: int, start: StartName) -> Outcome | None:
+        """What is known already; None for nothing, or for a file that holds something else."""
+        try:
+            found = Outcome.model_validate_json(self._path(network, labels, seed, start).read_text())
+        except (FileNotFoundError, ValidationError):
+            return None
+        same = (found.network, found.labels, found.seed, found.start) == (network, labels, seed, start)
+        return found if same else None
+
+    def save(self, found: Outcome) -> None:
+        path = self._path(found.network, found.labels, found.seed, found.start)
+        write_json(path, found.model_dump())
+
+    def _path(self, network: str, labels: int, seed: int, start: StartName) -> Path:
+        return self.folder / f"{network}-{labels}-{seed}-{start}.json"
+
+
+class Settings:
+    """Candidates chosen so far, in one file: by network, budget and start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            known = json.loads(path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            known = {}
+        self._known: dict[str, dict[str, Any]] = known if isinstance(known, dict) else {}
+
+    def chosen(self, network: str, labels: int, start: StartName) -> int | None:
+        found = self._known.get(f"{network}/{labels}/{start}")
+        return None if found is None else int(found["chosen"])
+
+    def choose(self, network: str, labels: int, start: StartName, held_out: Sequence[Sequence[float]]) -> int:
+        """The candidate with the highest mean; of equals the first.
+
+        held_out: accuracies on held-out images by seed and candidate.
+        """
+        means = [fmean(values) for values in zip(*held_out, strict=True)]
+        best = means.index(max(means))
+        self._known[f"{network}/{labels}/{start}"] = {"chosen": best, "held_out": means, "seeds": len(held_out)}
+        write_json(self.path, self._known)
+        return best
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(values, indent=1))
+    draft.replace(path)
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """One network with one seed, ready to be trained from any start at any budget.
+
+    Attributes
+    ----------
+    channels: maps of its convolutions.
+    start: what similarity matching learnt with this seed.
+    """
+
+    network: str
+    channels: tuple[int, int]
+    seed: int
+    start: Start
+    material: Material
+
+    @classmethod
+    def of(cls, config: FinetuneConfig, network: str, seed: int, material: Material, path: Path) -> Contest:
+        """With weights from similarity matching: those kept at `path`, or learnt now and kept there."""
+        channels = config.networks[network]
+        start = Start.load(path)
+        if start is None:
+            net = random_net(channels, seed, material)
+            start = pretrain(net, material.train.images, config.layers, seed)
+            start.save(path)
+        return cls(network, channels, seed, start, material)
+
+    def net(self, start: StartName) -> LeNet:
+        """The network before training; the same at every call."""
+        net = random_net(self.channels, self.seed, self.material)
+        if is_pretrained(start):
+            initialise(net, self.start.filters)
+        return net
+
+    def tune(self, labels: int, start: StartName) -> list[float]:
+        """Accuracy of each candidate on held-out images."""
+        return compare(
+            lambda: self.net(start),
+            self.material.train.take(self.material.labelled(labels, self.seed)),
+            self.material.held_out,
+            candidates(labels),
+            self.seed,
+            frozen=is_frozen(start),
+        )
+
+    def trained(self, labels: int, start: StartName, settings: int) -> LeNet:
+        """The network after training under one of the candidates."""
+        net = self.net(start)
+        learn = self.material.train.take(self.material.labelled(labels, self.seed))
+        train(net, learn.images, learn.labels, candidates(labels)[settings], self.seed, is_frozen(start))
+        return net
+
+    def outcome(self, labels: int, start: StartName, settings: int) -> Outcome:
+        """Train, and read the test images once."""
+        net, test = self.trained(labels, start, settings), self.material.test
+        return Outcome(
+            network=self.network,
+            labels=labels,
+            seed=self.seed,
+            start=start,
+            settings=settings,
+            accuracy=accuracy(predict(net, test.images), test.labels),
+        )
+
+
+def random_net(channels: tuple[int, int], seed: int, material: Material) -> LeNet:
+    source = material.source
+    return LeNet(source.in_channels, source.image_size, source.num_classes, channels=channels, seed=seed)
+
+
+def is_pretrained(start: StartName) -> bool:
+    return start in ("nsm", "nsm_frozen")
+
+
+def is_frozen(start: StartName) -> bool:
+    return start in ("random_frozen", "nsm_frozen")

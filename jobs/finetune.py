@@ -1,0 +1,266 @@
+"""Compare LeNets whose convolutions start from similarity matching with random ones: `python -m jobs.finetune`.
+
+One command, one table per network: test accuracy at every label budget from random weights, from random or learnt
+weights that stay frozen, and fine-tuned from learnt ones; paired differences with 95 % intervals; a figure. Everything
+found is kept in the run directory at once; a second call of the same configuration goes on where the first stopped.
+
+Exit status: 0 finished, 2 bad input (one line, nothing started), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.spool import SpoolBusyError
+from cluster.tracking import Status, Tracker
+from jobs.benchmarks.report import hardware
+from jobs.evaluation import finetuning_table as table
+from jobs.evaluation.finetuning import (
+    STARTS,
+    Contest,
+    FinetuneConfig,
+    Outcome,
+    Outcomes,
+    Settings,
+    StartName,
+    check,
+    read,
+)
+from jobs.evaluation.material import Material
+from jobs.evaluation.together import together
+from jobs.options import read_yaml
+from jobs.run_directory import default_root
+from simmatch.config import ConfigError
+from simmatch.data import load_dataset
+from simmatch.formats import DataError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
+FILE_WIDTH = 200
+
+T = TypeVar("T")
+Task = tuple[str, Callable[[], T]]
+"""What is done, in words, and what does it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, build, run. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    try:
+        if options.threads is not None and options.threads < 1:
+            raise ConfigError(f"--threads: expected at least 1, got {options.threads}")
+        config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
+        material = Material.of(load_dataset(config.data), config.held_out)
+        check(config, material)
+        run_dir = Path(options.run_dir or default_root() / f"{config.name}{'-quick' if options.quick else ''}")
+        prepare(run_dir, config)
+        tracker = Tracker(run_dir, config.tracking)
+        job = Finetuning(config, material, tracker, console, options.threads or os.cpu_count() or 1)
+        job.describe()
+    except SpoolBusyError as error:
+        print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (ConfigError, DataError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    return job.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.finetune", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, e.g. --set budgets.0.seeds=3; repeatable",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
+    parser.add_argument("--quick", action="store_true", help="the same table from less: minutes, wider intervals")
+    parser.add_argument("--threads", type=int, metavar="N", help="trainings at the same time (default: all cores)")
+    return parser
+
+
+def prepare(run_dir: Path, config: FinetuneConfig) -> None:
+    """Make the run directory, or refuse one that holds results of another configuration.
+
+    Raises
+    ------
+    ConfigError
+        Names `--run-dir`.
+    """
+    path = run_dir / "config.yaml"
+    values = config.comparable()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            other: Any = yaml.safe_load(path.read_text())
+            if other != values:
+                ours = {key for key, value in values.items() if not isinstance(other, dict) or other.get(key) != value}
+                raise ConfigError(
+                    f"--run-dir: expected a new folder or results of this configuration, got {run_dir}, which differs "
+                    f"in {', '.join(sorted(ours)) or 'keys of its own'}"
+                )
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}") from None
+
+
+class Finetuning:
+    """All networks, budgets, seeds and starts, and what is shown of them.
+
+    threads: tasks that run at the same time.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, material: Material, tracker: Tracker, console: Console, threads: int
+    ) -> None:
+        self.config, self.material, self.tracker = config, material, tracker
+        self.console, self.threads, self.run_dir = console, threads, tracker.run_dir
+        self.outcomes = Outcomes(self.run_dir / "results")
+        self.settings = Settings(self.run_dir / "settings.json")
+
+    def describe(self) -> None:
+        """Open the record."""
+        facts = hardware()
+        tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
+        self.tracker.start(self.run_dir.name, layers=0, tags=tags)
+        self.tracker.params(self.config.model_dump(mode="json", exclude={"tracking", "quick"}))
+
+    def run(self) -> int:
+        """Find what is not known yet, print, record. Returns the exit status."""
+        started, code = time.monotonic(), 1
+        status: Status = "FAILED"
+        try:
+            contests = self._pretrain()
+            self._choose(contests)
+            self._show(contests, self._compare(contests))
+            status, code = "FINISHED", 0
+        except KeyboardInterrupt:
+            print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
+            status, code = "KILLED", INTERRUPTED
+        finally:
+            self.tracker.metrics(0, {"seconds": time.monotonic() - started})
+            self.tracker.finish(status)
+            self.tracker.close()
+        return code
+
+    def _pretrain(self) -> dict[tuple[str, int], Contest]:
+        """Similarity matching for every network and seed."""
+        most = max(budget.seeds for budget in self.config.budgets)
+        keys = [(network, seed) for network in self.config.networks for seed in range(most)]
+        tasks: list[Task[tuple[tuple[str, int], Contest]]] = []
+        for network, seed in keys:
+            path = self.run_dir / "filters" / f"{network}-{seed}.safetensors"
+            make = partial(Contest.of, self.config, network, seed, self.material, path)
+            tasks.append((f"similarity matching: {network}, seed {seed}", partial(_keyed, (network, seed), make)))
+        return dict(self._each("similarity matching", tasks))
+
+    def _choose(self, contests: dict[tuple[str, int], Contest]) -> None:
+        """Settings for every network, budget and start that has none yet."""
+        tasks: list[Task[tuple[tuple[str, int, StartName, int], list[float]]]] = []
+        wanted: dict[tuple[str, int, StartName], int] = {}
+        for network in self.config.networks:
+            for budget in self.config.budgets:
+                for start in STARTS:
+                    if self.settings.chosen(network, budget.labels, start) is not None:
+                        continue
+                    key = (network, budget.labels, start)
+                    wanted[key] = min(self.config.tuning_seeds, budget.seeds)
+                    for seed in range(wanted[key]):
+                        make = partial(contests[network, seed].tune, budget.labels, start)
+                        words = f"settings: {network}, {budget.labels} labels, {table.WORDS[start]}, seed {seed}"
+                        tasks.append((words, partial(_keyed, (*key, seed), make)))
+        found: dict[tuple[str, int, StartName], dict[int, list[float]]] = {}
+        for (network, labels, start, seed), accuracies in self._each("settings", tasks):
+            key = (network, labels, start)
+            by_seed = found.setdefault(key, {})
+            by_seed[seed] = accuracies
+            if len(by_seed) == wanted[key]:
+                self.settings.choose(*key, list(by_seed.values()))
+
+    def _compare(self, contests: dict[tuple[str, int], Contest]) -> list[Outcome]:
+        """Train and read the test images; in the order of the tables."""
+        keys = [
+            (network, budget.labels, seed, start)
+            for network in self.config.networks
+            for budget in self.config.budgets
+            for seed in range(budget.seeds)
+            for start in STARTS
+        ]
+        found = {key: self.outcomes.load(*key) for key in keys}
+        tasks: list[Task[Outcome]] = []
+        for key in (key for key, outcome in found.items() if outcome is None):
+            network, labels, seed, start = key
+            settings = self.settings.chosen(network, labels, start)
+            assert settings is not None
+            words = f"{network}, {labels} labels, {table.WORDS[start]}, seed {seed}"
+            tasks.append((words, partial(contests[network, seed].outcome, labels, start, settings)))
+        for outcome in self._each("comparison", tasks):
+            self.outcomes.save(outcome)
+            found[outcome.network, outcome.labels, outcome.seed, outcome.start] = outcome
+        return [outcome for outcome in found.values() if outcome is not None]
+
+    def _each(self, name: str, tasks: Sequence[Task[T]]) -> Iterator[T]:
+        """Results of the tasks as they come, several at a time; a line at the end where nobody sees the bar."""
+        if not tasks:
+            return
+        started = time.monotonic()
+        columns = (
+            TextColumn("{task.description:<72}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
+            shown = bar.add_task(escape(name), total=len(tasks))
+            for place, result in together([work for _, work in tasks], self.threads):
+                yield result
+                bar.update(shown, advance=1, description=escape(tasks[place][0]))
+        seconds = time.monotonic() - started
+        self.console.print(f"{name}: {len(tasks)} done · {seconds:.0f} s", highlight=False)
+
+    def _show(self, contests: dict[tuple[str, int], Contest], outcomes: list[Outcome]) -> None:
+        """The tables on the terminal, as markdown, the figure, all in MLflow."""
+        lines, networks = table.lines_of(outcomes), self.config.networks
+        agreements = {
+            network: [each.start.agreements for (name, _), each in contests.items() if name == network]
+            for network in networks
+        }
+        for each in (*table.accuracy_tables(lines, networks), table.agreement_table(agreements)):
+            self.console.print(each)
+        text = self.run_dir / "table.md"
+        text.write_text(table.markdown(lines, networks, agreements))
+        path = self.run_dir / "figures" / "differences.png"
+        path.parent.mkdir(exist_ok=True)
+        table.draw(lines, path)
+        self.tracker.figure(path)
+        self.tracker.artifact(text)
+        self.tracker.artifact(self.run_dir / "settings.json")
+        self.tracker.metrics(0, table.metrics(lines, agreements))
+        self.console.print(f"table, figure, results: {self.run_dir}", highlight=False, soft_wrap=True)
+
+
+def _keyed(key: Any, make: Callable[[], T]) -> tuple[Any, T]:
+    return key, make()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""LeNets from different starts: what pairs share, what stays frozen, intervals, and going on where a run stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from jobs import finetune
+from jobs.evaluation import finetuning, finetuning_table
+from jobs.evaluation.finetuning import STARTS, Contest, FinetuneConfig, Outcome, Outcomes, Settings, StartName
+from jobs.evaluation.finetuning_start import Start
+from jobs.evaluation.finetuning_table import Difference, lines_of
+from jobs.evaluation.material import Material
+from jobs.options import override, read_yaml
+from simmatch.config import parse
+from simmatch.data import load_dataset
+
+CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "finetune_digits.yaml"
+
+SMALL = [
+    "networks={lenet: [3, 4]}",
+    "budgets=[{labels: 3, seeds: 2}]",
+    "tuning_seeds=1",
+    "data.train_images=300",
+    "data.test_images=100",
+    "held_out=50",
+    "layers.0.train.images=200",
+    "layers.1.train.images=200",
+    "tracking.enabled=false",
+]
+
+
+def arguments(run_dir: Path, *more: str) -> list[str]:
+    sets = [word for assignment in (*SMALL, *more) for word in ("--set", assignment)]
+    return ["--config", str(CONFIG), "--run-dir", str(run_dir), "--threads", "2", *sets]
+
+
+@pytest.fixture(scope="module")
+def config() -> FinetuneConfig:
+    return parse(FinetuneConfig, override(read_yaml(CONFIG), SMALL))
+
+
+@pytest.fixture(scope="module")
+def contest(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> Contest:
+    material = Material.of(load_dataset(config.data), config.held_out)
+    path = tmp_path_factory.mktemp("filters") / "lenet-0.safetensors"
+    return Contest.of(config, "lenet", 0, material, path)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison."""
+    folder = tmp_path_factory.mktemp("finetune") / "run"
+    assert finetune.main(arguments(folder)) == 0
+    return folder
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def test_starts_differ_in_their_convolutions_alone(contest: Contest) -> None:
+    nets = {start: contest.net(start) for start in STARTS}
+    for start, net in nets.items():
+        for name, values in net.dense.state_dict().items():
+            assert torch.equal(values, nets["random"].dense.state_dict()[name]), (start, name)
+        for index, convolution in enumerate(net.convolutions):
+            learnt = start in ("nsm", "nsm_frozen")
+            expected = contest.start.filters[index][0] if learnt else nets["random"].convolutions[index].weight
+            assert torch.equal(convolution.weight, expected), (start, index)
+    assert not torch.equal(nets["nsm"].convolutions[0].weight, nets["random"].convolutions[0].weight)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_frozen_convolutions_stay_and_others_move(contest: Contest, start: StartName) -> None:
+    before, after = contest.net(start), contest.trained(3, start, 0)
+    frozen = start.endswith("frozen")
+    for old, new in zip(before.convolutions, after.convolutions, strict=True):
+        assert torch.equal(old.weight, new.weight) == frozen
+    assert not torch.equal(next(iter(before.dense.parameters())), next(iter(after.dense.parameters())))
+
+
+def test_starts_are_the_same_when_made_again_and_when_read_again(
+    config: FinetuneConfig, contest: Contest, tmp_path: Path
+) -> None:
+    again = Contest.of(config, "lenet", 0, contest.material, tmp_path / "lenet-0.safetensors")
+    kept = Start.load(tmp_path / "lenet-0.safetensors")
+    assert kept is not None
+    for found in (again.start, kept):
+        for mine, theirs in zip(found.filters, contest.start.filters, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+        assert found.agreements == contest.start.agreements
+    other = Contest.of(config, "lenet", 1, contest.material, tmp_path / "lenet-1.safetensors")
+    assert not torch.equal(other.start.filters[0][0], contest.start.filters[0][0])
+
+
+def test_a_file_of_something_else_is_no_start(tmp_path: Path) -> None:
+    assert Start.load(tmp_path / "none") is None
+    (tmp_path / "torn").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    assert Start.load(tmp_path / "torn") is None
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students_for_pairs() -> None:
+    first, second = [0.71, 0.75, 0.69, 0.74, 0.78], [0.70, 0.72, 0.70, 0.71, 0.73]
+    found = Difference.of(first, second)
+    oracle = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert found.half is not None
+    assert found.mean - found.half == pytest.approx(100 * oracle.low)
+    assert found.mean + found.half == pytest.approx(100 * oracle.high)
+    assert found.count == 5
+
+
+def test_one_seed_has_no_interval_and_pairs_must_match() -> None:
+    assert Difference.of([0.5], [0.25]) == Difference(25.0, None, 1)
+    with pytest.raises(ValueError, match="as many seeds of both"):
+        Difference.of([0.5, 0.6], [0.5])
+    with pytest.raises(ValueError, match="at least one"):
+        Difference.of([], [])
+
+
+def outcome(seed: int, start: StartName, accuracy: float) -> Outcome:
+    return Outcome(network="net", labels=10, seed=seed, start=start, settings=0, accuracy=accuracy)
+
+
+def test_only_seeds_that_all_starts_have_are_compared() -> None:
+    found = [outcome(seed, start, 0.5 + 0.1 * seed) for start in STARTS for seed in (0, 1)]
+    found.append(outcome(2, "random", 0.0))
+    (line,) = lines_of(found)
+    assert line.accuracy["random"] == pytest.approx([0.5, 0.6])
+    assert {each.count for each in line.differences.values()} == {2}
+    assert lines_of([outcome(0, "nsm", 0.5)]) == []
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_those_of_the_highest_mean(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "settings.json")
+    assert settings.chosen("net", 10, "nsm") is None
+    assert settings.choose("net", 10, "nsm", [[0.5, 0.9, 0.6], [0.5, 0.3, 0.7]]) == 2
+    assert settings.choose("net", 10, "random", [[0.5, 0.5]]) == 0
+    again = Settings(tmp_path / "settings.json")
+    assert (again.chosen("net", 10, "nsm"), again.chosen("net", 10, "random")) == (2, 0)
+
+
+def test_an_outcome_that_cannot_be_read_is_measured_again(tmp_path: Path) -> None:
+    outcomes = Outcomes(tmp_path)
+    outcomes.save(outcome(0, "nsm", 0.5))
+    assert outcomes.load("net", 10, 0, "nsm") == outcome(0, "nsm", 0.5)
+    (file,) = tmp_path.glob("*.json")
+    file.rename(tmp_path / "net-10-1-nsm.json")
+    assert outcomes.load("net", 10, 1, "nsm") is None
+    file.write_text("{")
+    assert outcomes.load("net", 10, 0, "nsm") is None
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def outcomes_of(run_dir: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in (run_dir / "results").glob("*.json")}
+
+
+@pytest.mark.slow
+def test_every_start_has_its_outcome_table_and_figure(run_dir: Path) -> None:
+    found = outcomes_of(run_dir)
+    assert sorted(found) == sorted(f"lenet-3-{seed}-{start}" for seed in (0, 1) for start in STARTS)
+    assert all(0.1 < each["accuracy"] < 1 for each in found.values())
+    text = (run_dir / "table.md").read_text()
+    assert "| NSM, fine-tuned − random, points |" in text
+    mean = sum(found[f"lenet-3-{seed}-nsm"]["accuracy"] for seed in (0, 1)) / 2
+    assert f"{mean:.3f}" in text
+    assert (run_dir / "figures" / "differences.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_a_second_call_trains_only_what_is_missing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = outcomes_of(run_dir)
+    (run_dir / "results" / "lenet-3-1-nsm.json").unlink()
+    trained: list[StartName] = []
+    whole = Contest.outcome
+
+    def counted(self: Contest, labels: int, start: StartName, settings: int) -> Outcome:
+        trained.append(start)
+        return whole(self, labels, start, settings)
+
+    monkeypatch.setattr(Contest, "outcome", counted)
+    monkeypatch.setattr(Contest, "tune", lambda *_: pytest.fail("settings were known"))
+    monkeypatch.setattr(finetuning, "pretrain", lambda *_: pytest.fail("filters were known"))
+    assert finetune.main(arguments(run_dir)) == 0
+    assert trained == ["nsm"]
+    assert outcomes_of(run_dir) == before
+
+
+@pytest.mark.slow
+def test_an_interrupted_call_keeps_what_it_found(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = outcomes_of(run_dir)
+    for name in ("lenet-3-0-nsm", "lenet-3-1-nsm"):
+        (run_dir / "results" / f"{name}.json").unlink()
+    whole = Contest.outcome
+
+    def interrupted(self: Contest, labels: int, start: StartName, settings: int) -> Outcome:
+        if self.seed == 1:
+            raise KeyboardInterrupt
+        return whole(self, labels, start, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Contest, "outcome", interrupted)
+        assert finetune.main(arguments(run_dir)) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert "lenet-3-1-nsm" not in outcomes_of(run_dir)
+    assert finetune.main(arguments(run_dir)) == 0
+    assert outcomes_of(run_dir) == before
+
+
+@pytest.mark.slow
+def test_results_of_another_configuration_are_not_mixed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune.main(arguments(run_dir, "held_out=60")) == 2
+    assert "which differs in held_out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("budgets=[{labels: 9, seeds: 1}, {labels: 3, seeds: 1}]", "expected rising budgets, got [9, 3]"),
+        ("budgets=[{labels: 90, seeds: 1}]", "budgets.0.labels: expected at most"),
+        ("budgets=[]", "budgets: expected"),
+        ("networks={}", "networks: expected"),
+        ("networks={lenet: [6]}", "networks.lenet"),
+        ("layers.0.gain=-1", "layers.0.gain: expected"),
+        ("layers.0.normalise=contrast", "layers.0.normalise: unknown key"),
+        ("held_out=4000", "held_out: expected less than the 300 training images, got 4000"),
+    ],
+)
+def test_bad_input_is_one_line(
+    assignment: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune.main(arguments(tmp_path / "run", assignment)) == 2
+    written = capsys.readouterr().err
+    assert message in written
+    assert written.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_threads_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune.main([*arguments(tmp_path / "run"), "--threads", "0"]) == 2
+    assert capsys.readouterr().err == "error: --threads: expected at least 1, got 0\n"
+
+
+def test_the_chart_shows_every_network_and_start() -> None:
+    found = [outcome(seed, start, 0.5 + 0.01 * seed) for start in STARTS for seed in (0, 1)]
+    figure = finetuning_table.difference_figure(lines_of(found))
+    (axes,) = figure.axes
+    assert axes.get_title() == "net"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        finetuning_table.WORDS[start] for start in STARTS if start != "random"
+    ]
