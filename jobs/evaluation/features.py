@@ -54,13 +54,13 @@ class StackFeatures:
     """A similarity-matching stack; a block a layer, averaged down to maps of `pool`."""
 
     def __init__(self, config: ModelConfig, source: InputConfig, pool: int, seed: int, seen: Seen) -> None:
-        self.learner, self.pool = StackLearner(config, source, seed, seen), pool
+        self.learner = StackLearner(config, source, seed, seen, pool=pool)
 
     def fit(self, images: Tensor, labels: Tensor) -> None:
         self.learner.fit(images, labels)
 
     def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        return self.learner.outputs(images, self.pool)
+        return self.learner.outputs(images)
 
     def cost(self, depth: int) -> Cost:
         return self.learner.cost(depth)
@@ -223,11 +223,10 @@ def evaluate(
     started = time.monotonic()
     learner.fit(material.train.images, material.train.labels)
     fit_seconds = time.monotonic() - started
-    started = time.monotonic()
     train, held_out = learner.outputs(material.train.images)[0], learner.outputs(material.held_out.images)[0]
+    started = time.monotonic()
     test, scores = learner.outputs(material.test.images)
-    encoded = len(material.train) + len(material.held_out) + len(material.test)
-    rate = encoded / max(time.monotonic() - started, 1e-9)
+    rate = len(material.test) / max(time.monotonic() - started, 1e-9)
     results, readings = [], []
     for view in row.views:
         seen(f"read out {view.name}", 0, 1)

@@ -26,10 +26,10 @@ from torch import Tensor
 POWERS = (1.0, 0.5)
 """Exponents that features may be raised to."""
 
-PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+PENALTIES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """λ that a ridge readout may choose from; features have a mean squared norm of 1."""
 
-LOGISTIC_PENALTIES = (1e-4, 1e-5)
+LOGISTIC_PENALTIES = (3e-6, 1e-6)
 """λ that a logistic readout may choose from; the stronger first, where the next begins."""
 
 LOGISTIC_ITERATIONS = 100
@@ -172,7 +172,7 @@ def logistic_path(
     if len(present) < 3:
         raise ValueError(f"labels: expected at least 3 classes, got {present.tolist()}")
     scaled, targets = scaling(features).numpy(), labels.numpy()
-    model = LogisticRegression(max_iter=LOGISTIC_ITERATIONS, tol=1e-4, warm_start=True)
+    model = LogisticRegression(max_iter=LOGISTIC_ITERATIONS, tol=1e-5, warm_start=True)
     found = []
     for penalty in penalties:
         model.set_params(C=1 / (penalty * len(labels)))

@@ -8,6 +8,7 @@ same stacks on a cluster; here they are small enough for one process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,26 @@ def unseen(_: str, __: int, ___: int) -> None:
     """Nobody watches."""
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images after the first layers of a stack.
+
+    Attributes
+    ----------
+    images: [N, C, H, W].
+    passed: what the last of these layers passes on.
+    blocks: features [N, F] of each of these layers.
+    active: its share of nonzero activities.
+    codes: mean activities [N, K] of the last of these layers.
+    """
+
+    images: Tensor
+    passed: Tensor
+    blocks: list[Tensor]
+    active: list[float]
+    codes: Tensor
+
+
 class StackLearner:
     """A stack that learns in this process.
 
@@ -44,12 +65,16 @@ class StackLearner:
     source: shape and classes of the images.
     seed: of weights, order and drawn positions.
     seen: told of progress.
+    pool: features are maps averaged down to so many rows and columns, unless smaller already.
     """
 
-    def __init__(self, config: ModelConfig, source: InputConfig, seed: int, seen: Seen = unseen) -> None:
-        self.config, self.source, self.seed, self.seen = config, source, seed, seen
+    def __init__(
+        self, config: ModelConfig, source: InputConfig, seed: int, seen: Seen = unseen, *, pool: int = 4
+    ) -> None:
+        self.config, self.source, self.seed, self.seen, self.pool = config, source, seed, seen, pool
         self.stack = Stack(config, source, seed=seed).eval()
         self.active_fraction = [0.0] * len(config.layers)
+        self._known: Encoded | None = None
 
     @torch.no_grad()
     def fit(self, images: Tensor, labels: Tensor | None = None) -> None:
@@ -60,6 +85,7 @@ class StackLearner:
         ValueError
             A supervised layer without labels.
         """
+        self._known = None
         for index, config in enumerate(self.config.layers):
             if config.supervised and labels is None:
                 raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
@@ -72,7 +98,7 @@ class StackLearner:
         orders = [epoch_order(len(images), seed=self.seed, epoch=epoch, images=count) for epoch in range(train.epochs)]
         measured = torch.arange(min(config.whiten_images, len(images)))
         wanted = torch.unique(torch.cat([*orders, *([measured] if layer.whiten or layer.label_gain else [])]))
-        inputs = self._below(images[wanted], index)
+        inputs = self._below(images if len(wanted) == len(images) else images[wanted], index)
         layer.calibrate(inputs[wanted < len(measured)], config.whiten_patches)
         per_epoch = steps_per_epoch(len(images), train.batch_size, images=count)
         for epoch, order in enumerate(orders):
@@ -102,44 +128,51 @@ class StackLearner:
         layer.settle_label(yz, zz)
 
     def _below(self, images: Tensor, index: int) -> Tensor:
-        """Input of a layer for images, kept for as long as it learns."""
+        """Input of a layer for images; known again when these images are asked for next."""
         if index == 0:
             return images
-        parts = []
-        for x in torch.split(images, BATCH):
-            for number in range(index):
-                x = pooled(self.stack.layer(number).solve(x).y, self.config.layers[number])
-            parts.append(x)
-            self.seen(f"layer {index}: encode its input", len(parts) * BATCH, len(images))
-        return torch.cat(parts)
+        self._known = self._encode(images, index, f"layer {index}: encode its input")
+        return self._known.passed
+
+    def _encode(self, images: Tensor, depth: int, words: str) -> Encoded:
+        """The first `depth` layers on images, beginning with what is known of them."""
+        known = self._known if self._known is not None and self._known.images is images else None
+        self._known = None
+        first = 0 if known is None else len(known.blocks)
+        if known is not None and first == depth:
+            return known
+        start = images if known is None else known.passed
+        parts: list[list[Tensor]] = [[] for _ in range(first, depth)]
+        active, passed, codes = [0.0] * (depth - first), [], []
+        for x in torch.split(start, BATCH):
+            for place, config in enumerate(self.config.layers[first:depth]):
+                y = self.stack.layer(first + place).solve(x).y
+                active[place] += float((y > 0).double().mean()) * len(y) / len(images)
+                x = pooled(y, config)
+                small = F.adaptive_avg_pool2d(y, self.pool).pow(config.power) if x.shape[-1] > self.pool else x
+                parts[place].append(rearrange(small, "b k h w -> b (k h w)"))
+            passed.append(x)
+            codes.append(reduce(y, "b k h w -> b k", "mean"))
+            self.seen(words, len(passed) * BATCH, len(images))
+        blocks = [torch.cat(each) for each in parts]
+        if known is not None:
+            blocks, active = known.blocks + blocks, known.active + active
+        return Encoded(images, torch.cat(passed), blocks, active, torch.cat(codes))
 
     @torch.no_grad()
-    def outputs(self, images: Tensor, pool: int) -> tuple[list[Tensor], Tensor | None]:
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """What every layer passes on, and scores decoded from V where the last layer is supervised.
 
-        Maps larger than `pool` are averaged down to it. The fraction of active channels of every layer over these
-        images goes to `active_fraction`.
+        The fraction of active channels of every layer over these images goes to `active_fraction`.
 
         Returns
         -------
         [N, F] for each layer; [N, num_classes] or None.
         """
-        features: list[list[Tensor]] = [[] for _ in self.config.layers]
-        scores = []
-        active = [0.0] * len(self.config.layers)
-        for x in torch.split(images, BATCH):
-            share = len(x) / len(images)
-            for index, config in enumerate(self.config.layers):
-                y = self.stack.layer(index).solve(x).y
-                active[index] += share * float((y > 0).double().mean())
-                x = pooled(y, config)
-                small = F.adaptive_avg_pool2d(y, pool).pow(config.power) if x.shape[-1] > pool else x
-                features[index].append(rearrange(small, "b k h w -> b (k h w)"))
-            if self.config.layers[-1].supervised:
-                scores.append(decode(reduce(y, "b k h w -> b k", "mean"), self.stack.layer(-1).label))
-            self.seen("encode", len(features[0]) * BATCH, len(images))
-        self.active_fraction = active
-        return [torch.cat(each) for each in features], torch.cat(scores) if scores else None
+        found = self._encode(images, len(self.config.layers), "encode")
+        self.active_fraction = found.active
+        scores = decode(found.codes, self.stack.layer(-1).label) if self.config.layers[-1].supervised else None
+        return found.blocks, scores
 
     def cost(self, depth: int | None = None) -> Cost:
         """W, M, V and the whitening of the first `depth` layers. Operations: drive, and products with M.

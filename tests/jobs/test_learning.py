@@ -119,9 +119,9 @@ def test_supervision_aligns_the_code_with_the_classes(seed: int, material: Mater
             "plasticity": {"lr": 0.1, "lr_decay_steps": 10, "tau": 0.5},
             "dynamics": {"tolerance": 1e-3},
         }
-        learner = StackLearner(parse(ModelConfig, {"layers": [layer]}), material.source, seed)
+        learner = StackLearner(parse(ModelConfig, {"layers": [layer]}), material.source, seed, pool=1)
         learner.fit(material.train.images, material.train.labels)
-        return learner.outputs(material.test.images, 1)[0][0]
+        return learner.outputs(material.test.images)[0][0]
 
     labels = material.test.labels
     with_labels, without = alignment(code(1000.0), labels), alignment(code(0.0), labels)

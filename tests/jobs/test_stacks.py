@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.training import Assignment, Training
@@ -13,6 +15,7 @@ from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ModelConfig, parse
 from simmatch.data import Dataset, to_unit
 from simmatch.exchange import IDENTITY
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, pooled
 
 SOURCE = InputConfig(in_channels=1, height=8, width=8, num_classes=10)
@@ -53,7 +56,7 @@ class Silent:
 
 
 def learnt(digits: Dataset, seed: int = 0) -> StackLearner:
-    learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, seed)
+    learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, seed, pool=3)
     learner.fit(to_unit(digits.train_images, torch.float32), digits.train_labels)
     return learner
 
@@ -75,7 +78,7 @@ def test_the_first_layer_is_the_one_that_a_rank_learns(digits: Dataset, tmp_path
 def test_outputs_are_what_layers_pass_on(digits: Dataset) -> None:
     learner = learnt(digits)
     images = to_unit(digits.test_images[:300], torch.float32)
-    blocks, scores = learner.outputs(images, pool=3)
+    blocks, scores = learner.outputs(images)
     assert [list(block.shape) for block in blocks] == [[300, 8 * 9], [300, 12]]
     assert scores is not None
     with torch.no_grad():
@@ -89,8 +92,33 @@ def test_outputs_are_what_layers_pass_on(digits: Dataset) -> None:
     assert torch.equal(scores.argmax(dim=1), distances.argmin(dim=1))
     assert learner.active_fraction[0] == pytest.approx(float((y > 0).double().mean()))
     # maps larger than asked for are averaged before the power is taken
-    small, _ = learner.outputs(images, pool=1)
+    learner.pool = 1
+    small, _ = learner.outputs(images)
     torch.testing.assert_close(small[0], y.mean(dim=(2, 3)).sqrt())
+
+
+def test_what_was_encoded_to_learn_is_not_encoded_again(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = to_unit(digits.train_images, torch.float32)
+    learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, 0, pool=3)
+    learner.fit(images, digits.train_labels)
+    solved: list[int] = []
+    solve = SimilarityMatchingConv2d.solve
+
+    def recorded(layer: SimilarityMatchingConv2d, x: Tensor, **options: Any) -> Any:
+        solved.append(layer.out_channels)
+        return solve(layer, x, **options)
+
+    monkeypatch.setattr(SimilarityMatchingConv2d, "solve", recorded)
+    blocks, scores = learner.outputs(images)
+    assert set(solved) == {12}
+    shares = learner.active_fraction
+    again, others = learner.outputs(images.clone())
+    assert set(solved) == {8, 12}
+    for one, other in zip([*blocks, scores], [*again, others], strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert shares == pytest.approx(learner.active_fraction)
 
 
 def test_learning_is_repeatable_and_depends_on_the_seed(digits: Dataset) -> None:
