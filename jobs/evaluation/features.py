@@ -37,8 +37,8 @@ from simmatch.order import stratified_subset
 class Features(Protocol):
     """A learner as the evaluation sees it: blocks of features, one a layer, that rows put side by side."""
 
-    def fit(self, images: Tensor, labels: Tensor) -> None:
-        """Learn; labels are for supervised layers."""
+    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
+        """Learn the first `depth` blocks, or all; labels are for supervised layers."""
 
     def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Features [N, F] of each block, and class scores where the learner itself decides."""
@@ -56,8 +56,8 @@ class StackFeatures:
     def __init__(self, config: ModelConfig, source: InputConfig, pool: int, seed: int, seen: Seen) -> None:
         self.learner = StackLearner(config, source, seed, seen, pool=pool)
 
-    def fit(self, images: Tensor, labels: Tensor) -> None:
-        self.learner.fit(images, labels)
+    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
+        self.learner.fit(images, labels, depth)
 
     def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
         return self.learner.outputs(images)
@@ -76,7 +76,7 @@ class PooledFeatures:
         self.learner, self.shape, self.image_size, self.seen = learner, shape, image_size, seen
         self._active: list[float] = []
 
-    def fit(self, images: Tensor, labels: Tensor) -> None:
+    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
         self.learner.fit(images)
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ class PooledFeatures:
 class Pixels:
     """No learner at all: the images themselves."""
 
-    def fit(self, images: Tensor, labels: Tensor) -> None:
+    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
         pass
 
     def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -146,7 +146,7 @@ class FeatureRow:
 
     Attributes
     ----------
-    views: the first is what settings are chosen by.
+    views: the last is what settings are chosen by.
     settings: a word on each.
     make: (settings' index, seed, seen) → a fresh learner.
     """
@@ -155,6 +155,11 @@ class FeatureRow:
     views: tuple[View, ...]
     settings: tuple[str, ...]
     make: Callable[[int, int, Seen], Features]
+
+    @property
+    def depth(self) -> int:
+        """Blocks that the views look at; others are learnt for what they decide themselves."""
+        return max(view.depth for view in self.views)
 
 
 @dataclass(frozen=True)
@@ -184,12 +189,12 @@ def tune(row: FeatureRow, material: Material, plan: Plan, seed: int, seen: Seen 
     best, chosen = -1.0, 0
     for index, words in enumerate(row.settings):
         seen(f"try {words}", index, len(row.settings))
-        learner = row.make(index, seed, unseen)
-        learner.fit(train.images, train.labels)
+        learner, view = row.make(index, seed, unseen), row.views[-1]
+        learner.fit(train.images, train.labels, view.depth)
         blocks = learner.outputs(train.images)[0]
-        scales = row.views[0].scales(blocks)
-        features = row.views[0].of(blocks, scales)
-        held_out = row.views[0].of(learner.outputs(material.held_out.images)[0], scales)
+        scales = view.scales(blocks)
+        features = view.of(blocks, scales)
+        held_out = view.of(learner.outputs(material.held_out.images)[0], scales)
         right = sum(
             choose_ridge(
                 (features[each], train.labels[each]),
@@ -328,7 +333,7 @@ def with_noise(row: FeatureRow, chosen: int, material: Material, plan: Plan, see
     for share in (0.0, *plan.outlier_shares):
         images = with_outliers(train.images, share, seed)
         learner = row.make(chosen, seed, unseen)
-        learner.fit(images, train.labels)
+        learner.fit(images, train.labels, row.depth)
         blocks = [learner.outputs(each)[0] for each in (images, material.held_out.images, test.images)]
         for values, view in zip(found, row.views, strict=True):
             scales = view.scales(blocks[0])

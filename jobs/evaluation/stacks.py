@@ -74,19 +74,22 @@ class StackLearner:
         self.config, self.source, self.seed, self.seen, self.pool = config, source, seed, seen, pool
         self.stack = Stack(config, source, seed=seed).eval()
         self.active_fraction = [0.0] * len(config.layers)
+        self.depth = len(config.layers)
         self._known: Encoded | None = None
 
     @torch.no_grad()
-    def fit(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Learn all layers from images [N, C, H, W] in [0, 1]; labels [N] for the supervised ones.
+    def fit(self, images: Tensor, labels: Tensor | None = None, depth: int | None = None) -> None:
+        """Learn from images [N, C, H, W] in [0, 1]; labels [N] for the supervised layers.
+
+        depth: learn, and from then on encode, the first layers only; None for all.
 
         Raises
         ------
         ValueError
             A supervised layer without labels.
         """
-        self._known = None
-        for index, config in enumerate(self.config.layers):
+        self._known, self.depth = None, len(self.config.layers) if depth is None else depth
+        for index, config in enumerate(self.config.layers[: self.depth]):
             if config.supervised and labels is None:
                 raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
             self._learn(index, images, labels if config.supervised else None)
@@ -169,10 +172,10 @@ class StackLearner:
         -------
         [N, F] for each layer; [N, num_classes] or None.
         """
-        found = self._encode(images, len(self.config.layers), "encode")
+        found, last = self._encode(images, self.depth, "encode"), self.depth - 1
         self.active_fraction = found.active
-        scores = decode(found.codes, self.stack.layer(-1).label) if self.config.layers[-1].supervised else None
-        return found.blocks, scores
+        decodes = self.config.layers[last].supervised
+        return found.blocks, decode(found.codes, self.stack.layer(last).label) if decodes else None
 
     def cost(self, depth: int | None = None) -> Cost:
         """W, M, V and the whitening of the first `depth` layers. Operations: drive, and products with M.

@@ -121,6 +121,17 @@ def test_what_was_encoded_to_learn_is_not_encoded_again(digits: Dataset, monkeyp
     assert shares == pytest.approx(learner.active_fraction)
 
 
+def test_of_a_stack_the_first_layers_can_be_learnt_alone(digits: Dataset) -> None:
+    images, whole = to_unit(digits.train_images, torch.float32), learnt(digits)
+    learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, 0, pool=3)
+    learner.fit(images, depth=1)  # no labels: the supervised layer is left alone
+    blocks, scores = learner.outputs(images[:50])
+    assert scores is None
+    assert torch.equal(blocks[0], whole.outputs(images[:50])[0][0])
+    assert len(blocks) == len(learner.active_fraction) == 1
+    assert int(learner.stack.layer(1).updates) == 0
+
+
 def test_learning_is_repeatable_and_depends_on_the_seed(digits: Dataset) -> None:
     first, again, other = learnt(digits), learnt(digits), learnt(digits, seed=1)
     for name, values in first.stack.state_dict().items():
