@@ -6,7 +6,7 @@ where somebody needs all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class FeatureStore:
     ----------
     images: [N, C, H, W] as stored in the data set, all of them on every rank.
     batch: images per rank and step of encoding.
-    kept_depths: depths whose features a readout will see side by side; depth 0 is the first layer's output.
+    kept: depths whose features a readout will see side by side, with how it reads them; depth 0 is the first layer's
+        output.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class FeatureStore:
         batch: int,
         dtype: torch.dtype,
         device: torch.device,
-        kept_depths: Sequence[int] = (),
+        kept: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         self.count, self.exchange = len(images), exchange
         chunk = batch * exchange.world_size
         self.chunks = [slice(start, min(start + chunk, self.count)) for start in range(0, self.count, chunk)]
         self._images, self._dtype, self._device = images, dtype, device
         self._own: list[Tensor] | None = None
-        self._kept_depths, self._depth = frozenset(kept_depths), 0
+        self._reading, self._depth = kept or {}, 0
         self._kept: list[list[Tensor]] = []
 
     def images(self, chosen: Tensor | slice) -> Tensor:
@@ -81,8 +82,8 @@ class FeatureStore:
         for index, chunk in enumerate(self.chunks):
             following.append(encode(self.own(index), self._part(chunk)))
             seen(chunk.stop - chunk.start)
-        if self._depth in self._kept_depths:
-            self._kept.append(following)
+        if self._depth in self._reading:
+            self._kept.append([self._reading[self._depth](part) for part in following])
         self._depth += 1
         self._own = following
 
@@ -99,7 +100,7 @@ class FeatureStore:
     def features(self) -> Iterator[Tensor]:
         """What readouts see, chunk by chunk: [n, F], the kept depths side by side."""
         depths = zip(*self._kept, strict=True)
-        return self.gather_parts(torch.cat([part.flatten(1) for part in parts], dim=1) for parts in depths)
+        return self.gather_parts(torch.cat(parts, dim=1) for parts in depths)
 
     def first(self, count: int) -> Tensor:
         """The first `count` images' features, on every rank."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from simmatch.geometry import Patches
 from simmatch.labels import one_hot
 from simmatch.lateral import SharedFault
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, save_model
+from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, readable, save_model
 from simmatch.order import epoch_order, steps_per_epoch
 from simmatch.readout import accuracy, decode, fit_readout
 from simmatch.record import measure
@@ -109,13 +110,17 @@ class Training:
             save_model(self.stack, self.assignment.run_dir / "model")
 
     def _store(self, images: Tensor) -> FeatureStore:
+        model = self.config.model
         return FeatureStore(
             images,
             self.exchange,
             batch=self.config.encode_batch,
             dtype=self.dtype,
             device=self.device,
-            kept_depths=self.config.model.feature_layers(),
+            kept={
+                index: partial(readable, config=model.layers[index], pool=model.feature_pool)
+                for index in model.feature_layers()
+            },
         )
 
     # ------------------------------------------------------------------------------------------- a layer

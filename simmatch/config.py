@@ -215,6 +215,9 @@ class ModelConfig(Frozen):
     """What a readout sees: the pooled activities of the last layer, or side by side of all layers, or of those that
     learn without labels (a readout overfits features that have already seen the labels of its training images)."""
 
+    feature_pool: PositiveInt | None = None
+    """A readout sees larger maps averaged down to so many rows and columns; None: as they are passed on."""
+
     @model_validator(mode="after")
     def _features_exist(self) -> ModelConfig:
         if not self.feature_layers():

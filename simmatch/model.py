@@ -121,6 +121,15 @@ def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
     return passed if config.power == 1.0 else passed.pow(config.power)
 
 
+def readable(passed: Tensor, config: LayerConfig, pool: int | None) -> Tensor:
+    """What a readout sees of what a layer passes on, [B, F]: maps averaged down to `pool`, then raised to the power."""
+    if pool is None or max(passed.shape[2:]) <= pool:
+        return passed.flatten(1)
+    maps = passed if config.power == 1.0 else passed.pow(1 / config.power)
+    small = F.adaptive_avg_pool2d(maps, pool)
+    return (small if config.power == 1.0 else small.pow(config.power)).flatten(1)
+
+
 class Stack(nn.Module):
     """Layers with their pooling.
 
@@ -189,7 +198,7 @@ class Stack(nn.Module):
         for index, config in enumerate(self.config.layers):
             activities = self.layer(index)(x)
             x = pooled(activities, config)
-            maps.append(x.flatten(1))
+            maps.append(readable(x, config, self.config.feature_pool))
         result = {"features": torch.cat([maps[index] for index in self.config.feature_layers()], dim=1)}
         if self.config.layers[-1].supervised:
             result["scores"] = decode(reduce(activities, "b k h w -> b k", "mean"), self.layer(-1).label)

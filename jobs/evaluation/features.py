@@ -21,6 +21,7 @@ from jobs.evaluation.material import Material, corrupted, resized, with_outliers
 from jobs.evaluation.readouts import (
     LOGISTIC_PENALTIES,
     Linear,
+    Scaling,
     accuracy_of,
     choose,
     choose_ridge,
@@ -221,9 +222,19 @@ class Reading:
 
 
 def evaluate(
-    row: FeatureRow, chosen: int, material: Material, plan: Plan, seed: int, seen: Seen = unseen
+    row: FeatureRow,
+    chosen: int,
+    material: Material,
+    plan: Plan,
+    seed: int,
+    seen: Seen = unseen,
+    *,
+    every_readout: bool = True,
 ) -> tuple[list[Result], Features, list[Reading]]:
-    """Learn with one seed and read out at every budget: a result and a readout for each view, and the learner."""
+    """Learn with one seed and read out at every budget: a result and a readout for each view, and the learner.
+
+    every_readout: besides ridge, which every budget gets, logistic regression and nearest neighbours.
+    """
     learner = row.make(chosen, seed, seen)
     started = time.monotonic()
     learner.fit(material.train.images, material.train.labels)
@@ -251,6 +262,8 @@ def evaluate(
             active_fraction=learner.active()[: view.depth],
         )
         readout = _at_budgets(result, parts, material, plan.budgets, seed)
+        if every_readout:
+            _other_readouts(result, parts, material, readout.scaling)
         results.append(result)
         readings.append(Reading(view, scales, readout))
     if scores is not None:
@@ -272,12 +285,18 @@ def _at_budgets(
         result.held_out[budget_name(budget)] = right
         result.accuracy[budget_name(budget)] = accuracy_of(readout.scores(test), material.test.labels)
     result.parameters_readout = readout.parameters
+    return readout
+
+
+def _other_readouts(result: Result, parts: list[Tensor], material: Material, scaling: Scaling) -> None:
+    """Fill in what logistic regression and nearest neighbours make of all labels."""
+    train, held_out, test = parts
+    classes = material.source.num_classes
     if classes > 2:
-        path = logistic_path(train, material.train.labels, classes, readout.scaling, penalties=LOGISTIC_PENALTIES)
+        path = logistic_path(train, material.train.labels, classes, scaling, penalties=LOGISTIC_PENALTIES)
         logistic, result.held_out["logistic"] = choose(path, (held_out, material.held_out.labels))
         result.logistic = accuracy_of(logistic.scores(test), material.test.labels)
     result.neighbours = neighbours_accuracy((train, material.train.labels), (test, material.test.labels), classes)
-    return readout
 
 
 def under_corruption(

@@ -38,7 +38,11 @@ class Row(Protocol):
         """The rows of the table that it fills."""
 
     def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
-        """Everything that is measured with one seed, a result for each view; the learner, for figures."""
+        """Everything that is measured with one seed, a result for each view; the learner, for figures.
+
+        What takes long and varies little is measured with the first seed only: logistic regression, nearest
+        neighbours, corruptions, noise.
+        """
 
 
 class FeatureRun:
@@ -62,8 +66,8 @@ class FeatureRun:
     def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
         assert isinstance(chosen, int)
         plan, material, row = self.plan, self.material, self.row
-        results, learner, readings = features.evaluate(row, chosen, material, plan, seed, seen)
         first = seed == self.config.seeds[0]
+        results, learner, readings = features.evaluate(row, chosen, material, plan, seed, seen, every_readout=first)
         if self.other is not None:
             found = features.transferred(learner, row.views, self.other, material.source, plan.budgets, seed)
             for result, values in zip(results, found, strict=True):

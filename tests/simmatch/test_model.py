@@ -69,6 +69,18 @@ def test_pooled_activities_are_raised_to_the_configured_power(trained: Stack, di
     torch.testing.assert_close(graph(x)["features"], rooted.features(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_readout_may_see_smaller_maps_than_the_layer_above(trained: Stack, digits: Dataset) -> None:
+    first, second = trained.config.layers
+    for power in (1.0, 0.5):
+        layers = (first.model_copy(update={"power": power}), second)
+        stack = Stack(ModelConfig(layers=layers, features="all", feature_pool=2), SOURCE)
+        stack.load_state_dict(trained.state_dict())
+        x = to_unit(digits.test_images[:5])
+        small = F.avg_pool2d(stack.layer(0)(x), 4).pow(power).flatten(1)  # 8 × 8 to 2 × 2
+        expected = torch.cat([small, stack(x).flatten(1)], dim=1)  # the dense layer's 1 × 1 is smaller already
+        torch.testing.assert_close(stack.features(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_all_features_stand_side_by_side(trained: Stack, digits: Dataset) -> None:
     both = Stack(model_config("all"), SOURCE)
     both.load_state_dict(trained.state_dict())
