@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,16 @@ def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Ten
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank}-of-{world_size}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    with partial.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return Shard(
         rank=rank,
         file=path.name,
@@ -109,19 +114,34 @@ def commit(folder: Path, manifest: Manifest) -> None:
     partial.replace(folder / MANIFEST)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what was left uncommitted before them."""
-    folders = sorted((run_dir / "checkpoints").glob("step-*"))
+def prune(run_dir: Path, keep: int, step: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, and what was left uncommitted before them.
+
+    Later ones are of an attempt that had gone further, and was perhaps given up because they are damaged: they neither
+    count nor are deleted; training will write them anew.
+    """
+    folders = sorted(
+        folder for folder in (run_dir / "checkpoints").glob("step-*") if folder <= folder_of(run_dir, step)
+    )
     committed = [folder for folder in folders if (folder / MANIFEST).exists()]
     if len(committed) > keep:
         for folder in folders[: folders.index(committed[-keep])]:
             shutil.rmtree(folder)
 
 
-def newest(run_dir: Path) -> Path | None:
-    """Folder of the newest committed checkpoint of a run."""
-    folders = sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}"))
-    return folders[-1] if folders else None
+def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """Folder of the newest checkpoint of a run that is what its manifest says, every shard read and compared.
+
+    warn: told, in one line that names the file, why a newer one is passed over.
+    """
+    for path in sorted((run_dir / "checkpoints").glob(f"step-*/{MANIFEST}"), reverse=True):
+        try:
+            Reader(path.parent, read_manifest(path.parent))
+        except CheckpointError as error:
+            warn(f"{path.parent.name} is damaged and passed over: {error}")
+        else:
+            return path.parent
+    return None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -137,8 +157,10 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate(json.loads(path.read_text()))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the manifest of a checkpoint, found no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a manifest, {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a manifest that can be read, {error.strerror or error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {manifest.format}")
     for shard in manifest.shards:
@@ -159,8 +181,11 @@ class Reader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         for shard in manifest.shards:
-            with (folder / shard.file).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with (folder / shard.file).open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{folder / shard.file}: expected a shard, {error.strerror or error}") from None
             if digest != shard.sha256:
                 raise CheckpointError(
                     f"{folder / shard.file}: expected sha256 {shard.sha256[:12]}…, got {digest[:12]}…"

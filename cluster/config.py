@@ -20,6 +20,10 @@ class CheckpointConfig(Frozen):
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
 
+    patience_s: PositiveFloat = 60.0
+    """Shards are written while training goes on. Longest that it waits, when a checkpoint is due, for the one before;
+    after that the new one is left out."""
+
 
 class ProbeConfig(Frozen):
     """What is measured on the frozen features at the end."""

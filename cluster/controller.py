@@ -21,7 +21,7 @@ from cluster.checkpoint import (
     Shard,
     commit,
     folder_of,
-    newest,
+    newest_good,
     prune,
 )
 from cluster.config import RunConfig, public
@@ -143,7 +143,7 @@ class Controller:
             if self.policy.decide(failure, self.record.restarts) is Decision.STOP:
                 raise RunFailed(failure.message)
             self.record.restarts += 1
-            self.resume = newest(self.run_dir) or self.resume
+            self.resume = newest_good(self.run_dir, self.display.note) or self.resume
             self._shards.clear()
             origin = "the beginning" if self.resume is None else self.resume.name
             self.display.note(f"{failure.message}; starting a new group from {origin}")
@@ -197,6 +197,9 @@ class Controller:
         kind = event["kind"]
         if kind == "shard":
             self._shard(rank, event["cursor"], event["shard"], event["layers"])
+        elif kind == "checkpoint_lost":
+            self._shards.pop(event["step"], None)
+            self.display.note(f"rank {rank}: the checkpoint of step {event['step']} is left out: {event['why']}")
         elif kind == "traceback":
             self.display.note(f"rank {rank}:\n{event['text']}")
         elif rank == 0 and kind == "metrics":
@@ -236,9 +239,12 @@ class Controller:
             shards=[shards[number] for number in sorted(shards)],
             mlflow_run_id=self.recorder.run_id,
         )
-        commit(folder_of(self.run_dir, cursor.step), manifest)
-        prune(self.run_dir, self.config.checkpoint.keep)
         del self._shards[cursor.step]
+        try:
+            commit(folder_of(self.run_dir, cursor.step), manifest)
+            prune(self.run_dir, self.config.checkpoint.keep, cursor.step)
+        except OSError as error:  # a disk that is full or gone costs checkpoints, not the run
+            self.display.note(f"the checkpoint of step {cursor.step} is left out: {' '.join(str(error).split())}")
 
 
 def summarise(

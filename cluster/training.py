@@ -22,13 +22,14 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cluster.checkpoint import Cursor, LayerState, Reader, folder_of, load_into, read_manifest, write_shard
+from cluster.checkpoint import Cursor, LayerState, Reader, load_into, read_manifest
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
 from cluster.features import FeatureStore
 from cluster.inputs import LayerInputs, all_threads
 from cluster.mesh import Mesh
 from cluster.report import Report
+from cluster.shard_writer import ShardWriter, Snapshot
 from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
 from simmatch.config import LayerConfig
 from simmatch.data import Dataset, load_dataset
@@ -41,7 +42,7 @@ from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled
 from simmatch.order import epoch_order, steps_per_epoch
 from simmatch.readout import accuracy, decode, fit_readout
 from simmatch.record import measure
-from simmatch.rows import Rows, split_rows
+from simmatch.rows import split_rows
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class Training:
         if assignment.resume is not None:
             self.reader = Reader(assignment.resume, read_manifest(assignment.resume))
         self.step = 0
+        self.writer = ShardWriter(
+            assignment.run_dir,
+            assignment.rank,
+            exchange.world_size,
+            report,
+            patience_s=self.config.checkpoint.patience_s,
+        )
 
     def run(self) -> None:
         """Everything: learn and encode layer by layer, read out, export."""
@@ -108,6 +116,7 @@ class Training:
         self._read_out(train, test, scores)
         if self.assignment.rank == 0:
             save_model(self.stack, self.assignment.run_dir / "model")
+        self.writer.close()
 
     def _store(self, images: Tensor) -> FeatureStore:
         model = self.config.model
@@ -167,7 +176,7 @@ class Training:
             report=self.report,
             cache=self.config.cache_features,
         )
-        window = Window(self.exchange)
+        window = Window(self.exchange, self.writer)
         order = torch.empty(0)
         for update in range(start, total):
             epoch, within = divmod(update, per_epoch)
@@ -210,28 +219,25 @@ class Training:
 
     def _save(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
-        tensors: dict[str, Tensor] = {}
-        ranges: dict[str, Rows] = {}
-        states = []
+        cursor = Cursor(step=self.step, layer=index, updates=int(layer.updates))
+        self.writer.submit(cursor, partial(self._snapshot, index, layer))
+
+    def _snapshot(self, index: int, layer: SimilarityMatchingConv2d) -> Snapshot:
+        """All layers so far. What may change while it is written, the layer that learns, is copied."""
+        found = Snapshot({}, {}, [])
         for number in range(index + 1):
             source = layer if number == index else self.stack.layer(number)
             rows = split_rows(source.out_channels, self.config.mesh.channel)[self.place.channel]
-            for name in SHARDED:
-                key = f"layers.{number}.{name}"
-                tensor = getattr(source, name)
-                tensors[key] = tensor if number == index else take_rows(tensor, rows)
-                ranges[key] = rows
+            tensors = {name: getattr(source, name) for name in SHARDED}
+            if number < index:
+                tensors = {name: take_rows(tensor, rows) for name, tensor in tensors.items()}
+            found.rows.update(dict.fromkeys((f"layers.{number}.{name}" for name in tensors), rows))
             if self.assignment.rank == 0:
-                tensors |= {f"layers.{number}.{name}": value for name, value in replicated_state(source).items()}
-            states.append(LayerState(bound=source.bound.value, ridge=source.bound.ridge))
-        folder = folder_of(self.assignment.run_dir, self.step)
-        shard = write_shard(folder, self.assignment.rank, self.exchange.world_size, tensors, ranges)
-        self.report.event(
-            "shard",
-            cursor=Cursor(step=self.step, layer=index, updates=int(layer.updates)),
-            shard=shard,
-            layers=states,
-        )
+                tensors |= replicated_state(source)
+            for name, tensor in tensors.items():
+                found.tensors[f"layers.{number}.{name}"] = tensor.to("cpu", copy=number == index)
+            found.layers.append(LayerState(bound=source.bound.value, ridge=source.bound.ridge))
+        return found
 
     # ------------------------------------------------------------------------------------------- encoding
 
@@ -302,11 +308,12 @@ class Training:
 
 
 class Window:
-    """Throughput between two records, and the share of this rank's time that went into waiting for the others."""
+    """Throughput between two records, and the shares of this rank's time that went into waiting for the others and
+    into checkpoints."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self.images, self._exchange = 0, exchange
-        self._started, self._waited_s = time.monotonic(), exchange.waited_s
+    def __init__(self, exchange: Exchange, writer: ShardWriter) -> None:
+        self.images, self._exchange, self._writer = 0, exchange, writer
+        self._started, self._waited_s, self._saving_s = time.monotonic(), exchange.waited_s, writer.seconds
 
     def count(self, images: int) -> None:
         self.images += images
@@ -316,10 +323,13 @@ class Window:
         exchange, now = self._exchange, time.monotonic()
         seconds = max(now - self._started, 1e-9)
         rate, waiting = self.images / seconds, (exchange.waited_s - self._waited_s) / seconds
-        self.images, self._started, self._waited_s = 0, now, exchange.waited_s
+        saving = (self._writer.seconds - self._saving_s) / seconds
+        self.images, self._started = 0, now
+        self._waited_s, self._saving_s = exchange.waited_s, self._writer.seconds
         return {
             "images_per_second": rate,
             "waiting_share": waiting,
+            "checkpoint_share": saving,
             "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),
             "num_exchanges": float(exchange.num_exchanges),
         }

@@ -47,6 +47,7 @@ from simmatch.model import Stack
 BAD_INPUT, INTERRUPTED = 2, 130
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
 FIGURE_IMAGES = 500
+RESULTS = "results"
 FILE_WIDTH = 160
 
 
@@ -67,8 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         rows = rows_of(config, material, other)
         run_dir = Path(options.run_dir or default_root() / f"{config.name}{'-quick' if options.quick else ''}")
         prepare(run_dir, config)
+        if options.report and not any((run_dir / RESULTS).glob("*.json")):
+            raise ConfigError(f"--report: expected results in {run_dir / RESULTS}, found none")
         tracker = Tracker(run_dir, config.tracking)
-        job = Evaluation(config, rows, material, tracker, console)
+        job = Evaluation(config, rows, material, tracker, console, measure=not options.report)
         job.describe()
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
@@ -98,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
     parser.add_argument("--quick", action="store_true", help="the same rows on fewer images: minutes, rougher figures")
+    parser.add_argument("--report", action="store_true", help="show what is known so far, measure nothing")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and BLAS (default: all cores)")
     return parser
 
@@ -156,14 +160,24 @@ def comparable(config: EvaluationConfig) -> dict[str, Any]:
 
 
 class Evaluation:
-    """All rows with all seeds, and what is shown of them."""
+    """All rows with all seeds, and what is shown of them.
+
+    measure: measure what is not known yet.
+    """
 
     def __init__(
-        self, config: EvaluationConfig, rows: list[Row], material: Material, tracker: Tracker, console: Console
+        self,
+        config: EvaluationConfig,
+        rows: list[Row],
+        material: Material,
+        tracker: Tracker,
+        console: Console,
+        *,
+        measure: bool = True,
     ) -> None:
-        self.config, self.rows, self.material = config, rows, material
+        self.config, self.rows, self.material, self.measure = config, rows, material, measure
         self.tracker, self.console, self.run_dir = tracker, console, tracker.run_dir
-        self.store = Store(self.run_dir / "results")
+        self.store = Store(self.run_dir / RESULTS)
         self.choices = Choices(self.run_dir / "settings.json")
         self.skipped: dict[str, str] = {}
 
@@ -198,7 +212,7 @@ class Evaluation:
                 for row in self.rows:
                     known = [self.store.load(view, seed) for view in row.views]
                     results = [each for each in known if each is not None]
-                    if len(results) < len(known):
+                    if len(results) < len(known) and self.measure:
                         results = self._one(row, seed, watch)
                     found |= {(each.row, seed): each for each in results}
                     watch.done()

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cluster.checkpoint import MANIFEST, newest, read_manifest
+from cluster.checkpoint import MANIFEST, newest_good, read_manifest
 from cluster.config import RunConfig
 from simmatch.config import ConfigError
 
@@ -72,9 +72,7 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
         if resume == "never" or _status(candidate) == "FINISHED":
             continue
         _check_same(config, candidate)
-        checkpoint = newest(candidate)
-        origin = "no checkpoint yet: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
-        return Start(candidate, checkpoint, f"continuing the unfinished run in {candidate}, {origin}")
+        return _continued(candidate, "continuing the unfinished run in")
     raise AssertionError("unreachable: the numbers do not end")
 
 
@@ -102,12 +100,20 @@ def _from(config: RunConfig, base: Path, source: Path) -> Start:
     """Continue the run in `source`, or start a new one at `base` from the checkpoint `source`."""
     if (source / "config.yaml").exists():
         _check_same(config, source)
-        return Start(source, newest(source), f"continuing the run in {source}")
+        return _continued(source, "continuing the run in")
     if not (source / MANIFEST).exists():
         raise ConfigError(f"--resume: expected auto, never, a run directory or a checkpoint, got {source}")
     _check_differences(config, read_manifest(source).config, source)
     fresh = next(path for path in _numbered(base) if not (path / "config.yaml").exists())
     return Start(fresh, source, f"a new run in {fresh} from {source}")
+
+
+def _continued(run_dir: Path, words: str) -> Start:
+    """From the newest checkpoint that is sound; the note tells of damaged ones."""
+    notes: list[str] = []
+    checkpoint = newest_good(run_dir, notes.append)
+    origin = "no checkpoint: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
+    return Start(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]))
 
 
 def _status(run_dir: Path) -> str | None:

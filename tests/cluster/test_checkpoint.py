@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from cluster.checkpoint import (
     commit,
     folder_of,
     load_into,
-    newest,
+    newest_good,
     prune,
     read_manifest,
     write_shard,
@@ -114,21 +115,59 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     write(folder_of(tmp_path, 4), 2, step=4)
     write(folder_of(tmp_path, 8), 2, step=8)
     (folder_of(tmp_path, 8) / MANIFEST).unlink()  # the state between the last shard and the commit
-    assert newest(tmp_path) == folder_of(tmp_path, 4)
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 4)
     with pytest.raises(CheckpointError) as caught:
         read_manifest(folder_of(tmp_path, 8))
     assert str(folder_of(tmp_path, 8) / MANIFEST) in str(caught.value)
 
 
 def test_no_checkpoints_is_none(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
-    prune(tmp_path, 1)
+    assert newest_good(tmp_path, pytest.fail) is None
+    prune(tmp_path, 1, 8)
 
 
 def test_the_newest_is_by_number_of_step(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         write(folder_of(tmp_path, step), 1, step=step)
-    assert newest(tmp_path) == folder_of(tmp_path, 100)
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 100)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_word_on_the_file(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        write(folder_of(tmp_path, step), 2, step=step)
+    flip_a_bit(folder_of(tmp_path, 12))
+    truncate_manifest(folder_of(tmp_path, 8))
+    said: list[str] = []
+    assert newest_good(tmp_path, said.append) == folder_of(tmp_path, 4)
+    assert len(said) == 2
+    assert "step-00000012 is damaged" in said[0]
+    assert "rank-1-of-2.safetensors" in said[0]
+    assert "step-00000008 is damaged" in said[1]
+    assert MANIFEST in said[1]
+    empty_shard(folder_of(tmp_path, 4))
+    assert newest_good(tmp_path, said.append) is None
+
+
+def test_what_a_damaged_attempt_left_does_not_push_out_good_checkpoints(tmp_path: Path) -> None:
+    """The run fell back from 12 and 16 to 8, and has come to 10."""
+    for step in (4, 8, 10, 12, 16):
+        write(folder_of(tmp_path, step), 2, step=step)
+    prune(tmp_path, 2, 10)
+    kept = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert kept == [f"step-{step:08d}" for step in (8, 10, 12, 16)]
+    prune(tmp_path, 2, 16)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000012", "step-00000016"]
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half of a shard")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("cluster.checkpoint.save_file", full)
+    with pytest.raises(OSError, match=r"rank-0-of-1.safetensors: I/O error: No space left on device"):
+        write(tmp_path / "step", 1)
+    assert list((tmp_path / "step").iterdir()) == []
 
 
 def test_nothing_partial_is_left(tmp_path: Path) -> None:
@@ -145,16 +184,16 @@ def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> Non
         write(folder_of(tmp_path, step), 2, step=step)
     for step in (8, 16):
         (folder_of(tmp_path, step) / MANIFEST).unlink()  # 8 was given up, 16 is still being written
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, 16)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         "step-00000004",
         "step-00000008",
         "step-00000012",
         "step-00000016",
     ]
-    prune(tmp_path, 1)
+    prune(tmp_path, 1, 16)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000012", "step-00000016"]
-    assert newest(tmp_path) == folder_of(tmp_path, 12)
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 12)
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

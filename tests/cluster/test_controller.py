@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, newest, read_manifest
+from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, newest_good, read_manifest
 from cluster.config import RunConfig
 from cluster.controller import Controller, Record, RunFailed, summarise, write_json
 from cluster.group import GroupFailure
@@ -20,8 +23,8 @@ from cluster.worker import Place, Status
 from simmatch.config import ConfigError
 
 Event = dict[str, Any]
-Round = list[list[Event]] | Failure
-"""One answer to a poll: every rank's new events, or the failure that the group raises instead."""
+Round = list[list[Event]] | Failure | Callable[[], Failure]
+"""One answer to a poll: every rank's new events, or the failure that the group raises instead, perhaps after a deed."""
 
 LOST = Failure("rank 1 (pid 7 on node) was lost", lost=True)
 FAULT = Failure("TrainingFault: layer 0, step 3: non-finite activities on rank 1", lost=False)
@@ -45,6 +48,8 @@ class ScriptedGroup:
         self.calls.append("poll")
         done = not self.rounds
         events = [[], []] if done else self.rounds.pop(0)
+        if callable(events):
+            events = events()
         if isinstance(events, Failure):
             raise GroupFailure(events)
         return [status(rank, own, done=done) for rank, own in enumerate(events)]
@@ -103,7 +108,13 @@ def shard_event(run_dir: Path, rank: int, step: int, layer: int = 0, world_size:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rank-{rank}-of-{world_size}.safetensors"
     file.write_bytes(b"rows")
-    shard = Shard(rank=rank, file=file.name, sha256="0" * 64, rows={"w": [5 * rank, 5 * rank + 5]}, shapes={"w": [5]})
+    shard = Shard(
+        rank=rank,
+        file=file.name,
+        sha256=sha256(b"rows").hexdigest(),
+        rows={"w": [5 * rank, 5 * rank + 5]},
+        shapes={"w": [5]},
+    )
     cursor = Cursor(step=step, layer=layer, updates=step)
     return {"kind": "shard", "cursor": cursor, "shard": shard, "layers": [LayerState(bound=2.0, ridge=1e-6)]}
 
@@ -203,9 +214,9 @@ def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene
     playing.round([], [shard_event(tmp_path, 1, 4)])
     assert not (folder / MANIFEST).exists()
     playing.round([shard_event(tmp_path, 0, 8)], [])  # of another step: does not complete this one
-    assert newest(tmp_path) is None
+    assert newest_good(tmp_path, pytest.fail) is None
     playing.round([shard_event(tmp_path, 0, 4)], [])
-    assert newest(tmp_path) == folder
+    assert newest_good(tmp_path, pytest.fail) == folder
     manifest = read_manifest(folder)
     assert [shard.rank for shard in manifest.shards] == [0, 1]
     assert manifest.cursor == Cursor(step=4, layer=0, updates=4)
@@ -213,7 +224,7 @@ def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene
     assert manifest.layers == [LayerState(bound=2.0, ridge=1e-6)]
     assert RunConfig.model_validate_json(json.dumps(manifest.config)) == playing.config
     playing.round([], [shard_event(tmp_path, 1, 8)])
-    assert newest(tmp_path) == folder_of(tmp_path, 8)
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
     assert playing.controller.record.steps == 8
 
 
@@ -232,7 +243,35 @@ def test_shards_of_a_lost_group_do_not_complete_a_checkpoint_of_the_next(scene: 
     playing = scene(first, second)
     with pytest.raises(RunFailed):
         playing.controller.run()
-    assert newest(tmp_path) == folder_of(tmp_path, 4)
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 4)
+
+
+def test_a_checkpoint_that_a_rank_could_not_write_is_left_out(scene: MakeScene, tmp_path: Path) -> None:
+    playing = scene()
+    lost = {"kind": "checkpoint_lost", "step": 4, "why": "[Errno 28] No space left on device"}
+    playing.round([shard_event(tmp_path, 0, 4)], [lost])
+    assert playing.display.notes == ["rank 1: the checkpoint of step 4 is left out: [Errno 28] No space left on device"]
+    playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
+    assert not (folder_of(tmp_path, 4) / MANIFEST).exists()
+
+
+def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
+    scene: MakeScene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    playing = scene()
+
+    def full(folder: Path, _: Manifest) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / MANIFEST))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cluster.controller.commit", full)
+        playing.round([shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)])
+    (note,) = playing.display.notes
+    assert "checkpoint of step 4 is left out" in note
+    assert "No space left on device" in note
+    playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
 
 
 # -- restarts ----------------------------------------------------------------------------------------------------------
@@ -265,6 +304,21 @@ def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeSce
     assert all(group.calls.count("end") == 1 for group in playing.groups)
     assert playing.recorder.all_tags == [{"restarts": "1"}, {"restarts": "2"}]
     assert any("rank 1 (pid 7 on node) was lost" in note and "step-00000008" in note for note in playing.display.notes)
+
+
+def test_a_restart_passes_over_a_damaged_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
+    both = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
+
+    def damaged() -> Failure:
+        (folder_of(tmp_path, 8) / "rank-1-of-2.safetensors").write_bytes(b"rowz")
+        return LOST
+
+    playing = scene([*both, damaged], [])
+    playing.controller.run()
+    assert [group.assignment.resume for group in playing.groups] == [None, folder_of(tmp_path, 4)]
+    (note,) = [note for note in playing.display.notes if "damaged" in note]
+    assert "step-00000008 is damaged and passed over" in note
+    assert "rank-1-of-2.safetensors" in note
 
 
 def test_without_a_checkpoint_a_restart_begins_again(scene: MakeScene) -> None:
@@ -333,7 +387,7 @@ def test_what_a_failing_rank_last_said_is_kept(scene: MakeScene, tmp_path: Path)
         status(1, [shard_event(tmp_path, 1, 4)]),
     ]
     assert playing.controller.step(group) == (False, LOST)
-    assert newest(tmp_path) == folder_of(tmp_path, 4)
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 4)
 
 
 def test_an_interrupt_ends_the_group(scene: MakeScene) -> None:

@@ -85,6 +85,11 @@ def test_a_second_call_computes_what_is_missing_and_nothing_else(
     lost = run_dir / "results" / "kmeans-0.json"
     known = json.loads(lost.read_text())
     lost.write_text("{")
+    assert main([*arguments(run_dir), "--report"]) == 0
+    assert lost.read_text() == "{"
+    text = (run_dir / "table.md").read_text()
+    assert "| nsm_1 |" in text
+    assert "kmeans" not in text
     assert main(arguments(run_dir)) == 0
     again = json.loads(lost.read_text())
     assert again["accuracy"] == known["accuracy"]
@@ -129,6 +134,11 @@ def test_shipped_configurations_are_valid_and_have_a_quick_form(path: Path) -> N
     assert len(whole.seeds) >= 3 > len(quick.seeds)
     for row in whole.stacks.values():
         assert len(row.models()) <= 4
+
+
+def test_a_report_needs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(tmp_path / "run"), "--report"]) == 2
+    assert f"--report: expected results in {tmp_path / 'run' / 'results'}, found none" in capsys.readouterr().err
 
 
 def test_quick_needs_overrides(tmp_path: Path) -> None:

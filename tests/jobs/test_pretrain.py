@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 import jobs.pretrain
-from cluster.checkpoint import Reader, newest, read_manifest
+from cluster.checkpoint import Reader, newest_good, read_manifest
 from cluster.config import RunConfig
 from jobs.run_directory import choose
 from simmatch import load_model
@@ -168,7 +168,7 @@ def test_nothing_is_left_running(finished: Ended) -> None:
 
 
 def test_the_newest_checkpoint_holds_the_exported_model(finished: Ended) -> None:
-    folder = newest(finished.run_dir)
+    folder = newest_good(finished.run_dir, pytest.fail)
     assert folder is not None
     manifest = read_manifest(folder)
     assert (manifest.world_size, manifest.cursor.step, manifest.cursor.layer) == (2, 116, 1)

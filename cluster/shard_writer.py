@@ -1,0 +1,121 @@
+"""Checkpoints off the training path: a thread writes, training goes on.
+
+The training thread pays for a copy of its rows. Nothing is exchanged here: that all ranks have written is known to the
+controller, which hears of every shard.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from cluster.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
+from cluster.report import Report
+from simmatch.rows import Rows
+
+WriteShard = Callable[[Path, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What a rank's shard holds; nobody changes the tensors.
+
+    Attributes
+    ----------
+    rows: of the tensors that are row ranges of a larger one.
+    layers: goes into the manifest.
+    """
+
+    tensors: dict[str, Tensor]
+    rows: dict[str, Rows]
+    layers: list[LayerState]
+
+
+class ShardWriter:
+    """Writes one rank's shards, one at a time, and reports each.
+
+    A disk that is full or gone costs checkpoints, not the run: what could not be written is reported as
+    `checkpoint_lost`, and so is a checkpoint that is due while the one before it is still not written.
+
+    Parameters
+    ----------
+    run_dir: the run's folder; rank, world_size: whose shards these are.
+    patience_s: longest that training waits for the checkpoint before.
+    write: writes a shard; tests replace it.
+
+    Attributes
+    ----------
+    seconds: that the training thread has spent here.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        world_size: int,
+        report: Report,
+        *,
+        patience_s: float,
+        write: WriteShard = write_shard,
+    ) -> None:
+        self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
+        self.seconds = 0.0
+        self._report, self._patience_s, self._write = report, patience_s, write
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def submit(self, cursor: Cursor, take: Callable[[], Snapshot]) -> None:
+        """Write the snapshot that `take` gives now, as the checkpoint of `cursor`.
+
+        Raises
+        ------
+        Exception
+            What an earlier write has failed with, unless it was the disk's fault.
+        """
+        started = time.monotonic()
+        try:
+            if self._finish():
+                self._thread = threading.Thread(target=self._run, args=(cursor, take()), name="shards", daemon=True)
+                self._thread.start()
+            else:
+                self._lost(cursor, f"the one before it is not written after {self._patience_s:g} s")
+        finally:
+            self.seconds += time.monotonic() - started
+
+    def close(self) -> None:
+        """Wait for the last shard, as long as `patience_s` allows; raises as `submit` does."""
+        started = time.monotonic()
+        try:
+            self._finish()
+        finally:
+            self.seconds += time.monotonic() - started
+
+    def _finish(self) -> bool:
+        """Whether nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join(self._patience_s)
+            if self._thread.is_alive():
+                return False
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def _run(self, cursor: Cursor, snapshot: Snapshot) -> None:
+        folder = folder_of(self.run_dir, cursor.step)
+        try:
+            shard = self._write(folder, self.rank, self.world_size, snapshot.tensors, snapshot.rows)
+        except OSError as error:
+            self._lost(cursor, " ".join(str(error).split()))
+        except BaseException as error:
+            self._error = error
+        else:
+            self._report.event("shard", cursor=cursor, shard=shard, layers=snapshot.layers)
+
+    def _lost(self, cursor: Cursor, why: str) -> None:
+        self._report.event("checkpoint_lost", step=cursor.step, why=why)

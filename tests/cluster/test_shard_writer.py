@@ -1,0 +1,142 @@
+"""Shards are written while training goes on; a disk's fault costs checkpoints, not the run."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
+from cluster.shard_writer import ShardWriter, Snapshot
+from cluster.worker import Outbox
+from simmatch.rows import Rows
+
+LAYERS = [LayerState(bound=2.0, ridge=1e-6)]
+
+
+def cursor(step: int) -> Cursor:
+    return Cursor(step=step, layer=0, updates=step)
+
+
+def snapshot() -> Snapshot:
+    return Snapshot({"w": torch.arange(6.0).reshape(3, 2)}, {"w": Rows.all(3)}, LAYERS)
+
+
+class Disk:
+    """Writes shards when it is let, or fails as it is told."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.begun, self.free = error, threading.Event(), threading.Event()
+
+    def __call__(
+        self, folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor], rows: dict[str, Rows]
+    ) -> Shard:
+        self.begun.set()
+        assert self.free.wait(20)
+        if self.error is not None:
+            raise self.error
+        return write_shard(folder, rank, world_size, tensors, rows)
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    made = Disk()
+    yield made
+    made.free.set()
+
+
+def writer(run_dir: Path, disk: Disk, patience_s: float = 20.0) -> tuple[ShardWriter, Outbox]:
+    outbox = Outbox()
+    return ShardWriter(run_dir, 0, 1, outbox, patience_s=patience_s, write=disk), outbox
+
+
+def test_training_does_not_wait_for_the_disk(tmp_path: Path, disk: Disk) -> None:
+    writing, outbox = writer(tmp_path, disk)
+    writing.submit(cursor(4), snapshot)
+    assert disk.begun.wait(20)
+    assert outbox.events == []  # back from the call, and nothing is written
+    disk.free.set()
+    writing.close()
+    (event,) = outbox.events
+    assert (event["kind"], event["cursor"], event["layers"]) == ("shard", cursor(4), LAYERS)
+    assert (folder_of(tmp_path, 4) / event["shard"].file).is_file()
+
+
+def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path, disk: Disk) -> None:
+    writing, outbox = writer(tmp_path, disk)
+    writing.submit(cursor(4), snapshot)
+    threading.Timer(0.3, disk.free.set).start()
+    writing.submit(cursor(8), snapshot)
+    writing.close()
+    assert [event["cursor"].step for event in outbox.events] == [4, 8]
+    assert writing.seconds > 0.2  # and the time counts as spent on checkpoints
+
+
+def test_a_disk_that_hangs_costs_checkpoints_only(tmp_path: Path, disk: Disk) -> None:
+    writing, outbox = writer(tmp_path, disk, patience_s=0.1)
+    writing.submit(cursor(4), snapshot)
+    taken: list[int] = []
+
+    def take() -> Snapshot:
+        taken.append(1)
+        return snapshot()
+
+    started = time.monotonic()
+    writing.submit(cursor(8), take)
+    writing.close()
+    assert time.monotonic() - started < 10
+    assert taken == []  # nothing was copied for a checkpoint that is left out
+    (event,) = outbox.events
+    assert event == {
+        "kind": "checkpoint_lost",
+        "step": 8,
+        "why": "the one before it is not written after 0.1 s",
+    }
+
+
+def test_a_full_disk_is_told_and_the_next_checkpoint_is_tried(tmp_path: Path, disk: Disk) -> None:
+    writing, outbox = writer(tmp_path, disk)
+    disk.free.set()
+    disk.error = OSError(28, "No space left on device")
+    writing.submit(cursor(4), snapshot)
+    writing.close()
+    disk.error = None
+    writing.submit(cursor(8), snapshot)
+    writing.close()
+    first, second = outbox.events
+    assert first == {"kind": "checkpoint_lost", "step": 4, "why": "[Errno 28] No space left on device"}
+    assert second["cursor"].step == 8
+
+
+def test_a_fault_of_the_program_is_raised_in_training(tmp_path: Path, disk: Disk) -> None:
+    writing, outbox = writer(tmp_path, disk)
+    disk.free.set()
+    disk.error = KeyError("w")
+    writing.submit(cursor(4), snapshot)
+    with pytest.raises(KeyError):
+        writing.submit(cursor(8), snapshot)
+    assert outbox.events == []
+
+
+def test_what_the_operating_system_refuses_is_a_disks_fault(tmp_path: Path) -> None:
+    """A real refusal, of files above 4 KiB: whatever the libraries make of it is caught."""
+    large = Snapshot({"w": torch.zeros(3, 4096)}, {"w": Rows.all(3)}, LAYERS)
+    outbox = Outbox()
+    writing = ShardWriter(tmp_path, 0, 1, outbox, patience_s=20.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        writing.submit(cursor(4), lambda: large)
+        writing.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (event,) = outbox.events
+    assert event["kind"] == "checkpoint_lost"
+    assert "File too large" in event["why"]
+    assert list(folder_of(tmp_path, 4).glob("*.safetensors")) == []
