@@ -60,8 +60,16 @@ class GroupConfig(Frozen):
     poll_s: PositiveFloat = 0.5
     """Pause between two rounds of the controller."""
 
-    max_restarts: NonNegativeInt = 2
-    """Times that a lost rank may cost a new group, which continues from the newest checkpoint."""
+    max_restarts: NonNegativeInt = 3
+    """New groups in a row, after lost ranks, without a new checkpoint between them. A new group continues from the
+    newest checkpoint; while there is progress there is no limit."""
+
+    backoff_s: PositiveFloat = 1.0
+    """Pause before the second new group in a row, twice as long before each further one, a minute at most."""
+
+    min_shards: PositiveInt | None = None
+    """Where a node does not come back within `start_timeout_s`: the smallest number of channel shards to go on with.
+    None: wait and try again with as many as before."""
 
 
 class RunConfig(Frozen):

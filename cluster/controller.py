@@ -25,7 +25,7 @@ from cluster.checkpoint import (
     prune,
 )
 from cluster.config import RunConfig, public
-from cluster.policy import Decision, Failure, FailurePolicy
+from cluster.policy import Failure, FailurePolicy, Restart, Stop
 from cluster.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
 from cluster.worker import Place, Status
@@ -122,8 +122,10 @@ class Controller:
     ) -> None:
         self.config, self.run_dir, self.resume = config, run_dir, resume
         self.make_group, self.recorder, self.display = make_group, recorder, display
-        self.policy = FailurePolicy(config.cluster.max_restarts)
+        group = config.cluster
+        self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s)
         self.record = Record()
+        self._in_vain = 0
         self._shards: dict[int, dict[int, Shard]] = {}
         self._before = (0.0, 0.0)
 
@@ -140,14 +142,29 @@ class Controller:
             failure = self._run_group(assignment)
             if failure is None:
                 return self.record
-            if self.policy.decide(failure, self.record.restarts) is Decision.STOP:
-                raise RunFailed(failure.message)
-            self.record.restarts += 1
-            self.resume = newest_good(self.run_dir, self.display.note) or self.resume
-            self._shards.clear()
-            origin = "the beginning" if self.resume is None else self.resume.name
-            self.display.note(f"{failure.message}; starting a new group from {origin}")
-            self.recorder.tags({"restarts": str(self.record.restarts)})
+            decision = self.policy.decide(failure, self._in_vain, self.config.place().world_size)
+            if isinstance(decision, Stop):
+                raise RunFailed(decision.why)
+            self._restart(decision, failure)
+
+    def _restart(self, decision: Restart, failure: Failure) -> None:
+        """Make ready for the next group, and say so."""
+        self.record.restarts += 1
+        self._in_vain += 1
+        self.resume = newest_good(self.run_dir, self.display.note) or self.resume
+        self._shards.clear()
+        tags = {"restarts": str(self.record.restarts)}
+        shrunk = ""
+        if decision.shards != self.config.place().world_size:
+            mesh = self.config.mesh.model_copy(update={"channel": decision.shards})
+            self.config = self.config.model_copy(update={"mesh": mesh})
+            shrunk = f" of {decision.shards}"
+            tags |= {"simmatch.world_size": str(decision.shards), "simmatch.mesh": str(self.config.place())}
+        origin = "the beginning" if self.resume is None else self.resume.name
+        pause = f" in {decision.after_s:g} s" if decision.after_s else ""
+        self.display.note(f"{failure.message}; starting a new group{shrunk} from {origin}{pause}")
+        self.recorder.tags(tags)
+        time.sleep(decision.after_s)
 
     def _run_group(self, assignment: Assignment) -> Failure | None:
         """One group from start to end; None when it finished."""
@@ -240,6 +257,7 @@ class Controller:
             mlflow_run_id=self.recorder.run_id,
         )
         del self._shards[cursor.step]
+        self._in_vain = 0
         try:
             commit(folder_of(self.run_dir, cursor.step), manifest)
             prune(self.run_dir, self.config.checkpoint.keep, cursor.step)

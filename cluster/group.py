@@ -74,7 +74,8 @@ class WorkerGroup:
             bundle["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
         total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for kind, amount in bundle.items():
-            if total.get(kind, 0.0) < amount * self.world_size:
+            # a cluster that has held the group before may have lost a node for a while
+            if total.get(kind, 0.0) < amount * self.world_size and self.assignment.generation == 0:
                 raise ConfigError(
                     f"mesh: expected a cluster with at least {amount * self.world_size:g} {kind} "
                     f"for {self.world_size} ranks, got one with {total.get(kind, 0.0):g}"
@@ -87,6 +88,7 @@ class WorkerGroup:
                     f"no place for {self.world_size} ranks of {bundle} within {self.config.start_timeout_s:g} s; "
                     f"free now: { {kind: free.get(kind, 0.0) for kind in bundle} }",
                     lost=True,
+                    fits=room_for(bundle, free),
                 )
             )
 
@@ -180,3 +182,12 @@ class WorkerGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+
+
+def room_for(bundle: dict[str, float], free: dict[str, float]) -> int:
+    """How many bundles the nodes that are alive have room for: at most what is free in the cluster, node by node."""
+    on_nodes = 0
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"]:
+            on_nodes += min(int(node["Resources"].get(kind, 0.0) // amount) for kind, amount in bundle.items())
+    return min([on_nodes, *(int(free.get(kind, 0.0) // amount) for kind, amount in bundle.items())])

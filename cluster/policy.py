@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+
+LONGEST_PAUSE_S = 60.0
+"""Between two attempts, however many there were."""
 
 
-class Decision(Enum):
-    """RESTART replaces the whole group and continues from the newest checkpoint; STOP ends the run."""
+@dataclass(frozen=True)
+class Restart:
+    """Replace the whole group, after a pause, and continue from the newest checkpoint.
 
-    RESTART = "restart"
-    STOP = "stop"
+    Attributes
+    ----------
+    shards: of the new group; fewer than before where no more fit.
+    """
+
+    shards: int
+    after_s: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the run; `why` is for people."""
+
+    why: str
+
+
+Decision = Restart | Stop
 
 
 @dataclass(frozen=True)
@@ -21,17 +39,39 @@ class Failure:
     ----------
     message: one line for people, naming the rank.
     lost: a rank died, hung or was cut off, through no fault of the program: a new group may fare better.
+    fits: ranks that the cluster has room for, where it has none for all of them.
     """
 
     message: str
     lost: bool
+    fits: int | None = None
 
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """Restart after a lost rank, at most `max_restarts` times; stop on anything that would happen again."""
+    """Restart after a lost rank; stop on anything that would happen again.
+
+    Attributes
+    ----------
+    max_restarts: attempts in a row that end without a new checkpoint.
+    min_shards: smallest group that a run may shrink to where no more ranks fit; None: it never shrinks.
+    backoff_s: pause before the second attempt in a row, twice as long before each further one; none before the first.
+    """
 
     max_restarts: int
+    min_shards: int | None = None
+    backoff_s: float = 1.0
 
-    def decide(self, failure: Failure, restarts: int) -> Decision:
-        return Decision.RESTART if failure.lost and restarts < self.max_restarts else Decision.STOP
+    def decide(self, failure: Failure, in_vain: int, shards: int) -> Decision:
+        """What to do after `in_vain` restarts without a new checkpoint, in a group of `shards`."""
+        if not failure.lost:
+            return Stop(failure.message)
+        if in_vain >= self.max_restarts:
+            limit = f"cluster.max_restarts={self.max_restarts} without a new checkpoint"
+            return Stop(f"{failure.message}; {limit}")
+        after_s = min(self.backoff_s * 2 ** (in_vain - 1), LONGEST_PAUSE_S) if in_vain else 0.0
+        if failure.fits is None or failure.fits >= shards or self.min_shards is None:
+            return Restart(shards, after_s)
+        if failure.fits < self.min_shards:
+            return Stop(f"{failure.message}; cluster.min_shards={self.min_shards}")
+        return Restart(failure.fits, after_s)

@@ -178,7 +178,10 @@ class Job:
         if self.start.resume is not None:
             self.record.steps = read_manifest(self.start.resume).cursor.step
             self.record.continue_from(self.run_dir, self.start.resume)
-        controller.run()
+        try:
+            controller.run()
+        finally:
+            self.config = controller.config  # the mesh may have shrunk
         display.note("drawing figures and logging the model")
         self._look()
 

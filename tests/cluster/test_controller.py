@@ -16,7 +16,7 @@ from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, fo
 from cluster.config import RunConfig
 from cluster.controller import Controller, Record, RunFailed, summarise, write_json
 from cluster.group import GroupFailure
-from cluster.policy import Decision, Failure, FailurePolicy
+from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
 from cluster.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
 from cluster.worker import Place, Status
@@ -146,10 +146,15 @@ MakeScene = Callable[..., Scene]
 
 @pytest.fixture
 def scene(digits_config: Callable[..., RunConfig], tmp_path: Path) -> MakeScene:
-    def make(*scripts: Any, max_restarts: int = 2, keep: int = 100, resume: Path | None = None) -> Scene:
-        config = digits_config(
-            2, cluster={"poll_s": 1e-3, "max_restarts": max_restarts}, checkpoint={"every_steps": 4, "keep": keep}
-        )
+    def make(
+        *scripts: Any,
+        max_restarts: int = 2,
+        min_shards: int | None = None,
+        keep: int = 100,
+        resume: Path | None = None,
+    ) -> Scene:
+        cluster = {"poll_s": 1e-3, "max_restarts": max_restarts, "min_shards": min_shards, "backoff_s": 1e-3}
+        config = digits_config(2, cluster=cluster, checkpoint={"every_steps": 4, "keep": keep})
         return Scene(config, tmp_path, *scripts, resume=resume)
 
     return make
@@ -279,14 +284,33 @@ def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
 
 def test_the_policy_restarts_after_a_loss_only_and_so_often() -> None:
     policy = FailurePolicy(max_restarts=2)
-    assert [policy.decide(LOST, restarts) for restarts in range(4)] == [
-        Decision.RESTART,
-        Decision.RESTART,
-        Decision.STOP,
-        Decision.STOP,
-    ]
-    assert policy.decide(FAULT, 0) is Decision.STOP
-    assert FailurePolicy(max_restarts=0).decide(LOST, 0) is Decision.STOP
+    assert [type(policy.decide(LOST, in_vain, 2)) for in_vain in range(4)] == [Restart, Restart, Stop, Stop]
+    assert policy.decide(FAULT, 0, 2) == Stop(FAULT.message)
+    assert isinstance(FailurePolicy(max_restarts=0).decide(LOST, 0, 2), Stop)
+
+
+def test_attempts_in_vain_follow_more_and_more_slowly() -> None:
+    policy = FailurePolicy(max_restarts=100, backoff_s=2.0)
+    pauses = [decision.after_s for n in range(9) if isinstance(decision := policy.decide(LOST, n, 2), Restart)]
+    assert pauses == [0, 2, 4, 8, 16, 32, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+
+
+@pytest.mark.parametrize(
+    ("fits", "min_shards", "expected"),
+    [
+        (2, 1, Restart(2, 0.0)),
+        (1, 1, Restart(1, 0.0)),
+        (4, 2, Restart(3, 0.0)),  # room again: as many as before
+        (1, None, Restart(3, 0.0)),  # never shrinks: waits for the node
+        (1, 2, Stop("no place; cluster.min_shards=2")),
+        (0, 1, Stop("no place; cluster.min_shards=1")),
+    ],
+)
+def test_a_group_shrinks_to_what_fits_and_no_further(
+    fits: int, min_shards: int | None, expected: Restart | Stop
+) -> None:
+    policy = FailurePolicy(max_restarts=2, min_shards=min_shards)
+    assert policy.decide(Failure("no place", lost=True, fits=fits), 0, 3) == expected
 
 
 def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
@@ -340,10 +364,36 @@ def test_a_restart_before_the_first_own_checkpoint_continues_from_the_given_one(
 
 def test_restarts_end_at_their_limit(scene: MakeScene) -> None:
     playing = scene([LOST], [LOST], [LOST], max_restarts=1)
-    with pytest.raises(RunFailed, match=r"^rank 1 \(pid 7 on node\) was lost$"):
+    with pytest.raises(RunFailed, match=r"^rank 1 \(pid 7 on node\) was lost; cluster.max_restarts=1 without a new"):
         playing.controller.run()
     assert len(playing.groups) == 2
     assert playing.controller.record.restarts == 1
+
+
+def test_progress_earns_new_restarts(scene: MakeScene, tmp_path: Path) -> None:
+    """Four losses, each after a new checkpoint, under a limit of one: a long run on machines that die."""
+    scripts = [[[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]], LOST] for step in (4, 8, 12, 16)]
+    playing = scene(*scripts, [], max_restarts=1)
+    assert playing.controller.run().restarts == 4
+    assert playing.groups[-1].assignment.resume == folder_of(tmp_path, 16)
+
+
+def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:
+    before = [[[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]], LOST]
+    no_place = GroupFailure(Failure("no place for 2 ranks", lost=True, fits=1))
+    after = [[[shard_event(tmp_path, 0, 8, world_size=1)]]]
+    playing = scene(before, no_place, after, min_shards=1)
+    playing.controller.run()
+    assert [group.assignment.config.mesh.channel for group in playing.groups] == [2, 2, 1]
+    assert playing.groups[-1].assignment.resume == folder_of(tmp_path, 4)
+    assert playing.controller.config.mesh.channel == 1
+    assert read_manifest(folder_of(tmp_path, 8)).world_size == 1
+    assert playing.recorder.all_tags[-1] == {
+        "restarts": "2",
+        "simmatch.world_size": "1",
+        "simmatch.mesh": "data 1 × layer 1 × channel 1",
+    }
+    assert any("starting a new group of 1 from step-00000004" in note for note in playing.display.notes)
 
 
 def test_a_group_that_does_not_come_up_is_a_loss(scene: MakeScene) -> None:
