@@ -60,6 +60,10 @@ class GroupConfig(Frozen):
     poll_s: PositiveFloat = 0.5
     """Pause between two rounds of the controller."""
 
+    grace_s: PositiveFloat = 20.0
+    """When the job is told to end (SIGTERM, SIGINT): longest wait for a last checkpoint, which ranks write at the next
+    `log_every` updates. `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, 3 s unless set on the cluster."""
+
     max_restarts: NonNegativeInt = 3
     """New groups in a row, after lost ranks, without a new checkpoint between them. A new group continues from the
     newest checkpoint; while there is progress there is no limit."""

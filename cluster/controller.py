@@ -40,6 +40,8 @@ class Group(Protocol):
 
     def poll(self) -> list[Status]: ...
 
+    def stop(self) -> None: ...
+
     def end(self) -> None: ...
 
 
@@ -62,6 +64,10 @@ class Display(Protocol):
     def progress(self, latest: dict[str, Any]) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+
+class RunStopped(RuntimeError):
+    """The run ended because it was asked to; the message says from where it can go on."""
 
 
 class RunFailed(RuntimeError):
@@ -126,8 +132,19 @@ class Controller:
         self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s)
         self.record = Record()
         self._in_vain = 0
+        self._training = self._asked = False
+        self._deadline: float | None = None
+        self._phase = ""
         self._shards: dict[int, dict[int, Shard]] = {}
         self._before = (0.0, 0.0)
+
+    def stop(self) -> bool:
+        """Ask for a last checkpoint and an end; may be called from a signal handler.
+
+        Returns whether there is something to wait for: then `run` raises `RunStopped`, after `grace_s` at the latest.
+        """
+        self._asked = self._training
+        return self._training
 
     def run(self) -> Record:
         """Train to the end, over as many groups as the policy allows.
@@ -136,12 +153,16 @@ class Controller:
         ------
         RunFailed
             The policy said stop.
+        RunStopped
+            `stop` was called.
         """
         while True:
             assignment = Assignment(self.config, self.run_dir, 0, self.record.restarts, self.resume)
             failure = self._run_group(assignment)
             if failure is None:
                 return self.record
+            if self._asked:
+                raise RunStopped(failure.message)
             decision = self.policy.decide(failure, self._in_vain, self.config.place().world_size)
             if isinstance(decision, Stop):
                 raise RunFailed(decision.why)
@@ -175,7 +196,9 @@ class Controller:
         try:
             group.start()
             self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
+            self._training, self._phase = True, ""
             while True:
+                self._ask_to_stop(group)
                 done, failure = self.step(group)
                 if done or failure is not None:
                     return failure
@@ -183,7 +206,22 @@ class Controller:
         except GroupFailure as error:
             return error.failure
         finally:
+            self._training = False
             group.end()
+
+    def _ask_to_stop(self, group: Group) -> None:
+        """Once asked for: tell the ranks; when the time is up, end without them."""
+        if not self._asked:
+            return
+        grace_s = self.config.cluster.grace_s
+        if self._phase != "learn":  # a layer is done and saved, or none has begun
+            raise RunStopped("between checkpoints nothing was learnt")
+        if self._deadline is None:
+            self._deadline = time.monotonic() + grace_s
+            self.display.note(f"asked to end: waiting at most {grace_s:g} s for a last checkpoint")
+            group.stop()
+        elif time.monotonic() > self._deadline:
+            raise RunStopped(f"no last checkpoint within {grace_s:g} s")
 
     def step(self, group: Group) -> tuple[bool, Failure | None]:
         """One round: ask every rank, keep what they say. Returns whether all are done, and why they cannot be."""
@@ -192,12 +230,16 @@ class Controller:
             for event in status.events:
                 self._handle(status.rank, event)
         self.display.progress(statuses[0].progress)
+        self._phase = statuses[0].progress.get("phase", "")
         failures = [status.failure for status in statuses if status.failure is not None]
         if failures:
             # a fault of the program explains the peers that were lost through it
             failure = min(failures, key=lambda failure: failure.lost)
             return False, self._name_missing(failure, statuses) if failure.lost else failure
-        return all(status.done for status in statuses), None
+        done = all(status.done for status in statuses)
+        if done and any(status.stopped for status in statuses):
+            raise RunStopped(f"checkpoint of step {self.record.steps} written")
+        return done, None
 
     @staticmethod
     def _name_missing(failure: Failure, statuses: list[Status]) -> Failure:

@@ -142,6 +142,11 @@ class WorkerGroup:
         self._seen = [seen + len(status.events) for seen, status in zip(self._seen, statuses, strict=True)]
         return statuses
 
+    def stop(self) -> None:
+        """Ask all ranks to stop at a step that they agree on. Does not wait; their status tells."""
+        for actor in self._actors:
+            actor.stop.remote()
+
     def _gather(
         self, refs: list[Any], verb: str, ranks: list[int] | None = None, limit_s: float | None = None
     ) -> list[Any]:

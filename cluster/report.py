@@ -6,7 +6,10 @@ from typing import Any, Protocol
 
 
 class Report(Protocol):
-    """Where a rank tells how it fares; neither call waits."""
+    """Where a rank tells how it fares, and hears whether it is to stop; nothing here waits."""
+
+    stopping: bool
+    """Whether the controller has asked this rank to stop at a step that all ranks agree on."""
 
     def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
         """How far the present phase is; only the latest counts."""

@@ -63,6 +63,10 @@ class Assignment:
     resume: Path | None = None
 
 
+class Stopped(Exception):
+    """The controller asked; everything learnt so far is in a checkpoint, on all ranks of the same step."""
+
+
 class TrainingFault(RuntimeError):
     """Training cannot go on; the message names layer, step and rank."""
 
@@ -200,8 +204,20 @@ class Training:
                 }
                 self.report.event("metrics", layer=index, step=update + 1, images=images_done, metrics=metrics)
                 self.report.progress("learn", update + 1, total, layer=index, **metrics)
-            if update + 1 == total or self.step % self.config.checkpoint.every_steps == 0:
+            due = (update + 1) % self.config.log_every == 0
+            stop = due and self._all_stop()
+            if update + 1 == total or stop or self.step % self.config.checkpoint.every_steps == 0:
                 self._save(index, layer)
+            if stop:
+                self.writer.close()
+                raise Stopped
+
+    def _all_stop(self) -> bool:
+        """Whether any rank has been asked to stop: one gathered value, so that all find the same at the same step."""
+        asked = torch.zeros(self.exchange.world_size, 1, device=self.device)
+        asked[self.exchange.rank] = float(self.report.stopping)
+        self.exchange.all_gather(asked).wait()
+        return bool(asked.any())
 
     def update(
         self, index: int, layer: SimilarityMatchingConv2d, inputs: LayerInputs, chosen: Tensor, labels: Tensor | None

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
 from cluster.network import interface_of
 from cluster.policy import Failure
-from cluster.training import Assignment, Training
+from cluster.training import Assignment, Stopped, Training
 from simmatch.exchange import IDENTITY, Exchange
 
 
@@ -41,6 +41,7 @@ class Status:
     ----------
     events: those from number `first` on that were asked for.
     num_exchanges: exchanges started; a rank that falls behind the others is the one they wait for.
+    stopped: it is done because it was asked to stop, and has written what it knows.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Status:
     progress: dict[str, Any]
     events: list[dict[str, Any]]
     num_exchanges: int
+    stopped: bool = False
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Outbox:
 
     events: list[dict[str, Any]] = field(default_factory=list)
     latest: dict[str, Any] = field(default_factory=dict)
+    stopping: bool = False
 
     def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
         self.latest = {"phase": phase, "done": done, "total": total, **metrics}
@@ -81,7 +84,7 @@ class Worker:
         self._store: dist.Store | None = None
         self._exchange: Exchange = IDENTITY
         self._outbox = Outbox()
-        self._done = False
+        self._done = self._stopped = False
         self._failure: Failure | None = None
         self._thread: threading.Thread | None = None
 
@@ -123,6 +126,10 @@ class Worker:
         self._thread = threading.Thread(target=self._run, args=(threads,), name="training", daemon=True)
         self._thread.start()
 
+    def stop(self) -> None:
+        """Ask the training thread to stop at a step that all ranks agree on; returns at once."""
+        self._outbox.stopping = True
+
     def poll(self, first: int) -> Status:
         """How things stand, with the events from number `first` on."""
         done, failure = self._done, self._failure  # read before the events: none is missed when it is the last poll
@@ -133,6 +140,7 @@ class Worker:
             progress=self._outbox.latest,
             events=self._outbox.events[first:],
             num_exchanges=self._exchange.num_exchanges,
+            stopped=self._stopped,
         )
 
     def _device(self) -> torch.device:
@@ -147,6 +155,8 @@ class Worker:
             torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 is torch's default for convolutions
             with torch.no_grad():
                 self.training_class(self.assignment, self._exchange, self._outbox, self._device()).run()
+        except Stopped:
+            self._stopped = True
         except PeerTimeout as error:
             self._failure = Failure(str(error).splitlines()[0], lost=True)
         except Exception as error:

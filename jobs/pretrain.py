@@ -15,7 +15,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cluster.checkpoint import CheckpointError, Reader, read_manifest
 from cluster.config import RunConfig, public
-from cluster.controller import Controller, Record, RunFailed, summarise, write_json
+from cluster.controller import Controller, Record, RunFailed, RunStopped, summarise, write_json
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
@@ -134,6 +134,8 @@ class Job:
         self.run_dir = start.run_dir
         self.started = time.monotonic()
         self.record = Record()
+        self._controller: Controller | None = None
+        self._signum: int | None = None
 
     def run(self) -> int:
         """Train, look at the result, record it. Returns the exit status."""
@@ -147,7 +149,7 @@ class Job:
         except OSError as error:
             print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
             return BAD_INPUT
-        _watch_signals()
+        self._watch_signals()
         status: Status = "FAILED"
         message: str | None = None
         code = 1
@@ -160,6 +162,9 @@ class Job:
                 message, code = str(error), BAD_INPUT if isinstance(error, ConfigError) else 1
             except Interrupted as error:
                 status, message, code = "KILLED", str(error), 128 + error.signum
+            except RunStopped as error:
+                assert self._signum is not None
+                status, message, code = "KILLED", f"{Interrupted(self._signum)}; {error}", 128 + self._signum
             finally:
                 _shut_down_ray()
                 self._finish(display, status, message)
@@ -169,21 +174,33 @@ class Job:
 
     def _train(self, display: TerminalDisplay | PlainDisplay) -> None:
         address = start_ray(self.config.place().world_size * self.config.cluster.cpus_per_rank)
-        _watch_signals()  # ray.init has put handlers of its own in place
+        self._watch_signals()  # ray.init has put handlers of its own in place
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
         display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
         controller = Controller(self.config, self.run_dir, WorkerGroup, self.tracker, display, resume=self.start.resume)
-        self.record = controller.record
+        self._controller, self.record = controller, controller.record
         if self.start.resume is not None:
             self.record.steps = read_manifest(self.start.resume).cursor.step
             self.record.continue_from(self.run_dir, self.start.resume)
         try:
             controller.run()
         finally:
-            self.config = controller.config  # the mesh may have shrunk
+            self._controller, self.config = None, controller.config  # the mesh may have shrunk
         display.note("drawing figures and logging the model")
         self._look()
+
+    def _watch_signals(self) -> None:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._interrupt)
+
+    def _interrupt(self, signum: int, _: FrameType | None) -> None:
+        """The first signal asks for a last checkpoint where ranks train; the next one, or any elsewhere, ends."""
+        if self._signum is None and self._controller is not None and self._controller.stop():
+            self._signum = signum
+            return
+        signal.signal(signum, signal.SIG_IGN)
+        raise Interrupted(signum)
 
     # ------------------------------------------------------------------------------------------- records
 
@@ -274,16 +291,6 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         self.signum = signum
         super().__init__(f"ended by {signal.Signals(signum).name}")
-
-
-def _watch_signals() -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _interrupt)
-
-
-def _interrupt(signum: int, _: FrameType | None) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)
-    raise Interrupted(signum)
 
 
 def start_ray(cpus: int) -> str:

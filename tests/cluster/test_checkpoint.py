@@ -34,7 +34,7 @@ from cluster.checkpoint import (
     write_shard,
 )
 from cluster.config import RunConfig
-from cluster.training import Assignment, Training
+from cluster.training import Assignment, Stopped, Training
 from cluster.worker import Outbox
 from simmatch.exchange import Exchange
 from simmatch.rows import Rows, split_rows
@@ -452,6 +452,43 @@ def test_resuming_repeats_every_bit_on_two_ranks(ranks: Any, pair: Reference, tm
         pair.run_dir / "model/model.safetensors"
     ).read_bytes()
     assert metrics_of(events[0]).items() <= pair.metrics.items()
+
+
+class AskedAt(Outbox):
+    """A rank that is asked to stop when it records the metrics of a step of a layer."""
+
+    def __init__(self, layer: int, step: int) -> None:
+        super().__init__()
+        self.at = (layer, step)
+
+    def event(self, kind: str, **content: Any) -> None:
+        super().event(kind, **content)
+        if kind == "metrics" and (content["layer"], content["step"]) == self.at:
+            self.stopping = True
+
+
+def train_until(exchange: Exchange, config: RunConfig, run_dir: Path, layer: int, step: int) -> list[dict[str, Any]]:
+    """Rank 1 alone is asked."""
+    outbox = AskedAt(layer, step) if exchange.rank == 1 else Outbox()
+    with pytest.raises(Stopped):
+        Training(Assignment(config, run_dir, exchange.rank), exchange, outbox, torch.device("cpu")).run()
+    return outbox.events
+
+
+@pytest.mark.parametrize(("layer", "updates", "step"), [(0, 5, 5), (0, 10, 10), (1, 10, 20)])
+def test_ranks_that_are_asked_to_stop_agree_on_the_step(
+    ranks: Any, pair: Reference, tmp_path: Path, layer: int, updates: int, step: int
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    events = results(ranks(train_until, 2, pair.config, run_dir, layer, updates))
+    cursors = commit_all(pair.config, run_dir, events)
+    assert cursors[-1] == Cursor(step=step, layer=layer, updates=updates)
+    assert not (run_dir / "model").exists()
+    run(ranks, pair.config, tmp_path / "again", folder_of(run_dir, step))
+    assert (tmp_path / "again/model/model.safetensors").read_bytes() == (
+        pair.run_dir / "model/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(("world_size", "step"), [(2, 16), (3, 4)])

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, newest_good, read_manifest
 from cluster.config import RunConfig
-from cluster.controller import Controller, Record, RunFailed, summarise, write_json
+from cluster.controller import Controller, Record, RunFailed, RunStopped, summarise, write_json
 from cluster.group import GroupFailure
 from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
 from cluster.spool import SPOOL_NAME, Spool
@@ -54,6 +54,9 @@ class ScriptedGroup:
             raise GroupFailure(events)
         return [status(rank, own, done=done) for rank, own in enumerate(events)]
 
+    def stop(self) -> None:
+        self.calls.append("stop")
+
     def end(self) -> None:
         self.calls.append("end")
 
@@ -91,9 +94,15 @@ class Shown:
 
 
 def status(
-    rank: int, events: list[Event], *, done: bool = False, failure: Failure | None = None, progress: Any = None
+    rank: int,
+    events: list[Event],
+    *,
+    done: bool = False,
+    failure: Failure | None = None,
+    progress: Any = None,
+    stopped: bool = False,
 ) -> Status:
-    return Status(rank, done, failure, progress or {}, events, num_exchanges=0)
+    return Status(rank, done, failure, progress or {}, events, num_exchanges=0, stopped=stopped)
 
 
 def metrics_event(layer: int, step: int, objective: float = 0.5, exchanged: float = 1000.0, images: int = 100) -> Event:
@@ -277,6 +286,63 @@ def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
     assert "No space left on device" in note
     playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
+
+
+# -- being asked to end ------------------------------------------------------------------------------------------
+
+
+class AskedGroup(ScriptedGroup):
+    """Trains for ever, in the given phase; once asked, writes a last checkpoint and stops, if it is obedient."""
+
+    def __init__(self, assignment: Assignment, phase: str, obedient: bool = True) -> None:
+        super().__init__(assignment, [])
+        self.phase, self.obedient = phase, obedient
+        self.controller: Controller | None = None
+
+    def poll(self) -> list[Status]:
+        self.calls.append("poll")
+        if self.calls.count("poll") == 3:
+            assert self.controller is not None
+            assert self.controller.stop()
+        stopped = self.obedient and "stop" in self.calls
+        told = [[shard_event(self.assignment.run_dir, rank, 5)] if stopped else [] for rank in range(2)]
+        progress = {"phase": self.phase}
+        return [status(rank, told[rank], done=stopped, stopped=stopped, progress=progress) for rank in range(2)]
+
+
+def asked(scene: MakeScene, phase: str, obedient: bool = True, grace_s: float = 20.0) -> tuple[Scene, AskedGroup]:
+    playing = scene()
+    cluster = playing.config.cluster.model_copy(update={"grace_s": grace_s})
+    playing.controller.config = playing.config.model_copy(update={"cluster": cluster})
+    group = AskedGroup(Assignment(playing.config, playing.run_dir, 0), phase, obedient)
+    group.controller = playing.controller
+    playing.controller.make_group = lambda _: group
+    return playing, group
+
+
+def test_a_run_that_is_asked_to_end_waits_for_a_last_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
+    playing, group = asked(scene, "learn")
+    assert not playing.controller.stop()  # nothing trains yet: nothing to wait for
+    with pytest.raises(RunStopped, match="checkpoint of step 5 written"):
+        playing.controller.run()
+    assert group.calls == ["start", "poll", "poll", "poll", "stop", "poll", "end"]
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 5)
+    assert not playing.controller.stop()
+
+
+def test_it_does_not_wait_where_nothing_is_learnt(scene: MakeScene) -> None:
+    playing, group = asked(scene, "encode")
+    with pytest.raises(RunStopped, match="between checkpoints nothing was learnt"):
+        playing.controller.run()
+    assert group.calls == ["start", "poll", "poll", "poll", "end"]
+
+
+def test_it_waits_no_longer_than_the_grace(scene: MakeScene) -> None:
+    playing, group = asked(scene, "learn", obedient=False, grace_s=0.05)
+    with pytest.raises(RunStopped, match=r"no last checkpoint within 0.05 s"):
+        playing.controller.run()
+    assert group.calls.count("stop") == 1
+    assert group.calls[-1] == "end"
 
 
 # -- restarts ----------------------------------------------------------------------------------------------------------

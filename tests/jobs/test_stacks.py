@@ -48,6 +48,8 @@ MODEL = {
 class Silent:
     """A report that nobody reads."""
 
+    stopping = False
+
     def event(self, *_: object, **__: object) -> None:
         pass
 
