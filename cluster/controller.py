@@ -308,7 +308,14 @@ class Controller:
 
 
 def summarise(
-    config: RunConfig, record: Record, *, status: str, seconds: float, run_id: str | None, message: str | None = None
+    config: RunConfig,
+    record: Record,
+    *,
+    status: str,
+    seconds: float,
+    run_id: str | None,
+    message: str | None = None,
+    skipped_images: int = 0,
 ) -> dict[str, Any]:
     """The content of `summary.json`."""
     summary: dict[str, Any] = {
@@ -325,6 +332,7 @@ def summarise(
         "bytes_exchanged": int(record.bytes_exchanged),
         "num_exchanges": int(record.num_exchanges),
         "restarts": record.restarts,
+        "skipped_images": skipped_images,
         "mlflow_run_id": run_id,
         "layers": [record.layers.get(index, {}) for index in range(len(config.model.layers))],
     }

@@ -155,6 +155,8 @@ class Job:
         code = 1
         with make_display(self.console) as display:
             display.note(self.start.note)
+            if self.dataset.skipped:
+                display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
             try:
                 self._train(display)
                 status, code = "FINISHED", 0
@@ -213,6 +215,7 @@ class Job:
             "simmatch.mesh": str(config.place()),
             "simmatch.host": os.uname().nodename,
             "simmatch.device": config.device,
+            "simmatch.skipped_images": str(self.dataset.skipped),
         }
         tracker.start(self.run_dir.name, layers=len(config.model.layers), tags=tags)
         values = public(config)
@@ -244,7 +247,15 @@ class Job:
     def _finish(self, display: TerminalDisplay | PlainDisplay, status: Status, message: str | None) -> None:
         """Truthful records, whatever happened."""
         seconds = time.monotonic() - self.started
-        summary = summarise(self.config, self.record, status=status, seconds=seconds, run_id=None, message=message)
+        summary = summarise(
+            self.config,
+            self.record,
+            status=status,
+            seconds=seconds,
+            run_id=None,
+            message=message,
+            skipped_images=self.dataset.skipped,
+        )
         names = ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged", "num_exchanges", "seconds")
         final = {name: float(summary[name]) for name in names if summary[name] is not None}
         self.tracker.metrics(self.record.steps, final)

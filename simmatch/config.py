@@ -247,6 +247,14 @@ class DataConfig(Frozen):
     test_images: PositiveInt | None = None
     """Use only the first so many test images. None: all."""
 
+    damaged: Literal["stop", "skip"] = "stop"
+    """What to do with an image whose values are not finite or outside [0, 1], or whose label is no class: end with a
+    message that names the first, or leave such images out, before `train_images` are counted. A file that is
+    truncated or not of its format always ends the run: nothing in it can be trusted."""
+
+    max_skipped: PositiveInt = 100
+    """Most images that may be left out; more is taken for a fault of the data set."""
+
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 

@@ -29,12 +29,12 @@ class DataNotFoundError(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and labels as stored, checked when built.
+    """Images and labels as stored; shapes, types and counts are checked when built, values by `without_damage`.
 
     Raises
     ------
     DataError
-        Counts that differ, a label outside the classes, a value that is not finite (index and value are named).
+        Not images and labels, or counts that differ.
     """
 
     name: str
@@ -45,10 +45,12 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     num_classes: int
+    skipped: int = 0
+    """Images that were left out as damaged."""
 
     def __post_init__(self) -> None:
-        _check_split(f"{self.name} train", self.train_images, self.train_labels, self.num_classes)
-        _check_split(f"{self.name} test", self.test_images, self.test_labels, self.num_classes)
+        _check_split(f"{self.name} train", self.train_images, self.train_labels)
+        _check_split(f"{self.name} test", self.test_images, self.test_labels)
         train, test = tuple(self.train_images.shape[1:]), tuple(self.test_images.shape[1:])
         if train != test:
             raise DataError(f"{self.name}: expected test images of the training images' shape {train}, got {test}")
@@ -64,7 +66,7 @@ class Dataset:
         return self.train_images.shape[2], self.train_images.shape[3]
 
 
-def _check_split(what: str, images: Tensor, labels: Tensor, num_classes: int) -> None:
+def _check_split(what: str, images: Tensor, labels: Tensor) -> None:
     if images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32) or 0 in images.shape:
         raise DataError(
             f"{what}: expected uint8 or float32 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}"
@@ -73,18 +75,50 @@ def _check_split(what: str, images: Tensor, labels: Tensor, num_classes: int) ->
         raise DataError(f"{what}: expected int64 labels [N], got {labels.dtype} {tuple(labels.shape)}")
     if len(images) != len(labels):
         raise DataError(f"{what}: expected one label per image, got {len(images)} images and {len(labels)} labels")
-    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(outside):
-        index = int(outside[0])
+
+
+def without_damage(dataset: Dataset, config: DataConfig) -> Dataset:
+    """The data set without the images that cannot be learnt from, if `config.damaged` is `skip`.
+
+    Raises
+    ------
+    DataError
+        An image's values are not finite or outside [0, 1], or its label is no class: the first is named. Or more of
+        them than `config.max_skipped`, or all.
+    """
+    train = _sound(f"{dataset.name} train", dataset.train_images, dataset.train_labels, dataset.num_classes, config)
+    test = _sound(f"{dataset.name} test", dataset.test_images, dataset.test_labels, dataset.num_classes, config)
+    skipped = int((~train).sum() + (~test).sum())
+    if skipped == 0:
+        return dataset
+    if skipped > config.max_skipped:
+        most = f"data.max_skipped={config.max_skipped}"
+        raise DataError(f"{dataset.name}: expected at most {most} damaged images, got {skipped}")
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[train],
+        train_labels=dataset.train_labels[train],
+        test_images=dataset.test_images[test],
+        test_labels=dataset.test_labels[test],
+        skipped=skipped,
+    )
+
+
+def _sound(what: str, images: Tensor, labels: Tensor, num_classes: int, config: DataConfig) -> Tensor:
+    """Which images can be used, [N]."""
+    labelled = (labels >= 0) & (labels < num_classes)
+    sound = labelled
+    if images.is_floating_point():
+        flat = images.flatten(1)
+        sound = labelled & ((flat >= 0) & (flat <= 1)).all(dim=1)  # false for NaN
+    if bool(sound.all()) or config.damaged == "skip":
+        return sound
+    index = int((~sound).nonzero()[0])
+    if not labelled[index]:
         raise DataError(f"{what}: expected labels 0 to {num_classes - 1}, got {int(labels[index])} at index {index}")
-    broken = (~torch.isfinite(images)).nonzero() if images.is_floating_point() else images.new_empty(0)
-    if len(broken):
-        index, *position = broken[0].tolist()
-        value = images[index][tuple(position)].item()
-        raise DataError(f"{what}: expected finite values, got {value} in image {index} at {position}")
-    if images.is_floating_point() and not 0.0 <= float(images.amin()) <= float(images.amax()) <= 1.0:
-        low, high = float(images.amin()), float(images.amax())
-        raise DataError(f"{what}: expected float images in [0, 1], got values from {low:g} to {high:g}")
+    position = (~((images[index] >= 0) & (images[index] <= 1))).nonzero()[0].tolist()
+    value = images[index][tuple(position)].item()
+    raise DataError(f"{what}: expected values in [0, 1], got {value:g} in image {index} at {position}")
 
 
 # -- readers: (name, folder) -> Dataset --------------------------------------------------------------------------------
@@ -199,7 +233,7 @@ def load_dataset(config: DataConfig, *, allow_download: bool = False) -> Dataset
     """
     source = _source(config.name)
     if not source.layouts:
-        return _first_images(source.read(config.name, Path()), config)
+        return _first_images(without_damage(source.read(config.name, Path()), config), config)
     try:
         folder = _find(config, source)
     except DataNotFoundError:
@@ -207,7 +241,7 @@ def load_dataset(config: DataConfig, *, allow_download: bool = False) -> Dataset
             raise
         download(config.name, default_root())
         folder = _find(config, source)
-    return _first_images(source.read(config.name, folder), config)
+    return _first_images(without_damage(source.read(config.name, folder), config), config)
 
 
 def default_root() -> Path:

@@ -177,7 +177,7 @@ def test_a_pixel_that_is_not_a_number(refuse: Refuse, tmp_path: Path) -> None:
     images = np.zeros((6, 8, 8), np.float32)
     images[3, 2, 1] = np.nan
     arguments = write_images(tmp_path / "data", images, [0] * 6)
-    assert refuse(*arguments) == "mnist train: expected finite values, got nan in image 3 at [0, 2, 1]"
+    assert refuse(*arguments) == "mnist train: expected values in [0, 1], got nan in image 3 at [0, 2, 1]"
 
 
 def test_fewer_labels_than_images(refuse: Refuse, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from simmatch.config import ConfigError, DataConfig
-from simmatch.data import DATASETS, DataNotFoundError, Dataset, download, load_dataset, to_unit
+from simmatch.data import DATASETS, DataNotFoundError, Dataset, download, load_dataset, to_unit, without_damage
 from simmatch.formats import DataError
-from tests.image_files import IDX_FILES, cifar_arrays, python2_batch, write_mnist
+from tests.image_files import IDX_FILES, cifar_arrays, idx_bytes, python2_batch, write_mnist
 
 
 @pytest.fixture(autouse=True)
@@ -174,20 +174,76 @@ def make_dataset(**changes) -> Dataset:
 
 def test_contents_are_checked():
     make_dataset()
-    broken = torch.zeros(6, 1, 2, 2)
-    broken[4, 0, 1, 0] = float("inf")
     for changes, expected in [
-        ({"train_labels": torch.tensor([0, 1, 9, 3, 4, 5])}, "toy train: expected labels 0 to 5, got 9 at index 2"),
-        ({"test_labels": torch.tensor([0, -1, 2])}, "toy test: expected labels 0 to 5, got -1 at index 1"),
         ({"test_labels": torch.arange(2)}, "got 3 images and 2 labels"),
         ({"train_labels": torch.zeros(6)}, "expected int64 labels"),
-        ({"train_images": broken}, r"got inf in image 4 at \[0, 1, 0\]"),
-        ({"train_images": torch.where(broken > 0, float("nan"), broken)}, "got nan in image 4"),
         ({"train_images": torch.zeros(6, 2, 2)}, r"expected uint8 or float32 images \[N, C, H, W\]"),
         ({"test_images": torch.zeros(3, 1, 2, 3)}, "training images' shape"),
     ]:
         with pytest.raises(DataError, match=expected):
             make_dataset(**changes)
+
+
+def broken_images(value: float) -> torch.Tensor:
+    images = torch.zeros(6, 1, 2, 2)
+    images[4, 0, 1, 0] = value
+    return images
+
+
+DAMAGED = [
+    ({"train_labels": torch.tensor([0, 1, 9, 3, 4, 5])}, "toy train: expected labels 0 to 5, got 9 at index 2", 2),
+    ({"train_labels": torch.tensor([0, 1, 2, 3, -1, 5])}, "toy train: expected labels 0 to 5, got -1 at index 4", 4),
+    ({"train_images": broken_images(float("inf"))}, r"got inf in image 4 at \[0, 1, 0\]", 4),
+    ({"train_images": broken_images(float("nan"))}, r"got nan in image 4 at \[0, 1, 0\]", 4),
+    ({"train_images": broken_images(-0.5)}, r"expected values in \[0, 1\], got -0.5 in image 4", 4),
+    ({"train_images": broken_images(1.5)}, r"expected values in \[0, 1\], got 1.5 in image 4", 4),
+]
+
+
+@pytest.mark.parametrize(("changes", "message", "index"), DAMAGED)
+def test_a_damaged_image_stops_or_is_skipped(changes, message, index):
+    dataset = make_dataset(**changes)
+    with pytest.raises(DataError, match=message):
+        without_damage(dataset, DataConfig(name="toy"))
+    kept = without_damage(dataset, DataConfig(name="toy", damaged="skip"))
+    others = [place for place in range(6) if place != index]
+    assert kept.skipped == 1
+    assert torch.equal(kept.train_images, dataset.train_images[others])
+    assert torch.equal(kept.train_labels, dataset.train_labels[others])
+    assert torch.equal(kept.test_images, dataset.test_images)
+
+
+def test_a_damaged_test_image_is_named_and_skipped_too():
+    dataset = make_dataset(test_labels=torch.tensor([0, -1, 2]))
+    with pytest.raises(DataError, match="toy test: expected labels 0 to 5, got -1 at index 1"):
+        without_damage(dataset, DataConfig(name="toy"))
+    kept = without_damage(dataset, DataConfig(name="toy", damaged="skip"))
+    assert kept.test_labels.tolist() == [0, 2]
+    assert len(kept.train_labels) == 6
+
+
+def test_too_many_damaged_images_are_a_fault_of_the_data_set():
+    dataset = make_dataset(train_labels=torch.tensor([0, 9, 9, 9, 4, 5]))
+    assert without_damage(dataset, DataConfig(name="toy", damaged="skip", max_skipped=3)).skipped == 3
+    with pytest.raises(DataError, match=r"expected at most data.max_skipped=2 damaged images, got 3"):
+        without_damage(dataset, DataConfig(name="toy", damaged="skip", max_skipped=2))
+    nothing = make_dataset(train_labels=torch.full((6,), 9))
+    with pytest.raises(DataError, match="toy train: expected uint8 or float32 images"):
+        without_damage(nothing, DataConfig(name="toy", damaged="skip"))
+
+
+def test_images_are_counted_after_damaged_ones_are_left_out(nowhere):
+    """A file of labels with one that is no class, as a user would meet it."""
+    labels = write_mnist(nowhere / "root")[1]
+    labels[2] = 77
+    (nowhere / "root" / IDX_FILES[1]).write_bytes(idx_bytes(labels))
+    with pytest.raises(DataError, match="expected labels 0 to 9, got 77 at index 2"):
+        load_dataset(DataConfig(name="mnist", root=str(nowhere / "root")))
+    for count in (3, None):
+        config = DataConfig(name="mnist", root=str(nowhere / "root"), damaged="skip", train_images=count)
+        found = load_dataset(config)
+        assert found.train_labels.tolist() == np.delete(labels, 2)[:count].tolist()
+        assert found.skipped == 1
 
 
 def test_digits_are_all_of_scikit_learns_stratified():
