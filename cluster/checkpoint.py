@@ -74,6 +74,8 @@ class Manifest(_Record):
     layers: list[LayerState]
     shards: list[Shard]
     mlflow_run_id: str | None = None
+    rate: float = 1.0
+    """Learning rates in force, over those of the configuration."""
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

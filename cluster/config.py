@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cluster.mesh import Mesh, MeshConfig
+from cluster.policy import Divergence
 from cluster.tracking import TrackingConfig, redact
 from simmatch.config import DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -96,6 +97,10 @@ class RunConfig(Frozen):
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe: ProbeConfig = ProbeConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    divergence: Divergence = "stop"
+    """Where weights or activities are no numbers any more, or explode: end, or go back to the newest checkpoint, once,
+    and on at half of all learning rates. The newest checkpoint is sound either way."""
 
     encode_batch: PositiveInt = 500
     """Images per batch and rank where layers only encode."""

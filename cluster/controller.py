@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from cluster.checkpoint import (
     FORMAT,
+    CheckpointError,
     Cursor,
     LayerState,
     Manifest,
@@ -23,9 +24,10 @@ from cluster.checkpoint import (
     folder_of,
     newest_good,
     prune,
+    read_manifest,
 )
 from cluster.config import RunConfig, public
-from cluster.policy import Failure, FailurePolicy, Restart, Stop
+from cluster.policy import LOWER, Failure, FailurePolicy, Restart, Stop
 from cluster.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
 from cluster.worker import Place, Status
@@ -129,7 +131,8 @@ class Controller:
         self.config, self.run_dir, self.resume = config, run_dir, resume
         self.make_group, self.recorder, self.display = make_group, recorder, display
         group = config.cluster
-        self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s)
+        self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s, config.divergence)
+        self.rate = 1.0 if resume is None else _rate_of(resume)
         self.record = Record()
         self._in_vain = 0
         self._training = self._asked = False
@@ -157,13 +160,15 @@ class Controller:
             `stop` was called.
         """
         while True:
-            assignment = Assignment(self.config, self.run_dir, 0, self.record.restarts, self.resume)
+            config = at_rate(self.config, self.rate)
+            assignment = Assignment(config, self.run_dir, 0, self.record.restarts, self.resume)
             failure = self._run_group(assignment)
             if failure is None:
                 return self.record
             if self._asked:
                 raise RunStopped(failure.message)
-            decision = self.policy.decide(failure, self._in_vain, self.config.place().world_size)
+            shards = self.config.place().world_size
+            decision = self.policy.decide(failure, self._in_vain, shards, lowered=self.rate < 1)
             if isinstance(decision, Stop):
                 raise RunFailed(decision.why)
             self._restart(decision, failure)
@@ -175,15 +180,19 @@ class Controller:
         self.resume = newest_good(self.run_dir, self.display.note) or self.resume
         self._shards.clear()
         tags = {"restarts": str(self.record.restarts)}
-        shrunk = ""
+        how = ""
         if decision.shards != self.config.place().world_size:
             mesh = self.config.mesh.model_copy(update={"channel": decision.shards})
             self.config = self.config.model_copy(update={"mesh": mesh})
-            shrunk = f" of {decision.shards}"
+            how = f" of {decision.shards}"
             tags |= {"simmatch.world_size": str(decision.shards), "simmatch.mesh": str(self.config.place())}
+        if decision.lower_rate:
+            self.rate *= LOWER
+            how = f" at {self.rate:g} of the learning rates"
+            tags |= {"simmatch.rate": f"{self.rate:g}"}
         origin = "the beginning" if self.resume is None else self.resume.name
         pause = f" in {decision.after_s:g} s" if decision.after_s else ""
-        self.display.note(f"{failure.message}; starting a new group{shrunk} from {origin}{pause}")
+        self.display.note(f"{failure.message}; starting a new group{how} from {origin}{pause}")
         self.recorder.tags(tags)
         time.sleep(decision.after_s)
 
@@ -297,6 +306,7 @@ class Controller:
             layers=layers,
             shards=[shards[number] for number in sorted(shards)],
             mlflow_run_id=self.recorder.run_id,
+            rate=self.rate,
         )
         del self._shards[cursor.step]
         self._in_vain = 0
@@ -305,6 +315,25 @@ class Controller:
             prune(self.run_dir, self.config.checkpoint.keep, cursor.step)
         except OSError as error:  # a disk that is full or gone costs checkpoints, not the run
             self.display.note(f"the checkpoint of step {cursor.step} is left out: {' '.join(str(error).split())}")
+
+
+def _rate_of(checkpoint: Path) -> float:
+    """What a checkpoint's run had lowered its rates to; a checkpoint that cannot be read is the ranks' to refuse."""
+    try:
+        return read_manifest(checkpoint).rate
+    except CheckpointError:
+        return 1.0
+
+
+def at_rate(config: RunConfig, rate: float) -> RunConfig:
+    """The configuration with all learning rates multiplied."""
+    if rate == 1.0:
+        return config
+    layers = tuple(
+        layer.model_copy(update={"plasticity": layer.plasticity.model_copy(update={"lr": rate * layer.plasticity.lr})})
+        for layer in config.model.layers
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"layers": layers})})
 
 
 def summarise(

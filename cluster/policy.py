@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Divergence = Literal["stop", "lower_rate"]
+
+LOWER = 0.5
+"""Rates of a run that has diverged, over those before."""
 
 LONGEST_PAUSE_S = 60.0
 """Between two attempts, however many there were."""
@@ -15,10 +21,12 @@ class Restart:
     Attributes
     ----------
     shards: of the new group; fewer than before where no more fit.
+    lower_rate: learn at `LOWER` of the rates so far.
     """
 
     shards: int
     after_s: float
+    lower_rate: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,13 @@ class Failure:
     message: one line for people, naming the rank.
     lost: a rank died, hung or was cut off, through no fault of the program: a new group may fare better.
     fits: ranks that the cluster has room for, where it has none for all of them.
+    diverged: numbers stopped being numbers, or exploded; the same rates would lead there again.
     """
 
     message: str
     lost: bool
     fits: int | None = None
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,22 @@ class FailurePolicy:
     max_restarts: attempts in a row that end without a new checkpoint.
     min_shards: smallest group that a run may shrink to where no more ranks fit; None: it never shrinks.
     backoff_s: pause before the second attempt in a row, twice as long before each further one; none before the first.
+    divergence: whether a run whose numbers diverge ends, or goes back to the newest checkpoint, once, and on at lower
+        rates.
     """
 
     max_restarts: int
     min_shards: int | None = None
     backoff_s: float = 1.0
+    divergence: Divergence = "stop"
 
-    def decide(self, failure: Failure, in_vain: int, shards: int) -> Decision:
-        """What to do after `in_vain` restarts without a new checkpoint, in a group of `shards`."""
+    def decide(self, failure: Failure, in_vain: int, shards: int, *, lowered: bool = False) -> Decision:
+        """What to do after `in_vain` restarts without a new checkpoint, in a group of `shards`.
+
+        lowered: the rates have been lowered before.
+        """
+        if failure.diverged and self.divergence == "lower_rate" and not lowered:
+            return Restart(shards, 0.0, lower_rate=True)
         if not failure.lost:
             return Stop(failure.message)
         if in_vain >= self.max_restarts:

@@ -67,8 +67,23 @@ class Stopped(Exception):
     """The controller asked; everything learnt so far is in a checkpoint, on all ranks of the same step."""
 
 
+EXPLOSION = 1e6
+"""Growth of the bound of λmax(M), since update `SETTLED` of the layer, that is no learning any more."""
+
+SETTLED = 10
+
+
 class TrainingFault(RuntimeError):
-    """Training cannot go on; the message names layer, step and rank."""
+    """Training cannot go on; the message names layer, step and rank.
+
+    Attributes
+    ----------
+    diverged: through numbers that are none any more, or exploded.
+    """
+
+    def __init__(self, message: str, *, diverged: bool = False) -> None:
+        self.diverged = diverged
+        super().__init__(message)
 
 
 def source_of(dataset: Dataset) -> InputConfig:
@@ -182,6 +197,7 @@ class Training:
         )
         window = Window(self.exchange, self.writer)
         order = torch.empty(0)
+        usual: float | None = None
         for update in range(start, total):
             epoch, within = divmod(update, per_epoch)
             if within == 0 or update == start:
@@ -190,6 +206,13 @@ class Training:
             labels = self.dataset.train_labels[chosen].to(self.device) if config.supervised else None
             patches, solution = self.update(index, layer, inputs, chosen, labels)
             self.step += 1
+            usual = usual if usual is not None and update >= SETTLED else layer.bound.value
+            if layer.bound.value > EXPLOSION * usual:
+                raise TrainingFault(
+                    f"layer {index}, step {update + 1}: the lateral weights explode: bound of their largest eigenvalue "
+                    f"{layer.bound.value:.1e}, was {usual:.1e}",
+                    diverged=True,
+                )
             window.count(len(chosen))
             if (update + 1) % self.config.log_every == 0 or update + 1 == total:
                 images_done = window.images
@@ -231,7 +254,8 @@ class Training:
             raise
         except Exception as fault:
             what = str(fault) if isinstance(fault, SharedFault) else f"{type(fault).__name__}: {fault}"
-            raise TrainingFault(f"layer {index}, step {step}: {what}") from fault
+            diverged = isinstance(fault, SharedFault) and fault.kind.startswith("non-finite")
+            raise TrainingFault(f"layer {index}, step {step}: {what}", diverged=diverged) from fault
 
     def _save(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""

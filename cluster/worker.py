@@ -19,7 +19,7 @@ import torch.distributed as dist
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
 from cluster.network import interface_of
 from cluster.policy import Failure
-from cluster.training import Assignment, Stopped, Training
+from cluster.training import Assignment, Stopped, Training, TrainingFault
 from simmatch.exchange import IDENTITY, Exchange
 
 
@@ -161,5 +161,7 @@ class Worker:
             self._failure = Failure(str(error).splitlines()[0], lost=True)
         except Exception as error:
             self._outbox.event("traceback", text=traceback.format_exc())
-            self._failure = Failure(f"rank {self.assignment.rank}: {type(error).__name__}: {error}", lost=False)
+            message = f"rank {self.assignment.rank}: {type(error).__name__}: {error}"
+            diverged = isinstance(error, TrainingFault) and error.diverged
+            self._failure = Failure(message, lost=False, diverged=diverged)
         self._done = True

@@ -24,9 +24,10 @@ from simmatch.layer import SimilarityMatchingConv2d
 HOLD_S = 60.0
 """How long a held rank stays away: longer than every limit in the tests, and the test kills it anyway."""
 
-Kind = Literal["nan feedforward", "nan lateral", "nan label", "exception", "error", "kill", "hold"]
+Kind = Literal["nan feedforward", "nan lateral", "nan label", "explode", "exception", "error", "kill", "hold"]
 """
 nan …       a NaN in the last own row of W, M or V, before the update
+explode     the own rows of W a million times too large, before the update
 exception   the rank's statistics raise, in the middle of the update
 error       the rank's next batch raises, outside of what the ranks tell each other
 kill        the process ends, by SIGKILL
@@ -74,6 +75,9 @@ def inject(kind: Kind, layer: SimilarityMatchingConv2d, inputs: LayerInputs) -> 
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "hold":
         time.sleep(HOLD_S)
+    elif kind == "explode":
+        with torch.no_grad():
+            layer.feedforward *= 1e6
     else:
         with torch.no_grad():
             getattr(layer, kind.removeprefix("nan "))[-1].view(-1)[0] = torch.nan

@@ -161,9 +161,11 @@ def scene(digits_config: Callable[..., RunConfig], tmp_path: Path) -> MakeScene:
         min_shards: int | None = None,
         keep: int = 100,
         resume: Path | None = None,
+        divergence: str = "stop",
     ) -> Scene:
         cluster = {"poll_s": 1e-3, "max_restarts": max_restarts, "min_shards": min_shards, "backoff_s": 1e-3}
-        config = digits_config(2, cluster=cluster, checkpoint={"every_steps": 4, "keep": keep})
+        checkpoint = {"every_steps": 4, "keep": keep}
+        config = digits_config(2, cluster=cluster, checkpoint=checkpoint, divergence=divergence)
         return Scene(config, tmp_path, *scripts, resume=resume)
 
     return make
@@ -442,6 +444,43 @@ def test_progress_earns_new_restarts(scene: MakeScene, tmp_path: Path) -> None:
     playing = scene(*scripts, [], max_restarts=1)
     assert playing.controller.run().restarts == 4
     assert playing.groups[-1].assignment.resume == folder_of(tmp_path, 16)
+
+
+DIVERGED = Failure("rank 0: layer 0, step 3: non-finite activities on rank 1", lost=False, diverged=True)
+
+
+def test_the_policy_lowers_rates_once_and_only_if_told() -> None:
+    assert FailurePolicy(max_restarts=2).decide(DIVERGED, 0, 2) == Stop(DIVERGED.message)
+    policy = FailurePolicy(max_restarts=2, divergence="lower_rate")
+    assert policy.decide(DIVERGED, 0, 2) == Restart(2, 0.0, lower_rate=True)
+    assert policy.decide(DIVERGED, 0, 2, lowered=True) == Stop(DIVERGED.message)
+    assert policy.decide(FAULT, 0, 2) == Stop(FAULT.message)
+
+
+def rates(group: ScriptedGroup) -> list[float]:
+    return [layer.plasticity.lr for layer in group.assignment.config.model.layers]
+
+
+def test_numbers_that_diverge_cost_half_the_rate(scene: MakeScene, tmp_path: Path) -> None:
+    """Back to the newest checkpoint, on at half the rates, which later groups, and later processes, keep."""
+    saved = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
+    playing = scene([saved[0], DIVERGED], [saved[1], LOST], [DIVERGED], divergence="lower_rate")
+    with pytest.raises(RunFailed, match=r"non-finite activities on rank 1$"):
+        playing.controller.run()
+    assert [rates(group) for group in playing.groups] == [[0.1, 0.1], [0.05, 0.05], [0.05, 0.05]]
+    assert playing.groups[1].assignment.resume == folder_of(tmp_path, 4)
+    assert playing.recorder.all_tags[0] == {"restarts": "1", "simmatch.rate": "0.5"}
+    assert any(
+        "starting a new group at 0.5 of the learning rates from step-00000004" in note for note in playing.display.notes
+    )
+    assert [read_manifest(folder_of(tmp_path, step)).rate for step in (4, 8)] == [1.0, 0.5]
+    again = scene([], resume=folder_of(tmp_path, 8))
+    again.controller.run()
+    assert rates(again.groups[0]) == [0.05, 0.05]
+    assert (
+        json.loads((folder_of(tmp_path, 8) / MANIFEST).read_text())["config"]["model"]["layers"][0]["plasticity"]["lr"]
+        == 0.1
+    )
 
 
 def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:

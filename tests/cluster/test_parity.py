@@ -393,9 +393,21 @@ def test_a_fault_on_one_rank_ends_all_at_the_same_exchange(
     assert ("exception" if plan.kind == "exception" else "non-finite") in message
     assert len(set(ranks.num_exchanges)) == 1
     assert not (tmp_path / "model").exists()
+    assert {outcome.diverged for outcome in outcomes} == {plan.kind != "exception"}
     if plan.kind == "exception":  # the faulty rank's own exception stands behind the shared one, in its traceback
         told = ["InjectedError: injected" in outcome.__notes__[0] for outcome in outcomes]
         assert told == [rank == plan.rank for rank in range(world_size)]
+
+
+def test_weights_that_explode_are_noticed_within_the_step(
+    ranks: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    plan = FaultPlan(rank=1, layer=1, step=12, kind="explode")
+    outcomes = ranks(train, 2, digits_config(2), tmp_path, (plan,))
+    assert all(isinstance(outcome, TrainingFault) and outcome.diverged for outcome in outcomes), outcomes
+    (message,) = {str(outcome) for outcome in outcomes}
+    assert message.startswith("layer 1, step 12: the lateral weights explode: bound of their largest eigenvalue ")
+    assert len(set(ranks.num_exchanges)) == 1
 
 
 def test_faults_on_two_ranks_name_both(ranks: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
