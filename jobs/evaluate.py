@@ -39,7 +39,7 @@ from jobs.evaluation.summaries import summarise
 from jobs.figures import filters
 from jobs.options import read_yaml
 from jobs.run_directory import default_root
-from simmatch.config import ConfigError
+from simmatch.config import ConfigError, parse
 from simmatch.data import load_dataset
 from simmatch.formats import DataError
 from simmatch.model import Stack
@@ -141,7 +141,7 @@ def prepare(run_dir: Path, config: EvaluationConfig) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            other: Any = yaml.safe_load(path.read_text())
+            other: Any = filled(yaml.safe_load(path.read_text()), config)
             if other != values:
                 ours = {key for key, value in values.items() if not isinstance(other, dict) or other.get(key) != value}
                 raise ConfigError(
@@ -151,6 +151,14 @@ def prepare(run_dir: Path, config: EvaluationConfig) -> None:
         path.write_text(yaml.safe_dump(values, sort_keys=False))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}") from None
+
+
+def filled(other: Any, config: EvaluationConfig) -> Any:
+    """What an earlier version has compared, with the keys it did not know at their defaults."""
+    try:
+        return comparable(parse(EvaluationConfig, config.model_dump(mode="json") | dict(other)))
+    except (ConfigError, TypeError, ValueError):
+        return other
 
 
 def comparable(config: EvaluationConfig) -> dict[str, Any]:

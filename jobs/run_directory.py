@@ -13,9 +13,20 @@ import yaml
 
 from cluster.checkpoint import MANIFEST, newest_good, read_manifest
 from cluster.config import RunConfig
-from simmatch.config import ConfigError
+from simmatch.config import ConfigError, parse
 
-FREE = ("cluster", "tracking", "checkpoint", "probe", "mesh", "device", "log_every", "encode_batch", "cache_features")
+FREE = (
+    "cluster",
+    "tracking",
+    "checkpoint",
+    "probe",
+    "mesh",
+    "device",
+    "divergence",
+    "log_every",
+    "encode_batch",
+    "cache_features",
+)
 """Keys that may differ between a run and its continuation: they change where and how, not what is learnt."""
 
 
@@ -140,7 +151,7 @@ def _check_differences(config: RunConfig, other: Any, where: Path) -> None:
     if not isinstance(other, dict):
         raise ConfigError(f"--resume: expected the configuration of a run in {where}, got {type(other).__name__}")
     ours = dict(_flat(config.model_dump(mode="json")))
-    theirs = dict(_flat(other))
+    theirs = dict(_flat(_with_defaults(other)))
     differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
     differing = [key for key in differing if key.split(".")[0] not in FREE and key != "name"]
     if differing:
@@ -149,6 +160,15 @@ def _check_differences(config: RunConfig, other: Any, where: Path) -> None:
         raise ConfigError(
             f"--resume: {where} was made by another configuration: {parts}{more}; use --resume never or --run-dir"
         )
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of an earlier version, its missing keys filled in; as it is where that cannot be done."""
+    try:
+        filled: dict[str, Any] = parse(RunConfig, values).model_dump(mode="json")
+    except ConfigError:
+        return values
+    return filled
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

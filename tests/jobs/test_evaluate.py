@@ -85,6 +85,8 @@ def test_a_second_call_computes_what_is_missing_and_nothing_else(
     lost = run_dir / "results" / "kmeans-0.json"
     known = json.loads(lost.read_text())
     lost.write_text("{")
+    config = run_dir / "config.yaml"  # as a version has left it that knew fewer keys
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "max_skipped" not in line))
     assert main([*arguments(run_dir), "--report"]) == 0
     assert lost.read_text() == "{"
     text = (run_dir / "table.md").read_text()

@@ -124,12 +124,25 @@ def test_many_differences_are_counted(work: Path, make_config: MakeConfig) -> No
         "log_every=3",
         "encode_batch=17",
         "cache_features=false",
+        "divergence=lower_rate",
         "name=other",
     ],
 )
 def test_what_changes_nothing_that_is_learnt_may_differ(work: Path, make_config: MakeConfig, change: str) -> None:
     leave(work / "r", make_config(), "FAILED", (20,))
     assert choose(make_config(change), "r", "auto").resume == folder_of(work / "r", 20)
+
+
+def test_a_run_of_a_version_that_knew_fewer_keys_goes_on(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "FAILED", (20,))
+    path = work / "r" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["data"]["damaged"]
+    del values["model"]["feature_pool"]
+    path.write_text(yaml.safe_dump(values))
+    assert choose(make_config(), "r", "auto").resume == folder_of(work / "r", 20)
+    with pytest.raises(ConfigError, match=r"data\.damaged: expected 'stop', got 'skip'"):
+        choose(make_config("data.damaged=skip"), "r", "auto")
 
 
 def test_resume_names_a_run_or_a_checkpoint(work: Path, make_config: MakeConfig) -> None:
