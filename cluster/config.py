@@ -9,7 +9,7 @@ from pydantic import Field
 from cluster.mesh import Mesh, MeshConfig
 from cluster.policy import Divergence
 from cluster.tracking import TrackingConfig, redact
-from simmatch.config import DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
+from simmatch.config import ConfigError, DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class CheckpointConfig(Frozen):
@@ -113,9 +113,12 @@ class RunConfig(Frozen):
     """Updates between two records of a layer's metrics."""
 
     def place(self) -> Mesh:
-        """The mesh, checked against the model's layers."""
+        """The mesh, checked against the model's layers and the smallest group allowed."""
         mesh = Mesh.from_config(self.mesh)
         mesh.check(self.model)
+        least = self.cluster.min_shards
+        if least is not None and least > mesh.channel:
+            raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={mesh.channel}, got {least}")
         return mesh
 
 

@@ -68,6 +68,7 @@ class ShardWriter:
         self._report, self._patience_s, self._write = report, patience_s, write
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._writing: Cursor | None = None
 
     def submit(self, cursor: Cursor, take: Callable[[], Snapshot]) -> None:
         """Write the snapshot that `take` gives now, as the checkpoint of `cursor`.
@@ -80,6 +81,7 @@ class ShardWriter:
         started = time.monotonic()
         try:
             if self._finish():
+                self._writing = cursor
                 self._thread = threading.Thread(target=self._run, args=(cursor, take()), name="shards", daemon=True)
                 self._thread.start()
             else:
@@ -91,7 +93,8 @@ class ShardWriter:
         """Wait for the last shard, as long as `patience_s` allows; raises as `submit` does."""
         started = time.monotonic()
         try:
-            self._finish()
+            if not self._finish() and self._writing is not None:
+                self._lost(self._writing, f"it is not written after {self._patience_s:g} s")
         finally:
             self.seconds += time.monotonic() - started
 
