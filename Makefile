@@ -23,10 +23,10 @@ TEST_STAMP := $(VENV)/.simmatch-test-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help pretrain data test lint typecheck format ui clean
+.PHONY: help pretrain data test test-faults lint typecheck format ui clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 pretrain: data ## fetch what is missing, then train (CONFIG=..., ARGS="--set key=value")
 	$(BIN)/python -m jobs.pretrain --config $(CONFIG) $(ARGS)
@@ -38,6 +38,9 @@ test: lint typecheck ## lint, types and tests: all that must pass; then a quick 
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	@echo "for information, on a machine that may be busy; nothing here fails the tests:"
 	-@$(BIN)/python -m jobs.benchmark dynamics --quick --data digits --channels 64 --parts solvers --run-dir build/benchmark >/dev/null
+
+test-faults: $(TEST_STAMP) ## what is read from outside damaged in 2,000 ways each, then everything that loses a rank, a disk or a server
+	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py tests/cluster
 
 lint: $(TEST_STAMP) ## ruff, changing nothing
 	$(BIN)/ruff check .

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from simmatch.rows import Rows
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+DIGEST = "sha256"
+"""Key of the manifest's own digest, over everything else in it."""
 
 
 class CheckpointError(ValueError):
@@ -109,8 +111,9 @@ def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Ten
 def commit(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which makes the checkpoint one."""
     partial = folder / (MANIFEST + ".partial")
+    values = manifest.model_dump(mode="json")
     with partial.open("w") as file:
-        file.write(manifest.model_dump_json(indent=1))
+        json.dump({DIGEST: _digest(values), **values}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / MANIFEST)
@@ -129,6 +132,11 @@ def prune(run_dir: Path, keep: int, step: int) -> None:
     if len(committed) > keep:
         for folder in folders[: folders.index(committed[-keep])]:
             shutil.rmtree(folder)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Of a manifest's content, however it is laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
@@ -156,7 +164,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
+        manifest = Manifest.model_validate(values)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the manifest of a checkpoint, found no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, RecursionError) as error:
@@ -165,6 +175,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: expected a manifest that can be read, {error.strerror or error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {manifest.format}")
+    if digest != _digest(values):
+        raise CheckpointError(f"{path}: expected a manifest as it was written, got one whose sha256 is another")
     for shard in manifest.shards:
         if Path(shard.file).name != shard.file or not (folder / shard.file).is_file():
             raise CheckpointError(f"{path}: expected the shard {shard.file} beside it, found no such file")

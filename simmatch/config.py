@@ -299,14 +299,16 @@ WORDING = {
 def _describe(cls: type[BaseModel], fault: Any) -> str:
     """One fault of pydantic's in our words: key, expectation, value given."""
     # pydantic puts the member of a union it tried ('int', 'literal[...]') into the location: not a key of the user's
-    location = [part for part in fault["loc"] if isinstance(part, int) or _is_key(str(part))]
-    key = ".".join(str(part) for part in location) or "configuration"
     given, kind = fault.get("input"), fault["type"]
+    unknown = fault["loc"][-1:] if kind == "extra_forbidden" else ()  # it may look like nothing that we know
+    around = fault["loc"][: len(fault["loc"]) - len(unknown)]
+    location = [*(part for part in around if isinstance(part, int) or _is_key(str(part))), *unknown]
+    key = ".".join(map(_shown, location)) or "configuration"
     if kind == "extra_forbidden":
         known = sorted(_known_keys(cls, location[:-1]))
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        return f"{key}: unknown key; expected one of {', '.join(known)}; got '{location[-1]}'{hint}"
+        return f"{key}: unknown key; expected one of {', '.join(known)}; got '{_shown(location[-1])}'{hint}"
     if kind == "missing":
         return f"{key}: expected a value, got nothing"
     message = fault["msg"].removeprefix("Value error, ")
@@ -315,6 +317,12 @@ def _describe(cls: type[BaseModel], fault: Any) -> str:
     for pydantics, ours in WORDING.items():
         message = re.sub(pydantics, ours, message)
     return f"{key}: expected {message}, got {given!r}"
+
+
+def _shown(part: Any) -> str:
+    """A key as it can be printed on one line."""
+    text = str(part)
+    return text if text.isprintable() else ascii(text)
 
 
 def _is_key(part: str) -> bool:

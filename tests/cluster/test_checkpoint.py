@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,26 @@ def manifest_of_a_list(folder: Path) -> str:
     return MANIFEST
 
 
-def edit_manifest(folder: Path, **changes: Any) -> str:
+def edit_manifest(folder: Path, *, sign: bool = True, **changes: Any) -> str:
+    """Other values; with a digest that fits, so that what is behind the digest is tried."""
+    content = json.loads((folder / MANIFEST).read_text()) | changes
+    if sign:
+        del content["sha256"]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        content["sha256"] = sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(content))
+    return MANIFEST
+
+
+def other_step(folder: Path) -> str:
+    """Valid in itself, and not what was written."""
+    return edit_manifest(folder, sign=False, cursor={"step": 13, "layer": 0, "updates": 12})
+
+
+def no_digest(folder: Path) -> str:
     content = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(content | changes))
+    del content["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(content))
     return MANIFEST
 
 
@@ -288,6 +306,8 @@ def shard_elsewhere(folder: Path) -> str:
         unknown_key,
         cursor_of_text,
         shard_elsewhere,
+        other_step,
+        no_digest,
     ],
 )
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path, damage: Callable[[Path], str]) -> None:
