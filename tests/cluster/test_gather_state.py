@@ -94,8 +94,8 @@ def test_bytes_do_not_depend_on_images_or_iterations(triple: Any) -> None:
 
     A rank receives from each of two others 4 padded rows of W, M and V with a mark, as many of the sums with theirs,
     4 values a row for the bound; and at a record its activities of 20 columns, 7 at most an owner, three figures and a
-    mark; and after each fifth update, once here, four bytes that say whether it was asked to stop. The record counts what
-    all three ranks receive.
+    mark; and after each fifth update, once here, four bytes that say whether it was asked to stop. The record counts
+    what all three ranks receive.
     """
     _, events = triple
     before, after = [event for event in events[0] if event["kind"] == "metrics" and event["layer"] == 1][-2:]
