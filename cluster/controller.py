@@ -137,6 +137,7 @@ class Controller:
         self._in_vain = 0
         self._training = self._asked = False
         self._deadline: float | None = None
+        self._saved: int | None = None
         self._phase = ""
         self._shards: dict[int, dict[int, Shard]] = {}
         self._before = (0.0, 0.0)
@@ -247,8 +248,14 @@ class Controller:
             return False, self._name_missing(failure, statuses) if failure.lost else failure
         done = all(status.done for status in statuses)
         if done and any(status.stopped for status in statuses):
-            raise RunStopped(f"checkpoint of step {self.record.steps} written")
+            raise RunStopped(self._newest())
         return done, None
+
+    def _newest(self) -> str:
+        """From where a run that ends now can go on."""
+        if self._saved is not None:
+            return f"the newest checkpoint is of step {self._saved}"
+        return "no checkpoint was written" if self.resume is None else f"the newest checkpoint is {self.resume.name}"
 
     @staticmethod
     def _name_missing(failure: Failure, statuses: list[Status]) -> Failure:
@@ -309,9 +316,9 @@ class Controller:
             rate=self.rate,
         )
         del self._shards[cursor.step]
-        self._in_vain = 0
         try:
             commit(folder_of(self.run_dir, cursor.step), manifest)
+            self._in_vain, self._saved = 0, cursor.step
             prune(self.run_dir, self.config.checkpoint.keep, cursor.step)
         except OSError as error:  # a disk that is full or gone costs checkpoints, not the run
             self.display.note(f"the checkpoint of step {cursor.step} is left out: {' '.join(str(error).split())}")

@@ -207,7 +207,7 @@ class Training:
             patches, solution = self.update(index, layer, inputs, chosen, labels)
             self.step += 1
             usual = usual if usual is not None and update >= SETTLED else layer.bound.value
-            if layer.bound.value > EXPLOSION * usual:
+            if layer.bound.value > EXPLOSION * usual > 0:
                 raise TrainingFault(
                     f"layer {index}, step {update + 1}: the lateral weights explode: bound of their largest eigenvalue "
                     f"{layer.bound.value:.1e}, was {usual:.1e}",

@@ -325,7 +325,7 @@ def asked(scene: MakeScene, phase: str, obedient: bool = True, grace_s: float = 
 def test_a_run_that_is_asked_to_end_waits_for_a_last_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
     playing, group = asked(scene, "learn")
     assert not playing.controller.stop()  # nothing trains yet: nothing to wait for
-    with pytest.raises(RunStopped, match="checkpoint of step 5 written"):
+    with pytest.raises(RunStopped, match="the newest checkpoint is of step 5"):
         playing.controller.run()
     assert group.calls == ["start", "poll", "poll", "poll", "stop", "poll", "end"]
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 5)

@@ -349,7 +349,7 @@ def test_an_interrupted_run_says_so(interrupted: Ended) -> None:
     assert (interrupted.status, summary["status"]) == (143, "KILLED"), interrupted.out + interrupted.err
     assert 20 <= summary["steps"] < 116
     assert interrupted.err == f"error: {summary['message']}\n"
-    learning = f"ended by SIGTERM; checkpoint of step {summary['steps']} written"
+    learning = f"ended by SIGTERM; the newest checkpoint is of step {summary['steps']}"
     assert summary["message"] in (learning, "ended by SIGTERM; between checkpoints nothing was learnt")
     newest = newest_good(interrupted.run_dir, pytest.fail)
     assert newest is not None
