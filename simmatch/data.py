@@ -55,6 +55,16 @@ class Dataset:
         if train != test:
             raise DataError(f"{self.name}: expected test images of the training images' shape {train}, got {test}")
 
+    def take(self, train: Tensor | slice, test: Tensor | slice) -> Dataset:
+        """Some of the images, with their labels."""
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=self.train_labels[train],
+            test_images=self.test_images[test],
+            test_labels=self.test_labels[test],
+        )
+
     @property
     def in_channels(self) -> int:
         """C."""
@@ -94,14 +104,7 @@ def without_damage(dataset: Dataset, config: DataConfig) -> Dataset:
     if skipped > config.max_skipped:
         most = f"data.max_skipped={config.max_skipped}"
         raise DataError(f"{dataset.name}: expected at most {most} damaged images, got {skipped}")
-    return dataclasses.replace(
-        dataset,
-        train_images=dataset.train_images[train],
-        train_labels=dataset.train_labels[train],
-        test_images=dataset.test_images[test],
-        test_labels=dataset.test_labels[test],
-        skipped=skipped,
-    )
+    return dataclasses.replace(dataset.take(train, test), skipped=skipped)
 
 
 def _sound(what: str, images: Tensor, labels: Tensor, num_classes: int, config: DataConfig) -> Tensor:
@@ -342,14 +345,7 @@ def _first_images(dataset: Dataset, config: DataConfig) -> Dataset:
         count = getattr(config, key)
         if count is not None and count > len(images):
             raise ConfigError(f"data.{key}: expected at most {len(images)}, got {count}")
-    train, test = slice(config.train_images), slice(config.test_images)
-    return dataclasses.replace(
-        dataset,
-        train_images=dataset.train_images[train],
-        train_labels=dataset.train_labels[train],
-        test_images=dataset.test_images[test],
-        test_labels=dataset.test_labels[test],
-    )
+    return dataset.take(slice(config.train_images), slice(config.test_images))
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
