@@ -5,7 +5,11 @@
         rank-1-of-2.safetensors     rows of rank 1
         manifest.json               what they hold; absent until every shard is whole
 
-Ranks write shards and report their digests; the controller, having heard from all, writes the manifest.
+Ranks write shards and report their digests; the controller, having heard from all, writes the manifest. RUN_DIR may be
+a folder or a URI (`cluster.storage`); shards of an object store are read through a local copy.
+
+Nothing random is stored: every draw is a pure function of the seed and of how many updates are done, so a cursor is
+all that training needs to go on bit by bit.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, publish, read, remove, write_whole
 from simmatch.rows import Rows
 
 FORMAT = 2
@@ -34,6 +41,10 @@ DIGEST = "sha256"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+class DamagedError(CheckpointError):
+    """A shard that is missing or not what its manifest says: an earlier checkpoint may be sound."""
 
 
 class _Record(BaseModel):
@@ -51,7 +62,11 @@ class Shard(_Record):
 
 
 class Cursor(_Record):
-    """Where training stood: `updates` of layer `layer` are done, `step` updates in all."""
+    """Where training stood: `updates` of layer `layer` are done, `step` updates in all.
+
+    The data cursor is part of it: the next batch is number `updates` modulo the batches of an epoch, in the order that
+    is drawn from (seed, epoch), see `simmatch.order`.
+    """
 
     step: int
     layer: int
@@ -76,62 +91,84 @@ class Manifest(_Record):
     layers: list[LayerState]
     shards: list[Shard]
     mlflow_run_id: str | None = None
+    mlflow_layer_run_ids: dict[str, str] = {}
+    last_step_sent: dict[str, int] = {}
+    """Layer → last step of its metrics that the tracking server has confirmed."""
+
     rate: float = 1.0
     """Learning rates in force, over those of the configuration."""
 
 
-def folder_of(run_dir: Path, step: int) -> Path:
+def folder_of(run_dir: AnyPath, step: int) -> AnyPath:
+    """Where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor], rows: dict[str, Rows]) -> Shard:
-    """Write one rank's tensors, atomically; `rows` tells which of them are row ranges of a larger tensor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank-{rank}-of-{world_size}.safetensors"
-    partial = path.with_suffix(".partial")
-    try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise OSError(f"{path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+def write_shard(
+    folder: AnyPath, rank: int, world_size: int, tensors: dict[str, Tensor], rows: dict[str, Rows], token: str = ""
+) -> Shard:
+    """Write one rank's tensors, whole or not at all; `rows` tells which of them are row ranges of a larger tensor.
+
+    token: of the group that writes. A rank that was given up but still runs never touches what a later group writes.
+
+    Raises
+    ------
+    OSError
+        The disk, or the object store, did not take it.
+    """
+    name = f"rank-{rank}-of-{world_size}{f'-{token}' if token else ''}.safetensors"
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = _write_and_publish(folder / f"{name}.partial", folder / name, tensors)
+    else:
+        with tempfile.TemporaryDirectory(prefix="simmatch-") as local:
+            digest = _write_and_publish(Path(local) / name, folder / name, tensors)
     return Shard(
         rank=rank,
-        file=path.name,
+        file=name,
         sha256=digest,
         rows={name: [part.start, part.stop] for name, part in rows.items()},
         shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
     )
 
 
-def commit(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, which makes the checkpoint one."""
-    partial = folder / (MANIFEST + ".partial")
+def _write_and_publish(partial: Path, target: AnyPath, tensors: dict[str, Tensor]) -> str:
+    """Tensors into `partial`, on the disk, then under their name; returns the file's sha256."""
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        publish(partial, target)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{target}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def commit(folder: AnyPath, manifest: Manifest) -> None:
+    """Write the manifest, which makes the checkpoint one; then remove what it does not name."""
     values = manifest.model_dump(mode="json")
-    with partial.open("w") as file:
-        json.dump({DIGEST: _digest(values), **values}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({DIGEST: _digest(values), **values}, indent=1).encode())
+    named = {MANIFEST, *(shard.file for shard in manifest.shards)}
+    for left in find(folder, "*"):  # of a group that was given up at this step
+        if left.name not in named:
+            remove(left)
 
 
-def prune(run_dir: Path, keep: int, step: int) -> None:
+def prune(run_dir: AnyPath, keep: int, step: int) -> None:
     """Delete all but the newest `keep` checkpoints up to `step`, and what was left uncommitted before them.
 
     Later ones are of an attempt that had gone further, and was perhaps given up because they are damaged: they neither
     count nor are deleted; training will write them anew.
     """
-    folders = sorted(
-        folder for folder in (run_dir / "checkpoints").glob("step-*") if folder <= folder_of(run_dir, step)
-    )
-    committed = [folder for folder in folders if (folder / MANIFEST).exists()]
+    newest = folder_of(run_dir, step).name
+    folders = [folder for folder in find(run_dir / "checkpoints", "step-*") if folder.name <= newest]
+    committed = [folder for folder in folders if exists(folder / MANIFEST)]
     if len(committed) > keep:
         for folder in folders[: folders.index(committed[-keep])]:
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -139,14 +176,19 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_good(run_dir: AnyPath, warn: Callable[[str], None]) -> AnyPath | None:
     """Folder of the newest checkpoint of a run that is what its manifest says, every shard read and compared.
 
     warn: told, in one line that names the file, why a newer one is passed over.
+
+    Raises
+    ------
+    OSError
+        An object store does not answer: what it holds is not known, which is not the same as nothing.
     """
-    for path in sorted((run_dir / "checkpoints").glob(f"step-*/{MANIFEST}"), reverse=True):
+    for path in reversed(find(run_dir / "checkpoints", f"step-*/{MANIFEST}")):
         try:
-            Reader(path.parent, read_manifest(path.parent))
+            Reader(path.parent, read_manifest(path.parent)).verify()
         except CheckpointError as error:
             warn(f"{path.parent.name} is damaged and passed over: {error}")
         else:
@@ -154,17 +196,19 @@ def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, its shards' presence checked.
+def read_manifest(folder: AnyPath) -> Manifest:
+    """The manifest of a checkpoint.
 
     Raises
     ------
     CheckpointError
-        It is missing, not ours, or names files that are not there.
+        It is missing, damaged or not ours.
+    OSError
+        An object store does not answer.
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read(path))
         digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
         manifest = Manifest.model_validate(values)
     except FileNotFoundError:
@@ -172,38 +216,44 @@ def read_manifest(folder: Path) -> Manifest:
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a manifest, {str(error).splitlines()[0]}") from None
     except OSError as error:
+        if not is_local(path):
+            raise
         raise CheckpointError(f"{path}: expected a manifest that can be read, {error.strerror or error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {manifest.format}")
     if digest != _digest(values):
         raise CheckpointError(f"{path}: expected a manifest as it was written, got one whose sha256 is another")
     for shard in manifest.shards:
-        if Path(shard.file).name != shard.file or not (folder / shard.file).is_file():
-            raise CheckpointError(f"{path}: expected the shard {shard.file} beside it, found no such file")
+        if Path(shard.file).name != shard.file:
+            raise CheckpointError(f"{path}: expected shards beside it, got {shard.file}")
     return manifest
 
 
 class Reader:
     """Tensors of a checkpoint by row range, whatever the number of shards that wrote it.
 
+    A shard is compared with its digest when it is first read, so that a rank pays for what it needs only; `verify`
+    reads all. Shards of an object store are read from copies, which go with the reader; a store that does not answer is
+    asked again for `patience_s`.
+
     Raises
     ------
     CheckpointError
-        A shard is not the file that the manifest describes, or a tensor has another shape than asked for.
+        From any method: a shard is missing or not the file that the manifest describes, or a tensor has another shape
+        than asked for.
+    OSError
+        An object store does not answer.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        for shard in manifest.shards:
-            try:
-                with (folder / shard.file).open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise CheckpointError(f"{folder / shard.file}: expected a shard, {error.strerror or error}") from None
-            if digest != shard.sha256:
-                raise CheckpointError(
-                    f"{folder / shard.file}: expected sha256 {shard.sha256[:12]}…, got {digest[:12]}…"
-                )
+    def __init__(self, folder: AnyPath, manifest: Manifest, *, patience_s: float = 0.0) -> None:
+        self.folder, self.manifest, self._patience_s = folder, manifest, patience_s
+        self._copies: Path | None = None
+        self._checked: dict[str, Path] = {}
+
+    def verify(self) -> None:
+        """Compare every shard with its digest."""
+        for shard in self.manifest.shards:
+            self._file(shard)
 
     def rows(self, key: str, rows: Rows) -> Tensor:
         """Rows start … stop − 1 of a sharded tensor, from whichever files hold them."""
@@ -235,17 +285,43 @@ class Reader:
         if found != channels:
             raise CheckpointError(f"{self.folder}: expected {channels} channels in {key}, got {found}")
 
-    def _holding(self, key: str) -> Iterable[Shard]:
+    def _holding(self, key: str) -> list[Shard]:
         return [shard for shard in sorted(self.manifest.shards, key=lambda shard: shard.rank) if key in shard.shapes]
+
+    def _file(self, shard: Shard) -> Path:
+        """The shard on this machine, its digest compared."""
+        if shard.file in self._checked:
+            return self._checked[shard.file]
+        path = self.folder / shard.file
+        try:
+            found = persist(lambda: fetch(path, self._folder_of_copies), self._patience_s)
+            with found.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise DamagedError(f"{path}: expected the shard that the manifest names, found no such file") from None
+        except OSError as error:
+            if not is_local(path):
+                raise
+            raise DamagedError(f"{path}: expected a shard, {error.strerror or error}") from None
+        if digest != shard.sha256:
+            raise DamagedError(f"{path}: expected sha256 {shard.sha256[:12]}…, got {digest[:12]}…")
+        self._checked[shard.file] = found
+        return found
+
+    def _folder_of_copies(self) -> Path:
+        if self._copies is None:
+            self._copies = Path(tempfile.mkdtemp(prefix="simmatch-"))
+            weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
+        return self._copies
 
     def _open(self, shard: Shard) -> Any:
         try:
-            return safe_open(self.folder / shard.file, framework="pt")
+            return safe_open(self._file(shard), framework="pt")
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / shard.file}: {error}") from None
 
 
-def load_into(target: Tensor, found: Tensor, key: str, folder: Path) -> None:
+def load_into(target: Tensor, found: Tensor, key: str, folder: AnyPath) -> None:
     """Copy a tensor of a checkpoint into a buffer of the same shape and dtype."""
     if found.shape != target.shape or found.dtype != target.dtype:
         raise CheckpointError(

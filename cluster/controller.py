@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol
 
 from cluster.checkpoint import (
@@ -20,17 +21,19 @@ from cluster.checkpoint import (
     LayerState,
     Manifest,
     Shard,
-    commit,
-    folder_of,
     newest_good,
-    prune,
     read_manifest,
 )
+from cluster.committer import Committer
 from cluster.config import RunConfig, public
 from cluster.policy import LOWER, Failure, FailurePolicy, Restart, Stop
-from cluster.spool import SPOOL_NAME, Spool
+from cluster.spool import Spool
+from cluster.storage import AnyPath
 from cluster.training import Assignment
 from cluster.worker import Place, Status
+
+SETTLE_S = 1.0
+"""Longest pause of a round for a commit: a disk takes milliseconds, and what takes longer goes on beside the rounds."""
 
 
 class Group(Protocol):
@@ -52,6 +55,12 @@ class Recorder(Protocol):
 
     @property
     def run_id(self) -> str | None: ...
+
+    @property
+    def layer_run_ids(self) -> dict[int, str]: ...
+
+    @property
+    def last_step_sent(self) -> dict[int, int]: ...
 
     def metrics(
         self, step: int, values: dict[str, float], layer: int | None = None, time_s: float | None = None
@@ -89,14 +98,9 @@ class Record:
     bytes_exchanged: float = 0.0
     num_exchanges: float = 0.0
 
-    def continue_from(self, run_dir: Path, checkpoint: Path) -> None:
-        """Take over what an earlier attempt has recorded, so that none of it is recorded twice.
-
-        Nothing where the checkpoint is not the run's own.
-        """
-        if not checkpoint.is_relative_to(run_dir):
-            return
-        for event, _ in Spool(run_dir / SPOOL_NAME).read():
+    def continue_from(self, spool: Path) -> None:
+        """Take over what earlier attempts of the same run have recorded, so that none of it is recorded twice."""
+        for event, _ in Spool(spool).read():
             layer, step, values = event.get("layer"), event.get("step", 0), event.get("values", {})
             if event.get("kind") != "metrics" or layer is None:
                 continue
@@ -112,7 +116,7 @@ class Controller:
 
     Parameters
     ----------
-    config, run_dir: what to run, and where its files go.
+    config, run_dir: what to run, and where its checkpoints and its model go.
     make_group: (assignment) → a group that is not started yet.
     recorder, display: where metrics and progress go.
     resume: folder of the checkpoint to continue from, or None.
@@ -121,12 +125,12 @@ class Controller:
     def __init__(
         self,
         config: RunConfig,
-        run_dir: Path,
+        run_dir: AnyPath,
         make_group: Callable[[Assignment], Group],
         recorder: Recorder,
         display: Display,
         *,
-        resume: Path | None = None,
+        resume: AnyPath | None = None,
     ) -> None:
         self.config, self.run_dir, self.resume = config, run_dir, resume
         self.make_group, self.recorder, self.display = make_group, recorder, display
@@ -140,6 +144,7 @@ class Controller:
         self._saved: int | None = None
         self._phase = ""
         self._shards: dict[int, dict[int, Shard]] = {}
+        self._committer = Committer(run_dir, config.checkpoint.keep)
         self._before = (0.0, 0.0)
 
     def stop(self) -> bool:
@@ -162,8 +167,11 @@ class Controller:
         """
         while True:
             config = at_rate(self.config, self.rate)
-            assignment = Assignment(config, self.run_dir, 0, self.record.restarts, self.resume)
-            failure = self._run_group(assignment)
+            assignment = Assignment(config, self.run_dir, 0, self.record.restarts, self.resume, token_hex(4))
+            try:
+                failure = self._run_group(assignment)
+            finally:
+                self._settle(config.checkpoint.patience_s)
             if failure is None:
                 return self.record
             if self._asked:
@@ -178,7 +186,7 @@ class Controller:
         """Make ready for the next group, and say so."""
         self.record.restarts += 1
         self._in_vain += 1
-        self.resume = newest_good(self.run_dir, self.display.note) or self.resume
+        self.resume = self._look_for_checkpoint()
         self._shards.clear()
         tags = {"restarts": str(self.record.restarts)}
         how = ""
@@ -196,6 +204,18 @@ class Controller:
         self.display.note(f"{failure.message}; starting a new group{how} from {origin}{pause}")
         self.recorder.tags(tags)
         time.sleep(decision.after_s)
+
+    def _look_for_checkpoint(self) -> AnyPath | None:
+        """The newest sound one. A store that does not answer is asked again for as long as checkpoints may take."""
+        deadline = time.monotonic() + self.config.checkpoint.patience_s
+        while True:
+            try:
+                return newest_good(self.run_dir, self.display.note) or self.resume
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"checkpoints cannot be read: {error}; the same command goes on") from error
+                self.display.note(f"checkpoints cannot be read yet: {error}")
+                time.sleep(self.config.cluster.backoff_s)
 
     def _run_group(self, assignment: Assignment) -> Failure | None:
         """One group from start to end; None when it finished."""
@@ -239,6 +259,7 @@ class Controller:
         for status in statuses:
             for event in status.events:
                 self._handle(status.rank, event)
+        self._settle(SETTLE_S)
         self.display.progress(statuses[0].progress)
         self._phase = statuses[0].progress.get("phase", "")
         failures = [status.failure for status in statuses if status.failure is not None]
@@ -313,18 +334,23 @@ class Controller:
             layers=layers,
             shards=[shards[number] for number in sorted(shards)],
             mlflow_run_id=self.recorder.run_id,
+            mlflow_layer_run_ids={str(layer): run_id for layer, run_id in self.recorder.layer_run_ids.items()},
+            last_step_sent={str(layer): step for layer, step in self.recorder.last_step_sent.items()},
             rate=self.rate,
         )
         del self._shards[cursor.step]
-        try:
-            commit(folder_of(self.run_dir, cursor.step), manifest)
-            self._in_vain, self._saved = 0, cursor.step
-            prune(self.run_dir, self.config.checkpoint.keep, cursor.step)
-        except OSError as error:  # a disk that is full or gone costs checkpoints, not the run
-            self.display.note(f"the checkpoint of step {cursor.step} is left out: {' '.join(str(error).split())}")
+        self._committer.submit(manifest)
+
+    def _settle(self, limit_s: float) -> None:
+        """Hear what became of checkpoints that are being committed."""
+        for outcome in self._committer.settled(limit_s):
+            if outcome.why is None:
+                self._in_vain, self._saved = 0, outcome.step
+            else:
+                self.display.note(f"the checkpoint of step {outcome.step} is left out: {outcome.why}")
 
 
-def _rate_of(checkpoint: Path) -> float:
+def _rate_of(checkpoint: AnyPath) -> float:
     """What a checkpoint's run had lowered its rates to; a checkpoint that cannot be read is the ranks' to refuse."""
     try:
         return read_manifest(checkpoint).rate

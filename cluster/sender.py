@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +67,8 @@ class Sender:
         """What the server rejected, newest last."""
         self.rejected = 0
         self.sent = 0
+        self.last_steps: dict[int, int] = {}
+        """Layer → last step of its metrics that was confirmed."""
         self.last_error: str | None = None
         """Why the latest attempt failed; None once one succeeds."""
         self._spool = spool
@@ -88,6 +90,13 @@ class Sender:
         """Read the persisted offset."""
         size_bytes = self._spool.size_bytes()
         self._progress = Progress.load(self._progress_path, self._progress.destination, size_bytes)
+        confirmed = itertools.takewhile(lambda pair: pair[1] <= self._progress.offset, self._spool.read())
+        self._keep_steps(event for event, _ in confirmed)
+
+    def _keep_steps(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if event.get("kind") == "metrics" and event.get("layer") is not None:
+                self.last_steps[event["layer"]] = event["step"]
 
     def pending(self) -> int:
         """Events not confirmed yet."""
@@ -153,6 +162,7 @@ class Sender:
             raise
         self._save(replace(self._progress, offset=batch[-1][1]))
         self.sent += len(batch)
+        self._keep_steps(event for event, _ in batch)
         return len(batch)
 
     def _connect(self, sink: Sink) -> bool:

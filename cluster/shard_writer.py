@@ -10,15 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from cluster.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
 from cluster.report import Report
+from cluster.storage import AnyPath
 from simmatch.rows import Rows
 
-WriteShard = Callable[[Path, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
+WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class ShardWriter:
     Parameters
     ----------
     run_dir: the run's folder; rank, world_size: whose shards these are.
-    patience_s: longest that training waits for the checkpoint before.
+    patience_s: longest that training waits for the checkpoint before; a store that hangs is waited for once.
     write: writes a shard; tests replace it.
 
     Attributes
@@ -55,7 +55,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: AnyPath,
         rank: int,
         world_size: int,
         report: Report,
@@ -69,6 +69,7 @@ class ShardWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._writing: Cursor | None = None
+        self._hangs = False
 
     def submit(self, cursor: Cursor, take: Callable[[], Snapshot]) -> None:
         """Write the snapshot that `take` gives now, as the checkpoint of `cursor`.
@@ -80,7 +81,7 @@ class ShardWriter:
         """
         started = time.monotonic()
         try:
-            if self._finish():
+            if self._finish(0.0 if self._hangs else self._patience_s):
                 self._writing = cursor
                 self._thread = threading.Thread(target=self._run, args=(cursor, take()), name="shards", daemon=True)
                 self._thread.start()
@@ -93,16 +94,17 @@ class ShardWriter:
         """Wait for the last shard, as long as `patience_s` allows; raises as `submit` does."""
         started = time.monotonic()
         try:
-            if not self._finish() and self._writing is not None:
+            if not self._finish(self._patience_s) and self._writing is not None:
                 self._lost(self._writing, f"it is not written after {self._patience_s:g} s")
         finally:
             self.seconds += time.monotonic() - started
 
-    def _finish(self) -> bool:
+    def _finish(self, limit_s: float) -> bool:
         """Whether nothing is being written any more."""
         if self._thread is not None:
-            self._thread.join(self._patience_s)
-            if self._thread.is_alive():
+            self._thread.join(limit_s)
+            self._hangs = self._thread.is_alive()
+            if self._hangs:
                 return False
             self._thread = None
         if self._error is not None:

@@ -187,6 +187,11 @@ class Tracker:
         return {int(which): run_id for which, run_id in self._sender.runs.items() if which != PARENT}
 
     @property
+    def last_step_sent(self) -> dict[int, int]:
+        """Layer → last step of its metrics that the server has confirmed."""
+        return dict(self._sender.last_steps)
+
+    @property
     def problems(self) -> list[str]:
         """What the server rejected, and why the latest attempt failed, without credentials."""
         return [*self._sender.notes, *([self._sender.last_error] if self._sender.last_error else [])]

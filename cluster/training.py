@@ -12,6 +12,7 @@ All decisions depend on the configuration or on gathered bytes only, so ranks ca
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cluster.checkpoint import Cursor, LayerState, Reader, load_into, read_manifest
+from cluster.checkpoint import Cursor, LayerState, Reader, load_into, read_manifest, write_shard
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
 from cluster.features import FeatureStore
@@ -31,6 +32,7 @@ from cluster.mesh import Mesh
 from cluster.report import Report
 from cluster.shard_writer import ShardWriter, Snapshot
 from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
+from cluster.storage import AnyPath, persist, publish_folder
 from simmatch.config import LayerConfig
 from simmatch.data import Dataset, load_dataset
 from simmatch.exchange import Exchange
@@ -51,16 +53,18 @@ class Assignment:
 
     Attributes
     ----------
-    run_dir: folder that all ranks reach.
+    run_dir: folder that all ranks reach, or a URI's.
     resume: folder of the checkpoint to continue from, or None.
     generation: how many groups came before this one.
+    token: of this group alone, in the names of its shards.
     """
 
     config: RunConfig
-    run_dir: Path
+    run_dir: AnyPath
     rank: int
     generation: int = 0
-    resume: Path | None = None
+    resume: AnyPath | None = None
+    token: str = ""
 
 
 class Stopped(Exception):
@@ -113,7 +117,7 @@ class Training:
         self.stack = Stack(self.config.model, self.source, seed=self.config.seed, dtype=self.dtype, device=device)
         self.reader: Reader | None = None
         if assignment.resume is not None:
-            self.reader = Reader(assignment.resume, read_manifest(assignment.resume))
+            self.reader = self._reader(assignment.resume)
         self.step = 0
         self.writer = ShardWriter(
             assignment.run_dir,
@@ -121,6 +125,7 @@ class Training:
             exchange.world_size,
             report,
             patience_s=self.config.checkpoint.patience_s,
+            write=partial(write_shard, token=assignment.token),
         )
 
     def run(self) -> None:
@@ -134,8 +139,21 @@ class Training:
             self._encode(index, train, test, scores)
         self._read_out(train, test, scores)
         if self.assignment.rank == 0:
-            save_model(self.stack, self.assignment.run_dir / "model")
+            self._export()
         self.writer.close()
+
+    def _reader(self, folder: AnyPath) -> Reader:
+        patience_s = self.config.checkpoint.patience_s
+        return Reader(folder, persist(lambda: read_manifest(folder), patience_s), patience_s=patience_s)
+
+    def _export(self) -> None:
+        """The model, where the run's files are."""
+        target = self.assignment.run_dir / "model"
+        with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
+            local = target if isinstance(target, Path) else Path(folder)
+            save_model(self.stack, local)
+            if local is not target:
+                persist(lambda: publish_folder(local, target), self.config.checkpoint.patience_s)
 
     def _store(self, images: Tensor) -> FeatureStore:
         model = self.config.model

@@ -11,14 +11,17 @@ import socket
 import threading
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from cluster.checkpoint import DamagedError
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
 from cluster.network import interface_of
 from cluster.policy import Failure
+from cluster.storage import StorageError
 from cluster.training import Assignment, Stopped, Training, TrainingFault
 from simmatch.exchange import IDENTITY, Exchange
 
@@ -91,7 +94,7 @@ class Worker:
     def describe(self, address: str) -> Place:
         """Where this rank runs, on the node with this address. Checks that the run directory can be reached."""
         directory = self.assignment.run_dir
-        if not directory.is_dir():
+        if isinstance(directory, Path) and not directory.is_dir():
             raise FileNotFoundError(
                 f"--run-dir: expected a folder that every node reaches, got {directory}, "
                 f"which {socket.gethostname()} does not have"
@@ -159,6 +162,8 @@ class Worker:
             self._stopped = True
         except PeerTimeout as error:
             self._failure = Failure(str(error).splitlines()[0], lost=True)
+        except (DamagedError, StorageError) as error:  # a new group looks again for what can be read
+            self._failure = Failure(f"rank {self.assignment.rank}: {error}", lost=True)
         except Exception as error:
             self._outbox.event("traceback", text=traceback.format_exc())
             message = f"rank {self.assignment.rank}: {type(error).__name__}: {error}"

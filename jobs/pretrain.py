@@ -25,11 +25,13 @@ from cluster.checkpoint import CheckpointError, Reader, read_manifest
 from cluster.config import RunConfig, public
 from cluster.controller import Controller, Record, RunFailed, RunStopped, summarise, write_json
 from cluster.mlflow_model import ModelLogger, load_exported
-from cluster.spool import SpoolBusyError
+from cluster.spool import SPOOL_NAME, SpoolBusyError
+from cluster.storage import AnyPath
 from cluster.tracking import Status, Tracker
 from cluster.training import source_of
 from jobs import figures
 from jobs.display import PlainDisplay, TerminalDisplay, make_display
+from jobs.mirror import Mirror
 from jobs.options import override, read_yaml
 from jobs.plan import print_plan
 from jobs.run_directory import Start, choose
@@ -77,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override a key, e.g. --set mesh.channel=3 --set model.layers.0.out_channels=32; repeatable",
     )
-    parser.add_argument("--run-dir", metavar="DIR", help="where the run's files go (default: runs/<name>)")
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="where the run's files go: a folder or s3://bucket/prefix (default: runs/<name>)",
+    )
     parser.add_argument(
         "--resume",
         default="auto",
@@ -118,8 +124,8 @@ def check(config: RunConfig) -> Dataset:
     return dataset
 
 
-def check_checkpoint(config: RunConfig, folder: Path) -> None:
-    """Refuse a checkpoint whose files are damaged or whose tensors do not fit the model."""
+def check_checkpoint(config: RunConfig, folder: AnyPath) -> None:
+    """Refuse a checkpoint whose tensors do not fit the model; its files have been compared when it was chosen."""
     manifest = read_manifest(folder)
     reader = Reader(folder, manifest)
     for index in range(len(manifest.layers)):
@@ -132,6 +138,7 @@ class Job:
     def __init__(self, config: RunConfig, dataset: Dataset, start: Start, tracker: Tracker, console: Console) -> None:
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
         self.run_dir = start.run_dir
+        self.mirror = Mirror(start.place, start.run_dir, lambda text: console.print(text, markup=False))
         self.started = time.monotonic()
         self.record = Record()
         self._controller: Controller | None = None
@@ -141,8 +148,10 @@ class Job:
         """Train, look at the result, record it. Returns the exit status."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.mirror.pull()
             self._describe()
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(public(self.config), sort_keys=False))
+            self.mirror.push()
         except SpoolBusyError as error:
             print(f"error: --run-dir: another process works in {self.run_dir}: {error}", file=sys.stderr)
             return BAD_INPUT
@@ -150,6 +159,7 @@ class Job:
             print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
             return BAD_INPUT
         self._watch_signals()
+        self.mirror.start()
         status: Status = "FAILED"
         message: str | None = None
         code = 1
@@ -180,11 +190,12 @@ class Job:
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
         display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
-        controller = Controller(self.config, self.run_dir, WorkerGroup, self.tracker, display, resume=self.start.resume)
+        place, resume = self.start.place, self.start.resume
+        controller = Controller(self.config, place, WorkerGroup, self.tracker, display, resume=resume)
         self._controller, self.record = controller, controller.record
-        if self.start.resume is not None:
-            self.record.steps = read_manifest(self.start.resume).cursor.step
-            self.record.continue_from(self.run_dir, self.start.resume)
+        if resume is not None:
+            self.record.steps = read_manifest(resume).cursor.step
+        self.record.continue_from(self.run_dir / SPOOL_NAME)
         try:
             controller.run()
         finally:
@@ -233,7 +244,8 @@ class Job:
         """Figures and the exported model, once training is over."""
         folder = self.run_dir / "figures"
         folder.mkdir(exist_ok=True)
-        stack = load_model(self.run_dir / "model")
+        model = self.mirror.fetch_model()
+        stack = load_model(model)
         images = to_unit(self.dataset.test_images[:FIGURE_IMAGES], stack.dtype)
         for index in range(len(stack.layers)):
             path = folder / f"filters-layer-{index}.png"
@@ -242,7 +254,7 @@ class Job:
             self.tracker.figure(path)
         figures.training_curves(self.record.curves, folder / "training-curves.png")
         self.tracker.figure(folder / "training-curves.png")
-        self.tracker.model(self.run_dir / "model", tuple(self.dataset.train_images.shape[1:]))
+        self.tracker.model(model, tuple(self.dataset.train_images.shape[1:]))
 
     def _finish(self, display: TerminalDisplay | PlainDisplay, status: Status, message: str | None) -> None:
         """Truthful records, whatever happened."""
@@ -263,6 +275,7 @@ class Job:
         pending = self.tracker.close()
         summary["mlflow_run_id"] = self.tracker.run_id
         write_json(self.run_dir / "summary.json", summary)
+        self.mirror.close()
         if pending:
             display.note(
                 f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {self.run_dir}"
@@ -289,7 +302,7 @@ class Job:
         lines = [f"test accuracy, {summary['probe']} readout on frozen features: {summary['accuracy']:.4f}"]
         if summary["accuracy_decode"] is not None:
             lines.append(f"test accuracy, nearest column of V, no classifier: {summary['accuracy_decode']:.4f}")
-        lines.append(f"model, figures, summary: {self.run_dir}")
+        lines.append(f"model, figures, summary: {self.start.place}")
         if self.config.tracking.enabled:
             lines.append(f"MLflow run: {summary['mlflow_run_id']} (make ui)")
         for line in lines:

@@ -1,9 +1,14 @@
-"""Where a run's files go, and whether it starts afresh or continues."""
+"""Where a run's files go, and whether it starts afresh or continues.
+
+A run directory is a folder or a URI such as s3://bucket/runs/digits; then a folder of this machine, below
+`runs/remote`, keeps what is written bit by bit (`jobs.mirror`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from cluster.checkpoint import MANIFEST, newest_good, read_manifest
+from cluster.checkpoint import MANIFEST, Reader, newest_good, read_manifest
 from cluster.config import RunConfig
+from cluster.storage import AnyPath, exists, locate, read
 from simmatch.config import ConfigError, parse
 
 FREE = (
@@ -32,11 +38,24 @@ FREE = (
 
 @dataclass(frozen=True)
 class Start:
-    """A run directory, and the checkpoint to continue from if there is one."""
+    """A run directory, and the checkpoint to continue from if there is one.
 
-    run_dir: Path
-    resume: Path | None
+    Attributes
+    ----------
+    place: the run directory.
+    run_dir: the folder of this machine: the run directory itself where it is one.
+    """
+
+    place: AnyPath
+    resume: AnyPath | None
     note: str
+
+    @property
+    def run_dir(self) -> Path:
+        if isinstance(self.place, Path):
+            return self.place
+        name = re.sub(r"[^\w.-]+", "-", str(self.place).partition("://")[2]).strip("-")
+        return default_root().absolute() / "remote" / name
 
 
 def default_root() -> Path:
@@ -54,30 +73,37 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
 
     Parameters
     ----------
-    run_dir: the user's folder, or None for `runs/<name>`.
+    run_dir: the user's folder or URI, or None for `runs/<name>`.
     resume: `auto` continues an unfinished run of this configuration and starts a numbered new one beside a finished
         one; `never` starts anew; anything else is a run directory or a checkpoint to continue from.
 
     Raises
     ------
     ConfigError
-        A relative folder inside a Ray job's copy, an unfinished run of another configuration, or a checkpoint that
-        does not fit.
+        A relative folder inside a Ray job's copy, a place that does not answer, an unfinished run of another
+        configuration, or a checkpoint that does not fit.
     """
-    if run_dir is not None and in_throw_away_copy() and not Path(run_dir).is_absolute():
+    try:
+        return _choose(config, run_dir, resume)
+    except OSError as error:
+        raise ConfigError(f"--run-dir: expected a place that answers, got {error}") from None
+
+
+def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
+    if run_dir is not None and in_throw_away_copy() and "://" not in run_dir and not Path(run_dir).is_absolute():
         raise ConfigError(
             f"--run-dir: expected an absolute path inside a Ray job, whose working directory is a copy that is "
             f"deleted, got {run_dir!r}"
         )
     if run_dir == "":
         raise ConfigError("--run-dir: expected a folder, got nothing")
-    base = (Path(run_dir) if run_dir is not None else default_root() / config.name).absolute()
+    base = _located("--run-dir", run_dir if run_dir is not None else str(default_root() / config.name))
     _check_place(base)
     if resume not in ("auto", "never"):
-        return _from(config, base, Path(resume).absolute())
+        return _from(config, base, _located("--resume", resume))
     for candidate in _numbered(base):
-        if not (candidate / "config.yaml").exists():
-            if candidate.exists() and not candidate.is_dir():
+        if not exists(candidate / "config.yaml"):
+            if isinstance(candidate, Path) and candidate.exists() and not candidate.is_dir():
                 raise ConfigError(f"--run-dir: expected a folder, got the file {candidate}")
             return Start(candidate, None, f"a new run in {candidate}")
         if resume == "never" or _status(candidate) == "FINISHED":
@@ -87,8 +113,18 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
     raise AssertionError("unreachable: the numbers do not end")
 
 
-def _check_place(base: Path) -> None:
+def _located(option: str, place: str) -> AnyPath:
+    try:
+        return locate(place)
+    except ValueError as error:
+        raise ConfigError(f"{option}: expected {error}") from None
+
+
+def _check_place(base: AnyPath) -> None:
     """Refuse a folder that could not be made, before anything else is."""
+    if not isinstance(base, Path):
+        exists(base)  # an answer is enough: what may be written there shows when the configuration is
+        return
     try:
         existing = next(path for path in (base, *base.parents) if path.exists())
     except OSError as error:  # such as a name too long
@@ -99,7 +135,7 @@ def _check_place(base: Path) -> None:
         raise ConfigError(f"--run-dir: expected a folder that can be written to, got {existing}")
 
 
-def _numbered(base: Path) -> Iterator[Path]:
+def _numbered(base: AnyPath) -> Iterator[AnyPath]:
     yield base
     number = 2
     while True:
@@ -107,19 +143,21 @@ def _numbered(base: Path) -> Iterator[Path]:
         number += 1
 
 
-def _from(config: RunConfig, base: Path, source: Path) -> Start:
+def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> Start:
     """Continue the run in `source`, or start a new one at `base` from the checkpoint `source`."""
-    if (source / "config.yaml").exists():
+    if exists(source / "config.yaml"):
         _check_same(config, source)
         return _continued(source, "continuing the run in")
-    if not (source / MANIFEST).exists():
+    if not exists(source / MANIFEST):
         raise ConfigError(f"--resume: expected auto, never, a run directory or a checkpoint, got {source}")
-    _check_differences(config, read_manifest(source).config, source)
-    fresh = next(path for path in _numbered(base) if not (path / "config.yaml").exists())
+    manifest = read_manifest(source)
+    _check_differences(config, manifest.config, source)
+    Reader(source, manifest).verify()
+    fresh = next(path for path in _numbered(base) if not exists(path / "config.yaml"))
     return Start(fresh, source, f"a new run in {fresh} from {source}")
 
 
-def _continued(run_dir: Path, words: str) -> Start:
+def _continued(run_dir: AnyPath, words: str) -> Start:
     """From the newest checkpoint that is sound; the note tells of damaged ones."""
     notes: list[str] = []
     checkpoint = newest_good(run_dir, notes.append)
@@ -127,18 +165,18 @@ def _continued(run_dir: Path, words: str) -> Start:
     return Start(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]))
 
 
-def _status(run_dir: Path) -> str | None:
+def _status(run_dir: AnyPath) -> str | None:
     try:
-        status = json.loads((run_dir / "summary.json").read_text()).get("status")
-    except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+        status = json.loads(read(run_dir / "summary.json")).get("status")
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, AttributeError):
         return None
     return status if isinstance(status, str) else None
 
 
-def _check_same(config: RunConfig, run_dir: Path) -> None:
+def _check_same(config: RunConfig, run_dir: AnyPath) -> None:
     path = run_dir / "config.yaml"
     try:
-        other = yaml.safe_load(path.read_text())
+        other = yaml.safe_load(read(path))
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise ConfigError(
             f"--resume: expected the configuration of a run in {path}, got {type(error).__name__}"
@@ -146,7 +184,7 @@ def _check_same(config: RunConfig, run_dir: Path) -> None:
     _check_differences(config, other, run_dir)
 
 
-def _check_differences(config: RunConfig, other: Any, where: Path) -> None:
+def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> None:
     """Refuse to continue a run whose configuration would have learnt something else."""
     if not isinstance(other, dict):
         raise ConfigError(f"--resume: expected the configuration of a run in {where}, got {type(other).__name__}")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -120,6 +120,8 @@ class Quiet:
     """Recorder and display of a run that nobody watches."""
 
     run_id = None
+    layer_run_ids: ClassVar = {}
+    last_step_sent: ClassVar = {}
 
     def __init__(self) -> None:
         self.rows: list[tuple[int | None, int]] = []

@@ -173,8 +173,8 @@ def test_the_newest_checkpoint_holds_the_exported_model(finished: Ended) -> None
     manifest = read_manifest(folder)
     assert (manifest.world_size, manifest.cursor.step, manifest.cursor.layer) == (2, 116, 1)
     assert manifest.mlflow_run_id == finished.summary["mlflow_run_id"]
-    Reader(folder, manifest)
-    parts = [load_file(folder / f"rank-{rank}-of-2.safetensors") for rank in range(2)]
+    Reader(folder, manifest).verify()
+    parts = [load_file(folder / shard.file) for shard in manifest.shards]
     exported = load_file(finished.run_dir / "model" / "model.safetensors")
     for name in ("layers.0.feedforward", "layers.0.lateral", "layers.1.feedforward", "layers.1.lateral"):
         assert torch.equal(torch.cat([part[name] for part in parts]), exported[name]), name

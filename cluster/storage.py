@@ -1,0 +1,201 @@
+"""Files by URI: folders of this machine and object stores (`s3://bucket/prefix`, `gs://…`) behind the same few calls.
+
+universal_pathlib and fsspec know the protocols; s3fs is the extra `simmatch[s3]`. Here is what a run needs on top:
+files that are whole or absent, one kind of error, and an end to every wait. Credentials and endpoints come from the
+environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, … or the provider's own files), never from a URI.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+from upath import UPath
+
+AnyPath = Path | UPath
+"""A folder or file, of this machine or remote."""
+
+CONNECT_S, ANSWER_S, ATTEMPTS = 5, 30, 3
+"""Of one request to an object store: waits for a connection and for an answer, and how often it is made."""
+
+LIMIT_S = 600.0
+"""Longest wait for a whole file to go or come, however slowly it moves."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+"""Between attempts."""
+
+T = TypeVar("T")
+
+
+class StorageError(OSError):
+    """A remote place did not do what was asked; the message names it."""
+
+
+def locate(place: str | os.PathLike[str]) -> AnyPath:
+    """The path that a URI or a local name means; local ones come back absolute. Nothing is looked up.
+
+    >>> locate("s3://bucket/runs/digits").name
+    'digits'
+
+    Raises
+    ------
+    ValueError
+        An unknown protocol, one whose package is not installed, or a URI that holds credentials.
+    """
+    text = os.fspath(place)
+    protocol, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text).absolute()
+    if protocol in ("file", "local"):
+        return Path(rest).absolute()
+    if "@" in rest.partition("/")[0] or "?" in rest:
+        raise ValueError(f"a URI without credentials or options, got one of protocol {protocol} that holds some")
+    options: dict[str, Any] = {"use_listings_cache": False}  # others write there too
+    if protocol in ("s3", "s3a"):
+        retries = {"max_attempts": ATTEMPTS - 1}
+        options["config_kwargs"] = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": retries}
+    try:
+        url_to_fs(text, **options)  # imports what the protocol needs
+        path: AnyPath = UPath(text, **options)
+    except ImportError as error:
+        hint = "pip install 'simmatch[s3]'" if protocol in ("s3", "s3a") else str(error)
+        raise ValueError(f"a URI whose protocol is installed, got {text!r}: {hint}") from None
+    except ValueError:
+        raise ValueError(f"a folder or a URI such as s3://bucket/prefix, got {text!r}") from None
+    return path
+
+
+def is_local(path: AnyPath) -> bool:
+    """Whether a path lies in a file system of this machine."""
+    return isinstance(path, Path)
+
+
+def write_whole(path: AnyPath, content: bytes) -> None:
+    """Write a file that is whole or absent, whatever happens meanwhile; on the disk when this returns."""
+    if not isinstance(path, Path):
+        _remote(path, lambda: path.write_bytes(content))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def publish(source: Path, target: AnyPath) -> None:
+    """Bring a whole file of this machine to its place, where it appears whole or not at all."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+    else:
+        _remote(target, lambda: target.fs.put_file(str(source), target.path))
+
+
+def publish_folder(source: Path, target: AnyPath) -> None:
+    """Bring all files of a folder, which stays, to another place."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            place = target / file.relative_to(source).as_posix()
+            if isinstance(place, Path):
+                write_whole(place, file.read_bytes())
+            else:
+                publish(file, place)
+
+
+def persist(call: Callable[[], T], limit_s: float) -> T:
+    """What a call returns; while a remote place fails, it is made again, for about `limit_s`.
+
+    Raises
+    ------
+    StorageError
+        Of the last attempt.
+    """
+    deadline, pause_s = time.monotonic() + limit_s, FIRST_PAUSE_S
+    while True:
+        try:
+            return call()
+        except StorageError:
+            if time.monotonic() + pause_s > deadline:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def read(path: AnyPath) -> bytes:
+    """The content of a file.
+
+    Raises
+    ------
+    FileNotFoundError, OSError
+    """
+    return path.read_bytes() if isinstance(path, Path) else _remote(path, path.read_bytes)
+
+
+def fetch(path: AnyPath, copies: Callable[[], Path]) -> Path:
+    """The file on this machine: itself where it is local, else a copy in the folder that `copies` gives."""
+    if isinstance(path, Path):
+        return path
+    folder = copies()
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / path.name
+    _remote(path, lambda: path.fs.get_file(path.path, str(copy)))
+    return copy
+
+
+def exists(path: AnyPath) -> bool:
+    """Whether there is such a file, or a folder with something in it."""
+    return path.exists() if isinstance(path, Path) else bool(_remote(path, path.exists))
+
+
+def find(folder: AnyPath, pattern: str) -> list[AnyPath]:
+    """Paths below a folder that match, in the order of their names; none where there is no such folder."""
+    if isinstance(folder, Path):
+        return sorted(folder.glob(pattern))
+    return sorted(_remote(folder, lambda: list(folder.glob(pattern))), key=str)
+
+
+def remove(path: AnyPath) -> None:
+    """Remove a file, or a folder with all that it holds; nothing where it is gone already."""
+    if isinstance(path, Path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    elif exists(path):
+        _remote(path, lambda: path.fs.rm(path.path, recursive=True))
+
+
+def _remote(path: UPath, call: Callable[[], T], limit_s: float | None = None) -> T:
+    """What a call to a remote file system returns; its many kinds of errors become one, and it ends in time."""
+    limit_s = LIMIT_S if limit_s is None else limit_s
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="storage", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if results:
+        return results[0]
+    if not errors:
+        raise StorageError(f"{path}: no answer within {limit_s:g} s")
+    (error,) = errors
+    if isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(f"{path}: {error}") from None
+    raise StorageError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -1,0 +1,327 @@
+"""Files by URI, here and on a real S3 protocol server: whole or absent, one kind of error, no endless wait."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import cluster.storage
+from cluster.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    Cursor,
+    LayerState,
+    Manifest,
+    Reader,
+    commit,
+    folder_of,
+    newest_good,
+    prune,
+    read_manifest,
+    write_shard,
+)
+from cluster.committer import Committed, Committer
+from cluster.storage import (
+    AnyPath,
+    StorageError,
+    exists,
+    fetch,
+    find,
+    is_local,
+    locate,
+    persist,
+    publish_folder,
+    read,
+    remove,
+    write_whole,
+)
+from simmatch.rows import Rows, split_rows
+from tests.object_store import BUCKET, ObjectStore, object_store
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with object_store() as found:
+        yield found
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, store: ObjectStore) -> AnyPath:
+    """A run directory that holds nothing yet."""
+    return tmp_path / "run" if request.param == "local" else locate(f"s3://{BUCKET}/{tmp_path.name}/run")
+
+
+def write(run_dir: AnyPath, step: int, world_size: int = 2, token: str = "") -> AnyPath:
+    """A checkpoint of w = step + 0 … 5."""
+    folder = folder_of(run_dir, step)
+    shards = []
+    for rank, rows in enumerate(split_rows(6, world_size)):
+        tensors = {"w": step + torch.arange(6.0)[rows.start : rows.stop]}
+        shards.append(write_shard(folder, rank, world_size, tensors, {"w": rows}, token))
+    commit(folder, manifest_of(step, world_size, shards))
+    return folder
+
+
+def manifest_of(step: int, world_size: int, shards: list) -> Manifest:  # type: ignore[type-arg]
+    return Manifest(
+        format=FORMAT,
+        cursor=Cursor(step=step, layer=0, updates=step),
+        seed=0,
+        world_size=world_size,
+        config={},
+        layers=[LayerState(bound=2.0, ridge=1e-6)],
+        shards=shards,
+    )
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_this_machine_and_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("runs/x") == tmp_path / "runs" / "x"
+    assert locate(f"file://{tmp_path}/x") == tmp_path / "x"
+    remote = locate("s3://bucket/runs/x")
+    assert (str(remote), remote.name, str(remote.parent)) == ("s3://bucket/runs/x", "x", "s3://bucket/runs")
+    assert (is_local(tmp_path), is_local(remote)) == (True, False)
+    assert str(pickle.loads(pickle.dumps(remote)) / "y") == "s3://bucket/runs/x/y"  # as an actor gets it
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("foo://bucket/x", "a folder or a URI such as s3://bucket/prefix, got 'foo://bucket/x'"),
+        ("s3://key:hush@bucket/x", "a URI without credentials or options"),
+        ("s3://bucket?secret=hush/x", "a URI without credentials or options"),
+    ],
+)
+def test_a_place_that_cannot_be(place: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=r"^a ") as caught:
+        locate(place)
+    assert expected in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_folders(place: AnyPath, tmp_path: Path) -> None:
+    assert not exists(place)
+    assert find(place, "*") == []
+    write_whole(place / "b" / "two", b"2")
+    write_whole(place / "a", b"1")
+    write_whole(place / "a", b"3")
+    assert read(place / "a") == b"3"
+    assert [path.name for path in find(place, "*")] == ["a", "b"]
+    assert fetch(place / "b" / "two", lambda: tmp_path / "copies").read_bytes() == b"2"
+    assert exists(place / "b")
+    remove(place / "b")
+    remove(place / "b")  # gone already
+    assert not exists(place / "b" / "two")
+    with pytest.raises(FileNotFoundError, match="two"):
+        read(place / "b" / "two")
+
+
+def test_a_folder_goes_where_it_belongs(place: AnyPath, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "one").write_bytes(b"1")
+    (source / "deep" / "two").write_bytes(b"2")
+    publish_folder(source, place)
+    assert (read(place / "one"), read(place / "deep" / "two")) == (b"1", b"2")
+    assert (source / "one").exists()
+
+
+def test_a_local_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "file", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_whole(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert read(tmp_path / "file") == b"old"
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_any_rows_of_a_checkpoint(place: AnyPath) -> None:
+    folder = write(place, 4, world_size=3)
+    reader = Reader(folder, read_manifest(folder))
+    assert torch.equal(reader.rows("w", Rows(1, 5, 6, 4)), 4 + torch.arange(1.0, 5.0))
+    assert torch.equal(reader.rows("w", Rows.all(6)), 4 + torch.arange(6.0))
+
+
+def test_the_newest_sound_one_is_found_and_old_ones_go(place: AnyPath) -> None:
+    for step in (4, 8, 12, 16):
+        write(place, step)
+    prune(place, 3, 16)
+    assert [path.name for path in find(place / "checkpoints", "*")] == [f"step-{step:08d}" for step in (8, 12, 16)]
+    shard = read_manifest(folder_of(place, 16)).shards[1].file
+    write_whole(folder_of(place, 16) / shard, b"damaged")
+    write_whole(folder_of(place, 12) / MANIFEST, b"{}")
+    told: list[str] = []
+    assert newest_good(place, told.append) == folder_of(place, 8)
+    assert [text.partition(" ")[0] for text in told] == ["step-00000016", "step-00000012"]
+    assert str(folder_of(place, 16) / shard) in told[0]
+    assert str(folder_of(place, 12) / MANIFEST) in told[1]
+
+
+def test_a_group_that_was_given_up_touches_nothing_of_the_next(place: AnyPath) -> None:
+    """Its rank still runs and writes its shard of the same step, with other values, before and after the commit."""
+    folder = folder_of(place, 4)
+    rows = Rows.all(6)
+    write_shard(folder, 0, 2, {"w": torch.zeros(3)}, {"w": Rows(0, 3, 6, 3)}, "old")
+    write(place, 4, token="new")
+    assert not any("old" in path.name for path in find(folder, "*"))  # what nobody names is removed
+    write_shard(folder, 0, 2, {"w": torch.zeros(3)}, {"w": Rows(0, 3, 6, 3)}, "old")
+    assert torch.equal(Reader(folder, read_manifest(folder)).rows("w", rows), 4 + torch.arange(6.0))
+
+
+def test_copies_of_shards_go_with_their_reader(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = write(locate(f"s3://{BUCKET}/copies"), 4)
+    reader = Reader(folder, read_manifest(folder))
+    reader.rows("w", Rows(0, 3, 6, 3))
+    (copies,) = tmp_path.iterdir()
+    assert len(list(copies.iterdir())) == 1  # only the shard that was needed
+    del reader
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- a store that is away ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients made from here on ask once."""
+    import s3fs
+
+    monkeypatch.setattr(cluster.storage, "ATTEMPTS", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_store_that_is_away_is_one_error_and_not_an_empty_one(impatient: None, store: ObjectStore) -> None:
+    place = locate(f"s3://{BUCKET}/away")
+    folder = write(place, 4)
+    store.stop()
+    try:
+        for call in (
+            lambda: read(folder / MANIFEST),
+            lambda: write_whole(place / "x", b""),
+            lambda: newest_good(place, pytest.fail),
+            lambda: read_manifest(folder),
+            lambda: write(place, 8),
+        ):
+            with pytest.raises(StorageError, match="s3://simmatch-test/away"):
+                call()
+    finally:
+        store.start()
+    assert newest_good(place, pytest.fail) == folder  # nothing was lost, nothing half there
+
+
+def test_a_store_that_comes_back_in_time_was_never_away(impatient: None, store: ObjectStore) -> None:
+    place = locate(f"s3://{BUCKET}/back")
+    folder = write(place, 4)
+    store.stop()
+    timer = threading.Timer(2.0, store.start)
+    timer.start()
+    try:
+        manifest = persist(lambda: read_manifest(folder), 60.0)
+        assert manifest.cursor.step == 4
+    finally:
+        timer.join()
+    store.stop()
+    timer = threading.Timer(2.0, store.start)
+    timer.start()
+    try:
+        reader = Reader(folder, manifest, patience_s=60.0)
+        assert torch.equal(reader.rows("w", Rows.all(6)), 4 + torch.arange(6.0))
+    finally:
+        timer.join()
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def away() -> None:
+        calls.append(1)
+        raise StorageError("s3://x: away")
+
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="away"):
+        persist(away, 1.2)
+    assert 2 <= len(calls) <= 3
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_that_never_answers_is_left_in_time(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection and says nothing; the call gives up by itself, whatever the client's own limits."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(cluster.storage, "LIMIT_S", 1.0)
+        started = time.monotonic()
+        with pytest.raises(StorageError, match="no answer within 1 s"):
+            read(locate(f"s3://{BUCKET}/silent"))
+        assert time.monotonic() - started < 10
+
+
+# -- the committer -----------------------------------------------------------------------------------------------------
+
+
+def test_commits_come_in_order_and_prune(place: AnyPath) -> None:
+    committer = Committer(place, keep=1)
+    for step in (4, 8):
+        folder = folder_of(place, step)
+        shards = [write_shard(folder, 0, 1, {"w": torch.arange(6.0)}, {"w": Rows.all(6)})]
+        committer.submit(manifest_of(step, 1, shards))
+    assert committer.settled(60.0) == [Committed(4), Committed(8)]
+    assert committer.settled(0.0) == []
+    assert [path.name for path in find(place / "checkpoints", "*")] == ["step-00000008"]
+
+
+def test_a_commit_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    monkeypatch.setattr("cluster.committer.commit", lambda *_: free.wait(60))
+    committer = Committer(tmp_path, keep=1)
+    committer.submit(manifest_of(4, 1, []))
+    started = time.monotonic()
+    assert committer.settled(0.1) == []
+    assert time.monotonic() - started < 5
+    free.set()
+    assert committer.settled(60.0) == [Committed(4)]
+
+
+def test_what_cannot_be_committed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    committer = Committer(tmp_path, keep=1)
+    committer.submit(manifest_of(4, 1, []))
+    (outcome,) = committer.settled(60.0)
+    assert outcome.step == 4
+    assert outcome.why is not None
+    assert "step-00000004" in outcome.why
+
+
+def test_a_checkpoint_is_absent_until_its_manifest_is_there(place: AnyPath) -> None:
+    folder = folder_of(place, 4)
+    write_shard(folder, 0, 1, {"w": torch.arange(6.0)}, {"w": Rows.all(6)})
+    assert newest_good(place, pytest.fail) is None
+    with pytest.raises(CheckpointError, match="found no such file"):
+        read_manifest(folder)
