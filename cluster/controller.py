@@ -94,6 +94,7 @@ class Record:
     probe: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     restarts: int = 0
+    steps_again: int = 0
     images: int = 0
     bytes_exchanged: float = 0.0
     num_exchanges: float = 0.0
@@ -136,12 +137,14 @@ class Controller:
         self.make_group, self.recorder, self.display = make_group, recorder, display
         group = config.cluster
         self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s, config.divergence)
-        self.rate = 1.0 if resume is None else _rate_of(resume)
+        manifest = _known(resume)
+        self.rate = 1.0 if manifest is None else manifest.rate
         self.record = Record()
         self._in_vain = 0
         self._training = self._asked = False
         self._deadline: float | None = None
         self._saved: int | None = None
+        self._step = 0
         self._phase = ""
         self._shards: dict[int, dict[int, Shard]] = {}
         self._committer = Committer(run_dir, config.checkpoint.keep)
@@ -200,6 +203,10 @@ class Controller:
             how = f" at {self.rate:g} of the learning rates"
             tags |= {"simmatch.rate": f"{self.rate:g}"}
         origin = "the beginning" if self.resume is None else self.resume.name
+        manifest = _known(self.resume)
+        again = max(0, self._step - (0 if manifest is None else manifest.cursor.step))
+        self.record.steps_again += again
+        origin += f", {again} updates again" if again else ""
         pause = f" in {decision.after_s:g} s" if decision.after_s else ""
         self.display.note(f"{failure.message}; starting a new group{how} from {origin}{pause}")
         self.recorder.tags(tags)
@@ -262,6 +269,7 @@ class Controller:
         self._settle(SETTLE_S)
         self.display.progress(statuses[0].progress)
         self._phase = statuses[0].progress.get("phase", "")
+        self._step = statuses[0].progress.get("step", self._step)
         failures = [status.failure for status in statuses if status.failure is not None]
         if failures:
             # a fault of the program explains the peers that were lost through it
@@ -350,12 +358,12 @@ class Controller:
                 self.display.note(f"the checkpoint of step {outcome.step} is left out: {outcome.why}")
 
 
-def _rate_of(checkpoint: AnyPath) -> float:
-    """What a checkpoint's run had lowered its rates to; a checkpoint that cannot be read is the ranks' to refuse."""
+def _known(checkpoint: AnyPath | None) -> Manifest | None:
+    """A checkpoint's manifest; one that cannot be read is the ranks' to refuse."""
     try:
-        return read_manifest(checkpoint).rate
-    except CheckpointError:
-        return 1.0
+        return None if checkpoint is None else read_manifest(checkpoint)
+    except (CheckpointError, OSError):
+        return None
 
 
 def at_rate(config: RunConfig, rate: float) -> RunConfig:
@@ -394,6 +402,7 @@ def summarise(
         "bytes_exchanged": int(record.bytes_exchanged),
         "num_exchanges": int(record.num_exchanges),
         "restarts": record.restarts,
+        "steps_again": record.steps_again,
         "skipped_images": skipped_images,
         "mlflow_run_id": run_id,
         "layers": [record.layers.get(index, {}) for index in range(len(config.model.layers))],

@@ -41,9 +41,9 @@ from simmatch.labels import one_hot
 from simmatch.lateral import SharedFault
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, readable, save_model
-from simmatch.order import epoch_order, steps_per_epoch
+from simmatch.order import Batches
 from simmatch.readout import accuracy, decode, fit_readout
-from simmatch.record import measure
+from simmatch.record import Record, measure
 from simmatch.rows import split_rows
 
 
@@ -198,54 +198,31 @@ class Training:
 
     def _learn(self, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d, train: FeatureStore) -> None:
         """All updates of one layer that are not done yet."""
-        images = config.train.images
-        per_epoch = steps_per_epoch(train.count, config.train.batch_size, images=images)
-        total, start = per_epoch * config.train.epochs, int(layer.updates)
+        learn, log_every = config.train, self.config.log_every
+        batches = Batches(
+            train.count, learn.batch_size, epochs=learn.epochs, seed=self.config.seed, images=learn.images
+        )
+        total, start = len(batches), int(layer.updates)
         self.step += start
         if start == total:
             return
-        inputs = LayerInputs(
-            index,
-            config,
-            layer,
-            train,
-            stack=self.stack,
-            report=self.report,
-            cache=self.config.cache_features,
-        )
-        window = Window(self.exchange, self.writer)
-        order = torch.empty(0)
-        usual: float | None = None
+        cache = self.config.cache_features
+        inputs = LayerInputs(index, config, layer, train, stack=self.stack, report=self.report, cache=cache)
+        window, growth = Window(self.exchange, self.writer), Growth(index)
+        latest: dict[str, float] = {}
         for update in range(start, total):
-            epoch, within = divmod(update, per_epoch)
-            if within == 0 or update == start:
-                order = epoch_order(train.count, seed=self.config.seed, epoch=epoch, images=images)
-            chosen = order[within * config.train.batch_size :][: config.train.batch_size]
+            chosen = batches[update]
             labels = self.dataset.train_labels[chosen].to(self.device) if config.supervised else None
             patches, solution = self.update(index, layer, inputs, chosen, labels)
             self.step += 1
-            usual = usual if usual is not None and update >= SETTLED else layer.bound.value
-            if layer.bound.value > EXPLOSION * usual > 0:
-                raise TrainingFault(
-                    f"layer {index}, step {update + 1}: the lateral weights explode: bound of their largest eigenvalue "
-                    f"{layer.bound.value:.1e}, was {usual:.1e}",
-                    diverged=True,
-                )
+            growth.check(update, layer.bound.value)
             window.count(len(chosen))
-            if (update + 1) % self.config.log_every == 0 or update + 1 == total:
-                images_done = window.images
-                record = measure(layer, patches, solution, labels)
-                metrics = window.close() | {
-                    "objective": record.objective,
-                    "residual": record.residual,
-                    "num_iters": float(record.num_iters),
-                    "active_fraction": record.active_fraction,
-                    "dead_channels": float(layer.dead_channels),
-                    "revived_channels": float(layer.revived),
-                }
-                self.report.event("metrics", layer=index, step=update + 1, images=images_done, metrics=metrics)
-                self.report.progress("learn", update + 1, total, layer=index, **metrics)
-            due = (update + 1) % self.config.log_every == 0
+            due = (update + 1) % log_every == 0
+            if due or update + 1 == total:
+                images = window.images
+                latest = window.close() | measured(layer, measure(layer, patches, solution, labels))
+                self.report.event("metrics", layer=index, step=update + 1, images=images, metrics=latest)
+            self.report.progress("learn", update + 1, total, layer=index, step=self.step, **latest)
             stop = due and self._all_stop()
             if update + 1 == total or stop or self.step % self.config.checkpoint.every_steps == 0:
                 self._save(index, layer)
@@ -363,6 +340,43 @@ class Training:
             if seen >= count:
                 break
         return torch.cat(parts)[:count] if parts else None
+
+
+def measured(layer: SimilarityMatchingConv2d, record: Record) -> dict[str, float]:
+    """A layer's metrics after an update."""
+    return {
+        "objective": record.objective,
+        "residual": record.residual,
+        "num_iters": float(record.num_iters),
+        "active_fraction": record.active_fraction,
+        "dead_channels": float(layer.dead_channels),
+        "revived_channels": float(layer.revived),
+    }
+
+
+class Growth:
+    """Watches the bound of λmax(M) of one layer, which all ranks know alike."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self._usual: float | None = None
+
+    def check(self, update: int, bound: float) -> None:
+        """After an update, the first being 0.
+
+        Raises
+        ------
+        TrainingFault
+            The bound has grown by more than `EXPLOSION` since the layer has settled.
+        """
+        if self._usual is None or update < SETTLED:
+            self._usual = bound
+        if bound > EXPLOSION * self._usual > 0:
+            raise TrainingFault(
+                f"layer {self._layer}, step {update + 1}: the lateral weights explode: bound of their largest "
+                f"eigenvalue {bound:.1e}, was {self._usual:.1e}",
+                diverged=True,
+            )
 
 
 class Window:

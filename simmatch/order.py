@@ -40,6 +40,35 @@ def batch_indices(
     return order[step * batch_size : (step + 1) * batch_size].clone()
 
 
+class Batches:
+    """The batches of all epochs as a sequence: `batches[update]` holds the images of one update, int64.
+
+    Each is a pure function of the arguments and the number of the update, so training goes on anywhere; the order of
+    the present epoch is kept.
+
+    >>> len(Batches(100, 40, epochs=2, seed=0))
+    6
+    """
+
+    def __init__(self, num_images: int, batch_size: int, *, epochs: int, seed: int, images: int | None = None) -> None:
+        self.per_epoch = steps_per_epoch(num_images, batch_size, images=images)
+        self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
+        self._seed, self._images = seed, images
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.per_epoch * self._epochs
+
+    def __getitem__(self, update: int) -> Tensor:
+        if not 0 <= update < len(self):
+            raise IndexError(f"expected an update from 0 to {len(self) - 1}, got {update}")
+        epoch, within = divmod(update, self.per_epoch)
+        if epoch != self._epoch:
+            self._order = epoch_order(self._num_images, seed=self._seed, epoch=epoch, images=self._images)
+            self._epoch = epoch
+        return self._order[within * self._batch_size :][: self._batch_size]
+
+
 def stratified_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """Indices, ascending int64, of `per_class` random examples of every class in `labels` `[N]`.
 

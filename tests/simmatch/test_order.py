@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simmatch.order import batch_indices, epoch_order, steps_per_epoch, stratified_subset
+from simmatch.order import Batches, batch_indices, epoch_order, steps_per_epoch, stratified_subset
 
 
 def test_epoch_order_is_a_pure_permutation():
@@ -58,3 +58,17 @@ def test_stratified_subset():
     assert not torch.equal(few, stratified_subset(labels, 4, seed=2))
     with pytest.raises(ValueError, match="expected 31 examples of class 0, got 30"):
         stratified_subset(labels, 31, seed=1)
+
+
+@pytest.mark.parametrize("images", [None, 50])
+def test_batches_are_those_of_the_epochs_whatever_the_order_they_are_asked_in(images):
+    batches = Batches(103, 20, epochs=3, seed=4, images=images)
+    per_epoch = steps_per_epoch(103, 20, images=images)
+    assert (batches.per_epoch, len(batches)) == (per_epoch, 3 * per_epoch)
+    for update in [len(batches) - 1, *range(len(batches)), 0]:
+        epoch, step = divmod(update, per_epoch)
+        expected = batch_indices(step, num_images=103, batch_size=20, seed=4, epoch=epoch, images=images)
+        assert torch.equal(batches[update], expected)
+    for update in (-1, len(batches)):
+        with pytest.raises(IndexError, match=f"got {update}$"):
+            batches[update]

@@ -1,0 +1,46 @@
+"""`python -m tests.faulty_job PLAN ARGUMENTS…`: `python -m jobs.pretrain ARGUMENTS…` whose ranks fail as planned.
+
+PLAN: a `FaultPlan` as JSON, `null`, or `"crash in commit"`: the driver dies, by SIGKILL, while it writes the manifest
+of its second checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cluster.checkpoint
+import cluster.group
+from jobs.pretrain import main
+from tests.faults import FaultPlan, faulty_worker
+
+COMMITS = 2
+
+
+def crash_in_commit() -> None:
+    """Half a manifest, and the process is gone."""
+    real, done = cluster.checkpoint.write_whole, []
+
+    def write(path: Any, content: bytes) -> None:
+        done.append(path)
+        if len(done) == COMMITS:
+            Path(f"{path}.partial").write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(path, content)
+
+    cluster.checkpoint.write_whole = write
+
+
+if __name__ == "__main__":
+    values = json.loads(sys.argv[1])
+    if values == "crash in commit":
+        crash_in_commit()
+    elif values is not None:
+        worker = faulty_worker(FaultPlan(**values))
+        cluster.group.WorkerGroup = partial(cluster.group.WorkerGroup, worker_class=worker)
+    sys.exit(main(sys.argv[2:]))
