@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -54,6 +55,23 @@ def without_control(text: str) -> str:
     'rank 0\\n\\tlost'
     """
     return _CONTROL.sub("", text)
+
+
+class JobDisplay(Protocol):
+    """Where a job tells how it fares; entered for as long as it runs."""
+
+    def __enter__(self) -> JobDisplay: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def progress(self, latest: dict[str, Any]) -> None:
+        """How far the present phase is; the same may come again and again."""
+
+    def note(self, text: str) -> None:
+        """Something to read."""
+
+
+MakeDisplay = Callable[[Console], JobDisplay]
 
 
 class TerminalDisplay:
@@ -131,6 +149,6 @@ class PlainDisplay:
         self._console.print(without_control(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def make_display(console: Console) -> TerminalDisplay | PlainDisplay:
+def make_display(console: Console) -> JobDisplay:
     """The display that suits the console."""
     return TerminalDisplay(console) if console.is_terminal else PlainDisplay(console)

@@ -30,7 +30,7 @@ from cluster.storage import AnyPath
 from cluster.tracking import Status, Tracker
 from cluster.training import source_of
 from jobs import figures
-from jobs.display import PlainDisplay, TerminalDisplay, make_display
+from jobs.display import JobDisplay, MakeDisplay, make_display
 from jobs.mirror import Mirror
 from jobs.options import override, read_yaml
 from jobs.plan import print_plan
@@ -46,8 +46,11 @@ BAD_INPUT = 2
 FIGURE_IMAGES = 1000
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, build, run. Returns the exit status."""
+def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_display) -> int:
+    """Parse, build, run. Returns the exit status.
+
+    make_display: where a person, or a program, watches.
+    """
     options = _parser().parse_args(arguments)
     console = Console()
     try:
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    return Job(config, dataset, start, tracker, console).run()
+    return Job(config, dataset, start, tracker, console, make_display).run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,7 +138,16 @@ def check_checkpoint(config: RunConfig, folder: AnyPath) -> None:
 class Job:
     """One run in this process: Ray, the controller, the records."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, start: Start, tracker: Tracker, console: Console) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        start: Start,
+        tracker: Tracker,
+        console: Console,
+        make_display: MakeDisplay = make_display,
+    ) -> None:
+        self._make_display = make_display
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
         self.run_dir = start.run_dir
         self.mirror = Mirror(start.place, start.run_dir, lambda text: console.print(text, markup=False))
@@ -163,7 +175,7 @@ class Job:
         status: Status = "FAILED"
         message: str | None = None
         code = 1
-        with make_display(self.console) as display:
+        with self._make_display(self.console) as display:
             display.note(self.start.note)
             if self.dataset.skipped:
                 display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
@@ -184,7 +196,7 @@ class Job:
             print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return code
 
-    def _train(self, display: TerminalDisplay | PlainDisplay) -> None:
+    def _train(self, display: JobDisplay) -> None:
         address = start_ray(self.config.place().world_size * self.config.cluster.cpus_per_rank)
         self._watch_signals()  # ray.init has put handlers of its own in place
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
@@ -256,7 +268,7 @@ class Job:
         self.tracker.figure(folder / "training-curves.png")
         self.tracker.model(model, tuple(self.dataset.train_images.shape[1:]))
 
-    def _finish(self, display: TerminalDisplay | PlainDisplay, status: Status, message: str | None) -> None:
+    def _finish(self, display: JobDisplay, status: Status, message: str | None) -> None:
         """Truthful records, whatever happened."""
         seconds = time.monotonic() - self.started
         summary = summarise(

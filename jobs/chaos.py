@@ -1,0 +1,234 @@
+"""Kill at random through a real run, and see whether it ends as if nothing had happened: `python -m jobs.chaos`.
+
+First the run undisturbed, then the same run over and over while ranks and drivers are killed, stopped and asked to end;
+the command is given again whenever the driver has died. Prints one JSON object per strike and per run, a table, and
+draws a timeline. In the end the weights are compared with those of the undisturbed run, bit by bit.
+
+Exit status: 0 all survived and all alike, 1 something was lost, 2 bad input (one line, nothing started), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+
+import yaml
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.config import RunConfig, public
+from jobs.benchmarks.report import Report
+from jobs.options import override, read_yaml
+from jobs.pretrain import check
+from jobs.run_directory import default_root
+from jobs.soak.strikes import ENDS_DRIVER, STRIKES, Strike
+from jobs.soak.telling import summary, timeline
+from jobs.soak.watched import Watched, recorded
+from simmatch.config import ConfigError, parse
+from simmatch.formats import DataError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+DEFAULT = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
+SURVIVE = ("cluster.max_restarts=1000", "cluster.heartbeat_s=5")
+"""Overrides before the user's own: strikes may follow one another faster than checkpoints."""
+
+GAP_S = (45.0, 90.0)
+LONGEST_RECOVERY_S = 300.0
+LISTEN_S = 0.1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    assignments = [*SURVIVE, *options.set]
+    try:
+        if not 0 < options.gap[0] <= options.gap[1]:
+            raise ConfigError(f"--gap: expected two rising numbers of seconds above 0, got {options.gap}")
+        config = parse(RunConfig, override(read_yaml(Path(options.config)), assignments))
+        check(config)
+        run_dir = Path(options.run_dir or default_root() / f"chaos-{config.name}").absolute()
+        report = Report("chaos", run_dir)
+    except (ConfigError, DataError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    command = ["--config", str(Path(options.config).absolute())]
+    command += [word for assignment in assignments for word in ("--set", assignment)]
+    with report:
+        report.environment(vars(options))
+        chaos = Chaos(command, config, run_dir, report, random.Random(options.seed))
+        try:
+            chaos.undisturbed()
+            return chaos.run(60 * options.minutes, tuple(options.gap), options.kinds)
+        except KeyboardInterrupt:
+            print("interrupted; the rows so far are kept", file=sys.stderr)
+            return INTERRUPTED
+        finally:
+            chaos.leave()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--minutes", type=float, default=20.0, metavar="M", help="strike for so long (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what strikes when (default: 0)")
+    parser.add_argument(
+        "--gap", type=float, nargs=2, default=list(GAP_S), metavar=("MIN", "MAX"),
+        help="seconds between working again and the next strike (default: 45 90)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kinds", nargs="+", choices=sorted(STRIKES), default=sorted(STRIKES), help="what strikes (default: all)"
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="where runs and rows go (default: runs/chaos-<name>)")
+    return parser
+
+
+class Chaos:
+    """Strikes at a job, time and again.
+
+    Parameters
+    ----------
+    command: arguments of `jobs.pretrain` but for the run directory.
+    """
+
+    def __init__(
+        self, command: list[str], config: RunConfig, run_dir: Path, report: Report, rng: random.Random
+    ) -> None:
+        self.command, self.config, self.run_dir, self.report, self.rng = command, config, run_dir, report, rng
+        self.strikes: list[Strike] = []
+        self.lost: list[str] = []
+        self._job: Watched | None = None
+        self._runs = 0
+        self._open: Strike | None = None
+        self._due: float | None = None
+
+    def leave(self) -> None:
+        """End what still runs."""
+        if self._job is not None:
+            self._job.leave()
+
+    def undisturbed(self) -> None:
+        """The run to compare with; one that is there already serves again."""
+        folder = self.run_dir / "undisturbed"
+        if not _finished(folder, self.config):
+            self.report.note(f"the undisturbed run, in {folder}")
+            job = self._start(folder, "--resume", "auto")
+            while not job.listen(LISTEN_S):
+                pass
+            if job.process.returncode != 0:
+                raise SystemExit("\n".join([*job.said, "error: the undisturbed run failed"]))
+        summary = json.loads((folder / "summary.json").read_text())
+        self.report.row(kind="undisturbed", seconds=summary["seconds"], steps=summary["steps"])
+
+    def run(self, seconds: float, gap_s: tuple[float, float], kinds: Sequence[str]) -> int:
+        """Disturbed runs until the time is over; the last one is let go to its end."""
+        self._gap_s, self._kinds = gap_s, kinds
+        columns = (TextColumn("{task.description:<48}"), BarColumn(bar_width=24), TimeElapsedColumn())
+        console = self.report.console
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=seconds)
+            begun = time.monotonic()
+            self._deadline = begun + seconds
+            while time.monotonic() < self._deadline and not self.lost:
+                self._runs += 1
+
+                def watch(job: Watched) -> None:
+                    doing = f"run {self._runs}, update {job.step}, {len(self.strikes)} strikes"
+                    progress.update(bar, description=doing, completed=time.monotonic() - begun)
+
+                self._one(watch)
+        summary(self.report, f"{self._runs} runs of {self.config.name}: working again after", self.strikes)
+        self.report.note("\n".join(self.lost) or "every run ended with the weights and records of the undisturbed one")
+        self.report.note(f"rows, timelines: {self.run_dir}")
+        return 1 if self.lost else 0
+
+    def _one(self, watch: Callable[[Watched], None]) -> None:
+        """One disturbed run, from its start to its end."""
+        folder = next(path for number in count(1) if not (path := self.run_dir / f"disturbed-{number}").exists())
+        job, begun, first = self._start(folder), time.monotonic(), len(self.strikes)
+        self._open, self._due = None, None
+        while True:
+            ended = job.listen(LISTEN_S)
+            self._settle(job)
+            if ended:
+                if self._open is None or job.process.returncode != ENDS_DRIVER.get(self._open.kind):
+                    break
+                job.start()
+            watch(job)
+            if self._open is not None:
+                if time.time() - self._open.time > LONGEST_RECOVERY_S:
+                    self.lost.append(f"strike {self._open.number}: no recovery within {LONGEST_RECOVERY_S:g} s")
+                    job.leave()
+                    break
+            elif job.working_since is not None and job.pids:
+                self._perhaps_strike(job)
+        if self._open is not None and job.process.returncode == 0:  # nothing was left to do for a new group
+            self._survived(self._open)
+        self._look(job, folder, self.strikes[first:], time.monotonic() - begun)
+
+    def _settle(self, job: Watched) -> None:
+        """Whether the job has recovered from what struck it last."""
+        strike = self._open
+        if strike is not None and job.working_since is not None and job.working_since > strike.time:
+            strike.recovered_s = job.working_since - strike.time
+            strike.again = max(0, strike.step - job.origin)
+            self._survived(strike)
+            self._open, self._due = None, None
+
+    def _survived(self, strike: Strike) -> None:
+        strike.survived = True
+        self.report.row(kind="strike", **strike.fields())
+
+    def _perhaps_strike(self, job: Watched) -> None:
+        """Strike, once the pause that was drawn is over."""
+        now = time.monotonic()
+        self._due = self._due if self._due is not None else now + self.rng.uniform(*self._gap_s)
+        if self._due < now < self._deadline:
+            kind = self.rng.choice(list(self._kinds))
+            self._open = Strike(kind, len(self.strikes) + 1, self._runs, time.time(), job.step)
+            self.strikes.append(self._open)
+            self.report.note(f"run {self._runs}, update {job.step}: {kind}")
+            STRIKES[kind](job, self.rng)
+
+    def _start(self, folder: Path, *more: str) -> Watched:
+        self._job = Watched([*self.command, "--run-dir", str(folder), *more])
+        return self._job
+
+    def _look(self, job: Watched, folder: Path, strikes: Sequence[Strike], seconds: float) -> None:
+        """Whether a run came to what the undisturbed one came to."""
+        reference = self.run_dir / "undisturbed"
+        finished = job.process.returncode == 0
+        names = [path / "model" / "model.safetensors" for path in (reference, folder)]
+        found = {
+            "finished": finished,
+            "same_weights": finished and names[0].read_bytes() == names[1].read_bytes(),
+            "same_records": finished and recorded(reference) == recorded(folder),
+        }
+        orphans = job.orphans()
+        self.report.row(
+            kind="run", disturbed_run=self._runs, strikes=len(strikes), seconds=seconds, orphans=orphans, **found
+        )
+        self.lost += [f"run {self._runs}: not {what.replace('_', ' ')}" for what, fine in found.items() if not fine]
+        self.lost += [f"run {self._runs}: processes {orphans} outlived it"] if orphans else []
+        if not finished:
+            self.report.note("\n".join(job.said))
+        timeline(self.report, folder.name, job.trace, strikes)
+
+
+def _finished(folder: Path, config: RunConfig) -> bool:
+    """Whether this run has been done, with this configuration."""
+    try:
+        status = json.loads((folder / "summary.json").read_text())["status"]
+        return bool(status == "FINISHED" and yaml.safe_load((folder / "config.yaml").read_text()) == public(config))
+    except (OSError, ValueError, KeyError, yaml.YAMLError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `jobs.chaos` is made of: a watched job, strikes, and what is told of them."""

@@ -1,0 +1,45 @@
+"""`python -m jobs.told …` is `python -m jobs.pretrain …` whose progress and notes go to standard output as JSON lines,
+each with its Unix time: for programs that watch a job, such as `jobs.chaos`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+from jobs.pretrain import main
+
+
+class JsonDisplay:
+    """One JSON object per line: `{"time", "note"}` or `{"time", "phase", "done", "total", …}`; repetitions are left
+    out."""
+
+    def __init__(self, _: Console) -> None:
+        self._last: dict[str, Any] = {}
+
+    def __enter__(self) -> JsonDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def progress(self, latest: dict[str, Any]) -> None:
+        if latest and latest != self._last:
+            self._last = latest
+            self._write(latest)
+
+    def note(self, text: str) -> None:
+        self._last = {}  # a new group begins anew, even where it says the same
+        self._write({"note": text})
+
+    @staticmethod
+    def _write(values: dict[str, Any]) -> None:
+        print(json.dumps({"time": time.time(), **values}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(make_display=JsonDisplay))
