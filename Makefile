@@ -35,12 +35,12 @@ data: $(RUN_STAMP) ## fetch the images, unless they are here already (DATASET=fa
 	$(BIN)/python -m jobs.fetch $(DATASET)
 
 test: lint typecheck ## lint, types and tests: all that must pass; then a quick benchmark, which cannot fail
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not fault'
 	@echo "for information, on a machine that may be busy; nothing here fails the tests:"
 	-@$(BIN)/python -m jobs.benchmark dynamics --quick --data digits --channels 64 --parts solvers --run-dir build/benchmark >/dev/null
 
 test-faults: $(TEST_STAMP) ## what is read from outside damaged in 2,000 ways each, then everything that loses a rank, a disk or a server
-	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py tests/cluster
+	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_fuzz.py tests/test_security.py tests/cluster tests/jobs/test_chaos.py
 
 lint: $(TEST_STAMP) ## ruff, changing nothing
 	$(BIN)/ruff check .

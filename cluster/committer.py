@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.checkpoint import Manifest, commit, folder_of, prune
@@ -25,10 +26,11 @@ class Committer:
     ----------
     run_dir: the run's folder.
     keep: newest checkpoints kept.
+    before: called before each commit, for what has to be safe by then; where it raises OSError, there is no commit.
     """
 
-    def __init__(self, run_dir: AnyPath, keep: int) -> None:
-        self._run_dir, self._keep = run_dir, keep
+    def __init__(self, run_dir: AnyPath, keep: int, before: Callable[[], None] = lambda: None) -> None:
+        self._run_dir, self._keep, self._before = run_dir, keep, before
         self._due: queue.SimpleQueue[Manifest] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Committed] = queue.SimpleQueue()
         self._open = 0
@@ -58,6 +60,7 @@ class Committer:
             manifest = self._due.get()
             step, why = manifest.cursor.step, None
             try:
+                self._before()
                 commit(folder_of(self._run_dir, step), manifest)
             except OSError as error:  # full, gone or away: that costs checkpoints, not the run
                 why = " ".join(str(error).split())

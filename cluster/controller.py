@@ -121,6 +121,7 @@ class Controller:
     make_group: (assignment) → a group that is not started yet.
     recorder, display: where metrics and progress go.
     resume: folder of the checkpoint to continue from, or None.
+    before_commit: see `cluster.committer.Committer`.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Controller:
         display: Display,
         *,
         resume: AnyPath | None = None,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.run_dir, self.resume = config, run_dir, resume
         self.make_group, self.recorder, self.display = make_group, recorder, display
@@ -147,7 +149,7 @@ class Controller:
         self._step = 0
         self._phase = ""
         self._shards: dict[int, dict[int, Shard]] = {}
-        self._committer = Committer(run_dir, config.checkpoint.keep)
+        self._committer = Committer(run_dir, config.checkpoint.keep, before_commit)
         self._before = (0.0, 0.0)
 
     def stop(self) -> bool:

@@ -1,8 +1,8 @@
 """The folder on this machine in which a run with a remote directory keeps what is written bit by bit.
 
 A spool grows line by line, an object store takes whole files only. So records are written here and brought to the run
-directory every so often, and at the end; another machine that continues the run begins with what was brought.
-Checkpoints and the model do not pass through here: ranks write them where they belong.
+directory before every checkpoint is committed, and at the end: a machine that continues from a checkpoint finds all
+that was recorded up to it. Checkpoints and the model do not pass through here: ranks write them where they belong.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from pathlib import Path
 
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
 from cluster.storage import AnyPath, exists, fetch, find, is_local, publish_folder, read, write_whole
-
-EVERY_S = 30.0
-LAST_S = 120.0
-"""Longest wait at the end for what is being brought just then."""
 
 SMALL = ("config.yaml", "summary.json")
 
@@ -34,8 +30,7 @@ class Mirror:
     def __init__(self, place: AnyPath, work: Path, note: Callable[[str], None]) -> None:
         self.place, self.work, self.note = place, work, note
         self.remote = not is_local(place)
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def pull(self) -> None:
         """Begin with the records of the run directory, unless those here are the same and more.
@@ -71,18 +66,13 @@ class Mirror:
         if not self.remote:
             return
         offset = self.work / PROGRESS_NAME
-        sent = offset.read_bytes() if offset.exists() else None
-        for name in (*SMALL, SPOOL_NAME):
-            if (self.work / name).exists():
-                write_whole(self.place / name, (self.work / name).read_bytes())
-        if sent is not None:
-            write_whole(self.place / PROGRESS_NAME, sent)
-
-    def start(self) -> None:
-        """Bring records every so often, beside the run."""
-        if self.remote:
-            self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
-            self._thread.start()
+        with self._lock:
+            sent = offset.read_bytes() if offset.exists() else None
+            for name in (*SMALL, SPOOL_NAME):
+                if (self.work / name).exists():
+                    write_whole(self.place / name, (self.work / name).read_bytes())
+            if sent is not None:
+                write_whole(self.place / PROGRESS_NAME, sent)
 
     def fetch_model(self) -> Path:
         """The exported model on this machine."""
@@ -96,23 +86,9 @@ class Mirror:
         """Bring what is left, figures too; says so where that fails."""
         if not self.remote:
             return
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join(LAST_S)
         try:
             self.push()
             if (self.work / "figures").exists():
                 publish_folder(self.work / "figures", self.place / "figures")
         except OSError as error:
             self.note(f"the last records are in {self.work} only: {error}")
-
-    def _run(self) -> None:
-        failing = False
-        while not self._over.wait(EVERY_S):
-            try:
-                self.push()
-                failing = False
-            except OSError as error:
-                if not failing:
-                    self.note(f"records wait in {self.work}: {error}")
-                failing = True

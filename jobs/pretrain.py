@@ -171,7 +171,6 @@ class Job:
             print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
             return BAD_INPUT
         self._watch_signals()
-        self.mirror.start()
         status: Status = "FAILED"
         message: str | None = None
         code = 1
@@ -202,8 +201,10 @@ class Job:
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
         display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
-        place, resume = self.start.place, self.start.resume
-        controller = Controller(self.config, place, WorkerGroup, self.tracker, display, resume=resume)
+        place, resume, push = self.start.place, self.start.resume, self.mirror.push
+        controller = Controller(
+            self.config, place, WorkerGroup, self.tracker, display, resume=resume, before_commit=push
+        )
         self._controller, self.record = controller, controller.record
         if resume is not None:
             self.record.steps = read_manifest(resume).cursor.step

@@ -56,7 +56,7 @@ def object_store() -> Iterator[ObjectStore]:
     store = ObjectStore()
     with mock.patch.dict(os.environ, store.environment):
         s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem(use_listings_cache=False).mkdir(BUCKET)
+        s3fs.S3FileSystem(use_listings_cache=False).makedirs(BUCKET, exist_ok=True)
         try:
             yield store
         finally:

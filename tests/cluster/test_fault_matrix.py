@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -350,6 +351,22 @@ def bad_servers() -> Iterator[dict[str, str]]:
         yield {name: f"http://127.0.0.1:{port}" for name, port in zip(TRACKERS, ports, strict=True)}
     broken.shutdown()
     broken.server_close()
+
+
+@pytest.mark.fault
+def test_another_machine_goes_on(ray: Any, make_cell: Callable[..., Cell], undisturbed: bytes) -> None:
+    """The driver's machine is gone, and with it every file of the run that is not in the object store."""
+    cell = make_cell(remote=True)
+    signals = cell.work / "signals"
+    signals.mkdir()
+    cell.start(FaultPlan.at("in mid-epoch", "tell", signals=str(signals)))
+    wait_for(signals / "here", HOLD_S)
+    signal_driver(signal.SIGKILL)(cell)
+    assert cell.end() == -signal.SIGKILL
+    shutil.rmtree(cell.work / "runs")
+    resume(cell)
+    assert re.search(r"continuing the unfinished run in s3://\S+, from step-000000(12|16)\n", cell.out[1]), cell.out[1]
+    assert_whole(ray, cell, undisturbed, restarts=0)  # what was recorded up to the checkpoint came with it
 
 
 def test_a_driver_that_dies_while_it_commits(ray: Any, make_cell: Callable[..., Cell], undisturbed: bytes) -> None:

@@ -297,6 +297,17 @@ def test_commits_come_in_order_and_prune(place: AnyPath) -> None:
     assert [path.name for path in find(place / "checkpoints", "*")] == ["step-00000008"]
 
 
+def test_what_has_to_be_safe_first_comes_first(tmp_path: Path) -> None:
+    def away() -> None:
+        assert not (folder_of(tmp_path, 4) / MANIFEST).exists()
+        raise StorageError("s3://x: away")
+
+    committer = Committer(tmp_path, keep=1, before=away)
+    committer.submit(manifest_of(4, 1, []))
+    assert committer.settled(60.0) == [Committed(4, "s3://x: away")]
+    assert newest_good(tmp_path, pytest.fail) is None
+
+
 def test_a_commit_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
     monkeypatch.setattr("cluster.committer.commit", lambda *_: free.wait(60))
