@@ -400,6 +400,7 @@ class Window:
         self._waited_s, self._saving_s = exchange.waited_s, self._writer.seconds
         return {
             "images_per_second": rate,
+            "window_s": seconds,
             "waiting_share": waiting,
             "checkpoint_share": saving,
             "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),

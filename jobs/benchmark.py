@@ -1,4 +1,4 @@
-"""Measure the dynamics, alone, sharded and beside others: `python -m jobs.benchmark SUBCOMMAND`.
+"""Measure the dynamics, alone, sharded and beside others, and what safety costs: `python -m jobs.benchmark SUBCOMMAND`.
 
 Rows go to standard output and to `<run-dir>/<subcommand>.jsonl`, one JSON object per line; tables and progress go to
 standard error; figures into `<run-dir>/figures`.
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from jobs.benchmarks import dynamics, network, pynsm, scaling
+from jobs.benchmarks import dynamics, network, overhead, pynsm, scaling
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.run_directory import default_root
@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "pynsm": (pynsm, "encoding and training beside the authors' library"),
     "scaling": (scaling, "shards against one device, and the map of the exchange modes"),
     "network": (network, "two hosts on a slow link"),
+    "overhead": (overhead, "what checkpoints and tracking take from training"),
 }
 """Name → module with `add_arguments(parser)` and `run(options, report)`, and its purpose."""
 
