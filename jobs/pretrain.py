@@ -181,7 +181,7 @@ class Job:
             try:
                 self._train(display)
                 status, code = "FINISHED", 0
-            except (RunFailed, ConfigError) as error:
+            except (RunFailed, ConfigError, OSError) as error:
                 message, code = str(error), BAD_INPUT if isinstance(error, ConfigError) else 1
             except Interrupted as error:
                 status, message, code = "KILLED", str(error), 128 + error.signum
@@ -287,7 +287,10 @@ class Job:
         self.tracker.finish(status)
         pending = self.tracker.close()
         summary["mlflow_run_id"] = self.tracker.run_id
-        write_json(self.run_dir / "summary.json", summary)
+        try:
+            write_json(self.run_dir / "summary.json", summary)
+        except OSError as error:  # what was learnt is in the checkpoints
+            display.note(f"summary.json is not written: {error}")
         self.mirror.close()
         if pending:
             display.note(

@@ -402,6 +402,28 @@ def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeSce
     assert any("rank 1 (pid 7 on node) was lost" in note and "step-00000008" in note for note in playing.display.notes)
 
 
+def test_updates_that_are_done_again_are_counted(scene: MakeScene, tmp_path: Path) -> None:
+    """The ranks had told of update 13 when one was lost; the newest checkpoint is of update 8, and of none before."""
+
+    def told(step: int) -> Any:
+        return [status(rank, [], progress={"phase": "learn", "step": step}) for rank in range(2)]
+
+    playing = scene()
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    group.poll = lambda: told(3)  # type: ignore[method-assign]
+    playing.controller.step(group)
+    playing.controller._restart(Restart(2, 0.0), LOST)
+    assert "starting a new group from the beginning, 3 updates again" in playing.display.notes[-1]
+    playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
+    group.poll = lambda: told(13)  # type: ignore[method-assign]
+    playing.controller.step(group)
+    playing.controller._restart(Restart(2, 0.0), LOST)
+    assert "starting a new group from step-00000008, 5 updates again" in playing.display.notes[-1]
+    record = playing.controller.record
+    assert record.steps_again == 8
+    assert summarise(playing.config, record, status="FAILED", seconds=1.0, run_id=None)["steps_again"] == 8
+
+
 def test_a_restart_passes_over_a_damaged_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
     both = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
 
