@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import unquote
 
 from cluster.sender import RejectedError, RunsLostError
@@ -36,17 +36,23 @@ PAIRS_PER_REQUEST = 100
 LONGEST_VALUE = {"params": 6000, "tags": 5000}
 LONGEST_DIGEST = 36
 TRUNCATED = " … [truncated]"
-# what a server answers to a request that will be as wrong tomorrow; anything else may pass
+# what MLflow answers to a request that will be as wrong tomorrow; anything else may pass
 FINAL_ERROR_CODES = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"}
 )
+# the same of an upload, as HTTP status: no such place, or too large a file
+FINAL_STATUS = frozenset({400, 404, 405, 411, 413, 414, 415, 501})
 FINAL_ERRORS = (AttributeError, FileNotFoundError, KeyError, TypeError)
 
 
 class LogModel(Protocol):
-    """Logs an exported model to a run; raises RejectedError if the model itself is at fault."""
+    """Logs exported models to a run."""
 
-    def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None: ...
+    def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None:
+        """Log one; raises RejectedError if the model itself is at fault."""
+
+    def tidy(self, run_id: str, client: MlflowClient) -> None:
+        """Remove what requests have left behind that arrived after their client had given them up."""
 
 
 class MlflowSink:
@@ -95,7 +101,7 @@ class MlflowSink:
     def send(self, events: Sequence[Event]) -> None:
         """Deliver events in order, consecutive metrics in as few requests as the server allows."""
         metrics: list[Event] = []
-        with _translate_errors():
+        with _translate_errors(self._answers):
             for event in events:
                 if event.get("kind") == "metrics":
                     metrics.append(event)
@@ -116,7 +122,11 @@ class MlflowSink:
             experiment_id = self._client.create_experiment(name, artifact_location=location)
         else:
             experiment_id = experiment.experiment_id
-        found = self._client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'")
+        # of several, which a request that came late may have made, the one in use
+        found = sorted(
+            self._client.search_runs([experiment_id], _of_key(key)),
+            key=lambda run: (len(run.data.metrics), len(run.data.params), run.info.run_id),
+        )
         runs = {run.data.tags.get(LAYER_TAG, PARENT): run.info.run_id for run in found}
         for which in wanted:
             if which not in runs:
@@ -203,16 +213,66 @@ class MlflowSink:
         self._log_model(path, event["input_shape"], self._runs[PARENT], key, self._client)
 
     def _on_finish(self, event: Event) -> None:
+        self._tidy()
         for run_id in reversed(self._runs.values()):  # the parent last: once it has ended, all have
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
 
+    def _tidy(self) -> None:
+        """Remove runs and models that were made twice: by a request that was given up, and by the one in its place."""
+        parent = self._client.get_run(self._runs[PARENT])
+        for run in self._client.search_runs([parent.info.experiment_id], _of_key(parent.data.tags[RUN_KEY_TAG])):
+            if run.info.run_id not in self._runs.values():
+                self._client.delete_run(run.info.run_id)
+        if self._log_model is not None:
+            self._log_model.tidy(self._runs[PARENT], self._client)
+
+    def _answers(self) -> bool:
+        """Whether MLflow knows the run: if not, a refusal may be that of something that stands in its place."""
+        try:
+            self._client.get_run(self._runs[PARENT])
+        except Exception:
+            return False
+        return True
+
+
+class WatchedClient:
+    """MLflow's client; tells of each call before it begins."""
+
+    def __init__(self, client: MlflowClient, alive: Callable[[], None]) -> None:
+        self._client, self._alive = client, alive
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._alive()
+            return method(*arguments, **named)
+
+        return call
+
 
 @contextmanager
-def open_sink(uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | None) -> Iterator[MlflowSink]:
-    """A sink for one MLflow server; while it is open, MLflow is short of patience and silent in this thread."""
+def open_sink(
+    uri: str, run_dir: Path, log_model: LogModel | None, alive: Callable[[], None] = lambda: None
+) -> Iterator[MlflowSink]:
+    """A sink for one MLflow server. `alive` hears of each request; MLflow is silent in this thread."""
+    from mlflow import MlflowClient
+
+    with _silence("mlflow", "alembic"):
+        client = WatchedClient(MlflowClient(uri, registry_uri=uri), alive)
+        yield MlflowSink(cast("MlflowClient", client), run_dir, _artifact_root(uri), log_model)
+
+
+@contextmanager
+def mlflow_settings(uri: str, timeout_s: float) -> Iterator[None]:
+    """While entered, MLflow is short of patience; it reads its limits from the environment only."""
     artifact_root = _artifact_root(uri)
+    seconds = str(max(1, round(timeout_s)))
     settings = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": seconds,
+        "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": seconds,  # of uploads to object stores, past the server
+        # its parts are sent by a pool of threads that knows no limit and holds the process back at its end
+        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sender retries, and keeps the order
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
@@ -221,16 +281,17 @@ def open_sink(uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | N
         # without it MLflow makes a folder `mlruns` wherever the job happens to run
         settings["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifact_root.as_uri()
     with _environment(settings):
-        from mlflow import MlflowClient
-
-        with _silence("mlflow", "alembic"):
-            yield MlflowSink(MlflowClient(uri, registry_uri=uri), run_dir, artifact_root, log_model)
+        yield
 
 
 @contextmanager
-def _translate_errors() -> Iterator[None]:
-    """Tell apart what can never work, what needs a fresh start and what may work later (left as it is)."""
+def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
+    """Tell apart what can never work, what needs a fresh start and what may work later (left as it is).
+
+    A gateway whose server is away may say 400 or 404 as well: a refusal counts where MLflow `answers`.
+    """
     from mlflow.exceptions import MlflowException
+    from requests import HTTPError
 
     try:
         yield
@@ -239,9 +300,17 @@ def _translate_errors() -> Iterator[None]:
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise RunsLostError(str(error)) from error
-        if error.error_code in FINAL_ERROR_CODES:
+        if error.error_code in FINAL_ERROR_CODES and answers():
             raise RejectedError(str(error)) from error
         raise
+    except HTTPError as error:
+        if error.response is not None and error.response.status_code in FINAL_STATUS and answers():
+            raise RejectedError(str(error)) from error
+        raise
+
+
+def _of_key(key: str) -> str:
+    return f"tags.`{RUN_KEY_TAG}` = '{key}'"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cluster.mlflow_sink import PARENT, LogModel, open_sink
+from cluster.mlflow_sink import PARENT, LogModel, mlflow_settings, open_sink
 from cluster.sender import Sender
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
 from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
@@ -204,8 +204,14 @@ class Tracker:
 
 def make_sender(spool: Spool, uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | None) -> Sender:
     """The sender of a run's spool to one MLflow server."""
-    sink = partial(open_sink, uri, run_dir, timeout_s, log_model)
-    return Sender(spool, run_dir / PROGRESS_NAME, redact(uri), sink, redact)
+    return Sender(
+        spool,
+        run_dir / PROGRESS_NAME,
+        redact(uri),
+        partial(open_sink, uri, run_dir, log_model),
+        redact,
+        settings=partial(mlflow_settings, uri, timeout_s),
+    )
 
 
 def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class ScriptedSink:
         self.got += events
 
     @contextmanager
-    def opened(self) -> Iterator[ScriptedSink]:
+    def opened(self, alive: Callable[[], None]) -> Iterator[ScriptedSink]:
         yield self
 
 
