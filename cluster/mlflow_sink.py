@@ -42,7 +42,8 @@ FINAL_ERROR_CODES = frozenset(
 )
 # the same of an upload, as HTTP status: no such place, or too large a file
 FINAL_STATUS = frozenset({400, 404, 405, 411, 413, 414, 415, 501})
-FINAL_ERRORS = (AttributeError, FileNotFoundError, KeyError, TypeError)
+# what an event comes to that is not as it should be, or an answer that is none of MLflow's
+DOUBTFUL_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 
 class LogModel(Protocol):
@@ -229,10 +230,10 @@ class MlflowSink:
     def _answers(self) -> bool:
         """Whether MLflow knows the run: if not, a refusal may be that of something that stands in its place."""
         try:
-            self._client.get_run(self._runs[PARENT])
+            run_id: str = self._client.get_run(self._runs[PARENT]).info.run_id
         except Exception:
             return False
-        return True
+        return run_id == self._runs[PARENT]
 
 
 class WatchedClient:
@@ -291,21 +292,26 @@ def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
     A gateway whose server is away may say 400 or 404 as well: a refusal counts where MLflow `answers`.
     """
     from mlflow.exceptions import MlflowException
-    from requests import HTTPError
+    from requests import HTTPError, RequestException
 
     try:
         yield
-    except FINAL_ERRORS as error:
-        raise RejectedError(f"{type(error).__name__}: {error}") from error
+    except FileNotFoundError as error:
+        raise RejectedError(f"FileNotFoundError: {error}") from error
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise RunsLostError(str(error)) from error
         if error.error_code in FINAL_ERROR_CODES and answers():
             raise RejectedError(str(error)) from error
         raise
-    except HTTPError as error:
-        if error.response is not None and error.response.status_code in FINAL_STATUS and answers():
+    except RequestException as error:
+        status = error.response.status_code if isinstance(error, HTTPError) and error.response is not None else None
+        if status in FINAL_STATUS and answers():
             raise RejectedError(str(error)) from error
+        raise
+    except DOUBTFUL_ERRORS as error:
+        if answers():
+            raise RejectedError(f"{type(error).__name__}: {error}") from error
         raise
 
 

@@ -2,7 +2,10 @@
 
 A background thread ships the spool to MLflow (`cluster.sender`, `cluster.mlflow_sink`). Training waits for it
 nowhere; a server that is away, slow or gone costs nothing but the delay. What was not sent when the job ends is
-sent by `python -m jobs.sync RUN_DIR`.
+sent by `python -m jobs.sync RUN_DIR`. A disk that is full or gone costs records, not the run.
+
+These calls are the controller's, in the job's own process. Ranks train in other processes and never come here: they
+hand events to the controller, see `cluster.report`.
 """
 
 from __future__ import annotations
@@ -10,10 +13,10 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import re
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
@@ -22,15 +25,18 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cluster.mlflow_sink import PARENT, LogModel, mlflow_settings, open_sink
+from cluster.redaction import HIDDEN as HIDDEN
+from cluster.redaction import Redactor
+from cluster.redaction import redact as redact
 from cluster.sender import Sender
-from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
+from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
 from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-HIDDEN = "***"
-_USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
-_SECRET_QUERY = re.compile(r"([?&](?:password|passwd|pwd|token|secret|api_key|sig)=)[^&\s]+", re.IGNORECASE)
+LOST_TAG = "simmatch.lost_records"
+KEPT_EVENTS = 10_000
+"""Records kept in memory while the disk takes none; of more, the oldest metrics are lost."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -75,11 +81,19 @@ class Tracker:
     def __init__(self, run_dir: Path, config: TrackingConfig, log_model: LogModel | None = None) -> None:
         self.run_dir = run_dir.absolute()
         self.config = config
+        self._redact = Redactor(os.environ)
         self.uri = resolve_uri(config, self.run_dir)
         """Where events go; may hold credentials. `redact` it before showing it."""
+        self.seconds = 0.0
+        """That the controller has spent in calls that record something, since `start`."""
+        self.lost = 0
+        """Records that neither the spool nor MLflow will ever see: the disk was full for too long."""
         self._spool = Spool(self.run_dir / SPOOL_NAME)
         self._sender = make_sender(self._spool, self.uri, self.run_dir, config.timeout_s, log_model)
         self._thread: threading.Thread | None = None
+        self._unwritten: deque[tuple[Event, bool]] = deque()
+        self._disk_error: OSError | None = None
+        self._lost_told = 0
 
     def start(self, name: str, *, layers: int, tags: Mapping[str, Any] | None = None) -> None:
         """Open the spool and begin, or, where the spool already holds a run, go on with it.
@@ -92,6 +106,11 @@ class Tracker:
             Number of child runs, named `layer 0` and on.
         tags
             Tags of the parent run. `simmatch.attempts` is counted here.
+
+        Raises
+        ------
+        OSError
+            The run's folder cannot be written. Later on that raises no more, see `problems`.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._spool.open()
@@ -106,6 +125,8 @@ class Tracker:
             uri=self.uri,
             tags={"mlflow.user": _user(), **(tags or {})},
         )
+        if self._disk_error is not None:
+            raise self._disk_error
         self._sender.load()
         if self.config.enabled:
             self._thread = threading.Thread(target=self._sender.run, name="tracking-sender", daemon=True)
@@ -166,11 +187,18 @@ class Tracker:
         self._append("finish", sync=True, status=status)
 
     def close(self) -> int:
-        """Wait at most `flush_s` for the rest to be sent; returns how many events are left for `jobs.sync`."""
+        """Wait for the rest to be sent; returns how many events are left for `jobs.sync`.
+
+        Takes `flush_s` and one `timeout_s` at most, whatever the server does.
+        """
+        self._write()
+        self.lost += len(self._unwritten)
+        self._unwritten.clear()
         pending = 0
         if self._thread is not None:
             self._sender.close(self.config.flush_s)
             self._thread.join(self.config.flush_s + self.config.timeout_s)
+            self._sender.give_up()
             self._thread = None
             pending = self._sender.pending()
         self._spool.close()
@@ -188,13 +216,43 @@ class Tracker:
 
     @property
     def problems(self) -> list[str]:
-        """What the server rejected, and why the latest attempt failed, without credentials."""
-        return [*self._sender.notes, *([self._sender.last_error] if self._sender.last_error else [])]
+        """What the server rejected, what the disk did, and why the latest attempt failed, without credentials."""
+        found = list(self._sender.notes)
+        if self.lost:
+            found.append(f"{self.lost} records are lost, {SPOOL_NAME} could not be written: {self._disk_error}")
+        elif self._disk_error is not None:
+            found.append(f"{len(self._unwritten)} records wait in memory, {SPOOL_NAME}: {self._disk_error}")
+        return [*found, *([self._sender.last_error] if self._sender.last_error else [])]
 
     def _append(self, kind: str, time_s: float | None = None, *, sync: bool = False, **fields: Any) -> None:
+        started = time.monotonic()
         time_ms = round(1000 * (time.time() if time_s is None else time_s))
-        self._spool.append(_redact_all({"kind": kind, "time_ms": time_ms, **fields}), sync=sync)
+        if kind != "metrics":  # numbers and names only, and by far the most frequent
+            fields = self._redact.all(fields)
+        self._unwritten.append(({"kind": kind, "time_ms": time_ms, **fields}, sync))
+        self._write()
         self._sender.wake()
+        self.seconds += time.monotonic() - started
+
+    def _write(self) -> None:
+        """Hand to the spool what is not in it yet; where the disk refuses, keep what is newest for the next call."""
+        try:
+            while self._unwritten:
+                event, sync = self._unwritten[0]
+                self._spool.append(event, sync=sync)
+                self._unwritten.popleft()
+            if self.lost > self._lost_told:
+                self._spool.append(
+                    {"kind": "tags", "time_ms": round(1000 * time.time()), "values": {LOST_TAG: self.lost}}
+                )
+                self._lost_told = self.lost
+            self._disk_error = None if self.lost == 0 else self._disk_error
+        except OSError as error:
+            self._disk_error = error
+        while len(self._unwritten) > KEPT_EVENTS:
+            oldest = next((i for i, (event, _) in enumerate(self._unwritten) if event["kind"] == "metrics"), 0)
+            del self._unwritten[oldest]
+            self.lost += 1
 
     def _portable(self, path: Path) -> str:
         """Relative to the run directory where it lies inside, so that a moved directory can still be sent."""
@@ -209,7 +267,7 @@ def make_sender(spool: Spool, uri: str, run_dir: Path, timeout_s: float, log_mod
         run_dir / PROGRESS_NAME,
         redact(uri),
         partial(open_sink, uri, run_dir, log_model),
-        redact,
+        Redactor(os.environ),
         settings=partial(mlflow_settings, uri, timeout_s),
     )
 
@@ -242,15 +300,6 @@ def check_uri(uri: str) -> str:
     return uri
 
 
-def redact(text: str) -> str:
-    """Hide user names, passwords and tokens of every URI in a text.
-
-    >>> redact("at https://ada:secret@mlflow.example/x?token=1")
-    'at https://***@mlflow.example/x?token=***'
-    """
-    return _SECRET_QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1{HIDDEN}@", text))
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested parameters under dotted names.
 
@@ -279,16 +328,6 @@ def _has_host(uri: str) -> bool:
         return bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         return False
-
-
-def _redact_all(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {key: _redact_all(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_redact_all(inner) for inner in value]
-    return value
 
 
 def _user() -> str:

@@ -332,20 +332,22 @@ def test_away_for_the_whole_run(
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "404 of a gateway" else pytest.mark.fault) for n in AWAY]
+    "name", [pytest.param(n, marks=[] if n in ("404 of a gateway", "dripping") else pytest.mark.fault) for n in AWAY]
 )
 def test_away_in_the_middle_and_back_again(
     name: str, tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run goes on meanwhile, and sends what has collected."""
-    proxy = outage(replace(AWAY[name], first=12, count=4))
+    count = 2 if name == "dripping" else 4
+    proxy = outage(replace(AWAY[name], first=12, count=count))
     run_dir = tmp_path / f"middle-{name.replace(' ', '-')}"
     tracker = make_tracker(run_dir, proxy, timeout_s=1.0)
+    tracker._sender._stalled_s = 2.0
     for part in range(5):
         record(tracker, 1 + 5 * part, 5)
         wait_until(lambda: tracker.run_id)
     assert (end(tracker, "FAILED"), tracker.problems) == (0, [])
-    assert len(proxy.failed) == 4
+    assert len(proxy.failed) == count
     check_whole(client, run_dir, capsys)
 
 
