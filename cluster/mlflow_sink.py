@@ -35,6 +35,7 @@ METRICS_PER_REQUEST = 1000
 PAIRS_PER_REQUEST = 100
 LONGEST_VALUE = {"params": 6000, "tags": 5000}
 LONGEST_DIGEST = 36
+ENDS = ("FINISHED", "FAILED", "KILLED")
 TRUNCATED = " … [truncated]"
 # what MLflow answers to a request that will be as wrong tomorrow; anything else may pass
 FINAL_ERROR_CODES = frozenset(
@@ -214,6 +215,8 @@ class MlflowSink:
         self._log_model(path, event["input_shape"], self._runs[PARENT], key, self._client)
 
     def _on_finish(self, event: Event) -> None:
+        if event["status"] not in ENDS:  # MLflow has no error of its own for it
+            raise RejectedError(f"expected a status of {', '.join(ENDS)}, got {event['status']!r}")
         self._tidy()
         for run_id in reversed(self._runs.values()):  # the parent last: once it has ended, all have
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
@@ -296,8 +299,8 @@ def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError as error:
-        raise RejectedError(f"FileNotFoundError: {error}") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise RejectedError(f"{type(error).__name__}: {error}") from error
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise RunsLostError(str(error)) from error
@@ -361,7 +364,7 @@ def _artifact_root(uri: str) -> Path | None:
 
 
 def _shorten(value: Any, limit: int) -> str:
-    text = str(value)
+    text = str(value).encode(errors="replace").decode()  # no data base takes half a surrogate pair
     return text if len(text) <= limit else text[: limit - len(TRUNCATED)] + TRUNCATED
 
 

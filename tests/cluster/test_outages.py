@@ -377,6 +377,31 @@ def test_a_port_where_nobody_listens_until_the_server_is_back(
         proxy.close()
 
 
+@pytest.mark.parametrize("request_name", ["upload artifact", pytest.param("upload model", marks=pytest.mark.fault)])
+@pytest.mark.parametrize("kind", ["hang", "drip"])
+def test_an_upload_that_hangs_does_not_hold_up_the_end(
+    kind: Any,
+    request_name: str,
+    tmp_path: Path,
+    outage: Callable[..., Proxy],
+    client: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    proxy = outage(Outage(kind, REQUESTS[request_name], delay_s=0.3))
+    run_dir = tmp_path / f"{kind}-{request_name.replace(' ', '-')}"
+    tracker = make_tracker(run_dir, proxy, timeout_s=1.0, flush_s=1.0)
+    figure_and_model(tracker)
+    wait_until(lambda: proxy.failed)
+    tracker.finish("FINISHED")
+    started = time.monotonic()
+    assert tracker.close() > 0
+    assert time.monotonic() - started < 1.0 + 1.0 + 1.5
+    proxy.lift()
+    code, _, err = sync(run_dir, capsys)
+    assert (code, err) == (0, "")
+    check_whole(client, run_dir, capsys)
+
+
 def test_a_refusal_of_mlflow_is_told_from_one_of_a_gateway(
     tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
