@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,11 @@ def redact(text: str) -> str:
     'at https://***@mlflow.example/x?token=***'
     """
     return _SECRET_QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1{HIDDEN}@", text))
+
+
+def one_line(error: object) -> str:
+    """A fault in one line, as it may be shown and stored."""
+    return Redactor(os.environ)(" ".join(str(error).split()))
 
 
 class Redactor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -59,7 +60,8 @@ def without_control(text: str) -> str:
 class TerminalDisplay:
     """A bar per phase, the present one moving."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, hide: Callable[[str], str] = str) -> None:
+        self._hide = hide
         self._progress = Progress(
             TextColumn("[bold]{task.description:<20}"),
             BarColumn(bar_width=24),
@@ -90,14 +92,14 @@ class TerminalDisplay:
         )
 
     def note(self, text: str) -> None:
-        self._progress.console.print(escape(without_control(text)), highlight=False)
+        self._progress.console.print(escape(without_control(self._hide(text))), highlight=False)
 
 
 class PlainDisplay:
     """Lines without control characters: one for every phase, and one every few seconds within it."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, hide: Callable[[str], str] = str) -> None:
+        self._console, self._hide = console, hide
         self._name, self._printed, self._started, self._first = "", "", 0.0, 0.0
         self._last = -PLAIN_EVERY_S
 
@@ -125,12 +127,12 @@ class PlainDisplay:
         self._last, self._printed = now, line
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self._print(self._hide(text))
 
     def _print(self, line: str) -> None:
         self._console.print(without_control(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def make_display(console: Console) -> TerminalDisplay | PlainDisplay:
-    """The display that suits the console."""
-    return TerminalDisplay(console) if console.is_terminal else PlainDisplay(console)
+def make_display(console: Console, hide: Callable[[str], str] = str) -> TerminalDisplay | PlainDisplay:
+    """The display that suits the console; `hide` removes from a note what must not be shown."""
+    return TerminalDisplay(console, hide) if console.is_terminal else PlainDisplay(console, hide)

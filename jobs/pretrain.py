@@ -25,6 +25,7 @@ from cluster.checkpoint import CheckpointError, Reader, read_manifest
 from cluster.config import RunConfig, public
 from cluster.controller import Controller, Record, RunFailed, RunStopped, summarise, write_json
 from cluster.mlflow_model import ModelLogger, load_exported
+from cluster.redaction import Redactor, one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
 from cluster.training import source_of
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_checkpoint(config, start.resume)
         tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported))
     except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     return Job(config, dataset, start, tracker, console).run()
 
@@ -132,6 +133,7 @@ class Job:
     def __init__(self, config: RunConfig, dataset: Dataset, start: Start, tracker: Tracker, console: Console) -> None:
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
         self.run_dir = start.run_dir
+        self._hide = Redactor(os.environ)
         self.started = time.monotonic()
         self.record = Record()
         self._controller: Controller | None = None
@@ -153,7 +155,7 @@ class Job:
         status: Status = "FAILED"
         message: str | None = None
         code = 1
-        with make_display(self.console) as display:
+        with make_display(self.console, self._hide) as display:
             display.note(self.start.note)
             if self.dataset.skipped:
                 display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
@@ -171,7 +173,7 @@ class Job:
                 _shut_down_ray()
                 self._finish(display, status, message)
         if message is not None:
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            print(f"error: {one_line(message)}", file=sys.stderr)
         return code
 
     def _train(self, display: TerminalDisplay | PlainDisplay) -> None:
@@ -247,6 +249,7 @@ class Job:
     def _finish(self, display: TerminalDisplay | PlainDisplay, status: Status, message: str | None) -> None:
         """Truthful records, whatever happened."""
         seconds = time.monotonic() - self.started
+        message = None if message is None else self._hide(message)
         summary = summarise(
             self.config,
             self.record,
@@ -263,6 +266,8 @@ class Job:
         pending = self.tracker.close()
         summary["mlflow_run_id"] = self.tracker.run_id
         write_json(self.run_dir / "summary.json", summary)
+        if self.tracker.lost:
+            display.note(f"{self.tracker.lost} records are lost: the disk of {self.run_dir} was full")
         if pending:
             display.note(
                 f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {self.run_dir}"
@@ -329,7 +334,7 @@ def start_ray(cpus: int) -> str:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    return "embedded"
+    return "embedded" if os.environ["RAY_AUTH_MODE"] == "token" else "embedded, open to every process of this machine"
 
 
 def _shut_down_ray() -> None:
