@@ -3,24 +3,17 @@
 Layout in MLflow: one parent run per job, one nested child run per layer named `layer 0`, `layer 1`, … Every run
 carries the tag `simmatch.run_key`, by which a replay finds it instead of making another. Metric rows keep the
 event's own time, and MLflow stores identical (key, step, timestamp, value) rows once.
-
-mlflow takes seconds to import and a SQLite store seconds to set up: both happen inside `open_sink`, in the thread
-that sends.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.sender import RejectedError, RunsLostError
 from cluster.spool import Event
@@ -239,55 +232,6 @@ class MlflowSink:
         return run_id == self._runs[PARENT]
 
 
-class WatchedClient:
-    """MLflow's client; tells of each call before it begins."""
-
-    def __init__(self, client: MlflowClient, alive: Callable[[], None]) -> None:
-        self._client, self._alive = client, alive
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            self._alive()
-            return method(*arguments, **named)
-
-        return call
-
-
-@contextmanager
-def open_sink(
-    uri: str, run_dir: Path, log_model: LogModel | None, alive: Callable[[], None] = lambda: None
-) -> Iterator[MlflowSink]:
-    """A sink for one MLflow server. `alive` hears of each request; MLflow is silent in this thread."""
-    from mlflow import MlflowClient
-
-    with _silence("mlflow", "alembic"):
-        client = WatchedClient(MlflowClient(uri, registry_uri=uri), alive)
-        yield MlflowSink(cast("MlflowClient", client), run_dir, _artifact_root(uri), log_model)
-
-
-@contextmanager
-def mlflow_settings(uri: str, timeout_s: float) -> Iterator[None]:
-    """While entered, MLflow is short of patience; it reads its limits from the environment only."""
-    artifact_root = _artifact_root(uri)
-    seconds = str(max(1, round(timeout_s)))
-    settings = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": seconds,
-        "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": seconds,  # of uploads to object stores, past the server
-        # its parts are sent by a pool of threads that knows no limit and holds the process back at its end
-        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sender retries, and keeps the order
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
-    }
-    if artifact_root is not None:
-        # without it MLflow makes a folder `mlruns` wherever the job happens to run
-        settings["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifact_root.as_uri()
-    with _environment(settings):
-        yield
-
-
 @contextmanager
 def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
     """Tell apart what can never work, what needs a fresh start and what may work later (left as it is).
@@ -320,47 +264,6 @@ def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
 
 def _of_key(key: str) -> str:
     return f"tags.`{RUN_KEY_TAG}` = '{key}'"
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, the only place MLflow reads its limits from, and put them back."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-@contextmanager
-def _silence(*loggers: str) -> Iterator[None]:
-    """Keep these loggers' chatter below WARNING off the terminal, for this thread only."""
-    thread = threading.get_ident()
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno >= logging.WARNING
-
-    handlers = {handler for name in loggers for handler in logging.getLogger(name).handlers}
-    for handler in handlers:
-        handler.addFilter(passes)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(passes)
-
-
-def _artifact_root(uri: str) -> Path | None:
-    """Folder beside a SQLite store's file; servers and other databases know their own place."""
-    if not uri.startswith("sqlite"):
-        return None
-    database = unquote(uri.partition("///")[2].partition("?")[0])
-    return Path(database).absolute().parent / "mlartifacts"
 
 
 def _shorten(value: Any, limit: int) -> str:

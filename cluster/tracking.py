@@ -19,21 +19,17 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from cluster.mlflow_sink import PARENT, LogModel, mlflow_settings, open_sink
-from cluster.redaction import HIDDEN as HIDDEN
-from cluster.redaction import Redactor
-from cluster.redaction import redact as redact
-from cluster.sender import Sender
+from cluster.mlflow_session import mlflow_settings, open_sink
+from cluster.mlflow_sink import PARENT, LogModel
+from cluster.redaction import Redactor, redact
+from cluster.sender import STALLED_S, Sender
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
-from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
+from cluster.tracking_uri import URI_VARIABLE, check_uri
+from simmatch.config import Frozen, NonNegativeFloat, PositiveFloat
 
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 LOST_TAG = "simmatch.lost_records"
 KEPT_EVENTS = 10_000
 """Records kept in memory while the disk takes none; of more, the oldest metrics are lost."""
@@ -260,7 +256,15 @@ class Tracker:
         return str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
 
 
-def make_sender(spool: Spool, uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | None) -> Sender:
+def make_sender(
+    spool: Spool,
+    uri: str,
+    run_dir: Path,
+    timeout_s: float,
+    log_model: LogModel | None,
+    *,
+    stalled_s: float = STALLED_S,
+) -> Sender:
     """The sender of a run's spool to one MLflow server."""
     return Sender(
         spool,
@@ -269,6 +273,7 @@ def make_sender(spool: Spool, uri: str, run_dir: Path, timeout_s: float, log_mod
         partial(open_sink, uri, run_dir, log_model),
         Redactor(os.environ),
         settings=partial(mlflow_settings, uri, timeout_s),
+        stalled_s=stalled_s,
     )
 
 
@@ -276,28 +281,6 @@ def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
     """The tracking URI in force: the configured one, the environment's, or a SQLite file beside `run_dir`."""
     uri = config.uri or os.environ.get(URI_VARIABLE) or f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
     return check_uri(uri)
-
-
-def check_uri(uri: str) -> str:
-    """Refuse what MLflow could never reach; a SQLite path comes back absolute.
-
-    Raises
-    ------
-    ConfigError
-        Names `tracking.uri`, what was expected and what was given.
-    """
-    scheme = uri.partition(":")[0].partition("+")[0].lower()
-    plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
-    if scheme not in {*SCHEMES, *plugins} - {"file"}:
-        raise _uri_error(f"a URI of scheme {', '.join(SCHEMES)}", uri)
-    if scheme in ("http", "https") and not _has_host(uri):
-        raise _uri_error(f"{scheme}://HOST[:PORT]", uri)
-    if scheme == "sqlite":
-        head, slashes, path = uri.partition(":///")
-        if not slashes or not path:
-            raise _uri_error("sqlite:///PATH", uri)
-        return f"{head}:///{Path(path).absolute()}"
-    return uri
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -316,18 +299,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield name, json.dumps(value, default=str)
         else:
             yield name, str(value)
-
-
-def _uri_error(expected: str, uri: str) -> ConfigError:
-    return ConfigError(f"tracking.uri: expected {expected}, got {redact(uri)!r}")
-
-
-def _has_host(uri: str) -> bool:
-    try:
-        parts = urlsplit(uri)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return False
 
 
 def _user() -> str:

@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.mlflow_sink import PARENT
+from cluster.redaction import HIDDEN, redact
 from cluster.sender import Sender
 from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
-from cluster.tracking import HIDDEN, URI_VARIABLE, check_uri, make_sender, redact
+from cluster.tracking import make_sender
+from cluster.tracking_uri import URI_VARIABLE, check_uri
 from simmatch.config import ConfigError
 
 

@@ -20,9 +20,11 @@ from torch import nn
 
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.mlflow_sink import TRUNCATED, _shorten
+from cluster.redaction import redact
 from cluster.sender import RejectedError, RunsLostError, Sender
 from cluster.spool import Event, Progress, Spool, SpoolBusyError
-from cluster.tracking import Tracker, TrackingConfig, check_uri, flatten, redact, resolve_uri
+from cluster.tracking import Tracker, TrackingConfig, flatten, resolve_uri
+from cluster.tracking_uri import check_uri
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
 

@@ -170,7 +170,7 @@ def test_the_process_ends_at_once(name: str, tmp_path: Path) -> None:
             assert process.stdout.readline() == "left 1\n"
             closed = time.monotonic()
             assert process.wait(60) == 0
-        assert time.monotonic() - closed < 5.0
+        assert time.monotonic() - closed < 20.0  # the server drips for hours
 
 
 # --- a request that never ends -----------------------------------------------------------------------------------
