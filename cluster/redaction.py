@@ -17,7 +17,7 @@ _SECRET_QUERY = re.compile(
     r"([?&](?:password|passwd|pwd|token|access_token|secret|api_?key|sig|signature|x-amz-[\w-]*)=)[^&\s]+",
     re.IGNORECASE,
 )
-_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|ACCESS_KEY|CREDENTIALS|_AUTH$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN(?!S|IZ)|API_?KEY|ACCESS_KEY|CREDENTIALS|_AUTH$", re.IGNORECASE)
 _PLACE_NAME = re.compile(r"(?:PATH|FILE|DIR|URL|URI|MODE)$", re.IGNORECASE)
 
 

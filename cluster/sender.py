@@ -184,11 +184,12 @@ class Sender:
         thread = threading.Thread(target=self._work, args=(attempt, on_sent), name="tracking-attempt", daemon=True)
         thread.start()
         while not attempt.ended.wait(min(1.0, self._stalled_s / 4)):
-            if attempt.stalled(self._stalled_s) or self._given_up:
-                with self._lock:  # a thread that is saving just now counts as heard of
+            if attempt.stalled(self._stalled_s):
+                with self._lock:  # once it has given up, it saves nothing any more
                     attempt.given_up = True
                     self.last_error = f"TimeoutError: no whole answer within {self._stalled_s:g} s"
                 self._stalled.append(thread)
+            if attempt.given_up or self._given_up:
                 break
         return attempt
 

@@ -301,11 +301,13 @@ def test_torchs_store_listens_where_it_is_told() -> None:
 
 
 def test_secrets_are_found_by_their_names() -> None:
-    hide = Redactor({**SECRETS, "PATH": "/usr/bin:/bin", "RAY_AUTH_TOKEN_PATH": "/home/ada/token", "X_TOKEN": "on"})
+    hide = Redactor(
+        {**SECRETS, "PATH": "/usr/bin:/bin", "RAY_AUTH_TOKEN_PATH": "/home/ada/token", "MAX_TOKENS": "100000"}
+    )
     for secret in SECRETS.values():
         assert hide(f"401 for {secret}!") == "401 for ***!"
     assert hide("key wJalrXUtnFEMI%2FK7MDENG%2FbPxRfiCY in a query") == "key *** in a query"
-    assert hide("on /usr/bin:/bin, /home/ada/token") == "on /usr/bin:/bin, /home/ada/token"
+    assert hide("/usr/bin:/bin, /home/ada/token, 100000") == "/usr/bin:/bin, /home/ada/token, 100000"
     assert hide("https://ada:x@host/?X-Amz-Signature=abc&b=1") == "https://***@host/?X-Amz-Signature=***&b=1"
     assert hide.all({"a": ["correct-horse-battery", 1.0, {"b": None}]}) == {"a": ["***", 1.0, {"b": None}]}
 

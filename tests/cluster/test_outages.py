@@ -255,6 +255,9 @@ def test_every_kind_of_request_fails_once(
     run_dir = tmp_path / f"each-{kind.replace(' ', '-')}"
     tracker = make_tracker(run_dir, proxy)
     record(tracker)
+    wait_until(lambda: tracker.run_id)
+    experiment = client.get_experiment_by_name(run_dir.name)
+    assert len(client.search_runs([experiment.experiment_id])) == 1 + LAYERS  # at the end it would be tidied up
     assert (end(tracker), tracker.problems) == (0, [])
     assert {failed.match for failed in proxy.failed} == set(REQUESTS.values())
     check_whole(client, run_dir, capsys)
