@@ -62,11 +62,14 @@ class Redactor:
         return redact(text)
 
     def all(self, value: Any) -> Any:
-        """The same for every text in nested values; names stay as they are."""
-        if isinstance(value, str):
-            return self(value)
+        """The same for every text in nested values; names stay as they are.
+
+        What is neither text, number, mapping nor list becomes text.
+        """
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
         if isinstance(value, Mapping):
             return {key: self.all(inner) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.all(inner) for inner in value]
-        return value
+        return self(str(value))

@@ -309,7 +309,8 @@ def test_secrets_are_found_by_their_names() -> None:
     assert hide("key wJalrXUtnFEMI%2FK7MDENG%2FbPxRfiCY in a query") == "key *** in a query"
     assert hide("/usr/bin:/bin, /home/ada/token, 100000") == "/usr/bin:/bin, /home/ada/token, 100000"
     assert hide("https://ada:x@host/?X-Amz-Signature=abc&b=1") == "https://***@host/?X-Amz-Signature=***&b=1"
-    assert hide.all({"a": ["correct-horse-battery", 1.0, {"b": None}]}) == {"a": ["***", 1.0, {"b": None}]}
+    nested = {"a": ["correct-horse-battery", 1.0, {"b": None}], "c": OSError("correct-horse-battery")}
+    assert hide.all(nested) == {"a": ["***", 1.0, {"b": None}], "c": "***"}
 
 
 @pytest.mark.parametrize(
