@@ -8,7 +8,8 @@ from pydantic import Field
 
 from cluster.mesh import Mesh, MeshConfig
 from cluster.policy import Divergence
-from cluster.tracking import TrackingConfig, redact
+from cluster.redaction import redact
+from cluster.tracking import TrackingConfig
 from simmatch.config import ConfigError, DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
 
 

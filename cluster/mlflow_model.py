@@ -37,9 +37,9 @@ class ModelLogger:
 
     def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None:
         run = client.get_run(run_id)
-        model = self._find_or_make(client, run.info.experiment_id, run_id, key)
-        linked = run.outputs.model_outputs if run.outputs else []
-        if model.status == "READY" and model.model_id in {output.model_id for output in linked}:
+        linked = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
+        model = self._find_or_make(client, run.info.experiment_id, run_id, key, linked)
+        if model.status == "READY" and model.model_id in linked:
             return
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -49,9 +49,22 @@ class ModelLogger:
             client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
         self._link(client, run_id, model.model_id)
 
-    def _find_or_make(self, client: MlflowClient, experiment_id: str, run_id: str, key: str) -> LoggedModel:
-        found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    def tidy(self, run_id: str, client: MlflowClient) -> None:
+        """Remove models begun for this run that are not among its outputs, once one with the same key is."""
+        run = client.get_run(run_id)
+        linked = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
+        found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+        done = {model.tags.get(MODEL_KEY_TAG) for model in found if model.model_id in linked}
         for model in found:
+            if model.model_id not in linked and model.tags.get(MODEL_KEY_TAG) in done:
+                client.delete_logged_model(model.model_id)
+
+    def _find_or_make(
+        self, client: MlflowClient, experiment_id: str, run_id: str, key: str, linked: set[str]
+    ) -> LoggedModel:
+        found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+        # of several, which a request that came late may have made, the one in use
+        for model in sorted(found, key=lambda model: (model.model_id not in linked, model.model_id)):
             if model.tags.get(MODEL_KEY_TAG) == key:
                 return model
         return client.create_logged_model(

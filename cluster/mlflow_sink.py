@@ -3,24 +3,17 @@
 Layout in MLflow: one parent run per job, one nested child run per layer named `layer 0`, `layer 1`, … Every run
 carries the tag `simmatch.run_key`, by which a replay finds it instead of making another. Metric rows keep the
 event's own time, and MLflow stores identical (key, step, timestamp, value) rows once.
-
-mlflow takes seconds to import and a SQLite store seconds to set up: both happen inside `open_sink`, in the thread
-that sends.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote
 
 from cluster.sender import RejectedError, RunsLostError
 from cluster.spool import Event
@@ -35,18 +28,26 @@ METRICS_PER_REQUEST = 1000
 PAIRS_PER_REQUEST = 100
 LONGEST_VALUE = {"params": 6000, "tags": 5000}
 LONGEST_DIGEST = 36
+ENDS = ("FINISHED", "FAILED", "KILLED")
 TRUNCATED = " … [truncated]"
-# what a server answers to a request that will be as wrong tomorrow; anything else may pass
+# what MLflow answers to a request that will be as wrong tomorrow; anything else may pass
 FINAL_ERROR_CODES = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"}
 )
-FINAL_ERRORS = (AttributeError, FileNotFoundError, KeyError, TypeError)
+# the same of an upload, as HTTP status: no such place, or too large a file
+FINAL_STATUS = frozenset({400, 404, 405, 411, 413, 414, 415, 501})
+# what an event comes to that is not as it should be, or an answer that is none of MLflow's
+DOUBTFUL_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 
 class LogModel(Protocol):
-    """Logs an exported model to a run; raises RejectedError if the model itself is at fault."""
+    """Logs exported models to a run."""
 
-    def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None: ...
+    def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None:
+        """Log one; raises RejectedError if the model itself is at fault."""
+
+    def tidy(self, run_id: str, client: MlflowClient) -> None:
+        """Remove what requests have left behind that arrived after their client had given them up."""
 
 
 class MlflowSink:
@@ -95,7 +96,7 @@ class MlflowSink:
     def send(self, events: Sequence[Event]) -> None:
         """Deliver events in order, consecutive metrics in as few requests as the server allows."""
         metrics: list[Event] = []
-        with _translate_errors():
+        with _translate_errors(self._answers):
             for event in events:
                 if event.get("kind") == "metrics":
                     metrics.append(event)
@@ -116,7 +117,11 @@ class MlflowSink:
             experiment_id = self._client.create_experiment(name, artifact_location=location)
         else:
             experiment_id = experiment.experiment_id
-        found = self._client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'")
+        # of several, which a request that came late may have made, the one in use
+        found = sorted(
+            self._client.search_runs([experiment_id], _of_key(key)),
+            key=lambda run: (len(run.data.metrics), len(run.data.params), run.info.run_id),
+        )
         runs = {run.data.tags.get(LAYER_TAG, PARENT): run.info.run_id for run in found}
         for which in wanted:
             if which not in runs:
@@ -203,90 +208,66 @@ class MlflowSink:
         self._log_model(path, event["input_shape"], self._runs[PARENT], key, self._client)
 
     def _on_finish(self, event: Event) -> None:
+        if event["status"] not in ENDS:  # MLflow has no error of its own for it
+            raise RejectedError(f"expected a status of {', '.join(ENDS)}, got {event['status']!r}")
+        self._tidy()
         for run_id in reversed(self._runs.values()):  # the parent last: once it has ended, all have
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
 
+    def _tidy(self) -> None:
+        """Remove runs and models that were made twice: by a request that was given up, and by the one in its place."""
+        parent = self._client.get_run(self._runs[PARENT])
+        for run in self._client.search_runs([parent.info.experiment_id], _of_key(parent.data.tags[RUN_KEY_TAG])):
+            if run.info.run_id not in self._runs.values():
+                self._client.delete_run(run.info.run_id)
+        if self._log_model is not None:
+            self._log_model.tidy(self._runs[PARENT], self._client)
 
-@contextmanager
-def open_sink(uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | None) -> Iterator[MlflowSink]:
-    """A sink for one MLflow server; while it is open, MLflow is short of patience and silent in this thread."""
-    artifact_root = _artifact_root(uri)
-    settings = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sender retries, and keeps the order
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
-    }
-    if artifact_root is not None:
-        # without it MLflow makes a folder `mlruns` wherever the job happens to run
-        settings["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifact_root.as_uri()
-    with _environment(settings):
-        from mlflow import MlflowClient
-
-        with _silence("mlflow", "alembic"):
-            yield MlflowSink(MlflowClient(uri, registry_uri=uri), run_dir, artifact_root, log_model)
+    def _answers(self) -> bool:
+        """Whether MLflow knows the run: if not, a refusal may be that of something that stands in its place."""
+        try:
+            run_id: str = self._client.get_run(self._runs[PARENT]).info.run_id
+        except Exception:
+            return False
+        return run_id == self._runs[PARENT]
 
 
 @contextmanager
-def _translate_errors() -> Iterator[None]:
-    """Tell apart what can never work, what needs a fresh start and what may work later (left as it is)."""
+def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
+    """Tell apart what can never work, what needs a fresh start and what may work later (left as it is).
+
+    A gateway whose server is away may say 400 or 404 as well: a refusal counts where MLflow `answers`.
+    """
     from mlflow.exceptions import MlflowException
+    from requests import HTTPError, RequestException
 
     try:
         yield
-    except FINAL_ERRORS as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise RejectedError(f"{type(error).__name__}: {error}") from error
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise RunsLostError(str(error)) from error
-        if error.error_code in FINAL_ERROR_CODES:
+        if error.error_code in FINAL_ERROR_CODES and answers():
             raise RejectedError(str(error)) from error
+        raise
+    except RequestException as error:
+        status = error.response.status_code if isinstance(error, HTTPError) and error.response is not None else None
+        if status in FINAL_STATUS and answers():
+            raise RejectedError(str(error)) from error
+        raise
+    except DOUBTFUL_ERRORS as error:
+        if answers():
+            raise RejectedError(f"{type(error).__name__}: {error}") from error
         raise
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, the only place MLflow reads its limits from, and put them back."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-@contextmanager
-def _silence(*loggers: str) -> Iterator[None]:
-    """Keep these loggers' chatter below WARNING off the terminal, for this thread only."""
-    thread = threading.get_ident()
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno >= logging.WARNING
-
-    handlers = {handler for name in loggers for handler in logging.getLogger(name).handlers}
-    for handler in handlers:
-        handler.addFilter(passes)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(passes)
-
-
-def _artifact_root(uri: str) -> Path | None:
-    """Folder beside a SQLite store's file; servers and other databases know their own place."""
-    if not uri.startswith("sqlite"):
-        return None
-    database = unquote(uri.partition("///")[2].partition("?")[0])
-    return Path(database).absolute().parent / "mlartifacts"
+def _of_key(key: str) -> str:
+    return f"tags.`{RUN_KEY_TAG}` = '{key}'"
 
 
 def _shorten(value: Any, limit: int) -> str:
-    text = str(value)
+    text = str(value).encode(errors="replace").decode()  # no data base takes half a surrogate pair
     return text if len(text) <= limit else text[: limit - len(TRUNCATED)] + TRUNCATED
 
 

@@ -6,8 +6,8 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from cluster.spool import Event, Progress, Spool
 BATCH_EVENTS = 500
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 30.0
+STALLED_S = 300.0
+MOST_STALLED = 4
 KEPT_NOTES = 20
 LONGEST_NOTE = 500
 
@@ -28,6 +30,10 @@ class RunsLostError(Exception):
     """The server no longer knows the runs; everything has to be sent again."""
 
 
+class GivenUpError(Exception):
+    """This attempt was given up while it waited; what it was doing is done again, or left to `jobs.sync`."""
+
+
 class Sink(Protocol):
     """Where events go. Sending an event twice must have the effect of sending it once."""
 
@@ -38,8 +44,41 @@ class Sink(Protocol):
         """Deliver events; raises RejectedError, RunsLostError, or anything else for what may work later."""
 
 
+OpenSink = Callable[[Callable[[], None]], AbstractContextManager[Sink]]
+"""(what to call before each request) → context that holds the sink."""
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One connection to the sink, in a thread of its own, so that it can be given up."""
+
+    busy_since: float | None = None
+    """Since when nothing was heard of the request under way; None while there is nothing to send."""
+
+    given_up: bool = False
+    finished: bool = False
+    """Whether all is sent, or the time is up: no further attempt is needed."""
+
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def alive(self) -> None:
+        """A request begins."""
+        if self.given_up:
+            raise GivenUpError
+        self.busy_since = time.monotonic()
+
+    def stalled(self, limit_s: float) -> bool:
+        """Whether one request has taken longer than that."""
+        since = self.busy_since
+        return since is not None and time.monotonic() - since > limit_s
+
+
 class Sender:
     """Reads events after the persisted offset and hands them to the sink.
+
+    A server that answers byte by byte resets a client's time-outs with each, and a driver of a data base may have none.
+    So each attempt has a thread of its own: one that hangs is given up, stays behind (a daemon: it holds no process
+    back) and changes nothing any more.
 
     Parameters
     ----------
@@ -50,9 +89,13 @@ class Sender:
     destination
         The server, without credentials.
     open_sink
-        Context that holds the sink; entered in the thread that sends, where slow imports do no harm.
+        Holds the sink; entered in the thread that sends, where slow imports do no harm.
     redact
         Removes credentials from an error's text.
+    settings
+        Entered once, around all attempts.
+    stalled_s
+        A request that takes longer is given up.
     """
 
     def __init__(
@@ -60,8 +103,11 @@ class Sender:
         spool: Spool,
         progress_path: Path,
         destination: str,
-        open_sink: Callable[[], AbstractContextManager[Sink]],
+        open_sink: OpenSink,
         redact: Callable[[str], str] = str,
+        *,
+        settings: Callable[[], AbstractContextManager[object]] = nullcontext,
+        stalled_s: float = STALLED_S,
     ) -> None:
         self.notes: list[str] = []
         """What the server rejected, newest last."""
@@ -76,7 +122,12 @@ class Sender:
         self._progress = Progress(destination)
         self._open_sink = open_sink
         self._redact = redact
+        self._settings = settings
+        self._stalled_s = stalled_s
+        self._stalled: list[threading.Thread] = []
         self._connected = False
+        self._given_up = False
+        self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._deadline = float("inf")
@@ -112,31 +163,76 @@ class Sender:
         self._closing.set()
         self._wake.set()
 
+    def give_up(self) -> None:
+        """From here on nothing is changed, whatever still hangs somewhere."""
+        with self._lock:
+            self._given_up = True
+
     def run(self, on_sent: Callable[[int], None] = lambda sent: None) -> None:
         """Send until closed; transient failures are retried with growing pauses."""
         pause_s = BACKOFF_FIRST_S
+        with self._settings():
+            while not self._given_up:
+                sent_before = self.sent
+                if self._room_for_an_attempt() and self._attempt(on_sent).finished:
+                    return
+                if self.sent > sent_before:
+                    pause_s = BACKOFF_FIRST_S
+                if not self._pause(pause_s):
+                    return
+                pause_s = min(2 * pause_s, BACKOFF_MOST_S)
+
+    def _room_for_an_attempt(self) -> bool:
+        """Whether few enough threads hang; each costs memory and a connection for as long as it does."""
+        self._stalled = [thread for thread in self._stalled if thread.is_alive()]
+        return len(self._stalled) < MOST_STALLED
+
+    def _attempt(self, on_sent: Callable[[int], None]) -> Attempt:
+        """Connect and send until something fails or hangs, or all is sent and the sender closed."""
+        attempt = Attempt(busy_since=time.monotonic())
+        thread = threading.Thread(target=self._work, args=(attempt, on_sent), name="tracking-attempt", daemon=True)
+        thread.start()
+        while not attempt.ended.wait(min(1.0, self._stalled_s / 4)):
+            if attempt.stalled(self._stalled_s):
+                with self._lock:  # once it has given up, it saves nothing any more
+                    attempt.given_up = True
+                    self.last_error = f"TimeoutError: no whole answer within {self._stalled_s:g} s"
+                self._stalled.append(thread)
+            if attempt.given_up or self._given_up:
+                break
+        return attempt
+
+    def _work(self, attempt: Attempt, on_sent: Callable[[int], None]) -> None:
+        """What an attempt's thread does."""
+        try:
+            with self._open_sink(attempt.alive) as sink:
+                self._connected = False
+                attempt.finished = self._send_until_closed(sink, attempt, on_sent)
+        except GivenUpError:
+            pass
+        except Exception as error:  # whatever the network, the server or its client comes up with
+            with self._lock:
+                if not attempt.given_up:
+                    self.last_error = self._line(f"{type(error).__name__}: {error}")
+        finally:
+            attempt.ended.set()
+
+    def _send_until_closed(self, sink: Sink, attempt: Attempt, on_sent: Callable[[int], None]) -> bool:
         while True:
-            try:
-                with self._open_sink() as sink:
-                    self._connected = False
-                    while True:
-                        self._wake.clear()
-                        closing = self._closing.is_set()
-                        sent = self._send_batch(sink)
-                        self.last_error = None
-                        pause_s = BACKOFF_FIRST_S
-                        on_sent(sent)
-                        if sent == 0:
-                            if closing:
-                                return
-                            self._wake.wait()
-                        if time.monotonic() > self._deadline:
-                            return
-            except Exception as error:  # whatever the network, the server or its client comes up with
-                self.last_error = self._line(f"{type(error).__name__}: {error}")
-            if not self._pause(pause_s):
-                return
-            pause_s = min(2 * pause_s, BACKOFF_MOST_S)
+            self._wake.clear()
+            closing = self._closing.is_set()
+            attempt.alive()
+            sent = self._send_batch(sink, attempt)
+            attempt.alive()
+            self.last_error = None
+            on_sent(sent)
+            if sent == 0:
+                if closing:
+                    return True
+                attempt.busy_since = None
+                self._wake.wait()
+            if time.monotonic() > self._deadline:
+                return True
 
     def _pause(self, pause_s: float) -> bool:
         """Wait before the next attempt; False once the deadline leaves no time for one."""
@@ -147,49 +243,60 @@ class Sender:
         time.sleep(max(0.0, min(BACKOFF_FIRST_S, left_s)))
         return left_s > BACKOFF_FIRST_S
 
-    def _send_batch(self, sink: Sink) -> int:
+    def _send_batch(self, sink: Sink, attempt: Attempt) -> int:
         """Deliver up to BATCH_EVENTS events; returns how many."""
-        if not self._connected and not self._connect(sink):
+        if not self._connected and not self._connect(sink, attempt):
             return 0
         batch = list(itertools.islice(self._spool.read(self._progress.offset), BATCH_EVENTS))
         if not batch:
             return 0
+        rejected: list[str] = []
         try:
-            self._deliver(sink, [event for event, _ in batch])
+            self._deliver(sink, [event for event, _ in batch], rejected)
         except RunsLostError:
-            self._save(Progress(self._progress.destination))
+            self._save(Progress(self._progress.destination), attempt)
             self._connected = False
             raise
-        self._save(replace(self._progress, offset=batch[-1][1]))
+        self._save(replace(self._progress, offset=batch[-1][1]), attempt)
+        # counted with the batch: one that is sent again rejects the same again
+        self.rejected += len(rejected)
+        self.notes = [*self.notes, *rejected][-KEPT_NOTES:]
         self.sent += len(batch)
         self._keep_steps(event for event, _ in batch)
         return len(batch)
 
-    def _connect(self, sink: Sink) -> bool:
+    def _connect(self, sink: Sink, attempt: Attempt) -> bool:
         first = next(self._spool.read(0), None)
         if first is None:
             return False
         runs = sink.connect(first[0], self._progress.runs)
-        self._save(replace(self._progress, runs=runs))
+        self._save(replace(self._progress, runs=runs), attempt)
         self._connected = True
         return True
 
-    def _deliver(self, sink: Sink, events: Sequence[Event]) -> None:
+    def _deliver(self, sink: Sink, events: Sequence[Event], rejected: list[str]) -> None:
         try:
             sink.send(events)
         except RejectedError as error:
             if len(events) == 1:
-                self.rejected += 1
-                self.notes = [*self.notes, self._line(f"{events[0].get('kind')}: {error}")][-KEPT_NOTES:]
+                rejected.append(self._line(f"{events[0].get('kind')}: {error}"))
                 return
             for event in events:  # one bad event must not take its neighbours with it
-                self._deliver(sink, [event])
+                self._deliver(sink, [event], rejected)
 
     def _line(self, text: str) -> str:
         """A message fit to be shown: one line, not too long, without credentials."""
         line = " ".join(self._redact(text).split())
         return line if len(line) <= LONGEST_NOTE else line[: LONGEST_NOTE - 1] + "…"
 
-    def _save(self, progress: Progress) -> None:
-        progress.save(self._progress_path)
-        self._progress = progress
+    def _save(self, progress: Progress, attempt: Attempt) -> None:
+        with self._lock:
+            if attempt.given_up or self._given_up:
+                raise GivenUpError
+            self._progress = progress
+            try:
+                progress.save(self._progress_path)
+            except OSError as error:
+                # a full disk: sending goes on, and what is sent again after a crash does no harm
+                note = self._line(f"{self._progress_path.name}: {error}")
+                self.notes = [*(kept for kept in self.notes if kept != note), note][-KEPT_NOTES:]

@@ -9,14 +9,17 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 Event = dict[str, Any]
 """One line of the spool. `kind` says which, `time_ms` when it happened; the rest belongs to the kind."""
 
 SPOOL_NAME = "events.jsonl"
 PROGRESS_NAME = "events.offset"
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
 
 
 class SpoolBusyError(RuntimeError):
@@ -28,7 +31,8 @@ class Spool:
 
     A line counts once its newline is written. What a crash left after the last newline is ignored by `read` and
     cut off by `open`. `append` hands the line to the operating system, so it survives the process; with
-    `sync=True` it is on the disk when the call returns.
+    `sync=True` it is on the disk when the call returns. What an `append` that failed has left, on a full disk, is cut
+    off by the next one.
 
     Parameters
     ----------
@@ -39,7 +43,9 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
+        self._end = 0
+        self._torn = False
 
     def open(self) -> Spool:
         """Take the file for this process alone and cut off a torn last line.
@@ -49,26 +55,41 @@ class Spool:
         SpoolBusyError
             Another process has it open.
         """
-        file = self.path.open("a+b")
+        file = self.path.open("a+b", buffering=0)  # no copy of ours that a full disk leaves in doubt
         try:
             _lock_file(file, self.path)
             _cut_torn_line(file)
         except BaseException:
             file.close()
             raise
-        self._file = file
+        self._file, self._end, self._torn = file, file.seek(0, os.SEEK_END), False
         return self
 
     def append(self, event: Event, *, sync: bool = False) -> None:
-        """Write one event. Numbers JSON has no word for (nan, inf) are written as strings."""
-        line = json.dumps(_finite(event), ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+        """Write one event. Numbers JSON has no word for (nan, inf) are written as strings.
+
+        Raises
+        ------
+        OSError
+            The disk is full or gone. The event is not in the spool; the next `append` is free to try again.
+        """
+        try:
+            text = _ENCODER.encode(event)
+        except ValueError:
+            text = _ENCODER.encode(_finite(event))
+        # half a surrogate pair, as in the name of a file that is no UTF-8, becomes its escape in JSON
+        line = text.encode(errors="backslashreplace") + b"\n"
         with self._lock:
             if self._file is None:
                 raise ValueError(f"expected an open spool, got a closed one: {self.path}")
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
+            if self._torn:
+                self._file.truncate(self._end)
+            self._torn = True
+            _write_all(self._file, line)
             if sync:
                 os.fsync(self._file.fileno())
+            self._torn = False
+            self._end += len(line)
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """Events from a byte offset on, each with the offset of the next. Needs no `open`.
@@ -126,7 +147,13 @@ class Progress:
         fresh.replace(path)
 
 
-def _lock_file(file: BinaryIO, path: Path) -> None:
+def _write_all(file: FileIO, line: bytes) -> None:
+    """Write a line, in as many pieces as the system takes it in."""
+    while line:
+        line = line[file.write(line) :]
+
+
+def _lock_file(file: FileIO, path: Path) -> None:
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -135,7 +162,7 @@ def _lock_file(file: BinaryIO, path: Path) -> None:
         return  # a file system without locks: two writers there are the user's to avoid
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
+def _cut_torn_line(file: FileIO) -> None:
     """Truncate a file after its last newline, reading backwards block by block."""
     position = file.seek(0, os.SEEK_END)
     while position > 0:
@@ -152,7 +179,7 @@ def _cut_torn_line(file: BinaryIO) -> None:
 def _parse(line: bytes) -> Event:
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         event = None
     return event if isinstance(event, dict) else {"kind": "unreadable"}
 

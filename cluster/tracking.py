@@ -2,7 +2,10 @@
 
 A background thread ships the spool to MLflow (`cluster.sender`, `cluster.mlflow_sink`). Training waits for it
 nowhere; a server that is away, slow or gone costs nothing but the delay. What was not sent when the job ends is
-sent by `python -m jobs.sync RUN_DIR`.
+sent by `python -m jobs.sync RUN_DIR`. A disk that is full or gone costs records, not the run.
+
+These calls are the controller's, in the job's own process. Ranks train in other processes and never come here: they
+hand events to the controller, see `cluster.report`.
 """
 
 from __future__ import annotations
@@ -10,27 +13,26 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import re
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from cluster.mlflow_sink import PARENT, LogModel, open_sink
-from cluster.sender import Sender
-from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
-from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
+from cluster.mlflow_session import mlflow_settings, open_sink
+from cluster.mlflow_sink import PARENT, LogModel
+from cluster.redaction import Redactor, redact
+from cluster.sender import STALLED_S, Sender
+from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
+from cluster.tracking_uri import URI_VARIABLE, check_uri
+from simmatch.config import Frozen, NonNegativeFloat, PositiveFloat
 
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-HIDDEN = "***"
-_USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
-_SECRET_QUERY = re.compile(r"([?&](?:password|passwd|pwd|token|secret|api_key|sig)=)[^&\s]+", re.IGNORECASE)
+LOST_TAG = "simmatch.lost_records"
+KEPT_EVENTS = 10_000
+"""Records kept in memory while the disk takes none; of more, the oldest metrics are lost."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -75,11 +77,19 @@ class Tracker:
     def __init__(self, run_dir: Path, config: TrackingConfig, log_model: LogModel | None = None) -> None:
         self.run_dir = run_dir.absolute()
         self.config = config
+        self._redact = Redactor(os.environ)
         self.uri = resolve_uri(config, self.run_dir)
         """Where events go; may hold credentials. `redact` it before showing it."""
+        self.seconds = 0.0
+        """That the controller has spent in calls that record something, since `start`."""
+        self.lost = 0
+        """Records that neither the spool nor MLflow will ever see: the disk was full for too long."""
         self._spool = Spool(self.run_dir / SPOOL_NAME)
         self._sender = make_sender(self._spool, self.uri, self.run_dir, config.timeout_s, log_model)
         self._thread: threading.Thread | None = None
+        self._unwritten: deque[tuple[Event, bool]] = deque()
+        self._disk_error: OSError | None = None
+        self._lost_told = 0
 
     def start(self, name: str, *, layers: int, tags: Mapping[str, Any] | None = None) -> None:
         """Open the spool and begin, or, where the spool already holds a run, go on with it.
@@ -92,6 +102,11 @@ class Tracker:
             Number of child runs, named `layer 0` and on.
         tags
             Tags of the parent run. `simmatch.attempts` is counted here.
+
+        Raises
+        ------
+        OSError
+            The run's folder cannot be written. Later on that raises no more, see `problems`.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._spool.open()
@@ -106,6 +121,8 @@ class Tracker:
             uri=self.uri,
             tags={"mlflow.user": _user(), **(tags or {})},
         )
+        if self._disk_error is not None:
+            raise self._disk_error
         self._sender.load()
         if self.config.enabled:
             self._thread = threading.Thread(target=self._sender.run, name="tracking-sender", daemon=True)
@@ -166,11 +183,18 @@ class Tracker:
         self._append("finish", sync=True, status=status)
 
     def close(self) -> int:
-        """Wait at most `flush_s` for the rest to be sent; returns how many events are left for `jobs.sync`."""
+        """Wait for the rest to be sent; returns how many events are left for `jobs.sync`.
+
+        Takes `flush_s` and one `timeout_s` at most, whatever the server does.
+        """
+        self._write()
+        self.lost += len(self._unwritten)
+        self._unwritten.clear()
         pending = 0
         if self._thread is not None:
             self._sender.close(self.config.flush_s)
             self._thread.join(self.config.flush_s + self.config.timeout_s)
+            self._sender.give_up()
             self._thread = None
             pending = self._sender.pending()
         self._spool.close()
@@ -193,13 +217,43 @@ class Tracker:
 
     @property
     def problems(self) -> list[str]:
-        """What the server rejected, and why the latest attempt failed, without credentials."""
-        return [*self._sender.notes, *([self._sender.last_error] if self._sender.last_error else [])]
+        """What the server rejected, what the disk did, and why the latest attempt failed, without credentials."""
+        found = list(self._sender.notes)
+        if self.lost:
+            found.append(f"{self.lost} records are lost, {SPOOL_NAME} could not be written: {self._disk_error}")
+        elif self._disk_error is not None:
+            found.append(f"{len(self._unwritten)} records wait in memory, {SPOOL_NAME}: {self._disk_error}")
+        return [*found, *([self._sender.last_error] if self._sender.last_error else [])]
 
     def _append(self, kind: str, time_s: float | None = None, *, sync: bool = False, **fields: Any) -> None:
+        started = time.monotonic()
         time_ms = round(1000 * (time.time() if time_s is None else time_s))
-        self._spool.append(_redact_all({"kind": kind, "time_ms": time_ms, **fields}), sync=sync)
+        if kind != "metrics":  # numbers and names only, and by far the most frequent
+            fields = self._redact.all(fields)
+        self._unwritten.append(({"kind": kind, "time_ms": time_ms, **fields}, sync))
+        self._write()
         self._sender.wake()
+        self.seconds += time.monotonic() - started
+
+    def _write(self) -> None:
+        """Hand to the spool what is not in it yet; where the disk refuses, keep what is newest for the next call."""
+        try:
+            while self._unwritten:
+                event, sync = self._unwritten[0]
+                self._spool.append(event, sync=sync)
+                self._unwritten.popleft()
+            if self.lost > self._lost_told:
+                self._spool.append(
+                    {"kind": "tags", "time_ms": round(1000 * time.time()), "values": {LOST_TAG: self.lost}}
+                )
+                self._lost_told = self.lost
+            self._disk_error = None if self.lost == 0 else self._disk_error
+        except OSError as error:
+            self._disk_error = error
+        while len(self._unwritten) > KEPT_EVENTS:
+            oldest = next((i for i, (event, _) in enumerate(self._unwritten) if event["kind"] == "metrics"), 0)
+            del self._unwritten[oldest]
+            self.lost += 1
 
     def _portable(self, path: Path) -> str:
         """Relative to the run directory where it lies inside, so that a moved directory can still be sent."""
@@ -207,47 +261,31 @@ class Tracker:
         return str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
 
 
-def make_sender(spool: Spool, uri: str, run_dir: Path, timeout_s: float, log_model: LogModel | None) -> Sender:
+def make_sender(
+    spool: Spool,
+    uri: str,
+    run_dir: Path,
+    timeout_s: float,
+    log_model: LogModel | None,
+    *,
+    stalled_s: float = STALLED_S,
+) -> Sender:
     """The sender of a run's spool to one MLflow server."""
-    sink = partial(open_sink, uri, run_dir, timeout_s, log_model)
-    return Sender(spool, run_dir / PROGRESS_NAME, redact(uri), sink, redact)
+    return Sender(
+        spool,
+        run_dir / PROGRESS_NAME,
+        redact(uri),
+        partial(open_sink, uri, run_dir, log_model),
+        Redactor(os.environ),
+        settings=partial(mlflow_settings, uri, timeout_s),
+        stalled_s=stalled_s,
+    )
 
 
 def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
     """The tracking URI in force: the configured one, the environment's, or a SQLite file beside `run_dir`."""
     uri = config.uri or os.environ.get(URI_VARIABLE) or f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
     return check_uri(uri)
-
-
-def check_uri(uri: str) -> str:
-    """Refuse what MLflow could never reach; a SQLite path comes back absolute.
-
-    Raises
-    ------
-    ConfigError
-        Names `tracking.uri`, what was expected and what was given.
-    """
-    scheme = uri.partition(":")[0].partition("+")[0].lower()
-    plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
-    if scheme not in {*SCHEMES, *plugins} - {"file"}:
-        raise _uri_error(f"a URI of scheme {', '.join(SCHEMES)}", uri)
-    if scheme in ("http", "https") and not _has_host(uri):
-        raise _uri_error(f"{scheme}://HOST[:PORT]", uri)
-    if scheme == "sqlite":
-        head, slashes, path = uri.partition(":///")
-        if not slashes or not path:
-            raise _uri_error("sqlite:///PATH", uri)
-        return f"{head}:///{Path(path).absolute()}"
-    return uri
-
-
-def redact(text: str) -> str:
-    """Hide user names, passwords and tokens of every URI in a text.
-
-    >>> redact("at https://ada:secret@mlflow.example/x?token=1")
-    'at https://***@mlflow.example/x?token=***'
-    """
-    return _SECRET_QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1{HIDDEN}@", text))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -266,28 +304,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield name, json.dumps(value, default=str)
         else:
             yield name, str(value)
-
-
-def _uri_error(expected: str, uri: str) -> ConfigError:
-    return ConfigError(f"tracking.uri: expected {expected}, got {redact(uri)!r}")
-
-
-def _has_host(uri: str) -> bool:
-    try:
-        parts = urlsplit(uri)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return False
-
-
-def _redact_all(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {key: _redact_all(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_redact_all(inner) for inner in value]
-    return value
 
 
 def _user() -> str:

@@ -71,13 +71,15 @@ class JobDisplay(Protocol):
         """Something to read."""
 
 
-MakeDisplay = Callable[[Console], JobDisplay]
+MakeDisplay = Callable[[Console, Callable[[str], str]], JobDisplay]
+"""(console, what removes from a text what must not be shown) → a display."""
 
 
 class TerminalDisplay:
     """A bar per phase, the present one moving."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, hide: Callable[[str], str] = str) -> None:
+        self._hide = hide
         self._progress = Progress(
             TextColumn("[bold]{task.description:<20}"),
             BarColumn(bar_width=24),
@@ -108,14 +110,14 @@ class TerminalDisplay:
         )
 
     def note(self, text: str) -> None:
-        self._progress.console.print(escape(without_control(text)), highlight=False)
+        self._progress.console.print(escape(without_control(self._hide(text))), highlight=False)
 
 
 class PlainDisplay:
     """Lines without control characters: one for every phase, and one every few seconds within it."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, hide: Callable[[str], str] = str) -> None:
+        self._console, self._hide = console, hide
         self._name, self._printed, self._started, self._first = "", "", 0.0, 0.0
         self._last = -PLAIN_EVERY_S
 
@@ -143,12 +145,12 @@ class PlainDisplay:
         self._last, self._printed = now, line
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self._print(self._hide(text))
 
     def _print(self, line: str) -> None:
         self._console.print(without_control(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def make_display(console: Console) -> JobDisplay:
-    """The display that suits the console."""
-    return TerminalDisplay(console) if console.is_terminal else PlainDisplay(console)
+def make_display(console: Console, hide: Callable[[str], str] = str) -> JobDisplay:
+    """The display that suits the console; `hide` removes from a note what must not be shown."""
+    return TerminalDisplay(console, hide) if console.is_terminal else PlainDisplay(console, hide)

@@ -25,6 +25,7 @@ from cluster.checkpoint import CheckpointError, Reader, read_manifest
 from cluster.config import RunConfig, public
 from cluster.controller import Controller, Record, RunFailed, RunStopped, summarise, write_json
 from cluster.mlflow_model import ModelLogger, load_exported
+from cluster.redaction import Redactor, one_line
 from cluster.spool import SPOOL_NAME, SpoolBusyError
 from cluster.storage import AnyPath
 from cluster.tracking import Status, Tracker
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_di
             check_checkpoint(config, start.resume)
         tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported))
     except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     return Job(config, dataset, start, tracker, console, make_display).run()
 
@@ -150,7 +151,8 @@ class Job:
         self._make_display = make_display
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
         self.run_dir = start.run_dir
-        self.mirror = Mirror(start.place, start.run_dir, lambda text: console.print(text, markup=False))
+        self._hide = Redactor(os.environ)
+        self.mirror = Mirror(start.place, start.run_dir, self._tell)
         self.started = time.monotonic()
         self.record = Record()
         self._controller: Controller | None = None
@@ -174,7 +176,7 @@ class Job:
         status: Status = "FAILED"
         message: str | None = None
         code = 1
-        with self._make_display(self.console) as display:
+        with self._make_display(self.console, self._hide) as display:
             display.note(self.start.note)
             if self.dataset.skipped:
                 display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
@@ -192,7 +194,7 @@ class Job:
                 _shut_down_ray()
                 self._finish(display, status, message)
         if message is not None:
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            print(f"error: {one_line(message)}", file=sys.stderr)
         return code
 
     def _train(self, display: JobDisplay) -> None:
@@ -215,6 +217,10 @@ class Job:
             self._controller, self.config = None, controller.config  # the mesh may have shrunk
         display.note("drawing figures and logging the model")
         self._look()
+
+    def _tell(self, text: str) -> None:
+        """A line of the mirror, which works beside the display."""
+        self.console.print(self._hide(text), markup=False, highlight=False, soft_wrap=True)
 
     def _watch_signals(self) -> None:
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -272,6 +278,7 @@ class Job:
     def _finish(self, display: JobDisplay, status: Status, message: str | None) -> None:
         """Truthful records, whatever happened."""
         seconds = time.monotonic() - self.started
+        message = None if message is None else self._hide(message)
         summary = summarise(
             self.config,
             self.record,
@@ -286,12 +293,14 @@ class Job:
         self.tracker.metrics(self.record.steps, final)
         self.tracker.finish(status)
         pending = self.tracker.close()
-        summary["mlflow_run_id"] = self.tracker.run_id
+        summary |= {"mlflow_run_id": self.tracker.run_id, "tracking_share": self.tracker.seconds / seconds}
         try:
             write_json(self.run_dir / "summary.json", summary)
         except OSError as error:  # what was learnt is in the checkpoints
             display.note(f"summary.json is not written: {error}")
         self.mirror.close()
+        if self.tracker.lost:
+            display.note(f"{self.tracker.lost} records are lost: the disk of {self.run_dir} was full")
         if pending:
             display.note(
                 f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {self.run_dir}"
@@ -358,7 +367,7 @@ def start_ray(cpus: int) -> str:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    return "embedded"
+    return "embedded" if os.environ["RAY_AUTH_MODE"] == "token" else "embedded, open to every process of this machine"
 
 
 def _shut_down_ray() -> None:

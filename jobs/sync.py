@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.mlflow_sink import PARENT
+from cluster.redaction import HIDDEN, one_line, redact
 from cluster.sender import Sender
 from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
-from cluster.tracking import HIDDEN, URI_VARIABLE, check_uri, make_sender, redact
+from cluster.tracking import make_sender
+from cluster.tracking_uri import URI_VARIABLE, check_uri
 from simmatch.config import ConfigError
 
 
@@ -31,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start, ended = _look_through(spool)
         uri = check_uri(options.uri or _recorded_uri(start))
         spool.open()
-    except (ConfigError, SpoolBusyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, SpoolBusyError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     try:
         sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported))

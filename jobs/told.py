@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,8 @@ class JsonDisplay:
     """One JSON object per line: `{"time", "note"}` or `{"time", "phase", "done", "total", …}`; repetitions are left
     out."""
 
-    def __init__(self, _: Console) -> None:
+    def __init__(self, _: Console, hide: Callable[[str], str]) -> None:
+        self._hide = hide
         self._last: dict[str, Any] = {}
 
     def __enter__(self) -> JsonDisplay:
@@ -34,7 +36,7 @@ class JsonDisplay:
 
     def note(self, text: str) -> None:
         self._last = {}  # a new group begins anew, even where it says the same
-        self._write({"note": text})
+        self._write({"note": self._hide(text)})
 
     @staticmethod
     def _write(values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from torch import nn
 
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.mlflow_sink import TRUNCATED, _shorten
+from cluster.redaction import redact
 from cluster.sender import RejectedError, RunsLostError, Sender
 from cluster.spool import Event, Progress, Spool, SpoolBusyError
-from cluster.tracking import Tracker, TrackingConfig, check_uri, flatten, redact, resolve_uri
+from cluster.tracking import Tracker, TrackingConfig, flatten, resolve_uri
+from cluster.tracking_uri import check_uri
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
 
@@ -126,7 +128,7 @@ class ScriptedSink:
         self.got += events
 
     @contextmanager
-    def opened(self) -> Iterator[ScriptedSink]:
+    def opened(self, alive: Callable[[], None]) -> Iterator[ScriptedSink]:
         yield self
 
 
@@ -536,6 +538,42 @@ def test_what_mlflow_cannot_take_is_noted_and_passed_over(store: Path, tmp_path:
     assert [note.partition(":")[0] for note in tracker.problems] == ["metrics", "metrics", "artifact", "model"]
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics) == ("FAILED", {"good": 2.0})
+
+
+def test_lines_that_are_no_events_are_noted_and_passed_over(store: Path, tmp_path: Path, client: Any) -> None:
+    """What a failing disk, or a hand, has put into the spool holds nothing up."""
+    tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False))
+    tracker.start("run", layers=1)
+    tracker.metrics(1, {"good": 1.0})
+    tracker.close()
+    strange: list[bytes] = [
+        b"garbage", b"[1]", b"\xff\xfe", b"[" * 100_000, b"{}", b'{"kind":"metrics"}',
+        b'{"kind":"metrics","time_ms":1,"step":1,"values":{"a":"no number"}}',
+        b'{"kind":"metrics","time_ms":1,"step":"x","values":{"a":1}}',
+        b'{"kind":"metrics","time_ms":1,"step":1,"values":[]}', b'{"kind":"metrics","layer":{},"values":{}}',
+        b'{"kind":"params","values":null}', b'{"kind":"finish","status":"GONE","time_ms":1}',
+        b'{"kind":"dataset","time_ms":1}', b'{"kind":"artifact","path":"/","folder":"","name":"x","time_ms":1}',
+    ]  # fmt: skip
+    with (tmp_path / "run" / "events.jsonl").open("ab") as file:
+        file.writelines(line + b"\n" for line in strange)
+    again = Tracker(tmp_path / "run", config_of(store, "strange"))
+    again.start("run", layers=1)
+    again.metrics(2, {"good": 2.0})
+    again.finish("FINISHED")
+    assert again.close() == 0
+    assert again._sender.rejected == len(strange)
+    run = client.get_run(again.run_id)
+    assert (run.info.status, [row[0] for row in history(client, again.run_id, "good")]) == ("FINISHED", [1, 2])
+
+
+def test_text_that_is_no_utf8_holds_nothing_up(store: Path, tmp_path: Path, client: Any) -> None:
+    tracker = Tracker(tmp_path / "run", config_of(store, "names"))
+    tracker.start("run", layers=0)
+    tracker.tags({"host": os.fsdecode(b"caf\xe9")})
+    tracker.metrics(1, {"good": 1.0})
+    assert (tracker.close(), tracker.problems) == (0, [])
+    run = client.get_run(tracker.run_id)
+    assert (run.data.tags["host"], run.data.metrics) == ("caf?", {"good": 1.0})
 
 
 def broken_model(path: str) -> nn.Module:

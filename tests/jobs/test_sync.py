@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import jobs.sync
 from cluster.spool import Spool
-from cluster.tracking import Tracker, TrackingConfig
+from cluster.tracking import Tracker, TrackingConfig, make_sender
 from jobs.sync import main
+from tests.outages import Outage, Proxy
 
 
 def record(run_dir: Path, uri: str, *, finish: bool = True) -> int:
@@ -75,6 +78,19 @@ def test_a_server_that_is_away_leaves_everything_for_later(
     assert out.startswith(f"{events} events sent to {store}")
     assert "shows it as running" in out
     assert err == ""
+
+
+def test_a_server_whose_answers_never_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each byte resets the client's time-outs."""
+    monkeypatch.setattr(jobs.sync, "make_sender", partial(make_sender, stalled_s=1.0))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    proxy = Proxy(0, Outage("drip", delay_s=0.2))
+    events = record(tmp_path / "drip", proxy.uri)
+    assert main([str(tmp_path / "drip"), "--wait", "0", "--timeout", "1"]) == 1
+    proxy.close()
+    assert f"{events} events are left; the latest attempt said: TimeoutError" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_spool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
