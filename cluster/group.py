@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -148,9 +148,8 @@ class WorkerGroup:
             if isinstance(error, GroupFailure):
                 raise
             failure = classify(error)
-            raise GroupFailure(
-                replace(failure, message=f"the Ray cluster did not {verb}: {failure.message}")
-            ) from error
+            message = f"the Ray cluster did not {verb}: {failure.message}"
+            raise GroupFailure(replace(failure, message=message)) from error
 
     def _rendezvous(self) -> None:
         """Rank 0 binds a store, all join it: on loopback where they share a machine."""
@@ -189,12 +188,9 @@ class WorkerGroup:
         """Actors answer without the head, but nothing could be replaced any more, and Ray would end this process."""
         assert self._head is not None
         if self._head.lost:
-            raise GroupFailure(
-                Failure(
-                    f"the head of the Ray cluster at {self._head.address} has not answered for {self._head.limit_s:g} s",
-                    lost=False,
-                )
-            )
+            where, limit_s = self._head.address, self._head.limit_s
+            message = f"the head of the Ray cluster at {where} has not answered for {limit_s:g} s"
+            raise GroupFailure(Failure(message, lost=False))
 
     def stop(self) -> None:
         """Ask all ranks to stop at a step that they agree on. Does not wait; their status tells."""
@@ -221,19 +217,22 @@ class WorkerGroup:
                 try:
                     results[rank] = ray.get(ref, timeout=self.config.heartbeat_s)
                 except RayError as error:
-                    failed.append(self._failure(rank, error))
+                    failed.append(self._failure(rank, verb, error))
                     deadline = min(deadline, time.monotonic() + self.config.heartbeat_s)
-        if failed:
-            # a rank that died explains what the others waited for in vain; a fault explains a rank that came late
-            raise GroupFailure(max(failed, key=lambda failure: failure.lost))
-        if waiting:
-            missing = ", ".join(self._name(rank) for rank in sorted(waiting.values()))
-            raise GroupFailure(Failure(f"{missing} did not {verb} within {limit_s:g} s", lost=True))
-        return [results[rank] for rank in ranks]
+        if not waiting and not failed:
+            return [results[rank] for rank in ranks]
+        missing = ", ".join(self._name(rank) for rank in sorted(waiting.values()))
+        late = f"{missing} did not {verb} within {limit_s:g} s" if waiting else ""
+        if not failed:
+            raise GroupFailure(Failure(late, lost=True))
+        # a fault would come again and explains those that are late; a loss is explained by them, or by what came first
+        failure = min(failed, key=lambda failure: failure.lost)
+        told = (late, failure.message) if failure.lost else (failure.message, late)
+        raise GroupFailure(replace(failure, message="; ".join(filter(None, told))))
 
-    def _failure(self, rank: int, error: RayError) -> Failure:
+    def _failure(self, rank: int, verb: str, error: RayError) -> Failure:
         failure = classify(error)
-        how = "was lost" if failure.lost else "failed"
+        how = f"could not {verb}" if isinstance(error, RayTaskError) else "was lost" if failure.lost else "failed"
         return replace(failure, message=f"{self._name(rank)} {how}: {failure.message}")
 
     def _name(self, rank: int) -> str:
