@@ -33,6 +33,9 @@ Result = TypeVar("Result")
 LEASES = 2.0
 """How long a rank outlives its controller, over the longest pause that a controller which is well makes."""
 
+MOST_NAMED = 3
+"""Nodes that are gone, in one message."""
+
 END_S = 10.0
 """Longest wait for Ray to take back actors and places at the end of a group."""
 
@@ -105,7 +108,8 @@ class WorkerGroup:
             raise GroupFailure(
                 Failure(
                     f"no place for {self.world_size} ranks of {bundle} within {limit_s:g} s; "
-                    f"free now: { {kind: free.get(kind, 0.0) for kind in bundle} }{shortage(bundle, nodes)}",
+                    f"free now: { {kind: free.get(kind, 0.0) for kind in bundle} }; "
+                    f"{shortage(bundle, self.world_size, nodes)}",
                     lost=True,
                     fits=room_for(bundle, free, nodes),
                 )
@@ -278,14 +282,25 @@ def fitting(bundle: dict[str, float], resources: dict[str, float]) -> int:
     return min(int(resources.get(kind, 0.0) // amount) for kind, amount in bundle.items())
 
 
-def shortage(bundle: dict[str, float], nodes: list[dict[str, Any]]) -> str:
-    """What the cluster has, for a message: nodes that are alive, with what they hold, and those that are gone."""
+def shortage(bundle: dict[str, float], ranks: int, nodes: list[dict[str, Any]]) -> str:
+    """What the cluster has and lacks, for a message.
+
+    >>> node = {"Alive": True, "NodeManagerAddress": "10.0.0.7", "Resources": {"CPU": 3.0}}
+    >>> shortage({"CPU": 2.0}, 2, [node, {"Alive": False, "NodeManagerAddress": "10.0.0.8", "Resources": {}}])
+    'nodes: 10.0.0.7 with 3 CPU; gone: 10.0.0.8; 1 rank more than there is room for'
+    """
     alive = [node for node in nodes if node["Alive"]]
-    gone = [node for node in nodes if not node["Alive"]]
-    held = ", ".join(
+    held = [
         f"{node['NodeManagerAddress']} with "
-        + ", ".join(f"{node['Resources'].get(kind, 0.0):g} {kind}" for kind in bundle)
+        + " and ".join(f"{node['Resources'].get(kind, 0.0):g} {kind}" for kind in bundle)
         for node in alive
-    )
-    missing = ", ".join(sorted({node["NodeManagerAddress"] for node in gone}))
-    return f"; nodes: {held or 'none'}" + (f"; gone: {missing}" if gone else "")
+    ]
+    # Ray remembers every node that there ever was
+    gone = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in alive})
+    parts = [f"nodes: {', '.join(held) or 'none'}"]
+    if gone:
+        parts.append(f"gone: {', '.join(gone[:MOST_NAMED])}{' and more' if len(gone) > MOST_NAMED else ''}")
+    lacking = ranks - sum(fitting(bundle, node["Resources"]) for node in alive)
+    if lacking > 0:
+        parts.append(f"{lacking} rank{'s' if lacking > 1 else ''} more than there is room for")
+    return "; ".join(parts)
