@@ -78,6 +78,7 @@ class WorkerGroup:
             A rank did not come up in time.
         """
         self._head = Head(ray.get_runtime_context().gcs_address, self.config.heartbeat_s)
+        self._check_own_node()
         self._place()
         self._ask("start actors", self._create)
         addresses = self._addresses()
@@ -87,6 +88,12 @@ class WorkerGroup:
             self._rendezvous()
         threads = self.config.threads_per_rank or self._threads()
         self._gather([actor.begin.remote(threads) for actor in self._actors], "begin")
+
+    def _check_own_node(self) -> None:
+        """A driver whose own node is gone owns nothing any more: Ray ends every actor that it makes."""
+        own = ray.get_runtime_context().get_node_id()
+        if any(node["NodeID"] == own and not node["Alive"] for node in self._ask("list its nodes", ray.nodes)):
+            raise GroupFailure(Failure("the Ray node that this job's driver runs on is gone", lost=False))
 
     def _place(self) -> None:
         bundle = {"CPU": float(self.config.cpus_per_rank)}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +55,6 @@ class Nodes:
         raylet = psutil.Process(pid).ppid()
         (node,) = [node for node in self.cluster.worker_nodes if self.raylet(node) == raylet]
         self.cluster.remove_node(node, allow_graceful=False)
-
-    @contextmanager
-    def another(self, folder: Path, after_s: float) -> Iterator[Callable[[], None]]:
-        """A node more once its time has come, from the moment on that this is called; gone with the block."""
-        ray = f"{sys.executable} -m ray.scripts.scripts start --block --num-cpus=1 --disable-usage-stats"
-        words = f"sleep {after_s}; exec {ray} --address={self.cluster.address} --node-ip-address=127.0.0.1"
-        log = folder / "node.log"
-        started: list[subprocess.Popen[bytes]] = []
-
-        def start() -> None:
-            with log.open("w") as output:
-                started.append(subprocess.Popen(["sh", "-c", words], stdout=output, stderr=output))
-
-        try:
-            yield start
-        finally:
-            for process in started:
-                everything = psutil.Process(process.pid).children(recursive=True)
-                process.terminate()
-                process.wait(20)
-                assert_gone([child.pid for child in everything])
 
     @staticmethod
     def raylet(node: Any) -> int:
@@ -161,10 +138,14 @@ def test_a_node_that_comes_back_is_waited_for(
     nodes: Nodes, digits_config: ConfigMaker, undisturbed: Path, tmp_path: Path, record_property: Record
 ) -> None:
     scene = Scene(nodes, digits_config(2, cluster=limits()), tmp_path)
-    with nodes.another(tmp_path, after_s=5.0) as start:
-        scene.watcher.once(lambda: scene.watcher.committed(CHECKPOINT), start)
-        record = scene.controller.run()
-        assert_gone(scene.watcher.pids)
+    with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread only
+        running = pool.submit(scene.controller.run)
+        while not scene.removed:
+            assert not running.done(), running.result()
+            time.sleep(0.1)
+        time.sleep(5.0)
+        nodes.add()
+        record = running.result()
     scene.figures(record_property)
     (told,) = scene.watcher.restarts()
     assert told.startswith(f"rank 1 (pid {scene.watcher.pids[1]} on ")
@@ -173,6 +154,7 @@ def test_a_node_that_comes_back_is_waited_for(
     assert record.steps == 22
     assert scene.controller.config.mesh.channel == 2
     assert model(tmp_path).read_bytes() == model(undisturbed).read_bytes()
+    assert_gone(scene.watcher.pids)
 
 
 def test_where_it_does_not_the_run_goes_on_with_the_shards_that_fit(
