@@ -78,11 +78,12 @@ def nodes() -> Iterator[Nodes]:
 
     found = Nodes()
     ray.init(address=found.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    processes = psutil.Process().children(recursive=True)
+    heads = [found.cluster.head_node.all_processes[kind][0].process.pid for kind in ("gcs_server", "raylet")]
+    processes = [*heads, *(child.pid for pid in heads for child in psutil.Process(pid).children(recursive=True))]
     yield found
     ray.shutdown()
     found.cluster.shutdown()
-    assert_gone([process.pid for process in processes if "ray" in process.name()])
+    assert_gone(processes)
 
 
 @pytest.fixture(autouse=True)
