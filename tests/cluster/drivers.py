@@ -15,9 +15,13 @@ import psutil
 import yaml
 
 from cluster.config import RunConfig
+from tests.cluster.actors import assert_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_S = 240.0
+
+AGENTS_S = 90.0
+"""Two agents of Ray's on every node wait for the head of a cluster that is gone for 60 s, and end then."""
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -108,3 +112,28 @@ class Driver:
     def descendants(self) -> list[int]:
         """Of this process, now."""
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+
+
+class Lasting:
+    """A Ray cluster of one node with two CPUs that outlives its drivers."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 2, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+        self.env = environment(RAY_ADDRESS=self.cluster.address, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        raylet = psutil.Process(self._process("raylet").pid)
+        self.pids = [raylet.pid, *(child.pid for child in raylet.children(recursive=True))]
+
+    def kill(self, kind: str) -> None:
+        """SIGKILL for `gcs_server` or `raylet`; waited for, since a zombie still counts as a parent."""
+        self._process(kind).kill()
+        self._process(kind).wait()
+
+    def _process(self, kind: str) -> subprocess.Popen[bytes]:
+        return self.cluster.head_node.all_processes[kind][0].process
+
+    def shut_down(self) -> None:
+        self.cluster.shutdown()
+        assert_gone(self.pids, AGENTS_S)
