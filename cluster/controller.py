@@ -30,7 +30,7 @@ from cluster.policy import LOWER, Failure, FailurePolicy, Restart, Stop
 from cluster.spool import Spool
 from cluster.storage import AnyPath
 from cluster.training import Assignment
-from cluster.worker import Place, Status
+from cluster.worker import Place, Status, stalled
 
 SETTLE_S = 1.0
 """Longest pause of a round for a commit: a disk takes milliseconds, and what takes longer goes on beside the rounds."""
@@ -277,6 +277,9 @@ class Controller:
             # a fault of the program explains the peers that were lost through it
             failure = min(failures, key=lambda failure: failure.lost)
             return False, self._name_missing(failure, statuses) if failure.lost else failure
+        stall = stalled(statuses, self.config.cluster.stall_timeout_s)
+        if stall is not None:
+            return False, stall
         done = all(status.done for status in statuses)
         if done and any(status.stopped for status in statuses):
             raise RunStopped(self._newest())

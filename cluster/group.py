@@ -7,19 +7,37 @@ names the ranks that are missing.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.network import LOOPBACK
+from cluster.config import GroupConfig
+from cluster.failures import classify
+from cluster.limits import within
+from cluster.network import LOOPBACK, Head
 from cluster.policy import Failure
 from cluster.training import Assignment
 from cluster.worker import Place, Status, Worker
 from simmatch.config import ConfigError
+
+Result = TypeVar("Result")
+
+LEASES = 2.0
+"""How long a rank outlives its controller, over the longest pause that a controller which is well makes."""
+
+MOST_NAMED = 3
+"""Nodes that are gone, in one message."""
+
+END_S = 10.0
+"""Longest wait for Ray to take back actors and places at the end of a group."""
 
 
 class GroupFailure(RuntimeError):
@@ -47,6 +65,7 @@ class WorkerGroup:
         self._placement: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._seen = [0] * self.world_size
+        self._head: Head | None = None
 
     def start(self) -> None:
         """Place the actors, let them meet, and begin to train.
@@ -58,8 +77,10 @@ class WorkerGroup:
         GroupFailure
             A rank did not come up in time.
         """
+        self._head = Head(ray.get_runtime_context().gcs_address, self.config.heartbeat_s)
+        self._check_own_node()
         self._place()
-        self._create()
+        self._ask("start actors", self._create)
         addresses = self._addresses()
         calls = [actor.describe.remote(address) for actor, address in zip(self._actors, addresses, strict=True)]
         self.places = self._gather(calls, "start")
@@ -68,11 +89,17 @@ class WorkerGroup:
         threads = self.config.threads_per_rank or self._threads()
         self._gather([actor.begin.remote(threads) for actor in self._actors], "begin")
 
+    def _check_own_node(self) -> None:
+        """A driver whose own node is gone owns nothing any more: Ray ends every actor that it makes."""
+        own = ray.get_runtime_context().get_node_id()
+        if any(node["NodeID"] == own and not node["Alive"] for node in self._ask("list its nodes", ray.nodes)):
+            raise GroupFailure(Failure("the Ray node that this job's driver runs on is gone", lost=False))
+
     def _place(self) -> None:
         bundle = {"CPU": float(self.config.cpus_per_rank)}
         if self.assignment.config.device == "cuda":
             bundle["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        total = self._ask("tell its resources", ray.cluster_resources)
         for kind, amount in bundle.items():
             # a cluster that has held the group before may have lost a node for a while
             if total.get(kind, 0.0) < amount * self.world_size and self.assignment.generation == 0:
@@ -80,15 +107,18 @@ class WorkerGroup:
                     f"mesh: expected a cluster with at least {amount * self.world_size:g} {kind} "
                     f"for {self.world_size} ranks, got one with {total.get(kind, 0.0):g}"
                 )
-        self._placement = placement_group([bundle] * self.world_size, strategy="PACK")
-        if not self._placement.wait(self.config.start_timeout_s):
-            free = ray.available_resources()  # type: ignore[no-untyped-call]
+        self._placement = self._ask("make places", lambda: placement_group([bundle] * self.world_size, strategy="PACK"))
+        limit_s = self.config.start_timeout_s
+        if not self._ask("find places", partial(self._placement.wait, limit_s), limit_s):
+            free = self._ask("tell its resources", ray.available_resources)
+            nodes = self._ask("list its nodes", ray.nodes)
             raise GroupFailure(
                 Failure(
-                    f"no place for {self.world_size} ranks of {bundle} within {self.config.start_timeout_s:g} s; "
-                    f"free now: { {kind: free.get(kind, 0.0) for kind in bundle} }",
+                    f"no place for {self.world_size} ranks of {bundle} within {limit_s:g} s; "
+                    f"free now: { {kind: free.get(kind, 0.0) for kind in bundle} }; "
+                    f"{shortage(bundle, self.world_size, nodes)}",
                     lost=True,
-                    fits=room_for(bundle, free),
+                    fits=room_for(bundle, free, nodes),
                 )
             )
 
@@ -103,12 +133,34 @@ class WorkerGroup:
             options = {"num_cpus": self.config.cpus_per_rank, "num_gpus": gpus, "max_restarts": 0}
             actor = actor_class.options(scheduling_strategy=strategy, **options)
             self._actors.append(actor.remote(replace(self.assignment, rank=rank)))
+            self._actors[-1].expire_after.remote(lease_s(self.config))
 
     def _addresses(self) -> list[str]:
-        """Address of the node that each rank was placed on."""
-        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}  # type: ignore[no-untyped-call]
-        placed = ray.util.placement_group_table(self._placement)["bundles_to_node_id"]
-        return [nodes[placed[rank]] for rank in range(self.world_size)]
+        """Address of the node that each rank was placed on.
+
+        A node that has been lost in the meantime is no more in the table of places, or is not there to be asked.
+        """
+        nodes = {node["NodeID"]: node for node in self._ask("list its nodes", ray.nodes) if node["Alive"]}
+        table = self._ask("tell places", partial(ray.util.placement_group_table, self._placement))
+        placed = table.get("bundles_to_node_id", {})
+        gone = [rank for rank in range(self.world_size) if placed.get(rank) not in nodes]
+        if gone:
+            names = ", ".join(str(rank) for rank in gone)
+            raise GroupFailure(Failure(f"rank {names} was lost: its node is gone before it started", lost=True))
+        return [nodes[placed[rank]]["NodeManagerAddress"] for rank in range(self.world_size)]
+
+    def _ask(self, verb: str, call: Callable[[], Result], limit_s: float = 0.0) -> Result:
+        """A question to Ray's control service, which has no limit of its own beyond the call's `limit_s`."""
+        try:
+            return within(limit_s + self.config.heartbeat_s, verb, call)
+        except TimeoutError as error:
+            raise GroupFailure(Failure(f"the Ray cluster did not {error}", lost=False)) from error
+        except (RayError, ConnectionError, KeyError, RuntimeError) as error:
+            if isinstance(error, GroupFailure):
+                raise
+            failure = classify(error)
+            message = f"the Ray cluster did not {verb}: {failure.message}"
+            raise GroupFailure(replace(failure, message=message)) from error
 
     def _rendezvous(self) -> None:
         """Rank 0 binds a store, all join it: on loopback where they share a machine."""
@@ -135,12 +187,21 @@ class WorkerGroup:
         Raises
         ------
         GroupFailure
-            A rank died, or did not answer within the heartbeat.
+            A rank died, or did not answer within the heartbeat; or the head of Ray's cluster did not.
         """
         refs = [actor.poll.remote(seen) for actor, seen in zip(self._actors, self._seen, strict=True)]
         statuses: list[Status] = self._gather(refs, "answer", limit_s=self.config.heartbeat_s)
+        self._check_head()
         self._seen = [seen + len(status.events) for seen, status in zip(self._seen, statuses, strict=True)]
         return statuses
+
+    def _check_head(self) -> None:
+        """Actors answer without the head, but nothing could be replaced any more, and Ray would end this process."""
+        assert self._head is not None
+        if self._head.lost:
+            where, limit_s = self._head.address, self._head.limit_s
+            message = f"the head of the Ray cluster at {where} has not answered for {limit_s:g} s"
+            raise GroupFailure(Failure(message, lost=False))
 
     def stop(self) -> None:
         """Ask all ranks to stop at a step that they agree on. Does not wait; their status tells."""
@@ -150,28 +211,40 @@ class WorkerGroup:
     def _gather(
         self, refs: list[Any], verb: str, ranks: list[int] | None = None, limit_s: float | None = None
     ) -> list[Any]:
-        """Results of one call per rank, or a failure that names the ranks which did not deliver."""
+        """Results of one call per rank, or a failure that names the ranks which did not deliver.
+
+        Once one of them has failed the others get no more than the heartbeat: they may be waiting for it.
+        """
         limit_s = limit_s or self.config.start_timeout_s
         ranks = ranks or list(range(len(refs)))
-        _, late = ray.wait(refs, num_returns=len(refs), timeout=limit_s)
-        if late:
-            missing = ", ".join(self._name(rank) for rank, ref in zip(ranks, refs, strict=True) if ref in late)
-            raise GroupFailure(Failure(f"{missing} did not {verb} within {limit_s:g} s", lost=True))
-        results: list[Any] = []
+        deadline = time.monotonic() + limit_s
+        results: dict[int, Any] = {}
         failed: list[Failure] = []
-        for rank, ref in zip(ranks, refs, strict=True):
-            try:
-                results.append(ray.get(ref, timeout=limit_s))
-            except (RayActorError, GetTimeoutError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                failed.append(Failure(f"{self._name(rank)} was lost: {reason}", lost=True))
-            except RayTaskError as error:
-                cause = error.cause if error.cause is not None else error
-                failed.append(Failure(f"{self._name(rank)} failed: {cause}", lost=False))
-        if failed:
-            # a rank that died explains what the others waited for in vain
-            raise GroupFailure(max(failed, key=lambda failure: failure.lost))
-        return results
+        waiting = dict(zip(refs, ranks, strict=True))
+        while waiting and (left_s := deadline - time.monotonic()) > 0:
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left_s)
+            for ref in ready:
+                rank = waiting.pop(ref)
+                try:
+                    results[rank] = ray.get(ref, timeout=self.config.heartbeat_s)
+                except RayError as error:
+                    failed.append(self._failure(rank, verb, error))
+                    deadline = min(deadline, time.monotonic() + self.config.heartbeat_s)
+        if not waiting and not failed:
+            return [results[rank] for rank in ranks]
+        missing = ", ".join(self._name(rank) for rank in sorted(waiting.values()))
+        late = f"{missing} did not {verb} within {limit_s:g} s" if waiting else ""
+        if not failed:
+            raise GroupFailure(Failure(late, lost=True))
+        # a fault would come again and explains those that are late; a loss is explained by them, or by what came first
+        failure = min(failed, key=lambda failure: failure.lost)
+        told = (late, failure.message) if failure.lost else (failure.message, late)
+        raise GroupFailure(replace(failure, message="; ".join(filter(None, told))))
+
+    def _failure(self, rank: int, verb: str, error: RayError) -> Failure:
+        failure = classify(error)
+        how = f"could not {verb}" if isinstance(error, RayTaskError) else "was lost" if failure.lost else "failed"
+        return replace(failure, message=f"{self._name(rank)} {how}: {failure.message}")
 
     def _name(self, rank: int) -> str:
         if not self.places:
@@ -180,19 +253,61 @@ class WorkerGroup:
         return f"rank {rank} (pid {place.pid} on {place.host})"
 
     def end(self) -> None:
-        """Kill the actors and give their places back; a broken group is never asked to clean up after itself."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
+        """Kill the actors and give their places back; a broken group is never asked to clean up after itself.
+
+        Waits `END_S` at most: without the head nobody takes them back, and ranks end by themselves (`lease_s`).
+        """
+        actors, placement = self._actors, self._placement
+        self._actors, self._placement = [], None
+        if self._head is not None and self._head.lost:
+            return
+
+        def give_back() -> None:
+            for actor in actors:
+                ray.kill(actor)
+            if placement is not None:
+                remove_placement_group(placement)
+
+        with suppress(TimeoutError, RayError, ConnectionError):
+            within(END_S, "take back a group", give_back)
 
 
-def room_for(bundle: dict[str, float], free: dict[str, float]) -> int:
+def lease_s(config: GroupConfig) -> float:
+    """Seconds without a word from the controller after which a rank ends itself: longer than any pause between two
+    calls, since while ranks start and meet all wait for the slowest."""
+    return LEASES * max(config.heartbeat_s, config.collective_timeout_s, config.start_timeout_s)
+
+
+def room_for(bundle: dict[str, float], free: dict[str, float], nodes: list[dict[str, Any]]) -> int:
     """How many bundles the nodes that are alive have room for: at most what is free in the cluster, node by node."""
-    on_nodes = 0
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if node["Alive"]:
-            on_nodes += min(int(node["Resources"].get(kind, 0.0) // amount) for kind, amount in bundle.items())
-    return min([on_nodes, *(int(free.get(kind, 0.0) // amount) for kind, amount in bundle.items())])
+    on_nodes = sum(fitting(bundle, node["Resources"]) for node in nodes if node["Alive"])
+    return min(on_nodes, fitting(bundle, free))
+
+
+def fitting(bundle: dict[str, float], resources: dict[str, float]) -> int:
+    """How many bundles these resources are."""
+    return min(int(resources.get(kind, 0.0) // amount) for kind, amount in bundle.items())
+
+
+def shortage(bundle: dict[str, float], ranks: int, nodes: list[dict[str, Any]]) -> str:
+    """What the cluster has and lacks, for a message.
+
+    >>> node = {"Alive": True, "NodeManagerAddress": "10.0.0.7", "Resources": {"CPU": 3.0}}
+    >>> shortage({"CPU": 2.0}, 2, [node, {"Alive": False, "NodeManagerAddress": "10.0.0.8", "Resources": {}}])
+    'nodes: 10.0.0.7 with 3 CPU; gone: 10.0.0.8; 1 rank more than there is room for'
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    held = [
+        f"{node['NodeManagerAddress']} with "
+        + " and ".join(f"{node['Resources'].get(kind, 0.0):g} {kind}" for kind in bundle)
+        for node in alive
+    ]
+    # Ray remembers every node that there ever was
+    gone = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in alive})
+    parts = [f"nodes: {', '.join(held) or 'none'}"]
+    if gone:
+        parts.append(f"gone: {', '.join(gone[:MOST_NAMED])}{' and more' if len(gone) > MOST_NAMED else ''}")
+    lacking = ranks - sum(fitting(bundle, node["Resources"]) for node in alive)
+    if lacking > 0:
+        parts.append(f"{lacking} rank{'s' if lacking > 1 else ''} more than there is room for")
+    return "; ".join(parts)

@@ -6,23 +6,25 @@ the controller, and the controller's calls are answered while it computes.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import threading
+import time
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint import DamagedError
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
+from cluster.failures import classify
 from cluster.network import interface_of
 from cluster.policy import Failure
-from cluster.storage import StorageError
-from cluster.training import Assignment, Stopped, Training, TrainingFault
+from cluster.training import Assignment, Stopped, Training
 from simmatch.exchange import IDENTITY, Exchange
 
 
@@ -45,6 +47,8 @@ class Status:
     events: those from number `first` on that were asked for.
     num_exchanges: exchanges started; a rank that falls behind the others is the one they wait for.
     stopped: it is done because it was asked to stop, and has written what it knows.
+    idle_s: since a poll last found that its training thread had moved: started or ended an exchange, reported an event
+        or progress. A peer that waits in an exchange is idle as well; see `stalled`.
     """
 
     rank: int
@@ -54,17 +58,47 @@ class Status:
     events: list[dict[str, Any]]
     num_exchanges: int
     stopped: bool = False
+    idle_s: float = 0.0
+
+
+def stalled(statuses: Sequence[Status], limit_s: float) -> Failure | None:
+    """A loss, where a rank that is not done has not moved for longer than the limit; it names who holds up the rest.
+
+    The ranks that have started the fewest exchanges are those that the others wait for. No exchange ends the wait for
+    a rank that is alone, or for ranks that are all stuck outside of one.
+    """
+    idle = [status for status in statuses if not status.done and status.idle_s > limit_s]
+    if not idle:
+        return None
+    least = min(status.num_exchanges for status in idle)
+    culprits = [status for status in idle if status.num_exchanges == least]
+    names = ", ".join(str(status.rank) for status in culprits)
+    latest = culprits[0].progress
+    where = f"layer {latest['layer']}, " if "layer" in latest else ""
+    phase = f"{where}{latest.get('phase', 'start')} {latest.get('done', 0)}/{latest.get('total', 0)}"
+    return Failure(f"rank {names} has not moved for {limit_s:g} s ({phase}, exchange {least})", lost=True)
 
 
 @dataclass
 class Outbox:
-    """Implements `cluster.report.Report`: filled by the training thread, emptied by polls."""
+    """Implements `cluster.report.Report`: filled by the training thread, emptied by polls.
+
+    Attributes
+    ----------
+    beats: signs of life so far.
+    """
 
     events: list[dict[str, Any]] = field(default_factory=list)
     latest: dict[str, Any] = field(default_factory=dict)
     stopping: bool = False
+    beats: int = 0
+
+    def beat(self) -> None:
+        """The training thread has moved: for steps that have nothing else to tell."""
+        self.beats += 1
 
     def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
+        self.beat()
         self.latest = {"phase": phase, "done": done, "total": total, **metrics}
 
     def event(self, kind: str, **content: Any) -> None:
@@ -90,9 +124,26 @@ class Worker:
         self._done = self._stopped = False
         self._failure: Failure | None = None
         self._thread: threading.Thread | None = None
+        self._lease_s: float | None = None
+        self._mark: tuple[int, ...] = ()
+        self._moved = time.monotonic()
+
+    def expire_after(self, lease_s: float) -> None:
+        """End this process once the controller has called nothing for so long: it is gone, or a new group has come.
+
+        A rank that is cut off, or whose driver was killed, must neither live for ever nor go on to write. The timer is
+        the standard library's, outside of Python: it also ends a process whose interpreter is stuck.
+        """
+        self._lease_s = lease_s
+        self._renew()
+
+    def _renew(self) -> None:
+        if self._lease_s is not None:
+            faulthandler.dump_traceback_later(self._lease_s, exit=True, file=2)
 
     def describe(self, address: str) -> Place:
         """Where this rank runs, on the node with this address. Checks that the run directory can be reached."""
+        self._renew()
         directory = self.assignment.run_dir
         if isinstance(directory, Path) and not directory.is_dir():
             raise FileNotFoundError(
@@ -103,12 +154,14 @@ class Worker:
 
     def bind(self, interface: str | None, address: str) -> tuple[str, int]:
         """Rank 0: bind the store of the rendezvous on a free port. Returns its address and port."""
+        self._renew()
         _, own = interface_of(interface, address)
         self._store, port = open_store(own, self.assignment.config.cluster.start_timeout_s)
         return own, port
 
     def join(self, interface: str | None, address: str, store: tuple[str, int]) -> None:
         """Meet the other ranks. Blocks until all have come or the time is up."""
+        self._renew()
         config = self.assignment.config
         name, _ = interface_of(interface, address)
         # read by gloo and nccl when the group is made: there is no argument for it
@@ -126,6 +179,8 @@ class Worker:
 
     def begin(self, threads: int) -> None:
         """Start to train, in a thread; returns at once."""
+        self._renew()
+        self._moved = time.monotonic()
         self._thread = threading.Thread(target=self._run, args=(threads,), name="training", daemon=True)
         self._thread.start()
 
@@ -135,6 +190,7 @@ class Worker:
 
     def poll(self, first: int) -> Status:
         """How things stand, with the events from number `first` on."""
+        self._renew()
         done, failure = self._done, self._failure  # read before the events: none is missed when it is the last poll
         return Status(
             rank=self.assignment.rank,
@@ -144,7 +200,17 @@ class Worker:
             events=self._outbox.events[first:],
             num_exchanges=self._exchange.num_exchanges,
             stopped=self._stopped,
+            idle_s=self._idle_s(),
         )
+
+    def _idle_s(self) -> float:
+        """See `Status`: what the training thread counts anyway is compared from poll to poll, so it pays nothing."""
+        exchange, outbox = self._exchange, self._outbox
+        mark = (exchange.num_exchanges, getattr(exchange, "num_completed", 0), outbox.beats, len(outbox.events))
+        now = time.monotonic()
+        if mark != self._mark:
+            self._mark, self._moved = mark, now
+        return now - self._moved
 
     def _device(self) -> torch.device:
         if self.assignment.config.device == "cuda" and not torch.cuda.is_available():
@@ -161,12 +227,9 @@ class Worker:
         except Stopped:
             self._stopped = True
         except PeerTimeout as error:
-            self._failure = Failure(str(error).splitlines()[0], lost=True)
-        except (DamagedError, StorageError) as error:  # a new group looks again for what can be read
-            self._failure = Failure(f"rank {self.assignment.rank}: {error}", lost=True)
+            self._failure = classify(error)  # its message names the rank
         except Exception as error:
             self._outbox.event("traceback", text=traceback.format_exc())
-            message = f"rank {self.assignment.rank}: {type(error).__name__}: {error}"
-            diverged = isinstance(error, TrainingFault) and error.diverged
-            self._failure = Failure(message, lost=False, diverged=diverged)
+            failure = classify(error)
+            self._failure = replace(failure, message=f"rank {self.assignment.rank}: {failure.message}")
         self._done = True

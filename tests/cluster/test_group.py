@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import pytest
 import torch
 
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
-from cluster.group import GroupFailure, WorkerGroup
-from cluster.training import Assignment, Training
-from cluster.worker import Outbox, Place, Status, Worker
+from cluster.group import GroupFailure, WorkerGroup, lease_s
+from cluster.policy import Failure
+from cluster.training import Assignment
+from cluster.worker import Place, Status, Worker, stalled
 from simmatch.config import ConfigError
-from simmatch.exchange import Exchange
+from tests.cluster.actors import assert_gone, limits, nothing_reserved, train
 from tests.exchanges import results
 from tests.faults import FaultPlan, faulty_worker
 
@@ -55,18 +58,7 @@ def ray() -> Iterator[Any]:
 def nothing_is_left(ray: Any) -> Iterator[None]:
     """After every test: no placement group, no reserved CPU. Ray gives them back with some delay."""
     yield
-    deadline = time.monotonic() + 20.0
-    while time.monotonic() < deadline:
-        groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-        if not groups and ray.available_resources().get("CPU") == CPUS:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"left behind: {groups}, free: {ray.available_resources()}")
-
-
-def limits(**changes: float) -> dict[str, Any]:
-    """`cluster` of a configuration, with waits that fit a test."""
-    return {"poll_s": 0.1, "threads_per_rank": 1, "heartbeat_s": 20.0, "start_timeout_s": 60.0} | changes
+    nothing_reserved(ray, CPUS)
 
 
 @contextmanager
@@ -81,24 +73,6 @@ def started(config: RunConfig, run_dir: Path, worker: type[Worker] = Worker) -> 
         group.end()
         group.end()
         assert_gone([place.pid for place in group.places])
-
-
-def assert_gone(pids: list[int], limit_s: float = 20.0) -> None:
-    """The processes have ended by themselves. One that did not is ended here, and the test fails."""
-    deadline = time.monotonic() + limit_s
-    while (alive := [pid for pid in pids if lives(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for pid in alive:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert not alive, f"processes {alive} outlived their group by {limit_s:g} s"
-
-
-def lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def poll_until(group: WorkerGroup, reached: Callable[[list[Status]], bool]) -> list[Status]:
@@ -143,10 +117,6 @@ class Quiet:
 
 
 # -- to the end --------------------------------------------------------------------------------------------------------
-
-
-def train(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
-    Training(Assignment(config, run_dir, exchange.rank), exchange, Outbox(), torch.device("cpu")).run()
 
 
 @pytest.fixture(scope="module")
@@ -318,3 +288,168 @@ def test_a_rank_that_dies_while_the_others_wait_for_it_is_the_one_named(
         pass
     assert caught.value.failure.lost
     assert "rank 1 (pid " in caught.value.failure.message
+
+
+class StopsOnBind(Worker):
+    """Rank 0, which is to hold the store, stops before it says where."""
+
+    def bind(self, interface: str | None, address: str) -> tuple[str, int]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return super().bind(interface, address)
+
+
+class StopsOnJoin(Worker):
+    """Rank 0 holds the store, has said where, and stops when all meet."""
+
+    def join(self, interface: str | None, address: str, store: tuple[str, int]) -> None:
+        if self.assignment.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        super().join(interface, address, store)
+
+
+@pytest.mark.parametrize(("worker", "verb"), [(StopsOnBind, "bind its store"), (StopsOnJoin, "join the group")])
+def test_a_stopped_holder_of_the_store_is_named_within_the_limit(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path, worker: type[Worker], verb: str
+) -> None:
+    """What waits for its store in C++, without a limit of its own, does not make the controller wait."""
+    limit_s = 8.0  # for actors to start, too
+    config = digits_config(2, cluster=limits(start_timeout_s=limit_s, collective_timeout_s=3.0, heartbeat_s=2.0))
+    began = time.monotonic()
+    with pytest.raises(GroupFailure) as caught, started(config, tmp_path, worker):
+        pass
+    assert time.monotonic() - began < 5 * limit_s
+    failure = caught.value.failure
+    assert failure.lost
+    assert failure.message.startswith("rank 0 (pid ")
+    assert f"did not {verb} within" in failure.message
+
+
+class FailsOnJoin(Worker):
+    """Rank 1 is told of an interface that it does not have; rank 0 waits for it."""
+
+    def join(self, interface: str | None, address: str, store: tuple[str, int]) -> None:
+        super().join("eth77" if self.assignment.rank == 1 else interface, address, store)
+
+
+def test_a_rank_that_cannot_meet_the_others_is_not_waited_for(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    config = digits_config(2, cluster=limits(start_timeout_s=100.0, collective_timeout_s=90.0, heartbeat_s=1.0))
+    began = time.monotonic()
+    with pytest.raises(GroupFailure) as caught, started(config, tmp_path, FailsOnJoin):
+        pass
+    assert time.monotonic() - began < 50.0
+    assert not caught.value.failure.lost
+    message = caught.value.failure.message
+    assert message.startswith("rank 1 (pid ")
+    assert "could not join the group: ValueError: cluster.interface: expected the interface eth77" in message
+
+
+class FailsToBegin(Worker):
+    """Its constructor raises, as where a node lacks a package."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        raise ModuleNotFoundError("No module named 'simmatch'")
+
+
+def test_an_actor_that_cannot_be_made_is_a_fault_that_names_its_reason(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(GroupFailure) as caught,
+        started(digits_config(2, cluster=limits()), tmp_path, FailsToBegin),
+    ):
+        pass
+    assert not caught.value.failure.lost
+    expected = r"rank [01] failed: ModuleNotFoundError: No module named 'simmatch'"  # whichever Ray tells of first
+    assert re.fullmatch(expected, caught.value.failure.message)
+
+
+# -- ranks that do not move --------------------------------------------------------------------------------------------
+
+
+def test_a_lone_rank_that_is_stuck_is_noticed(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    """Nobody waits for it in an exchange, and its process answers: only its own standstill tells."""
+    limit_s = 2.0
+    config = digits_config(1, cluster=limits())
+    with started(config, tmp_path, HELD) as group:
+        began = time.monotonic()
+        statuses = poll_until(group, lambda statuses: stalled(statuses, limit_s) is not None)
+        waited_s = time.monotonic() - began
+    failure = stalled(statuses, limit_s)
+    assert failure is not None
+    assert failure.lost
+    assert failure.message == "rank 0 has not moved for 2 s (layer 0, calibrate 1/1, exchange 0)"
+    assert limit_s <= statuses[0].idle_s < limit_s + 5.0
+    assert limit_s <= waited_s < 30.0
+
+
+def test_a_stuck_rank_is_told_from_those_that_wait_for_it(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    """Rank 0 is held; rank 1 stands still in the exchange that it has started."""
+    with started(digits_config(2, cluster=limits()), tmp_path, HELD) as group:
+        poll_until(group, learning)
+        statuses = poll_until(group, lambda statuses: all(status.idle_s > 1.0 for status in statuses))
+    failure = stalled(statuses, 1.0)
+    assert failure is not None
+    assert failure.message.startswith("rank 0 has not moved for 1 s (layer 0, ")
+    assert stalled(statuses, 100.0) is None
+
+
+def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -> Status:
+    progress = {"phase": "learn", "done": 3, "total": 10, "layer": 1}
+    return Status(rank, done, None, progress, [], num_exchanges, idle_s=idle_s)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ([still(0, 1.0, 5), still(1, 1.0, 5)], None),
+        ([still(0, 9.0, 5), still(1, 1.0, 5)], "rank 0 has not moved for 8 s (layer 1, learn 3/10, exchange 5)"),
+        ([still(0, 9.0, 5), still(1, 9.0, 4)], "rank 1 has not moved for 8 s (layer 1, learn 3/10, exchange 4)"),
+        ([still(0, 9.0, 5), still(1, 9.0, 5)], "rank 0, 1 has not moved for 8 s (layer 1, learn 3/10, exchange 5)"),
+        ([still(0, 9.0, 5, done=True), still(1, 1.0, 5)], None),
+    ],
+)
+def test_who_holds_up_the_rest(statuses: list[Status], expected: str | None) -> None:
+    found = stalled(statuses, 8.0)
+    assert found == (None if expected is None else Failure(expected, lost=True))
+
+
+# -- ranks without a controller ----------------------------------------------------------------------------------------
+
+
+def test_ranks_that_nobody_asks_any_more_end_by_themselves(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a partition: the process, its thread in an exchange and its writer are gone once the lease is over."""
+    monkeypatch.setattr("cluster.group.LEASES", 0.1)
+    config = digits_config(2, cluster=limits())  # 0.1 · the longest of its waits, the 120 s of an exchange
+    assert lease_s(config.cluster) == 12.0
+    with started(config, tmp_path, HELD) as group:
+        began = time.monotonic()
+        while time.monotonic() - began < 14.0:  # asked, they live for longer than that
+            poll_until(group, learning)
+            time.sleep(0.5)
+        asked = time.monotonic()
+        assert_gone([place.pid for place in group.places], limit_s=12.0 + 8.0)
+        assert time.monotonic() - asked > 12.0 - 2.0
+        with pytest.raises(GroupFailure, match="was lost"):
+            group.poll()
+
+
+STUCK = """
+import sys
+from pathlib import Path
+from cluster.worker import Worker
+worker = Worker(None)
+worker.expire_after(0.5)
+print("begun", flush=True)
+sum(range(10**12))  # holds the interpreter: no thread of Python's own could end this process
+"""
+
+
+def test_a_stuck_interpreter_ends_as_well() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "begun\n")
+    assert "Timeout" in done.stderr
+    assert 'File "<string>"' in done.stderr  # where it was stuck

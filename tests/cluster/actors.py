@@ -1,0 +1,126 @@
+"""What the tests of real actors share: a watcher of the controller, limits that fit a test, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.config import RunConfig
+from cluster.training import Assignment, Training
+from cluster.worker import Outbox
+from simmatch.exchange import Exchange
+
+ConfigMaker = Callable[..., RunConfig]
+
+
+def limits(**changes: Any) -> dict[str, Any]:
+    """`cluster` of a configuration, with waits that fit a test."""
+    return {"poll_s": 0.1, "threads_per_rank": 1, "heartbeat_s": 20.0, "start_timeout_s": 60.0} | changes
+
+
+def train(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
+    """A rank's program without Ray and without faults."""
+    Training(Assignment(config, run_dir, exchange.rank), exchange, Outbox(), torch.device("cpu")).run()
+
+
+def model(run_dir: Path) -> Path:
+    return run_dir / "model" / "model.safetensors"
+
+
+def assert_parity(run_dir: Path, other: Path) -> None:
+    """Two runs in float64 of different shard counts: the tolerance of tests/cluster/test_parity.py."""
+    found, expected = load_file(model(run_dir)), load_file(model(other))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = float(tensor.abs().amax()) if tensor.numel() else 0.0
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9 * scale, msg=name)
+
+
+class Watcher:
+    """Recorder and display of a run; notes when what was said, and may do something once, at a word or a checkpoint.
+
+    Attributes
+    ----------
+    pids: of all ranks that there were, in order of their groups.
+    times: of the notes.
+    """
+
+    run_id = None
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.notes: list[str] = []
+        self.times: list[float] = []
+        self.pids: list[int] = []
+        self.latest: dict[str, Any] = {}
+        self._deeds: list[tuple[Callable[[], bool], Callable[[], None]]] = []
+
+    def once(self, reached: Callable[[], bool], deed: Callable[[], None]) -> None:
+        """Do something in the first round of the controller that finds this reached."""
+        self._deeds.append((reached, deed))
+
+    def metrics(self, step: int, values: Any, layer: int | None = None, time_s: float | None = None) -> None: ...
+
+    def tags(self, values: dict[str, str]) -> None: ...
+
+    def progress(self, latest: dict[str, Any]) -> None:
+        self.latest = latest
+        for entry in [entry for entry in self._deeds if entry[0]()]:
+            self._deeds.remove(entry)
+            entry[1]()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.times.append(time.monotonic())
+        if text.startswith("ranks: "):
+            self.pids += [int(pid) for pid in re.findall(r"\(pid (\d+)\)", text)]
+
+    def committed(self, step: int) -> bool:
+        return (self.run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
+
+    def at(self, word: str, after: float = 0.0) -> float:
+        """When the first note with this word came, after a time."""
+        return next(when for when, note in zip(self.times, self.notes, strict=True) if word in note and when > after)
+
+    def restarts(self) -> list[str]:
+        return [note for note in self.notes if "starting a new group" in note]
+
+
+def assert_gone(pids: Iterable[int], limit_s: float = 20.0) -> None:
+    """The processes have ended by themselves. One that did not is ended here, and the test fails."""
+    deadline = time.monotonic() + limit_s
+    while (alive := [pid for pid in pids if lives(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in alive:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not alive, f"processes {alive} outlived their group by {limit_s:g} s"
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def nothing_reserved(ray: Any, cpus: float, limit_s: float = 20.0) -> None:
+    """No placement group, no reserved CPU. Ray gives them back with some delay."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+        if not groups and ray.available_resources().get("CPU", 0.0) == cpus:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"left behind: {groups}, free: {ray.available_resources()}")

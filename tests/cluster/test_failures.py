@@ -1,0 +1,223 @@
+"""Which errors are losses: Ray's own objects, and what gloo and the store say when a real peer has gone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import ray.exceptions as rx
+import torch
+import torch.distributed as dist
+
+from cluster.checkpoint import CheckpointError, DamagedError
+from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_store
+from cluster.failures import classify
+from cluster.policy import Failure
+from cluster.storage import StorageError
+from cluster.training import TrainingFault
+from simmatch.config import ConfigError
+from simmatch.lateral import SharedFault
+
+LOOPBACK = "127.0.0.1"
+
+
+def in_an_actor(error: Exception) -> rx.RayTaskError:
+    """What `ray.get` raises for an exception of an actor's method."""
+    return rx.RayTaskError("join", f"Traceback\n{type(error).__name__}: {error}", error).as_instanceof_cause()
+
+
+def raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+LOSSES = [
+    DamagedError("x: expected sha256 1…, got 2…"),
+    StorageError("s3://x: away"),
+    rx.ActorDiedError(),
+    rx.ActorUnavailableError("the connection is broken", None),
+    rx.RayActorError(),
+    rx.WorkerCrashedError(),
+    rx.NodeDiedError("node 7"),
+    rx.LocalRayletDiedError(),
+    rx.GetTimeoutError("Get timed out"),
+    rx.ObjectLostError("id", None, ""),
+    rx.OwnerDiedError("id", None, ""),
+    rx.ObjectFetchTimedOutError("id", None, ""),
+    rx.RaySystemError("System error: broken"),
+    rx.RpcError("RPC error: unavailable", 14),
+    rx.OutOfMemoryError("Task was killed due to the node running low on memory."),
+    rx.OutOfDiskError("full"),
+    rx.ObjectStoreFullError("full"),
+    rx.ActorPlacementGroupRemoved(),
+    rx.TaskPlacementGroupRemoved(),
+    rx.ActorUnschedulableError("no node"),
+    rx.TaskUnschedulableError("no node"),
+    in_an_actor(dist.DistNetworkError("The client socket has failed to connect")),
+    in_an_actor(dist.DistStoreError("wait timeout after 3000ms, keys: /generation-0//cpu//0")),
+    in_an_actor(PeerTimeout("rank 0 of 2 waited for exchange 7 (limit 3 s): closed")),
+    PeerTimeout("rank 0 of 2 waited for exchange 7 (limit 3 s): closed"),
+    dist.DistBackendError("NCCL error in: …, remote process exited or there was a network error\nncclRemoteError: …"),
+    dist.DistBackendError("NCCL error in: …, unhandled system error\nncclSystemError: Call to ibv_modify_qp failed"),
+    RuntimeError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 120000 ms"),
+    RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\ndevices unavailable"),
+    torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    TimeoutError("timed out"),
+    OSError(errno.ENETUNREACH, "Network is unreachable"),
+    OSError(errno.EIO, "Input/output error"),
+    raised_from(TrainingFault("layer 0, step 3: …"), RuntimeError("CUDA error: uncorrectable ECC error encountered")),
+]
+
+FAULTS = [
+    rx.ActorDiedError(rx.RayTaskError("__init__", "Traceback\nModuleNotFoundError: No module named 'cluster'", None)),
+    rx.RuntimeEnvSetupError("pip failed"),
+    rx.AuthenticationError("a token is needed"),
+    rx.TaskCancelledError(),
+    in_an_actor(ValueError("cluster.interface: expected eth7, found lo")),
+    in_an_actor(FileNotFoundError(errno.ENOENT, "--run-dir: expected a folder")),
+    ConfigError("mesh: expected a larger cluster"),
+    dist.DistBackendError("NCCL error in: …, invalid usage\nncclInvalidUsage: Duplicate GPU detected"),
+    dist.DistBackendError("NCCL error in: …, invalid argument\nncclInvalidArgument: …"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    MemoryError(),
+    OSError(errno.ENOSPC, "No space left on device"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    KeyError("lr"),
+    TrainingFault("layer 0, step 3: non-finite activities on rank 1", diverged=True),
+    raised_from(TrainingFault("layer 0, step 3: exception on rank 1"), SharedFault("exception", [1])),
+]
+
+
+def named(error: BaseException) -> str:
+    return f"{type(error).__name__}-{str(error)[:30]}"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"), [(error, True) for error in LOSSES] + [(error, False) for error in FAULTS], ids=named
+)
+def test_every_error_has_its_kind(error: BaseException, lost: bool) -> None:
+    failure = classify(error)
+    assert failure.lost == lost
+    assert failure.message
+    assert "\n" not in failure.message
+    assert failure.diverged == getattr(error, "diverged", False)
+    assert failure.fits is None
+
+
+def test_every_error_of_ray_was_thought_of() -> None:
+    """A new version of Ray may bring new ones: they count as faults, until somebody has decided."""
+    unasked = {
+        "AsyncioActorExit",
+        "CrossLanguageError",
+        "ObjectRefStreamEndOfStreamError",
+        "OufOfBandObjectRefSerializationException",
+        "PendingCallsLimitExceeded",
+        "PlasmaObjectNotAvailable",
+        "RayError",
+        "UnserializableException",
+        "UserCodeException",
+        "ActorAlreadyExistsError",
+        "ActorHandleNotFoundError",
+        "RayTaskError",
+    }
+    tested = {kind.__name__ for error in (*LOSSES, *FAULTS) for kind in type(error).__mro__}
+    known = {name for name, kind in vars(rx).items() if isinstance(kind, type) and issubclass(kind, rx.RayError)}
+    derived = {
+        name
+        for name in known
+        for kind in vars(rx)[name].__mro__[1:]
+        if kind.__name__ in {"ObjectLostError", "RaySystemError"}
+    }
+    assert known - tested - unasked - derived == set()
+
+
+def test_the_message_is_what_a_person_needs() -> None:
+    error = in_an_actor(ValueError("cluster.interface: expected eth7,\n  found lo"))
+    assert classify(error) == Failure("ValueError: cluster.interface: expected eth7,", lost=False)
+    error = rx.ActorDiedError(rx.RayTaskError("__init__", "Traceback\nModuleNotFoundError: No module 'x'", None))
+    assert classify(error).message == "ModuleNotFoundError: No module 'x'"
+    assert classify(PeerTimeout("rank 0 waited: closed\nat pair.cc:547")).message == "rank 0 waited: closed"
+
+
+# -- what gloo and the store say themselves ----------------------------------------------------------------------------
+
+
+def exchange_once(exchange: TorchExchange) -> dist.Work:
+    gathered = torch.zeros(exchange.world_size, 1000)
+    return dist.all_gather_single(gathered.view(-1), gathered[exchange.rank], group=exchange.group, async_op=True)
+
+
+def lose_a_peer(exchange: TorchExchange, how: str) -> str:
+    """The text of gloo's own error, as a plain RuntimeError has it, on the rank that is left."""
+    exchange_once(exchange).wait()
+    if exchange.rank == 1:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3.0)
+        return "away"
+    try:
+        time.sleep(0.5 if how == "kill" else 0.0)
+        for _ in range(3):
+            exchange_once(exchange).wait()
+    except RuntimeError as error:
+        return f"{type(error).__name__}|{error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("how", ["kill", "sleep"])
+def test_what_gloo_says_of_a_lost_peer_is_a_loss(ranks: Any, how: str) -> None:
+    """It has no type of its own for it: the text is all there is."""
+    kind, _, text = ranks(lose_a_peer, 2, how, exchange_timeout_s=2.0)[0].partition("|")
+    assert kind == "RuntimeError"
+    assert classify(RuntimeError(text)).lost, text
+
+
+def test_what_the_store_says_when_nobody_comes_is_a_loss() -> None:
+    store, port = open_store(LOOPBACK, 0.5)
+    with pytest.raises(dist.DistStoreError) as caught:
+        store.get("never set")
+    assert classify(caught.value).lost
+    other = connect_store(LOOPBACK, port, 0.5)
+    with pytest.raises(dist.DistStoreError) as caught:
+        other.wait(["never set"], timedelta(seconds=0.2))
+    assert classify(caught.value).lost
+
+
+def test_a_store_that_nobody_holds_is_a_loss() -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(dist.DistNetworkError) as caught:
+        connect_store(LOOPBACK, port, 0.5)
+    assert classify(caught.value).lost
+
+
+def leave_with_the_store(exchange: TorchExchange) -> str:
+    """Rank 0, which holds the store, dies; what the store says to rank 1, which asks it then."""
+    if exchange.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        for number in range(10):
+            store.set(f"key-{number}", "value")
+            store.get(f"key-{number}")
+    except Exception as error:
+        return f"{type(error).__name__}|{error}"
+    return "no error"
+
+
+def test_what_a_store_says_that_died_is_a_loss(ranks: Any) -> None:
+    told = ranks(leave_with_the_store, 2, exchange_timeout_s=2.0)[1]
+    kind, _, text = told.partition("|")
+    error = getattr(dist, kind, RuntimeError)(text)
+    assert classify(error).lost, told

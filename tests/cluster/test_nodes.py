@@ -1,0 +1,193 @@
+"""Nodes that go, come back or do not: a Ray cluster of several nodes on this machine, a rank on each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.controller import Controller, RunFailed
+from cluster.group import WorkerGroup
+from tests.cluster.actors import (
+    ConfigMaker,
+    Watcher,
+    assert_gone,
+    assert_parity,
+    limits,
+    model,
+    nothing_reserved,
+    train,
+)
+from tests.exchanges import results
+from tests.faults import FaultPlan, faulty_worker
+
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(240)]
+
+CHECKPOINT = 16
+"""Of layer 1, six updates in: the twelve of an epoch are 6, so this is at the end of one; the hold is in the next."""
+
+HELD = faulty_worker(FaultPlan(rank=0, layer=1, step=9, kind="hold"))
+"""In the first group rank 0 stays away in mid-epoch, and rank 1 waits for it: nothing happens until the test acts."""
+
+Record = Callable[[str, object], None]
+
+
+class Nodes:
+    """A head without room for ranks, and nodes of one CPU each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+
+    def add(self) -> None:
+        self.cluster.add_node(num_cpus=1)
+
+    def remove_that_of(self, pid: int) -> None:
+        """All of a node's processes at once, as when its machine loses power."""
+        raylet = psutil.Process(pid).ppid()
+        (node,) = [node for node in self.cluster.worker_nodes if self.raylet(node) == raylet]
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    @staticmethod
+    def raylet(node: Any) -> int:
+        return node.all_processes["raylet"][0].process.pid
+
+    def fill(self, count: int) -> None:
+        """As many nodes as there are to be, and known to the head."""
+        import ray
+
+        while len(self.cluster.worker_nodes) < count:
+            self.add()
+        deadline = time.monotonic() + 30
+        while ray.cluster_resources().get("CPU", 0) != count:
+            assert time.monotonic() < deadline, ray.nodes()
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    import ray
+
+    found = Nodes()
+    ray.init(address=found.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    heads = [found.cluster.head_node.all_processes[kind][0].process.pid for kind in ("gcs_server", "raylet")]
+    processes = [*heads, *(child.pid for pid in heads for child in psutil.Process(pid).children(recursive=True))]
+    yield found
+    ray.shutdown()
+    found.cluster.shutdown()
+    assert_gone(processes)
+
+
+@pytest.fixture(autouse=True)
+def two_nodes_and_nothing_left(nodes: Nodes) -> Iterator[None]:
+    import ray
+
+    nodes.fill(2)
+    yield
+    nothing_reserved(ray, len(nodes.cluster.worker_nodes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of two plain processes, nothing going wrong."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    results(ranks(train, 2, digits_config(2), run_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def undisturbed_double(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on one process, in float64."""
+    run_dir = tmp_path_factory.mktemp("double")
+    results(ranks(train, 1, digits_config(1, dtype="float64"), run_dir))
+    return run_dir
+
+
+class Scene:
+    """A run of two ranks; the node of rank 1 goes after a checkpoint, in mid-epoch."""
+
+    def __init__(self, nodes: Nodes, config: Any, run_dir: Path) -> None:
+        self.nodes, self.watcher = nodes, Watcher(run_dir)
+        self.removed = 0.0
+        self.controller = Controller(
+            config, run_dir, lambda assignment: WorkerGroup(assignment, HELD), self.watcher, self.watcher
+        )
+        self.watcher.once(lambda: self.watcher.committed(CHECKPOINT), self._remove)
+
+    def _remove(self) -> None:
+        self.nodes.remove_that_of(self.watcher.pids[1])
+        self.removed = time.monotonic()
+
+    def figures(self, record_property: Record) -> None:
+        """Seconds from the removal until the rank was named, and until ranks trained again."""
+        named = self.watcher.at("starting a new group", self.removed) - self.removed
+        again = self.watcher.at("ranks: ", self.removed) - self.removed
+        record_property("named_s", round(named, 2))
+        record_property("again_s", round(again, 2))
+        print(f"named after {named:.1f} s, training again after {again:.1f} s")
+
+
+def test_a_node_that_comes_back_is_waited_for(
+    nodes: Nodes, digits_config: ConfigMaker, undisturbed: Path, tmp_path: Path, record_property: Record
+) -> None:
+    scene = Scene(nodes, digits_config(2, cluster=limits()), tmp_path)
+    with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread only
+        running = pool.submit(scene.controller.run)
+        while not scene.removed:
+            assert not running.done(), running.result()
+            time.sleep(0.1)
+        time.sleep(5.0)
+        nodes.add()
+        record = running.result()
+    scene.figures(record_property)
+    (told,) = scene.watcher.restarts()
+    assert told.startswith(f"rank 1 (pid {scene.watcher.pids[1]} on ")
+    assert f"starting a new group from step-{CHECKPOINT:08d}" in told
+    assert record.restarts == 1
+    assert record.steps == 22
+    assert scene.controller.config.mesh.channel == 2
+    assert model(tmp_path).read_bytes() == model(undisturbed).read_bytes()
+    assert_gone(scene.watcher.pids)
+
+
+def test_where_it_does_not_the_run_goes_on_with_the_shards_that_fit(
+    nodes: Nodes, digits_config: ConfigMaker, undisturbed_double: Path, tmp_path: Path, record_property: Record
+) -> None:
+    config = digits_config(2, dtype="float64", cluster=limits(start_timeout_s=15.0, min_shards=1))
+    scene = Scene(nodes, config, tmp_path)
+    record = scene.controller.run()
+    scene.figures(record_property)
+    lost, shrunk = scene.watcher.restarts()
+    assert "rank 1 (pid " in lost
+    assert "no place for 2 ranks" in shrunk
+    assert "1 rank more than there is room for" in shrunk
+    assert f"starting a new group of 1 from step-{CHECKPOINT:08d}" in shrunk
+    assert (record.restarts, record.steps, scene.controller.config.mesh.channel) == (2, 22, 1)
+    assert_parity(tmp_path, undisturbed_double)
+    assert_gone(scene.watcher.pids)
+
+
+def test_a_run_that_may_not_shrink_ends_and_says_what_is_missing(
+    nodes: Nodes, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    scene = Scene(nodes, digits_config(2, cluster=limits(start_timeout_s=10.0, max_restarts=2)), tmp_path)
+    with pytest.raises(RunFailed) as caught:
+        scene.controller.run()
+    ended_s = time.monotonic() - scene.removed
+    message = str(caught.value)
+    assert message.startswith("no place for 2 ranks of {'CPU': 1.0} within 10 s; free now: {'CPU': 1.0}; nodes: ")
+    assert "127.0.0.1 with 0 CPU" in message
+    assert "127.0.0.1 with 1 CPU" in message
+    assert message.endswith("1 rank more than there is room for; cluster.max_restarts=2 without a new checkpoint")
+    assert scene.watcher.committed(CHECKPOINT)  # from where it can go on
+    assert scene.controller.record.restarts == 2
+    assert 20.0 <= ended_s < 60.0  # two waits of 10 s and one pause of a second
+    assert_gone(scene.watcher.pids)
