@@ -23,11 +23,12 @@ from rich.table import Table
 
 from cluster.checkpoint import CheckpointError, Reader, read_manifest
 from cluster.config import RunConfig, public
-from cluster.controller import Controller, Record, RunFailed, RunStopped, summarise, write_json
+from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.redaction import Redactor, one_line
 from cluster.spool import SPOOL_NAME, SpoolBusyError
 from cluster.storage import AnyPath
+from cluster.summary import Record, summarise, write_json
 from cluster.tracking import Status, Tracker
 from cluster.training import source_of
 from jobs import figures

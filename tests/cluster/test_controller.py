@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +15,11 @@ import pytest
 
 from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, newest_good, read_manifest
 from cluster.config import RunConfig
-from cluster.controller import Controller, Record, RunFailed, RunStopped, summarise, write_json
+from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.group import GroupFailure
 from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
 from cluster.spool import SPOOL_NAME, Spool
+from cluster.summary import Record, summarise, write_json
 from cluster.training import Assignment
 from cluster.worker import Place, Status
 from simmatch.config import ConfigError
@@ -531,6 +533,20 @@ def test_a_group_that_does_not_come_up_is_a_loss(scene: MakeScene) -> None:
     playing = scene(GroupFailure(Failure("rank 1 did not start within 5 s", lost=True)), [])
     playing.controller.run()
     assert [group.calls for group in playing.groups] == [["start", "end"], ["start", "poll", "end"]]
+
+
+def test_a_rank_that_answers_but_does_not_move_is_a_loss(scene: MakeScene) -> None:
+    playing = scene()
+    limit_s = playing.config.cluster.stall_timeout_s
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    moving = status(0, [], progress={"phase": "learn", "done": 3, "total": 9})
+    for idle_s, failure in ((limit_s - 1, False), (limit_s + 1, True)):
+        group.poll = lambda idle_s=idle_s: [moving, replace(status(1, []), idle_s=idle_s)]  # type: ignore[misc]
+        done, found = playing.controller.step(group)
+        assert (done, found is not None) == (False, failure)
+    assert found is not None
+    assert found.lost
+    assert found.message.startswith("rank 1 has not moved for 600 s")
 
 
 def test_an_impossible_group_is_no_loss(scene: MakeScene) -> None:

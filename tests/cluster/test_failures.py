@@ -15,12 +15,12 @@ import ray.exceptions as rx
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint import CheckpointError, DamagedError
+from cluster.checkpoint import DamagedError
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_store
 from cluster.failures import classify
 from cluster.policy import Failure
 from cluster.storage import StorageError
-from cluster.training import TrainingFault
+from cluster.watch import TrainingFault
 from simmatch.config import ConfigError
 from simmatch.lateral import SharedFault
 

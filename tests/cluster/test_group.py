@@ -307,12 +307,13 @@ class StopsOnJoin(Worker):
         super().join(interface, address, store)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("worker", "verb"), [(StopsOnBind, "bind its store"), (StopsOnJoin, "join the group")])
 def test_a_stopped_holder_of_the_store_is_named_within_the_limit(
     ray: Any, digits_config: ConfigMaker, tmp_path: Path, worker: type[Worker], verb: str
 ) -> None:
     """What waits for its store in C++, without a limit of its own, does not make the controller wait."""
-    limit_s = 8.0  # for actors to start, too
+    limit_s = 20.0  # for actors to start, too
     config = digits_config(2, cluster=limits(start_timeout_s=limit_s, collective_timeout_s=3.0, heartbeat_s=2.0))
     began = time.monotonic()
     with pytest.raises(GroupFailure) as caught, started(config, tmp_path, worker):
@@ -373,15 +374,16 @@ def test_a_lone_rank_that_is_stuck_is_noticed(ray: Any, digits_config: ConfigMak
     limit_s = 2.0
     config = digits_config(1, cluster=limits())
     with started(config, tmp_path, HELD) as group:
+        poll_until(group, lambda statuses: statuses[0].progress.get("done") == 3)  # the next update is held
         began = time.monotonic()
         statuses = poll_until(group, lambda statuses: stalled(statuses, limit_s) is not None)
         waited_s = time.monotonic() - began
     failure = stalled(statuses, limit_s)
     assert failure is not None
     assert failure.lost
-    assert failure.message == "rank 0 has not moved for 2 s (layer 0, calibrate 1/1, exchange 0)"
+    assert failure.message == "rank 0 has not moved for 2 s (layer 0, learn 3/10, exchange 0)"
     assert limit_s <= statuses[0].idle_s < limit_s + 5.0
-    assert limit_s <= waited_s < 30.0
+    assert waited_s < 30.0
 
 
 def test_a_stuck_rank_is_told_from_those_that_wait_for_it(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.sharding import gather_rows, replicated_state, shard_state
-from cluster.training import Assignment, TrainingFault
+from cluster.training import Assignment
+from cluster.watch import TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
 from simmatch.data import load_dataset, to_unit

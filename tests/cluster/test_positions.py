@@ -14,7 +14,8 @@ from torch import Tensor
 from cluster.checkpoint import FORMAT, Manifest, commit, folder_of
 from cluster.config import RunConfig
 from cluster.inputs import LayerInputs
-from cluster.training import Assignment, Training, TrainingFault
+from cluster.training import Assignment, Training
+from cluster.watch import TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import parse
 from simmatch.exchange import IDENTITY, Exchange

@@ -1,0 +1,79 @@
+"""What is known of a run: gathered by the controller, written as `summary.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.spool import Spool
+
+
+@dataclass
+class Record:
+    """What is known of the run so far; becomes `summary.json`."""
+
+    layers: dict[int, dict[str, float]] = field(default_factory=dict)
+    curves: dict[int, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+    restarts: int = 0
+    steps_again: int = 0
+    images: int = 0
+    bytes_exchanged: float = 0.0
+    num_exchanges: float = 0.0
+
+    def continue_from(self, spool: Path) -> None:
+        """Take over what earlier attempts of the same run have recorded, so that none of it is recorded twice."""
+        for event, _ in Spool(spool).read():
+            layer, step, values = event.get("layer"), event.get("step", 0), event.get("values", {})
+            if event.get("kind") != "metrics" or layer is None:
+                continue
+            curve = self.curves.setdefault(layer, [])
+            if not curve or step > curve[-1][0]:
+                curve.append((step, values))
+                self.layers[layer] = values
+            self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
+
+
+def summarise(
+    config: RunConfig,
+    record: Record,
+    *,
+    status: str,
+    seconds: float,
+    run_id: str | None,
+    message: str | None = None,
+    skipped_images: int = 0,
+) -> dict[str, Any]:
+    """The content of `summary.json`."""
+    summary: dict[str, Any] = {
+        "status": status,
+        "name": config.name,
+        "accuracy": record.probe.get("accuracy"),
+        "accuracy_decode": record.probe.get("accuracy_decode"),
+        "probe": record.probe.get("readout"),
+        "world_size": config.place().world_size,
+        "mesh": config.mesh.model_dump(),
+        "steps": record.steps,
+        "images_per_second": record.images / seconds if seconds > 0 else 0.0,
+        "seconds": seconds,
+        "bytes_exchanged": int(record.bytes_exchanged),
+        "num_exchanges": int(record.num_exchanges),
+        "restarts": record.restarts,
+        "steps_again": record.steps_again,
+        "skipped_images": skipped_images,
+        "mlflow_run_id": run_id,
+        "layers": [record.layers.get(index, {}) for index in range(len(config.model.layers))],
+    }
+    return summary | ({"message": message} if message else {})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that it is either whole or not there."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,94 @@
+"""What a rank watches of its own training: growth of the weights, time, and a layer's metrics."""
+
+from __future__ import annotations
+
+import time
+
+from cluster.shard_writer import ShardWriter
+from simmatch.exchange import Exchange
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.record import Record
+
+EXPLOSION = 1e6
+"""Growth of the bound of λmax(M), since update `SETTLED` of the layer, that is no learning any more."""
+
+SETTLED = 10
+
+
+class TrainingFault(RuntimeError):
+    """Training cannot go on; the message names layer, step and rank.
+
+    Attributes
+    ----------
+    diverged: through numbers that are none any more, or exploded.
+    """
+
+    def __init__(self, message: str, *, diverged: bool = False) -> None:
+        self.diverged = diverged
+        super().__init__(message)
+
+
+def measured(layer: SimilarityMatchingConv2d, record: Record) -> dict[str, float]:
+    """A layer's metrics after an update."""
+    return {
+        "objective": record.objective,
+        "residual": record.residual,
+        "num_iters": float(record.num_iters),
+        "active_fraction": record.active_fraction,
+        "dead_channels": float(layer.dead_channels),
+        "revived_channels": float(layer.revived),
+    }
+
+
+class Growth:
+    """Watches the bound of λmax(M) of one layer, which all ranks know alike."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self._usual: float | None = None
+
+    def check(self, update: int, bound: float) -> None:
+        """After an update, the first being 0.
+
+        Raises
+        ------
+        TrainingFault
+            The bound has grown by more than `EXPLOSION` since the layer has settled.
+        """
+        if self._usual is None or update < SETTLED:
+            self._usual = bound
+        if bound > EXPLOSION * self._usual > 0:
+            raise TrainingFault(
+                f"layer {self._layer}, step {update + 1}: the lateral weights explode: bound of their largest "
+                f"eigenvalue {bound:.1e}, was {self._usual:.1e}",
+                diverged=True,
+            )
+
+
+class Window:
+    """Throughput between two records, and the shares of this rank's time that went into waiting for the others and
+    into checkpoints."""
+
+    def __init__(self, exchange: Exchange, writer: ShardWriter) -> None:
+        self.images, self._exchange, self._writer = 0, exchange, writer
+        self._started, self._waited_s, self._saving_s = time.monotonic(), exchange.waited_s, writer.seconds
+
+    def count(self, images: int) -> None:
+        self.images += images
+
+    def close(self) -> dict[str, float]:
+        """The window's figures; the next one begins."""
+        exchange, now = self._exchange, time.monotonic()
+        seconds = max(now - self._started, 1e-9)
+        rate, waiting = self.images / seconds, (exchange.waited_s - self._waited_s) / seconds
+        saving = (self._writer.seconds - self._saving_s) / seconds
+        self.images, self._started = 0, now
+        self._waited_s, self._saving_s = exchange.waited_s, self._writer.seconds
+        return {
+            "images_per_second": rate,
+            "window_s": seconds,
+            "waiting_share": waiting,
+            "checkpoint_share": saving,
+            "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),
+            "num_exchanges": float(exchange.num_exchanges),
+        }
