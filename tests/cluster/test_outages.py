@@ -355,11 +355,11 @@ def test_away_in_the_middle_and_back_again(
 
 
 def test_slow(tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    proxy = outage(Outage("slow", count=4, delay_s=1.0))
+    proxy = outage(Outage("slow", first=3, count=2, delay_s=1.0))
     tracker = make_tracker(tmp_path / "slow", proxy)
     record(tracker)
     assert (end(tracker), tracker.problems) == (0, [])
-    assert len(proxy.failed) == 4
+    assert len(proxy.failed) == 2
     check_whole(client, tmp_path / "slow", capsys)
 
 
