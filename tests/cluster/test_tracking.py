@@ -21,7 +21,7 @@ from torch import nn
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.mlflow_sink import TRUNCATED, _shorten
 from cluster.redaction import redact
-from cluster.sender import RejectedError, RunsLostError, Sender
+from cluster.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
 from cluster.spool import Event, Progress, Spool, SpoolBusyError
 from cluster.tracking import Tracker, TrackingConfig, flatten, resolve_uri
 from cluster.tracking_uri import check_uri
@@ -166,6 +166,19 @@ def test_one_rejected_event_does_not_take_its_neighbours(spool: Spool) -> None:
     assert [event["number"] for event in sink.got] == [0, 1, 3]
     assert (sender.rejected, sender.pending()) == (1, 0)
     assert sender.notes == ["bad: no such kind"]
+
+
+@pytest.mark.parametrize(("refusals", "rejected"), [(2 * (MOST_DOUBTS - 1), 0), (2 * MOST_DOUBTS, 1)])
+def test_a_doubtful_refusal_has_to_be_repeated(
+    refusals: int, rejected: int, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt tries the events together, then alone."""
+    monkeypatch.setattr("cluster.sender.BACKOFF_FIRST_S", 0.01)
+    fill(spool, ["start", "metrics"])
+    sink = ScriptedSink([RejectedError("404 of a gateway", certain=False)] * refusals)
+    sender = send_all(spool, sink)
+    assert [event["number"] for event in sink.got] == list(range(rejected, 2))
+    assert (sender.rejected, len(sender.notes), sender.pending()) == (rejected, rejected, 0)
 
 
 def test_lost_runs_are_made_anew_and_everything_sent_again(spool: Spool) -> None:
