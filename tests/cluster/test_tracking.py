@@ -12,13 +12,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
-from cluster.mlflow_model import ModelLogger, load_exported
+import cluster.mlflow_model
+from cluster.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
 from cluster.mlflow_sink import TRUNCATED, _shorten
 from cluster.redaction import redact
 from cluster.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
@@ -479,6 +482,25 @@ def test_a_stack_is_logged_with_named_outputs(store: Path, tmp_path: Path, clien
     assert sorted(loaded) == sorted(expected) == ["features", "scores"]
     for name, value in expected.items():
         torch.testing.assert_close(loaded[name], value)
+
+
+@pytest.mark.parametrize("ready", ["a", "b"])
+def test_of_two_models_of_one_key_the_finished_one_is_linked(
+    ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One was made by a request that came late; a link to the other may be under way already."""
+    monkeypatch.setattr(cluster.mlflow_model, "_save", lambda *_: None)
+    models = [
+        SimpleNamespace(model_id=name, status="READY" if name == ready else "PENDING", tags={MODEL_KEY_TAG: "key"})
+        for name in ("a", "b")
+    ]
+    client = Mock()
+    client.get_run.return_value = SimpleNamespace(info=SimpleNamespace(experiment_id="0"), outputs=None)
+    client.search_logged_models.return_value = models
+    ModelLogger(toy)(tmp_path, (3, 2, 2), "run", "key", client)
+    client.create_logged_model.assert_not_called()
+    [(_, [output])] = [call.args for call in client.log_outputs.call_args_list]
+    assert output.model_id == ready
 
 
 def test_a_replay_from_the_start_stores_nothing_twice(recorded: Tracker, client: Any) -> None:
