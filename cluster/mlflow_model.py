@@ -63,8 +63,8 @@ class ModelLogger:
         self, client: MlflowClient, experiment_id: str, run_id: str, key: str, linked: set[str]
     ) -> LoggedModel:
         found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
-        # of several, which a request that came late may have made, the one in use
-        for model in sorted(found, key=lambda model: (model.model_id not in linked, model.model_id)):
+        # of several, which a request that came late may have made, the one in use: always the same, or both get linked
+        for model in sorted(found, key=lambda m: (m.model_id not in linked, m.status != "READY", m.model_id)):
             if model.tags.get(MODEL_KEY_TAG) == key:
                 return model
         return client.create_logged_model(

@@ -36,6 +36,8 @@ FINAL_ERROR_CODES = frozenset(
 )
 # the same of an upload, as HTTP status: no such place, or too large a file
 FINAL_STATUS = frozenset({400, 404, 405, 411, 413, 414, 415, 501})
+# begins the message of MLflow's client where the refusal was no JSON
+NOT_JSON = "API request to endpoint"
 # what an event comes to that is not as it should be, or an answer that is none of MLflow's
 DOUBTFUL_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
@@ -236,7 +238,8 @@ class MlflowSink:
 def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
     """Tell apart what can never work, what needs a fresh start and what may work later (left as it is).
 
-    A gateway whose server is away may say 400 or 404 as well: a refusal counts where MLflow `answers`.
+    A gateway whose server is away may say 400 or 404 as well: a refusal counts where MLflow `answers`, and stays
+    doubtful where it came with a page of text, as MLflow's own do not.
     """
     from mlflow.exceptions import MlflowException
     from requests import HTTPError, RequestException
@@ -249,12 +252,12 @@ def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise RunsLostError(str(error)) from error
         if error.error_code in FINAL_ERROR_CODES and answers():
-            raise RejectedError(str(error)) from error
+            raise RejectedError(str(error), certain=not str(error).startswith(NOT_JSON)) from error
         raise
     except RequestException as error:
         status = error.response.status_code if isinstance(error, HTTPError) and error.response is not None else None
         if status in FINAL_STATUS and answers():
-            raise RejectedError(str(error)) from error
+            raise RejectedError(str(error), certain=False) from error
         raise
     except DOUBTFUL_ERRORS as error:
         if answers():

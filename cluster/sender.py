@@ -18,12 +18,22 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 30.0
 STALLED_S = 300.0
 MOST_STALLED = 4
+MOST_DOUBTS = 10
 KEPT_NOTES = 20
 LONGEST_NOTE = 500
 
 
 class RejectedError(Exception):
-    """The server, or this machine, will never accept this event: sending it again cannot help."""
+    """The server, or this machine, will never accept this event: sending it again cannot help.
+
+    Parameters
+    ----------
+    certain: False where a gateway may have said so while the server was away.
+    """
+
+    def __init__(self, why: str, *, certain: bool = True) -> None:
+        super().__init__(why)
+        self.certain = certain
 
 
 class RunsLostError(Exception):
@@ -126,6 +136,7 @@ class Sender:
         self._stalled_s = stalled_s
         self._stalled: list[threading.Thread] = []
         self._connected = False
+        self._doubted: tuple[Event, int] = ({}, 0)
         self._given_up = False
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -277,12 +288,21 @@ class Sender:
     def _deliver(self, sink: Sink, events: Sequence[Event], rejected: list[str]) -> None:
         try:
             sink.send(events)
-        except RejectedError as error:
-            if len(events) == 1:
-                rejected.append(self._line(f"{events[0].get('kind')}: {error}"))
-                return
+        except RejectedError:
             for event in events:  # one bad event must not take its neighbours with it
-                self._deliver(sink, [event], rejected)
+                self._deliver_alone(sink, event, rejected)
+
+    def _deliver_alone(self, sink: Sink, event: Event, rejected: list[str]) -> None:
+        """Deliver one event, or note that it is rejected; a doubtful refusal counts once it has come often enough."""
+        try:
+            sink.send([event])
+        except RejectedError as error:
+            if not error.certain:
+                before, times = self._doubted
+                self._doubted = event, times + 1 if event == before else 1
+                if self._doubted[1] < MOST_DOUBTS:
+                    raise
+            rejected.append(self._line(f"{event.get('kind')}: {error}"))
 
     def _line(self, text: str) -> str:
         """A message fit to be shown: one line, not too long, without credentials."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -353,6 +354,9 @@ def start_ray(cpus: int) -> str:
     if not address:
         # otherwise ray takes the machine's own address in place of loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if "ray" not in sys.modules and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            # by itself ray keeps one in ~/.ray/auth_token, which every user of the machine may read
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
     if address:

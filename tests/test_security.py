@@ -355,11 +355,11 @@ def test_a_failure_is_told_without_secrets(
 # --- Ray -----------------------------------------------------------------------------------------------------------
 
 EMBEDDED = """
-import sys
+import os, sys
 from jobs.pretrain import start_ray
-print(start_ray(1))
+said = start_ray(1)
 import ray
-print(ray.get_runtime_context().gcs_address, flush=True)
+print(said, ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_TOKEN"), sep="\\n", flush=True)
 sys.stdin.read()
 ray.shutdown()
 """
@@ -380,14 +380,18 @@ def knock(address: str, token: str | None) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "mode", [None, pytest.param("disabled", marks=pytest.mark.fault)], ids=["by itself", "switched off"]
 )
-def test_who_may_reach_an_embedded_ray(mode: str | None) -> None:
-    """Token authentication is on unless the user has said otherwise; then the job says what that means."""
+def test_who_may_reach_an_embedded_ray(mode: str | None, tmp_path: Path) -> None:
+    """Token authentication is on unless the user has said otherwise; then the job says what that means.
+
+    The token is the run's own, and in no file that others may read.
+    """
     ray_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
-    environment = kept | {"RAY_AUTH_TOKEN": SECRETS["RAY_AUTH_TOKEN"], "RAY_TMPDIR": ray_dir, "PYTHONPATH": str(ROOT)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = kept | {"HOME": str(tmp_path), "RAY_TMPDIR": ray_dir, "PYTHONPATH": str(ROOT)}
     if mode is not None:
         environment["RAY_AUTH_MODE"] = mode
     process = subprocess.Popen(
@@ -397,13 +401,16 @@ def test_who_may_reach_an_embedded_ray(mode: str | None) -> None:
     assert process.stdout is not None
     try:
         with process.stdout, process.stdin:
-            said, address = process.stdout.readline().strip(), process.stdout.readline().strip()
+            said, address, token = (process.stdout.readline().strip() for _ in range(3))
             assert address.startswith("127.0.0.1:")
-            assert knock(address, SECRETS["RAY_AUTH_TOKEN"]) == "OK"
+            assert len(token) == 64
+            assert knock(address, token) == "OK"
             stranger = "UNAUTHENTICATED" if mode is None else "OK"
             assert (knock(address, None), knock(address, "f" * 64)) == (stranger, stranger)
             assert said == ("embedded" if mode is None else "embedded, open to every process of this machine")
         assert process.wait(60) == 0
+        assert not (tmp_path / ".ray").exists()
+        assert not any(token.encode() in path.read_bytes() for path in Path(ray_dir).rglob("*") if path.is_file())
     finally:
         process.kill()
         process.wait()

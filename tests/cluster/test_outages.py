@@ -247,12 +247,20 @@ def test_no_outage_and_the_requests_of_a_run(
     assert [seen for seen in proxy.seen if not any(re.search(known, seen) for known in REQUESTS.values())] == []
 
 
-@pytest.mark.parametrize("kind", ["lost reply", pytest.param("error", marks=pytest.mark.fault)])
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Outage("lost reply", count=1),
+        pytest.param(Outage("error", count=1), marks=pytest.mark.fault),
+        pytest.param(Outage("error", count=1, status=404), marks=pytest.mark.fault),
+    ],
+    ids=["lost reply", "500", "404"],
+)
 def test_every_kind_of_request_fails_once(
-    kind: Any, tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]
+    outcome: Outage, tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    proxy = outage(*(Outage(kind, match, count=1) for match in REQUESTS.values()))
-    run_dir = tmp_path / f"each-{kind.replace(' ', '-')}"
+    proxy = outage(*(replace(outcome, match=match) for match in REQUESTS.values()))
+    run_dir = tmp_path / f"each-{outcome.kind.replace(' ', '-')}-{outcome.status}"
     tracker = make_tracker(run_dir, proxy)
     record(tracker)
     wait_until(lambda: tracker.run_id)
@@ -355,11 +363,11 @@ def test_away_in_the_middle_and_back_again(
 
 
 def test_slow(tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    proxy = outage(Outage("slow", count=4, delay_s=1.0))
+    proxy = outage(Outage("slow", first=3, count=2, delay_s=1.0))
     tracker = make_tracker(tmp_path / "slow", proxy)
     record(tracker)
     assert (end(tracker), tracker.problems) == (0, [])
-    assert len(proxy.failed) == 4
+    assert len(proxy.failed) == 2
     check_whole(client, tmp_path / "slow", capsys)
 
 

@@ -12,16 +12,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
-from cluster.mlflow_model import ModelLogger, load_exported
+import cluster.mlflow_model
+from cluster.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
 from cluster.mlflow_sink import TRUNCATED, _shorten
 from cluster.redaction import redact
-from cluster.sender import RejectedError, RunsLostError, Sender
+from cluster.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
 from cluster.spool import Event, Progress, Spool, SpoolBusyError
 from cluster.tracking import Tracker, TrackingConfig, flatten, resolve_uri
 from cluster.tracking_uri import check_uri
@@ -166,6 +169,19 @@ def test_one_rejected_event_does_not_take_its_neighbours(spool: Spool) -> None:
     assert [event["number"] for event in sink.got] == [0, 1, 3]
     assert (sender.rejected, sender.pending()) == (1, 0)
     assert sender.notes == ["bad: no such kind"]
+
+
+@pytest.mark.parametrize(("refusals", "rejected"), [(2 * (MOST_DOUBTS - 1), 0), (2 * MOST_DOUBTS, 1)])
+def test_a_doubtful_refusal_has_to_be_repeated(
+    refusals: int, rejected: int, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt tries the events together, then alone."""
+    monkeypatch.setattr("cluster.sender.BACKOFF_FIRST_S", 0.01)
+    fill(spool, ["start", "metrics"])
+    sink = ScriptedSink([RejectedError("404 of a gateway", certain=False)] * refusals)
+    sender = send_all(spool, sink)
+    assert [event["number"] for event in sink.got] == list(range(rejected, 2))
+    assert (sender.rejected, len(sender.notes), sender.pending()) == (rejected, rejected, 0)
 
 
 def test_lost_runs_are_made_anew_and_everything_sent_again(spool: Spool) -> None:
@@ -466,6 +482,25 @@ def test_a_stack_is_logged_with_named_outputs(store: Path, tmp_path: Path, clien
     assert sorted(loaded) == sorted(expected) == ["features", "scores"]
     for name, value in expected.items():
         torch.testing.assert_close(loaded[name], value)
+
+
+@pytest.mark.parametrize("ready", ["a", "b"])
+def test_of_two_models_of_one_key_the_finished_one_is_linked(
+    ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One was made by a request that came late; a link to the other may be under way already."""
+    monkeypatch.setattr(cluster.mlflow_model, "_save", lambda *_: None)
+    models = [
+        SimpleNamespace(model_id=name, status="READY" if name == ready else "PENDING", tags={MODEL_KEY_TAG: "key"})
+        for name in ("a", "b")
+    ]
+    client = Mock()
+    client.get_run.return_value = SimpleNamespace(info=SimpleNamespace(experiment_id="0"), outputs=None)
+    client.search_logged_models.return_value = models
+    ModelLogger(toy)(tmp_path, (3, 2, 2), "run", "key", client)
+    client.create_logged_model.assert_not_called()
+    [(_, [output])] = [call.args for call in client.log_outputs.call_args_list]
+    assert output.model_id == ready
 
 
 def test_a_replay_from_the_start_stores_nothing_twice(recorded: Tracker, client: Any) -> None:
