@@ -40,7 +40,8 @@ test: lint typecheck ## lint, types and tests: all that must pass; then a quick 
 	-@$(BIN)/python -m jobs.benchmark dynamics --quick --data digits --channels 64 --parts solvers --run-dir build/benchmark >/dev/null
 
 test-faults: $(TEST_STAMP) ## what is read from outside damaged in 2,000 ways each, then everything that loses a rank, a disk or a server
-	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_fuzz.py tests/test_security.py tests/cluster tests/jobs/test_chaos.py
+	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest $(PYTEST_ARGS) \
+		tests/test_fuzz.py tests/test_security.py tests/cluster tests/jobs/test_chaos.py tests/jobs/test_sync.py
 
 lint: $(TEST_STAMP) ## ruff, changing nothing
 	$(BIN)/ruff check .
@@ -55,7 +56,7 @@ format: $(TEST_STAMP) ## ruff, mending what it can
 
 ui: $(RUN_STAMP) ## look at the runs of this machine in MLflow
 	@mkdir -p runs
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///runs/mlflow.db
 
 clean: ## remove caches and build outputs; keeps the environment, data/ and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -296,6 +296,7 @@ class Job:
         self.tracker.finish(status)
         pending = self.tracker.close()
         summary |= {"mlflow_run_id": self.tracker.run_id, "tracking_share": self.tracker.seconds / seconds}
+        summary["lost_records"] = self.tracker.lost
         try:
             write_json(self.run_dir / "summary.json", summary)
         except OSError as error:  # what was learnt is in the checkpoints
