@@ -155,12 +155,11 @@ class WorkerGroup:
             return within(limit_s + self.config.heartbeat_s, verb, call)
         except TimeoutError as error:
             raise GroupFailure(Failure(f"the Ray cluster did not {error}", lost=False)) from error
-        except (RayError, ConnectionError, KeyError, RuntimeError) as error:
-            if isinstance(error, GroupFailure):
-                raise
+        except Exception as error:
             failure = classify(error)
+            lost = failure.lost or type(error) is Exception  # as Ray says "Placement group … does not exist"
             message = f"the Ray cluster did not {verb}: {failure.message}"
-            raise GroupFailure(replace(failure, message=message)) from error
+            raise GroupFailure(replace(failure, message=message, lost=lost)) from error
 
     def _rendezvous(self) -> None:
         """Rank 0 binds a store, all join it: on loopback where they share a machine."""

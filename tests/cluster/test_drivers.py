@@ -47,7 +47,7 @@ def test_a_killed_driver_takes_its_embedded_ray_along(
         names = {psutil.Process(pid).name() for pid in everything}
         assert {"gcs_server", "raylet"} <= names
         assert set(driver.rank_pids()[0]) <= set(everything)
-        agents = [pid for pid in everything if "agent" in " ".join(psutil.Process(pid).cmdline())]
+        agents = [pid for pid in everything if "agent" in " ".join(psutil.Process(pid).cmdline()).lower()]
         killed = time.monotonic()
         driver.kill()
         assert_gone([pid for pid in everything if pid not in agents], limit_s=15.0)

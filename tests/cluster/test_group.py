@@ -420,6 +420,7 @@ def test_who_holds_up_the_rest(statuses: list[Status], expected: str | None) -> 
 # -- ranks without a controller ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 def test_ranks_that_nobody_asks_any_more_end_by_themselves(
     ray: Any, digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
