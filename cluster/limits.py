@@ -1,4 +1,4 @@
-"""A limit for calls that have none of their own: Ray's, when the head of its cluster does not answer."""
+"""A limit for calls that have none of their own: to Ray when the head of its cluster is gone, to object stores."""
 
 from __future__ import annotations
 

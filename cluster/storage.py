@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from upath import UPath
+
+from cluster.limits import within
 
 AnyPath = Path | UPath
 """A folder or file, of this machine or remote."""
@@ -176,26 +177,13 @@ def remove(path: AnyPath) -> None:
         _remote(path, lambda: path.fs.rm(path.path, recursive=True))
 
 
-def _remote(path: UPath, call: Callable[[], T], limit_s: float | None = None) -> T:
+def _remote(path: UPath, call: Callable[[], T]) -> T:
     """What a call to a remote file system returns; its many kinds of errors become one, and it ends in time."""
-    limit_s = LIMIT_S if limit_s is None else limit_s
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="storage", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if results:
-        return results[0]
-    if not errors:
-        raise StorageError(f"{path}: no answer within {limit_s:g} s")
-    (error,) = errors
-    if isinstance(error, FileNotFoundError):
+    try:
+        return within(LIMIT_S, str(path), call)
+    except TimeoutError as error:
+        raise StorageError(str(error)) from None
+    except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {error}") from None
-    raise StorageError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except Exception as error:
+        raise StorageError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
