@@ -56,12 +56,12 @@ class GroupConfig(Frozen):
     heartbeat_s: PositiveFloat = 30.0
     """A rank that does not answer the controller for so long is lost."""
 
-    stall_timeout_s: PositiveFloat = 600.0
-    """A rank whose training has not moved for so long, though it answers, is lost: no exchange started or ended, no
-    batch, no checkpoint. Longer than the longest single step: one batch, or fitting the readout."""
-
     collective_timeout_s: PositiveFloat = 120.0
     """Longest wait inside one exchange; longer than the heartbeat, so that the controller is the first to know."""
+
+    stall_timeout_s: PositiveFloat = 900.0
+    """A rank whose training thread has not moved for so long (no update, no exchange, no batch encoded) is lost, though
+    its process answers. More than the longest fit of a readout, which tells nothing while it lasts."""
 
     poll_s: PositiveFloat = 0.5
     """Pause between two rounds of the controller."""

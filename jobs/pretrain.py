@@ -6,9 +6,7 @@ Exit status: 0 finished, 1 failed, 2 bad configuration or data (one line, nothin
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -37,6 +35,7 @@ from jobs.display import JobDisplay, MakeDisplay, make_display
 from jobs.mirror import Mirror
 from jobs.options import override, read_yaml
 from jobs.plan import print_plan
+from jobs.ray_session import shut_down_ray, start_ray
 from jobs.run_directory import Start, choose
 from simmatch.config import ConfigError, parse
 from simmatch.data import Dataset, load_dataset, to_unit
@@ -193,14 +192,15 @@ class Job:
                 assert self._signum is not None
                 status, message, code = "KILLED", f"{Interrupted(self._signum)}; {error}", 128 + self._signum
             finally:
-                _shut_down_ray()
+                shut_down_ray()
                 self._finish(display, status, message)
         if message is not None:
             print(f"error: {one_line(message)}", file=sys.stderr)
         return code
 
     def _train(self, display: JobDisplay) -> None:
-        address = start_ray(self.config.place().world_size * self.config.cluster.cpus_per_rank)
+        group = self.config.cluster
+        address = start_ray(self.config.place().world_size * group.cpus_per_rank, group.start_timeout_s)
         self._watch_signals()  # ray.init has put handlers of its own in place
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
@@ -343,43 +343,6 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         self.signum = signum
         super().__init__(f"ended by {signal.Signals(signum).name}")
-
-
-def start_ray(cpus: int) -> str:
-    """Join the cluster of `RAY_ADDRESS`, or start an embedded one for this run. Returns a word on which."""
-    # read when ray is imported: no usage reports, and accelerators stay visible to actors that reserve none
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        # otherwise ray takes the machine's own address in place of loopback
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        if "ray" not in sys.modules and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            # by itself ray keeps one in ~/.ray/auth_token, which every user of the machine may read
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    import ray
-
-    if address:
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise RunFailed(f"RAY_ADDRESS: expected a running cluster at {address}, got {error}") from error
-        return f"cluster at {ray.get_runtime_context().gcs_address}"
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    return "embedded" if os.environ["RAY_AUTH_MODE"] == "token" else "embedded, open to every process of this machine"
-
-
-def _shut_down_ray() -> None:
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
 
 
 def _git_commit() -> str:

@@ -356,8 +356,8 @@ def test_a_failure_is_told_without_secrets(
 
 EMBEDDED = """
 import os, sys
-from jobs.pretrain import start_ray
-said = start_ray(1)
+from jobs.ray_session import start_ray
+said = start_ray(1, 60.0)
 import ray
 print(said, ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_TOKEN"), sep="\\n", flush=True)
 sys.stdin.read()

@@ -535,20 +535,6 @@ def test_a_group_that_does_not_come_up_is_a_loss(scene: MakeScene) -> None:
     assert [group.calls for group in playing.groups] == [["start", "end"], ["start", "poll", "end"]]
 
 
-def test_a_rank_that_answers_but_does_not_move_is_a_loss(scene: MakeScene) -> None:
-    playing = scene()
-    limit_s = playing.config.cluster.stall_timeout_s
-    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
-    moving = status(0, [], progress={"phase": "learn", "done": 3, "total": 9})
-    for idle_s, failure in ((limit_s - 1, False), (limit_s + 1, True)):
-        group.poll = lambda idle_s=idle_s: [moving, replace(status(1, []), idle_s=idle_s)]  # type: ignore[misc]
-        done, found = playing.controller.step(group)
-        assert (done, found is not None) == (False, failure)
-    assert found is not None
-    assert found.lost
-    assert found.message.startswith("rank 1 has not moved for 600 s")
-
-
 def test_an_impossible_group_is_no_loss(scene: MakeScene) -> None:
     playing = scene(ConfigError("mesh: expected a larger cluster"), [])
     with pytest.raises(ConfigError, match="larger cluster"):
@@ -732,3 +718,21 @@ def test_a_manifest_survives_its_file(tmp_path: Path, scene: MakeScene) -> None:
     content = json.loads((folder_of(tmp_path, 4) / MANIFEST).read_text())
     del content["sha256"]
     assert Manifest.model_validate(content) == read_manifest(folder_of(tmp_path, 4))
+
+
+def test_ranks_that_do_not_move_are_a_loss(scene: MakeScene, tmp_path: Path) -> None:
+    """Their processes answer and no exchange ends the wait; what they told before counts."""
+    playing = scene()
+    limit_s = playing.config.cluster.stall_timeout_s
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    told = [[shard_event(tmp_path, rank, 4)] for rank in range(2)]
+    moved = [replace(status(rank, own), idle_s=limit_s - 1) for rank, own in enumerate(told)]
+    group.poll = lambda: moved  # type: ignore[method-assign]
+    assert playing.controller.step(group) == (False, None)
+    assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 4)
+    group.poll = lambda: [replace(one, events=[], idle_s=limit_s + 1) for one in moved]  # type: ignore[method-assign]
+    done, failure = playing.controller.step(group)
+    assert not done
+    assert failure is not None
+    assert failure.lost
+    assert failure.message.startswith(f"rank 0, 1 has not moved for {limit_s:g} s")

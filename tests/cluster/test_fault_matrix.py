@@ -288,7 +288,14 @@ def of_a_rank(ray: Any, cell: Cell, undisturbed: bytes, fault: Kind, moment: str
         assert status == 1, shown
         summary = json.loads(read(cell.run_dir / "summary.json"))
         assert summary["status"] == "FAILED"
-        assert "injected" in summary["message"]
+        # within an update all ranks learn whose fault it is; elsewhere the rank itself tells
+        phase, layer, step = MOMENTS[moment]
+        told = (
+            f"layer {layer}, step {step}: exception on rank 1"
+            if phase == "update"
+            else "rank 1: InjectedError: injected"
+        )
+        assert told in summary["message"]
         resume(cell)
         assert_whole(ray, cell, undisturbed, restarts=0)
         return
