@@ -148,13 +148,12 @@ def _write_and_publish(partial: Path, target: AnyPath, tensors: dict[str, Tensor
 
 
 def commit(folder: AnyPath, manifest: Manifest) -> None:
-    """Write the manifest, which makes the checkpoint one; then remove what it does not name."""
+    """Write the manifest, which makes the checkpoint one.
+
+    Shards of a group that was given up at this step may lie beside it; nobody names them, and they go with the folder.
+    """
     values = manifest.model_dump(mode="json")
     write_whole(folder / MANIFEST, json.dumps({DIGEST: _digest(values), **values}, indent=1).encode())
-    named = {MANIFEST, *(shard.file for shard in manifest.shards)}
-    for left in find(folder, "*"):  # of a group that was given up at this step
-        if left.name not in named:
-            remove(left)
 
 
 def prune(run_dir: AnyPath, keep: int, step: int) -> None:
