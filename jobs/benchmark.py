@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -18,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from jobs.benchmarks import dynamics, network, overhead, pynsm, scaling
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
-from jobs.run_directory import default_root
+from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.formats import DataError
 
@@ -39,10 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     before = torch.get_num_threads()
     try:
-        if options.run_dir == "":
-            raise ConfigError("--run-dir: expected a folder, got nothing")
         torch.set_num_threads(options.threads or before)
-        run_dir = Path(options.run_dir or default_root() / f"benchmark-{options.subcommand}")
+        run_dir = local_folder("--run-dir", options.run_dir, default_root() / f"benchmark-{options.subcommand}")
         with threadpool_limits(limits=torch.get_num_threads()), Report(options.subcommand, run_dir) as report:
             report.environment(vars(options))
             SUBCOMMANDS[options.subcommand][0].run(options, report)

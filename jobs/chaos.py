@@ -26,7 +26,7 @@ from cluster.config import RunConfig, public
 from jobs.benchmarks.report import Report
 from jobs.options import override, read_yaml
 from jobs.pretrain import check
-from jobs.run_directory import default_root
+from jobs.run_directory import default_root, local_folder
 from jobs.soak.strikes import ENDS_DRIVER, STRIKES, Strike
 from jobs.soak.telling import summary, timeline
 from jobs.soak.watched import Watched, recorded
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--gap: expected two rising numbers of seconds above 0, got {options.gap}")
         config = parse(RunConfig, override(read_yaml(Path(options.config)), assignments))
         check(config)
-        run_dir = Path(options.run_dir or default_root() / f"chaos-{config.name}").absolute()
+        run_dir = local_folder("--run-dir", options.run_dir, default_root() / f"chaos-{config.name}").absolute()
         report = Report("chaos", run_dir)
     except (ConfigError, DataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

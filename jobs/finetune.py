@@ -42,7 +42,7 @@ from jobs.evaluation.finetuning import (
 from jobs.evaluation.material import Material
 from jobs.evaluation.together import together
 from jobs.options import read_yaml
-from jobs.run_directory import default_root
+from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.data import load_dataset
 from simmatch.formats import DataError
@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
         material = Material.of(load_dataset(config.data), config.held_out)
         check(config, material)
-        run_dir = Path(options.run_dir or default_root() / f"{config.name}{'-quick' if options.quick else ''}")
+        default = default_root() / f"{config.name}{'-quick' if options.quick else ''}"
+        run_dir = local_folder("--run-dir", options.run_dir, default)
         prepare(run_dir, config)
         tracker = Tracker(run_dir, config.tracking)
         job = Finetuning(config, material, tracker, console, options.threads or os.cpu_count() or 1)

@@ -58,6 +58,21 @@ class Start:
         return default_root().absolute() / "remote" / name
 
 
+def local_folder(option: str, given: str | None, default: Path) -> Path:
+    """A folder of this machine, for jobs that write nowhere else.
+
+    Raises
+    ------
+    ConfigError
+        Nothing, or a URI, was given.
+    """
+    if given is None:
+        return default
+    if not given or "://" in given:
+        raise ConfigError(f"{option}: expected a folder of this machine, got {given or 'nothing'}")
+    return Path(given)
+
+
 def default_root() -> Path:
     """`runs` in the working directory; in a Ray job, whose working directory is a throw-away copy, in the home."""
     return Path.home() / "simmatch" / "runs" if in_throw_away_copy() else Path("runs")

@@ -21,15 +21,16 @@ from cluster.sender import Sender
 from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
 from cluster.tracking import make_sender
 from cluster.tracking_uri import URI_VARIABLE, check_uri
+from jobs.run_directory import local_folder
 from simmatch.config import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 with everything sent, 1 if something is left or refused, 2 for a wrong call."""
     options = _parser().parse_args(arguments)
-    run_dir = Path(options.run_dir).absolute()
-    spool = Spool(run_dir / SPOOL_NAME)
     try:
+        run_dir = local_folder("RUN_DIR", options.run_dir, Path()).absolute()
+        spool = Spool(run_dir / SPOOL_NAME)
         start, ended = _look_through(spool)
         uri = check_uri(options.uri or _recorded_uri(start))
         spool.open()

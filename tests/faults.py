@@ -53,7 +53,7 @@ kill        the process ends, by SIGKILL
 hold        the training thread stays away for `HOLD_S`
 stop        the process stands still, by SIGSTOP
 tell        the rank tells the test that it is there, and waits for its word to go on
-disk full   the shard being written, or the next two, find no room
+disk full   the shard being written, or the next one, finds no room
 corrupt …   a bit of the newest committed checkpoint flips, and the process ends, by SIGKILL
 """
 
@@ -148,7 +148,7 @@ class FaultyTraining(Training):
     def _strike(self, plan: FaultPlan) -> None:
         """One fault of a whole process, now."""
         if plan.kind == "disk full":
-            self._writes_lost = 1 if plan.phase == "save" else 2
+            self._writes_lost = 1
         elif plan.kind == "tell":
             tell_and_wait(Path(plan.signals))
         elif plan.kind == "stop":

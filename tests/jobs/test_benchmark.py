@@ -453,7 +453,7 @@ def test_missing_data_package_and_folder(
     assert "pynsm is not installed: `pip install" in ends_with(["pynsm", "--data", "digits", "--run-dir", "r"])
     (tmp_path / "file").write_text("")
     assert "--run-dir: expected a folder" in ends_with(["dynamics", "--run-dir", "file"])
-    assert "--run-dir: expected a folder, got nothing" in ends_with(["dynamics", "--run-dir", ""])
+    assert "--run-dir: expected a folder of this machine, got nothing" in ends_with(["dynamics", "--run-dir", ""])
 
 
 def test_threads_are_given_back(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_every_strike_at_a_driver_knows_its_status() -> None:
     ("arguments", "message"),
     [
         (("--gap", "5", "1"), "--gap: expected two rising numbers of seconds above 0, got [5.0, 1.0]"),
+        (("--run-dir", "s3://bucket/x"), "--run-dir: expected a folder of this machine, got s3://bucket/x"),
         (("--set", "mesh.chanel=2"), "mesh.chanel: "),
         (("--config", "nowhere.yaml"), "--config: expected a YAML file, got nowhere.yaml"),
     ],
