@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cluster.checkpoint import MANIFEST, Shard
+from cluster.checkpoint import MANIFEST, Shard, folder_of
 from cluster.inputs import LayerInputs
 from cluster.storage import AnyPath, find
 from cluster.training import Training
@@ -71,6 +71,12 @@ MOMENTS: dict[str, tuple[Phase, int, int]] = {
 
 OF_A_LAYER = ("nan feedforward", "nan lateral", "nan label", "explode", "exception", "error")
 """Kinds that a rank's layer or its batches suffer."""
+
+
+COMMITTED: dict[tuple[Phase, int, int], int] = {("update", 1, 9): 16, ("save", 0, 8): 4, ("encode", 0, 0): 10}
+"""Moment → step of the newest checkpoint that the controller will have committed by then, or soon."""
+
+COMMIT_S = 30.0
 
 
 class InjectedError(RuntimeError):
@@ -159,6 +165,9 @@ class FaultyTraining(Training):
             time.sleep(HOLD_S)
         else:
             if plan.kind != "kill":
+                step = COMMITTED.get((plan.phase, plan.layer, plan.step))
+                if step is not None:  # a later one would be taken in place of the damaged one
+                    wait_for(folder_of(self.assignment.run_dir, step) / MANIFEST, COMMIT_S)
                 corrupt_newest(self.assignment.run_dir, plan.kind.removeprefix("corrupt "))
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -179,7 +188,7 @@ def tell_and_wait(signals: Path) -> None:
     wait_for(signals / "go", HOLD_S)
 
 
-def wait_for(path: Path, limit_s: float) -> None:
+def wait_for(path: AnyPath, limit_s: float) -> None:
     """Until a file is there.
 
     Raises
