@@ -6,9 +6,10 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.checkpoint import Manifest, commit, folder_of, prune
-from cluster.storage import AnyPath
+from cluster.storage import AnyPath, persist
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,13 @@ class Committer:
     run_dir: the run's folder.
     keep: newest checkpoints kept.
     before: called before each commit, for what has to be safe by then; where it raises OSError, there is no commit.
+    patience_s: how long an object store that is away is asked again.
     """
 
-    def __init__(self, run_dir: AnyPath, keep: int, before: Callable[[], None] = lambda: None) -> None:
-        self._run_dir, self._keep, self._before = run_dir, keep, before
+    def __init__(
+        self, run_dir: AnyPath, keep: int, before: Callable[[], None] = lambda: None, *, patience_s: float = 0.0
+    ) -> None:
+        self._run_dir, self._keep, self._before, self._patience_s = run_dir, keep, before, patience_s
         self._due: queue.SimpleQueue[Manifest] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Committed] = queue.SimpleQueue()
         self._open = 0
@@ -60,13 +64,16 @@ class Committer:
             manifest = self._due.get()
             step, why = manifest.cursor.step, None
             try:
-                self._before()
-                commit(folder_of(self._run_dir, step), manifest)
+                persist(partial(self._commit, manifest), self._patience_s)
             except OSError as error:  # full, gone or away: that costs checkpoints, not the run
                 why = " ".join(str(error).split())
             if why is None:
                 self._prune(step)
             self._outcomes.put(Committed(step, why))
+
+    def _commit(self, manifest: Manifest) -> None:
+        self._before()
+        commit(folder_of(self._run_dir, manifest.cursor.step), manifest)
 
     def _prune(self, step: int) -> None:
         try:

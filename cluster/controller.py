@@ -118,7 +118,8 @@ class Controller:
         self._step = 0
         self._phase = ""
         self._shards: dict[int, dict[int, Shard]] = {}
-        self._committer = Committer(run_dir, config.checkpoint.keep, before_commit)
+        saving = config.checkpoint
+        self._committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
         self._before = (0.0, 0.0)
 
     def stop(self) -> bool:
@@ -241,6 +242,7 @@ class Controller:
         self.display.progress(statuses[0].progress)
         self._phase = statuses[0].progress.get("phase", "")
         self._step = statuses[0].progress.get("step", self._step)
+        self.record.steps = max(self.record.steps, self._step)
         failures = [status.failure for status in statuses if status.failure is not None]
         if failures:
             # a fault of the program explains the peers that were lost through it

@@ -132,7 +132,8 @@ def _sentence(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("\t", "  "))]
     if isinstance(error, PeerTimeout):
         return lines[0]  # names its rank and says what it waited for
-    return f"{type(error).__name__}: {' '.join(lines)}" if lines else type(error).__name__
+    text = " ".join(lines).partition(" Some common causes include")[0]  # Ray's guesses
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _last_line(error: BaseException) -> str:

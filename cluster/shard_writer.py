@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
 from cluster.report import Report
-from cluster.storage import AnyPath
+from cluster.storage import AnyPath, StorageError, persist
 from simmatch.rows import Rows
 
 WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
@@ -40,7 +40,8 @@ class ShardWriter:
     """Writes one rank's shards, one at a time, and reports each.
 
     A disk that is full or gone costs checkpoints, not the run: what could not be written is reported as
-    `checkpoint_lost`, and so is a checkpoint that is due while the one before it is still not written.
+    `checkpoint_lost`, and so is a checkpoint that is due while the one before it is still not written. An object store
+    that is away is asked again for as long as `patience_s`; meanwhile training does not wait for it.
 
     Parameters
     ----------
@@ -69,10 +70,12 @@ class ShardWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._writing: Cursor | None = None
-        self._hangs = False
+        self._hangs = self._failing = False
 
-    def submit(self, cursor: Cursor, take: Callable[[], Snapshot]) -> None:
+    def submit(self, cursor: Cursor, take: Callable[[], Snapshot], *, needed: bool = False) -> None:
         """Write the snapshot that `take` gives now, as the checkpoint of `cursor`.
+
+        needed: wait for the one before, though its store hangs or is away: no other will follow soon.
 
         Raises
         ------
@@ -81,12 +84,14 @@ class ShardWriter:
         """
         started = time.monotonic()
         try:
-            if self._finish(0.0 if self._hangs else self._patience_s):
+            stuck = self._hangs or self._failing
+            if self._finish(0.0 if stuck and not needed else self._patience_s):
                 self._writing = cursor
                 self._thread = threading.Thread(target=self._run, args=(cursor, take()), name="shards", daemon=True)
                 self._thread.start()
             else:
-                self._lost(cursor, f"the one before it is not written after {self._patience_s:g} s")
+                waited = "its store is away" if self._failing else f"after {self._patience_s:g} s"
+                self._lost(cursor, f"the one before it is not written: {waited}")
         finally:
             self.seconds += time.monotonic() - started
 
@@ -113,14 +118,22 @@ class ShardWriter:
 
     def _run(self, cursor: Cursor, snapshot: Snapshot) -> None:
         folder = folder_of(self.run_dir, cursor.step)
+        self._failing = False
         try:
-            shard = self._write(folder, self.rank, self.world_size, snapshot.tensors, snapshot.rows)
+            shard = persist(
+                lambda: self._write(folder, self.rank, self.world_size, snapshot.tensors, snapshot.rows),
+                self._patience_s,
+                self._note_failing,
+            )
         except OSError as error:
             self._lost(cursor, " ".join(str(error).split()))
         except BaseException as error:
             self._error = error
         else:
             self._report.event("shard", cursor=cursor, shard=shard, layers=snapshot.layers)
+
+    def _note_failing(self, _: StorageError) -> None:
+        self._failing = True
 
     def _lost(self, cursor: Cursor, why: str) -> None:
         self._report.event("checkpoint_lost", step=cursor.step, why=why)

@@ -114,8 +114,10 @@ def publish_folder(source: Path, target: AnyPath) -> None:
                 publish(file, place)
 
 
-def persist(call: Callable[[], T], limit_s: float) -> T:
+def persist(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:
     """What a call returns; while a remote place fails, it is made again, for about `limit_s`.
+
+    failing: told of every failure before the next attempt.
 
     Raises
     ------
@@ -126,9 +128,10 @@ def persist(call: Callable[[], T], limit_s: float) -> T:
     while True:
         try:
             return call()
-        except StorageError:
+        except StorageError as error:
             if time.monotonic() + pause_s > deadline:
                 raise
+            failing(error)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

@@ -206,8 +206,9 @@ class Training:
                 self.report.event("metrics", layer=index, step=update + 1, images=images, metrics=latest)
             self.report.progress("learn", update + 1, total, layer=index, step=self.step, **latest)
             stop = due and self._all_stop()
-            if update + 1 == total or stop or self.step % self.config.checkpoint.every_steps == 0:
-                self._save(index, layer)
+            needed = update + 1 == total or stop
+            if needed or self.step % self.config.checkpoint.every_steps == 0:
+                self._save(index, layer, needed=needed)
             if stop:
                 self.writer.close()
                 raise Stopped
@@ -234,10 +235,10 @@ class Training:
             diverged = isinstance(fault, SharedFault) and fault.kind.startswith("non-finite")
             raise TrainingFault(f"layer {index}, step {step}: {what}", diverged=diverged) from fault
 
-    def _save(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+    def _save(self, index: int, layer: SimilarityMatchingConv2d, *, needed: bool) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
         cursor = Cursor(step=self.step, layer=index, updates=int(layer.updates))
-        self.writer.submit(cursor, partial(self._snapshot, index, layer))
+        self.writer.submit(cursor, partial(self._snapshot, index, layer), needed=needed)
 
     def _snapshot(self, index: int, layer: SimilarityMatchingConv2d) -> Snapshot:
         """All layers so far. What may change while it is written, the layer that learns, is copied."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cluster.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
 from cluster.shard_writer import ShardWriter, Snapshot
+from cluster.storage import StorageError
 from cluster.worker import Outbox
 from simmatch.rows import Rows
 
@@ -93,7 +95,7 @@ def test_a_disk_that_hangs_costs_checkpoints_only(tmp_path: Path, disk: Disk) ->
     assert time.monotonic() - started < 10
     assert taken == []  # nothing was copied for a checkpoint that is left out
     assert outbox.events == [
-        {"kind": "checkpoint_lost", "step": 8, "why": "the one before it is not written after 0.1 s"},
+        {"kind": "checkpoint_lost", "step": 8, "why": "the one before it is not written: after 0.1 s"},
         {"kind": "checkpoint_lost", "step": 4, "why": "it is not written after 0.1 s"},
     ]
 
@@ -138,3 +140,32 @@ def test_what_the_operating_system_refuses_is_a_disks_fault(tmp_path: Path) -> N
     assert event["kind"] == "checkpoint_lost"
     assert "File too large" in event["why"]
     assert list(folder_of(tmp_path, 4).glob("*.safetensors")) == []
+
+
+def test_a_store_that_is_away_is_asked_again_and_training_does_not_wait(tmp_path: Path) -> None:
+    """The checkpoint that found it away is written when it is back; one that is due meanwhile is left out at once, one
+    that is needed waits."""
+    back, asked = threading.Event(), threading.Event()
+
+    def write(*arguments: Any) -> Shard:
+        if not back.is_set():
+            asked.set()
+            raise StorageError("s3://x: away")
+        return write_shard(*arguments)
+
+    outbox = Outbox()
+    writing = ShardWriter(tmp_path, 0, 1, outbox, patience_s=30.0, write=write)
+    writing.submit(cursor(4), snapshot)
+    assert asked.wait(20)
+    deadline = time.monotonic() + 20
+    while not writing._failing and time.monotonic() < deadline:
+        time.sleep(0.01)
+    writing.submit(cursor(8), snapshot)
+    assert writing.seconds < 5
+    assert outbox.events == [
+        {"kind": "checkpoint_lost", "step": 8, "why": "the one before it is not written: its store is away"}
+    ]
+    threading.Timer(0.3, back.set).start()
+    writing.submit(cursor(10), snapshot, needed=True)
+    writing.close()
+    assert [event["cursor"].step for event in outbox.events[1:]] == [4, 10]
