@@ -29,7 +29,7 @@ def start_ray(cpus: int, limit_s: float) -> str:
     Raises
     ------
     RunFailed
-        Nobody answers at the address, or not within `limit_s`.
+        Nobody answers at the address, or not within `CONNECT_S` and `limit_s`.
     """
     # read when ray is imported: no usage reports, and accelerators stay visible to actors that reserve none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -51,7 +51,7 @@ def start_ray(cpus: int, limit_s: float) -> str:
         if re.fullmatch(r"[^/]+:\d+", address) and not takes_connections(address, CONNECT_S):
             raise RunFailed(f"{where}, found nobody who takes a connection within {CONNECT_S:g} s")
         try:
-            within(limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR))
+            within(CONNECT_S + limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR))
         except (ConnectionError, TimeoutError) as error:
             raise RunFailed(f"{where}, got {error}") from error
         return f"cluster at {ray.get_runtime_context().gcs_address}"
