@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -57,6 +57,8 @@ class Watcher:
     """
 
     run_id = None
+    layer_run_ids: ClassVar[dict[int, str]] = {}
+    last_step_sent: ClassVar[dict[int, int]] = {}
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir

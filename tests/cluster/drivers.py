@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from cluster.config import RunConfig
 from tests.cluster.actors import assert_gone
+from tests.faults import FaultPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_S = 240.0
@@ -45,15 +47,23 @@ class Driver:
     ----------
     folder: where its configuration and its lines go.
     before: words before the interpreter, such as those that enter a namespace.
+    plan: what its ranks suffer, see `tests.faulty_job`.
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, folder: Path, env: dict[str, str], before: Sequence[str] = ()
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        folder: Path,
+        env: dict[str, str],
+        before: Sequence[str] = (),
+        plan: FaultPlan | None = None,
     ) -> None:
         self.run_dir, self.log = run_dir, folder / "driver.log"
         file = folder / "config.yaml"
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        words = [*before, sys.executable, "-u", "-m", "jobs.pretrain"]
+        program = ["jobs.pretrain"] if plan is None else ["tests.faulty_job", json.dumps(asdict(plan))]
+        words = [*before, sys.executable, "-u", "-m", *program]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 [*words, "--config", str(file), "--run-dir", str(run_dir)],

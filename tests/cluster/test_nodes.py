@@ -25,15 +25,12 @@ from tests.cluster.actors import (
     train,
 )
 from tests.exchanges import results
-from tests.faults import FaultPlan, faulty_worker
+from tests.faults import COMMITTED, MOMENTS, FaultPlan, faulty_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(240)]
 
 CHECKPOINT = 16
-"""Of layer 1, six updates in: the twelve of an epoch are 6, so this is at the end of one; the hold is in the next."""
-
-HELD = faulty_worker(FaultPlan(rank=0, layer=1, step=9, kind="hold"))
-"""In the first group rank 0 stays away in mid-epoch, and rank 1 waits for it: nothing happens until the test acts."""
+"""The newest before the moment "in mid-epoch"."""
 
 Record = Callable[[str, object], None]
 
@@ -112,15 +109,23 @@ def undisturbed_double(ranks: Any, digits_config: ConfigMaker, tmp_path_factory:
 
 
 class Scene:
-    """A run of two ranks; the node of rank 1 goes after a checkpoint, in mid-epoch."""
+    """A run of two ranks; the node of rank 1 goes at a moment at which rank 0 stays away, and nothing else happens."""
 
-    def __init__(self, nodes: Nodes, config: Any, run_dir: Path) -> None:
+    def __init__(self, nodes: Nodes, config: Any, run_dir: Path, moment: str = "in mid-epoch") -> None:
         self.nodes, self.watcher = nodes, Watcher(run_dir)
         self.removed = 0.0
+        self.origin = COMMITTED.get(MOMENTS[moment])
+        self.signals = run_dir / "signals"
+        self.signals.mkdir()
+        worker = faulty_worker(FaultPlan.at(moment, "tell", rank=0, signals=str(self.signals)))
         self.controller = Controller(
-            config, run_dir, lambda assignment: WorkerGroup(assignment, HELD), self.watcher, self.watcher
+            config, run_dir, lambda assignment: WorkerGroup(assignment, worker), self.watcher, self.watcher
         )
-        self.watcher.once(lambda: self.watcher.committed(CHECKPOINT), self._remove)
+        self.watcher.once(self._has_come, self._remove)
+
+    def _has_come(self) -> bool:
+        committed = self.origin is None or self.watcher.committed(self.origin)
+        return (self.signals / "here").exists() and committed
 
     def _remove(self) -> None:
         self.nodes.remove_that_of(self.watcher.pids[1])
@@ -135,10 +140,11 @@ class Scene:
         print(f"named after {named:.1f} s, training again after {again:.1f} s")
 
 
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_node_that_comes_back_is_waited_for(
-    nodes: Nodes, digits_config: ConfigMaker, undisturbed: Path, tmp_path: Path, record_property: Record
+    nodes: Nodes, digits_config: ConfigMaker, undisturbed: Path, tmp_path: Path, record_property: Record, moment: str
 ) -> None:
-    scene = Scene(nodes, digits_config(2, cluster=limits()), tmp_path)
+    scene = Scene(nodes, digits_config(2, cluster=limits()), tmp_path, moment)
     with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread only
         running = pool.submit(scene.controller.run)
         while not scene.removed:
@@ -150,7 +156,8 @@ def test_a_node_that_comes_back_is_waited_for(
     scene.figures(record_property)
     (told,) = scene.watcher.restarts()
     assert told.startswith(f"rank 1 (pid {scene.watcher.pids[1]} on ")
-    assert f"starting a new group from step-{CHECKPOINT:08d}" in told
+    origin = "the beginning" if scene.origin is None else f"step-{scene.origin:08d}"
+    assert f"starting a new group from {origin}" in told
     assert record.restarts == 1
     assert record.steps == 22
     assert scene.controller.config.mesh.channel == 2

@@ -28,6 +28,7 @@ from jobs.benchmarks.report import MissingError
 from tests.cluster.actors import ConfigMaker, assert_gone, assert_parity, lives, model, train
 from tests.cluster.drivers import Driver, environment, longer
 from tests.exchanges import results
+from tests.faults import MOMENTS, FaultPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(400)]
 
@@ -65,9 +66,9 @@ class Parted:
     def close(self) -> None:
         self._stack.close()
 
-    def driver(self, config: RunConfig, run_dir: Path) -> Driver:
+    def driver(self, config: RunConfig, run_dir: Path, plan: FaultPlan | None = None) -> Driver:
         values = self.environment | {"RAY_ADDRESS": self.address}
-        return Driver(config, run_dir, self.folder, values, self.link.hosts[0].command)
+        return Driver(config, run_dir, self.folder, values, self.link.hosts[0].command, plan)
 
     def command(self, host: int, *words: str) -> list[str]:
         return [*self.link.hosts[host].command, sys.executable, *words]
@@ -197,6 +198,30 @@ def test_a_link_that_comes_back_costs_a_new_group_and_no_bit(
     assert named_s < HEARTBEAT_S + 3.0  # a round of the controller, and a machine that is busy
     summary = driver.summary()
     assert (summary["status"], summary["steps"], summary["world_size"]) == ("FINISHED", STEPS, 2)
+    assert summary["restarts"] >= 1
+    assert model(tmp_path / "run").read_bytes() == model(tmp_path / "undisturbed").read_bytes()
+    assert_gone([pid for group in driver.rank_pids() for pid in group])
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_link_that_is_cut_at_any_moment(
+    parted: Parted, digits_config: ConfigMaker, ranks: Any, tmp_path: Path, moment: str
+) -> None:
+    """Rank 0 stays away at the moment until the link is cut; a rank is named and replaced once it is back."""
+    config = digits_config(2, cluster=GROUP)
+    results(ranks(train, 2, config, tmp_path / "undisturbed"))
+    signals = tmp_path / "signals"
+    signals.mkdir()
+    plan = FaultPlan.at(moment, "tell", rank=0, signals=str(signals))
+    with parted.driver(config, tmp_path / "run", plan) as driver:
+        driver.wait_for(lambda: (signals / "here").exists())
+        parted.cut()
+        (signals / "go").touch()
+        driver.wait_for(lambda: driver.said("starting a new group"))
+        parted.mend()
+        assert driver.finish() == 0, driver.text()
+    summary = driver.summary()
+    assert (summary["status"], summary["steps"], summary["world_size"]) == ("FINISHED", 22, 2)
     assert summary["restarts"] >= 1
     assert model(tmp_path / "run").read_bytes() == model(tmp_path / "undisturbed").read_bytes()
     assert_gone([pid for group in driver.rank_pids() for pid in group])
