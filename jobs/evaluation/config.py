@@ -51,7 +51,7 @@ class StackRow(Frozen):
     ]
     """Row name → layers, from 0, whose features its readout sees side by side, averaged down to `shape.pool`. A
     supervised layer has seen the labels of all training images: no place for it in a row. Settings are chosen by the
-    first row."""
+    last row."""
 
     candidates: Annotated[tuple[Overrides, ...], Field(strict=False, max_length=CANDIDATES)] = ()
     """Overrides of `model`, `layers.0.whiten=true`; none: the model as it is."""

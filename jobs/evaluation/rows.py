@@ -7,7 +7,7 @@ similarity-matching stack is an entry of the configuration.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -143,6 +143,25 @@ def rows_of(config: EvaluationConfig, material: Material, other: Material | None
             raise ConfigError(f"networks: expected some of {', '.join(NETWORKS)}, got {name!r}")
         found.append(NetworkRun(NETWORKS[name], config, material, other))
     return found
+
+
+def only(rows: list[Row], names: Collection[str]) -> list[Row]:
+    """The rows of these names, in the order of the table.
+
+    A stack is named as itself or as one of the rows that it fills: these are measured together, so that what is found
+    does not depend on which others were asked for.
+
+    Raises
+    ------
+    ConfigError
+        A name that no row has.
+    """
+    known = {name: row for row in rows for name in (row.name, *row.views)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--rows: expected some of {', '.join(known)}, got {name!r}")
+    chosen = [known[name] for name in names]
+    return [row for row in rows if row in chosen]
 
 
 def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
