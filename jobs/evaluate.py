@@ -275,7 +275,7 @@ class Evaluation:
     def _show(self, results: list[Result]) -> None:
         """The table on the terminal, as markdown, as figures, in MLflow."""
         summaries = summarise(results)
-        for each in (table.accuracy_table, table.cost_table, table.robustness_table):
+        for each in (table.accuracy_table, table.kernel_table, table.cost_table, table.robustness_table):
             self.console.print(each(summaries))
         text = self.run_dir / "table.md"
         text.write_text(table.markdown(summaries))

@@ -40,8 +40,8 @@ class Row(Protocol):
     def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
         """Everything that is measured with one seed, a result for each view; the learner, for figures.
 
-        What takes long and varies little is measured with the first seed only: logistic regression, nearest
-        neighbours, corruptions, noise.
+        What takes long and varies little is measured with the first seed only: a kernel readout of many labels,
+        logistic regression, nearest neighbours, corruptions, noise.
         """
 
 

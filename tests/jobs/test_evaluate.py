@@ -60,7 +60,9 @@ def test_every_row_has_its_result(run_dir: Path) -> None:
     found = results(run_dir)
     assert sorted(found) == ["kmeans-0", "nsm_1-0", "nsm_2-0", "pixels-0"]
     for name, each in found.items():
-        assert set(each["accuracy"]) == {"5", "all"} == set(each["held_out"]) - {"logistic"}, name
+        assert set(each["accuracy"]) == {"5", "all"} == set(each["kernel"]), name
+        assert set(each["held_out"]) == {"5", "all", "kernel 5", "kernel all", "logistic"}, name
+        assert each["kernel"]["all"] > 0.5, name
         assert each["logistic"] > 0.5, name
         assert 0.1 < each["accuracy"]["5"] <= 1, name
         assert len(each["corruptions"]) == 16, name
