@@ -20,7 +20,7 @@ from simmatch.config import (
 )
 
 CANDIDATES = 4
-"""Settings that every row may choose from: the same search budget for all."""
+"""Most settings that a row may choose from."""
 
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -96,6 +96,9 @@ class EvaluationConfig(Frozen):
 
     held_out: PositiveInt = 5000
     """Training images, the last ones, that nothing learns from: settings and penalties are chosen on them."""
+
+    candidates: Annotated[PositiveInt, Field(le=CANDIDATES)] = CANDIDATES
+    """Settings that every row may choose from, the first ones of its list: the same search budget for all; 1 for none."""
 
     tuning_images: PositiveInt = 5000
     """Training images, the first ones, that settings are chosen with."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from jobs.evaluation.config import CANDIDATES
 from jobs.evaluation.interface import Cost, Learner, Shape
 from jobs.evaluation.kernel_readout import LANDMARKS, WIDTHS, Kernel, choose_kernel
 from jobs.evaluation.material import Material, corrupted, resized, with_outliers
@@ -176,6 +177,7 @@ class Plan:
     corrupted_images: int
     outlier_shares: tuple[float, ...]
     outlier_images: int
+    candidates: int = CANDIDATES
 
 
 def tune(row: FeatureRow, material: Material, plan: Plan, seed: int, seen: Seen = unseen) -> int:

@@ -116,7 +116,9 @@ def kernel_path(
     if exact:
         solutions = _by_factor(square, targets - bias, penalties)
     else:
-        kernel = torch.cat([gaussian(scaling(part), landmarks, rate) for part in torch.split(features, ROWS)])
+        kernel = features.new_empty(count, most)
+        for part, into in zip(torch.split(features, ROWS), torch.split(kernel, ROWS), strict=True):
+            into.copy_(gaussian(scaling(part), landmarks, rate))
         solutions = _by_gradients(kernel, square, targets - bias, penalties)
     return [
         Kernel(scaling, landmarks, rate, matrix, bias, width, penalty)

@@ -124,6 +124,7 @@ def plan_of(config: EvaluationConfig) -> Plan:
         config.corrupted_images,
         config.outlier_shares,
         config.outlier_images,
+        config.candidates,
     )
 
 
@@ -166,7 +167,7 @@ def only(rows: list[Row], names: Collection[str]) -> list[Row]:
 
 def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
     for name, row in config.stacks.items():
-        words = tuple(" ".join(each) or "as configured" for each in row.candidates or ((),))
+        words = tuple(" ".join(each) or "as configured" for each in (row.candidates or ((),))[: config.candidates])
         views = tuple(View(view, blocks) for view, blocks in row.rows.items())
         yield FeatureRow(name, views, words, _stack_maker(row.models(), config.shape.pool, material))
 
@@ -180,7 +181,7 @@ def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
         if name == PIXELS:
             yield FeatureRow(PIXELS, (View(PIXELS),), ("the images themselves",), lambda index, seed, seen: Pixels())
         elif name in RIVALS:
-            words = tuple(str(each) for each in RIVALS[name].candidates)
+            words = tuple(str(each) for each in RIVALS[name].candidates[: config.candidates])
             yield FeatureRow(name, (View(name),), words, _rival_maker(name, config, material))
         else:
             raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")
