@@ -98,7 +98,7 @@ class EvaluationConfig(Frozen):
     """Training images, the last ones, that nothing learns from: settings and penalties are chosen on them."""
 
     candidates: Annotated[PositiveInt, Field(le=CANDIDATES)] = CANDIDATES
-    """Settings that every row may choose from, the first ones of its list: the same search budget for all; 1 for none."""
+    """Settings that every row may choose from, the first of its list: the same search budget for all; 1: no search."""
 
     tuning_images: PositiveInt = 5000
     """Training images, the first ones, that settings are chosen with."""

@@ -146,7 +146,7 @@ def _by_gradients(kernel: Tensor, square: Tensor, targets: Tensor, penalties: Se
     square.diagonal().add_(size * torch.finfo(square.dtype).eps)
     factor = torch.linalg.cholesky(square).mT.contiguous()
     torch.mm(factor, factor.mT, out=square).div_(size)
-    right = kernel.T @ targets / len(kernel)
+    right = _transposed_times(kernel, targets) / len(kernel)
     solutions = []
     for penalty in penalties:
         shifted = square.clone()
@@ -173,7 +173,7 @@ class _Equations:
     def times(self, v: Tensor) -> Tensor:
         """R⁻ᵀ (U⁻ᵀ ⟨k kᵀ⟩ U⁻¹ + λ) R⁻¹ v."""
         inner = _solve(self.root, v)
-        outer = self.kernel.T @ (self.kernel @ _solve(self.factor, inner)) / len(self.kernel)
+        outer = _transposed_times(self.kernel, self.kernel @ _solve(self.factor, inner)) / len(self.kernel)
         return _solve_transposed(self.root, _solve_transposed(self.factor, outer).add_(inner, alpha=self.shrinkage))
 
     def solve(self, right: Tensor) -> Tensor:
@@ -194,6 +194,11 @@ class _Equations:
         worst = float((squared / first.clamp(min=tiny)).max().sqrt())
         warnings.warn(f"kernel readout: relative residual {worst:.1e} after {ITERATIONS} iterations", stacklevel=2)
         return v
+
+
+def _transposed_times(kernel: Tensor, right: Tensor) -> Tensor:
+    """kᵀ r for k [N, m] and a few columns r; ten times as fast as `kernel.T @ right` on a CPU."""
+    return (right.T @ kernel).T.contiguous()
 
 
 def _solve(upper: Tensor, right: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import yaml
 from jobs.evaluate import main
 from jobs.evaluation.config import read
 from jobs.evaluation.material import Material
-from jobs.evaluation.rows import only, rows_of
+from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
 from jobs.options import read_yaml
 from simmatch.config import ConfigError
 from simmatch.data import Dataset
@@ -164,6 +164,21 @@ def test_a_stack_is_measured_whole_whichever_of_its_rows_is_asked_for(digits: Da
     for names in (["nsm_1"], ["nsm"], ["nsm_2", "nsm_1"]):
         assert [row.views for row in only(rows, names)] == [("nsm_1", "nsm_2")]
     assert [row.name for row in only(rows, ["lenet", "nsm_2", "kmeans"])] == ["nsm", "kmeans", "lenet"]
+
+
+def test_every_row_has_the_same_search_budget(digits: Dataset) -> None:
+    for count in (1, 3):
+        config = read(read_yaml(FASHION), [f"candidates={count}"], quick=False)
+        material = Material.of(digits, 150)
+        for row in rows_of(config, material, None):
+            if isinstance(row, FeatureRun):
+                assert len(row.row.settings) == (1 if row.name == "pixels" else count)
+            else:
+                assert isinstance(row, NetworkRun)
+                assert row.plan.candidates == count
+    config = read(read_yaml(CONFIG), ["candidates=1"], quick=False)
+    [network] = [row for row in rows_of(config, material, None) if row.name == "lenet"]
+    assert network.tune(lambda *_: None) == {"10": 0, "50": 0, "all": 0}  # at once: nothing is trained
 
 
 def test_quick_needs_overrides(tmp_path: Path) -> None:
