@@ -25,7 +25,7 @@ from torch import Tensor
 from jobs.evaluation.readouts import ROWS, Scaling, accuracy_of, check_labels
 from simmatch.seeding import seeded
 
-WIDTHS = (1.0, 2.0)
+WIDTHS = (0.5, 1.0, 2.0)
 """w that may be chosen where every labelled image is a landmark; at the median distance k = exp(−w)."""
 
 PENALTIES = (0.1, 0.01)
