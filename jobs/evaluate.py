@@ -35,7 +35,7 @@ from jobs.evaluation.corruptions import draw_corruptions
 from jobs.evaluation.features import Features, StackFeatures
 from jobs.evaluation.material import Material
 from jobs.evaluation.results import Result, Store
-from jobs.evaluation.rows import Choices, Row, rows_of
+from jobs.evaluation.rows import Choices, Row, only, rows_of
 from jobs.evaluation.summaries import summarise
 from jobs.figures import filters
 from jobs.options import read_yaml
@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             other = Material.of(dataset, max(1, len(dataset.train_images) // 10))
         check(config, material)
         rows = rows_of(config, material, other)
+        if options.rows:
+            rows = only(rows, options.rows)
         run_dir = Path(options.run_dir or default_root() / f"{config.name}{'-quick' if options.quick else ''}")
         prepare(run_dir, config)
         if options.report and not any((run_dir / RESULTS).glob("*.json")):
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override a key, e.g. --set seeds=[0]; repeatable",
     )
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="measure and show only these rows (default: all)")
     parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
     parser.add_argument("--quick", action="store_true", help="the same rows on fewer images: minutes, rougher figures")
     parser.add_argument("--report", action="store_true", help="show what is known so far, measure nothing")
@@ -273,7 +276,7 @@ class Evaluation:
     def _show(self, results: list[Result]) -> None:
         """The table on the terminal, as markdown, as figures, in MLflow."""
         summaries = summarise(results)
-        for each in (table.accuracy_table, table.cost_table, table.robustness_table):
+        for each in (table.accuracy_table, table.kernel_table, table.cost_table, table.robustness_table):
             self.console.print(each(summaries))
         text = self.run_dir / "table.md"
         text.write_text(table.markdown(summaries))

@@ -20,7 +20,7 @@ from simmatch.config import (
 )
 
 CANDIDATES = 4
-"""Settings that every row may choose from: the same search budget for all."""
+"""Most settings that a row may choose from."""
 
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -51,7 +51,7 @@ class StackRow(Frozen):
     ]
     """Row name → layers, from 0, whose features its readout sees side by side, averaged down to `shape.pool`. A
     supervised layer has seen the labels of all training images: no place for it in a row. Settings are chosen by the
-    first row."""
+    last row."""
 
     candidates: Annotated[tuple[Overrides, ...], Field(strict=False, max_length=CANDIDATES)] = ()
     """Overrides of `model`, `layers.0.whiten=true`; none: the model as it is."""
@@ -96,6 +96,9 @@ class EvaluationConfig(Frozen):
 
     held_out: PositiveInt = 5000
     """Training images, the last ones, that nothing learns from: settings and penalties are chosen on them."""
+
+    candidates: Annotated[PositiveInt, Field(le=CANDIDATES)] = CANDIDATES
+    """Settings that every row may choose from, the first of its list: the same search budget for all; 1: no search."""
 
     tuning_images: PositiveInt = 5000
     """Training images, the first ones, that settings are chosen with."""

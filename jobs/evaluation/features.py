@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from jobs.evaluation.config import CANDIDATES
 from jobs.evaluation.interface import Cost, Learner, Shape
+from jobs.evaluation.kernel_readout import LANDMARKS, WIDTHS, Kernel, choose_kernel
 from jobs.evaluation.material import Material, corrupted, resized, with_outliers
 from jobs.evaluation.readouts import (
     LOGISTIC_PENALTIES,
@@ -33,6 +35,9 @@ from jobs.evaluation.stacks import BATCH, Seen, StackLearner, unseen
 from simmatch.config import ModelConfig
 from simmatch.model import InputConfig
 from simmatch.order import stratified_subset
+
+FEW = 2000
+"""Labelled images up to which a kernel readout is cheap enough for every seed."""
 
 
 class Features(Protocol):
@@ -172,6 +177,7 @@ class Plan:
     corrupted_images: int
     outlier_shares: tuple[float, ...]
     outlier_images: int
+    candidates: int = CANDIDATES
 
 
 def tune(row: FeatureRow, material: Material, plan: Plan, seed: int, seen: Seen = unseen) -> int:
@@ -233,7 +239,8 @@ def evaluate(
 ) -> tuple[list[Result], Features, list[Reading]]:
     """Learn with one seed and read out at every budget: a result and a readout for each view, and the learner.
 
-    every_readout: besides ridge, which every budget gets, logistic regression and nearest neighbours.
+    every_readout: besides ridge, which every budget gets, and a kernel where labelled images are few, a kernel for the
+    rest, logistic regression and nearest neighbours.
     """
     learner = row.make(chosen, seed, seen)
     started = time.monotonic()
@@ -261,7 +268,8 @@ def evaluate(
             images_per_second=rate,
             active_fraction=learner.active()[: view.depth],
         )
-        readout = _at_budgets(result, parts, material, plan.budgets, seed)
+        most = len(material.train) if every_readout else FEW
+        readout = _at_budgets(result, parts, material, plan.budgets, seed, most)
         if every_readout:
             _other_readouts(result, parts, material, readout.scaling)
         results.append(result)
@@ -272,18 +280,28 @@ def evaluate(
 
 
 def _at_budgets(
-    result: Result, parts: list[Tensor], material: Material, budgets: tuple[int | None, ...], seed: int
+    result: Result, parts: list[Tensor], material: Material, budgets: tuple[int | None, ...], seed: int, most: int
 ) -> Linear:
-    """Fill in accuracies from the features of train, held-out and test images; the readout of all labels."""
-    train, held_out, test = parts
-    classes = material.source.num_classes
+    """Fill in accuracies from the features of train, held-out and test images; the linear readout of all labels.
+
+    most: labelled images that a kernel readout is given. Where it needs landmarks it takes the width of the budget
+    before, for a search would take minutes.
+    """
+    train, test, classes = parts[0], parts[2], material.source.num_classes
+    held_out = parts[1], material.held_out.labels
+    kernel: Kernel | None = None
     for budget in budgets:
-        index = material.labelled(budget, seed)
-        readout, right = choose_ridge(
-            (train[index], material.train.labels[index]), (held_out, material.held_out.labels), classes
-        )
-        result.held_out[budget_name(budget)] = right
-        result.accuracy[budget_name(budget)] = accuracy_of(readout.scores(test), material.test.labels)
+        name, index = budget_name(budget), material.labelled(budget, seed)
+        labelled = train[index], material.train.labels[index]
+        readout, result.held_out[name] = choose_ridge(labelled, held_out, classes)
+        result.accuracy[name] = accuracy_of(readout.scores(test), material.test.labels)
+        if len(index) <= most:
+            widths = WIDTHS if kernel is None or len(index) <= LANDMARKS else (kernel.width,)
+            scaling = readout.scaling
+            kernel, result.held_out[f"kernel {name}"] = choose_kernel(
+                labelled, held_out, classes, scaling, widths=widths
+            )
+            result.kernel[name] = accuracy_of(kernel.scores(test), material.test.labels)
     result.parameters_readout = readout.parameters
     return readout
 

@@ -59,7 +59,9 @@ class Network:
         """Budget → index of the settings that do best on held-out images."""
 
         def best(budget: int | None) -> int:
-            settings = candidates(budget)
+            settings = candidates(budget)[: plan.candidates]
+            if len(settings) == 1:
+                return 0
             found = tune(
                 lambda: self.make(material.source, seed),
                 material.train.take(material.labelled(budget, seed)),

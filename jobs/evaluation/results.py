@@ -37,10 +37,14 @@ class Result(BaseModel):
     """Per layer."""
 
     held_out: dict[str, float] = {}
-    """Budget → accuracy on the held-out images, by which settings and penalties were chosen; `logistic` likewise."""
+    """Budget → accuracy on the held-out images, by which settings and penalties were chosen; `logistic`,
+    `kernel <budget>` likewise."""
 
     accuracy: dict[str, float] = {}
     """Budget → test accuracy: of a ridge readout, or of the network itself."""
+
+    kernel: dict[str, float] = {}
+    """Budget → test accuracy of a kernel readout."""
 
     logistic: float | None = None
     """Of a logistic readout of all labels."""

@@ -7,7 +7,7 @@ similarity-matching stack is an entry of the configuration.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +40,8 @@ class Row(Protocol):
     def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
         """Everything that is measured with one seed, a result for each view; the learner, for figures.
 
-        What takes long and varies little is measured with the first seed only: logistic regression, nearest
-        neighbours, corruptions, noise.
+        What takes long and varies little is measured with the first seed only: a kernel readout of many labels,
+        logistic regression, nearest neighbours, corruptions, noise.
         """
 
 
@@ -124,6 +124,7 @@ def plan_of(config: EvaluationConfig) -> Plan:
         config.corrupted_images,
         config.outlier_shares,
         config.outlier_images,
+        config.candidates,
     )
 
 
@@ -145,9 +146,28 @@ def rows_of(config: EvaluationConfig, material: Material, other: Material | None
     return found
 
 
+def only(rows: list[Row], names: Collection[str]) -> list[Row]:
+    """The rows of these names, in the order of the table.
+
+    A stack is named as itself or as one of the rows that it fills: these are measured together, so that what is found
+    does not depend on which others were asked for.
+
+    Raises
+    ------
+    ConfigError
+        A name that no row has.
+    """
+    known = {name: row for row in rows for name in (row.name, *row.views)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--rows: expected some of {', '.join(known)}, got {name!r}")
+    chosen = [known[name] for name in names]
+    return [row for row in rows if row in chosen]
+
+
 def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
     for name, row in config.stacks.items():
-        words = tuple(" ".join(each) or "as configured" for each in row.candidates or ((),))
+        words = tuple(" ".join(each) or "as configured" for each in (row.candidates or ((),))[: config.candidates])
         views = tuple(View(view, blocks) for view, blocks in row.rows.items())
         yield FeatureRow(name, views, words, _stack_maker(row.models(), config.shape.pool, material))
 
@@ -161,7 +181,7 @@ def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
         if name == PIXELS:
             yield FeatureRow(PIXELS, (View(PIXELS),), ("the images themselves",), lambda index, seed, seen: Pixels())
         elif name in RIVALS:
-            words = tuple(str(each) for each in RIVALS[name].candidates)
+            words = tuple(str(each) for each in RIVALS[name].candidates[: config.candidates])
             yield FeatureRow(name, (View(name),), words, _rival_maker(name, config, material))
         else:
             raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")

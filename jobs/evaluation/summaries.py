@@ -57,7 +57,7 @@ class Summary:
     ----------
     seeds: how many there are of the row; a quantity may be known for fewer.
     active_fraction: per layer.
-    accuracy, transfer: by budget, the smallest first and 'all' last.
+    accuracy, kernel, transfer: by budget, the smallest first and 'all' last.
     corruptions: by corruption, `clean` on the same images without one.
     corrupted: mean over the corruptions of a seed.
     relative: that mean over the seed's clean accuracy.
@@ -67,6 +67,7 @@ class Summary:
     row: str
     seeds: int
     accuracy: dict[str, Estimate]
+    kernel: dict[str, Estimate]
     logistic: Estimate | None
     decode: Estimate | None
     neighbours: Estimate | None
@@ -116,6 +117,7 @@ def _summary(row: str, found: list[Result]) -> Summary:
         row=row,
         seeds=len(found),
         accuracy=_by_key([result.accuracy for result in found], labels_per_class),
+        kernel=_by_key([result.kernel for result in found], labels_per_class),
         logistic=_known(result.logistic for result in found),
         decode=_known(result.decode for result in found),
         neighbours=_known(result.neighbours for result in found),

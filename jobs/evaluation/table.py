@@ -81,7 +81,7 @@ def _sheet(title: str, summaries: Sequence[Summary], columns: Columns) -> _Sheet
 
 
 def _by_budget(summaries: Sequence[Summary], name: str) -> Columns:
-    """Columns of `accuracy` or `transfer`."""
+    """Columns of `accuracy`, `kernel` or `transfer`."""
     known = {budget for summary in summaries for budget in getattr(summary, name)}
     return {budget: _of_key(name, budget) for budget in sorted(known, key=labels_per_class)}
 
@@ -97,6 +97,11 @@ def _accuracy_sheet(summaries: Sequence[Summary]) -> _Sheet:
     columns["nearest column of V"] = lambda summary: _accuracy(summary.decode)
     columns["10 nearest images"] = lambda summary: _accuracy(summary.neighbours)
     return _sheet("Test accuracy by labels per class; mean ± standard deviation over seeds", summaries, columns)
+
+
+def _kernel_sheet(summaries: Sequence[Summary]) -> _Sheet:
+    title = "Test accuracy of a kernel readout (closed form), by labels per class"
+    return _sheet(title, summaries, _by_budget(summaries, "kernel"))
 
 
 def _cost_sheet(summaries: Sequence[Summary]) -> _Sheet:
@@ -157,6 +162,11 @@ def accuracy_table(summaries: Sequence[Summary]) -> Table:
     return _rich(_accuracy_sheet(summaries))
 
 
+def kernel_table(summaries: Sequence[Summary]) -> Group:
+    """The kernel readout at every budget, or nothing."""
+    return Group(*(_rich(sheet) for sheet in _filled(_kernel_sheet(summaries))))
+
+
 def cost_table(summaries: Sequence[Summary]) -> Table:
     """Seconds, rates, parameters, operations and activity."""
     return _rich(_cost_sheet(summaries))
@@ -164,16 +174,19 @@ def cost_table(summaries: Sequence[Summary]) -> Table:
 
 def robustness_table(summaries: Sequence[Summary]) -> Group:
     """Two tables, or what there is of them: corruptions and noise; transfer to another data set."""
-    return Group(*(_rich(sheet) for sheet in _robustness_sheets(summaries)))
+    return Group(*(_rich(sheet) for sheet in _filled(_shift_sheet(summaries), _transfer_sheet(summaries))))
 
 
-def _robustness_sheets(summaries: Sequence[Summary]) -> list[_Sheet]:
-    return [sheet for sheet in (_shift_sheet(summaries), _transfer_sheet(summaries)) if len(sheet.headings) > 1]
+def _filled(*sheets: _Sheet) -> list[_Sheet]:
+    """Those with a column."""
+    return [sheet for sheet in sheets if len(sheet.headings) > 1]
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
     """The same tables as GitHub sets them, each below its title."""
-    sheets = [_accuracy_sheet(summaries), _cost_sheet(summaries), *_robustness_sheets(summaries)]
+    few = _filled(_kernel_sheet(summaries))
+    sheets = [_accuracy_sheet(summaries), *few, _cost_sheet(summaries)]
+    sheets += _filled(_shift_sheet(summaries), _transfer_sheet(summaries))
     return "\n".join(_set_markdown(sheet) for sheet in sheets)
 
 
@@ -213,7 +226,7 @@ def metrics(summaries: Sequence[Summary]) -> dict[str, float]:
 
 def _accuracies_of(summary: Summary) -> Iterator[tuple[str, str, Estimate]]:
     """Name of the accuracy, '/' and what it is by or nothing, estimate."""
-    for name in ("accuracy", "corruptions", "transfer", "outliers"):
+    for name in ("accuracy", "kernel", "corruptions", "transfer", "outliers"):
         for key, known in getattr(summary, name).items():
             yield name, f"/{_safe(key)}", known
     for name in ("logistic", "decode", "neighbours", "corrupted", "relative"):

@@ -11,8 +11,11 @@ import yaml
 
 from jobs.evaluate import main
 from jobs.evaluation.config import read
+from jobs.evaluation.material import Material
+from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
 from jobs.options import read_yaml
 from simmatch.config import ConfigError
+from simmatch.data import Dataset
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "evaluate_digits.yaml"
 FASHION = CONFIG.with_name("evaluate_fashion_mnist.yaml")
@@ -57,7 +60,9 @@ def test_every_row_has_its_result(run_dir: Path) -> None:
     found = results(run_dir)
     assert sorted(found) == ["kmeans-0", "nsm_1-0", "nsm_2-0", "pixels-0"]
     for name, each in found.items():
-        assert set(each["accuracy"]) == {"5", "all"} == set(each["held_out"]) - {"logistic"}, name
+        assert set(each["accuracy"]) == {"5", "all"} == set(each["kernel"]), name
+        assert set(each["held_out"]) == {"5", "all", "kernel 5", "kernel all", "logistic"}, name
+        assert each["kernel"]["all"] > 0.5, name
         assert each["logistic"] > 0.5, name
         assert 0.1 < each["accuracy"]["5"] <= 1, name
         assert len(each["corruptions"]) == 16, name
@@ -141,6 +146,39 @@ def test_shipped_configurations_are_valid_and_have_a_quick_form(path: Path) -> N
 def test_a_report_needs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments(tmp_path / "run"), "--report"]) == 2
     assert f"--report: expected results in {tmp_path / 'run' / 'results'}, found none" in capsys.readouterr().err
+
+
+def test_rows_may_be_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main([*arguments(folder, "corrupted_images=0", "outlier_images=0"), "--rows", "pixels"]) == 0
+    assert list(results(folder)) == ["pixels-0"]
+    assert "| pixels |" in (folder / "table.md").read_text()
+    assert main([*arguments(folder, "corrupted_images=0", "outlier_images=0"), "--rows", "pixels", "nmf"]) == 2
+    wanted = "error: --rows: expected some of nsm, nsm_1, nsm_2, kmeans, pixels, got 'nmf'"
+    assert capsys.readouterr().err.strip() == wanted
+
+
+def test_a_stack_is_measured_whole_whichever_of_its_rows_is_asked_for(digits: Dataset) -> None:
+    config = read(read_yaml(CONFIG), [], quick=True)
+    rows = rows_of(config, Material.of(digits, config.held_out), None)
+    for names in (["nsm_1"], ["nsm"], ["nsm_2", "nsm_1"]):
+        assert [row.views for row in only(rows, names)] == [("nsm_1", "nsm_2")]
+    assert [row.name for row in only(rows, ["lenet", "nsm_2", "kmeans"])] == ["nsm", "kmeans", "lenet"]
+
+
+def test_every_row_has_the_same_search_budget(digits: Dataset) -> None:
+    for count in (1, 3):
+        config = read(read_yaml(FASHION), [f"candidates={count}"], quick=False)
+        material = Material.of(digits, 150)
+        for row in rows_of(config, material, None):
+            if isinstance(row, FeatureRun):
+                assert len(row.row.settings) == (1 if row.name == "pixels" else count)
+            else:
+                assert isinstance(row, NetworkRun)
+                assert row.plan.candidates == count
+    config = read(read_yaml(CONFIG), ["candidates=1"], quick=False)
+    [network] = [row for row in rows_of(config, material, None) if row.name == "lenet"]
+    assert network.tune(lambda *_: None) == {"10": 0, "50": 0, "all": 0}  # at once: nothing is trained
 
 
 def test_quick_needs_overrides(tmp_path: Path) -> None:
