@@ -39,7 +39,7 @@ from jobs.evaluation.rows import Choices, Row, only, rows_of
 from jobs.evaluation.summaries import summarise
 from jobs.figures import filters
 from jobs.options import read_yaml
-from jobs.run_directory import default_root
+from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError, parse
 from simmatch.data import load_dataset
 from simmatch.formats import DataError
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = rows_of(config, material, other)
         if options.rows:
             rows = only(rows, options.rows)
-        run_dir = Path(options.run_dir or default_root() / f"{config.name}{'-quick' if options.quick else ''}")
+        default = default_root() / f"{config.name}{'-quick' if options.quick else ''}"
+        run_dir = local_folder("--run-dir", options.run_dir, default)
         prepare(run_dir, config)
         if options.report and not any((run_dir / RESULTS).glob("*.json")):
             raise ConfigError(f"--report: expected results in {run_dir / RESULTS}, found none")
