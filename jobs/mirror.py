@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
-from cluster.storage import AnyPath, exists, fetch, find, is_local, publish_folder, read, write_whole
+from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, publish_folder, read, write_whole
 
 SMALL = ("config.yaml", "summary.json")
 
@@ -24,11 +24,12 @@ class Mirror:
     ----------
     place: the run directory.
     work: the folder of this machine.
-    note: told, in one line, what could not be brought; it is tried again.
+    note: told, in one line, what could not be brought at the end.
+    patience_s: how long a place that is away is asked again, once training is over.
     """
 
-    def __init__(self, place: AnyPath, work: Path, note: Callable[[str], None]) -> None:
-        self.place, self.work, self.note = place, work, note
+    def __init__(self, place: AnyPath, work: Path, note: Callable[[str], None], *, patience_s: float = 0.0) -> None:
+        self.place, self.work, self.note, self._patience_s = place, work, note, patience_s
         self.remote = not is_local(place)
         self._lock = threading.Lock()
 
@@ -78,8 +79,7 @@ class Mirror:
         """The exported model on this machine."""
         folder = self.work / "model"
         if self.remote:
-            for file in find(self.place / "model", "*"):
-                fetch(file, lambda: folder)
+            persist(lambda: [fetch(file, lambda: folder) for file in find(self.place / "model", "*")], self._patience_s)
         return folder
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class Mirror:
         if not self.remote:
             return
         try:
-            self.push()
+            persist(self.push, self._patience_s)
             if (self.work / "figures").exists():
                 publish_folder(self.work / "figures", self.place / "figures")
         except OSError as error:

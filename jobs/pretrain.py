@@ -153,7 +153,8 @@ class Job:
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
         self.run_dir = start.run_dir
         self._hide = Redactor(os.environ)
-        self.mirror = Mirror(start.place, start.run_dir, self._tell)
+        patience_s = config.checkpoint.patience_s
+        self.mirror = Mirror(start.place, start.run_dir, self._tell, patience_s=patience_s)
         self.started = time.monotonic()
         self.record = Record()
         self._controller: Controller | None = None
