@@ -90,8 +90,8 @@ class ShardWriter:
                 self._thread = threading.Thread(target=self._run, args=(cursor, take()), name="shards", daemon=True)
                 self._thread.start()
             else:
-                waited = "its store is away" if self._failing else f"after {self._patience_s:g} s"
-                self._lost(cursor, f"the one before it is not written: {waited}")
+                why = ": its store is away" if self._failing else f" after {self._patience_s:g} s"
+                self._lost(cursor, f"the one before it is not written{why}")
         finally:
             self.seconds += time.monotonic() - started
 

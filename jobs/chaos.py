@@ -23,6 +23,7 @@ import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import RunConfig, public
+from cluster.redaction import one_line
 from jobs.benchmarks.report import Report
 from jobs.options import override, read_yaml
 from jobs.pretrain import check
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_dir = local_folder("--run-dir", options.run_dir, default_root() / f"chaos-{config.name}").absolute()
         report = Report("chaos", run_dir)
     except (ConfigError, DataError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     command = ["--config", str(Path(options.config).absolute())]
     command += [word for assignment in assignments for word in ("--set", assignment)]

@@ -95,7 +95,7 @@ def test_a_disk_that_hangs_costs_checkpoints_only(tmp_path: Path, disk: Disk) ->
     assert time.monotonic() - started < 10
     assert taken == []  # nothing was copied for a checkpoint that is left out
     assert outbox.events == [
-        {"kind": "checkpoint_lost", "step": 8, "why": "the one before it is not written: after 0.1 s"},
+        {"kind": "checkpoint_lost", "step": 8, "why": "the one before it is not written after 0.1 s"},
         {"kind": "checkpoint_lost", "step": 4, "why": "it is not written after 0.1 s"},
     ]
 
