@@ -362,21 +362,22 @@ def transferred(
 def with_noise(row: FeatureRow, chosen: int, material: Material, plan: Plan, seed: int) -> list[dict[str, float]]:
     """Test accuracy after learning, and reading out, from images of which a share is noise; '0' for none; per view.
 
-    The first `outlier_images` training images, noise keeping the label of the image that it replaces.
+    The first `outlier_images` training images, noise keeping the label of the image that it replaces; the penalty is
+    chosen on as many held-out images as there are test images.
     """
     train = material.train.take(slice(0, plan.outlier_images))
-    test = material.test.take(slice(0, plan.corrupted_images or None))
+    held_out, test = (each.take(slice(0, plan.corrupted_images or None)) for each in (material.held_out, material.test))
     found: list[dict[str, float]] = [{} for _ in row.views]
     for share in (0.0, *plan.outlier_shares):
         images = with_outliers(train.images, share, seed)
         learner = row.make(chosen, seed, unseen)
         learner.fit(images, train.labels, row.depth)
-        blocks = [learner.outputs(each)[0] for each in (images, material.held_out.images, test.images)]
+        blocks = [learner.outputs(each)[0] for each in (images, held_out.images, test.images)]
         for values, view in zip(found, row.views, strict=True):
             scales = view.scales(blocks[0])
-            features, held_out, seen = (view.of(each, scales) for each in blocks)
+            parts = [view.of(each, scales) for each in blocks]
             readout, _ = choose_ridge(
-                (features, train.labels), (held_out, material.held_out.labels), material.source.num_classes
+                (parts[0], train.labels), (parts[1], held_out.labels), material.source.num_classes
             )
-            values[f"{share:g}"] = accuracy_of(readout.scores(seen), test.labels)
+            values[f"{share:g}"] = accuracy_of(readout.scores(parts[2]), test.labels)
     return found
