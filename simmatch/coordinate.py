@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 LANES = 16
@@ -38,7 +39,7 @@ CHUNK = 16
 SPANS = 8
 """Spans of columns per thread: some columns take longer than others."""
 
-LEAST_PATIENCE = 4
+LEAST_PATIENCE = 6
 """Moves with the same active channels before a solution on the face is considered."""
 
 _FAST = {"contract", "reassoc", "nsz", "arcp", "nnan", "ninf"}
@@ -52,26 +53,35 @@ def _add_row(g, lateral, i, amount):  # type: ignore[no-untyped-def]
         g[j] += amount * lateral[i, j]
 
 
+def _rank(_context, value, index, index_mask):  # type: ignore[no-untyped-def]
+    """Bits of a nonnegative float, the lowest replaced by an index: such integers are ordered as the floats are.
+
+    As wide as the float: the maximum over channels is then one vector instruction for every vector of values.
+    """
+    width = types.int32 if value == types.float32 else types.int64
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        integer = context.get_value_type(width)
+        bits = builder.bitcast(arguments[0], integer)
+        number = arguments[1] if width == types.int64 else builder.trunc(arguments[1], integer)
+        return builder.or_(builder.and_(bits, builder.not_(arguments[2])), number)
+
+    return width(value, types.int64, width), generate
+
+
+_ranked: Any = intrinsic(_rank)
+
+
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
-def _move(g, lateral, i, amount, y, diagonal, violation):  # type: ignore[no-untyped-def]
-    """g ← g + amount · M_i, and of the new g the violations |min(M_ii y_i, g_i)|."""
+def _move(g, lateral, i, amount, y, diagonal, index_mask):  # type: ignore[no-untyped-def]
+    """g ← g + amount · M_i; index of the largest violation |min(M_ii y_i, g_i)| of the new g."""
+    top = _ranked(g.dtype.type(0), 0, index_mask)
     for j in range(g.shape[0]):
         gradient = g[j] + amount * lateral[i, j]
         g[j] = gradient
         own = diagonal[j] * y[j]
-        violation[j] = abs(own if own < gradient else gradient)
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def _largest(bits, index_mask):  # type: ignore[no-untyped-def]
-    """Index of the largest violation, to the precision that its low bits leave when they carry the index.
-
-    `bits` are the violations as integers: nonnegative floats are ordered like their bits.
-    """
-    keep = ~index_mask
-    top = bits[0] & keep
-    for j in range(1, bits.shape[0]):
-        top = max(top, (bits[j] & keep) | bits.dtype.type(j))  # all in the width of `bits`: wider would be slower
+        here = _ranked(abs(own if own < gradient else gradient), np.int64(j), index_mask)
+        top = here if here > top else top
     return top & index_mask
 
 
@@ -134,27 +144,31 @@ def _gradient(lateral, d, y, g):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
-def _from_silence(d, g, violation):  # type: ignore[no-untyped-def]
-    """Gradient and violations at y = 0."""
+def _from_silence(d, g, index_mask):  # type: ignore[no-untyped-def]
+    """g = −d, the gradient at y = 0; index of the largest violation."""
+    top = _ranked(g.dtype.type(0), 0, index_mask)
     for j in range(g.shape[0]):
         g[j] = -d[j]
-        violation[j] = d[j] if d[j] > 0 else 0
+        here = _ranked(d[j] if d[j] > 0 else g.dtype.type(0), np.int64(j), index_mask)
+        top = here if here > top else top
+    return top & index_mask
 
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
-def _magnitudes(d, out):  # type: ignore[no-untyped-def]
+def _largest_magnitude(d, index_mask):  # type: ignore[no-untyped-def]
+    """max |d|, or a value that agrees with it but for the bits that `_ranked` replaces."""
+    top = _ranked(d.dtype.type(0), 0, index_mask)
     for j in range(d.shape[0]):
-        out[j] = abs(d[j])
+        here = _ranked(abs(d[j]), np.int64(j), index_mask)
+        top = here if here > top else top
+    return abs(d[top & index_mask])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _maximum(values, bits):  # type: ignore[no-untyped-def]
-    """Largest of nonnegative `values`, whose bits are `bits`; overwrites the first. As integers it is one fast pass."""
-    top = bits[0]
-    for j in range(1, bits.shape[0]):
-        top = max(top, bits[j])
-    bits[0] = top
-    return values[0]
+def _violation(g, diagonal, y, i):  # type: ignore[no-untyped-def]
+    """|min(M_ii y_i, g_i)|"""
+    own = diagonal[i] * y[i]
+    return abs(own if own < g[i] else g[i])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -162,15 +176,14 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
     """One column from y as given, zero if `cold`, in place; returns (coordinate moves, residual of y).
 
     matrices: M + εI [K, K]; the diagonal of M and the inverse diagonal of M + εI [K].
-    limits: tolerance; least residual worth aiming at; slack of `_largest`; rounding of a move; most moves; index mask.
+    limits: tolerance; least residual worth aiming at; slack of `_ranked`; rounding of a move; most moves; index mask.
     """
     lateral, diagonal, inverse_diagonal = matrices
     tolerance, floor, slack, rounding, limit, index_mask = limits
-    floats, bits, active, factor = buffers
-    g, violation, pivots, step = floats
+    floats, active, factor = buffers
+    g, pivots, step = floats
     channels, zero = g.shape[0], y.dtype.type(0)
-    _magnitudes(d, violation)
-    scale = _maximum(violation, bits)
+    scale = _largest_magnitude(d, index_mask)
     if scale == zero:
         y[:] = zero
         return 0, zero
@@ -178,44 +191,40 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
     best = y.dtype.type(np.inf)
     goal = max(tolerance, floor) * scale
     if cold:
-        _from_silence(d, g, violation)
+        i = _from_silence(d, g, index_mask)
     else:
         _gradient(lateral, d, y, g)
-        _move(g, lateral, 0, zero, y, diagonal, violation)
+        i = _move(g, lateral, 0, zero, y, diagonal, index_mask)
     while True:
-        i = _largest(bits, index_mask)
-        largest = violation[i] * slack
+        largest = _violation(g, diagonal, y, i) * slack
         if largest <= goal and moves * rounding <= tolerance:
             return moves, largest / scale  # what moves have left of rounding is far below the tolerance
         if stuck or moves >= limit or largest <= goal:
             _gradient(lateral, d, y, g)
-            _move(g, lateral, 0, zero, y, diagonal, violation)
-            reached = _maximum(violation, bits)
+            i = _move(g, lateral, 0, zero, y, diagonal, index_mask)
+            reached = _violation(g, diagonal, y, i) * slack
             # a fresh gradient that is no better again and again: the dtype has no more to give
             failures = failures + 1 if reached > best / 2 else 0
             best = min(best, reached)
             if reached <= tolerance * scale or moves >= limit or failures == 3:
                 return moves, reached / scale
-            _move(g, lateral, 0, zero, y, diagonal, violation)
-            i = _largest(bits, index_mask)
         value = max(zero, y[i] - g[i] * inverse_diagonal[i])
         change = value - y[i]
         stuck = change == zero
         unchanged = unchanged + 1 if (value > zero) == (y[i] > zero) else 0
         y[i] = value
         moves += 1
-        _move(g, lateral, i, change, y, diagonal, violation)
+        i = _move(g, lateral, i, change, y, diagonal, index_mask)
         if unchanged >= patience:
             unchanged, count = 0, 0
-            for j in range(channels):
-                if y[j] > zero:
-                    active[count] = j
-                    count += 1
+            for j in range(channels):  # without a branch, which would be mispredicted
+                active[count] = j
+                count += y[j] > zero
             cost = count * count * count // 6 + 2 * count * channels
-            patience = max(LEAST_PATIENCE, cost // (4 * channels))
+            patience = max(LEAST_PATIENCE, cost // (2 * channels))  # moves that cost as much
             if _step_on_face(lateral, g, active, count, factor, pivots, step):
                 _take_face_step(lateral, g, y, active, count, step)
-                _move(g, lateral, 0, zero, y, diagonal, violation)
+                i = _move(g, lateral, 0, zero, y, diagonal, index_mask)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -324,8 +333,8 @@ class CoordinateDescent:
         size, dtype = len(matrix), matrix.dtype
         own = self._buffers.setdefault((size, dtype), [])
         while len(own) < threads:
-            floats = torch.zeros(4, size, dtype=dtype)
-            bits = floats[1].view(torch.int32 if dtype == torch.float32 else torch.int64).numpy()
-            column = (tuple(floats.numpy()), bits, np.zeros(size, np.int64), torch.zeros_like(matrix).numpy())
+            floats = torch.zeros(3, size, dtype=dtype)
+            factor = torch.zeros(size, size, dtype=dtype)
+            column = (tuple(floats.numpy()), np.zeros(size + 1, np.int64), factor.numpy())
             own.append((column, *torch.zeros(2, CHUNK, size, dtype=dtype).numpy()))
         return own[:threads]
