@@ -4,7 +4,7 @@ One command, one table: accuracy at every label budget, parameters and operation
 row gave with a seed is kept in the run directory; a second call of the same configuration goes on where the first
 stopped.
 
-Exit status: 0 finished, 2 bad input (one line, nothing started), 130 interrupted.
+Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,41 +14,43 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from threadpoolctl import threadpool_limits
 
+from cluster.controller import RunFailed
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
-from jobs.benchmarks.report import MissingError, hardware
+from jobs.benchmarks.report import hardware
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
-from jobs.evaluation.features import Features, StackFeatures
 from jobs.evaluation.material import Material
-from jobs.evaluation.results import Result, Store
+from jobs.evaluation.measuring import Outcome, Unit, load, perform
+from jobs.evaluation.results import Store
 from jobs.evaluation.rows import Choices, Row, only, rows_of
+from jobs.evaluation.side_by_side import side_by_side
 from jobs.evaluation.summaries import summarise
-from jobs.figures import filters
+from jobs.evaluation.together import threads_of
+from jobs.evaluation.watch import Watch, watching
 from jobs.options import read_yaml
+from jobs.ray_session import shut_down_ray
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError, parse
-from simmatch.data import load_dataset
 from simmatch.formats import DataError
 from simmatch.model import Stack
 
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
-FIGURE_IMAGES = 500
 RESULTS = "results"
+DESCRIPTION = "mlflow.note.content"
+"""The tag that MLflow's page shows as a run's description, set as markdown."""
 FILE_WIDTH = 160
 
 
@@ -60,11 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.width = FILE_WIDTH
     try:
         config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
-        material = Material.of(load_dataset(config.data), config.held_out)
-        other = None
-        if config.unseen is not None:
-            dataset = load_dataset(config.unseen)
-            other = Material.of(dataset, max(1, len(dataset.train_images) // 10))
+        material, other = load(config)
         check(config, material)
         rows = rows_of(config, material, other)
         if options.rows:
@@ -75,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.report and not any((run_dir / RESULTS).glob("*.json")):
             raise ConfigError(f"--report: expected results in {run_dir / RESULTS}, found none")
         tracker = Tracker(run_dir, config.tracking)
-        job = Evaluation(config, rows, material, tracker, console, measure=not options.report)
+        crew = Crew(options.workers, options.threads or max(1, (os.cpu_count() or 1) // options.workers))
+        job = Evaluation(config, rows, material, tracker, console, None if options.report else crew)
         job.describe()
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
@@ -83,14 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    threads = options.threads or os.cpu_count() or 1
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with threadpool_limits(limits=threads):
-            return job.run()
-    finally:
-        torch.set_num_threads(before)
+    with threads_of(crew.threads):
+        return job.run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,8 +100,39 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
     parser.add_argument("--quick", action="store_true", help="the same rows on fewer images: minutes, rougher figures")
     parser.add_argument("--report", action="store_true", help="show what is known so far, measure nothing")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and BLAS (default: all cores)")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="rows and seeds measured side by side, as Ray tasks on the cluster of RAY_ADDRESS or on this machine "
+        "(default: 1, without Ray)",
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads for each of them (default: this machine's cores, shared)"
+    )
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number above 0.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Anything else.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Units measured at a time, and the threads of each."""
+
+    workers: int = 1
+    threads: int = 1
 
 
 def check(config: EvaluationConfig, material: Material) -> None:
@@ -175,7 +199,7 @@ def comparable(config: EvaluationConfig) -> dict[str, Any]:
 class Evaluation:
     """All rows with all seeds, and what is shown of them.
 
-    measure: measure what is not known yet.
+    crew: measures what is not known yet; None: nobody does.
     """
 
     def __init__(
@@ -185,10 +209,9 @@ class Evaluation:
         material: Material,
         tracker: Tracker,
         console: Console,
-        *,
-        measure: bool = True,
+        crew: Crew | None,
     ) -> None:
-        self.config, self.rows, self.material, self.measure = config, rows, material, measure
+        self.config, self.rows, self.material, self.crew = config, rows, material, crew
         self.tracker, self.console, self.run_dir = tracker, console, tracker.run_dir
         self.store = Store(self.run_dir / RESULTS)
         self.choices = Choices(self.run_dir / "settings.json")
@@ -200,83 +223,89 @@ class Evaluation:
         tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
         self.tracker.start(self.run_dir.name, layers=0, tags=tags)
         self.tracker.params(self.config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"}))
+        name, images = self.config.data.name, len(self.material.train) + len(self.material.held_out)
+        self.tracker.dataset(name, source=name, digest=self.material.digest, num_images=images)
 
     def run(self) -> int:
         """Measure what is not known yet, print, record. Returns the exit status."""
-        started, status, code = time.monotonic(), "FAILED", 1
+        started, status, code = time.monotonic(), "FAILED", FAILED
         try:
-            results = self._measure()
-            self._show(results)
+            if self.crew is not None:
+                self._measure(self.crew)
+            self._show()
             status, code = "FINISHED", 0
         except KeyboardInterrupt:
             print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
             status, code = "KILLED", INTERRUPTED
+        except RunFailed as error:
+            print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
         finally:
+            shut_down_ray()
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
             self.tracker.finish(_status(status))
             self.tracker.close()
         return code
 
-    def _measure(self) -> list[Result]:
-        """Seed by seed, so that the first whole table is there early; results in the order of the rows."""
-        found: dict[tuple[str, int], Result] = {}
-        with watching(self.console, len(self.rows) * len(self.config.seeds)) as watch:
-            for seed in self.config.seeds:
-                for row in self.rows:
-                    known = [self.store.load(view, seed) for view in row.views]
-                    results = [each for each in known if each is not None]
-                    if len(results) < len(known) and self.measure:
-                        results = self._one(row, seed, watch)
-                    found |= {(each.row, seed): each for each in results}
-                    watch.done()
-        names = [view for row in self.rows for view in row.views]
-        return [found[name, seed] for name in names for seed in self.config.seeds if (name, seed) in found]
+    def _missing(self) -> list[Unit]:
+        """What is to be done, seed by seed, so that the first whole table is there early."""
+        found = []
+        for seed in self.config.seeds:
+            for row in self.rows:
+                if all(self.store.load(view, seed) is not None for view in row.views):
+                    continue
+                settings = Unit(row.name, None)
+                if self.choices.known(row.name) is None and settings not in found:
+                    found.append(settings)
+                found.append(Unit(row.name, seed))
+        return found
 
-    def _one(self, row: Row, seed: int, watch: Watch) -> list[Result]:
-        """Measure one row with one seed, and keep it; nothing where something that it needs is missing."""
+    def _measure(self, crew: Crew) -> None:
+        """Do what is missing, and keep what comes of it."""
+        units = self._missing()
+        with watching(self.console, len(units)) as watch:
+            if crew.workers > 1 and units:
+                work = side_by_side(self.config, units, self.choices, watch, workers=crew.workers, threads=crew.threads)
+            else:
+                work = self._in_turn(units, watch)
+            for unit, outcome in work:
+                self._keep(unit, outcome, watch)
 
-        def seen(what: str, done: int, total: int) -> None:
-            watch.tell(f"{row.name}, seed {seed}: {what}", done, total)
+    def _in_turn(self, units: list[Unit], watch: Watch) -> Iterator[tuple[Unit, Outcome]]:
+        """One after the other, in this process."""
+        for unit in units:
+            if unit.row not in self.skipped:
+                draw, chosen = unit.seed == self.config.seeds[0], self.choices.known(unit.row)
+                yield unit, perform(self.rows, unit, chosen, self.material, partial(watch.tell, str(unit)), draw=draw)
+                watch.ended(str(unit))
 
-        if row.name in self.skipped:
-            return []
-        started = time.monotonic()
-        try:
-            results, learner = row.run(self.choices.of(row, seen), seed, seen)
-        except MissingError as error:
-            self.skipped[row.name] = str(error)
-            watch.note(f"{row.name} is left out: {error}")
-            return []
-        for result in results:
+    def _keep(self, unit: Unit, outcome: Outcome, watch: Watch) -> None:
+        """Settings, results and figures of a unit."""
+        watch.done()
+        if outcome.missing is not None:
+            self.skipped[unit.row] = outcome.missing
+            watch.note(f"{unit.row} is left out: {outcome.missing}")
+        elif unit.seed is None:
+            self.choices.keep(unit.row, outcome.chosen)
+            watch.note(f"{unit}: {outcome.chosen} · {outcome.seconds:.0f} s")
+        for result in outcome.results:
             self.store.save(result)
             best = " ".join(f"{budget}: {value:.3f}" for budget, value in result.accuracy.items())
-            watch.note(f"{result.row}, seed {seed}: {best} · {time.monotonic() - started:.0f} s")
-        if seed == self.config.seeds[0]:
-            self._draw(row.name, learner)
-        return results
-
-    def _draw(self, name: str, learner: Features | None) -> None:
-        """Filters of every layer, and an image's way through them."""
-        if not isinstance(learner, StackFeatures):
-            return
-        folder, stack = self._figures(), learner.learner.stack
-        images = self.material.test.images
-        for index in range(len(stack.layers)):
-            path = folder / f"filters-{name}-layer-{index}.png"
-            filters(stack, index, images[:FIGURE_IMAGES], path)
+            watch.note(f"{result.row}, seed {result.seed}: {best} · {outcome.seconds:.0f} s")
+        for name, content in outcome.figures.items():
+            path = self._figures() / name
+            path.write_bytes(content)
             self.tracker.figure(path)
-        path = folder / f"activations-{name}.png"
-        charts.activation_maps(stack, images[0], path)
-        self.tracker.figure(path)
 
     def _figures(self) -> Path:
         folder = self.run_dir / "figures"
         folder.mkdir(exist_ok=True)
         return folder
 
-    def _show(self, results: list[Result]) -> None:
+    def _show(self) -> None:
         """The table on the terminal, as markdown, as figures, in MLflow."""
-        summaries = summarise(results)
+        names = [view for row in self.rows for view in row.views]
+        known = [self.store.load(name, seed) for name in names for seed in self.config.seeds]
+        summaries = summarise([each for each in known if each is not None])
         for each in (table.accuracy_table, table.kernel_table, table.cost_table, table.robustness_table):
             self.console.print(each(summaries))
         text = self.run_dir / "table.md"
@@ -288,6 +317,7 @@ class Evaluation:
         for name in ("label-efficiency", "corruptions", "corrupted-images"):
             self.tracker.figure(folder / f"{name}.png")
         self.tracker.artifact(text)
+        self.tracker.tags({DESCRIPTION: table.description(summaries)})
         self.tracker.metrics(0, table.metrics(summaries))
         for line in (f"table, figures, results: {self.run_dir}", *self._chosen()):
             self.console.print(line, highlight=False, soft_wrap=True)
@@ -305,32 +335,6 @@ def _one_of_each(material: Material) -> torch.Tensor:
 
 def _status(name: str) -> Status:
     return "FINISHED" if name == "FINISHED" else "KILLED" if name == "KILLED" else "FAILED"
-
-
-class Watch:
-    """What a person sees while rows are measured: bars in a terminal, a line per row and seed elsewhere."""
-
-    def __init__(self, progress: Progress, console: Console, total: int) -> None:
-        self._progress, self._console = progress, console
-        self._all = progress.add_task("rows × seeds", total=total)
-        self._now = progress.add_task("", total=None)
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._now, description=escape(what), completed=min(done, total), total=total)
-
-    def done(self) -> None:
-        self._progress.advance(self._all)
-
-    def note(self, text: str) -> None:
-        self._console.print(escape(text), highlight=False)
-
-
-@contextmanager
-def watching(console: Console, total: int) -> Iterator[Watch]:
-    """Bars for as long as the rows take."""
-    columns = (TextColumn("{task.description:<56}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Watch(progress, console, total)
 
 
 if __name__ == "__main__":

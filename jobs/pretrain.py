@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -257,10 +256,8 @@ class Job:
         for index, layer in enumerate(layers):
             tracker.params(layer, layer=index)
         tracker.artifact(self.run_dir / "config.yaml")
-        digest = sha256(self.dataset.train_images.numpy().tobytes()).hexdigest()[:16]
-        tracker.dataset(
-            self.dataset.name, source=self.dataset.name, digest=digest, num_images=len(self.dataset.train_images)
-        )
+        name, images = self.dataset.name, len(self.dataset.train_images)
+        tracker.dataset(name, source=name, digest=self.dataset.digest(), num_images=images)
 
     def _look(self) -> None:
         """Figures and the exported model, once training is over."""

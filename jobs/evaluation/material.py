@@ -38,12 +38,14 @@ class Material:
     ----------
     source: shape and classes of the images.
     train: to learn from; `held_out`: to choose with; `test`: to report.
+    digest: of all training images, see `simmatch.data.Dataset.digest`.
     """
 
     source: InputConfig
     train: Labelled
     held_out: Labelled
     test: Labelled
+    digest: str
 
     @classmethod
     def of(cls, dataset: Dataset, held_out: int) -> Material:
@@ -64,6 +66,7 @@ class Material:
             every.take(slice(0, count - held_out)),
             every.take(slice(count - held_out, count)),
             Labelled(to_unit(dataset.test_images, torch.float32), dataset.test_labels),
+            dataset.digest(),
         )
 
     def labelled(self, per_class: int | None, seed: int) -> Tensor:

@@ -202,18 +202,19 @@ class Choices:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def of(self, row: Row, seen: Seen) -> object:
-        """The row's settings: those chosen before, or chosen now."""
-        known = self._known()
-        if row.name not in known:
-            known[row.name] = row.tune(seen)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(".draft")
-            draft.write_text(json.dumps(known, indent=1))
-            draft.replace(self.path)
-        return known[row.name]
+    def known(self, row: str) -> object:
+        """A row's settings; None for a row that has none yet."""
+        return self._read().get(row)
 
-    def _known(self) -> dict[str, object]:
+    def keep(self, row: str, chosen: object) -> None:
+        """Written whole or not at all."""
+        values = self._read() | {row: chosen}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".draft")
+        draft.write_text(json.dumps(values, indent=1))
+        draft.replace(self.path)
+
+    def _read(self) -> dict[str, object]:
         try:
             found = json.loads(self.path.read_text())
         except (FileNotFoundError, json.JSONDecodeError):

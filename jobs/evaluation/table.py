@@ -182,6 +182,11 @@ def _filled(*sheets: _Sheet) -> list[_Sheet]:
     return [sheet for sheet in sheets if len(sheet.headings) > 1]
 
 
+def description(summaries: Sequence[Summary]) -> str:
+    """The tables of accuracy, as `markdown` sets them."""
+    return "\n".join(_set_markdown(sheet) for sheet in (_accuracy_sheet(summaries), *_filled(_kernel_sheet(summaries))))
+
+
 def markdown(summaries: Sequence[Summary]) -> str:
     """The same tables as GitHub sets them, each below its title."""
     few = _filled(_kernel_sheet(summaries))

@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """torch and BLAS use one thread, in every thread that is begun within."""
+def threads_of(count: int) -> Iterator[None]:
+    """torch and BLAS use so many threads, in every thread that is begun within."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
-        with threadpool_limits(limits=1):
+        with threadpool_limits(limits=count):
             yield
     finally:
         torch.set_num_threads(before)
@@ -30,7 +30,7 @@ def together(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[tuple[i
 
     An error of a task is raised here; what has not begun by then does not begin.
     """
-    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    with threads_of(1), ThreadPoolExecutor(workers) as pool:
         places = {pool.submit(task): place for place, task in enumerate(tasks)}
         try:
             for future in as_completed(places):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ from jobs.evaluation.config import read
 from jobs.evaluation.material import Material
 from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
 from jobs.options import read_yaml
-from simmatch.config import ConfigError
-from simmatch.data import Dataset
+from simmatch.config import ConfigError, DataConfig
+from simmatch.data import Dataset, load_dataset
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "evaluate_digits.yaml"
 FASHION = CONFIG.with_name("evaluate_fashion_mnist.yaml")
@@ -102,6 +105,57 @@ def test_a_second_call_computes_what_is_missing_and_nothing_else(
     assert again["accuracy"] == known["accuracy"]
     assert {path.name for path, time in before.items() if path.stat().st_mtime_ns != time} == {"kmeans-0.json"}
     assert "kmeans, seed 0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_record_names_the_data_as_pretraining_does_and_shows_the_table(run_dir: Path) -> None:
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    [recorded] = [each for each in events if each["kind"] == "dataset"]
+    known = load_dataset(DataConfig(name="digits", train_images=400, test_images=150))
+    assert recorded["num_images"] == 400
+    assert recorded["digest"] == known.digest()
+    shown = [each["values"]["mlflow.note.content"] for each in events if each["kind"] == "tags"]
+    for name in ("nsm_1", "nsm_2", "kmeans", "pixels"):
+        assert shown[0].count(f"| {name} |") == 2  # ridge and kernel
+    assert "active" not in shown[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_side_by_side_gives_what_one_after_the_other_gives(run_dir: Path, tmp_path: Path) -> None:
+    """Units as Ray tasks, a thread each: equal in every figure, and a row that misses its library is left out."""
+    (tmp_path / "pynsm.py").write_text("raise ImportError")
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "jobs.evaluate", *arguments(folder, "rivals=[pynsm, kmeans, pixels]")]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [*command, "--workers", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"PYTHONPATH": str(tmp_path), "RAY_AUTH_MODE": "token"},
+        cwd=CONFIG.parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pynsm is left out: pynsm is not installed" in done.stdout
+    alone, beside = results(run_dir), results(folder)
+    assert sorted(beside) == sorted(alone)
+    timed = {"fit_seconds", "images_per_second"}
+    for name, each in alone.items():
+        assert {key: value for key, value in beside[name].items() if key not in timed} == {
+            key: value for key, value in each.items() if key not in timed
+        }, name
+    assert json.loads((folder / "settings.json").read_text()) == json.loads((run_dir / "settings.json").read_text())
+    drawn = {path.name for path in (run_dir / "figures").glob("*.png")}
+    assert {path.name for path in (folder / "figures").glob("*.png")} == drawn
+
+
+@pytest.mark.parametrize("option", ["--workers", "--threads"])
+def test_workers_and_threads_are_whole_numbers(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([option, "0"])
+    assert ended.value.code == 2
+    assert f"{option}: expected a whole number above 0, got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

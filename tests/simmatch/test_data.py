@@ -280,3 +280,10 @@ def test_to_unit(dtype):
     assert torch.equal(to_unit(unit, torch.float64), unit.double())
     with pytest.raises(ValueError, match=r"got torch\.int64"):
         to_unit(values.long(), dtype)
+
+
+def test_a_digest_names_the_training_images(digits: Dataset) -> None:
+    every = slice(None)
+    assert digits.digest() == digits.take(every, slice(0, 10)).digest()
+    assert digits.digest() != digits.take(slice(1, None), every).digest()
+    assert len(digits.digest()) == 16
