@@ -7,7 +7,7 @@ pooling, the same readout, the same choice of settings on held-out images.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jobs.evaluation.config import CANDIDATES
 from jobs.evaluation.interface import Cost, Learner, Shape
-from jobs.evaluation.kernel_readout import LANDMARKS, WIDTHS, Kernel, choose_kernel
+from jobs.evaluation.kernel_readout import LANDMARKS, PENALTIES, WIDTHS, Kernel, choose_kernel
 from jobs.evaluation.material import Material, corrupted, resized, with_outliers
 from jobs.evaluation.readouts import (
     LOGISTIC_PENALTIES,
@@ -35,6 +35,9 @@ from jobs.evaluation.stacks import BATCH, Seen, StackLearner, unseen
 from simmatch.config import ModelConfig
 from simmatch.model import InputConfig
 from simmatch.order import stratified_subset
+
+TUNING_SUBSETS = 4
+"""Label subsets of a small budget by which settings are judged."""
 
 FEW = 2000
 """Labelled images up to which a kernel readout is cheap enough for every seed."""
@@ -152,7 +155,7 @@ class FeatureRow:
 
     Attributes
     ----------
-    views: the last is what settings are chosen by.
+    views: settings are chosen by what all of them give.
     settings: a word on each.
     make: (settings' index, seed, seen) → a fresh learner.
     """
@@ -183,33 +186,33 @@ class Plan:
 def tune(row: FeatureRow, material: Material, plan: Plan, seed: int, seen: Seen = unseen) -> int:
     """Index of the settings that do best on held-out images after learning from the first `tuning_images`.
 
-    Judged by the sum of the accuracies of ridge readouts with all labels of those images and with the second smallest
-    budget.
+    Judged by the accuracies of its views' ridge readouts with all labels of those images and with the two smallest
+    budgets, the mean of `TUNING_SUBSETS` label subsets each: one subset of a few labels says little about settings.
     """
     if len(row.settings) == 1:
         return 0
     train = material.train.take(slice(0, plan.tuning_images))
-    few = next((budget for budget in plan.budgets[1:] if budget is not None), None)
-    subsets = [torch.arange(len(train))]
-    if few is not None and int(torch.bincount(train.labels).min()) >= few:
-        subsets.append(stratified_subset(train.labels, few, seed))
+    least = int(torch.bincount(train.labels).min())
+    few = [budget for budget in plan.budgets[:2] if budget is not None and budget <= least]
+    judged = [(torch.arange(len(train)), 1.0)]
+    for budget in few:
+        drawn = (stratified_subset(train.labels, budget, seed + place) for place in range(TUNING_SUBSETS))
+        judged += [(subset, 1 / TUNING_SUBSETS) for subset in drawn]
     best, chosen = -1.0, 0
     for index, words in enumerate(row.settings):
         seen(f"try {words}", index, len(row.settings))
-        learner, view = row.make(index, seed, unseen), row.views[-1]
-        learner.fit(train.images, train.labels, view.depth)
-        blocks = learner.outputs(train.images)[0]
-        scales = view.scales(blocks)
-        features = view.of(blocks, scales)
-        held_out = view.of(learner.outputs(material.held_out.images)[0], scales)
-        right = sum(
-            choose_ridge(
-                (features[each], train.labels[each]),
-                (held_out, material.held_out.labels),
-                material.source.num_classes,
-            )[1]
-            for each in subsets
-        )
+        learner = row.make(index, seed, unseen)
+        learner.fit(train.images, train.labels, row.depth)
+        blocks, held_out = learner.outputs(train.images)[0], learner.outputs(material.held_out.images)[0]
+        right = 0.0
+        for view in row.views:
+            scales = view.scales(blocks)
+            features, others = view.of(blocks, scales), view.of(held_out, scales)
+            for subset, weight in judged:
+                labelled = features[subset], train.labels[subset]
+                right += (
+                    weight * choose_ridge(labelled, (others, material.held_out.labels), material.source.num_classes)[1]
+                )
         if right > best:
             best, chosen = right, index
     return chosen
@@ -284,8 +287,8 @@ def _at_budgets(
 ) -> Linear:
     """Fill in accuracies from the features of train, held-out and test images; the linear readout of all labels.
 
-    most: labelled images that a kernel readout is given. Where it needs landmarks it takes the width of the budget
-    before, for a search would take minutes.
+    most: labelled images that a kernel readout is given. Where it needs landmarks it takes width and penalty of the
+    budget before, for a search would take minutes.
     """
     train, test, classes = parts[0], parts[2], material.source.num_classes
     held_out = parts[1], material.held_out.labels
@@ -296,10 +299,13 @@ def _at_budgets(
         readout, result.held_out[name] = choose_ridge(labelled, held_out, classes)
         result.accuracy[name] = accuracy_of(readout.scores(test), material.test.labels)
         if len(index) <= most:
-            widths = WIDTHS if kernel is None or len(index) <= LANDMARKS else (kernel.width,)
+            widths: Sequence[float] = WIDTHS
+            penalties: Sequence[float] = PENALTIES
             scaling = readout.scaling
+            if kernel is not None and len(index) > LANDMARKS:
+                widths, penalties = (kernel.width,), (kernel.penalty,)
             kernel, result.held_out[f"kernel {name}"] = choose_kernel(
-                labelled, held_out, classes, scaling, widths=widths
+                labelled, held_out, classes, scaling, widths=widths, penalties=penalties
             )
             result.kernel[name] = accuracy_of(kernel.scores(test), material.test.labels)
     result.parameters_readout = readout.parameters

@@ -218,6 +218,7 @@ def choose_kernel(
     scaling: Scaling,
     *,
     widths: Sequence[float] = WIDTHS,
+    penalties: Sequence[float] = PENALTIES,
     most: int = LANDMARKS,
 ) -> tuple[Kernel, float]:
     """The kernel readout that is best on held-out (features, labels), and its accuracy there; of equals the first.
@@ -226,7 +227,7 @@ def choose_kernel(
     """
     best: tuple[Kernel, float] | None = None
     for width in widths:
-        path = kernel_path(labelled, num_classes, scaling, width, most=most)
+        path = kernel_path(labelled, num_classes, scaling, width, penalties=penalties, most=most)
         # the kernels of held-out images once for all penalties
         matrices = torch.cat([each.matrix for each in path], dim=1)
         joint = replace(path[0], matrix=matrices, bias=path[0].bias.repeat(len(path))).scores(held_out[0])
