@@ -1,6 +1,6 @@
 """A group of ranks as Ray actors: placed, started, joined, polled, and ended as one.
 
-`ray.remote` appears here only. Control goes through Ray, tensors never do. Every wait has a limit, and its message
+For training `ray.remote` appears here only. Control goes through Ray, tensors never do. Every wait has a limit, and its message
 names the ranks that are missing.
 """
 
