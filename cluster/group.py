@@ -1,7 +1,7 @@
 """A group of ranks as Ray actors: placed, started, joined, polled, and ended as one.
 
-For training `ray.remote` appears here only. Control goes through Ray, tensors never do. Every wait has a limit, and its message
-names the ranks that are missing.
+For training `ray.remote` appears here only. Control goes through Ray, tensors never do. Every wait has a limit, and
+its message names the ranks that are missing.
 """
 
 from __future__ import annotations
