@@ -240,7 +240,6 @@ class Evaluation:
         except RunFailed as error:
             print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
         finally:
-            shut_down_ray()
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
             self.tracker.finish(_status(status))
             self.tracker.close()
@@ -262,13 +261,18 @@ class Evaluation:
     def _measure(self, crew: Crew) -> None:
         """Do what is missing, and keep what comes of it."""
         units = self._missing()
+        alone = crew.workers == 1 or not units
         with watching(self.console, len(units)) as watch:
-            if crew.workers > 1 and units:
-                work = side_by_side(self.config, units, self.choices, watch, workers=crew.workers, threads=crew.threads)
-            else:
+            if alone:
                 work = self._in_turn(units, watch)
-            for unit, outcome in work:
-                self._keep(unit, outcome, watch)
+            else:
+                work = side_by_side(self.config, units, self.choices, watch, workers=crew.workers, threads=crew.threads)
+            try:
+                for unit, outcome in work:
+                    self._keep(unit, outcome, watch)
+            finally:
+                if not alone:
+                    shut_down_ray()
 
     def _in_turn(self, units: list[Unit], watch: Watch) -> Iterator[tuple[Unit, Outcome]]:
         """One after the other, in this process."""
