@@ -182,7 +182,8 @@ def test_a_failure_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
     code, status, logs = cluster.submit(pretrain(tmp_path / "run", *impossible))
     assert (code, status) == (1, "FAILED"), logs
     [error] = [line for line in logs.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: no place for 2 ranks")
+    # a busy cluster may find the place within the millisecond, and then has no time for the ranks
+    assert re.match(r"error: (no place for 2 ranks|rank 0, rank 1 did not start)", error)
     assert "within 0.001 s" in error
     assert "Traceback" not in logs
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
