@@ -4,13 +4,14 @@ One command, one table: accuracy at every label budget, parameters and operation
 row gave with a seed is kept in the run directory; a second call of the same configuration goes on where the first
 stopped.
 
-Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130 interrupted.
+Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130 or 143: told to end (Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ from simmatch.config import ConfigError, parse
 from simmatch.formats import DataError
 from simmatch.model import Stack
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
 RESULTS = "results"
 DESCRIPTION = "mlflow.note.content"
@@ -82,8 +83,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    with threads_of(crew.threads):
-        return job.run()
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        with threads_of(crew.threads):
+            return job.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the job ends as it does on Ctrl-C."""
+
+
+def _end(*_: object) -> None:
+    raise Terminated
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,9 +247,9 @@ class Evaluation:
                 self._measure(self.crew)
             self._show()
             status, code = "FINISHED", 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as told:
             print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
-            status, code = "KILLED", INTERRUPTED
+            status, code = "KILLED", TERMINATED if isinstance(told, Terminated) else INTERRUPTED
         except RunFailed as error:
             print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
         finally:

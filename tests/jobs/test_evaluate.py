@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -148,6 +149,38 @@ def test_side_by_side_gives_what_one_after_the_other_gives(run_dir: Path, tmp_pa
     assert json.loads((folder / "settings.json").read_text()) == json.loads((run_dir / "settings.json").read_text())
     drawn = {path.name for path in (run_dir / "figures").glob("*.png")}
     assert {path.name for path in (folder / "figures").glob("*.png")} == drawn
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_keeps_what_is_known(workers: str, tmp_path: Path) -> None:
+    """Ended once the first settings are known; no process is left, the record says KILLED."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "jobs.evaluate", *arguments(folder, "seeds=[0, 1, 2]"), "--workers", workers]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"RAY_AUTH_MODE": "token"},
+        cwd=CONFIG.parents[2],
+    ) as process:
+        assert process.stdout is not None
+        row, is_chosen, _ = process.stdout.readline().partition(", settings: ")
+        assert is_chosen
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "interrupted; what is known so far is kept, the same command goes on" in err
+    assert "Traceback" not in err
+    assert row in json.loads((folder / "settings.json").read_text())
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [each["status"] for each in events if each["kind"] == "finish"] == ["KILLED"]
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
 
 
 @pytest.mark.parametrize("option", ["--workers", "--threads"])
