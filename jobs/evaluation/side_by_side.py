@@ -37,6 +37,8 @@ class Watching(Protocol):
 
     def ended(self, key: str) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 class Choosing(Protocol):
     """Settings known by now."""
@@ -77,7 +79,7 @@ def side_by_side(
         No cluster, or no node with so many cores; a task that Ray gave up.
     """
     told_to_end = signal.getsignal(signal.SIGTERM)
-    start_ray(workers * threads, START_S)
+    place = start_ray(workers * threads, START_S)
     signal.signal(signal.SIGTERM, told_to_end)  # ray.init has put a handler of its own in place
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -85,6 +87,7 @@ def side_by_side(
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     if not any(node["Alive"] and node["Resources"].get("CPU", 0) >= threads for node in nodes):
         raise RunFailed(f"--threads: expected at most as many as a node of the cluster has cores, got {threads}")
+    watch.note(f"ray: {place}; {workers} at a time, {threads} thread{'' if threads == 1 else 's'} each")
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     task = ray.remote(num_cpus=threads)(_task)
     text, waiting = config.model_dump_json(), list(units)
