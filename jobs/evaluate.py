@@ -83,20 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    before = signal.signal(signal.SIGTERM, _end)
+    before = signal.signal(signal.SIGTERM, job.end)
     try:
         with threads_of(crew.threads):
             return job.run()
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: the job ends as it does on Ctrl-C."""
-
-
-def _end(*_: object) -> None:
-    raise Terminated
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -229,6 +221,12 @@ class Evaluation:
         self.store = Store(self.run_dir / RESULTS)
         self.choices = Choices(self.run_dir / "settings.json")
         self.skipped: dict[str, str] = {}
+        self.terminated = False
+
+    def end(self, *_: object) -> None:
+        """SIGTERM: as on Ctrl-C. Remembered here, for Ray passes on an exception of this kind as another."""
+        self.terminated = True
+        raise KeyboardInterrupt
 
     def describe(self) -> None:
         """Open the record."""
@@ -247,9 +245,9 @@ class Evaluation:
                 self._measure(self.crew)
             self._show()
             status, code = "FINISHED", 0
-        except KeyboardInterrupt as told:
+        except KeyboardInterrupt:
             print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
-            status, code = "KILLED", TERMINATED if isinstance(told, Terminated) else INTERRUPTED
+            status, code = "KILLED", TERMINATED if self.terminated else INTERRUPTED
         except RunFailed as error:
             print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
         finally:
