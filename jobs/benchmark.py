@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from jobs.benchmarks import dynamics, network, overhead, pynsm, scaling
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
+from jobs.options import at_least
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.formats import DataError
@@ -58,11 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--quick", action="store_true", help="small sizes, under a minute on two cores")
     common.add_argument("--run-dir", metavar="DIR", help="where rows and figures go (default: runs/benchmark-<name>)")
-    common.add_argument("--seed", type=_natural, default=0, metavar="N", help="of data order and weights (default: 0)")
-    common.add_argument("--threads", type=_positive, metavar="N", help="threads of torch and BLAS (default: torch's)")
+    common.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="of data order and weights (default: 0)"
+    )
+    common.add_argument("--threads", type=at_least(1), metavar="N", help="threads of torch and BLAS (default: torch's)")
     common.add_argument(
         "--rounds",
-        type=_rounds,
+        type=at_least(MIN_ROUNDS),
         default=MIN_ROUNDS,
         metavar="N",
         help=f"rounds in which the candidates take turns, at least {MIN_ROUNDS} (default: {MIN_ROUNDS})",
@@ -73,24 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, parents=[common], help=purpose, description=purpose)
         module.add_arguments(subparser)
     return parser
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _rounds(text: str) -> int:
-    return _at_least(MIN_ROUNDS, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from jobs.evaluation.side_by_side import side_by_side
 from jobs.evaluation.summaries import summarise
 from jobs.evaluation.together import threads_of
 from jobs.evaluation.watch import Watch, watching
-from jobs.options import read_yaml
+from jobs.options import at_least, read_yaml
 from jobs.ray_session import shut_down_ray
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError, parse
@@ -107,37 +107,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="show what is known so far, measure nothing")
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="rows and seeds measured side by side, as Ray tasks on the cluster of RAY_ADDRESS or on this machine "
         "(default: 1, without Ray)",
     )
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="threads for each of them (default: this machine's cores, shared)"
+        "--threads",
+        type=at_least(1),
+        metavar="N",
+        help="threads for each of them (default: this machine's cores, shared)",
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number above 0.
-
-    Raises
-    ------
-    ArgumentTypeError
-        Anything else.
-    """
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
 
 
 @dataclass(frozen=True)
 class Crew:
     """Units measured at a time, and the threads of each."""
 
-    workers: int = 1
-    threads: int = 1
+    workers: int
+    threads: int
 
 
 def check(config: EvaluationConfig, material: Material) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,14 @@ def _index(target: list[Any], part: str, key: str) -> int:
     if not part.isdecimal() or int(part) >= len(target):
         raise ConfigError(f"--set {key}: expected a number from 0 to {len(target) - 1}, got {part!r}")
     return int(part)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of an option that is an integer of at least so much, for `argparse`."""
+
+    def integer(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return integer

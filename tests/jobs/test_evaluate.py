@@ -192,7 +192,7 @@ def test_workers_and_threads_are_whole_numbers(option: str, capsys: pytest.Captu
     with pytest.raises(SystemExit) as ended:
         main([option, "0"])
     assert ended.value.code == 2
-    assert f"{option}: expected a whole number above 0, got '0'" in capsys.readouterr().err
+    assert f"{option}: expected an integer of at least 1, got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
