@@ -117,6 +117,7 @@ class Controller:
         self._saved: int | None = None
         self._step = 0
         self._phase = ""
+        self._shown = 0
         self._shards: dict[int, dict[int, Shard]] = {}
         saving = config.checkpoint
         self._committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
@@ -205,7 +206,7 @@ class Controller:
         try:
             group.start()
             self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
-            self._training, self._phase = True, ""
+            self._training, self._phase, self._shown = True, "", 0
             while True:
                 self._ask_to_stop(group)
                 done, failure = self.step(group)
@@ -239,7 +240,9 @@ class Controller:
             for event in status.events:
                 self._handle(status.rank, event)
         self._settle(SETTLE_S)
-        self.display.progress(statuses[0].progress)
+        for latest in statuses[0].phases[self._shown :]:  # what ended since is told as well, whatever the interval
+            self.display.progress(latest)
+        self._shown = max(0, len(statuses[0].phases) - 1)
         self._phase = statuses[0].progress.get("phase", "")
         self._step = statuses[0].progress.get("step", self._step)
         self.record.steps = max(self.record.steps, self._step)

@@ -12,7 +12,7 @@ class Report(Protocol):
     """Whether the controller has asked this rank to stop at a step that all ranks agree on."""
 
     def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
-        """How far the present phase is; only the latest counts."""
+        """How far the present phase is; only the last word on a phase counts."""
 
     def event(self, kind: str, **content: Any) -> None:
         """Something to keep: every event reaches the controller once, in order."""

@@ -44,6 +44,7 @@ class Status:
 
     Attributes
     ----------
+    phases: how far each phase got, those that are over included, in their order; the last is the present one.
     events: those from number `first` on that were asked for.
     num_exchanges: exchanges started; a rank that falls behind the others is the one they wait for.
     stopped: it is done because it was asked to stop, and has written what it knows.
@@ -54,11 +55,16 @@ class Status:
     rank: int
     done: bool
     failure: Failure | None
-    progress: dict[str, Any]
+    phases: list[dict[str, Any]]
     events: list[dict[str, Any]]
     num_exchanges: int
     stopped: bool = False
     idle_s: float = 0.0
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far the present phase is; empty before the first."""
+        return self.phases[-1] if self.phases else {}
 
 
 def stalled(statuses: Sequence[Status], limit_s: float) -> Failure | None:
@@ -85,11 +91,12 @@ class Outbox:
 
     Attributes
     ----------
+    phases: the last word on every phase so far.
     beats: signs of life so far.
     """
 
     events: list[dict[str, Any]] = field(default_factory=list)
-    latest: dict[str, Any] = field(default_factory=dict)
+    phases: list[dict[str, Any]] = field(default_factory=list)
     stopping: bool = False
     beats: int = 0
 
@@ -99,10 +106,18 @@ class Outbox:
 
     def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
         self.beat()
-        self.latest = {"phase": phase, "done": done, "total": total, **metrics}
+        latest = {"phase": phase, "done": done, "total": total, **metrics}
+        if self.phases and _same_phase(self.phases[-1], latest):
+            self.phases[-1] = latest
+        else:
+            self.phases.append(latest)
 
     def event(self, kind: str, **content: Any) -> None:
         self.events.append({"kind": kind, **content})
+
+
+def _same_phase(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (one.get("layer"), one["phase"]) == (other.get("layer"), other["phase"])
 
 
 class Worker:
@@ -196,7 +211,7 @@ class Worker:
             rank=self.assignment.rank,
             done=done,
             failure=failure,
-            progress=self._outbox.latest,
+            phases=list(self._outbox.phases),
             events=self._outbox.events[first:],
             num_exchanges=self._exchange.num_exchanges,
             stopped=self._stopped,

@@ -21,7 +21,7 @@ from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Sto
 from cluster.spool import SPOOL_NAME, Spool
 from cluster.summary import Record, summarise, write_json
 from cluster.training import Assignment
-from cluster.worker import Place, Status
+from cluster.worker import Outbox, Place, Status
 from simmatch.config import ConfigError
 
 Event = dict[str, Any]
@@ -88,10 +88,10 @@ class Shown:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.latest: dict[str, Any] = {}
+        self.progressed: list[dict[str, Any]] = []
 
     def progress(self, latest: dict[str, Any]) -> None:
-        self.latest = latest
+        self.progressed.append(latest)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -106,7 +106,7 @@ def status(
     progress: Any = None,
     stopped: bool = False,
 ) -> Status:
-    return Status(rank, done, failure, progress or {}, events, num_exchanges=0, stopped=stopped)
+    return Status(rank, done, failure, [progress] if progress else [], events, num_exchanges=0, stopped=stopped)
 
 
 def metrics_event(layer: int, step: int, objective: float = 0.5, exchanged: float = 1000.0, images: int = 100) -> Event:
@@ -211,8 +211,22 @@ def test_progress_and_tracebacks_are_shown(scene: MakeScene) -> None:
         status(1, [{"kind": "traceback", "text": "Traceback: where"}]),
     ]
     assert playing.controller.step(group) == (False, None)
-    assert playing.display.latest == {"phase": "learn", "done": 3}
+    assert playing.display.progressed == [{"phase": "learn", "done": 3}]
     assert playing.display.notes == ["rank 1:\nTraceback: where"]
+
+
+def test_phases_that_end_between_two_polls_are_shown(scene: MakeScene) -> None:
+    playing = scene()
+    group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
+    outbox, shown = Outbox(), playing.display.progressed
+    group.poll = lambda: [Status(0, False, None, list(outbox.phases), [], num_exchanges=0)]  # type: ignore[method-assign]
+    for phase, done, layer in (("learn", 2, 0), ("learn", 8, 0), ("encode", 4, 0), ("learn", 1, 1), ("learn", 3, 1)):
+        outbox.progress(phase, done, 8, layer=layer)
+        if (phase, done) in (("learn", 2), ("learn", 3)):
+            playing.controller.step(group)
+    playing.controller.step(group)
+    told = [(latest["layer"], latest["phase"], latest["done"]) for latest in shown]
+    assert told == [(0, "learn", 2), (0, "learn", 8), (0, "encode", 4), (1, "learn", 3), (1, "learn", 3)]
 
 
 def test_done_means_all_ranks(scene: MakeScene) -> None:

@@ -399,7 +399,7 @@ def test_a_stuck_rank_is_told_from_those_that_wait_for_it(ray: Any, digits_confi
 
 def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -> Status:
     progress = {"phase": "learn", "done": 3, "total": 10, "layer": 1}
-    return Status(rank, done, None, progress, [], num_exchanges, idle_s=idle_s)
+    return Status(rank, done, None, [progress], [], num_exchanges, idle_s=idle_s)
 
 
 @pytest.mark.parametrize(

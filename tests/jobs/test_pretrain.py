@@ -154,10 +154,10 @@ def test_plain_output(finished: Ended) -> None:
     assert not CONTROL.search(finished.out)
     assert lines[0] == f"a new run in {finished.run_dir}"
     assert lines[1] == "ray: embedded; mesh: data 1 × layer 1 × channel 2; device: cpu"
-    # progress is asked for now and then: on a busy machine one of the two layers may have learnt in between
-    phase = rf"layer (0 · learn \d+/{UPDATES[0]}|1 · learn \d+/{UPDATES[1]})"
-    progress = rf"{phase} · \d+ images/s · residual \d\.\de-\d\d · active"
-    assert any(re.match(progress, line) for line in lines)
+    figures = r"\d+ images/s · residual \d\.\de-\d\d · active \d+ % · \S+ [kM]?B exchanged"
+    for layer, count in enumerate(UPDATES):  # progress is asked for now and then; how a phase ended is told at any rate
+        ended = [line for line in lines if re.fullmatch(rf"layer {layer} · learn {count}/{count} · {figures}", line)]
+        assert len(ended) == 1
     assert f"model, figures, summary: {finished.run_dir}" in lines
     assert f"MLflow run: {finished.summary['mlflow_run_id']} (make ui)" in lines
 

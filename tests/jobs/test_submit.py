@@ -176,15 +176,33 @@ def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster
     assert not any(name.endswith(".pyc") for name in uploaded)
 
 
+HOLD = """
+import pathlib, sys, time
+import ray
+
+ray.init(address="auto", log_to_driver=False)
+hold = ray.remote(num_cpus=1)(lambda: time.sleep(600))
+taken = hold.remote()
+while ray.available_resources().get("CPU", 0.0) > 1:
+    time.sleep(0.1)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(600)
+"""
+"""Another's work that takes one of the two CPUs until its process ends."""
+
+
 def test_a_failure_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    """Actors that would have to be there within a millisecond, and no second try."""
-    impossible = ("cluster.start_timeout_s=0.001", "cluster.max_restarts=0")
-    code, status, logs = cluster.submit(pretrain(tmp_path / "run", *impossible))
+    """No room for two ranks beside another's work, and no second try."""
+    (tmp_path / "hold.py").write_text(HOLD)
+    held = tmp_path / "held"
+    begin = f"{sys.executable} {tmp_path / 'hold.py'} {held} & while [ ! -e {held} ]; do sleep 0.1; done"
+    run = pretrain(tmp_path / "run", "cluster.start_timeout_s=1", "cluster.max_restarts=0")
+    code, status, logs = cluster.submit(f"{begin}; {run}; status=$?; kill $!; exit $status")
     assert (code, status) == (1, "FAILED"), logs
     [error] = [line for line in logs.splitlines() if line.startswith("error: ")]
-    # a busy cluster may find the place within the millisecond, and then has no time for the ranks
-    assert re.match(r"error: (no place for 2 ranks|rank 0, rank 1 did not start)", error)
-    assert "within 0.001 s" in error
+    assert error.startswith("error: no place for 2 ranks")
+    assert "within 1 s" in error
+    assert "'CPU': 1.0" in error.split("free now: ")[1]
     assert "Traceback" not in logs
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["message"]) == ("FAILED", error.removeprefix("error: "))
