@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,14 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _child(target: Any, part: str, key: str) -> Any:
+    """A copy, put in its place: what a YAML anchor shares stays as it is elsewhere."""
     if isinstance(target, list):
-        return target[_index(target, part, key)]
+        index = _index(target, part, key)
+        target[index] = copy(target[index])
+        return target[index]
     if not isinstance(target, dict):
         raise ConfigError(f"--set {key}: expected a mapping around it, got {target!r}")
-    if target.get(part) is None:
-        target[part] = {}
+    target[part] = {} if target.get(part) is None else copy(target[part])
     return target[part]
 
 

@@ -49,9 +49,11 @@ class StackRow(Frozen):
     rows: Annotated[
         dict[str, Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]], Field(min_length=1)
     ]
-    """Row name → layers, from 0, whose features its readout sees side by side, averaged down to `shape.pool`. A
-    supervised layer has seen the labels of all training images: no place for it in a row. Settings are chosen by
-    all rows."""
+    """Row name → layers, from 0, whose features its readout sees side by side. A supervised layer has seen the labels
+    of all training images: no place for it in a row. Settings are chosen by all rows."""
+
+    pool: PositiveInt | None = None
+    """Features are maps averaged down to so many rows and columns; `shape.pool` where none is named."""
 
     candidates: Annotated[tuple[Overrides, ...], Field(strict=False, max_length=CANDIDATES)] = ()
     """Overrides of `model`, `layers.0.whiten=true`; none: the model as it is."""

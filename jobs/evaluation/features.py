@@ -55,6 +55,9 @@ class Features(Protocol):
     def cost(self, depth: int) -> Cost:
         """Of the first `depth` blocks."""
 
+    def seconds(self, depth: int) -> tuple[float, float]:
+        """That learning took, and encoding what was encoded last; of the first `depth` blocks."""
+
     def active(self) -> list[float]:
         """Share of nonzero activities per block over the images encoded last; empty where nobody counts."""
 
@@ -74,6 +77,9 @@ class StackFeatures:
     def cost(self, depth: int) -> Cost:
         return self.learner.cost(depth)
 
+    def seconds(self, depth: int) -> tuple[float, float]:
+        return sum(self.learner.fit_seconds[:depth]), sum(self.learner.encode_seconds[:depth])
+
     def active(self) -> list[float]:
         return self.learner.active_fraction
 
@@ -84,23 +90,29 @@ class PooledFeatures:
     def __init__(self, learner: Learner, shape: Shape, image_size: tuple[int, int], seen: Seen) -> None:
         self.learner, self.shape, self.image_size, self.seen = learner, shape, image_size, seen
         self._active: list[float] = []
+        self._fit_seconds = self._encode_seconds = 0.0
 
     def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
+        started = time.monotonic()
         self.learner.fit(images)
+        self._fit_seconds = time.monotonic() - started
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        features, active = [], 0.0
+        features, active, started = [], 0.0, time.monotonic()
         for x in torch.split(images, BATCH):
             maps = self.learner.maps(x)
             active += float((maps > 0).double().mean()) * len(x) / len(images)
             features.append(rearrange(F.adaptive_avg_pool2d(maps, self.shape.pool), "b k h w -> b (k h w)"))
             self.seen("encode", len(features) * BATCH, len(images))
-        self._active = [active]
+        self._active, self._encode_seconds = [active], time.monotonic() - started
         return [torch.cat(features)], None
 
     def cost(self, depth: int) -> Cost:
         return self.learner.cost(self.image_size)
+
+    def seconds(self, depth: int) -> tuple[float, float]:
+        return self._fit_seconds, self._encode_seconds
 
     def active(self) -> list[float]:
         return self._active
@@ -117,6 +129,9 @@ class Pixels:
 
     def cost(self, depth: int) -> Cost:
         return Cost(0, 0, 0)
+
+    def seconds(self, depth: int) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def active(self) -> list[float]:
         return []
@@ -158,12 +173,14 @@ class FeatureRow:
     views: settings are chosen by what all of them give.
     settings: a word on each.
     make: (settings' index, seed, seen) → a fresh learner.
+    decoding: the row of what the learner itself decides, beside those of its views; None where it decides nothing.
     """
 
     name: str
     views: tuple[View, ...]
     settings: tuple[str, ...]
     make: Callable[[int, int, Seen], Features]
+    decoding: str | None = None
 
     @property
     def depth(self) -> int:
@@ -242,42 +259,46 @@ def evaluate(
 ) -> tuple[list[Result], Features, list[Reading]]:
     """Learn with one seed and read out at every budget: a result and a readout for each view, and the learner.
 
+    A learner that decides by itself adds a result, the last one, of all its blocks.
+
     every_readout: besides ridge, which every budget gets, and a kernel where labelled images are few, a kernel for the
     rest, logistic regression and nearest neighbours.
     """
     learner = row.make(chosen, seed, seen)
-    started = time.monotonic()
     learner.fit(material.train.images, material.train.labels)
-    fit_seconds = time.monotonic() - started
     train, held_out = learner.outputs(material.train.images)[0], learner.outputs(material.held_out.images)[0]
-    started = time.monotonic()
     test, scores = learner.outputs(material.test.images)
-    rate = len(material.test) / max(time.monotonic() - started, 1e-9)
+
+    def result_of(name: str, features: int, depth: int) -> Result:
+        cost, (fit_seconds, encode_seconds) = learner.cost(depth), learner.seconds(depth)
+        return Result(
+            row=name,
+            seed=seed,
+            settings=row.settings[chosen],
+            features=features,
+            parameters_trained=cost.trained,
+            parameters_inference=cost.inference,
+            operations=cost.operations,
+            fit_seconds=fit_seconds,
+            images_per_second=len(material.test) / max(encode_seconds, 1e-9),
+            active_fraction=learner.active()[:depth],
+        )
+
     results, readings = [], []
     for view in row.views:
         seen(f"read out {view.name}", 0, 1)
         scales = view.scales(train)
         parts = [view.of(blocks, scales) for blocks in (train, held_out, test)]
-        cost = learner.cost(view.depth)
-        result = Result(
-            row=view.name,
-            seed=seed,
-            settings=row.settings[chosen],
-            features=parts[0].shape[1],
-            parameters_trained=cost.trained,
-            parameters_inference=cost.inference,
-            operations=cost.operations,
-            fit_seconds=fit_seconds,
-            images_per_second=rate,
-            active_fraction=learner.active()[: view.depth],
-        )
+        result = result_of(view.name, parts[0].shape[1], view.depth)
         most = len(material.train) if every_readout else FEW
         readout = _at_budgets(result, parts, material, plan.budgets, seed, most)
         if every_readout:
             _other_readouts(result, parts, material, readout.scaling)
         results.append(result)
         readings.append(Reading(view, scales, readout))
-    if scores is not None:
+    if row.decoding is not None:
+        assert scores is not None
+        results.append(result_of(row.decoding, test[-1].shape[1], len(test)))
         results[-1].decode = accuracy_of(scores, material.test.labels)
     return results, learner, readings
 

@@ -1,6 +1,7 @@
 """What every learner of convolutional features has in common, so that all meet the same readout.
 
-A learner sees images without labels, in one order that is the same for all of them, and turns an image into K maps of
+A learner sees images without labels: whole ones in an order of the seed that is the same for all of them, or patches at
+random positions of random images. It takes as many as it needs, and turns an image into K maps of
 nonnegative activities. The maps are average-pooled to the same size and read by the same readout.
 """
 
@@ -52,7 +53,7 @@ class Learner(Protocol):
     name: str
 
     def fit(self, images: Tensor) -> None:
-        """Learn from images [N, C, H, W] in [0, 1], in this order."""
+        """Learn from images [N, C, H, W] in [0, 1]."""
 
     def maps(self, images: Tensor) -> Tensor:
         """Activities [B, K, H', W'] ≥ 0 of images [B, C, H, W] in [0, 1], float32."""

@@ -172,16 +172,13 @@ class LeNet(nn.Module):
         return self.classify(self.features(images))
 
     def cost(self, *, frozen: bool = False) -> Cost:
-        """Parameters, and multiply–adds for an image, without pooling; `frozen`: the convolutions' are not trained.
+        """Parameters, and multiply–adds for an image; `frozen`: the convolutions' are not trained.
 
-        Contrast counts a square per value, two sums per patch and a division per activity.
+        Neither pooling nor contrast normalisation is counted, as for the other learners.
         """
         first, second = math.prod(self.plan.first), math.prod(self.plan.second)
         products = [layer.weight.numel() for layer in (*self.convolutions, *self.dense)]
         operations = products[0] * first + products[1] * second + sum(products[2:])
-        opening = self.convolutions[0]
-        if isinstance(opening, ContrastConv2d):
-            operations += first * (opening.out_channels + opening.in_channels + 2 * self.plan.kernel_size**2)
         trained = sum(values.numel() for values in (self.dense if frozen else self).parameters())
         return Cost(trained, sum(values.numel() for values in self.parameters()), operations)
 

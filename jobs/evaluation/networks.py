@@ -75,11 +75,20 @@ class Network:
         return self._by_budget(best, plan, "try settings", seen)
 
     def evaluate(
-        self, chosen: Mapping[str, int], material: Material, plan: Plan, seed: int, seen: Seen = unseen
+        self,
+        chosen: Mapping[str, int],
+        material: Material,
+        plan: Plan,
+        seed: int,
+        seen: Seen = unseen,
+        *,
+        every_readout: bool = True,
     ) -> tuple[Result, LeNet]:
         """One network per budget; the result, and the network that learnt from all labels.
 
         Its seconds are those of one thread, while others learn from fewer labels beside it.
+
+        every_readout: nearest neighbours of what its convolutions give, too.
         """
 
         def learnt(budget: int | None) -> tuple[LeNet, float]:
@@ -109,11 +118,12 @@ class Network:
             result.held_out[name] = accuracy_of(predict(each, material.held_out.images), material.held_out.labels)
             result.accuracy[name] = accuracy_of(predict(each, material.test.images), material.test.labels)
         result.accuracy["all"] = accuracy_of(scores, material.test.labels)
-        result.neighbours = neighbours_accuracy(
-            (encode(net, material.train.images), material.train.labels),
-            (encode(net, material.test.images), material.test.labels),
-            material.source.num_classes,
-        )
+        if every_readout:
+            result.neighbours = neighbours_accuracy(
+                (encode(net, material.train.images), material.train.labels),
+                (encode(net, material.test.images), material.test.labels),
+                material.source.num_classes,
+            )
         return result, net
 
     def _by_budget(self, work: Callable[[int | None], T], plan: Plan, words: str, seen: Seen) -> dict[str, T]:

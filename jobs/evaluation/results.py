@@ -31,7 +31,7 @@ class Result(BaseModel):
 
     fit_seconds: float
     images_per_second: float
-    """Encoded."""
+    """Encoded; as learning, by the layers that the row looks at and those below."""
 
     active_fraction: list[float] = []
     """Per layer."""

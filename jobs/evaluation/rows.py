@@ -58,7 +58,8 @@ class FeatureRun:
 
     @property
     def views(self) -> tuple[str, ...]:
-        return tuple(view.name for view in self.row.views)
+        own = () if self.row.decoding is None else (self.row.decoding,)
+        return (*(view.name for view in self.row.views), *own)
 
     def tune(self, seen: Seen) -> object:
         return features.tune(self.row, self.material, self.plan, self.config.seeds[0], seen)
@@ -70,17 +71,17 @@ class FeatureRun:
         results, learner, readings = features.evaluate(row, chosen, material, plan, seed, seen, every_readout=first)
         if self.other is not None:
             found = features.transferred(learner, row.views, self.other, material.source, plan.budgets, seed)
-            for result, values in zip(results, found, strict=True):
+            for result, values in zip(results, found, strict=False):  # the last may be what a learner decides itself
                 result.transfer = values
         if plan.corrupted_images and first:
             seen("corrupted images", 0, 1)
             found = features.under_corruption(learner, readings, material, plan.corrupted_images)
-            for result, values in zip(results, found, strict=True):
+            for result, values in zip(results, found, strict=False):
                 result.corruptions = values
         if plan.outlier_images and first:
             seen("learn among noise", 0, 1)
             found = features.with_noise(row, chosen, material, plan, seed)
-            for result, values in zip(results, found, strict=True):
+            for result, values in zip(results, found, strict=False):
                 result.outliers = values
         return results, learner
 
@@ -106,8 +107,8 @@ class NetworkRun:
     def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
         assert isinstance(chosen, dict)
         plan, material = self.plan, self.material
-        result, net = self.network.evaluate(chosen, material, plan, seed, seen)
         first = seed == self.config.seeds[0]
+        result, net = self.network.evaluate(chosen, material, plan, seed, seen, every_readout=first)
         if self.other is not None:
             result.transfer = networks.transferred(net, self.other, material.source, plan.budgets, seed)
         if plan.corrupted_images and first:
@@ -169,7 +170,9 @@ def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
     for name, row in config.stacks.items():
         words = tuple(" ".join(each) or "as configured" for each in (row.candidates or ((),))[: config.candidates])
         views = tuple(View(view, blocks) for view, blocks in row.rows.items())
-        yield FeatureRow(name, views, words, _stack_maker(row.models(), config.shape.pool, material))
+        decoding = f"{name}_decode" if row.model.layers[-1].supervised else None
+        make = _stack_maker(row.models(), row.pool or config.shape.pool, material)
+        yield FeatureRow(name, views, words, make, decoding)
 
 
 def _stack_maker(models: list[ModelConfig], pool: int, material: Material) -> Callable[[int, int, Seen], Features]:

@@ -7,6 +7,7 @@ same stacks on a cluster; here they are small enough for one process.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from jobs.evaluation.interface import Cost
+from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations
 from simmatch.config import ModelConfig
 from simmatch.geometry import draw_positions
 from simmatch.labels import one_hot
@@ -46,6 +48,7 @@ class Encoded:
     passed: what the last of these layers passes on.
     blocks: features [N, F] of each of these layers.
     active: its share of nonzero activities.
+    seconds: what it took, given the layer below.
     codes: mean activities [N, K] of the last of these layers.
     """
 
@@ -53,6 +56,7 @@ class Encoded:
     passed: Tensor
     blocks: list[Tensor]
     active: list[float]
+    seconds: list[float]
     codes: Tensor
 
 
@@ -66,6 +70,12 @@ class StackLearner:
     seed: of weights, order and drawn positions.
     seen: told of progress.
     pool: features are maps averaged down to so many rows and columns, unless smaller already.
+
+    Attributes
+    ----------
+    active_fraction: of each layer's channels, over the images that were encoded last.
+    encode_seconds: that these images took in each layer.
+    fit_seconds: that each layer took to learn, its input included.
     """
 
     def __init__(
@@ -73,8 +83,11 @@ class StackLearner:
     ) -> None:
         self.config, self.source, self.seed, self.seen, self.pool = config, source, seed, seen, pool
         self.stack = Stack(config, source, seed=seed).eval()
-        self.active_fraction = [0.0] * len(config.layers)
         self.depth = len(config.layers)
+        self.active_fraction = [0.0] * self.depth
+        self.encode_seconds = [0.0] * self.depth
+        self.fit_seconds = [0.0] * self.depth
+        self._iterations: list[float] = []
         self._known: Encoded | None = None
 
     @torch.no_grad()
@@ -92,7 +105,19 @@ class StackLearner:
         for index, config in enumerate(self.config.layers[: self.depth]):
             if config.supervised and labels is None:
                 raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
+            started = time.monotonic()
             self._learn(index, images, labels if config.supervised else None)
+            self.fit_seconds[index] = time.monotonic() - started
+        self._iterations = self._count(images[:COUNTED_IMAGES])
+
+    def _count(self, x: Tensor) -> list[float]:
+        """Mean iterations of the dynamics of a column of x [N, C, H, W], for each layer."""
+        found = []
+        for index, config in enumerate(self.config.layers[: self.depth]):
+            layer = self.stack.layer(index)
+            found.append(mean_iterations(layer.drive(x), layer.lateral, config.dynamics.tolerance))
+            x = pooled(layer.solve(x).y, config)
+        return found
 
     def _learn(self, index: int, images: Tensor, labels: Tensor | None) -> None:
         layer, config = self.stack.layer(index), self.config.layers[index]
@@ -146,46 +171,56 @@ class StackLearner:
             return known
         start = images if known is None else known.passed
         parts: list[list[Tensor]] = [[] for _ in range(first, depth)]
-        active, passed, codes = [0.0] * (depth - first), [], []
+        active, seconds, passed, codes = [0.0] * (depth - first), [0.0] * (depth - first), [], []
         for x in torch.split(start, BATCH):
             for place, config in enumerate(self.config.layers[first:depth]):
+                started = time.monotonic()
                 y = self.stack.layer(first + place).solve(x).y
-                active[place] += float((y > 0).double().mean()) * len(y) / len(images)
                 x = pooled(y, config)
-                small = F.adaptive_avg_pool2d(y, self.pool).pow(config.power) if x.shape[-1] > self.pool else x
+                seconds[place] += time.monotonic() - started
+                active[place] += float((y > 0).double().mean()) * len(y) / len(images)
+                # before the power: exponents are for the readout to choose, from the same for all learners
+                small = F.adaptive_avg_pool2d(y, self.pool) if y.shape[-1] > self.pool else y
                 parts[place].append(rearrange(small, "b k h w -> b (k h w)"))
             passed.append(x)
             codes.append(reduce(y, "b k h w -> b k", "mean"))
             self.seen(words, len(passed) * BATCH, len(images))
         blocks = [torch.cat(each) for each in parts]
         if known is not None:
-            blocks, active = known.blocks + blocks, known.active + active
-        return Encoded(images, torch.cat(passed), blocks, active, torch.cat(codes))
+            blocks, active, seconds = known.blocks + blocks, known.active + active, known.seconds + seconds
+        return Encoded(images, torch.cat(passed), blocks, active, seconds, torch.cat(codes))
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """What every layer passes on, and scores decoded from V where the last layer is supervised.
+        """Mean activities of every layer on a small map, and scores decoded from V where the last is supervised.
 
-        The fraction of active channels of every layer over these images goes to `active_fraction`.
+        Tells `active_fraction` and `encode_seconds`.
 
         Returns
         -------
         [N, F] for each layer; [N, num_classes] or None.
         """
         found, last = self._encode(images, self.depth, "encode"), self.depth - 1
-        self.active_fraction = found.active
+        self.active_fraction, self.encode_seconds = found.active, found.seconds
         decodes = self.config.layers[last].supervised
         return found.blocks, decode(found.codes, self.stack.layer(last).label) if decodes else None
 
     def cost(self, depth: int | None = None) -> Cost:
         """W, M, V and the whitening of the first `depth` layers. Operations: drive, and products with M.
 
-        The dynamics are counted as the fixed iterations of an exported model, T K² a column; coordinate descent takes
-        fewer (README, "What an update costs").
+        The dynamics are counted as they were on the first images learnt from, as those of the rivals that have some;
+        an exported model takes `encode_iterations` of them.
+
+        Raises
+        ------
+        ValueError
+            Before learning.
         """
+        if not self._iterations:
+            raise ValueError("expected fit() before anything is counted, got a stack that has not learnt")
         trained = inference = operations = 0
         size = self.source.image_size
-        for index, config in enumerate(self.config.layers[:depth]):
+        for index, config in enumerate(self.config.layers[: self.depth if depth is None else depth]):
             layer = self.stack.layer(index)
             weights = layer.feedforward.numel() + layer.lateral.numel() + layer.label.numel()
             whitening = layer.whitening.numel() + layer.whitening_mean.numel() if layer.whiten else 0
@@ -194,6 +229,6 @@ class StackLearner:
             # the whitening is folded into the filter: inference holds W Π and an offset
             trained += weights + whitening
             inference += weights + (channels if layer.whiten else 0)
-            operations += height * width * channels * (patch + config.dynamics.encode_iterations * channels)
+            operations += round(height * width * channels * (patch + self._iterations[index] * channels))
             size = (height, width) if config.pool is None else (config.pool, config.pool)
         return Cost(trained, inference, operations)

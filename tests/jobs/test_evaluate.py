@@ -11,18 +11,22 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from jobs.evaluate import main
 from jobs.evaluation.config import read
-from jobs.evaluation.material import Material
+from jobs.evaluation.features import StackFeatures
+from jobs.evaluation.material import Labelled, Material
 from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
 from jobs.options import read_yaml
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data import Dataset, load_dataset
+from simmatch.model import InputConfig
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "evaluate_digits.yaml"
 FASHION = CONFIG.with_name("evaluate_fashion_mnist.yaml")
+DEPTH = CONFIG.with_name("evaluate_depth.yaml")
 
 SMALL = [
     "data.train_images=400",
@@ -62,8 +66,15 @@ def results(run_dir: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_every_row_has_its_result(run_dir: Path) -> None:
     found = results(run_dir)
-    assert sorted(found) == ["kmeans-0", "nsm_1-0", "nsm_2-0", "pixels-0"]
+    assert sorted(found) == ["kmeans-0", "nsm_1-0", "nsm_2-0", "nsm_decode-0", "pixels-0"]
+    decoded = found.pop("nsm_decode-0")
+    assert decoded["decode"] > 0.5
+    assert len(decoded["active_fraction"]) == 3
+    assert not decoded["accuracy"]
+    for cost in ("operations", "parameters_trained", "fit_seconds"):  # each row has what its layers take
+        assert found["nsm_1-0"][cost] < found["nsm_2-0"][cost] < decoded[cost], cost
     for name, each in found.items():
+        assert each["decode"] is None
         assert set(each["accuracy"]) == {"5", "all"} == set(each["kernel"]), name
         assert set(each["held_out"]) == {"5", "all", "kernel 5", "kernel all", "logistic"}, name
         assert each["kernel"]["all"] > 0.5, name
@@ -71,7 +82,6 @@ def test_every_row_has_its_result(run_dir: Path) -> None:
         assert 0.1 < each["accuracy"]["5"] <= 1, name
         assert len(each["corruptions"]) == 16, name
         assert set(each["outliers"]) == {"0", "0.05"}, name
-    assert found["nsm_2-0"]["decode"] > 0.5
     assert found["nsm_1-0"]["accuracy"]["all"] > found["pixels-0"]["accuracy"]["all"]
     assert len(found["nsm_2-0"]["active_fraction"]) == 2
 
@@ -226,7 +236,7 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "run" / "results").exists()
 
 
-@pytest.mark.parametrize("path", [CONFIG, FASHION], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [CONFIG, FASHION, DEPTH], ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid_and_have_a_quick_form(path: Path) -> None:
     whole, quick = read(read_yaml(path), [], quick=False), read(read_yaml(path), [], quick=True)
     assert len(whole.seeds) >= 3 > len(quick.seeds)
@@ -245,7 +255,7 @@ def test_rows_may_be_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(results(folder)) == ["pixels-0"]
     assert "| pixels |" in (folder / "table.md").read_text()
     assert main([*arguments(folder, "corrupted_images=0", "outlier_images=0"), "--rows", "pixels", "nmf"]) == 2
-    wanted = "error: --rows: expected some of nsm, nsm_1, nsm_2, kmeans, pixels, got 'nmf'"
+    wanted = "error: --rows: expected some of nsm, nsm_1, nsm_2, nsm_decode, kmeans, pixels, got 'nmf'"
     assert capsys.readouterr().err.strip() == wanted
 
 
@@ -253,7 +263,7 @@ def test_a_stack_is_measured_whole_whichever_of_its_rows_is_asked_for(digits: Da
     config = read(read_yaml(CONFIG), [], quick=True)
     rows = rows_of(config, Material.of(digits, config.held_out), None)
     for names in (["nsm_1"], ["nsm"], ["nsm_2", "nsm_1"]):
-        assert [row.views for row in only(rows, names)] == [("nsm_1", "nsm_2")]
+        assert [row.views for row in only(rows, names)] == [("nsm_1", "nsm_2", "nsm_decode")]
     assert [row.name for row in only(rows, ["lenet", "nsm_2", "kmeans"])] == ["nsm", "kmeans", "lenet"]
 
 
@@ -270,6 +280,31 @@ def test_every_row_has_the_same_search_budget(digits: Dataset) -> None:
     config = read(read_yaml(CONFIG), ["candidates=1"], quick=False)
     [network] = [row for row in rows_of(config, material, None) if row.name == "lenet"]
     assert network.tune(lambda *_: None) == {"10": 0, "50": 0, "all": 0}  # at once: nothing is trained
+
+
+def test_depths_are_compared_at_equal_size_and_operations() -> None:
+    config = read(read_yaml(DEPTH), [], quick=False)
+    images = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    part = Labelled(images, torch.arange(20) % 10)
+    material = Material(InputConfig(in_channels=1, height=28, width=28, num_classes=10), part, part, part, digest="")
+    sizes, operations = [], []
+    for row in rows_of(config, material, None):
+        assert isinstance(row, FeatureRun)
+        [view] = row.row.views
+        learner = row.row.make(0, 0, lambda *_: None)
+        assert isinstance(learner, StackFeatures)
+        learner.fit(images, part.labels)
+        blocks, _ = learner.outputs(images)
+        sizes.append(view.of(blocks, view.scales(blocks)).shape[1])
+        stack, count, side = learner.learner.stack, 0, 28
+        for index, layer in enumerate(map(stack.layer, range(view.depth))):
+            iterations = layer.dynamics.encode_iterations
+            count += side**2 * layer.out_channels * (layer.patch.patch_size + iterations * layer.out_channels)
+            side = stack.config.layers[index].pool or side
+        operations.append(count)
+    assert sizes == [160 * 5 * 5, 256 * 4 * 4, 256 * 4 * 4]
+    assert operations == sorted(operations, reverse=True)  # more layers, no more operations
+    assert operations[-1] > 0.7 * operations[0]
 
 
 def test_quick_needs_overrides(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def test_parameters_and_operations_of_the_classic_network() -> None:
     frozen = LeNet(1, (28, 28), 10).cost(frozen=True)
     assert (frozen.trained, frozen.inference) == (61_706 - 156 - 2416, 61_706)
     contrast = LeNet(1, (28, 28), 10, contrast=True).cost()
-    # per position: a square, 25 values and 25 squares summed, 6 divisions
-    assert (contrast.inference, contrast.operations - cost.operations) == (61_706, 784 * (1 + 50 + 6))
+    assert contrast == cost  # normalisation is counted for nobody
 
 
 @pytest.mark.parametrize("image_size", [(8, 8), (9, 11), (15, 40), (16, 16), (17, 28), (32, 32), (28, 8)])
@@ -82,8 +81,7 @@ def test_sizes_are_derived(image_size: tuple[int, int], contrast: bool) -> None:
     for layer in (*net.convolutions, *net.dense):
         layer.register_forward_hook(count)
     assert net(torch.rand(2, 3, *image_size)).shape == (2, 7)
-    extra = math.prod(image_size) * (5 + 3 + 2 * net.plan.kernel_size**2) if contrast else 0
-    assert net.cost().operations == sum(counted) + extra
+    assert net.cost().operations == sum(counted)
 
 
 @pytest.mark.parametrize("image_size", [(7, 8), (28, 7), (1, 1)])

@@ -59,6 +59,14 @@ def test_keys_reach_into_lists_and_make_what_is_missing() -> None:
     assert override({"layers": [1]}, ["layers=[]"]) == {"layers": []}
 
 
+def test_what_an_anchor_shares_is_overridden_where_it_is_named_only(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.yaml"
+    path.write_text("layers:\n  - &first {pool: 2, train: {lr: 0.1}}\n  - *first\n  - {<<: *first, pool: 3}\n")
+    values = override(read_yaml(path), ["layers.1.train.lr=0.2", "layers.1.pool=4"])
+    unchanged, train = {"pool": 2, "train": {"lr": 0.1}}, {"lr": 0.1}
+    assert values == {"layers": [unchanged, {"pool": 4, "train": {"lr": 0.2}}, {"pool": 3, "train": train}]}
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

@@ -32,6 +32,7 @@ from jobs.evaluation.rivals.random_filters import Random, RandomSettings
 from jobs.evaluation.rivals.visits import Visits
 from simmatch.data import Dataset, to_unit
 from simmatch.geometry import PatchConfig
+from simmatch.order import epoch_order
 from tests.reference import (
     inverse_root,
     nnls_columns,
@@ -176,7 +177,7 @@ def test_encoding_takes_a_few_images_at_a_time(images: Tensor, monkeypatch: pyte
 def test_visits() -> None:
     batches = Visits(images=4, columns=100, updates=5, passes=9).batches(10, positions=30, seed=1)
     assert [len(batch) for batch in batches] == [3, 3, 3, 1, 3]  # 3 × 30 columns; five updates
-    assert torch.equal(torch.cat(batches[:4]), torch.arange(10))
+    assert torch.equal(torch.cat(batches[:4]), epoch_order(10, seed=1, epoch=0))  # as our layers
     batches = Visits(images=4, columns=100, updates=99, passes=3).batches(10, positions=1, seed=1)
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3
     passes = torch.cat(batches).view(3, 10)

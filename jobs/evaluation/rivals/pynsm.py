@@ -25,7 +25,8 @@ from jobs.evaluation.rivals.patches import Preprocessing, View, fitted
 from jobs.evaluation.rivals.visits import Visits
 
 VISITS = Visits(images=100, columns=5000, updates=400, passes=3)
-"""25 images an update at 196 positions: 10,000 images. Learning takes about 12 ms an image of these at 128 channels."""
+"""6 images an update at the 784 positions of 28 × 28 images: 2,400 images. Learning takes some 50 ms an image of these
+at 128 channels."""
 
 RESIDUAL = 2.0**-7
 """To which codes are solved; a power of two is the same number in every dtype."""

@@ -26,12 +26,11 @@ class Visits:
     passes: int
 
     def batches(self, count: int, positions: int, seed: int) -> list[Tensor]:
-        """Indices into `count` images for every update: first in the order given, then reordered for every pass."""
+        """Indices into `count` images for every update, pass by pass in the order that our layers visit them."""
         size = max(1, min(self.images, self.columns // positions))
         found: list[Tensor] = []
         for number in range(self.passes):
-            order = torch.arange(count) if number == 0 else epoch_order(count, seed=seed, epoch=number)
-            found += torch.split(order, size)
+            found += torch.split(epoch_order(count, seed=seed, epoch=number), size)
             if len(found) >= self.updates:
                 break
         return found[: self.updates]
