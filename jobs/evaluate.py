@@ -18,10 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from cluster.controller import RunFailed
@@ -32,24 +30,27 @@ from jobs.benchmarks.report import hardware
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
+from jobs.evaluation.identity import identity, keep
+from jobs.evaluation.lenet import LEAST_SIDE
 from jobs.evaluation.material import Material
 from jobs.evaluation.measuring import Outcome, Unit, load, perform
 from jobs.evaluation.results import Store
 from jobs.evaluation.rows import Choices, Row, only, rows_of
 from jobs.evaluation.side_by_side import side_by_side
-from jobs.evaluation.summaries import summarise
+from jobs.evaluation.summaries import Summary, summarise
 from jobs.evaluation.together import threads_of
 from jobs.evaluation.watch import Watch, watching
 from jobs.options import at_least, read_yaml
 from jobs.ray_session import shut_down_ray
 from jobs.run_directory import default_root, local_folder
-from simmatch.config import ConfigError, parse
+from simmatch.config import ConfigError
 from simmatch.formats import DataError
+from simmatch.geometry import PatchConfig
 from simmatch.model import Stack
 
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
-RESULTS = "results"
+RESULTS, TABLE = "results", "table.md"
 DESCRIPTION = "mlflow.note.content"
 """The tag that MLflow's page shows as a run's description, set as markdown."""
 FILE_WIDTH = 160
@@ -70,13 +71,16 @@ def main(arguments: list[str] | None = None) -> int:
             rows = only(rows, options.rows)
         default = default_root() / f"{config.name}{'-quick' if options.quick else ''}"
         run_dir = local_folder("--run-dir", options.run_dir, default)
-        prepare(run_dir, config)
-        if options.report and not any((run_dir / RESULTS).glob("*.json")):
-            raise ConfigError(f"--report: expected results in {run_dir / RESULTS}, found none")
+        values = identity(run_dir, config, rows)
+        if options.report:
+            if not any((run_dir / RESULTS).glob("*.json")):
+                raise ConfigError(f"--report: expected results in {run_dir / RESULTS}, found none")
+            Report(config, rows, material, run_dir, console).show()
+            return 0
         tracker = Tracker(run_dir, config.tracking)
         crew = Crew(options.workers, options.threads or max(1, (os.cpu_count() or 1) // options.workers))
-        job = Evaluation(config, rows, material, tracker, console, None if options.report else crew)
-        job.describe()
+        job = Evaluation(config, rows, material, tracker, console, crew)
+        job.describe(keep(run_dir, values))
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -136,7 +140,7 @@ def check(config: EvaluationConfig, material: Material) -> None:
     Raises
     ------
     ConfigError
-        A budget that a class cannot fill, or a stack that does not fit the images.
+        A budget that a class cannot fill, or a learner that does not fit the images.
     """
     least = int(torch.bincount(material.train.labels, minlength=material.source.num_classes).min())
     for index, budget in enumerate(config.budgets):
@@ -144,6 +148,14 @@ def check(config: EvaluationConfig, material: Material) -> None:
             raise ConfigError(
                 f"budgets.{index}: expected at most {least}, the images of the rarest class, got {budget}"
             )
+    source, shape = material.source, config.shape
+    height, width = source.image_size
+    if config.networks and min(height, width) < LEAST_SIDE:
+        raise ConfigError(f"networks: expected images of at least {LEAST_SIDE} × {LEAST_SIDE}, got {height} × {width}")
+    try:
+        PatchConfig(source.in_channels, shape.kernel_size, shape.stride, shape.padding).map_size(source.image_size)
+    except ValueError as error:
+        raise ConfigError(f"shape.{error}") from None
     for name, row in config.stacks.items():
         for model in row.models():
             try:
@@ -152,50 +164,34 @@ def check(config: EvaluationConfig, material: Material) -> None:
                 raise ConfigError(f"stacks.{name}.{error}") from None
 
 
-def prepare(run_dir: Path, config: EvaluationConfig) -> None:
-    """Make the run directory, or refuse one that holds results of another configuration.
+class Report:
+    """What is known of rows, for a person."""
 
-    Raises
-    ------
-    ConfigError
-        Names `--run-dir`.
-    """
-    path = run_dir / "config.yaml"
-    values = comparable(config)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            other: Any = filled(yaml.safe_load(path.read_text()), config)
-            if other != values:
-                ours = {key for key, value in values.items() if not isinstance(other, dict) or other.get(key) != value}
-                raise ConfigError(
-                    f"--run-dir: expected a new folder or results of this configuration, got {run_dir}, which differs "
-                    f"in {', '.join(sorted(ours)) or 'keys of its own'}"
-                )
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}") from None
+    def __init__(
+        self, config: EvaluationConfig, rows: list[Row], material: Material, run_dir: Path, console: Console
+    ) -> None:
+        self.config, self.rows, self.material, self.run_dir, self.console = config, rows, material, run_dir, console
+        self.store = Store(run_dir / RESULTS)
 
-
-def filled(other: Any, config: EvaluationConfig) -> Any:
-    """What an earlier version has compared, with the keys it did not know at their defaults."""
-    try:
-        return comparable(parse(EvaluationConfig, config.model_dump(mode="json") | dict(other)))
-    except (ConfigError, TypeError, ValueError):
-        return other
-
-
-def comparable(config: EvaluationConfig) -> dict[str, Any]:
-    """What results depend on, as plain values; rows and seeds may be added to a run."""
-    free = {"tracking", "quick", "seeds", "stacks", "rivals", "networks"}
-    return config.model_dump(mode="json", exclude=free)
+    def show(self) -> tuple[list[Summary], list[Path]]:
+        """The table on the terminal, as markdown and as figures; returns what it is made of, and the figures."""
+        names = [view for row in self.rows for view in row.views]
+        known = [self.store.load(name, seed) for name in names for seed in self.config.seeds]
+        summaries = summarise([each for each in known if each is not None])
+        for each in (table.accuracy_table, table.kernel_table, table.cost_table, table.robustness_table):
+            self.console.print(each(summaries))
+        (self.run_dir / TABLE).write_text(table.markdown(summaries))
+        folder = figures_of(self.run_dir)
+        charts.label_efficiency(summaries, folder / "label-efficiency.png")
+        charts.corruption_bars(summaries, folder / "corruptions.png")
+        draw_corruptions(_one_of_each(self.material), folder / "corrupted-images.png")
+        self.console.print(f"table, figures, results: {self.run_dir}", highlight=False, soft_wrap=True)
+        drawn = [folder / f"{name}.png" for name in ("label-efficiency", "corruptions", "corrupted-images")]
+        return summaries, drawn
 
 
 class Evaluation:
-    """All rows with all seeds, and what is shown of them.
-
-    crew: measures what is not known yet; None: nobody does.
-    """
+    """All rows with all seeds: measured where they are not known yet, kept, shown and recorded."""
 
     def __init__(
         self,
@@ -204,11 +200,12 @@ class Evaluation:
         material: Material,
         tracker: Tracker,
         console: Console,
-        crew: Crew | None,
+        crew: Crew,
     ) -> None:
         self.config, self.rows, self.material, self.crew = config, rows, material, crew
         self.tracker, self.console, self.run_dir = tracker, console, tracker.run_dir
-        self.store = Store(self.run_dir / RESULTS)
+        self.report = Report(config, rows, material, self.run_dir, console)
+        self.store = self.report.store
         self.choices = Choices(self.run_dir / "settings.json")
         self.skipped: dict[str, str] = {}
         self.terminated = False
@@ -218,21 +215,21 @@ class Evaluation:
         self.terminated = True
         raise KeyboardInterrupt
 
-    def describe(self) -> None:
-        """Open the record."""
+    def describe(self, definition: Path) -> None:
+        """Open the record, with the file that says what is compared."""
         facts = hardware()
         tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
         self.tracker.start(self.run_dir.name, layers=0, tags=tags)
         self.tracker.params(self.config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"}))
         name, images = self.config.data.name, len(self.material.train) + len(self.material.held_out)
         self.tracker.dataset(name, source=name, digest=self.material.digest, num_images=images)
+        self.tracker.artifact(definition)
 
     def run(self) -> int:
         """Measure what is not known yet, print, record. Returns the exit status."""
         started, status, code = time.monotonic(), "FAILED", FAILED
         try:
-            if self.crew is not None:
-                self._measure(self.crew)
+            self._measure(self.crew)
             self._show()
             status, code = "FINISHED", 0
         except KeyboardInterrupt:
@@ -292,44 +289,33 @@ class Evaluation:
         elif unit.seed is None:
             self.choices.keep(unit.row, outcome.chosen)
             watch.note(f"{unit}: {outcome.chosen} · {outcome.seconds:.0f} s")
-        for result in outcome.results:
-            self.store.save(result)
-            best = " ".join(f"{budget}: {value:.3f}" for budget, value in result.accuracy.items())
-            watch.note(f"{result.row}, seed {result.seed}: {best} · {outcome.seconds:.0f} s")
-        for name, content in outcome.figures.items():
-            path = self._figures() / name
+        for name, content in outcome.figures.items():  # before results: a unit with results is not done again
+            path = figures_of(self.run_dir) / name
             path.write_bytes(content)
             self.tracker.figure(path)
-
-    def _figures(self) -> Path:
-        folder = self.run_dir / "figures"
-        folder.mkdir(exist_ok=True)
-        return folder
+        for result in outcome.results:
+            self.store.save(result)
+            found = {"nearest column of V": result.decode} if result.decode is not None else result.accuracy
+            best = " ".join(f"{budget}: {value:.3f}" for budget, value in found.items())
+            watch.note(f"{result.row}, seed {result.seed}: {best} · {outcome.seconds:.0f} s")
 
     def _show(self) -> None:
-        """The table on the terminal, as markdown, as figures, in MLflow."""
-        names = [view for row in self.rows for view in row.views]
-        known = [self.store.load(name, seed) for name in names for seed in self.config.seeds]
-        summaries = summarise([each for each in known if each is not None])
-        for each in (table.accuracy_table, table.kernel_table, table.cost_table, table.robustness_table):
-            self.console.print(each(summaries))
-        text = self.run_dir / "table.md"
-        text.write_text(table.markdown(summaries))
-        folder = self._figures()
-        charts.label_efficiency(summaries, folder / "label-efficiency.png")
-        charts.corruption_bars(summaries, folder / "corruptions.png")
-        draw_corruptions(_one_of_each(self.material), folder / "corrupted-images.png")
-        for name in ("label-efficiency", "corruptions", "corrupted-images"):
-            self.tracker.figure(folder / f"{name}.png")
-        self.tracker.artifact(text)
+        """The table for a person, and in MLflow."""
+        summaries, drawn = self.report.show()
+        for path in drawn:
+            self.tracker.figure(path)
+        self.tracker.artifact(self.run_dir / TABLE)
         self.tracker.tags({DESCRIPTION: table.description(summaries)})
         self.tracker.metrics(0, table.metrics(summaries))
-        for line in (f"table, figures, results: {self.run_dir}", *self._chosen()):
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _chosen(self) -> Iterator[str]:
         for name, why in self.skipped.items():
-            yield f"left out: {name}: {why}"
+            self.console.print(f"left out: {name}: {why}", highlight=False, soft_wrap=True)
+
+
+def figures_of(run_dir: Path) -> Path:
+    """The folder of a run's figures."""
+    folder = run_dir / "figures"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _one_of_each(material: Material) -> torch.Tensor:

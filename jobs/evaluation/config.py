@@ -25,9 +25,6 @@ CANDIDATES = 4
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-Layers = Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
-
-
 class ShapeConfig(Frozen):
     """Geometry of the learners that similarity matching is compared with; see `jobs.evaluation.interface.Shape`."""
 
@@ -132,9 +129,12 @@ class EvaluationConfig(Frozen):
     """Overrides that `--quick` applies: a table of the same rows in minutes, with figures that mean less."""
 
     @model_validator(mode="after")
-    def _budgets_rise(self) -> EvaluationConfig:
+    def _budgets_rise_and_nothing_is_twice(self) -> EvaluationConfig:
         if list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"expected rising budgets, got {list(self.budgets)}")
+        for key in ("seeds", "rivals", "networks"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"expected {key} that differ, got {list(getattr(self, key))}")
         return self
 
     def all_budgets(self) -> tuple[int | None, ...]:

@@ -174,6 +174,7 @@ class FeatureRow:
     settings: a word on each.
     make: (settings' index, seed, seen) → a fresh learner.
     decoding: the row of what the learner itself decides, beside those of its views; None where it decides nothing.
+    definition: what it is made of, as plain values.
     """
 
     name: str
@@ -181,6 +182,7 @@ class FeatureRow:
     settings: tuple[str, ...]
     make: Callable[[int, int, Seen], Features]
     decoding: str | None = None
+    definition: object = None
 
     @property
     def depth(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jobs.evaluation import features, networks
+from jobs.evaluation.backprop import CANDIDATES
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.features import FeatureRow, Features, Pixels, Plan, PooledFeatures, StackFeatures, View
 from jobs.evaluation.material import Material
@@ -29,6 +30,10 @@ class Row(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def definition(self) -> object:
+        """What it is made of, as plain values: results of another definition are not of this row."""
 
     def tune(self, seen: Seen) -> object:
         """Choose settings on held-out images; what is chosen can be written as JSON."""
@@ -55,6 +60,10 @@ class FeatureRun:
     @property
     def name(self) -> str:
         return self.row.name
+
+    @property
+    def definition(self) -> object:
+        return self.row.definition
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -98,6 +107,12 @@ class NetworkRun:
         return self.network.name
 
     @property
+    def definition(self) -> object:
+        count = self.plan.candidates
+        settings = {kind: [repr(each) for each in known[:count]] for kind, known in CANDIDATES.items()}
+        return {"network": repr(self.network), "settings": settings}
+
+    @property
     def views(self) -> tuple[str, ...]:
         return (self.network.name,)
 
@@ -135,7 +150,7 @@ def rows_of(config: EvaluationConfig, material: Material, other: Material | None
     Raises
     ------
     ConfigError
-        A rival or a network that does not exist.
+        A rival or a network that does not exist, or two rows of one name.
     """
     found: list[Row] = [
         FeatureRun(row, config, material, other) for row in (*_stacks(config, material), *_rivals(config, material))
@@ -144,6 +159,10 @@ def rows_of(config: EvaluationConfig, material: Material, other: Material | None
         if name not in NETWORKS:
             raise ConfigError(f"networks: expected some of {', '.join(NETWORKS)}, got {name!r}")
         found.append(NetworkRun(NETWORKS[name], config, material, other))
+    names = [name for row in found for name in sorted({row.name, *row.views})]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"stacks: expected rows whose names differ from all others, got {name!r} twice")
     return found
 
 
@@ -172,7 +191,7 @@ def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
         views = tuple(View(view, blocks) for view, blocks in row.rows.items())
         decoding = f"{name}_decode" if row.model.layers[-1].supervised else None
         make = _stack_maker(row.models(), row.pool or config.shape.pool, material)
-        yield FeatureRow(name, views, words, make, decoding)
+        yield FeatureRow(name, views, words, make, decoding, row.model_dump(mode="json", exclude_defaults=True))
 
 
 def _stack_maker(models: list[ModelConfig], pool: int, material: Material) -> Callable[[int, int, Seen], Features]:
@@ -184,8 +203,9 @@ def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
         if name == PIXELS:
             yield FeatureRow(PIXELS, (View(PIXELS),), ("the images themselves",), lambda index, seed, seen: Pixels())
         elif name in RIVALS:
-            words = tuple(str(each) for each in RIVALS[name].candidates[: config.candidates])
-            yield FeatureRow(name, (View(name),), words, _rival_maker(name, config, material))
+            candidates = RIVALS[name].candidates[: config.candidates]
+            make, definition = _rival_maker(name, config, material), [repr(each) for each in candidates]
+            yield FeatureRow(name, (View(name),), tuple(map(str, candidates)), make, definition=definition)
         else:
             raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")
 

@@ -11,6 +11,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ from simmatch.config import parse
 
 START_S = 60.0
 """Longest wait for the cluster at the start."""
+
+BOARD_S = 5.0
+"""Longest wait for what tasks tell of their progress."""
 
 POLL_S = 0.5
 """Between two looks at what tasks tell of their progress; a task tells no more often."""
@@ -82,13 +86,14 @@ def side_by_side(
     place = start_ray(workers * threads, START_S)
     signal.signal(signal.SIGTERM, told_to_end)  # ray.init has put a handler of its own in place
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     if not any(node["Alive"] and node["Resources"].get("CPU", 0) >= threads for node in nodes):
         raise RunFailed(f"--threads: expected at most as many as a node of the cluster has cores, got {threads}")
     watch.note(f"ray: {place}; {workers} at a time, {threads} thread{'' if threads == 1 else 's'} each")
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    # one that is lost with its node begins anew; progress is worth no run
+    board: Any = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
     task = ray.remote(num_cpus=threads)(_task)
     text, waiting = config.model_dump_json(), list(units)
     running: dict[Any, Unit] = {}
@@ -99,7 +104,9 @@ def side_by_side(
                 waiting.remove(unit)
                 running[task.remote(text, unit, choices.known(unit.row), threads, board)] = unit
             done, _ = ray.wait(list(running), timeout=POLL_S)
-            told: dict[str, tuple[str, int, int]] = ray.get(board.read.remote())
+            told: dict[str, tuple[str, int, int]] = {}
+            with suppress(RayActorError, GetTimeoutError):
+                told = ray.get(board.read.remote(), timeout=BOARD_S)
             for key in {str(unit) for unit in running.values()} & told.keys():
                 watch.tell(key, *told[key])
             for ref in done:

@@ -73,11 +73,11 @@ Columns = dict[str, Callable[[Summary], str]]
 
 
 def _sheet(title: str, summaries: Sequence[Summary], columns: Columns) -> _Sheet:
-    """Columns in which no row has a value are left out."""
+    """Columns in which no row has a value, and rows that have none, are left out."""
     filled = {heading: [cell(summary) for summary in summaries] for heading, cell in columns.items()}
     kept = {heading: cells for heading, cells in filled.items() if any(cell != NONE for cell in cells)}
     lines = zip([summary.row for summary in summaries], *kept.values(), strict=True)
-    return _Sheet(title, ("", *kept), tuple(lines))
+    return _Sheet(title, ("", *kept), tuple(line for line in lines if any(cell != NONE for cell in line[1:])))
 
 
 def _by_budget(summaries: Sequence[Summary], name: str) -> Columns:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 import yaml
 
+from cluster.tracking import Tracker, TrackingConfig
 from jobs.evaluate import main
 from jobs.evaluation.config import read
 from jobs.evaluation.features import StackFeatures
+from jobs.evaluation.identity import identity, keep
 from jobs.evaluation.material import Labelled, Material
 from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
 from jobs.options import read_yaml
@@ -106,7 +109,13 @@ def test_a_second_call_computes_what_is_missing_and_nothing_else(
     lost.write_text("{")
     config = run_dir / "config.yaml"  # as a version has left it that knew fewer keys
     config.write_text("".join(line for line in config.read_text().splitlines(True) if "max_skipped" not in line))
-    assert main([*arguments(run_dir), "--report"]) == 0
+    with closing(Tracker(run_dir, TrackingConfig(enabled=False))) as other:  # as a process has it that measures
+        other.start("other", layers=0)
+        events = (run_dir / "events.jsonl").read_bytes()
+        assert main([*arguments(run_dir), "--report"]) == 0
+        assert main(arguments(run_dir)) == 2
+        assert "error: --run-dir: another process works in" in capsys.readouterr().err
+        assert (run_dir / "events.jsonl").read_bytes() == events
     assert lost.read_text() == "{"
     text = (run_dir / "table.md").read_text()
     assert "| nsm_1 |" in text
@@ -206,9 +215,46 @@ def test_workers_and_threads_are_whole_numbers(option: str, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_results_of_another_configuration_are_not_mixed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(run_dir, "budgets=[4]")) == 2
-    assert "which differs in budgets" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("budgets=[4]", "budgets"),
+        ("seeds=[1]", "first_seed"),
+        ("stacks.nsm.model.layers.0.out_channels=16", "rows.nsm"),
+        ("stacks.nsm.pool=2", "rows.nsm"),
+        ("stacks.nsm.candidates=[[layers.0.whiten=false]]", "rows.nsm"),
+        ("candidates=1", "candidates, rows.kmeans"),
+    ],
+)
+def test_results_of_another_configuration_are_not_mixed(
+    assignment: str, key: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_dir / "config.yaml").read_bytes()
+    assert main(arguments(run_dir, assignment)) == 2
+    assert f"got {run_dir}, which differs in {key}\n" in capsys.readouterr().err
+    assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_what_an_earlier_version_did_not_know_is_at_its_default(tmp_path: Path) -> None:
+    """Results of 10,000 outlier images, the default, are not those of 500."""
+    config = read(read_yaml(CONFIG), ["outlier_images=10000", "candidates=4"], quick=False)
+    values = identity(tmp_path, config, [])
+    del values["outlier_images"], values["candidates"], values["first_seed"], values["rows"]
+    keep(tmp_path, values)
+    (tmp_path / "settings.json").write_text("{}")
+    assert identity(tmp_path, config, []) == identity(tmp_path / "new", config, [])
+    other = read(read_yaml(CONFIG), ["outlier_images=500", "candidates=1"], quick=False)
+    with pytest.raises(ConfigError, match=r"which differs in candidates, outlier_images$"):
+        identity(tmp_path, other, [])
+
+
+def test_rows_are_added_to_those_that_are_known(tmp_path: Path, digits: Dataset) -> None:
+    config = read(read_yaml(CONFIG), [], quick=False)
+    rows = {row.name: row for row in rows_of(config, Material.of(digits, 150), None)}
+    for names in (["nsm", "lenet"], ["kmeans"]):
+        keep(tmp_path, identity(tmp_path, config, [rows[name] for name in names]))
+        (tmp_path / "settings.json").write_text("{}")
+    assert set(identity(tmp_path, config, [])["rows"]) == {"nsm", "lenet", "kmeans"}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +270,10 @@ def test_results_of_another_configuration_are_not_mixed(run_dir: Path, capsys: p
         ("stacks.nsm.candidates=[[layers.0.stride=0]]", "stacks.nsm.layers.0.stride: expected greater than 0, got 0"),
         ("shape.chanels=3", "shape.chanels: unknown key"),
         ("seeds=[]", "seeds: expected"),
+        ("seeds=[0, 0]", "expected seeds that differ, got [0, 0]"),
+        ("rivals=[kmeans, kmeans]", "expected rivals that differ"),
+        ("stacks.nsm.rows.kmeans=[0]", "stacks: expected rows whose names differ from all others, got 'kmeans' twice"),
+        ("shape.kernel_size=20", "shape.kernel_size: expected at most 12 for images of 8 × 8 with padding 2, got 20"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -233,7 +283,7 @@ def test_bad_input_is_one_line(
     written = capsys.readouterr().err
     assert message in written
     assert written.count("\n") == 1
-    assert not (tmp_path / "run" / "results").exists()
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("path", [CONFIG, FASHION, DEPTH], ids=lambda path: path.stem)

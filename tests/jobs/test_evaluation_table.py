@@ -172,7 +172,6 @@ Test accuracy of a kernel readout (closed form), by labels per class:
 |  | 10 | all |
 | --- | ---: | ---: |
 | nsm | 0.770 ± 0.014 | 0.920 |
-| a \\| b | – | – |
 
 Cost: parameters trained, for inference, of the readout; multiply–adds (ops) an image; active share by layer:
 
@@ -186,13 +185,11 @@ Test accuracy under corruptions (their mean), and after learning with noise for 
 |  | clean | corrupted | corrupted / clean | 0 % noise | 2.5 % noise |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | nsm | 0.900 ± 0.000 | 0.675 ± 0.035 | 0.750 ± 0.039 | 0.850 | 0.800 |
-| a \\| b | – | – | – | – | – |
 
 Test accuracy on a data set not seen while learning, by labels per class:
 
 |  | 5 | all |
 | --- | ---: | ---: |
-| nsm | – | – |
 | a \\| b | 0.333 | 0.667 |
 """
 
