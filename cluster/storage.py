@@ -65,7 +65,7 @@ def locate(place: str | os.PathLike[str]) -> AnyPath:
         url_to_fs(text, **options)  # imports what the protocol needs
         path: AnyPath = UPath(text, **options)
     except ImportError as error:
-        hint = "pip install 'simmatch[s3]'" if protocol in ("s3", "s3a") else str(error)
+        hint = "pip install -e '.[s3]' in the checkout" if protocol in ("s3", "s3a") else str(error)
         raise ValueError(f"a URI whose protocol is installed, got {text!r}: {hint}") from None
     except ValueError:
         raise ValueError(f"a folder or a URI such as s3://bucket/prefix, got {text!r}") from None

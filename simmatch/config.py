@@ -107,7 +107,7 @@ class DynamicsConfig(Frozen):
 class PlasticityConfig(Frozen):
     """How the slow variables W (feedforward), M (lateral) and V (label) learn.
 
-    ΔW = η (⟨y xᵀ⟩ − W), ΔM = (η/τ)(⟨y yᵀ⟩ − M), ΔV = η (⟨y zᵀ⟩ − V⟨z zᵀ⟩) diag(1/p̂)
+    ΔW = η (⟨y xᵀ⟩ − W), ΔM = (η/τ)(⟨y yᵀ⟩ − M), ΔV = (⟨y zᵀ⟩ − V⟨z zᵀ⟩) diag(min(η/p̂, 1/p))
     """
 
     rule: Literal["similarity_matching"] = "similarity_matching"
