@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,7 +31,7 @@ from jobs.benchmarks.report import hardware
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
-from jobs.evaluation.identity import identity, keep
+from jobs.evaluation.identity import identity, keep, unwritable
 from jobs.evaluation.lenet import LEAST_SIDE
 from jobs.evaluation.material import Material
 from jobs.evaluation.measuring import Outcome, Unit, load, perform
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         tracker = Tracker(run_dir, config.tracking)
         crew = Crew(options.workers, options.threads or max(1, (os.cpu_count() or 1) // options.workers))
         job = Evaluation(config, rows, material, tracker, console, crew)
-        job.describe(keep(run_dir, values))
+        job.describe(values)
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -215,11 +216,23 @@ class Evaluation:
         self.terminated = True
         raise KeyboardInterrupt
 
-    def describe(self, definition: Path) -> None:
-        """Open the record, with the file that says what is compared."""
+    def describe(self, values: dict[str, Any]) -> None:
+        """Open the record; keep what is compared, `jobs.evaluation.identity.identity`, and record it.
+
+        Raises
+        ------
+        SpoolBusyError
+            Another process works in the run directory.
+        ConfigError
+            It cannot be written to.
+        """
         facts = hardware()
         tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
-        self.tracker.start(self.run_dir.name, layers=0, tags=tags)
+        try:
+            self.tracker.start(self.run_dir.name, layers=0, tags=tags)
+        except OSError as error:
+            raise unwritable(self.run_dir, error) from None
+        definition = keep(self.run_dir, values)
         self.tracker.params(self.config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"}))
         name, images = self.config.data.name, len(self.material.train) + len(self.material.held_out)
         self.tracker.dataset(name, source=name, digest=self.material.digest, num_images=images)

@@ -66,8 +66,12 @@ def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:
         draft.write_text(yaml.safe_dump(dict(values), sort_keys=False))
         draft.replace(path)
     except OSError as error:
-        raise ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}") from None
+        raise unwritable(run_dir, error) from None
     return path
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}")
 
 
 def _plain(config: EvaluationConfig) -> dict[str, Any]:

@@ -170,6 +170,52 @@ def test_side_by_side_gives_what_one_after_the_other_gives(run_dir: Path, tmp_pa
     assert {path.name for path in (folder / "figures").glob("*.png")} == drawn
 
 
+DYING = """
+import os, sys
+from pathlib import Path
+
+from jobs.evaluate import main
+from jobs.evaluation import side_by_side
+
+marks = Path(sys.argv[1])
+
+
+class Dying(side_by_side.Board):
+    def read(self):
+        if not list(marks.iterdir()):
+            (marks / str(os.getpid())).touch()
+            os._exit(1)
+        return super().read()
+
+
+side_by_side.Board = Dying
+sys.exit(main(sys.argv[2:]))
+"""
+"""An evaluation whose board of progress ends its process once."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_lost_board_of_progress_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    marks, folder = tmp_path / "marks", tmp_path / "run"
+    marks.mkdir()
+    few = ("corrupted_images=0", "outlier_images=0", "candidates=1")
+    command = [sys.executable, str(tmp_path / "dying.py"), str(marks), *arguments(folder, *few)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [*command, "--workers", "2", "--rows", "kmeans", "pixels"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"PYTHONPATH": str(CONFIG.parents[2]), "RAY_AUTH_MODE": "token"},
+        cwd=CONFIG.parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(marks.iterdir())) == 1
+    assert sorted(results(folder)) == ["kmeans-0", "pixels-0"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -355,6 +401,14 @@ def test_depths_are_compared_at_equal_size_and_operations() -> None:
     assert sizes == [160 * 5 * 5, 256 * 4 * 4, 256 * 4 * 4]
     assert operations == sorted(operations, reverse=True)  # more layers, no more operations
     assert operations[-1] > 0.7 * operations[0]
+
+
+def test_a_run_directory_must_be_writable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path / "file" / "run")) == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: --run-dir: expected a folder that can be")
+    assert written.count("\n") == 1
 
 
 def test_quick_needs_overrides(tmp_path: Path) -> None:
