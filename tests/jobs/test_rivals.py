@@ -447,7 +447,7 @@ def test_pynsm_learns_as_published(images: Tensor, monkeypatch: pytest.MonkeyPat
         states[updates] = (learner.encoder.weight.flatten(1).double(), learner.lateral.double())
     (w, m), after = states[0], states[1]
     assert torch.equal(m, torch.eye(6).double())
-    x = seen(images[:10], None).T
+    x = seen(images[epoch_order(len(images), seed=0, epoch=0)[:10]], None).T
     y = projected_gradient(w @ x, m, step=0.7, iterations=40)
     lr, tau = 4 * RATE / 50, 2 * TAU
     torch.testing.assert_close(after[0], w + lr * (y @ x.T / x.shape[1] - w), rtol=1e-4, atol=1e-6)
