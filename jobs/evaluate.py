@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
 from jobs.benchmarks.report import hardware
+from jobs.ending import Ending
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
@@ -49,7 +49,7 @@ from simmatch.formats import DataError
 from simmatch.geometry import PatchConfig
 from simmatch.model import Stack
 
-FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
 RESULTS, TABLE = "results", "table.md"
 DESCRIPTION = "mlflow.note.content"
@@ -88,12 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    before = signal.signal(signal.SIGTERM, job.end)
-    try:
-        with threads_of(crew.threads):
-            return job.run()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with Ending() as ending, threads_of(crew.threads):
+        return job.run(ending)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -209,12 +205,6 @@ class Evaluation:
         self.store = self.report.store
         self.choices = Choices(self.run_dir / "settings.json")
         self.skipped: dict[str, str] = {}
-        self.terminated = False
-
-    def end(self, *_: object) -> None:
-        """SIGTERM: as on Ctrl-C. Remembered here, for Ray passes on an exception of this kind as another."""
-        self.terminated = True
-        raise KeyboardInterrupt
 
     def describe(self, values: dict[str, Any]) -> None:
         """Open the record; keep what is compared, `jobs.evaluation.identity.identity`, and record it.
@@ -238,7 +228,7 @@ class Evaluation:
         self.tracker.dataset(name, source=name, digest=self.material.digest, num_images=images)
         self.tracker.artifact(definition)
 
-    def run(self) -> int:
+    def run(self, ending: Ending) -> int:
         """Measure what is not known yet, print, record. Returns the exit status."""
         started, status, code = time.monotonic(), "FAILED", FAILED
         try:
@@ -247,7 +237,7 @@ class Evaluation:
             status, code = "FINISHED", 0
         except KeyboardInterrupt:
             print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
-            status, code = "KILLED", TERMINATED if self.terminated else INTERRUPTED
+            status, code = "KILLED", ending.status
         except RunFailed as error:
             print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
         finally:

@@ -4,7 +4,8 @@ One command, one table per network: test accuracy at every label budget from ran
 weights that stay frozen, and fine-tuned from learnt ones; paired differences with 95 % intervals; a figure. Everything
 found is kept in the run directory at once; a second call of the same configuration goes on where the first stopped.
 
-Exit status: 0 finished, 2 bad input (one line, nothing started), 130 interrupted.
+Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130 or 143: told to end (Ctrl-C,
+SIGTERM; trainings that have begun come to their end first).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,8 +27,10 @@ from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
 from jobs.benchmarks.report import hardware
+from jobs.ending import Ending
 from jobs.evaluation import finetuning_table as table
 from jobs.evaluation.finetuning import (
+    FREE,
     STARTS,
     Contest,
     FinetuneConfig,
@@ -39,17 +41,19 @@ from jobs.evaluation.finetuning import (
     check,
     read,
 )
+from jobs.evaluation.identity import filled, keep, kept, same, unwritable
 from jobs.evaluation.material import Material
 from jobs.evaluation.together import together
-from jobs.options import read_yaml
+from jobs.options import at_least, read_yaml
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.data import load_dataset
 from simmatch.formats import DataError
 
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
 FILE_WIDTH = 200
+SETTINGS = "settings.json"
 
 T = TypeVar("T")
 Task = tuple[str, Callable[[], T]]
@@ -63,24 +67,23 @@ def main(arguments: list[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = FILE_WIDTH
     try:
-        if options.threads is not None and options.threads < 1:
-            raise ConfigError(f"--threads: expected at least 1, got {options.threads}")
         config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
         material = Material.of(load_dataset(config.data), config.held_out)
         check(config, material)
         default = default_root() / f"{config.name}{'-quick' if options.quick else ''}"
         run_dir = local_folder("--run-dir", options.run_dir, default)
-        prepare(run_dir, config)
+        values = identity(run_dir, config)
         tracker = Tracker(run_dir, config.tracking)
         job = Finetuning(config, material, tracker, console, options.threads or os.cpu_count() or 1)
-        job.describe()
+        job.describe(values)
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
         return BAD_INPUT
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    return job.run()
+    with Ending() as ending:
+        return job.run(ending)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,33 +98,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
     parser.add_argument("--quick", action="store_true", help="the same table from less: minutes, wider intervals")
-    parser.add_argument("--threads", type=int, metavar="N", help="trainings at the same time (default: all cores)")
+    parser.add_argument(
+        "--threads", type=at_least(1), metavar="N", help="trainings at the same time (default: all cores)"
+    )
     return parser
 
 
-def prepare(run_dir: Path, config: FinetuneConfig) -> None:
-    """Make the run directory, or refuse one that holds results of another configuration.
+def identity(run_dir: Path, config: FinetuneConfig) -> dict[str, Any]:
+    """What results of the directory depend on, to be written by `jobs.evaluation.identity.keep`.
 
     Raises
     ------
     ConfigError
-        Names `--run-dir`.
+        The directory cannot be read, or holds results of another configuration; names what differs.
     """
-    path = run_dir / "config.yaml"
     values = config.comparable()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            other: Any = yaml.safe_load(path.read_text())
-            if other != values:
-                ours = {key for key, value in values.items() if not isinstance(other, dict) or other.get(key) != value}
-                raise ConfigError(
-                    f"--run-dir: expected a new folder or results of this configuration, got {run_dir}, which differs "
-                    f"in {', '.join(sorted(ours)) or 'keys of its own'}"
-                )
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}") from None
+    if (run_dir / SETTINGS).exists() or any(run_dir.glob("results/*.json")):
+        same(run_dir, values, filled(config, FREE, kept(run_dir)))
+    return values
 
 
 class Finetuning:
@@ -136,18 +130,33 @@ class Finetuning:
         self.config, self.material, self.tracker = config, material, tracker
         self.console, self.threads, self.run_dir = console, threads, tracker.run_dir
         self.outcomes = Outcomes(self.run_dir / "results")
-        self.settings = Settings(self.run_dir / "settings.json")
+        self.settings = Settings(self.run_dir / SETTINGS)
 
-    def describe(self) -> None:
-        """Open the record."""
+    def describe(self, values: dict[str, Any]) -> None:
+        """Open the record; keep what is compared, `identity`, and record it.
+
+        Raises
+        ------
+        SpoolBusyError
+            Another process works in the run directory.
+        ConfigError
+            It cannot be written to.
+        """
         facts = hardware()
         tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
-        self.tracker.start(self.run_dir.name, layers=0, tags=tags)
+        try:
+            self.tracker.start(self.run_dir.name, layers=0, tags=tags)
+        except OSError as error:
+            raise unwritable(self.run_dir, error) from None
+        definition = keep(self.run_dir, values)
         self.tracker.params(self.config.model_dump(mode="json", exclude={"tracking", "quick"}))
+        name, images = self.config.data.name, len(self.material.train) + len(self.material.held_out)
+        self.tracker.dataset(name, source=name, digest=self.material.digest, num_images=images)
+        self.tracker.artifact(definition)
 
-    def run(self) -> int:
+    def run(self, ending: Ending) -> int:
         """Find what is not known yet, print, record. Returns the exit status."""
-        started, code = time.monotonic(), 1
+        started, code = time.monotonic(), FAILED
         status: Status = "FAILED"
         try:
             contests = self._pretrain()
@@ -156,7 +165,7 @@ class Finetuning:
             status, code = "FINISHED", 0
         except KeyboardInterrupt:
             print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
-            status, code = "KILLED", INTERRUPTED
+            status, code = "KILLED", ending.status
         finally:
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
             self.tracker.finish(status)
@@ -255,7 +264,7 @@ class Finetuning:
         table.draw(lines, path)
         self.tracker.figure(path)
         self.tracker.artifact(text)
-        self.tracker.artifact(self.run_dir / "settings.json")
+        self.tracker.artifact(self.run_dir / SETTINGS)
         self.tracker.metrics(0, table.metrics(lines, agreements))
         self.console.print(f"table, figure, results: {self.run_dir}", highlight=False, soft_wrap=True)
 

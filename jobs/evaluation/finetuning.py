@@ -37,6 +37,9 @@ STARTS: tuple[StartName, ...] = get_args(StartName)
 BASELINE: StartName = "random"
 """What the others are compared with."""
 
+FREE = frozenset({"tracking", "quick"})
+"""Keys that results do not depend on."""
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -89,7 +92,7 @@ class FinetuneConfig(Frozen):
 
     def comparable(self) -> dict[str, Any]:
         """What results depend on, as plain values."""
-        values = self.model_dump(mode="json", exclude={"tracking", "quick"})
+        values = self.model_dump(mode="json", exclude=set(FREE))
         values["candidates"] = {kind: [asdict(each) for each in some] for kind, some in CANDIDATES.items()}
         return values
 

@@ -6,7 +6,7 @@ chosen with it) and, for every row that was asked for so far, what the row is ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import yaml
 
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.rows import Row
-from simmatch.config import ConfigError, parse
+from simmatch.config import ConfigError, Frozen, parse
 
-FREE = {"tracking", "quick", "seeds", "stacks", "rivals", "networks"}
+FREE = frozenset({"tracking", "quick", "seeds", "stacks", "rivals", "networks"})
 """Keys that results do not depend on, or not all of them; rows and the first seed are compared by themselves."""
 
 FILE = "config.yaml"
@@ -30,25 +30,60 @@ def identity(run_dir: Path, config: EvaluationConfig, rows: Sequence[Row]) -> di
     ConfigError
         The directory cannot be read, or holds results of another configuration; names what differs.
     """
-    values = _plain(config) | {"first_seed": config.seeds[0]}
+    values = config.model_dump(mode="json", exclude=set(FREE)) | {"first_seed": config.seeds[0]}
     definitions: dict[str, Any] = {row.name: row.definition for row in rows}
+    if not (run_dir / "settings.json").exists() and not any(run_dir.glob("results/*.json")):
+        return values | {"rows": definitions}
+    known = kept(run_dir)
+    others = dict(known.pop("rows", None) or {})
+    first = known.pop("first_seed", config.seeds[0])
+    before = filled(config, FREE, known) | {"first_seed": first}
+    changed = [f"rows.{name}" for name, value in definitions.items() if others.get(name, value) != value]
+    same(run_dir, values, before, changed)
+    return values | {"rows": others | definitions}
+
+
+def kept(run_dir: Path) -> dict[str, Any]:
+    """What `keep` wrote.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, or holds something else.
+    """
     try:
-        begun = (run_dir / "settings.json").exists() or any(run_dir.glob("results/*.json"))
-        known = yaml.safe_load((run_dir / FILE).read_text()) if begun else None
+        known = yaml.safe_load((run_dir / FILE).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--run-dir: expected a folder that can be read, got {run_dir}: {error}") from None
-    if not isinstance(known, Mapping):
-        return values | {"rows": definitions}
-    others = dict(known.get("rows") or {})
-    before = _filled(known, config) | {"first_seed": known.get("first_seed", config.seeds[0])}
-    differing = [key for key, value in values.items() if before.get(key) != value]
-    differing += [f"rows.{name}" for name, value in definitions.items() if others.get(name, value) != value]
+    if not isinstance(known, dict):
+        raise ConfigError(f"--run-dir: expected a mapping in {run_dir / FILE}, got {type(known).__name__}")
+    return known
+
+
+def filled(config: Frozen, free: Collection[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version has kept, with the keys of `config` that it did not know at their defaults."""
+    fields = {key: value for key, value in known.items() if key in type(config).model_fields}
+    try:
+        whole = parse(type(config), config.model_dump(mode="json", include=set(free)) | fields)
+    except ConfigError:
+        return dict(known)
+    return dict(known) | whole.model_dump(mode="json", exclude=set(free))
+
+
+def same(run_dir: Path, values: Mapping[str, Any], before: Mapping[str, Any], changed: Sequence[str] = ()) -> None:
+    """Refuse a directory that holds results of something else.
+
+    Raises
+    ------
+    ConfigError
+        Names the keys in which `values` differs from what was kept `before`, and those of `changed`.
+    """
+    differing = {key for key, value in values.items() if before.get(key) != value} | set(changed)
     if differing or before.keys() != values.keys():
         raise ConfigError(
             f"--run-dir: expected a new folder or results of this configuration, got {run_dir}, which differs in "
             f"{', '.join(sorted(differing)) or 'keys of its own'}"
         )
-    return values | {"rows": others | definitions}
 
 
 def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:
@@ -72,16 +107,3 @@ def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
     return ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}")
-
-
-def _plain(config: EvaluationConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=FREE)
-
-
-def _filled(known: Mapping[str, Any], config: EvaluationConfig) -> dict[str, Any]:
-    """What an earlier version has kept, with the keys that it did not know at their defaults."""
-    own = {key: value for key, value in known.items() if key not in {"rows", "first_seed"}}
-    try:
-        return _plain(parse(EvaluationConfig, config.model_dump(mode="json", include=FREE) | own))
-    except ConfigError:
-        return own

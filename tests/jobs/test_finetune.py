@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ import pytest
 import torch
 from scipy import stats
 
+from cluster.tracking import Tracker, TrackingConfig
 from jobs import finetune
 from jobs.evaluation import finetuning, finetuning_table
 from jobs.evaluation.finetuning import STARTS, Contest, FinetuneConfig, Outcome, Outcomes, Settings, StartName
 from jobs.evaluation.finetuning_start import Start
 from jobs.evaluation.finetuning_table import Difference, lines_of
+from jobs.evaluation.identity import keep
 from jobs.evaluation.material import Material
 from jobs.options import override, read_yaml
-from simmatch.config import parse
+from simmatch.config import ConfigError, parse
 from simmatch.data import load_dataset
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "finetune_digits.yaml"
@@ -252,8 +256,62 @@ def test_bad_input_is_one_line(
 
 
 def test_threads_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert finetune.main([*arguments(tmp_path / "run"), "--threads", "0"]) == 2
-    assert capsys.readouterr().err == "error: --threads: expected at least 1, got 0\n"
+    with pytest.raises(SystemExit) as ended:
+        finetune.main([*arguments(tmp_path / "run"), "--threads", "0"])
+    assert ended.value.code == 2
+    assert "--threads: expected an integer of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_keys_that_a_folder_does_not_know_count_at_their_defaults(config: FinetuneConfig, tmp_path: Path) -> None:
+    values = config.comparable()
+    keep(tmp_path, {key: value for key, value in values.items() if key != "tuning_seeds"})
+    (tmp_path / "settings.json").write_text("{}")
+    assert finetune.identity(tmp_path, config.model_copy(update={"tuning_seeds": 2}))["tuning_seeds"] == 2
+    with pytest.raises(ConfigError, match=r"which differs in tuning_seeds$"):
+        finetune.identity(tmp_path, config)  # 1, where the default is 2
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_results_without_their_configuration_are_refused(text: str, config: FinetuneConfig, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^--run-dir: expected a (mapping|folder that can be read)"):
+        finetune.identity(tmp_path, config)
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one changes nothing there."""
+    tracker = Tracker(tmp_path, TrackingConfig(enabled=False))
+    tracker.start("other", layers=0, tags={})
+    try:
+        assert finetune.main(arguments(tmp_path)) == 2
+    finally:
+        tracker.close()
+    assert "error: --run-dir: another process works in" in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_is_an_interruption(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = outcomes_of(run_dir)
+    for seed in (0, 1):
+        (run_dir / "results" / f"lenet-3-{seed}-nsm.json").unlink()
+    whole = Contest.outcome
+
+    def ended(self: Contest, labels: int, start: StartName, settings: int) -> Outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, labels, start, settings)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Contest, "outcome", ended)
+        assert finetune.main(arguments(run_dir)) == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert "the same command goes on" in capsys.readouterr().err
+    assert finetune.main(arguments(run_dir)) == 0
+    assert outcomes_of(run_dir) == before
 
 
 def test_the_chart_shows_every_network_and_start() -> None:
