@@ -96,7 +96,8 @@ def label_efficiency_figure(summaries: Sequence[Summary]) -> Figure:
     _ticks(axes, places)
     axes.set_xlabel("labels per class (log scale; 'all' is one step further, whatever its number)")
     axes.set_ylabel("test accuracy (log scale of the error)")
-    axes.set_title("Test accuracy against labels per class; bars: standard deviation over seeds", fontsize=10)
+    spread = _spread_words([each for summary in drawn for each in summary.accuracy.values()])
+    axes.set_title(f"Test accuracy against labels per class{spread}", fontsize=10)
     axes.grid(alpha=0.3)
     ends = [list(summary.accuracy.values())[-1].mean for summary in drawn]
     order = sorted(range(len(drawn)), key=lambda index: -ends[index])
@@ -180,7 +181,8 @@ def corruption_figure(summaries: Sequence[Summary]) -> Figure:
         if len(shown) < len(known)
         else ""
     )
-    figure.suptitle(f"Test accuracy under corruption; bars: standard deviation over seeds{some}", fontsize=10)
+    spread = _spread_words([each for summary in shown for each in summary.corruptions.values()])
+    figure.suptitle(f"Test accuracy under corruption{spread}{some}", fontsize=10)
     if shown:
         figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
@@ -198,6 +200,12 @@ def spread_out(summaries: Sequence[Summary]) -> list[Summary]:
 def _spreads(found: Iterable[Estimate | None]) -> list[float]:
     """Half lengths of error bars; NaN, which draws none, where nothing is known."""
     return [math.nan if each is None or each.spread is None else each.spread for each in found]
+
+
+def _spread_words(found: Iterable[Estimate]) -> str:
+    """What error bars are, where some are drawn."""
+    known = any(each.spread is not None for each in found)
+    return "; error bars: standard deviation over seeds" if known else ""
 
 
 # -- activity ----------------------------------------------------------------------------------------------------------

@@ -189,6 +189,14 @@ def test_bars_are_the_summaries() -> None:
     assert " of " not in figure.get_suptitle()
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_error_bars_are_explained_where_there_are_any(seeds: int) -> None:
+    some = rows(2, seeds)
+    (axes,) = label_efficiency_figure(some).axes
+    for title in (axes.get_title(), corruption_figure(some).get_suptitle()):
+        assert title.endswith("; error bars: standard deviation over seeds") is (seeds > 1)
+
+
 def test_clean_is_left_wherever_it_comes_and_may_be_missing() -> None:
     found = [result("a", corruptions={"fog": 0.5, "clean": 0.9}), result("b", corruptions={"shear": 0.4}), result("c")]
     [axes] = corruption_figure(summarise(found)).axes
