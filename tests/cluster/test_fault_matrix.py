@@ -385,4 +385,4 @@ def test_a_driver_that_dies_while_it_commits(ray: Any, make_cell: Callable[..., 
     resume(cell)
     assert f"continuing the unfinished run in {cell.run_dir}, from step-00000004" in cell.out[1]
     assert_whole(ray, cell, undisturbed, restarts=0)
-    assert not list(Path(str(cell.run_dir)).rglob("*.partial"))
+    assert not half.exists()  # a shard's may be there: the driver's end ends ranks while they write, too

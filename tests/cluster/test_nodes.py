@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +53,12 @@ class Nodes:
 
     def remove_that_of(self, pid: int) -> None:
         """All of a node's processes at once, as when its machine loses power."""
-        self._remove(psutil.Process(pid).ppid())
+        self.remove(psutil.Process(pid).ppid())
 
-    def remove_a_busy_one(self, title: str) -> None:
-        """Likewise, once every node has a process at work that Ray calls so."""
-        deadline = time.monotonic() + 60
-        while not all(self.is_busy(node, title) for node in self.cluster.worker_nodes):
-            assert time.monotonic() < deadline, f"no {title} on some node"
-            time.sleep(0.02)
-        self._remove(self.raylet(next(iter(self.cluster.worker_nodes))))
-
-    def _remove(self, raylet: int) -> None:
+    def remove(self, raylet: int) -> None:
+        """The node of this raylet, likewise."""
         (node,) = [node for node in self.cluster.worker_nodes if self.raylet(node) == raylet]
         self.cluster.remove_node(node, allow_graceful=False)
-
-    def is_busy(self, node: Any, title: str) -> bool:
-        """Whether a process of the node has this title now."""
-        with suppress(psutil.NoSuchProcess):
-            return any(title in each.cmdline() for each in psutil.Process(self.raylet(node)).children())
-        return False
 
     @staticmethod
     def raylet(node: Any) -> int:
@@ -221,34 +207,68 @@ def test_a_run_that_may_not_shrink_ends_and_says_what_is_missing(
     assert_gone(scene.watcher.pids)
 
 
+HELD = """
+import os, sys, time
+from pathlib import Path
+
+from jobs.evaluate import main
+from jobs.evaluation import side_by_side
+
+marks = Path(sys.argv[1])
+
+
+def held(text, unit, *others):
+    from jobs.evaluation.side_by_side import _task
+
+    (marks / f"{os.getppid()} {os.getpid()} {unit}").touch()
+    while not (marks / "go").exists():
+        time.sleep(0.05)
+    return _task(text, unit, *others)
+
+
+side_by_side._task = held
+sys.exit(main(sys.argv[2:]))
+"""
+"""An evaluation whose units say on which raylet's node they are, and wait for a word to begin."""
+
+
 def test_what_a_lost_node_was_to_measure_is_measured_by_another(nodes: Nodes, tmp_path: Path) -> None:
     """Rows of `jobs.evaluate` side by side on two nodes; equal to one after the other in every figure but seconds."""
     small = ("data.train_images=400", "data.test_images=150", "held_out=60", "seeds=[0]", "budgets=[5]")
     few = ("tuning_images=150", "corrupted_images=0", "outlier_images=0", "tracking.enabled=false")
-    command = [sys.executable, "-m", "jobs.evaluate", "--config", str(ROOT / "jobs/configs/evaluate_digits.yaml")]
-    command += ["--threads", "1", "--rows", "kmeans", "pixels"]
-    command += [word for assignment in (*small, *few) for word in ("--set", assignment)]
-    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
-    subprocess.run([*command, "--run-dir", str(whole)], check=True, env=environment(), cwd=ROOT, timeout=120)
+    arguments = ["--config", str(ROOT / "jobs/configs/evaluate_digits.yaml"), "--threads", "1"]
+    arguments += [word for assignment in (*small, *few) for word in ("--set", assignment)]
+    arguments += ["--rows", "kmeans", "pixels"]
+    whole, disturbed, marks, held = (tmp_path / name for name in ("whole", "disturbed", "marks", "held.py"))
+    marks.mkdir()
+    held.write_text(HELD)
+    alone = [sys.executable, "-m", "jobs.evaluate", *arguments, "--run-dir", str(whole)]
+    subprocess.run(alone, check=True, env=environment(), cwd=ROOT, timeout=120)
     with subprocess.Popen(
-        [*command, "--workers", "2", "--run-dir", str(disturbed)],
+        [sys.executable, str(held), str(marks), *arguments, "--workers", "2", "--run-dir", str(disturbed)],
         env=environment(RAY_ADDRESS=nodes.cluster.address, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"),
         cwd=ROOT,
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            nodes.remove_a_busy_one("ray::_task")
-            out, err = process.communicate(timeout=120)
+            deadline = time.monotonic() + 90
+            while len(begun := sorted(path.name for path in marks.iterdir())) < 2:
+                assert process.poll() is None
+                assert time.monotonic() < deadline, begun
+                time.sleep(0.1)
+            lost, pid, unit = begun[0].split(maxsplit=2)
+            nodes.remove(int(lost))
+            assert_gone([int(pid)])
+            (marks / "go").touch()
+            _, err = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0, err
-    assert out.startswith("ray: cluster at ")
-    assert len(nodes.cluster.worker_nodes) == 1
+    assert len([path for path in marks.iterdir() if path.name.endswith(f" {unit}")]) == 2
     timed = {"fit_seconds", "images_per_second"}
     for name in ("kmeans-0.json", "pixels-0.json"):
-        alone, found = (json.loads((folder / "results" / name).read_text()) for folder in (whole, disturbed))
+        expected, found = (json.loads((folder / "results" / name).read_text()) for folder in (whole, disturbed))
         assert {key: value for key, value in found.items() if key not in timed} == {
-            key: value for key, value in alone.items() if key not in timed
+            key: value for key, value in expected.items() if key not in timed
         }
