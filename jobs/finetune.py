@@ -41,7 +41,7 @@ from jobs.evaluation.finetuning import (
     check,
     read,
 )
-from jobs.evaluation.identity import filled, keep, kept, same, unwritable
+from jobs.evaluation.identity import begun, filled, keep, kept, same, unwritable
 from jobs.evaluation.material import Material
 from jobs.evaluation.together import together
 from jobs.options import at_least, read_yaml
@@ -113,7 +113,7 @@ def identity(run_dir: Path, config: FinetuneConfig) -> dict[str, Any]:
         The directory cannot be read, or holds results of another configuration; names what differs.
     """
     values = config.comparable()
-    if (run_dir / SETTINGS).exists() or any(run_dir.glob("results/*.json")):
+    if begun(run_dir):
         same(run_dir, values, filled(config, FREE, kept(run_dir)))
     return values
 

@@ -32,7 +32,7 @@ def identity(run_dir: Path, config: EvaluationConfig, rows: Sequence[Row]) -> di
     """
     values = config.model_dump(mode="json", exclude=set(FREE)) | {"first_seed": config.seeds[0]}
     definitions: dict[str, Any] = {row.name: row.definition for row in rows}
-    if not (run_dir / "settings.json").exists() and not any(run_dir.glob("results/*.json")):
+    if not begun(run_dir):
         return values | {"rows": definitions}
     known = kept(run_dir)
     others = dict(known.pop("rows", None) or {})
@@ -41,6 +41,20 @@ def identity(run_dir: Path, config: EvaluationConfig, rows: Sequence[Row]) -> di
     changed = [f"rows.{name}" for name, value in definitions.items() if others.get(name, value) != value]
     same(run_dir, values, before, changed)
     return values | {"rows": others | definitions}
+
+
+def begun(run_dir: Path) -> bool:
+    """Whether the directory holds settings or results.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read.
+    """
+    try:
+        return (run_dir / "settings.json").exists() or any(run_dir.glob("results/*.json"))
+    except OSError as error:
+        raise unreadable(run_dir, error) from None
 
 
 def kept(run_dir: Path) -> dict[str, Any]:
@@ -54,7 +68,7 @@ def kept(run_dir: Path) -> dict[str, Any]:
     try:
         known = yaml.safe_load((run_dir / FILE).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--run-dir: expected a folder that can be read, got {run_dir}: {error}") from None
+        raise unreadable(run_dir, error) from None
     if not isinstance(known, dict):
         raise ConfigError(f"--run-dir: expected a mapping in {run_dir / FILE}, got {type(known).__name__}")
     return known
@@ -103,6 +117,10 @@ def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise unwritable(run_dir, error) from None
     return path
+
+
+def unreadable(run_dir: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"--run-dir: expected a folder that can be read, got {run_dir}: {error}")
 
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:

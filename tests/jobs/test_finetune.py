@@ -18,7 +18,7 @@ from jobs.evaluation import finetuning, finetuning_table
 from jobs.evaluation.finetuning import STARTS, Contest, FinetuneConfig, Outcome, Outcomes, Settings, StartName
 from jobs.evaluation.finetuning_start import Start
 from jobs.evaluation.finetuning_table import Difference, lines_of
-from jobs.evaluation.identity import keep
+from jobs.evaluation.identity import begun, keep
 from jobs.evaluation.material import Material
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
@@ -277,6 +277,15 @@ def test_results_without_their_configuration_are_refused(text: str, config: Fine
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"^--run-dir: expected a (mapping|folder that can be read)"):
         finetune.identity(tmp_path, config)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(ConfigError, match=r"^--run-dir: expected a folder that can be read, got .*Permission denied"):
+        begun(tmp_path)
 
 
 def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
