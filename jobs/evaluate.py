@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,15 +25,15 @@ from cluster.controller import RunFailed
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
-from jobs.benchmarks.report import hardware
 from jobs.ending import Ending
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
-from jobs.evaluation.identity import identity, keep, unwritable
+from jobs.evaluation.identity import SETTINGS, identity
 from jobs.evaluation.lenet import LEAST_SIDE
 from jobs.evaluation.material import Material
 from jobs.evaluation.measuring import Outcome, Unit, load, perform
+from jobs.evaluation.record import begin
 from jobs.evaluation.results import Store
 from jobs.evaluation.rows import Choices, Row, only, rows_of
 from jobs.evaluation.side_by_side import side_by_side
@@ -81,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         tracker = Tracker(run_dir, config.tracking)
         crew = Crew(options.workers, options.threads or max(1, (os.cpu_count() or 1) // options.workers))
         job = Evaluation(config, rows, material, tracker, console, crew)
-        job.describe(values)
+        params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})
+        begin(tracker, values, params, config.data.name, material)
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -203,30 +203,8 @@ class Evaluation:
         self.tracker, self.console, self.run_dir = tracker, console, tracker.run_dir
         self.report = Report(config, rows, material, self.run_dir, console)
         self.store = self.report.store
-        self.choices = Choices(self.run_dir / "settings.json")
+        self.choices = Choices(self.run_dir / SETTINGS)
         self.skipped: dict[str, str] = {}
-
-    def describe(self, values: dict[str, Any]) -> None:
-        """Open the record; keep what is compared, `jobs.evaluation.identity.identity`, and record it.
-
-        Raises
-        ------
-        SpoolBusyError
-            Another process works in the run directory.
-        ConfigError
-            It cannot be written to.
-        """
-        facts = hardware()
-        tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
-        try:
-            self.tracker.start(self.run_dir.name, layers=0, tags=tags)
-        except OSError as error:
-            raise unwritable(self.run_dir, error) from None
-        definition = keep(self.run_dir, values)
-        self.tracker.params(self.config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"}))
-        name, images = self.config.data.name, len(self.material.train) + len(self.material.held_out)
-        self.tracker.dataset(name, source=name, digest=self.material.digest, num_images=images)
-        self.tracker.artifact(definition)
 
     def run(self, ending: Ending) -> int:
         """Measure what is not known yet, print, record. Returns the exit status."""

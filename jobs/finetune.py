@@ -26,7 +26,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
-from jobs.benchmarks.report import hardware
 from jobs.ending import Ending
 from jobs.evaluation import finetuning_table as table
 from jobs.evaluation.finetuning import (
@@ -41,8 +40,9 @@ from jobs.evaluation.finetuning import (
     check,
     read,
 )
-from jobs.evaluation.identity import begun, filled, keep, kept, same, unwritable
+from jobs.evaluation.identity import SETTINGS, begun, filled, kept, same
 from jobs.evaluation.material import Material
+from jobs.evaluation.record import begin
 from jobs.evaluation.together import together
 from jobs.options import at_least, read_yaml
 from jobs.run_directory import default_root, local_folder
@@ -53,7 +53,6 @@ from simmatch.formats import DataError
 FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
 FILE_WIDTH = 200
-SETTINGS = "settings.json"
 
 T = TypeVar("T")
 Task = tuple[str, Callable[[], T]]
@@ -75,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         values = identity(run_dir, config)
         tracker = Tracker(run_dir, config.tracking)
         job = Finetuning(config, material, tracker, console, options.threads or os.cpu_count() or 1)
-        job.describe(values)
+        params = config.model_dump(mode="json", exclude={"tracking", "quick"})
+        begin(tracker, values, params, config.data.name, material)
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def identity(run_dir: Path, config: FinetuneConfig) -> dict[str, Any]:
-    """What results of the directory depend on, to be written by `jobs.evaluation.identity.keep`.
+    """What results of the directory depend on, to be written by `jobs.evaluation.record.begin`.
 
     Raises
     ------
@@ -131,28 +131,6 @@ class Finetuning:
         self.console, self.threads, self.run_dir = console, threads, tracker.run_dir
         self.outcomes = Outcomes(self.run_dir / "results")
         self.settings = Settings(self.run_dir / SETTINGS)
-
-    def describe(self, values: dict[str, Any]) -> None:
-        """Open the record; keep what is compared, `identity`, and record it.
-
-        Raises
-        ------
-        SpoolBusyError
-            Another process works in the run directory.
-        ConfigError
-            It cannot be written to.
-        """
-        facts = hardware()
-        tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
-        try:
-            self.tracker.start(self.run_dir.name, layers=0, tags=tags)
-        except OSError as error:
-            raise unwritable(self.run_dir, error) from None
-        definition = keep(self.run_dir, values)
-        self.tracker.params(self.config.model_dump(mode="json", exclude={"tracking", "quick"}))
-        name, images = self.config.data.name, len(self.material.train) + len(self.material.held_out)
-        self.tracker.dataset(name, source=name, digest=self.material.digest, num_images=images)
-        self.tracker.artifact(definition)
 
     def run(self, ending: Ending) -> int:
         """Find what is not known yet, print, record. Returns the exit status."""

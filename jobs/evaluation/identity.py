@@ -19,7 +19,7 @@ from simmatch.config import ConfigError, Frozen, parse
 FREE = frozenset({"tracking", "quick", "seeds", "stacks", "rivals", "networks"})
 """Keys that results do not depend on, or not all of them; rows and the first seed are compared by themselves."""
 
-FILE = "config.yaml"
+FILE, SETTINGS = "config.yaml", "settings.json"
 
 
 def identity(run_dir: Path, config: EvaluationConfig, rows: Sequence[Row]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def begun(run_dir: Path) -> bool:
         It cannot be read.
     """
     try:
-        return (run_dir / "settings.json").exists() or any(run_dir.glob("results/*.json"))
+        return (run_dir / SETTINGS).exists() or any(run_dir.glob("results/*.json"))
     except OSError as error:
         raise unreadable(run_dir, error) from None
 

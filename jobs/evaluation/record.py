@@ -1,0 +1,42 @@
+"""How a comparison opens its record: `jobs.evaluate` and `jobs.finetune` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.tracking import Tracker
+from jobs.benchmarks.report import hardware
+from jobs.evaluation.identity import keep, unwritable
+from jobs.evaluation.material import Material
+
+
+def begin(
+    tracker: Tracker, identity: Mapping[str, Any], params: Mapping[str, Any], data: str, material: Material
+) -> None:
+    """Open the record; keep what is compared, `jobs.evaluation.identity`, and record it.
+
+    Parameters
+    ----------
+    identity: what results of the run directory depend on.
+    params: of the run.
+    data: name of the data set.
+
+    Raises
+    ------
+    SpoolBusyError
+        Another process works in the run directory.
+    ConfigError
+        It cannot be written to.
+    """
+    facts = hardware()
+    tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
+    try:
+        tracker.start(tracker.run_dir.name, layers=0, tags=tags)
+    except OSError as error:
+        raise unwritable(tracker.run_dir, error) from None
+    definition = keep(tracker.run_dir, identity)
+    tracker.params(params)
+    images = len(material.train) + len(material.held_out)
+    tracker.dataset(data, source=data, digest=material.digest, num_images=images)
+    tracker.artifact(definition)
