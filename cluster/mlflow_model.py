@@ -1,13 +1,18 @@
-"""Logs an exported model to MLflow as a logged model, in the `pt2` format: a traced graph, no pickle."""
+"""Logs an exported model to MLflow as a logged model, in the `pt2` format: a traced graph, no pickle.
+
+It has two flavors: `pytorch` gives back the module, `python_function` takes arrays and can be served.
+"""
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cluster.simmatch_scoring as scoring
 from cluster.sender import RejectedError
 
 if TYPE_CHECKING:
@@ -98,27 +103,38 @@ def signature_of(example: Tensor, outputs: dict[str, Tensor]) -> ModelSignature:
 
 
 def _save(module: nn.Module, path: Path, input_shape: Sequence[int], logged: LoggedModel) -> None:
-    """Write an MLflow model folder."""
+    """Write an MLflow model folder; the example, and with it the signature, has the dtype of the weights."""
     import mlflow.pytorch
     import torch
     from mlflow.models import Model
 
     module = module.eval().cpu()
-    example = torch.rand(EXAMPLE_BATCH, *input_shape, generator=torch.Generator().manual_seed(0))
+    drawn = torch.rand(EXAMPLE_BATCH, *input_shape, generator=torch.Generator().manual_seed(0))
+    example = drawn.to(scoring.dtype_of(module))
+    model = Model(
+        artifact_path=logged.artifact_location,
+        run_id=logged.source_run_id,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+    )
+    # MLflow's own takes no named outputs; written as `mlflow.pyfunc`, which takes seconds to import, would
+    model.add_flavor(
+        "python_function",
+        loader_module=Path(scoring.__file__).stem,
+        python_version=platform.python_version(),
+        data="data",
+        code="code",
+        env={"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
+    )
     with torch.no_grad():
-        outputs = module(example)
         mlflow.pytorch.save_model(
             module,
             str(path),
-            mlflow_model=Model(
-                artifact_path=logged.artifact_location,
-                run_id=logged.source_run_id,
-                model_uuid=logged.model_id,
-                model_id=logged.model_id,
-            ),
-            signature=signature_of(example, outputs),
+            mlflow_model=model,
+            signature=signature_of(example, module(example)),
             input_example=example,
             serialization_format="pt2",
+            code_paths=[scoring.__file__],
             # named here, or MLflow starts a process of its own to find out
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}"],
         )

@@ -467,20 +467,22 @@ def test_the_logged_model_gives_the_same_outputs(recorded: Tracker, client: Any)
     assert {spec.name: spec.shape for spec in signature.outputs.inputs} == {"features": (-1, 5), "scores": (-1, 3)}
 
 
-def test_a_stack_is_logged_with_named_outputs(store: Path, tmp_path: Path, client: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stack_is_logged_with_named_outputs(dtype: torch.dtype, store: Path, tmp_path: Path, client: Any) -> None:
     import mlflow.pytorch
 
     layer = {"out_channels": 6, "kernel_size": "full", "supervised": True, "dynamics": {"encode_iterations": 3}}
-    stack = Stack(parse(ModelConfig, {"layers": [layer]}), InputConfig(in_channels=1, height=4, width=4, num_classes=3))
+    source = InputConfig(in_channels=1, height=4, width=4, num_classes=3)
+    stack = Stack(parse(ModelConfig, {"layers": [layer]}), source, dtype=dtype)
     torch.nn.init.normal_(stack.get_buffer("layers.0.label"), generator=torch.Generator().manual_seed(0))
     save_model(stack, tmp_path / "run" / "model")
-    tracker = Tracker(tmp_path / "run", config_of(store, "stack"), ModelLogger(load_exported))
+    tracker = Tracker(tmp_path / "run", config_of(store, f"stack of {dtype}"), ModelLogger(load_exported))
     tracker.start("run", layers=1)
     tracker.model(tmp_path / "run" / "model", (1, 4, 4))
     assert (tracker.close(), tracker.problems) == (0, [])
     [output] = client.get_run(tracker.run_id).outputs.model_outputs
     folder = client.get_logged_model(output.model_id).artifact_location.removeprefix("file://")
-    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(5, 1, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
     loaded, expected = mlflow.pytorch.load_model(folder)(x), stack.eval().outputs(x)
     assert sorted(loaded) == sorted(expected) == ["features", "scores"]
     for name, value in expected.items():
