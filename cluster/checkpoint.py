@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import weakref
@@ -30,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, publish, read, remove, write_whole
+from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, read, remove, write_whole
 from simmatch.rows import Rows
 
 FORMAT = 2
@@ -57,6 +56,7 @@ class Shard(_Record):
     rank: int
     file: str
     sha256: str
+    size_bytes: int | None = None
     rows: dict[str, list[int]]
     shapes: dict[str, list[int]]
 
@@ -117,34 +117,26 @@ def write_shard(
         The disk, or the object store, did not take it.
     """
     name = f"rank-{rank}-of-{world_size}{f'-{token}' if token else ''}.safetensors"
-    if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = _write_and_publish(folder / f"{name}.partial", folder / name, tensors)
-    else:
-        with tempfile.TemporaryDirectory(prefix="simmatch-") as local:
-            digest = _write_and_publish(Path(local) / name, folder / name, tensors)
+    written: list[tuple[str, int]] = []
+
+    def save(file: Path) -> None:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
+        with file.open("rb") as content:
+            written.append((hashlib.file_digest(content, "sha256").hexdigest(), file.stat().st_size))
+
+    try:
+        write_whole(folder / name, save)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{folder / name}: {error}") from error
+    ((digest, size_bytes),) = written
     return Shard(
         rank=rank,
         file=name,
         sha256=digest,
+        size_bytes=size_bytes,
         rows={name: [part.start, part.stop] for name, part in rows.items()},
         shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
     )
-
-
-def _write_and_publish(partial: Path, target: AnyPath, tensors: dict[str, Tensor]) -> str:
-    """Tensors into `partial`, on the disk, then under their name; returns the file's sha256."""
-    try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        publish(partial, target)
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise OSError(f"{target}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest
 
 
 def commit(folder: AnyPath, manifest: Manifest) -> None:

@@ -13,6 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from simmatch.files import make_folder, sync_folder, write_whole
+
 Event = dict[str, Any]
 """One line of the spool. `kind` says which, `time_ms` when it happened; the rest belongs to the kind."""
 
@@ -55,10 +57,12 @@ class Spool:
         SpoolBusyError
             Another process has it open.
         """
+        make_folder(self.path.parent)
         file = self.path.open("a+b", buffering=0)  # no copy of ours that a full disk leaves in doubt
         try:
             _lock_file(file, self.path)
             _cut_torn_line(file)
+            sync_folder(self.path.parent)
         except BaseException:
             file.close()
             raise
@@ -142,9 +146,7 @@ class Progress:
 
     def save(self, path: Path) -> None:
         """Replace the stored progress in one step."""
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
 
 def _write_all(file: FileIO, line: bytes) -> None:

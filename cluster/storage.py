@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,8 @@ from fsspec.core import url_to_fs
 from upath import UPath
 
 from cluster.limits import within
+from simmatch import files
+from simmatch.files import Content, make_folder
 
 AnyPath = Path | UPath
 """A folder or file, of this machine or remote."""
@@ -77,41 +81,32 @@ def is_local(path: AnyPath) -> bool:
     return isinstance(path, Path)
 
 
-def write_whole(path: AnyPath, content: bytes) -> None:
-    """Write a file that is whole or absent, whatever happens meanwhile; on the disk when this returns."""
-    if not isinstance(path, Path):
-        _remote(path, lambda: path.write_bytes(content))
+def write_whole(path: AnyPath, content: Content) -> None:
+    """`simmatch.files.write_whole` at any place.
+
+    Raises
+    ------
+    OSError
+        The disk, or the object store, did not take it.
+    """
+    if isinstance(path, Path):
+        files.write_whole(path, content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def publish(source: Path, target: AnyPath) -> None:
-    """Bring a whole file of this machine to its place, where it appears whole or not at all."""
-    if isinstance(target, Path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(target)
-    else:
-        _remote(target, lambda: target.fs.put_file(str(source), target.path))
+    if not callable(content):
+        whole = content.encode() if isinstance(content, str) else content
+        _remote(path, lambda: path.write_bytes(whole))
+        return
+    with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
+        copy = Path(folder) / path.name
+        content(copy)
+        _remote(path, lambda: path.fs.put_file(str(copy), path.path))
 
 
 def publish_folder(source: Path, target: AnyPath) -> None:
     """Bring all files of a folder, which stays, to another place."""
     for file in sorted(source.rglob("*")):
         if file.is_file():
-            place = target / file.relative_to(source).as_posix()
-            if isinstance(place, Path):
-                write_whole(place, file.read_bytes())
-            else:
-                publish(file, place)
+            write_whole(target / file.relative_to(source).as_posix(), partial(shutil.copyfile, file))
 
 
 def persist(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:
@@ -151,7 +146,7 @@ def fetch(path: AnyPath, copies: Callable[[], Path]) -> Path:
     if isinstance(path, Path):
         return path
     folder = copies()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     copy = folder / path.name
     _remote(path, lambda: path.fs.get_file(path.path, str(copy)))
     return copy

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
 from cluster.spool import Spool
+from simmatch.files import write_whole
 
 
 @dataclass
@@ -73,7 +73,5 @@ def summarise(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that it is either whole or not there."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    """Write a JSON file see `simmatch.files`."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -108,7 +108,6 @@ class Tracker:
         OSError
             The run's folder cannot be written. Later on that raises no more, see `problems`.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         self._spool.open()
         starts = [event for event, _ in self._spool.read() if event.get("kind") == "start"]
         self._append(

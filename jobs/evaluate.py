@@ -44,6 +44,7 @@ from jobs.options import at_least, read_yaml
 from jobs.ray_session import shut_down_ray
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
+from simmatch.files import write_whole
 from simmatch.formats import DataError
 from simmatch.geometry import PatchConfig
 from simmatch.model import Stack
@@ -177,8 +178,8 @@ class Report:
         summaries = summarise([each for each in known if each is not None])
         for each in (table.accuracy_table, table.kernel_table, table.cost_table, table.robustness_table):
             self.console.print(each(summaries))
-        (self.run_dir / TABLE).write_text(table.markdown(summaries))
-        folder = figures_of(self.run_dir)
+        write_whole(self.run_dir / TABLE, table.markdown(summaries))
+        folder = self.run_dir / "figures"
         charts.label_efficiency(summaries, folder / "label-efficiency.png")
         charts.corruption_bars(summaries, folder / "corruptions.png")
         draw_corruptions(_one_of_each(self.material), folder / "corrupted-images.png")
@@ -271,8 +272,8 @@ class Evaluation:
             self.choices.keep(unit.row, outcome.chosen)
             watch.note(f"{unit}: {outcome.chosen} · {outcome.seconds:.0f} s")
         for name, content in outcome.figures.items():  # before results: a unit with results is not done again
-            path = figures_of(self.run_dir) / name
-            path.write_bytes(content)
+            path = self.run_dir / "figures" / name
+            write_whole(path, content)
             self.tracker.figure(path)
         for result in outcome.results:
             self.store.save(result)
@@ -290,13 +291,6 @@ class Evaluation:
         self.tracker.metrics(0, table.metrics(summaries))
         for name, why in self.skipped.items():
             self.console.print(f"left out: {name}: {why}", highlight=False, soft_wrap=True)
-
-
-def figures_of(run_dir: Path) -> Path:
-    """The folder of a run's figures."""
-    folder = run_dir / "figures"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _one_of_each(material: Material) -> torch.Tensor:

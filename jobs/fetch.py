@@ -21,6 +21,7 @@ from pathlib import Path
 
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
+from simmatch.files import make_folder, move_whole
 from simmatch.formats import DataError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -62,7 +63,7 @@ def fetch(name: str, root: Path) -> None:
     DataError
         No way worked; the one line says why for each, and what to do.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     ways: list[tuple[str, Callable[[str, Path], None]]] = [("download", _from_network), ("package", _from_package)]
     failures = []
     for label, way in ways:
@@ -177,8 +178,8 @@ def _move_into_place(source: Path, target: Path) -> None:
     """Move every file below `source` to the same place below `target`, each in one step."""
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         destination = target / path.relative_to(source)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(destination)
+        make_folder(destination.parent)
+        move_whole(path, destination)
 
 
 def _summary(dataset: Dataset) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from simmatch.files import write_whole
 from simmatch.geometry import Whitening
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack
@@ -27,6 +29,11 @@ PANELS = {
 }
 
 
+def save(figure: Figure, path: Path) -> None:
+    """A figure as a PNG file."""
+    write_whole(path, partial(figure.savefig, format="png", dpi=110))
+
+
 def training_curves(curves: Curves, path: Path) -> None:
     """One panel a metric, one line a layer."""
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -40,7 +47,7 @@ def training_curves(curves: Curves, path: Path) -> None:
             axes.set_yscale("log")
     if curves:
         figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def input_filters(layer: SimilarityMatchingConv2d) -> Tensor:
@@ -80,7 +87,7 @@ def filters(stack: Stack, index: int, images: Tensor, path: Path, limit: int = 6
         _show(axes, tile)
     more = f" (first {len(shown)} of {len(tiles)})" if len(tiles) > len(shown) else ""
     figure.suptitle(title + more, fontsize=10)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _show(axes: matplotlib.axes.Axes, tile: Tensor) -> None:

@@ -48,6 +48,7 @@ from jobs.options import at_least, read_yaml
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.data import load_dataset
+from simmatch.files import write_whole
 from simmatch.formats import DataError
 
 FAILED, BAD_INPUT = 1, 2
@@ -236,9 +237,8 @@ class Finetuning:
         for each in (*table.accuracy_tables(lines, networks), table.agreement_table(agreements)):
             self.console.print(each)
         text = self.run_dir / "table.md"
-        text.write_text(table.markdown(lines, networks, agreements))
+        write_whole(text, table.markdown(lines, networks, agreements))
         path = self.run_dir / "figures" / "differences.png"
-        path.parent.mkdir(exist_ok=True)
         table.draw(lines, path)
         self.tracker.figure(path)
         self.tracker.artifact(text)

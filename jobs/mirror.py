@@ -45,13 +45,12 @@ class Mirror:
         """
         if not self.remote:
             return
-        self.work.mkdir(parents=True, exist_ok=True)
         spool = self.work / SPOOL_NAME
         theirs = read(self.place / SPOOL_NAME) if exists(self.place / SPOOL_NAME) else b""
         Spool(spool).open().close()
         if spool.read_bytes().startswith(theirs):
             return
-        spool.write_bytes(theirs)
+        write_whole(spool, theirs)
         (self.work / PROGRESS_NAME).unlink(missing_ok=True)
         if exists(self.place / PROGRESS_NAME):
             fetch(self.place / PROGRESS_NAME, lambda: self.work)

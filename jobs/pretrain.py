@@ -38,6 +38,7 @@ from jobs.ray_session import shut_down_ray, start_ray
 from jobs.run_directory import Start, choose
 from simmatch.config import ConfigError, parse
 from simmatch.data import Dataset, load_dataset, to_unit
+from simmatch.files import make_folder, write_whole
 from simmatch.formats import DataError
 from simmatch.geometry import PatchConfig
 from simmatch.model import layer_inputs, load_model
@@ -162,10 +163,10 @@ class Job:
     def run(self) -> int:
         """Train, look at the result, record it. Returns the exit status."""
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.run_dir)
             self.mirror.pull()
             self._describe()
-            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(public(self.config), sort_keys=False))
+            write_whole(self.run_dir / "config.yaml", yaml.safe_dump(public(self.config), sort_keys=False))
             self.mirror.push()
         except SpoolBusyError as error:
             print(f"error: --run-dir: another process works in {self.run_dir}: {error}", file=sys.stderr)
@@ -262,7 +263,6 @@ class Job:
     def _look(self) -> None:
         """Figures and the exported model, once training is over."""
         folder = self.run_dir / "figures"
-        folder.mkdir(exist_ok=True)
         model = self.mirror.fetch_model()
         stack = load_model(model)
         images = to_unit(self.dataset.test_images[:FIGURE_IMAGES], stack.dtype)

@@ -10,15 +10,16 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster.checkpoint import MANIFEST, Reader, newest_good, read_manifest
+from cluster.checkpoint import MANIFEST, CheckpointError, Reader, newest_good, read_manifest
 from cluster.config import RunConfig
-from cluster.storage import AnyPath, exists, locate, read
+from cluster.storage import AnyPath, exists, find, locate, read
 from simmatch.config import ConfigError, parse
 
 FREE = (
@@ -123,8 +124,8 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
             return Start(candidate, None, f"a new run in {candidate}")
         if resume == "never" or _status(candidate) == "FINISHED":
             continue
-        _check_same(config, candidate)
-        return _continued(candidate, "continuing the unfinished run in")
+        notes = _check_same(config, candidate)
+        return _continued(candidate, "continuing the unfinished run in", notes)
     raise AssertionError("unreachable: the numbers do not end")
 
 
@@ -161,8 +162,8 @@ def _numbered(base: AnyPath) -> Iterator[AnyPath]:
 def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> Start:
     """Continue the run in `source`, or start a new one at `base` from the checkpoint `source`."""
     if exists(source / "config.yaml"):
-        _check_same(config, source)
-        return _continued(source, "continuing the run in")
+        notes = _check_same(config, source)
+        return _continued(source, "continuing the run in", notes)
     if not exists(source / MANIFEST):
         raise ConfigError(f"--resume: expected auto, never, a run directory or a checkpoint, got {source}")
     manifest = read_manifest(source)
@@ -172,9 +173,8 @@ def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> Start:
     return Start(fresh, source, f"a new run in {fresh} from {source}")
 
 
-def _continued(run_dir: AnyPath, words: str) -> Start:
-    """From the newest checkpoint that is sound; the note tells of damaged ones."""
-    notes: list[str] = []
+def _continued(run_dir: AnyPath, words: str, notes: list[str]) -> Start:
+    """From the newest checkpoint that is sound; the note tells of damaged ones, after what is to be told already."""
     checkpoint = newest_good(run_dir, notes.append)
     origin = "no checkpoint: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
     return Start(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]))
@@ -188,15 +188,25 @@ def _status(run_dir: AnyPath) -> str | None:
     return status if isinstance(status, str) else None
 
 
-def _check_same(config: RunConfig, run_dir: AnyPath) -> None:
+def _check_same(config: RunConfig, run_dir: AnyPath) -> list[str]:
+    """Refuse to continue a run of another configuration; returns what is to be told.
+
+    Where `config.yaml` is no configuration any more, the newest checkpoint's manifest tells it.
+    """
     path = run_dir / "config.yaml"
     try:
         other = yaml.safe_load(read(path))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(
-            f"--resume: expected the configuration of a run in {path}, got {type(error).__name__}"
-        ) from None
+        found = type(other).__name__
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        other, found = None, type(error).__name__
+    if not isinstance(other, dict):
+        for manifest in reversed(find(run_dir / "checkpoints", f"step-*/{MANIFEST}")):
+            with suppress(CheckpointError):
+                _check_differences(config, read_manifest(manifest.parent).config, manifest.parent)
+                return [f"{path} is damaged ({found}): the configuration is that of {manifest.parent.name}"]
+        raise ConfigError(f"--resume: expected the configuration of a run in {path} or in a checkpoint, got {found}")
     _check_differences(config, other, run_dir)
+    return []
 
 
 def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> None:

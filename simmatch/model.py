@@ -7,6 +7,7 @@ Nothing flows backward: a layer learns from its own input, its own output and th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
 from simmatch.exchange import Exchange
+from simmatch.files import write_whole
 from simmatch.lateral import check_lateral
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.readout import decode
@@ -236,16 +238,15 @@ class Outputs(nn.Module):
 def save_model(stack: Stack, path: str | Path) -> None:
     """Write `model.safetensors` (unsharded tensors `layers.{i}.…`) and `config.yaml` into the folder `path`."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"layers.{index}.{name}": getattr(layer, name).contiguous().cpu()
         for index, layer in enumerate(stack.layers)
         for name in EXPORTED
         if hasattr(layer, name)
     }
-    save_file(tensors, folder / "model.safetensors")
     export = ExportConfig(input=stack.source, model=stack.config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(export.model_dump(mode="json"), sort_keys=False))
+    write_whole(folder / "model.safetensors", partial(save_file, tensors))
+    write_whole(folder / "config.yaml", yaml.safe_dump(export.model_dump(mode="json"), sort_keys=False))
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack:

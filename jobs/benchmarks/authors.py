@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from jobs.benchmarks.problems import Problem
 from jobs.benchmarks.report import Report
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
+from simmatch.files import write_whole
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.order import epoch_order
@@ -135,7 +137,6 @@ def trained_states(lesson: Lesson, after: Sequence[int], report: Report) -> dict
     found = {count: state for count, state in stored.items() if state is not None}
     if len(found) == len(paths):
         return found
-    folder.mkdir(parents=True, exist_ok=True)
     layer = lesson.start().own()
     with report.progress(len(paths)) as step:
         for begin, end in pairwise((0, *paths)):
@@ -143,9 +144,8 @@ def trained_states(lesson: Lesson, after: Sequence[int], report: Report) -> dict
             for batch in lesson.batches(begin, end):
                 layer.partial_fit(batch)
             found[end] = State(layer.feedforward.clone(), layer.lateral.clone())
-            unfinished = paths[end].with_suffix(".part")
-            save_file(vars(found[end]), unfinished, metadata={"recipe": json.dumps(recipe)})
-            unfinished.replace(paths[end])
+            save = partial(save_file, vars(found[end]), metadata={"recipe": json.dumps(recipe)})
+            write_whole(paths[end], save)
     return found
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from simmatch.config import ConfigError, DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
 from simmatch.dynamics import Dynamics
+from simmatch.files import write_whole
 from simmatch.lateral import Bound, certify_afresh
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.order import batch_indices, steps_per_epoch
@@ -170,14 +171,8 @@ def trained_problem(
         return stored
     _check(recipe, dataset)
     problem = _train(recipe, dataset, advance)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    save_file(
-        {"lateral": problem.lateral, "drive": problem.drive},
-        unfinished,
-        metadata={"recipe": json.dumps(asdict(recipe))},
-    )
-    unfinished.replace(path)
+    tensors = {"lateral": problem.lateral, "drive": problem.drive}
+    write_whole(path, lambda file: save_file(tensors, file, {"recipe": json.dumps(asdict(recipe))}))
     return problem
 
 

@@ -28,7 +28,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from jobs.figures import save
 from simmatch.config import ConfigError
+from simmatch.files import make_folder
 
 DIGITS = 6
 """Significant digits of a number in a row; a clock has fewer."""
@@ -66,7 +68,7 @@ class Report:
             self.console.width = FILE_WIDTH
         self.path = run_dir / f"{name}.jsonl"
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(run_dir)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--run-dir: expected a folder to write to, got {run_dir}: {error.strerror}") from None
@@ -111,9 +113,7 @@ class Report:
         """A matplotlib figure to draw on, saved as `<run_dir>/figures/<name>.png` at the end."""
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        folder = self.run_dir / "figures"
-        folder.mkdir(exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=110)
+        save(figure, self.run_dir / "figures" / f"{name}.png")
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:

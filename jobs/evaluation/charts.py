@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.evaluation.summaries import CLEAN, Estimate, Summary, labels_per_class
+from jobs.figures import save
 from simmatch.model import Stack, pooled
 
 Floats = NDArray[np.float64]
@@ -45,17 +46,17 @@ COLUMNS = 8
 
 def label_efficiency(summaries: Sequence[Summary], path: Path) -> None:
     """Test accuracy against labels per class, a line a row."""
-    label_efficiency_figure(summaries).savefig(path, dpi=110)
+    save(label_efficiency_figure(summaries), path)
 
 
 def corruption_bars(summaries: Sequence[Summary], path: Path) -> None:
     """Test accuracy under each corruption, a bar a row."""
-    corruption_figure(summaries).savefig(path, dpi=110)
+    save(corruption_figure(summaries), path)
 
 
 def activation_maps(stack: Stack, image: Tensor, path: Path) -> None:
     """An image [C, H, W] in [0, 1], and what each layer of a stack makes of it."""
-    activation_figure(stack, image).savefig(path, dpi=110)
+    save(activation_figure(stack, image), path)
 
 
 def _label(row: str) -> str:

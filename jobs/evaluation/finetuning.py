@@ -14,7 +14,7 @@ are chosen on held-out images for every network, budget and start, from the same
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +30,7 @@ from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
 from jobs.evaluation.material import Material
 from jobs.options import override
 from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt, parse
+from simmatch.files import write_whole
 from simmatch.readout import accuracy
 
 StartName = Literal["random", "random_frozen", "nsm_frozen", "nsm"]
@@ -165,7 +166,7 @@ class Outcomes:
 
     def save(self, found: Outcome) -> None:
         path = self._path(found.network, found.labels, found.seed, found.start)
-        write_json(path, found.model_dump())
+        write_whole(path, json.dumps(found.model_dump(), indent=1))
 
     def _path(self, network: str, labels: int, seed: int, start: StartName) -> Path:
         return self.folder / f"{network}-{labels}-{seed}-{start}.json"
@@ -194,16 +195,8 @@ class Settings:
         means = [fmean(values) for values in zip(*held_out, strict=True)]
         best = means.index(max(means))
         self._known[f"{network}/{labels}/{start}"] = {"chosen": best, "held_out": means, "seeds": len(held_out)}
-        write_json(self.path, self._known)
+        write_whole(self.path, json.dumps(self._known, indent=1))
         return best
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(values, indent=1))
-    draft.replace(path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from jobs.evaluation.lenet import Filters, LeNet, initialise
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import Frozen, LayerConfig, ModelConfig, PlasticityConfig, PositiveFloat, TrainConfig
 from simmatch.encoder import Agreement, agreement, feedforward_filter
+from simmatch.files import write_whole
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig
 from simmatch.order import epoch_order
@@ -81,15 +82,13 @@ class Start:
 
     def save(self, path: Path) -> None:
         """Written whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{index}.{name}": values.contiguous()
             for index, filters in enumerate(self.filters)
             for name, values in zip(("weight", "bias"), filters, strict=True)
         }
-        draft = path.with_suffix(".draft")
-        save_file(tensors, draft, {"agreements": json.dumps([asdict(each) for each in self.agreements])})
-        draft.replace(path)
+        metadata = {"agreements": json.dumps([asdict(each) for each in self.agreements])}
+        write_whole(path, lambda file: save_file(tensors, file, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Start | None:

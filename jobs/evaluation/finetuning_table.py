@@ -20,6 +20,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from jobs.evaluation.finetuning import BASELINE, STARTS, Outcome, StartName
+from jobs.figures import save
 from simmatch.encoder import Agreement
 
 CONFIDENCE = 0.95
@@ -269,4 +270,4 @@ def difference_figure(lines: Sequence[Line]) -> Figure:
 
 def draw(lines: Sequence[Line], path: Path) -> None:
     """`difference_figure` as a file."""
-    difference_figure(lines).savefig(path, dpi=110)
+    save(difference_figure(lines), path)

@@ -15,6 +15,7 @@ import yaml
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.rows import Row
 from simmatch.config import ConfigError, Frozen, parse
+from simmatch.files import write_whole
 
 FREE = frozenset({"tracking", "quick", "seeds", "stacks", "rivals", "networks"})
 """Keys that results do not depend on, or not all of them; rows and the first seed are compared by themselves."""
@@ -101,7 +102,7 @@ def same(run_dir: Path, values: Mapping[str, Any], before: Mapping[str, Any], ch
 
 
 def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:
-    """Write `config.yaml`; whole or not at all.
+    """Write `config.yaml`.
 
     Raises
     ------
@@ -110,10 +111,7 @@ def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:
     """
     path = run_dir / FILE
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(yaml.safe_dump(dict(values), sort_keys=False))
-        draft.replace(path)
+        write_whole(path, yaml.safe_dump(dict(values), sort_keys=False))
     except OSError as error:
         raise unwritable(run_dir, error) from None
     return path

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from simmatch.files import write_whole
 
 
 class Result(BaseModel):
@@ -92,8 +93,4 @@ class Store:
 
     def save(self, result: Result) -> None:
         """Written whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(result.row, result.seed)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(result.model_dump(), indent=1))
-        os.replace(draft, path)
+        write_whole(self.path(result.row, result.seed), json.dumps(result.model_dump(), indent=1))

@@ -21,6 +21,7 @@ from jobs.evaluation.results import Result
 from jobs.evaluation.rivals import RIVALS
 from jobs.evaluation.stacks import Seen
 from simmatch.config import ConfigError, ModelConfig
+from simmatch.files import write_whole
 
 PIXELS = "pixels"
 
@@ -232,10 +233,7 @@ class Choices:
     def keep(self, row: str, chosen: object) -> None:
         """Written whole or not at all."""
         values = self._read() | {row: chosen}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps(values, indent=1))
-        draft.replace(self.path)
+        write_whole(self.path, json.dumps(values, indent=1))
 
     def _read(self) -> dict[str, object]:
         try:

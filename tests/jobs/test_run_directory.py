@@ -165,6 +165,24 @@ def test_a_run_whose_configuration_cannot_be_read_is_named(work: Path, make_conf
         choose(make_config(), "r", "auto")
 
 
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "a: 2020-99-99"])
+def test_a_checkpoint_tells_the_configuration_where_its_file_is_damaged(
+    work: Path, make_config: MakeConfig, content: str
+) -> None:
+    """As an interrupted write has left it; the newest manifest is damaged as well."""
+    leave(work / "r", make_config(), "FAILED", (20, 40))
+    (work / "r" / "config.yaml").write_text(content)
+    (folder_of(work / "r", 40) / "manifest.json").write_text("")
+    start = choose(make_config(), "r", "auto")
+    assert start.resume == folder_of(work / "r", 20)
+    first, _, last = start.note.split("\n")
+    assert first.startswith(f"{work / 'r' / 'config.yaml'} is damaged (")
+    assert first.endswith("): the configuration is that of step-00000020")
+    assert last == f"continuing the unfinished run in {work / 'r'}, from step-00000020"
+    with pytest.raises(ConfigError, match=r"step-00000020 was made by another configuration: seed: expected 0, got 1"):
+        choose(make_config("seed=1"), "r", "auto")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 3}'])
 def test_a_broken_summary_is_that_of_an_unfinished_run(work: Path, make_config: MakeConfig, content: str) -> None:
     leave(work / "r", make_config(), None, (20,))

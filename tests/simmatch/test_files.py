@@ -1,0 +1,131 @@
+"""Files that are whole or absent: what a power failure would have left is followed through the calls of the system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simmatch.files import PARTIAL, make_folder, move_whole, sync_folder, write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]]:
+    """What is synced and what gets its name, in order, by path below the test's folder."""
+    found: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(opened: int) -> None:
+        found.append(("sync", os.path.relpath(os.readlink(f"/proc/self/fd/{opened}"), tmp_path)))
+        fsync(opened)
+
+    def replaced(self: Path, target: Path) -> Path:
+        found.append(("name", os.path.relpath(target, tmp_path)))
+        replace(self, target)
+        return Path(target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    return found
+
+
+@pytest.mark.parametrize("content", [b"new", "new", lambda path: path.write_bytes(b"new")])
+def test_content_is_on_the_disk_before_its_name_and_both_before_the_end(
+    content: Any, tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    write_whole(tmp_path / "file", content)
+    assert calls == [("sync", f"file{PARTIAL}"), ("name", "file"), ("sync", ".")]
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_new_folders_are_on_the_disk_as_well(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    write_whole(tmp_path / "a" / "b" / "file", b"")
+    assert calls == [
+        ("sync", "."),
+        ("sync", "a"),
+        ("sync", f"a/b/file{PARTIAL}"),
+        ("name", "a/b/file"),
+        ("sync", "a/b"),
+    ]
+    make_folder(tmp_path / "a" / "b")
+    assert len(calls) == 5  # it is there already
+
+
+def test_a_place_that_is_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="below"):
+        make_folder(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("fails", ["content", "sync"])
+def test_what_cannot_be_written_leaves_what_was_there(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if fails == "sync":
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "file", full if fails == "content" else b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_file_that_is_whole_already_is_moved(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "b").mkdir()
+    move_whole(tmp_path / "a", tmp_path / "b" / "c")
+    assert calls == [("sync", "a"), ("name", "b/c"), ("sync", "b")]
+    assert (tmp_path / "b" / "c").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_syncs_no_folders(
+    number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if raised:
+        with pytest.raises(OSError, match="error"):
+            sync_folder(tmp_path)
+    else:
+        sync_folder(tmp_path)
+
+
+def test_there_is_one_way_to_write_a_file() -> None:
+    """Every other way that the sources use is one of those that were looked at."""
+    ways = re.compile(
+        r"\.write_text\(|\.write_bytes\(|json\.dump\(|os\.replace\(|\.savefig\(|\.open\(\"[wax]|\bopen\([^)]*\"[wax]"
+    )
+    allowed = {
+        ("simmatch/files.py", "partial.write_bytes"),
+        ("cluster/storage.py", "path.write_bytes(whole)"),  # an object store takes whole files only
+        ("cluster/spool.py", 'self.path.open("a+b", buffering=0)'),  # grows line by line
+        ("jobs/benchmarks/report.py", 'self.path.open("a", encoding="utf-8")'),
+        ("jobs/benchmarks/memory.py", 'Path("/proc/self/clear_refs").write_text("5")'),
+    }
+    found = [
+        (path.relative_to(ROOT).as_posix(), line.strip())
+        for folder in ("simmatch", "cluster", "jobs")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if ways.search(line)
+    ]
+    assert found
+    others = [(path, line) for path, line in found if not any(path == p and part in line for p, part in allowed)]
+    assert others == []
