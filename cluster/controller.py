@@ -285,6 +285,8 @@ class Controller:
             self.display.note(f"rank {rank}: the checkpoint of step {event['step']} is left out: {event['why']}")
         elif kind == "traceback":
             self.display.note(f"rank {rank}:\n{event['text']}")
+        elif rank == 0 and kind == "warning":
+            self.display.note(f"warning: {event['text']}")
         elif rank == 0 and kind == "metrics":
             self._metrics(event["layer"], event["step"], event["images"], event["metrics"])
         elif rank == 0 and kind == "probe":

@@ -33,7 +33,7 @@ from cluster.report import Report
 from cluster.shard_writer import ShardWriter, Snapshot
 from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
 from cluster.storage import AnyPath, persist, publish_folder
-from cluster.watch import Growth, TrainingFault, Window, measured
+from cluster.watch import Growth, Objective, TrainingFault, Window, measured
 from simmatch.config import LayerConfig
 from simmatch.data import Dataset, load_dataset
 from simmatch.exchange import Exchange
@@ -191,6 +191,7 @@ class Training:
         cache = self.config.cache_features
         inputs = LayerInputs(index, config, layer, train, stack=self.stack, report=self.report, cache=cache)
         window, growth = Window(self.exchange, self.writer), Growth(index)
+        watched = Objective(index, layer, self.report)
         latest: dict[str, float] = {}
         for update in range(start, total):
             chosen = batches[update]
@@ -203,6 +204,7 @@ class Training:
             if due or update + 1 == total:
                 images = window.images
                 latest = window.close() | measured(layer, measure(layer, patches, solution, labels))
+                watched.check(latest["objective"])
                 self.report.event("metrics", layer=index, step=update + 1, images=images, metrics=latest)
             self.report.progress("learn", update + 1, total, layer=index, step=self.step, **latest)
             stop = due and self._all_stop()

@@ -1,12 +1,14 @@
-"""What a rank watches of its own training: growth of the weights, time, and a layer's metrics."""
+"""What a rank watches of its own training: growth of the weights, the objective, time, and a layer's metrics."""
 
 from __future__ import annotations
 
 import time
 
+from cluster.report import Report
 from cluster.shard_writer import ShardWriter
 from simmatch.exchange import Exchange
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.objective import diverging
 from simmatch.record import Record
 
 EXPLOSION = 1e6
@@ -63,6 +65,21 @@ class Growth:
                 f"eigenvalue {bound:.1e}, was {self._usual:.1e}",
                 diverged=True,
             )
+
+
+class Objective:
+    """Watches the relative objective of one layer, which all ranks know alike; warns once."""
+
+    def __init__(self, index: int, layer: SimilarityMatchingConv2d, report: Report) -> None:
+        self._index, self._layer, self._report, self._warned = index, layer, report, False
+
+    def check(self, objective: float) -> None:
+        """After an update that was measured."""
+        updates = int(self._layer.updates)
+        complaint = diverging(self._layer.plasticity, updates, above_one=objective > 1)
+        if complaint is not None and not self._warned:
+            self._warned = True
+            self._report.event("warning", text=f"layer {self._index}, step {updates}: {complaint}")
 
 
 class Window:

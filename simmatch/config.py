@@ -107,7 +107,8 @@ class DynamicsConfig(Frozen):
 class PlasticityConfig(Frozen):
     """How the slow variables W (feedforward), M (lateral) and V (label) learn.
 
-    ΔW = η (⟨y xᵀ⟩ − W), ΔM = (η/τ)(⟨y yᵀ⟩ − M), ΔV = (⟨y zᵀ⟩ − V⟨z zᵀ⟩) diag(min(η/p̂, 1/p))
+    ΔW = η (⟨y xᵀ⟩ − W), ΔM = (η/τ)(⟨y yᵀ⟩ − M), ΔV = (⟨y zᵀ⟩ − V⟨z zᵀ⟩) diag(min(η/p̂, 1/p)), means over columns,
+    for V over the labelled ones.
     """
 
     rule: Literal["similarity_matching"] = "similarity_matching"
@@ -119,8 +120,10 @@ class PlasticityConfig(Frozen):
     lr_decay_steps: PositiveInt | None = None
     """η falls as lr / (1 + step / lr_decay_steps). None keeps it constant."""
 
-    tau: PositiveFloat = 0.5
-    """Divides M's rate. 0 ≤ η/τ ≤ 1 keeps M positive semidefinite and entrywise nonnegative."""
+    tau: PositiveFloat = 1.0
+    """Divides M's rate. 0 ≤ η/τ ≤ 1 keeps M positive semidefinite and entrywise nonnegative. At 1 W and M average the
+    same batches with the same weights, which keeps W x in the range of M. At any other value W x leaves it where the
+    input is nearly of low rank (plain images in [0, 1]: one bright direction), and y explodes."""
 
     dead_after: PositiveInt = 50
     """A channel is dead once it was silent on every column of so many updates in a row."""

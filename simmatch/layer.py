@@ -15,6 +15,7 @@ Source: Bahroun et al., arXiv:2308.02427 (ConvNSM); Pehlevan & Chklovskii (2014,
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from einops import rearrange, reduce
@@ -37,7 +38,7 @@ from simmatch.geometry import (
 )
 from simmatch.labels import one_hot
 from simmatch.lateral import Bound, certify, certify_afresh
-from simmatch.objective import similarity_objective
+from simmatch.objective import diverging, similarity_objective, worse_than_silence
 from simmatch.plasticity import RULES, Statistics, Weights, class_frequency_change, learning_rate
 from simmatch.rows import Rows
 from simmatch.seeding import seeded
@@ -300,6 +301,8 @@ class SimilarityMatchingConv2d(nn.Module):
     ) -> None:
         """One plasticity step on the own rows, then the bound of the new M and the revival of dead channels.
 
+        Warns of a relative objective above 1 once the start is forgotten (`simmatch.objective.diverging`).
+
         Takes the name of `nn.Module.apply`, which has no use here: a layer has no submodules.
 
         Raises
@@ -319,6 +322,11 @@ class SimilarityMatchingConv2d(nn.Module):
         self.dead_channels = len(channels)
         if channels and self.plasticity.revive:
             self._revive(channels)
+        if self.exchange is IDENTITY:  # given an exchange, who gave it watches the objective of all owners
+            above_one = worse_than_silence(statistics, self.alpha)
+            complaint = diverging(self.plasticity, int(self.updates), above_one=above_one)
+            if complaint is not None:
+                warnings.warn(complaint, stacklevel=5)  # the call of `partial_fit`
 
     def _learn(self, statistics: Statistics) -> None:
         lr = learning_rate(self.plasticity, int(self.updates))

@@ -13,6 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simmatch.config import PlasticityConfig
+from simmatch.plasticity import Statistics, start_share
+
+FORGOTTEN = 0.1
+"""Weight of M₀ in M below which what a layer does is what it has learnt."""
+
 
 def similarity_objective(x: Tensor, y: Tensor, z: Tensor | None = None, alpha: float = 0.0) -> Tensor:
     """Relative objective: 0 when similarities match exactly, 1 for Y = 0.
@@ -36,6 +42,29 @@ def similarity_objective(x: Tensor, y: Tensor, z: Tensor | None = None, alpha: f
     reference = _squared_gram(source)
     value = reference - 2 * _squared_cross(target, source) + _squared_gram(target)
     return value / reference.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> bool:
+    """Whether the relative objective of a batch is above 1: ‖Y Yᵀ‖² > 2 ‖Y Sᵀ‖², which takes no sum over S Sᵀ.
+
+    Parameters
+    ----------
+    statistics: sums over the batch for all K rows.
+    alpha: α.
+    """
+    frequency = statistics.zz.diagonal() / statistics.count
+    by_label = (statistics.yz.square() / frequency.clamp(min=torch.finfo(frequency.dtype).tiny)).sum()
+    return bool(statistics.yy.square().sum() > 2 * (statistics.yx.square().sum() + alpha * by_label))
+
+
+def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str | None:
+    """What to tell a person whose layer has a relative objective above 1 after its start is forgotten, in one line."""
+    if not above_one or start_share(config, updates) > FORGOTTEN:
+        return None
+    return (
+        f"the relative objective is above 1, worse than no activity at all, with plasticity.tau={config.tau:g} and "
+        f"plasticity.lr={config.lr:g}: expected below 1; try tau 1 first, then a smaller lr"
+    )
 
 
 def _squared_gram(rows: Tensor) -> Tensor:

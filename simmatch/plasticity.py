@@ -4,10 +4,10 @@
     ΔM = (η/τ) (⟨y yᵀ⟩ − M)                        anti-Hebbian (M inhibits), lateral
     ΔV = (⟨y zᵀ⟩ − V ⟨z zᵀ⟩) diag(min(η/p̂, 1/p))   Hebbian, label; p̂ the running class frequency, p the batch's
 
-⟨·⟩ is the mean over columns, so a step depends on the batch only through sums and a count (`Statistics`), and
-sums from several places add up before the step: one reduction per update, never a mean of means. Without 1/p̂
-the label weights would learn as many times slower as there are classes; 1/p keeps a batch that is rich in one
-class from overshooting that class's mean activity.
+⟨·⟩ is the mean over columns, for V over the labelled ones: unlabelled images change nothing in V. So a step depends
+on the batch only through sums and a count (`Statistics`), and sums from several places add up before the step: one
+reduction per update, never a mean of means. Without 1/p̂ the label weights would learn as many times slower as there
+are classes; 1/p keeps a batch that is rich in one class from overshooting that class's mean activity.
 
 Source: Pehlevan, Sengupta & Chklovskii, "Why do similarity matching objectives lead to Hebbian/anti-Hebbian
 networks?" (2018), online rules; Bahroun et al., arXiv:2308.02427, for convolution and supervision.
@@ -16,6 +16,7 @@ A new rule is a function of (weights, means, rates) in `RULES`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ class Statistics:
     zz: Tensor
     count: int
 
+    @property
+    def labelled(self) -> Tensor:
+        """Columns with a label, at least 1, so that a mean over none of them is 0; exact up to 2²⁴ in float32."""
+        return self.zz.diagonal().sum().clamp(min=1.0)
+
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
             self.yx + other.yx,
@@ -69,11 +75,18 @@ def learning_rate(config: PlasticityConfig, update: int) -> float:
     return config.lr if config.lr_decay_steps is None else config.lr / (1.0 + update / config.lr_decay_steps)
 
 
+def start_share(config: PlasticityConfig, updates: int) -> float:
+    """Upper bound of the weight that M₀ still has in M: ∏(1 − η_u/τ) ≤ exp(−Σ η_u/τ), the sum by its integral."""
+    decay = config.lr_decay_steps
+    steps = float(updates) if decay is None else decay * math.log1p(updates / decay)
+    return math.exp(-config.lr / config.tau * steps)
+
+
 def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float) -> Tensor:
     """Change of the running class frequency p̂ [num_classes]; none from a batch without labels."""
-    labelled = statistics.zz.diagonal()
-    total = labelled.sum()
-    return torch.where(total > 0, lr * (labelled / total.clamp(min=1.0) - frequency), torch.zeros_like(frequency))
+    columns = statistics.zz.diagonal()
+    change = lr * (columns / statistics.labelled - frequency)
+    return torch.where(columns.sum() > 0, change, torch.zeros_like(frequency))
 
 
 def similarity_matching(
@@ -89,9 +102,10 @@ def similarity_matching(
     lr: η.
     """
     count = statistics.count
-    label = (statistics.yz - einsum(weights.label, statistics.zz, "k c, c d -> k d")) / count
+    labelled = statistics.labelled
+    label = (statistics.yz - einsum(weights.label, statistics.zz, "k c, c d -> k d")) / labelled
     smallest = torch.finfo(frequency.dtype).tiny
-    present = statistics.zz.diagonal() / count
+    present = statistics.zz.diagonal() / labelled
     rate = torch.minimum(lr / frequency.clamp(min=smallest), 1.0 / present.clamp(min=smallest))
     return Weights(
         feedforward=lr * (statistics.yx / count - weights.feedforward),

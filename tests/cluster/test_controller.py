@@ -594,6 +594,14 @@ def test_an_interrupt_ends_the_group(scene: MakeScene) -> None:
     assert playing.groups[0].calls == ["start", "end"]
 
 
+def test_warnings_of_rank_zero_are_shown(scene: MakeScene) -> None:
+    """All ranks find the same."""
+    event = {"kind": "warning", "text": "layer 0, step 5: the relative objective is above 1"}
+    playing = scene([[[event], [event]]])
+    playing.controller.run()
+    assert playing.display.notes.count("warning: layer 0, step 5: the relative objective is above 1") == 1
+
+
 def test_metrics_are_not_recorded_twice_after_a_restart(scene: MakeScene, tmp_path: Path) -> None:
     """The second group repeats updates 5 to 10 from the checkpoint at 4, and goes on to 15."""
     first = [

@@ -20,9 +20,9 @@ from cluster.sharding import gather_rows, replicated_state, shard_state
 from cluster.training import Assignment
 from cluster.watch import TrainingFault
 from cluster.worker import Outbox
-from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
+from simmatch.config import DataConfig, DynamicsConfig, ModelConfig, PlasticityConfig, TrainConfig
 from simmatch.data import load_dataset, to_unit
-from simmatch.exchange import IDENTITY, Exchange, Handle
+from simmatch.exchange import IDENTITY, Exchange, Handle, IdentityExchange
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.rows import split_rows
 from tests.exchanges import results
@@ -409,6 +409,34 @@ def test_weights_that_explode_are_noticed_within_the_step(
     (message,) = {str(outcome) for outcome in outcomes}
     assert message.startswith("layer 1, step 12: the lateral weights explode: bound of their largest eigenvalue ")
     assert len(set(ranks.num_exchanges)) == 1
+
+
+@pytest.mark.parametrize("tau", [0.4, 1.0])
+def test_an_objective_above_one_is_told_once_with_its_rates(
+    tau: float, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    config = digits_config(1)
+    layer = config.model.layers[0].model_copy(
+        update={
+            "out_channels": 50,
+            "normalize": "none",
+            "kernel_size": 6,
+            "train": TrainConfig(batch_size=20, images=240, epochs=6),
+            "plasticity": PlasticityConfig(lr=0.2, tau=tau),
+        }
+    )
+    config = config.model_copy(update={"model": ModelConfig(layers=(layer,))})
+    with torch.no_grad():
+        events = train(IdentityExchange(), config, tmp_path)
+    told = [event["text"] for event in events if event["kind"] == "warning"]
+    high = [event["step"] for event in events if event["kind"] == "metrics" and event["metrics"]["objective"] > 1]
+    if tau == 1.0:
+        assert not told
+        assert not high
+        return
+    (text,) = told
+    assert text.startswith(f"layer 0, step {high[0]}: the relative objective is above 1")
+    assert "plasticity.tau=0.4 and plasticity.lr=0.2" in text
 
 
 def test_faults_on_two_ranks_name_both(ranks: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def refuse(
         ("model.layers.0.padding=-1", "model.layers.0.padding: expected greater than or equal to 0, got -1"),
         ("model.layers.0.plasticity.tau=-0.5", "model.layers.0.plasticity.tau: expected greater than 0, got -0.5"),
         ("model.layers.0.plasticity.tau=.nan", "model.layers.0.plasticity.tau: expected"),
-        ("model.layers.0.plasticity.lr=0.9", "expected lr / tau at most 1, got lr=0.9 with tau=0.5"),
+        ("model.layers.0.plasticity.tau=0.05", "expected lr / tau at most 1, got lr=0.1 with tau=0.05"),
         ("mesh.channel=0", "mesh.channel: expected greater than 0, got 0"),
         ("mesh.channel=17", "mesh.channel: expected at most 16, the out_channels of model.layers.0, got 17"),
         ("cluster.min_shards=3", "cluster.min_shards: expected at most mesh.channel=2, got 3"),

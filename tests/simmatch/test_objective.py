@@ -10,7 +10,8 @@ from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
 from simmatch.labels import one_hot
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.objective import similarity_objective
+from simmatch.objective import similarity_objective, worse_than_silence
+from simmatch.plasticity import learning_rate, start_share
 from simmatch.seeding import seeded
 
 
@@ -115,3 +116,72 @@ def test_objective_of_a_supervised_batch_counts_its_labels(digits: Dataset) -> N
     expected = by_definition(images.flatten(1), y, one_hot(labels, layer, 1), float(layer.alpha))
     assert layer.objective(images, y, labels) == pytest.approx(expected, rel=1e-10)
     assert layer.objective(images, y) != pytest.approx(expected, rel=1e-3)
+
+
+# -- above 1 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled", [0, 4, 9])
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("gain", [0.0, 3.0])
+def test_statistics_tell_whether_the_objective_is_above_one(gain: float, whiten: bool, labelled: int) -> None:
+    """On both sides of 1: activities from far too small to far too large."""
+    generator = seeded("above", labelled)
+    images = torch.rand(9, 2, 5, 5, generator=generator, dtype=torch.float64)
+    labels = torch.full((9,), -1)
+    labels[:labelled] = torch.randint(0, 3, (labelled,), generator=generator)
+    layer = SimilarityMatchingConv2d(2, 4, 3, num_classes=3, label_gain=gain, whiten=whiten, dtype=torch.float64)
+    layer.calibrate(images)
+    y = layer.solve(images, labels).y
+    found, expected = [], []
+    for power in range(-12, 13):
+        scaled = y * 2.0 ** (power / 4)
+        found.append(worse_than_silence(layer.statistics(images, scaled, labels), layer.alpha))
+        expected.append(layer.objective(images, scaled.transpose(0, 1).flatten(1), labels) > 1)
+    assert found == expected
+    assert set(expected) == {False, True}
+
+
+def bright_plain_images(digits: Dataset) -> Tensor:
+    """In [0.5, 1]: nearly of low rank, one bright direction."""
+    return 0.5 + 0.5 * to_unit(digits.train_images)
+
+
+def after_updates(images: Tensor, plasticity: PlasticityConfig | None, updates: int = 100) -> float:
+    """Objective of what a layer makes of the first 100 images after so many updates of 20 others."""
+    layer = SimilarityMatchingConv2d(1, 30, 5, plasticity=plasticity)
+    for update in range(updates):
+        chosen = 100 + torch.arange(20 * update, 20 * (update + 1)) % (len(images) - 100)
+        layer.partial_fit(images[chosen])
+    y = layer.solve(images[:100]).y.transpose(0, 1).flatten(1)
+    return layer.objective(images[:100], y, columns=y.shape[1])
+
+
+def test_plain_images_are_learnt_with_the_defaults(digits: Dataset) -> None:
+    """Nothing warns either, not of the start: there the objective of random weights may be above 1."""
+    assert after_updates(bright_plain_images(digits), None) < 0.2  # found 0.04; 3.7 with τ = 0.5
+
+
+def test_an_objective_above_one_is_warned_of_with_its_rates(digits: Dataset) -> None:
+    images = bright_plain_images(digits)
+    with pytest.warns(UserWarning, match=r"objective is above 1.* plasticity\.tau=0\.5 and plasticity\.lr=0\.1"):
+        assert after_updates(images, PlasticityConfig(tau=0.5)) > 0.5  # found 3.7
+
+
+def test_many_channels_start_above_one_without_a_warning(digits: Dataset) -> None:
+    images = to_unit(digits.train_images[:60])
+    layer = SimilarityMatchingConv2d(1, 200, 3, normalize="contrast")
+    y = layer.partial_fit(images[:20]).y
+    assert layer.objective(images[:20], y) > 5
+    layer.partial_fit(images[20:40])
+
+
+@pytest.mark.parametrize(("lr", "decay", "tau"), [(0.1, None, 1.0), (0.1, 100, 0.5), (0.3, 7, 0.4), (0.004, None, 0.2)])
+def test_the_weight_of_the_start_is_bounded(lr: float, decay: int | None, tau: float) -> None:
+    """∏(1 − η_u/τ), multiplied out; nobody is called settled too early, nor much too late."""
+    config = PlasticityConfig(lr=lr, lr_decay_steps=decay, tau=tau)
+    exact = 1.0
+    for update in range(300):
+        assert exact <= start_share(config, update) * (1 + 1e-12)
+        assert start_share(config, update) <= exact**0.5 + 1e-12
+        exact *= 1 - learning_rate(config, update) / tau
