@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, read, remove, write_whole
+from simmatch.documents import DocumentError, load_json
 from simmatch.rows import Rows
 
 FORMAT = 2
@@ -199,12 +200,12 @@ def read_manifest(folder: AnyPath) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(read(path))
+        values = load_json(read(path))
         digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
         manifest = Manifest.model_validate(values)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the manifest of a checkpoint, found no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, RecursionError) as error:
+    except (DocumentError, ValidationError) as error:
         raise CheckpointError(f"{path}: expected a manifest, {str(error).splitlines()[0]}") from None
     except OSError as error:
         if not is_local(path):

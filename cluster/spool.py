@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from simmatch.documents import DocumentError, load_json
 from simmatch.files import make_folder, sync_folder, write_whole
 
 Event = dict[str, Any]
@@ -137,7 +138,7 @@ class Progress:
     def load(cls, path: Path, destination: str, size_bytes: int) -> Progress:
         """The stored progress, or none if it is of another destination, unreadable or past the spool's end."""
         try:
-            stored = cls(**json.loads(path.read_text(encoding="utf-8")))
+            stored = cls(**load_json(path.read_bytes()))
         except (OSError, ValueError, TypeError):
             return cls(destination)
         if stored.destination != destination or not 0 <= stored.offset <= size_bytes:
@@ -180,8 +181,8 @@ def _cut_torn_line(file: FileIO) -> None:
 
 def _parse(line: bytes) -> Event:
     try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
+        event = load_json(line)
+    except DocumentError:
         event = None
     return event if isinstance(event, dict) else {"kind": "unreadable"}
 

@@ -27,7 +27,7 @@ from cluster.mlflow_sink import PARENT, LogModel
 from cluster.redaction import Redactor, redact
 from cluster.sender import STALLED_S, Sender
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
-from cluster.tracking_uri import URI_VARIABLE, check_uri
+from cluster.tracking_uri import URI_VARIABLE, check_uri, sqlite_uri
 from simmatch.config import Frozen, NonNegativeFloat, PositiveFloat
 
 LOST_TAG = "simmatch.lost_records"
@@ -283,7 +283,7 @@ def make_sender(
 
 def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
     """The tracking URI in force: the configured one, the environment's, or a SQLite file beside `run_dir`."""
-    uri = config.uri or os.environ.get(URI_VARIABLE) or f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+    uri = config.uri or os.environ.get(URI_VARIABLE) or sqlite_uri(run_dir.absolute().parent / "mlflow.db")
     return check_uri(uri)
 
 

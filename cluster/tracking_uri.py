@@ -1,10 +1,11 @@
-"""Which tracking URIs MLflow can reach, checked before anything starts."""
+"""Which tracking URIs MLflow can reach, checked before anything starts, and how a file is named in one."""
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from cluster.redaction import redact
 from simmatch.config import ConfigError
@@ -31,8 +32,22 @@ def check_uri(uri: str) -> str:
         head, slashes, path = uri.partition(":///")
         if not slashes or not path:
             raise _uri_error("sqlite:///PATH", uri)
-        return f"{head}:///{Path(path).absolute()}"
+        return f"{head}:///{_in_uri(Path.cwd()) / path}"
     return uri
+
+
+def sqlite_uri(path: Path) -> str:
+    """URI of a SQLite database in this file.
+
+    >>> sqlite_uri(Path("/runs/50%?/mlflow.db"))
+    'sqlite:////runs/50%25%3F/mlflow.db'
+    """
+    return f"sqlite:///{_in_uri(path.absolute())}"
+
+
+def _in_uri(path: Path) -> Path:
+    """Quoted where a character means something in a URI; SQLAlchemy takes the quotes away again."""
+    return Path(re.sub("[%?#]", lambda found: quote(found[0]), str(path)))
 
 
 def _uri_error(expected: str, uri: str) -> ConfigError:

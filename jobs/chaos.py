@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
-import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import RunConfig, public
@@ -32,6 +31,7 @@ from jobs.soak.strikes import ENDS_DRIVER, STRIKES, Strike
 from jobs.soak.telling import summary, timeline
 from jobs.soak.watched import Watched, recorded
 from simmatch.config import ConfigError, parse
+from simmatch.documents import load_json
 from simmatch.formats import DataError
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -225,9 +225,9 @@ class Chaos:
 def _finished(folder: Path, config: RunConfig) -> bool:
     """Whether this run has been done, with this configuration."""
     try:
-        status = json.loads((folder / "summary.json").read_text())["status"]
-        return bool(status == "FINISHED" and yaml.safe_load((folder / "config.yaml").read_text()) == public(config))
-    except (OSError, ValueError, KeyError, yaml.YAMLError):
+        status = load_json((folder / "summary.json").read_bytes())["status"]
+        return bool(status == "FINISHED" and read_yaml(folder / "config.yaml") == public(config))
+    except (OSError, ValueError, KeyError):
         return False
 
 

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from simmatch.config import ConfigError
-
-
-class Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as in YAML 1.2 and everywhere else."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""What reading a text that is not YAML may raise; a ValueError: the 99th of a month, or bytes that are not UTF-8."""
+from simmatch.documents import DocumentError, load_yaml, load_yaml_file, quoted
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -38,14 +21,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         No such file, not YAML, or not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(), Loader)
+        values = load_yaml_file(path)
     except FileNotFoundError:
         raise ConfigError(f"--config: expected a YAML file, got {path}, which does not exist") from None
     except OSError as error:
         raise ConfigError(f"--config: expected a readable YAML file, got {path}: {error.strerror}") from None
-    except NOT_YAML as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config: expected YAML in {path}, got: {reason}") from None
+    except DocumentError as error:
+        raise ConfigError(f"--config: expected YAML in {path}, got: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config: expected a mapping in {path}, got {type(values).__name__}")
     return values
@@ -60,11 +42,11 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"--set: expected dotted.key=value, got {assignment!r}")
+            raise ConfigError(f"--set: expected dotted.key=value, got {quoted(assignment)}")
         try:
-            value = yaml.load(text, Loader)
-        except NOT_YAML:
-            raise ConfigError(f"--set {key}: expected a YAML value, got {text!r}") from None
+            value = load_yaml(text)
+        except DocumentError:
+            raise ConfigError(f"--set {key}: expected a YAML value, got {quoted(text)}") from None
         _assign(values, key, value)
     return values
 
@@ -79,7 +61,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     elif isinstance(target, dict):
         target[last] = value
     else:
-        raise ConfigError(f"--set {key}: expected a mapping at {'.'.join(path)}, got {target!r}")
+        raise ConfigError(f"--set {key}: expected a mapping at {'.'.join(path)}, got {quoted(target)}")
 
 
 def _child(target: Any, part: str, key: str) -> Any:
@@ -89,7 +71,7 @@ def _child(target: Any, part: str, key: str) -> Any:
         target[index] = copy(target[index])
         return target[index]
     if not isinstance(target, dict):
-        raise ConfigError(f"--set {key}: expected a mapping around it, got {target!r}")
+        raise ConfigError(f"--set {key}: expected a mapping around it, got {quoted(target)}")
     target[part] = {} if target.get(part) is None else copy(target[part])
     return target[part]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -13,6 +12,7 @@ from cluster.config import RunConfig, public
 from jobs.display import size
 from simmatch.block import TAIL as BLOCK_TAIL
 from simmatch.config import LayerConfig
+from simmatch.documents import dump_yaml
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.rows import split_rows
 from simmatch.tile import TAIL
@@ -110,7 +110,7 @@ def slice_bytes(layer: LayerConfig, rows: int, columns: int, patch_size: int, cl
 
 def print_plan(console: Console, config: RunConfig, source: InputConfig, train_images: int) -> None:
     """The resolved configuration, the mesh, and a table of the layers."""
-    text = yaml.safe_dump(public(config), sort_keys=False)
+    text = dump_yaml(public(config))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"mesh: {config.place()}, {config.place().world_size} rank(s) on {config.device}", highlight=False)
     table = Table(title="per rank (the one with the most rows)")

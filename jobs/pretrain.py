@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +37,7 @@ from jobs.ray_session import shut_down_ray, start_ray
 from jobs.run_directory import Start, choose
 from simmatch.config import ConfigError, parse
 from simmatch.data import Dataset, load_dataset, to_unit
+from simmatch.documents import dump_yaml
 from simmatch.files import make_folder, write_whole
 from simmatch.formats import DataError
 from simmatch.geometry import PatchConfig
@@ -166,7 +166,7 @@ class Job:
             make_folder(self.run_dir)
             self.mirror.pull()
             self._describe()
-            write_whole(self.run_dir / "config.yaml", yaml.safe_dump(public(self.config), sort_keys=False))
+            write_whole(self.run_dir / "config.yaml", dump_yaml(public(self.config)))
             self.mirror.push()
         except SpoolBusyError as error:
             print(f"error: --run-dir: another process works in {self.run_dir}: {error}", file=sys.stderr)

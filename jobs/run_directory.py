@@ -6,7 +6,6 @@ A run directory is a folder or a URI such as s3://bucket/runs/digits; then a fol
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.checkpoint import MANIFEST, CheckpointError, Reader, newest_good, read_manifest
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, exists, find, locate, read
 from simmatch.config import ConfigError, parse
+from simmatch.documents import DocumentError, load_json, load_yaml, quoted
 
 FREE = (
     "cluster",
@@ -182,8 +180,8 @@ def _continued(run_dir: AnyPath, words: str, notes: list[str]) -> Start:
 
 def _status(run_dir: AnyPath) -> str | None:
     try:
-        status = json.loads(read(run_dir / "summary.json")).get("status")
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        status = load_json(read(run_dir / "summary.json")).get("status")
+    except (FileNotFoundError, DocumentError, AttributeError):
         return None
     return status if isinstance(status, str) else None
 
@@ -195,10 +193,10 @@ def _check_same(config: RunConfig, run_dir: AnyPath) -> list[str]:
     """
     path = run_dir / "config.yaml"
     try:
-        other = yaml.safe_load(read(path))
+        other = load_yaml(read(path))
         found = type(other).__name__
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        other, found = None, type(error).__name__
+    except DocumentError as error:
+        other, found = None, str(error)
     if not isinstance(other, dict):
         for manifest in reversed(find(run_dir / "checkpoints", f"step-*/{MANIFEST}")):
             with suppress(CheckpointError):
@@ -218,7 +216,8 @@ def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> None:
     differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
     differing = [key for key in differing if key.split(".")[0] not in FREE and key != "name"]
     if differing:
-        parts = "; ".join(f"{key}: expected {theirs.get(key)!r}, got {ours.get(key)!r}" for key in differing[:5])
+        pairs = [(key, quoted(theirs.get(key)), quoted(ours.get(key))) for key in differing[:5]]
+        parts = "; ".join(f"{key}: expected {expected}, got {given}" for key, expected, given in pairs)
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ConfigError(
             f"--resume: {where} was made by another configuration: {parts}{more}; use --resume never or --run-dir"

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from simmatch.documents import quoted, shortened
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -261,6 +263,9 @@ class DataConfig(Frozen):
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
+MOST_FAULTS = 20
+"""In one message."""
+
 
 def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Validate a plain mapping as `cls`.
@@ -273,7 +278,10 @@ def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_merged([_describe(cls, fault) for fault in error.errors()]))) from None
+        faults = error.errors(include_url=False)
+        lines = _merged([_describe(cls, fault) for fault in faults[:MOST_FAULTS]])
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        raise ConfigError("; ".join([*lines, *more])) from None
 
 
 def _merged(lines: list[str]) -> list[str]:
@@ -316,15 +324,15 @@ def _describe(cls: type[BaseModel], fault: Any) -> str:
         return f"{key}: expected a value, got nothing"
     message = fault["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{key}: {message}"
+        return f"{key}: {shortened(message)}"
     for pydantics, ours in WORDING.items():
         message = re.sub(pydantics, ours, message)
-    return f"{key}: expected {message}, got {given!r}"
+    return f"{key}: expected {message}, got {quoted(given)}"
 
 
 def _shown(part: Any) -> str:
     """A key as it can be printed on one line."""
-    text = str(part)
+    text = shortened(str(part))
     return text if text.isprintable() else ascii(text)
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from einops import reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
+from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
 from simmatch.exchange import Exchange
 from simmatch.files import write_whole
 from simmatch.lateral import check_lateral
@@ -246,7 +245,7 @@ def save_model(stack: Stack, path: str | Path) -> None:
     }
     export = ExportConfig(input=stack.source, model=stack.config)
     write_whole(folder / "model.safetensors", partial(save_file, tensors))
-    write_whole(folder / "config.yaml", yaml.safe_dump(export.model_dump(mode="json"), sort_keys=False))
+    write_whole(folder / "config.yaml", dump_yaml(export.model_dump(mode="json")))
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack:
@@ -265,7 +264,10 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
         positive semidefinite.
     """
     folder = Path(path)
-    values: Any = yaml.safe_load((folder / "config.yaml").read_text())
+    try:
+        values = load_yaml_file(folder / "config.yaml")
+    except DocumentError as error:
+        raise ConfigError(f"{folder / 'config.yaml'}: expected YAML, got: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: expected a mapping, got {type(values).__name__}")
     export = parse(ExportConfig, values)

@@ -30,6 +30,7 @@ from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
 from jobs.evaluation.material import Material
 from jobs.options import override
 from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt, parse
+from simmatch.documents import DocumentError, load_json
 from simmatch.files import write_whole
 from simmatch.readout import accuracy
 
@@ -178,8 +179,8 @@ class Settings:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            known = json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            known = load_json(path.read_bytes())
+        except (FileNotFoundError, DocumentError):
             known = {}
         self._known: dict[str, dict[str, Any]] = known if isinstance(known, dict) else {}
 

@@ -10,11 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.rows import Row
 from simmatch.config import ConfigError, Frozen, parse
+from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
 from simmatch.files import write_whole
 
 FREE = frozenset({"tracking", "quick", "seeds", "stacks", "rivals", "networks"})
@@ -67,8 +66,8 @@ def kept(run_dir: Path) -> dict[str, Any]:
         It cannot be read, or holds something else.
     """
     try:
-        known = yaml.safe_load((run_dir / FILE).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        known = load_yaml_file(run_dir / FILE)
+    except (OSError, DocumentError) as error:
         raise unreadable(run_dir, error) from None
     if not isinstance(known, dict):
         raise ConfigError(f"--run-dir: expected a mapping in {run_dir / FILE}, got {type(known).__name__}")
@@ -111,7 +110,7 @@ def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:
     """
     path = run_dir / FILE
     try:
-        write_whole(path, yaml.safe_dump(dict(values), sort_keys=False))
+        write_whole(path, dump_yaml(dict(values)))
     except OSError as error:
         raise unwritable(run_dir, error) from None
     return path

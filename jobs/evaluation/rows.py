@@ -21,6 +21,7 @@ from jobs.evaluation.results import Result
 from jobs.evaluation.rivals import RIVALS
 from jobs.evaluation.stacks import Seen
 from simmatch.config import ConfigError, ModelConfig
+from simmatch.documents import DocumentError, load_json
 from simmatch.files import write_whole
 
 PIXELS = "pixels"
@@ -237,7 +238,7 @@ class Choices:
 
     def _read(self) -> dict[str, object]:
         try:
-            found = json.loads(self.path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = load_json(self.path.read_bytes())
+        except (FileNotFoundError, DocumentError):
             return {}
         return found if isinstance(found, dict) else {}

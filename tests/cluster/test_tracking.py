@@ -27,7 +27,7 @@ from cluster.redaction import redact
 from cluster.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
 from cluster.spool import Event, Progress, Spool, SpoolBusyError
 from cluster.tracking import Tracker, TrackingConfig, flatten, resolve_uri
-from cluster.tracking_uri import check_uri
+from cluster.tracking_uri import check_uri, sqlite_uri
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
 
@@ -260,6 +260,22 @@ def test_a_sqlite_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     assert check_uri(f"sqlite:///{tmp_path}/m.db") == f"sqlite:///{tmp_path}/m.db"
 
 
+@pytest.mark.parametrize("name", ["50%20off", "what?", "what?timeout=1", "#1", "a b", "%2e%2e", "é@host:1"])
+def test_a_folder_of_any_name_is_opened_as_it_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy import make_url
+
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    database = str(folder / "mlflow.db")
+    assert make_url(resolve_uri(TrackingConfig(), folder / "run")).database == database
+    assert make_url(check_uri("sqlite:///mlflow.db")).database == database
+    assert make_url(check_uri("sqlite:///mlflow.db?timeout=1")).query == {"timeout": "1"}
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -378,11 +394,13 @@ def toy(path: str) -> nn.Module:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a SQLite store; setting one up takes seconds, so the tests share it."""
-    return tmp_path_factory.mktemp("store")
+    folder = tmp_path_factory.mktemp("store") / "50%20off? #1"  # all that means something in a URI
+    folder.mkdir()
+    return folder
 
 
 def config_of(store: Path, experiment: str) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{store}/mlflow.db", experiment=experiment)
+    return TrackingConfig(uri=sqlite_uri(store / "mlflow.db"), experiment=experiment)
 
 
 @pytest.fixture(scope="module")
