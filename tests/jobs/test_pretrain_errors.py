@@ -121,7 +121,7 @@ def test_all_faults_are_told_at_once(refuse: Refuse) -> None:
     ("content", "message"),
     [
         (None, "--config: expected a YAML file, got {path}, which does not exist"),
-        ("model: [1\n", "--config: expected YAML in {path}, got: while parsing a flow sequence"),
+        ("model: [1\n", "--config: expected YAML in {path}, got: line 2, column 1: while parsing a flow sequence"),
         ("- digits\n", "--config: expected a mapping in {path}, got list"),
         ("", "--config: expected a mapping in {path}, got NoneType"),
         ("name: x\n", "data: expected a value, got nothing; model: expected a value, got nothing"),
