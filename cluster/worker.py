@@ -24,6 +24,7 @@ from cluster.collectives import PeerTimeout, connect_store, join_group, open_sto
 from cluster.failures import classify
 from cluster.network import interface_of
 from cluster.policy import Failure
+from cluster.redaction import Redactor
 from cluster.training import Assignment, Stopped, Training
 from simmatch.exchange import IDENTITY, Exchange
 
@@ -244,7 +245,8 @@ class Worker:
         except PeerTimeout as error:
             self._failure = classify(error)  # its message names the rank
         except Exception as error:
-            self._outbox.event("traceback", text=traceback.format_exc())
+            hide = Redactor(os.environ)  # this node's secrets need not be the driver's
+            self._outbox.event("traceback", text=hide(traceback.format_exc()))
             failure = classify(error)
-            self._failure = replace(failure, message=f"rank {self.assignment.rank}: {failure.message}")
+            self._failure = replace(failure, message=hide(f"rank {self.assignment.rank}: {failure.message}"))
         self._done = True

@@ -14,6 +14,7 @@ import sys
 import torch
 from threadpoolctl import threadpool_limits
 
+from cluster.redaction import one_line
 from jobs.benchmarks import dynamics, network, overhead, pynsm, scaling
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             report.environment(vars(options))
             SUBCOMMANDS[options.subcommand][0].run(options, report)
     except (ConfigError, DataError, MissingError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept", file=sys.stderr)

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cluster.redaction import one_line
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
 from simmatch.files import make_folder, move_whole
@@ -40,18 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"here already: {_summary(load_dataset(config))}")
         return 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except DataNotFoundError:
         print(f"{options.name} is not here yet; fetching it into {root}", flush=True)
     except DataError as error:
-        print(f"unusable: {error}; fetching it anew into {root}", flush=True)
+        print(f"unusable: {one_line(error)}; fetching it anew into {root}", flush=True)
     try:
         fetch(options.name, root)
         print(f"fetched: {_summary(load_dataset(config))}")
         return 0
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 
 
@@ -74,7 +75,7 @@ def fetch(name: str, root: Path) -> None:
                 load_dataset(DataConfig(name=name, root=temporary))
             except DataError as error:
                 failures.append(f"{label}: {error}")
-                print(f"{label} did not work: {error}", flush=True)
+                print(f"{label} did not work: {one_line(error)}", flush=True)
                 continue
             _move_into_place(Path(temporary), root)
             return

@@ -27,7 +27,7 @@ import yaml
 import jobs.sync
 from cluster.collectives import open_store
 from cluster.network import LOOPBACK
-from cluster.redaction import Redactor
+from cluster.redaction import Redactor, one_line
 from jobs import pretrain
 from simmatch.formats import DataError, read_cifar_batch
 
@@ -148,6 +148,8 @@ SECRETS = {
     "MLFLOW_TRACKING_TOKEN": "staple-of-tokens-77",
     "RAY_AUTH_TOKEN": "5eC" + "0123456789abcdef" * 4,
     "SIMMATCH_TEST_API_KEY": "api-key-of-the-test",
+    "AZURE_STORAGE_KEY": "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1==",
+    "AZURE_STORAGE_CONNECTION_STRING": "DefaultEndpointsProtocol=https;AccountName=ada;AccountKey=bm90aGluZw93+x==",
 }
 USERINFO = "pa55-in-the-uri"
 SMALL = (
@@ -306,11 +308,78 @@ def test_secrets_are_found_by_their_names() -> None:
     )
     for secret in SECRETS.values():
         assert hide(f"401 for {secret}!") == "401 for ***!"
+    assert hide("account bm90aGluZw93+x== and bm90aGluZw93%2Bx%3D%3D") == "account *** and ***"
     assert hide("key wJalrXUtnFEMI%2FK7MDENG%2FbPxRfiCY in a query") == "key *** in a query"
     assert hide("/usr/bin:/bin, /home/ada/token, 100000") == "/usr/bin:/bin, /home/ada/token, 100000"
     assert hide("https://ada:x@host/?X-Amz-Signature=abc&b=1") == "https://***@host/?X-Amz-Signature=***&b=1"
     nested = {"a": ["correct-horse-battery", 1.0, {"b": None}], "c": OSError("correct-horse-battery")}
     assert hide.all(nested) == {"a": ["***", 1.0, {"b": None}], "c": "***"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("DEPLOY_KEY", "0123abcd", "0123abcd"),
+        ("DATABASE_PASSWD", "0123abcd", "0123abcd"),
+        ("AZURE_STORAGE_SAS", "0123abcd", "0123abcd"),
+        ("SMTP_PASS", "0123abcd", "0123abcd"),
+        ("GITHUB_PAT", "0123abcd", "0123abcd"),
+        ("SERVICE_CREDENTIALS_JSON", '{"id": 1,\n "x": "y"}', '{"id": 1, "x": "y"}'),
+        ("SIGNING_PRIVATE_KEY", "-----BEGIN\nMIIEvQIBADANBgkqhkiG9w0B\n-----END", "MIIEvQIBADANBgkqhkiG9w0B"),
+        ("SIGNING_PRIVATE_KEY", "-----BEGIN\nMIIE\n-----END", r"-----BEGIN\nMIIE\n-----END"),
+        ("HTTPS_PROXY", "http://ada:0123%40bcd@proxy:3128", "0123@bcd"),
+        ("MLFLOW_TRACKING_URI", "postgresql://ada:0123abcd@db/x", "0123abcd"),
+        ("BUS_CONNECTION_STRING", "Endpoint=sb://x/;SharedAccessKey=0123abcd", "0123abcd"),
+    ],
+)
+def test_kinds_of_secrets(name: str, value: str, text: str) -> None:
+    assert Redactor({name: value})(f"401: {text} is wrong") == "401: *** is wrong"
+    assert Redactor({})(f"401: {text} is wrong") == f"401: {text} is wrong"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Authorization: Bearer 0123abcd", "Authorization: Bearer ***"),
+        ("{'authorization': 'Basic YWRhOnNlY3JldA==', 'x': 1}", "{'authorization': 'Basic ***', 'x': 1}"),
+        ("bearer 0123abcd was refused", "bearer *** was refused"),
+        ("a bearer token was refused", "a bearer token was refused"),
+        ("https://host/?sv=1&client_secret=a&sig=b&key=c&page=2", "https://host/?sv=1&client_secret=***&sig=***&key=***&page=2"),
+        ("AccountName=ada;AccountKey=x+y==;Protocol=https", "AccountName=ada;AccountKey=***;Protocol=https"),
+        ("-----BEGIN PRIVATE KEY-----\nMII\n-----END", "-----BEGIN PRIVATE KEY-----***-----END"),
+        ("a" * 100_000, "a" * 100_000),
+    ],
+)  # fmt: skip
+def test_secrets_that_a_text_itself_shows(text: str, shown: str) -> None:
+    started = time.monotonic()
+    assert Redactor({})(text) == shown
+    assert time.monotonic() - started < 1
+
+
+def test_a_secret_is_known_from_when_it_comes_to_exist(tmp_path: Path) -> None:
+    """As Ray's token does, made after the job's redactor, or kept in a file; what was one once stays one."""
+    environment: dict[str, str] = {}
+    hide = Redactor(environment)
+    assert hide("token 5eC0123abcd") == "token 5eC0123abcd"
+    environment["RAY_AUTH_TOKEN"] = "5eC0123abcd"
+    assert hide("token 5eC0123abcd") == hide.all("token 5eC0123abcd") == "token ***"
+    environment["RAY_AUTH_TOKEN"] = "another-token"
+    assert hide("5eC0123abcd, another-token") == "***, ***"
+    del environment["RAY_AUTH_TOKEN"]
+    (tmp_path / "token").write_text("token-of-a-file\n")
+    environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
+    assert hide(f"5eC0123abcd, token-of-a-file of {tmp_path}/token") == f"***, *** of {tmp_path}/token"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("token-of-ray")
+    environment["HOME"] = str(tmp_path)
+    assert hide("token-of-ray") == "***"
+
+
+def test_a_line_for_a_fault_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRETS["MLFLOW_TRACKING_PASSWORD"])
+    line = one_line(OSError("first\n  second " + SECRETS["MLFLOW_TRACKING_PASSWORD"] + "x" * 10**6))
+    assert line.startswith("first second ***xxx")
+    assert len(line) < 2001
 
 
 @pytest.mark.parametrize(
@@ -333,12 +402,14 @@ def test_a_wrong_configuration_is_not_quoted_with_its_secrets(
 def test_a_failure_is_told_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the traceback of a rank, in the summary, on the terminal, in the spool."""
+    """In the traceback of a rank, in the summary, on the terminal, in the spool; also of a token that came later."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
     everything = " ".join([*SECRETS.values(), f"https://ada:{USERINFO}@host"])
 
     def fail(self: pretrain.Job, display: Any) -> None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", SECRETS["RAY_AUTH_TOKEN"])
         display.note(f"rank 1:\nTraceback (most recent call last):\nOSError: {everything}")
         raise pretrain.RunFailed(f"rank 1 was lost: {everything}")
 
@@ -346,8 +417,9 @@ def test_a_failure_is_told_without_secrets(
     words = ["--config", str(ROOT / "jobs/configs/digits.yaml"), "--run-dir", str(tmp_path / "run")]
     assert pretrain.main([*words, "--set", "tracking.enabled=false"]) == 1
     out, err = capsys.readouterr()
-    assert "OSError: *** *** *** *** *** https://***@host" in out
-    assert err == "error: rank 1 was lost: *** *** *** *** *** https://***@host\n"
+    hidden = " ".join(["***"] * len(SECRETS))
+    assert f"OSError: {hidden} https://***@host" in out
+    assert err == f"error: rank 1 was lost: {hidden} https://***@host\n"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["message"] == err[7:-1]
     assert leaks(tmp_path) == []
 
