@@ -112,10 +112,12 @@ class Controller:
         self.rate = 1.0 if manifest is None else manifest.rate
         self.record = Record()
         self._in_vain = 0
+        self.finished = False
+        """Whether all ranks have come to the end of the program."""
         self._training = self._asked = False
         self._deadline: float | None = None
         self._saved: int | None = None
-        self._step = 0
+        self._step = self._settled = 0
         self._phase = ""
         self._shown = 0
         self._shards: dict[int, dict[int, Shard]] = {}
@@ -146,8 +148,10 @@ class Controller:
             assignment = Assignment(config, self.run_dir, 0, self.record.restarts, self.resume, token_hex(4))
             try:
                 failure = self._run_group(assignment)
-            finally:
+            except Exception:  # not what ends the program at once
                 self._settle(config.checkpoint.patience_s)
+                raise
+            self._settle(config.checkpoint.patience_s)
             if failure is None:
                 return self.record
             if self._asked:
@@ -203,6 +207,8 @@ class Controller:
 
         group = self.make_group(assignment)
         self._before = (self.record.bytes_exchanged, self.record.num_exchanges)
+        manifest = _known(assignment.resume)
+        self._step = self._settled = 0 if manifest is None else manifest.cursor.step
         try:
             group.start()
             self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
@@ -211,6 +217,7 @@ class Controller:
                 self._ask_to_stop(group)
                 done, failure = self.step(group)
                 if done or failure is not None:
+                    self.finished = failure is None
                     return failure
                 time.sleep(self.config.cluster.poll_s)
         except GroupFailure as error:
@@ -224,8 +231,8 @@ class Controller:
         if not self._asked:
             return
         grace_s = self.config.cluster.grace_s
-        if self._phase != "learn":  # a layer is done and saved, or none has begun
-            raise RunStopped("between checkpoints nothing was learnt")
+        if self._phase != "learn" and self._settled >= self._step:  # a layer is done and saved, or none has begun
+            raise RunStopped(self._newest())
         if self._deadline is None:
             self._deadline = time.monotonic() + grace_s
             self.display.note(f"asked to end: waiting at most {grace_s:g} s for a last checkpoint")
@@ -244,7 +251,7 @@ class Controller:
             self.display.progress(latest)
         self._shown = max(0, len(statuses[0].phases) - 1)
         self._phase = statuses[0].progress.get("phase", "")
-        self._step = statuses[0].progress.get("step", self._step)
+        self._step = max([self._step, *(phase["step"] for phase in statuses[0].phases if "step" in phase)])
         self.record.steps = max(self.record.steps, self._step)
         failures = [status.failure for status in statuses if status.failure is not None]
         if failures:
@@ -282,6 +289,7 @@ class Controller:
             self._shard(rank, event["cursor"], event["shard"], event["layers"])
         elif kind == "checkpoint_lost":
             self._shards.pop(event["step"], None)
+            self._settled = max(self._settled, event["step"])
             self.display.note(f"rank {rank}: the checkpoint of step {event['step']} is left out: {event['why']}")
         elif kind == "traceback":
             self.display.note(f"rank {rank}:\n{event['text']}")
@@ -333,6 +341,7 @@ class Controller:
     def _settle(self, limit_s: float) -> None:
         """Hear what became of checkpoints that are being committed."""
         for outcome in self._committer.settled(limit_s):
+            self._settled = max(self._settled, outcome.step)
             if outcome.why is None:
                 self._in_vain, self._saved = 0, outcome.step
             else:

@@ -43,15 +43,25 @@ class ModelLogger:
     def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None:
         run = client.get_run(run_id)
         linked = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
-        model = self._find_or_make(client, run.info.experiment_id, run_id, key, linked)
-        if model.status == "READY" and model.model_id in linked:
+        model = self._find(client, run.info.experiment_id, run_id, key, linked)
+        if model is not None and model.status == "READY" and model.model_id in linked:
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
             try:
-                _save(self.load(str(path)), Path(folder) / "model", input_shape, model)
+                _save(self.load(str(path)), folder, input_shape)
             except Exception as error:  # a model that cannot be exported now cannot be later either
                 raise RejectedError(f"{type(error).__name__}: {error}") from error
-            client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
+            if model is None:  # not before it can be filled: what ends meanwhile leaves none that is pending
+                model = client.create_logged_model(
+                    run.info.experiment_id,
+                    name=self.name,
+                    source_run_id=run_id,
+                    tags={MODEL_KEY_TAG: key},
+                    model_type="simmatch",
+                )
+            _name(folder, model)
+            client.log_model_artifacts(model.model_id, str(folder))
         self._link(client, run_id, model.model_id)
 
     def tidy(self, run_id: str, client: MlflowClient) -> None:
@@ -64,17 +74,12 @@ class ModelLogger:
             if model.model_id not in linked and model.tags.get(MODEL_KEY_TAG) in done:
                 client.delete_logged_model(model.model_id)
 
-    def _find_or_make(
-        self, client: MlflowClient, experiment_id: str, run_id: str, key: str, linked: set[str]
-    ) -> LoggedModel:
+    @staticmethod
+    def _find(client: MlflowClient, experiment_id: str, run_id: str, key: str, linked: set[str]) -> LoggedModel | None:
         found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
         # of several, which a request that came late may have made, the one in use: always the same, or both get linked
-        for model in sorted(found, key=lambda m: (m.model_id not in linked, m.status != "READY", m.model_id)):
-            if model.tags.get(MODEL_KEY_TAG) == key:
-                return model
-        return client.create_logged_model(
-            experiment_id, name=self.name, source_run_id=run_id, tags={MODEL_KEY_TAG: key}, model_type="simmatch"
-        )
+        candidates = sorted(found, key=lambda m: (m.model_id not in linked, m.status != "READY", m.model_id))
+        return next((model for model in candidates if model.tags.get(MODEL_KEY_TAG) == key), None)
 
     def _link(self, client: MlflowClient, run_id: str, model_id: str) -> None:
         from mlflow.entities import LoggedModelOutput
@@ -102,7 +107,17 @@ def signature_of(example: Tensor, outputs: dict[str, Tensor]) -> ModelSignature:
     return ModelSignature(Schema([spec(example)]), Schema([spec(value, name) for name, value in outputs.items()]))
 
 
-def _save(module: nn.Module, path: Path, input_shape: Sequence[int], logged: LoggedModel) -> None:
+def _name(folder: Path, logged: LoggedModel) -> None:
+    """Write into an MLflow model folder which logged model it is."""
+    from mlflow.models import Model
+
+    model = Model.load(str(folder))
+    model.artifact_path, model.run_id = logged.artifact_location, logged.source_run_id
+    model.model_uuid = model.model_id = logged.model_id
+    model.save(str(folder / "MLmodel"))
+
+
+def _save(module: nn.Module, path: Path, input_shape: Sequence[int]) -> None:
     """Write an MLflow model folder; the example, and with it the signature, has the dtype of the weights."""
     import mlflow.pytorch
     import torch
@@ -111,12 +126,7 @@ def _save(module: nn.Module, path: Path, input_shape: Sequence[int], logged: Log
     module = module.eval().cpu()
     drawn = torch.rand(EXAMPLE_BATCH, *input_shape, generator=torch.Generator().manual_seed(0))
     example = drawn.to(scoring.dtype_of(module))
-    model = Model(
-        artifact_path=logged.artifact_location,
-        run_id=logged.source_run_id,
-        model_uuid=logged.model_id,
-        model_id=logged.model_id,
-    )
+    model = Model()
     # MLflow's own takes no named outputs; written as `mlflow.pyfunc`, which takes seconds to import, would
     model.add_flavor(
         "python_function",

@@ -206,8 +206,9 @@ class MlflowSink:
     def _on_model(self, event: Event) -> None:
         if self._log_model is None:
             raise RejectedError("no way to log a model was given")
-        path, key = self._run_dir / event["path"], f"{event['time_ms']}"
+        path, key = self._run_dir / event["path"], str(event.get("key", event["time_ms"]))  # once, runs had no other
         self._log_model(path, event["input_shape"], self._runs[PARENT], key, self._client)
+        self._log_model.tidy(self._runs[PARENT], self._client)
 
     def _on_finish(self, event: Event) -> None:
         if event["status"] not in ENDS:  # MLflow has no error of its own for it
@@ -217,13 +218,11 @@ class MlflowSink:
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
 
     def _tidy(self) -> None:
-        """Remove runs and models that were made twice: by a request that was given up, and by the one in its place."""
+        """Remove runs that were made twice: by a request that was given up, and by the one in its place."""
         parent = self._client.get_run(self._runs[PARENT])
         for run in self._client.search_runs([parent.info.experiment_id], _of_key(parent.data.tags[RUN_KEY_TAG])):
             if run.info.run_id not in self._runs.values():
                 self._client.delete_run(run.info.run_id)
-        if self._log_model is not None:
-            self._log_model.tidy(self._runs[PARENT], self._client)
 
     def _answers(self) -> bool:
         """Whether MLflow knows the run: if not, a refusal may be that of something that stands in its place."""

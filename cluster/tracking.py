@@ -11,6 +11,7 @@ hand events to the controller, see `cluster.report`.
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import os
 import threading
@@ -18,6 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +33,10 @@ from cluster.tracking_uri import URI_VARIABLE, check_uri, sqlite_uri
 from simmatch.config import Frozen, NonNegativeFloat, PositiveFloat
 
 LOST_TAG = "simmatch.lost_records"
+HURRY_S = 2.0
+"""Once told to hurry, what is being sent gets so long to end: a store on this machine needs less."""
+
+POLL_S = 0.1
 KEPT_EVENTS = 10_000
 """Records kept in memory while the disk takes none; of more, the oldest metrics are lost."""
 
@@ -90,6 +96,7 @@ class Tracker:
         self._unwritten: deque[tuple[Event, bool]] = deque()
         self._disk_error: OSError | None = None
         self._lost_told = 0
+        self._hurried = False
 
     def start(self, name: str, *, layers: int, tags: Mapping[str, Any] | None = None) -> None:
         """Open the spool and begin, or, where the spool already holds a run, go on with it.
@@ -174,8 +181,11 @@ class Tracker:
         )
 
     def model(self, path: Path, input_shape: Sequence[int]) -> None:
-        """The exported model's folder, and the shape [C, H, W] of one image."""
-        self._append("model", path=self._portable(path), input_shape=list(input_shape))
+        """The exported model's folder, and the shape [C, H, W] of one image; the same weights are logged once.
+
+        After `finish`: tracing a model takes seconds, and a wait that ends meanwhile leaves a run that has ended.
+        """
+        self._append("model", path=self._portable(path), input_shape=list(input_shape), key=_digest(path))
 
     def finish(self, status: Status) -> None:
         """The end of the run and of its layers'; on the disk when this returns."""
@@ -184,7 +194,7 @@ class Tracker:
     def close(self) -> int:
         """Wait for the rest to be sent; returns how many events are left for `jobs.sync`.
 
-        Takes `flush_s` and one `timeout_s` at most, whatever the server does.
+        Takes `flush_s` and one `timeout_s` at most, whatever the server does; after `hurry`, `HURRY_S`.
         """
         self._write()
         self.lost += len(self._unwritten)
@@ -192,12 +202,24 @@ class Tracker:
         pending = 0
         if self._thread is not None:
             self._sender.close(self.config.flush_s)
-            self._thread.join(self.config.flush_s + self.config.timeout_s)
+            self._wait(self._thread, self.config.flush_s + self.config.timeout_s)
             self._sender.give_up()
             self._thread = None
             pending = self._sender.pending()
         self._spool.close()
         return pending
+
+    def hurry(self) -> None:
+        """End the wait of `close`, begun or to come. May be called from a signal handler."""
+        self._hurried = True
+
+    def _wait(self, thread: threading.Thread, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while thread.is_alive() and not self._hurried and time.monotonic() < deadline:
+            thread.join(POLL_S)
+        if self._hurried:
+            self._sender.close(0.0)
+            thread.join(HURRY_S)
 
     @property
     def run_id(self) -> str | None:
@@ -303,6 +325,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield name, json.dumps(value, default=str)
         else:
             yield name, str(value)
+
+
+def _digest(folder: Path) -> str:
+    """Of the files of a folder and their names; of a folder that cannot be read, of what can."""
+    digest = hashlib.sha256()
+    with suppress(OSError):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)}\0".encode(errors="replace") + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _user() -> str:

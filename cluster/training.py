@@ -29,6 +29,7 @@ from cluster.config import RunConfig
 from cluster.features import FeatureStore
 from cluster.inputs import LayerInputs, all_threads
 from cluster.mesh import Mesh
+from cluster.redaction import one_line
 from cluster.report import Report
 from cluster.shard_writer import ShardWriter, Snapshot
 from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
@@ -111,7 +112,7 @@ class Training:
         )
 
     def run(self) -> None:
-        """Everything: learn and encode layer by layer, read out, export."""
+        """Everything: learn and encode layer by layer, export, read out."""
         train, test = self._store(self.dataset.train_images), self._store(self.dataset.test_images)
         scores: list[Tensor] = []
         for index, config in enumerate(self.config.model.layers):
@@ -119,9 +120,9 @@ class Training:
             self._learn(index, config, layer, train)
             gather_layer(layer, self.stack.layer(index))
             self._encode(index, train, test, scores)
-        self._read_out(train, test, scores)
         if self.assignment.rank == 0:
-            self._export()
+            self._export()  # first: what was learnt is worth more than how well it reads
+        self._read_out(train, test, scores)
         self.writer.close()
 
     def _reader(self, folder: AnyPath) -> Reader:
@@ -299,7 +300,7 @@ class Training:
         test.advance(read_label, seen)
 
     def _read_out(self, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
-        """Accuracy of the readouts on the test images, by rank 0 while the others wait."""
+        """Accuracy of the readouts on the test images, by rank 0 while the others wait; of those that can be made."""
         probe = self.config.probe
         count = min(probe.train_images or train.count, train.count)
         self.report.progress("readout", 0, 1)
@@ -309,9 +310,13 @@ class Training:
             results["accuracy_decode"] = accuracy(found.cpu(), self.dataset.test_labels)
         train_features, test_features = self._collect(train, count), self._collect(test, test.count)
         if train_features is not None and test_features is not None:
-            with all_threads():
-                readout = fit_readout(probe.readout, train_features, self.dataset.train_labels[:count])
-                results["accuracy"] = float(readout.score(test_features.numpy(), self.dataset.test_labels.numpy()))
+            try:
+                with all_threads():
+                    readout = fit_readout(probe.readout, train_features, self.dataset.train_labels[:count])
+                    results["accuracy"] = float(readout.score(test_features.numpy(), self.dataset.test_labels.numpy()))
+            except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
+                why = f"{type(error).__name__}: {error}"
+                self.report.event("warning", text=f"the {probe.readout} readout is left out: {one_line(why)}")
             self.report.event("probe", readout=probe.readout, train_images=count, **results)
         self.report.progress("readout", 1, 1)
 

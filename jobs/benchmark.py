@@ -19,6 +19,7 @@ from jobs.benchmarks import dynamics, network, overhead, pynsm, scaling
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.options import at_least
+from jobs.program import run_program
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.formats import DataError
@@ -80,4 +81,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -26,6 +26,7 @@ from cluster.redaction import one_line
 from jobs.benchmarks.report import Report
 from jobs.options import override, read_yaml
 from jobs.pretrain import check
+from jobs.program import run_program
 from jobs.run_directory import default_root, local_folder
 from jobs.soak.strikes import ENDS_DRIVER, STRIKES, Strike
 from jobs.soak.telling import summary, timeline
@@ -232,4 +233,4 @@ def _finished(folder: Path, config: RunConfig) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

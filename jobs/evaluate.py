@@ -41,6 +41,7 @@ from jobs.evaluation.summaries import Summary, summarise
 from jobs.evaluation.together import threads_of
 from jobs.evaluation.watch import Watch, watching
 from jobs.options import at_least, read_yaml
+from jobs.program import run_program
 from jobs.ray_session import shut_down_ray
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
@@ -304,4 +305,4 @@ def _status(name: str) -> Status:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.redaction import one_line
+from jobs.program import run_program
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
 from simmatch.files import make_folder, move_whole
@@ -201,4 +202,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -45,6 +45,7 @@ from jobs.evaluation.material import Material
 from jobs.evaluation.record import begin
 from jobs.evaluation.together import together
 from jobs.options import at_least, read_yaml
+from jobs.program import run_program
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.data import load_dataset
@@ -252,4 +253,4 @@ def _keyed(key: Any, make: Callable[[], T]) -> tuple[Any, T]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -1,6 +1,7 @@
 """Pre-train a stack of similarity-matching layers: `python -m jobs.pretrain --config FILE`.
 
-Exit status: 0 finished, 1 failed, 2 bad configuration or data (one line, nothing started), 130 or 143 interrupted.
+Exit status: 0 finished, also where a signal ended the wait for MLflow after that; 1 failed; 2 bad configuration or data
+(one line, nothing started); 130, 143, 129 interrupted by SIGINT, SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from cluster.checkpoint import CheckpointError, Reader, read_manifest
 from cluster.config import RunConfig, public
@@ -25,27 +24,28 @@ from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.redaction import Redactor, one_line
 from cluster.spool import SPOOL_NAME, SpoolBusyError
 from cluster.storage import AnyPath
-from cluster.summary import Record, summarise, write_json
-from cluster.tracking import Status, Tracker
+from cluster.summary import Record
+from cluster.tracking import Tracker
 from cluster.training import source_of
-from jobs import figures
+from jobs.closing import Closing, Outcome, lines_of, table_of
 from jobs.display import JobDisplay, MakeDisplay, make_display
+from jobs.ending import asking_to_end, status_of
 from jobs.mirror import Mirror
 from jobs.options import override, read_yaml
 from jobs.plan import print_plan
+from jobs.program import run_program
 from jobs.ray_session import shut_down_ray, start_ray
 from jobs.run_directory import Start, choose
 from simmatch.config import ConfigError, parse
-from simmatch.data import Dataset, load_dataset, to_unit
+from simmatch.data import Dataset, load_dataset
 from simmatch.documents import dump_yaml
 from simmatch.files import make_folder, write_whole
 from simmatch.formats import DataError
 from simmatch.geometry import PatchConfig
-from simmatch.model import layer_inputs, load_model
+from simmatch.model import layer_inputs
 from simmatch.order import steps_per_epoch
 
 BAD_INPUT = 2
-FIGURE_IMAGES = 1000
 
 
 def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_display) -> int:
@@ -155,10 +155,12 @@ class Job:
         self._hide = Redactor(os.environ)
         patience_s = config.checkpoint.patience_s
         self.mirror = Mirror(start.place, start.run_dir, self._tell, patience_s=patience_s)
+        self.closing = Closing(start, dataset, tracker, self.mirror, self._tell)
         self.started = time.monotonic()
         self.record = Record()
         self._controller: Controller | None = None
         self._signum: int | None = None
+        self._over = self._bringing = False
 
     def run(self) -> int:
         """Train, look at the result, record it. Returns the exit status."""
@@ -175,34 +177,40 @@ class Job:
             print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
             return BAD_INPUT
         self._watch_signals()
-        status: Status = "FAILED"
-        message: str | None = None
-        code = 1
-        with self._make_display(self.console, self._hide) as display:
+        outcome = Outcome("FAILED", 1)
+        try:
+            with self._make_display(self.console, self._hide) as display:
+                outcome = self._attempt(display)
+        finally:
+            self._over = True
+            self._close(outcome)
+        return outcome.code
+
+    def _attempt(self, display: JobDisplay) -> Outcome:
+        """Train, and say what became of it; from here on a signal only cuts waits short."""
+        try:
             display.note(self.start.note)
             if self.dataset.skipped:
                 display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
             try:
                 self._train(display)
-                status, code = "FINISHED", 0
+                display.note("drawing figures")
+                self.closing.look(self.record)
+                return Outcome("FINISHED", 0)
             except (RunFailed, ConfigError, OSError) as error:
-                message, code = str(error), BAD_INPUT if isinstance(error, ConfigError) else 1
-            except Interrupted as error:
-                status, message, code = "KILLED", str(error), 128 + error.signum
+                self._over = True
+                return Outcome("FAILED", BAD_INPUT if isinstance(error, ConfigError) else 1, self._hide(str(error)))
             except RunStopped as error:
+                self._over = True
                 assert self._signum is not None
-                status, message, code = "KILLED", f"{Interrupted(self._signum)}; {error}", 128 + self._signum
-            finally:
-                shut_down_ray()
-                self._finish(display, status, message)
-        if message is not None:
-            print(f"error: {one_line(message)}", file=sys.stderr)
-        return code
+                why = f"{Interrupted(self._signum)}; {error}"
+                return Outcome("KILLED", status_of(self._signum), self._hide(why))
+        except Interrupted as error:
+            return Outcome("KILLED", status_of(error.signum), str(error))
 
     def _train(self, display: JobDisplay) -> None:
         group = self.config.cluster
         address = start_ray(self.config.place().world_size * group.cpus_per_rank, group.start_timeout_s)
-        self._watch_signals()  # ray.init has put handlers of its own in place
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
         display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
@@ -216,26 +224,61 @@ class Job:
         self.record.continue_from(self.run_dir / SPOOL_NAME)
         try:
             controller.run()
+            self._over = True
+        except Interrupted:
+            if not controller.finished:
+                raise
         finally:
             self._controller, self.config = None, controller.config  # the mesh may have shrunk
-        display.note("drawing figures and logging the model")
-        self._look()
+
+    def _close(self, outcome: Outcome) -> None:
+        """Record, show, and only then wait: for Ray, and for MLflow."""
+        try:
+            summary = self.closing.record(self.config, self.record, outcome, time.monotonic() - self.started)
+            if outcome.message is not None:
+                print(f"error: {one_line(outcome.message)}", file=sys.stderr)
+            if outcome.status == "FINISHED":
+                self.console.print(table_of(self.config.name, summary))
+                for line in (*lines_of(summary), f"model, figures, summary: {self.start.place}"):
+                    self._tell(line)
+            self._bring()
+        finally:
+            shut_down_ray()
+            self.closing.wait()
+
+    def _bring(self) -> None:
+        """Bring records and figures to the run's place; after a signal, a store that is away is not waited for."""
+        try:
+            self._bringing = True
+            self.mirror.close()
+        except Interrupted:
+            self._tell(f"the last records are in {self.run_dir} only")
+        finally:
+            self._bringing = False
 
     def _tell(self, text: str) -> None:
         """A line of the mirror, which works beside the display."""
         self.console.print(self._hide(text), markup=False, highlight=False, soft_wrap=True)
 
     def _watch_signals(self) -> None:
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in asking_to_end():
             signal.signal(signum, self._interrupt)
 
     def _interrupt(self, signum: int, _: FrameType | None) -> None:
-        """The first signal asks for a last checkpoint where ranks train; the next one, or any elsewhere, ends."""
-        if self._signum is None and self._controller is not None and self._controller.stop():
+        """The first signal asks for a last checkpoint where ranks train; the next one, or any elsewhere, ends the run.
+
+        Once it is over, whatever became of it, signals end waits.
+        """
+        if self._over:
+            self.tracker.hurry()
+            if self._bringing:
+                self._bringing = False
+                raise Interrupted(signum)
+        elif self._signum is None and self._controller is not None and self._controller.stop():
             self._signum = signum
-            return
-        signal.signal(signum, signal.SIG_IGN)
-        raise Interrupted(signum)
+        else:
+            self._over = True
+            raise Interrupted(signum)
 
     # ------------------------------------------------------------------------------------------- records
 
@@ -260,80 +303,6 @@ class Job:
         name, images = self.dataset.name, len(self.dataset.train_images)
         tracker.dataset(name, source=name, digest=self.dataset.digest(), num_images=images)
 
-    def _look(self) -> None:
-        """Figures and the exported model, once training is over."""
-        folder = self.run_dir / "figures"
-        model = self.mirror.fetch_model()
-        stack = load_model(model)
-        images = to_unit(self.dataset.test_images[:FIGURE_IMAGES], stack.dtype)
-        for index in range(len(stack.layers)):
-            path = folder / f"filters-layer-{index}.png"
-            figures.filters(stack, index, images, path)
-            self.tracker.figure(path, layer=index)
-            self.tracker.figure(path)
-        figures.training_curves(self.record.curves, folder / "training-curves.png")
-        self.tracker.figure(folder / "training-curves.png")
-        self.tracker.model(model, tuple(self.dataset.train_images.shape[1:]))
-
-    def _finish(self, display: JobDisplay, status: Status, message: str | None) -> None:
-        """Truthful records, whatever happened."""
-        seconds = time.monotonic() - self.started
-        message = None if message is None else self._hide(message)
-        summary = summarise(
-            self.config,
-            self.record,
-            status=status,
-            seconds=seconds,
-            run_id=None,
-            message=message,
-            skipped_images=self.dataset.skipped,
-        )
-        names = ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged", "num_exchanges", "seconds")
-        final = {name: float(summary[name]) for name in names if summary[name] is not None}
-        self.tracker.metrics(self.record.steps, final)
-        self.tracker.finish(status)
-        pending = self.tracker.close()
-        summary |= {"mlflow_run_id": self.tracker.run_id, "tracking_share": self.tracker.seconds / seconds}
-        summary["lost_records"] = self.tracker.lost
-        try:
-            write_json(self.run_dir / "summary.json", summary)
-        except OSError as error:  # what was learnt is in the checkpoints
-            display.note(f"summary.json is not written: {error}")
-        self.mirror.close()
-        if self.tracker.lost:
-            display.note(f"{self.tracker.lost} records are lost: the disk of {self.run_dir} was full")
-        if pending:
-            display.note(
-                f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {self.run_dir}"
-            )
-        if status == "FINISHED":
-            self._print(summary)
-
-    def _print(self, summary: dict[str, Any]) -> None:
-        table = Table(title=f"{self.config.name}: {summary['steps']} updates in {summary['seconds']:.0f} s")
-        for name in ("layer", "objective", "residual", "iterations", "active", "dead"):
-            table.add_column(name, justify="right")
-        for index, layer in enumerate(summary["layers"]):
-            if not layer:  # finished before the checkpoint of another run that this one started from
-                continue
-            table.add_row(
-                str(index),
-                f"{layer['objective']:.3f}",
-                f"{layer['residual']:.1e}",
-                f"{layer['num_iters']:.0f}",
-                f"{100 * layer['active_fraction']:.0f} %",
-                f"{layer['dead_channels']:.0f}",
-            )
-        self.console.print(table)
-        lines = [f"test accuracy, {summary['probe']} readout on frozen features: {summary['accuracy']:.4f}"]
-        if summary["accuracy_decode"] is not None:
-            lines.append(f"test accuracy, nearest column of V, no classifier: {summary['accuracy_decode']:.4f}")
-        lines.append(f"model, figures, summary: {self.start.place}")
-        if self.config.tracking.enabled:
-            lines.append(f"MLflow run: {summary['mlflow_run_id']} (make ui)")
-        for line in lines:
-            self.console.print(line, highlight=False, soft_wrap=True)
-
 
 class Interrupted(BaseException):
     """A signal asked the job to end."""
@@ -355,4 +324,4 @@ def _git_commit() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -6,11 +6,15 @@ import logging
 import os
 import re
 import secrets
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cluster.controller import RunFailed
 from cluster.limits import within
 from cluster.network import takes_connections
+from jobs.ending import asking_to_end
 
 CONNECT_S = 10.0
 """Longest wait for a cluster to take a connection; `ray.init` itself tries for minutes where nobody listens."""
@@ -51,18 +55,38 @@ def start_ray(cpus: int, limit_s: float) -> str:
         if re.fullmatch(r"[^/]+:\d+", address) and not takes_connections(address, CONNECT_S):
             raise RunFailed(f"{where}, found nobody who takes a connection within {CONNECT_S:g} s")
         try:
-            within(CONNECT_S + limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR))
+            with own_signals():
+                within(
+                    CONNECT_S + limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR)
+                )
         except (ConnectionError, TimeoutError) as error:
             raise RunFailed(f"{where}, got {error}") from error
         return f"cluster at {ray.get_runtime_context().gcs_address}"
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with own_signals():
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     return "embedded" if os.environ["RAY_AUTH_MODE"] == "token" else "embedded, open to every process of this machine"
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Around `ray.init`, which puts a handler of its own in place of ours and starts processes.
+
+    These do not see the terminal close, which tells every process that belongs to it: the job is to end them in order.
+    """
+    before = {signum: signal.getsignal(signum) for signum in asking_to_end()}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited; Ray does so with SIGINT
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def shut_down_ray() -> bool:

@@ -89,7 +89,8 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
     ----------
     run_dir: the user's folder or URI, or None for `runs/<name>`.
     resume: `auto` continues an unfinished run of this configuration and starts a numbered new one beside a finished
-        one; `never` starts anew; anything else is a run directory or a checkpoint to continue from.
+        one; `never` starts anew; anything else is a run or a checkpoint to begin with. Only an unfinished run goes on
+        itself, where no other `run_dir` is given; else a new run begins from its newest checkpoint.
 
     Raises
     ------
@@ -114,7 +115,12 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
     base = _located("--run-dir", run_dir if run_dir is not None else str(default_root() / config.name))
     _check_place(base)
     if resume not in ("auto", "never"):
-        return _from(config, base, _located("--resume", resume))
+        source = _located("--resume", resume)
+        if exists(source / "config.yaml"):
+            notes = _check_same(config, source)
+            if _status(source) != "FINISHED" and (run_dir is None or _same_place(base, source)):
+                return _continued(source, "continuing the run in", notes)
+        return _from(config, base, source)
     for candidate in _numbered(base):
         if not exists(candidate / "config.yaml"):
             if isinstance(candidate, Path) and candidate.exists() and not candidate.is_dir():
@@ -158,17 +164,29 @@ def _numbered(base: AnyPath) -> Iterator[AnyPath]:
 
 
 def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> Start:
-    """Continue the run in `source`, or start a new one at `base` from the checkpoint `source`."""
+    """A new run at `base` from the checkpoint `source`, or from the newest sound one of the run `source`."""
+    notes: list[str] = []
+    checkpoint = source
     if exists(source / "config.yaml"):
-        notes = _check_same(config, source)
-        return _continued(source, "continuing the run in", notes)
-    if not exists(source / MANIFEST):
+        newest = newest_good(source, notes.append)
+        if newest is None:
+            why = "; ".join(notes) or "it has none"
+            raise ConfigError(f"--resume: expected a run with a checkpoint to begin with, got {source}: {why}")
+        checkpoint = newest
+    elif not exists(source / MANIFEST):
         raise ConfigError(f"--resume: expected auto, never, a run directory or a checkpoint, got {source}")
-    manifest = read_manifest(source)
-    _check_differences(config, manifest.config, source)
-    Reader(source, manifest).verify()
+    manifest = read_manifest(checkpoint)
+    _check_differences(config, manifest.config, checkpoint)
+    if checkpoint is source:
+        Reader(source, manifest).verify()
     fresh = next(path for path in _numbered(base) if not exists(path / "config.yaml"))
-    return Start(fresh, source, f"a new run in {fresh} from {source}")
+    return Start(fresh, checkpoint, "\n".join([*notes, f"a new run in {fresh} from {checkpoint}"]))
+
+
+def _same_place(one: AnyPath, other: AnyPath) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return str(one).rstrip("/") == str(other).rstrip("/")
 
 
 def _continued(run_dir: AnyPath, words: str, notes: list[str]) -> Start:

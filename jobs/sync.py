@@ -21,6 +21,7 @@ from cluster.sender import Sender
 from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
 from cluster.tracking import make_sender
 from cluster.tracking_uri import URI_VARIABLE, check_uri
+from jobs.program import run_program
 from jobs.run_directory import local_folder
 from simmatch.config import ConfigError
 
@@ -112,4 +113,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

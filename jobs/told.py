@@ -5,14 +5,15 @@ each with its Unix time: for programs that watch a job, such as `jobs.chaos`.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from jobs.pretrain import main
+from jobs.program import run_program
 
 
 class JsonDisplay:
@@ -44,4 +45,4 @@ class JsonDisplay:
 
 
 if __name__ == "__main__":
-    sys.exit(main(make_display=JsonDisplay))
+    run_program(partial(main, make_display=JsonDisplay))

@@ -17,6 +17,7 @@ from typing import Any
 import cluster.checkpoint
 import cluster.group
 from jobs.pretrain import main
+from jobs.program import run_program
 from tests.faults import FaultPlan, faulty_worker
 
 COMMITS = 2
@@ -43,4 +44,4 @@ if __name__ == "__main__":
     elif values is not None:
         worker = faulty_worker(FaultPlan(**values))
         cluster.group.WorkerGroup = partial(cluster.group.WorkerGroup, worker_class=worker)
-    sys.exit(main(sys.argv[2:]))
+    run_program(partial(main, sys.argv[2:]))

@@ -8,7 +8,6 @@ images are loaded where they are needed.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -82,9 +81,7 @@ def side_by_side(
     RunFailed
         No cluster, or no node with so many cores; a task that Ray gave up.
     """
-    told_to_end = signal.getsignal(signal.SIGTERM)
     place = start_ray(workers * threads, START_S)
-    signal.signal(signal.SIGTERM, told_to_end)  # ray.init has put a handler of its own in place
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 

@@ -354,7 +354,7 @@ def test_a_run_that_is_asked_to_end_waits_for_a_last_checkpoint(scene: MakeScene
 
 def test_it_does_not_wait_where_nothing_is_learnt(scene: MakeScene) -> None:
     playing, group = asked(scene, "encode")
-    with pytest.raises(RunStopped, match="between checkpoints nothing was learnt"):
+    with pytest.raises(RunStopped, match="no checkpoint was written"):
         playing.controller.run()
     assert group.calls == ["start", "poll", "poll", "poll", "end"]
 

@@ -512,7 +512,8 @@ def test_of_two_models_of_one_key_the_finished_one_is_linked(
     ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One was made by a request that came late; a link to the other may be under way already."""
-    monkeypatch.setattr(cluster.mlflow_model, "_save", lambda *_: None)
+    for name in ("_save", "_name"):
+        monkeypatch.setattr(cluster.mlflow_model, name, lambda *_: None)
     models = [
         SimpleNamespace(model_id=name, status="READY" if name == ready else "PENDING", tags={MODEL_KEY_TAG: "key"})
         for name in ("a", "b")

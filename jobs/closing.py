@@ -1,0 +1,149 @@
+"""The end of a run: figures, records, the summary and the table; only then the wait for MLflow.
+
+Whatever becomes of that wait, what was learnt, and how well, is on the disk and was shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from cluster.config import RunConfig
+from cluster.redaction import one_line
+from cluster.summary import Record, summarise, write_json
+from cluster.tracking import Status, Tracker
+from jobs import figures
+from jobs.mirror import Mirror
+from jobs.run_directory import Start
+from simmatch.data import Dataset, to_unit
+from simmatch.model import load_model
+
+FIGURE_IMAGES = 1000
+METRICS = ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged", "num_exchanges", "seconds")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: its status, the program's exit status, and why in a line where it did not finish."""
+
+    status: Status
+    code: int
+    message: str | None = None
+
+
+class Closing:
+    """What is done once a run has ended, step by step. Nothing here raises because of a disk, a store or a server.
+
+    Parameters
+    ----------
+    start: where the run's files are.
+    tracker, mirror: where its records go.
+    tell: shows a line.
+    """
+
+    def __init__(
+        self, start: Start, dataset: Dataset, tracker: Tracker, mirror: Mirror, tell: Callable[[str], None]
+    ) -> None:
+        self.start, self.dataset, self.tracker, self.mirror, self.tell = start, dataset, tracker, mirror, tell
+        self._model: Path | None = None
+        self._summary: dict[str, Any] = {}
+
+    def look(self, record: Record) -> None:
+        """Figures of the exported model and of the training; those that cannot be drawn are left out."""
+        try:
+            self._model = self.mirror.fetch_model()
+            self._draw(self._model, record)
+        except Exception as error:  # whatever it is, the run has finished
+            self.tell(f"figures are left out: {type(error).__name__}: {one_line(error)}")
+
+    def _draw(self, model: Path, record: Record) -> None:
+        folder = self.start.run_dir / "figures"
+        stack = load_model(model)
+        images = to_unit(self.dataset.test_images[:FIGURE_IMAGES], stack.dtype)
+        for index in range(len(stack.layers)):
+            path = folder / f"filters-layer-{index}.png"
+            figures.filters(stack, index, images, path)
+            self.tracker.figure(path, layer=index)
+            self.tracker.figure(path)
+        figures.training_curves(record.curves, folder / "training-curves.png")
+        self.tracker.figure(folder / "training-curves.png")
+
+    def record(self, config: RunConfig, record: Record, outcome: Outcome, seconds: float) -> dict[str, Any]:
+        """Truthful records, whatever happened; returns the summary."""
+        tracker = self.tracker
+        self._summary = summarise(
+            config,
+            record,
+            status=outcome.status,
+            seconds=seconds,
+            run_id=tracker.run_id,
+            message=outcome.message,
+            skipped_images=self.dataset.skipped,
+        )
+        tracker.metrics(
+            record.steps, {name: float(self._summary[name]) for name in METRICS if self._summary[name] is not None}
+        )
+        tracker.finish(outcome.status)
+        if self._model is not None:
+            tracker.model(self._model, tuple(self.dataset.train_images.shape[1:]))
+        self._write(tracking_share=tracker.seconds / seconds)
+        return self._summary
+
+    def wait(self) -> None:
+        """Wait until MLflow has all of it, as long as that may take, and say what it has not."""
+        tracker, run_dir = self.tracker, self.start.run_dir
+        if tracker.config.enabled:
+            self.tell(f"sending records to MLflow, for at most {tracker.config.flush_s:g} s; Ctrl-C ends the wait")
+        pending = tracker.close()
+        self._write(mlflow_run_id=tracker.run_id, lost_records=tracker.lost)
+        try:
+            self.mirror.push()
+        except OSError as error:
+            self.tell(f"the last records are in {run_dir} only: {error}")
+        if tracker.lost:
+            self.tell(f"{tracker.lost} records are lost: the disk of {run_dir} was full")
+        if pending:
+            self.tell(f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {run_dir}")
+        elif tracker.config.enabled:
+            self.tell(f"MLflow run: {tracker.run_id} (make ui)")
+
+    def _write(self, **more: Any) -> None:
+        self._summary |= more
+        try:
+            write_json(self.start.run_dir / "summary.json", self._summary)
+        except OSError as error:  # what was learnt is in the checkpoints
+            self.tell(f"summary.json is not written: {error}")
+
+
+def table_of(name: str, summary: dict[str, Any]) -> Table:
+    """The layers of a summary, for a person."""
+    table = Table(title=f"{name}: {summary['steps']} updates in {summary['seconds']:.0f} s")
+    for column in ("layer", "objective", "residual", "iterations", "active", "dead"):
+        table.add_column(column, justify="right")
+    for index, layer in enumerate(summary["layers"]):
+        if not layer:  # finished before the checkpoint of another run that this one started from
+            continue
+        table.add_row(
+            str(index),
+            f"{layer['objective']:.3f}",
+            f"{layer['residual']:.1e}",
+            f"{layer['num_iters']:.0f}",
+            f"{100 * layer['active_fraction']:.0f} %",
+            f"{layer['dead_channels']:.0f}",
+        )
+    return table
+
+
+def lines_of(summary: dict[str, Any]) -> list[str]:
+    """The accuracies of a summary, those that there are."""
+    readout, decode = summary["accuracy"], summary["accuracy_decode"]
+    lines = []
+    if readout is not None:
+        lines.append(f"test accuracy, {summary['probe']} readout on frozen features: {readout:.4f}")
+    if decode is not None:
+        lines.append(f"test accuracy, nearest column of V, no classifier: {decode:.4f}")
+    return lines
