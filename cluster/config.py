@@ -60,8 +60,8 @@ class GroupConfig(Frozen):
     """Longest wait inside one exchange; longer than the heartbeat, so that the controller is the first to know."""
 
     stall_timeout_s: PositiveFloat = 900.0
-    """A rank whose training thread has not moved for so long (no update, no exchange, no batch encoded) is lost, though
-    its process answers. More than the longest fit of a readout, which tells nothing while it lasts."""
+    """A rank whose training thread has not moved for so long (no update, no exchange, no batch encoded, no processor
+    time in a calibration or a readout's fit) is lost, though its process answers."""
 
     poll_s: PositiveFloat = 0.5
     """Pause between two rounds of the controller."""

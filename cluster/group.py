@@ -6,7 +6,6 @@ its message names the ranks that are missing.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import GroupConfig
+from cluster.cpus import threads_per_rank
 from cluster.failures import classify
 from cluster.limits import within
 from cluster.network import LOOPBACK, Head
@@ -86,7 +86,7 @@ class WorkerGroup:
         self.places = self._gather(calls, "start")
         if self.world_size > 1:
             self._rendezvous()
-        threads = self.config.threads_per_rank or self._threads()
+        threads = self.config.threads_per_rank or threads_per_rank(self.places)
         self._gather([actor.begin.remote(threads) for actor in self._actors], "begin")
 
     def _check_own_node(self) -> None:
@@ -174,11 +174,6 @@ class WorkerGroup:
             ],
             "join the group",
         )
-
-    def _threads(self) -> int:
-        """CPUs of the fullest machine, shared by its ranks."""
-        hosts = [place.address for place in self.places]
-        return max(1, (os.cpu_count() or 1) // max(hosts.count(host) for host in hosts))
 
     def poll(self) -> list[Status]:
         """Status of every rank, each with its new events.

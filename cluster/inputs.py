@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import cpu_count
+from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from cluster.features import FeatureStore, gather_images, own_part
@@ -18,19 +16,8 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack
 from simmatch.seeding import seeded
 
-
-@contextmanager
-def all_threads() -> Iterator[None]:
-    """Every core of the machine for work that one rank does while the others wait."""
-    from threadpoolctl import threadpool_limits
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(cpu_count() or 1)
-    try:
-        with threadpool_limits(cpu_count()):
-            yield
-    finally:
-        torch.set_num_threads(before)
+LoneWork = Callable[[Callable[[], None] | None], None]
+"""Does what rank 0 gives it while all wait, see `cluster.lone_work`."""
 
 
 class LayerInputs:
@@ -49,20 +36,20 @@ class LayerInputs:
         stack: Stack,
         report: Report,
         cache: bool,
+        lone_work: LoneWork,
     ) -> None:
         self._index, self._layer, self._store, self._stack, self._report = index, layer, store, stack, report
         self._positions = config.train.positions
         if not layer.calibrated:
-            self._calibrate(config, store)
+            self._calibrate(config, store, lone_work)
         self._cache = self._fill(store) if index > 0 and cache else None
 
-    def _calibrate(self, config: LayerConfig, store: FeatureStore) -> None:
+    def _calibrate(self, config: LayerConfig, store: FeatureStore, lone_work: LoneWork) -> None:
+        """Measured with as many threads as everything that is learnt: more would change the last bits."""
         self._report.progress("calibrate", 0, 1, layer=self._index)
         layer, exchange = self._layer, store.exchange
         sample = store.first(min(config.whiten_images, store.count))
-        if exchange.rank == 0:
-            with all_threads():
-                layer.calibrate(sample, config.whiten_patches)
+        lone_work(partial(layer.calibrate, sample, config.whiten_patches) if exchange.rank == 0 else None)
         for name in ("whitening", "whitening_mean", "input_power"):
             if hasattr(layer, name):
                 target = getattr(layer, name)

@@ -11,6 +11,9 @@ class Report(Protocol):
     stopping: bool
     """Whether the controller has asked this rank to stop at a step that all ranks agree on."""
 
+    def beat(self) -> None:
+        """A sign of life, for steps that have nothing else to tell."""
+
     def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
         """How far the present phase is; only the last word on a phase counts."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,10 @@ from torch import Tensor
 from cluster.checkpoint import Cursor, LayerState, Reader, load_into, read_manifest, write_shard
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
+from cluster.cpus import all_cpus
 from cluster.features import FeatureStore
-from cluster.inputs import LayerInputs, all_threads
+from cluster.inputs import LayerInputs
+from cluster.lone_work import lone_work
 from cluster.mesh import Mesh
 from cluster.redaction import one_line
 from cluster.report import Report
@@ -37,7 +40,7 @@ from cluster.storage import AnyPath, persist, publish_folder
 from cluster.watch import Growth, Objective, TrainingFault, Window, measured
 from simmatch.config import LayerConfig
 from simmatch.data import Dataset, load_dataset
-from simmatch.exchange import Exchange
+from simmatch.exchange import IDENTITY, Exchange
 from simmatch.geometry import Patches
 from simmatch.labels import one_hot
 from simmatch.lateral import SharedFault
@@ -47,6 +50,9 @@ from simmatch.order import Batches
 from simmatch.readout import accuracy, decode, fit_readout
 from simmatch.record import measure
 from simmatch.rows import split_rows
+
+PART_OF_LIMITS = 0.25
+"""Pause between two signs of life in long work, over the limit on an exchange and on standing still."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,16 @@ class Training:
         if start == total:
             return
         cache = self.config.cache_features
-        inputs = LayerInputs(index, config, layer, train, stack=self.stack, report=self.report, cache=cache)
+        inputs = LayerInputs(
+            index,
+            config,
+            layer,
+            train,
+            stack=self.stack,
+            report=self.report,
+            cache=cache,
+            lone_work=partial(self._lone_work, exchange=self.exchange),
+        )
         window, growth = Window(self.exchange, self.writer), Growth(index)
         watched = Objective(index, layer, self.report)
         latest: dict[str, float] = {}
@@ -215,6 +230,12 @@ class Training:
             if stop:
                 self.writer.close()
                 raise Stopped
+
+    def _lone_work(self, work: Callable[[], None] | None, exchange: Exchange) -> None:
+        """Work of one rank of those that meet in the exchange, see `lone_work`."""
+        limits = self.config.cluster
+        pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
+        lone_work(work, exchange, self.report, device=self.device, pause_s=pause_s)
 
     def _all_stop(self) -> bool:
         """Whether any rank has been asked to stop: one gathered value, so that all find the same at the same step."""
@@ -310,10 +331,15 @@ class Training:
             results["accuracy_decode"] = accuracy(found.cpu(), self.dataset.test_labels)
         train_features, test_features = self._collect(train, count), self._collect(test, test.count)
         if train_features is not None and test_features is not None:
-            try:
-                with all_threads():
+
+            def fit() -> None:
+                with all_cpus():
                     readout = fit_readout(probe.readout, train_features, self.dataset.train_labels[:count])
-                    results["accuracy"] = float(readout.score(test_features.numpy(), self.dataset.test_labels.numpy()))
+                    score = readout.score(test_features.numpy(), self.dataset.test_labels.numpy())
+                    results["accuracy"] = float(score)
+
+            try:
+                self._lone_work(fit, IDENTITY)
             except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
                 why = f"{type(error).__name__}: {error}"
                 self.report.event("warning", text=f"the {probe.readout} readout is left out: {one_line(why)}")

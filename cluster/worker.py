@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
+from cluster.cpus import allowed_cpus
 from cluster.failures import classify
 from cluster.network import interface_of
 from cluster.policy import Failure
@@ -31,12 +32,13 @@ from simmatch.exchange import IDENTITY, Exchange
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs."""
+    """Where a rank runs; `cpus` are those that its process may use."""
 
     rank: int
     host: str
     address: str
     pid: int
+    cpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Worker:
                 f"--run-dir: expected a folder that every node reaches, got {directory}, "
                 f"which {socket.gethostname()} does not have"
             )
-        return Place(self.assignment.rank, socket.gethostname(), address, os.getpid())
+        return Place(self.assignment.rank, socket.gethostname(), address, os.getpid(), allowed_cpus())
 
     def bind(self, interface: str | None, address: str) -> tuple[str, int]:
         """Rank 0: bind the store of the rendezvous on a free port. Returns its address and port."""

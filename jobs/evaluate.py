@@ -10,7 +10,6 @@ Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 from rich.console import Console
 
 from cluster.controller import RunFailed
+from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             Report(config, rows, material, run_dir, console).show()
             return 0
         tracker = Tracker(run_dir, config.tracking)
-        crew = Crew(options.workers, options.threads or max(1, (os.cpu_count() or 1) // options.workers))
+        crew = Crew(options.workers, options.threads or max(1, allowed_cpus() // options.workers))
         job = Evaluation(config, rows, material, tracker, console, crew)
         params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})
         begin(tracker, values, params, config.data.name, material)
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=at_least(1),
         metavar="N",
-        help="threads for each of them (default: this machine's cores, shared)",
+        help="threads for each of them (default: the CPUs that it may use, shared)",
     )
     return parser
 

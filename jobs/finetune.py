@@ -11,7 +11,6 @@ SIGTERM; trainings that have begun come to their end first).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_dir = local_folder("--run-dir", options.run_dir, default)
         values = identity(run_dir, config)
         tracker = Tracker(run_dir, config.tracking)
-        job = Finetuning(config, material, tracker, console, options.threads or os.cpu_count() or 1)
+        job = Finetuning(config, material, tracker, console, options.threads or allowed_cpus())
         params = config.model_dump(mode="json", exclude={"tracking", "quick"})
         begin(tracker, values, params, config.data.name, material)
     except SpoolBusyError as error:
@@ -101,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
     parser.add_argument("--quick", action="store_true", help="the same table from less: minutes, wider intervals")
     parser.add_argument(
-        "--threads", type=at_least(1), metavar="N", help="trainings at the same time (default: all cores)"
+        "--threads",
+        type=at_least(1),
+        metavar="N",
+        help="trainings at the same time (default: all CPUs that it may use)",
     )
     return parser
 

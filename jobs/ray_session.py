@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.controller import RunFailed
+from cluster.cpus import allowed_cpus
 from cluster.limits import within
 from cluster.network import takes_connections
 from jobs.ending import asking_to_end
@@ -65,7 +66,7 @@ def start_ray(cpus: int, limit_s: float) -> str:
     with own_signals():
         ray.init(
             address="local",
-            num_cpus=max(cpus, os.cpu_count() or 1),
+            num_cpus=max(cpus, allowed_cpus()),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -260,20 +260,24 @@ COVARIANCE_ROWS = 2048
 """Patches multiplied at a time, so that a float32 covariance does not lose digits to its length."""
 
 
+def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [P] and covariance [P, P] of rows [N, P], float64: products in the rows' dtype, their sums in float64."""
+    mean = rows.mean(dim=0, dtype=torch.float64)
+    found = mean.new_zeros(len(mean), len(mean))
+    for part in torch.split(rows, COVARIANCE_ROWS):
+        centred = part - mean.to(part.dtype)
+        found += centred.T @ centred
+    return mean, found.div_(len(rows))
+
+
 def zca(patches: Tensor, ridge: float) -> Whitening:
     """ZCA whitening of normalised patches [N, P], decomposed in float64 and returned in their dtype.
 
     Π = (C_x + ridge · mean eigenvalue · I)^(-1/2) with C_x the covariance: the identity of the canonical
     correlation objective XᵀC_x⁻¹X, regularised.
     """
-    mean = patches.mean(dim=0, dtype=torch.float64)
-    covariance = mean.new_zeros(len(mean), len(mean))
-    for start in range(0, len(patches), COVARIANCE_ROWS):  # products in the patches' dtype, sums of them in float64
-        part = patches[start : start + COVARIANCE_ROWS]
-        centred = part - mean.to(part.dtype)
-        covariance += centred.T @ centred
-    covariance /= patches.shape[0]
-    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    mean, found = covariance(patches)
+    eigenvalues, vectors = torch.linalg.eigh(found)
     # patches that hardly vary are left alone rather than blown up to what their dtype cannot hold
     least = torch.finfo(patches.dtype).eps
     spectrum = (eigenvalues.clamp(min=0.0) + ridge * eigenvalues.mean()).clamp(min=least)

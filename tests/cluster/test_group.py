@@ -20,6 +20,7 @@ import torch
 
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
+from cluster.cpus import allowed_cpus
 from cluster.group import GroupFailure, WorkerGroup, lease_s
 from cluster.policy import Failure
 from cluster.training import Assignment
@@ -268,7 +269,7 @@ def test_a_missing_run_directory_is_named(digits_config: ConfigMaker, tmp_path: 
     assert str(missing) in str(caught.value)
     assert socket.gethostname() in str(caught.value)
     worker = Worker(Assignment(digits_config(2), tmp_path, 1))
-    assert worker.describe("127.0.0.1") == Place(1, socket.gethostname(), "127.0.0.1", os.getpid())
+    assert worker.describe("127.0.0.1") == Place(1, socket.gethostname(), "127.0.0.1", os.getpid(), allowed_cpus())
 
 
 class DiesOnJoin(Worker):

@@ -52,6 +52,9 @@ class Silent:
 
     stopping = False
 
+    def beat(self) -> None:
+        pass
+
     def event(self, *_: object, **__: object) -> None:
         pass
 

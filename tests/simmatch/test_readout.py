@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
+from sklearn.linear_model import RidgeClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.readout import READOUTS, accuracy, decode, fit_readout
+from simmatch.readout import READOUTS, Ridge, accuracy, decode, fit_readout
 from simmatch.seeding import seeded
 
 
@@ -30,6 +37,58 @@ def test_a_readout_learns_what_can_be_read(name: str) -> None:
     readout = fit_readout(name, features[:200].clone(), labels[:200])  # type: ignore[arg-type]
     # centres are 5.7 apart, deviations 0.5: an error has probability below 1e-7
     assert readout.score(features[200:].numpy(), labels[200:].numpy()) == 1.0
+
+
+@pytest.mark.parametrize(("images", "classes"), [(40, 3), (300, 3), (300, 2)])
+def test_ridge_is_scikit_learns(images: int, classes: int) -> None:
+    """With fewer images than features, with more, and with two classes; one feature is constant."""
+    generator = seeded("ridge")
+    labels = 2 * (torch.arange(images) % classes)  # not 0 … classes − 1
+    features = (
+        torch.randn(images, 60, generator=generator, dtype=torch.float64) + labels[:, None] * torch.arange(60) / 60
+    )
+    features[:, 7] = 5.0
+    ours = Ridge(features, labels)
+    theirs = make_pipeline(StandardScaler(), RidgeClassifier(alpha=0.01 * images, solver="cholesky"))
+    theirs.fit(features.numpy(), labels.numpy())
+    expected = torch.from_numpy(theirs.decision_function(features.numpy()))
+    found = ours.scores(features)
+    torch.testing.assert_close(found if classes > 2 else found[:, 1], expected, rtol=0, atol=1e-9)
+    assert (ours.predict(features.numpy()) == theirs.predict(features.numpy())).all()
+    assert ours.score(features.numpy(), labels.numpy()) == theirs.score(features.numpy(), labels.numpy())
+
+
+def test_ridge_asks_for_two_classes() -> None:
+    with pytest.raises(ValueError, match=r"ridge: expected labels of at least 2 classes, got \[4\]"):
+        Ridge(torch.rand(20, 3), torch.full((20,), 4))
+
+
+def longest_wait(work: Callable[[], object]) -> float:
+    """Of another thread while some work is done, over the time of the work."""
+    waits, done = [0.0], threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not done.wait(0.002):
+            now = time.monotonic()
+            waits.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    began = time.monotonic()
+    work()
+    seconds = time.monotonic() - began
+    done.set()
+    thread.join()
+    return max(waits) / seconds
+
+
+def test_ridge_holds_up_nobody_in_the_process() -> None:
+    """Other threads are served while it solves; scipy's solver lets none run for a third of the fit."""
+    features, labels = torch.rand(1900, 1900, generator=seeded("lock")), torch.arange(1900) % 3
+    fit_readout("ridge", features[:10], labels[:10])  # what is loaded on first use does not count
+    assert min(longest_wait(lambda: fit_readout("ridge", features, labels)) for _ in range(3)) < 0.15
 
 
 def test_an_unknown_readout_is_refused() -> None:

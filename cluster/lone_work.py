@@ -1,0 +1,83 @@
+"""Work that one rank does while the others wait for it, however long: it beats, and nobody gives it up.
+
+It runs in a thread of its own, so that the rank's training thread can go on to tell that it is alive. What it calls
+must release the interpreter's lock for long stretches, as torch does, so that the controller's polls are answered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from cluster.report import Report
+from cluster.sharding import of_every_rank
+from simmatch.exchange import Exchange
+
+
+class _Work(threading.Thread):
+    """A call in a thread, and whether it computes: one that stands still uses no processor time."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        super().__init__(name="lone-work", daemon=True)
+        self._call = call
+        self._clock: int | None = None
+        self._used_s = 0.0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        if hasattr(time, "pthread_getcpuclockid"):  # macOS has none: there work always counts as moving
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        try:
+            with torch.no_grad():  # a setting of each thread
+                self._call()
+        except BaseException as error:
+            self.error = error
+
+    def moved(self) -> bool:
+        """Whether it has used processor time since the last call, or is over."""
+        if self._clock is None:
+            return True
+        before = self._used_s
+        try:
+            self._used_s = time.clock_gettime(self._clock)
+        except OSError:  # the thread is gone, and its clock with it
+            return True
+        return self._used_s > before
+
+
+def lone_work(
+    work: Callable[[], None] | None,
+    exchange: Exchange,
+    report: Report,
+    *,
+    device: torch.device,
+    pause_s: float,
+) -> None:
+    """Do `work` on the one rank that has some; the others pass None. All ranks return when it is done.
+
+    Every `pause_s`, less than any limit on an exchange and on standing still, the ranks exchange one value. Where the
+    work itself stands still its rank starts no further exchange, and is given up as any other would be.
+
+    Raises
+    ------
+    Exception
+        What the work raises, on its own rank.
+    """
+    thread = None if work is None else _Work(work)
+    if thread is not None:
+        thread.start()
+    done = False
+    while not done:
+        own = torch.zeros(1, device=device)
+        if thread is not None:
+            thread.join(pause_s)
+            if thread.is_alive() and not thread.moved():
+                continue
+            if thread.error is not None:
+                raise thread.error
+            own.fill_(float(not thread.is_alive()))
+        report.beat()
+        done = bool(of_every_rank(own, exchange).any())

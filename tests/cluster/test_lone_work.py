@@ -1,0 +1,109 @@
+"""Work of one rank that takes longer than any limit: it goes on, and its peers wait, unless it stands still."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.collectives import PeerTimeout
+from cluster.config import RunConfig
+from cluster.lone_work import lone_work
+from cluster.training import Assignment, Training
+from cluster.worker import Outbox, Worker
+from simmatch.exchange import IDENTITY, Exchange
+from simmatch.layer import SimilarityMatchingConv2d
+from tests.exchanges import results
+
+CPU = torch.device("cpu")
+LIMIT_S, PAUSE_S = 1.0, 0.2
+LONG_S = 2.0
+
+
+def compute(seconds: float = LONG_S) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        torch.rand(200, 200) @ torch.rand(200, 200)
+
+
+def stand_still() -> None:
+    time.sleep(LONG_S)
+
+
+def fail() -> None:
+    raise ValueError("no such thing")
+
+
+def together(exchange: Exchange, work: Callable[[], None]) -> None:
+    lone_work(work if exchange.rank == 0 else None, exchange, Outbox(), device=CPU, pause_s=PAUSE_S)
+
+
+def test_peers_give_up_a_rank_that_stands_still(ranks: Any) -> None:
+    _, peer = ranks(together, 2, stand_still, exchange_timeout_s=LIMIT_S)
+    assert isinstance(peer, PeerTimeout), peer
+
+
+def test_what_the_work_raises_is_raised_on_its_rank() -> None:
+    with pytest.raises(ValueError, match="no such thing"):
+        lone_work(fail, IDENTITY, Outbox(), device=CPU, pause_s=PAUSE_S)
+
+
+def slowly(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
+    """A run in which one calibration takes long."""
+    real = SimilarityMatchingConv2d.calibrate
+
+    def calibrate(layer: SimilarityMatchingConv2d, *arguments: Any) -> None:
+        if layer.whiten:
+            compute()
+        real(layer, *arguments)
+
+    SimilarityMatchingConv2d.calibrate = calibrate  # type: ignore[method-assign]
+    train(exchange, config, run_dir)
+
+
+def train(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
+    Training(Assignment(config, run_dir, exchange.rank), exchange, Outbox(), CPU).run()
+
+
+def test_a_calibration_longer_than_all_limits_changes_nothing(
+    ranks: Any, digits_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    limits = {"collective_timeout_s": LIMIT_S, "stall_timeout_s": LIMIT_S}
+    config = digits_config(2, cluster=limits)
+    for name, program, limit_s in (("long", slowly, LIMIT_S), ("short", train, 30.0)):
+        (tmp_path / name).mkdir()
+        results(ranks(program, 2, config, tmp_path / name, exchange_timeout_s=limit_s))
+    found, expected = (tmp_path / name / "model/model.safetensors" for name in ("long", "short"))
+    assert found.read_bytes() == expected.read_bytes()
+
+
+class Fit(Training):
+    """A rank whose whole run is the fit of a readout."""
+
+    work: Callable[[], None]
+
+    def __init__(self, _: Assignment, exchange: Exchange, report: Outbox, device: torch.device) -> None:
+        self.exchange, self.report, self.device = exchange, report, device
+
+    def run(self) -> None:
+        lone_work(type(self).work, self.exchange, self.report, device=self.device, pause_s=PAUSE_S)
+
+
+@pytest.mark.parametrize(("work", "moves"), [(compute, True), (stand_still, False)])
+def test_a_rank_moves_while_its_work_computes(
+    digits_config: Callable[..., RunConfig], tmp_path: Path, work: Callable[[], None], moves: bool
+) -> None:
+    """Alone, with nobody who waits for it in an exchange; `idle_s` is what a stall is told by."""
+    worker = Worker(Assignment(digits_config(1), tmp_path, 0))
+    worker.training_class = type("Fit", (Fit,), {"work": staticmethod(work)})  # type: ignore[misc]
+    worker.begin(1)
+    idle = [0.0]
+    while not (status := worker.poll(0)).done:
+        idle.append(status.idle_s)
+        time.sleep(0.02)
+    assert status.failure is None
+    assert (max(idle) < LONG_S / 2) == moves
