@@ -99,6 +99,9 @@ class Manifest(_Record):
     rate: float = 1.0
     """Learning rates in force, over those of the configuration."""
 
+    data: str | None = None
+    """Digest of the data set, see `simmatch.data.Dataset.digest`; None where an earlier version wrote it."""
+
 
 def folder_of(run_dir: AnyPath, step: int) -> AnyPath:
     """Where the checkpoint of a step lies."""

@@ -41,7 +41,9 @@ class GroupConfig(Frozen):
     """The Ray actors, their waits and their network."""
 
     threads_per_rank: PositiveInt | None = None
-    """torch threads of an actor. None: the CPUs of the machine divided by the ranks, at least 1."""
+    """torch threads of an actor; another number changes the last bits. None: counted once, when the run begins, and
+    kept from then on: the CPUs that a host allows (affinity, control groups) divided by its ranks, the fewest of all
+    hosts, at least 1."""
 
     cpus_per_rank: PositiveInt = 1
     """CPUs that Ray reserves for an actor."""

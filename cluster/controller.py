@@ -22,6 +22,7 @@ from cluster.checkpoint import (
 )
 from cluster.committer import Committer
 from cluster.config import RunConfig, public
+from cluster.cpus import threads_per_rank, too_few
 from cluster.policy import LOWER, Failure, FailurePolicy, Restart, Stop
 from cluster.storage import AnyPath
 from cluster.summary import Record
@@ -91,6 +92,8 @@ class Controller:
     recorder, display: where metrics and progress go.
     resume: folder of the checkpoint to continue from, or None.
     before_commit: see `cluster.committer.Committer`.
+    data: digest of the data set that all ranks must find, on this attempt and on every one that continues it.
+    settle: given the configuration once what it left open is known, see `GroupConfig.threads_per_rank`.
     """
 
     def __init__(
@@ -103,8 +106,10 @@ class Controller:
         *,
         resume: AnyPath | None = None,
         before_commit: Callable[[], None] = lambda: None,
+        data: str | None = None,
+        settle: Callable[[RunConfig], None] = lambda _: None,
     ) -> None:
-        self.config, self.run_dir, self.resume = config, run_dir, resume
+        self.config, self.run_dir, self.resume, self.data, self.settle = config, run_dir, resume, data, settle
         self.make_group, self.recorder, self.display = make_group, recorder, display
         group = config.cluster
         self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s, config.divergence)
@@ -145,7 +150,7 @@ class Controller:
         """
         while True:
             config = at_rate(self.config, self.rate)
-            assignment = Assignment(config, self.run_dir, 0, self.record.restarts, self.resume, token_hex(4))
+            assignment = Assignment(config, self.run_dir, 0, self.record.restarts, self.resume, token_hex(4), self.data)
             try:
                 failure = self._run_group(assignment)
             except Exception:  # not what ends the program at once
@@ -212,6 +217,7 @@ class Controller:
         try:
             group.start()
             self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
+            self._share_cpus(group.places)
             self._training, self._phase, self._shown = True, "", 0
             while True:
                 self._ask_to_stop(group)
@@ -225,6 +231,16 @@ class Controller:
         finally:
             self._training = False
             group.end()
+
+    def _share_cpus(self, places: list[Place]) -> None:
+        """Threads are counted once, by the first group: another count would change the last bits."""
+        if self.config.cluster.threads_per_rank is None:
+            cluster = self.config.cluster.model_copy(update={"threads_per_rank": threads_per_rank(places)})
+            self.config = self.config.model_copy(update={"cluster": cluster})
+            self.settle(self.config)
+        assert self.config.cluster.threads_per_rank is not None
+        for line in too_few(places, self.config.cluster.threads_per_rank):
+            self.display.note(line)
 
     def _ask_to_stop(self, group: Group) -> None:
         """Once asked for: tell the ranks; when the time is up, end without them."""
@@ -334,6 +350,7 @@ class Controller:
             mlflow_layer_run_ids={str(layer): run_id for layer, run_id in self.recorder.layer_run_ids.items()},
             last_step_sent={str(layer): step for layer, step in self.recorder.last_step_sent.items()},
             rate=self.rate,
+            data=self.data,
         )
         del self._shards[cursor.step]
         self._committer.submit(manifest)

@@ -12,6 +12,7 @@ All decisions depend on the configuration or on gathered bytes only, so ranks ca
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from cluster.watch import Growth, Objective, TrainingFault, Window, measured
 from simmatch.config import LayerConfig
 from simmatch.data import Dataset, load_dataset
 from simmatch.exchange import IDENTITY, Exchange
+from simmatch.formats import DataError
 from simmatch.geometry import Patches
 from simmatch.labels import one_hot
 from simmatch.lateral import SharedFault
@@ -65,6 +67,7 @@ class Assignment:
     resume: folder of the checkpoint to continue from, or None.
     generation: how many groups came before this one.
     token: of this group alone, in the names of its shards.
+    data: digest of the data set that every rank must find on its node; None: whatever it finds.
     """
 
     config: RunConfig
@@ -73,6 +76,7 @@ class Assignment:
     generation: int = 0
     resume: AnyPath | None = None
     token: str = ""
+    data: str | None = None
 
 
 class Stopped(Exception):
@@ -83,6 +87,20 @@ def source_of(dataset: Dataset) -> InputConfig:
     """Shape and classes of a data set's images."""
     height, width = dataset.image_size
     return InputConfig(in_channels=dataset.in_channels, height=height, width=width, num_classes=dataset.num_classes)
+
+
+def check_data(dataset: Dataset, expected: str | None) -> None:
+    """Refuse a data set that is not the one with this digest; None accepts any.
+
+    Raises
+    ------
+    DataError
+        Names this node: every rank loads the files of its own.
+    """
+    if expected is not None and (found := dataset.digest()) != expected:
+        counts = f"{len(dataset.train_images)} + {len(dataset.test_images)} images, {dataset.skipped} damaged left out"
+        host = socket.gethostname()
+        raise DataError(f"{dataset.name} on {host}: expected the data of this run, {expected}, got {found}: {counts}")
 
 
 class Training:
@@ -102,6 +120,7 @@ class Training:
         self.dtype = getattr(torch, self.config.dtype)
         self.place = Mesh.from_config(self.config.mesh).coordinates(assignment.rank)
         self.dataset = load_dataset(self.config.data)
+        check_data(self.dataset, assignment.data)
         self.source = source_of(self.dataset)
         self.stack = Stack(self.config.model, self.source, seed=self.config.seed, dtype=self.dtype, device=device)
         self.reader: Reader | None = None

@@ -38,7 +38,7 @@ class Place:
     host: str
     address: str
     pid: int
-    cpus: int = 1
+    cpus: int
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +27,7 @@ from cluster.spool import SPOOL_NAME, SpoolBusyError
 from cluster.storage import AnyPath
 from cluster.summary import Record
 from cluster.tracking import Tracker
-from cluster.training import source_of
+from cluster.training import check_data, source_of
 from jobs.closing import Closing, Outcome, lines_of, table_of
 from jobs.display import JobDisplay, MakeDisplay, make_display
 from jobs.ending import asking_to_end, status_of
@@ -35,7 +36,7 @@ from jobs.options import override, read_yaml
 from jobs.plan import print_plan
 from jobs.program import run_program
 from jobs.ray_session import shut_down_ray, start_ray
-from jobs.run_directory import Start, choose
+from jobs.run_directory import Start, as_begun, choose
 from simmatch.config import ConfigError, parse
 from simmatch.data import Dataset, load_dataset
 from simmatch.documents import dump_yaml
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_di
             return 0
         start = choose(config, options.run_dir, options.resume)
         if start.resume is not None:
-            check_checkpoint(config, start.resume)
+            check_checkpoint(config, start.resume, dataset)
+        config = as_begun(config, start)
         tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported))
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -129,9 +131,13 @@ def check(config: RunConfig) -> Dataset:
     return dataset
 
 
-def check_checkpoint(config: RunConfig, folder: AnyPath) -> None:
-    """Refuse a checkpoint whose tensors do not fit the model; its files have been compared when it was chosen."""
+def check_checkpoint(config: RunConfig, folder: AnyPath, dataset: Dataset) -> None:
+    """Refuse a checkpoint of other data, or whose tensors do not fit; its files were compared when it was chosen."""
     manifest = read_manifest(folder)
+    try:
+        check_data(dataset, manifest.data)
+    except DataError as error:
+        raise DataError(f"--resume: {folder}: {error}") from None
     reader = Reader(folder, manifest)
     for index in range(len(manifest.layers)):
         reader.check_channels(f"layers.{index}.feedforward", config.model.layers[index].out_channels)
@@ -157,6 +163,7 @@ class Job:
         self.mirror = Mirror(start.place, start.run_dir, self._tell, patience_s=patience_s)
         self.closing = Closing(start, dataset, tracker, self.mirror, self._tell)
         self.started = time.monotonic()
+        self.data = dataset.digest()
         self.record = Record()
         self._controller: Controller | None = None
         self._signum: int | None = None
@@ -214,9 +221,17 @@ class Job:
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
         display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
-        place, resume, push = self.start.place, self.start.resume, self.mirror.push
+        resume = self.start.resume
         controller = Controller(
-            self.config, place, WorkerGroup, self.tracker, display, resume=resume, before_commit=push
+            self.config,
+            self.start.place,
+            WorkerGroup,
+            self.tracker,
+            display,
+            resume=resume,
+            before_commit=self.mirror.push,
+            data=self.data,
+            settle=partial(self._write_config, display),
         )
         self._controller, self.record = controller, controller.record
         if resume is not None:
@@ -230,6 +245,14 @@ class Job:
                 raise
         finally:
             self._controller, self.config = None, controller.config  # the mesh may have shrunk
+
+    def _write_config(self, display: JobDisplay, config: RunConfig) -> None:
+        """What the configuration left open is known; checkpoints hold it as well."""
+        try:
+            write_whole(self.run_dir / "config.yaml", dump_yaml(public(config)))
+            self.tracker.artifact(self.run_dir / "config.yaml")
+        except OSError as error:
+            display.note(f"config.yaml is not written: {error}")
 
     def _close(self, outcome: Outcome) -> None:
         """Record, show, and only then wait: for Ray, and for MLflow."""
@@ -301,7 +324,7 @@ class Job:
             tracker.params(layer, layer=index)
         tracker.artifact(self.run_dir / "config.yaml")
         name, images = self.dataset.name, len(self.dataset.train_images)
-        tracker.dataset(name, source=name, digest=self.dataset.digest(), num_images=images)
+        tracker.dataset(name, source=name, digest=self.data, num_images=images)
 
 
 class Interrupted(BaseException):

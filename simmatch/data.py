@@ -67,8 +67,13 @@ class Dataset:
         )
 
     def digest(self) -> str:
-        """Names the training images in records: equal for equal images."""
-        return sha256(self.train_images.numpy().tobytes()).hexdigest()[:16]
+        """Names everything that is learnt from and judged by: equal for equal images, labels, classes and name."""
+        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        layout = [(list(tensor.shape), str(tensor.dtype)) for tensor in tensors]
+        found = sha256(repr((self.name, self.num_classes, layout)).encode())
+        for tensor in tensors:
+            found.update(tensor.contiguous().numpy().data)
+        return found.hexdigest()[:16]
 
     @property
     def in_channels(self) -> int:

@@ -39,12 +39,13 @@ class ScriptedGroup:
         self.assignment, self.rounds, self.failure = assignment, list(rounds), start
         self.places: list[Place] = []
         self.calls: list[str] = []
+        self.cpus = 8
 
     def start(self) -> None:
         self.calls.append("start")
         if self.failure is not None:
             raise self.failure
-        self.places = [Place(rank, "node", "127.0.0.1", 6 + rank) for rank in range(2)]
+        self.places = [Place(rank, "node", "127.0.0.1", 6 + rank, self.cpus) for rank in range(2)]
 
     def poll(self) -> list[Status]:
         self.calls.append("poll")
@@ -365,6 +366,42 @@ def test_it_waits_no_longer_than_the_grace(scene: MakeScene) -> None:
         playing.controller.run()
     assert group.calls.count("stop") == 1
     assert group.calls[-1] == "end"
+
+
+# -- what is settled once ----------------------------------------------------------------------------------------
+
+
+def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> None:
+    """8 CPUs for two ranks at the start; the next group is placed on a host that allows 2."""
+    saved = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
+    playing = scene([saved[0], LOST], [saved[1]])
+    settled: list[RunConfig] = []
+    playing.controller.settle = settled.append
+    make = playing.controller.make_group
+
+    def elsewhere(assignment: Assignment) -> Any:
+        group = make(assignment)
+        assert isinstance(group, ScriptedGroup)
+        group.cpus = 8 if assignment.generation == 0 else 2
+        return group
+
+    playing.controller.make_group = elsewhere
+    playing.controller.run()
+    assert [config.cluster.threads_per_rank for config in settled] == [4]
+    assert [group.assignment.config.cluster.threads_per_rank for group in playing.groups] == [None, 4]
+    assert [read_manifest(folder_of(tmp_path, step)).config["cluster"]["threads_per_rank"] for step in (4, 8)] == [4, 4]
+    (note,) = [note for note in playing.display.notes if "threads_per_rank" in note]
+    assert (
+        note == "node (127.0.0.1) allows 2 CPUs, fewer than cluster.threads_per_rank=4 for 2 ranks: slower, same bits"
+    )
+
+
+def test_every_group_is_told_the_digest_of_the_data(scene: MakeScene, tmp_path: Path) -> None:
+    playing = scene([[[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]], LOST], [])
+    playing.controller.data = "0123456789abcdef"
+    playing.controller.run()
+    assert [group.assignment.data for group in playing.groups] == ["0123456789abcdef"] * 2
+    assert read_manifest(folder_of(tmp_path, 4)).data == "0123456789abcdef"
 
 
 # -- restarts ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from sklearn.linear_model import LogisticRegression
 import jobs.pretrain
 from cluster.checkpoint import Reader, newest_good, read_manifest
 from cluster.config import RunConfig
+from cluster.cpus import allowed_cpus
 from jobs.run_directory import choose
 from simmatch import load_model
 from simmatch.config import parse
@@ -119,7 +120,9 @@ def store(finished: Ended, runs: Path) -> MlflowClient:
 
 def test_the_run_directory(finished: Ended, make_config: Callable[..., RunConfig]) -> None:
     run_dir = finished.run_dir
-    assert parse(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text())) == make_config()
+    threads = max(1, allowed_cpus() // 2)  # of the two ranks
+    expected = make_config(f"cluster.threads_per_rank={threads}")
+    assert parse(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text())) == expected
     kinds = [json.loads(line)["kind"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert (kinds[0], *kinds[-2:]) == ("start", "finish", "model")
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000100", "step-00000116"]

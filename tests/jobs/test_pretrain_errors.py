@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import jobs.pretrain
 from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, write_shard
 from cluster.config import RunConfig
+from simmatch.data import Dataset
 from simmatch.rows import split_rows
 from tests.image_files import IDX_FILES, idx_bytes
 
@@ -196,7 +198,7 @@ def test_a_file_cut_short(refuse: Refuse, tmp_path: Path) -> None:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder: Path, config: RunConfig, channels: int = 16) -> str:
+def write_checkpoint(folder: Path, config: RunConfig, channels: int = 16, data: str | None = None) -> str:
     """A checkpoint of two shards with this configuration and a first layer of so many channels."""
     shards = []
     for rank, rows in enumerate(split_rows(channels, 2)):
@@ -210,6 +212,7 @@ def write_checkpoint(folder: Path, config: RunConfig, channels: int = 16) -> str
         config=config.model_dump(mode="json"),
         layers=[LayerState(bound=1.0, ridge=0.0)],
         shards=shards,
+        data=data,
     )
     commit(folder, manifest)
     return str(folder)
@@ -227,6 +230,17 @@ def test_a_checkpoint_whose_tensors_are_not_its_configurations(
 ) -> None:
     message = refuse("--resume", write_checkpoint(tmp_path / "step", make_config(), 12))
     assert message == f"{tmp_path / 'step'}: expected 16 channels in layers.0.feedforward, got 12"
+
+
+def test_a_checkpoint_of_other_data(
+    refuse: Refuse, tmp_path: Path, make_config: Callable[..., RunConfig], digits: Dataset
+) -> None:
+    """The files of the data set have changed since, or this machine has others."""
+    folder = write_checkpoint(tmp_path / "step", make_config(), data="0123456789abcdef")
+    assert refuse("--resume", folder) == (
+        f"--resume: {folder}: digits on {socket.gethostname()}: expected the data of this run, 0123456789abcdef, got "
+        f"{digits.digest()}: 1437 + 360 images, 0 damaged left out"
+    )
 
 
 @pytest.mark.parametrize("fault", ["shard", "missing shard", "manifest", "format", "nothing"])

@@ -12,7 +12,7 @@ import yaml
 
 from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, folder_of, write_shard
 from cluster.config import RunConfig
-from jobs.run_directory import Start, choose, default_root
+from jobs.run_directory import Start, as_begun, choose, default_root
 from simmatch.config import ConfigError
 from simmatch.rows import Rows
 
@@ -27,6 +27,25 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     return folder
+
+
+def test_threads_are_those_that_the_run_began_with(work: Path, make_config: MakeConfig) -> None:
+    """Counted on another host they would be others, and with them the last bits."""
+
+    def threads(*assignments: str, run_dir: str = "run", resume: str = "auto") -> int | None:
+        config = make_config(*assignments)
+        return as_begun(config, choose(config, run_dir, resume)).cluster.threads_per_rank
+
+    assert threads() is None
+    leave(work / "run", make_config("cluster.threads_per_rank=3"))
+    assert threads() == 3
+    assert threads("cluster.threads_per_rank=5") == 5
+    leave(work / "other", make_config("cluster.threads_per_rank=7"), "FINISHED", steps=(4,))
+    assert threads(run_dir="new", resume="other") == 7
+    assert threads(run_dir="new", resume="other/checkpoints/step-00000004") == 7
+    assert threads(run_dir="new") is None
+    leave(work / "old", make_config(), steps=(4,))
+    assert threads(run_dir="old") is None  # of a version that did not count once and for all
 
 
 def leave(run_dir: Path, config: RunConfig, status: str | None = None, steps: tuple[int, ...] = ()) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,8 +283,24 @@ def test_to_unit(dtype):
         to_unit(values.long(), dtype)
 
 
-def test_a_digest_names_the_training_images(digits: Dataset) -> None:
+def test_a_digest_names_everything(digits: Dataset) -> None:
+    """One value of any tensor, the order, the name and the number of classes; equal content has an equal digest."""
     every = slice(None)
-    assert digits.digest() == digits.take(every, slice(0, 10)).digest()
-    assert digits.digest() != digits.take(slice(1, None), every).digest()
+    assert digits.digest() == dataclasses.replace(digits, train_images=digits.train_images.clone()).digest()
+    others = [
+        digits.take(slice(1, None), every),
+        digits.take(every, slice(0, 10)),
+        digits.take(torch.arange(len(digits.train_labels)).flip(0), every),
+        dataclasses.replace(digits, name="other"),
+        dataclasses.replace(digits, num_classes=11),
+        dataclasses.replace(digits, skipped=1),
+    ]
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        changed = getattr(digits, field).clone()
+        changed[-1] = 1 - changed[-1]
+        others.append(dataclasses.replace(digits, **{field: changed}))
+    digests = [other.digest() for other in others]
+    assert digests.count(digits.digest()) == 1
+    assert digests[5] == digits.digest()  # how many were left out is told by the counts
+    assert len({*digests}) == len(digests)
     assert len(digits.digest()) == 16
