@@ -50,7 +50,8 @@ class GroupConfig(Frozen):
 
     interface: str | None = None
     """Network interface of the exchanges, such as eth0; they carry no authentication. None: loopback while all
-    actors share one machine, else the interface of Ray's own node address."""
+    actors share one machine, else the interface of Ray's own node address. Where a node's environment sets
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, gloo or nccl uses that."""
 
     start_timeout_s: PositiveFloat = 120.0
     """Longest wait for actors to be placed, started and joined."""

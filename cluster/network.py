@@ -3,6 +3,7 @@ whether the head of Ray's cluster is there."""
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 
@@ -14,23 +15,34 @@ LOOPBACK = "127.0.0.1"
 def interface_of(name: str | None, address: str) -> tuple[str, str]:
     """Name and IPv4 address of the interface `name`, or where that is None of the one that has `address`.
 
+    Of several addresses of the interface `name` it is `address`, or the first where that is not among them.
+
     Raises
     ------
     ValueError
         No such interface here, or none with an IPv4 address.
     """
-    found = {
-        interface: entry.address
+    found = [
+        (interface, entry.address)
         for interface, entries in psutil.net_if_addrs().items()
         for entry in entries
         if entry.family == socket.AF_INET
-    }
-    for interface, own in found.items():
-        if interface == name or (name is None and own == address):
-            return interface, own
+    ]
+    fitting = [place for place in found if (place[1] == address if name is None else place[0] == name)]
+    if fitting:
+        return min(fitting, key=lambda place: place[1] != address)
     wanted = f"an interface with address {address}" if name is None else f"the interface {name}"
-    known = ", ".join(f"{interface} ({own})" for interface, own in sorted(found.items()))
+    known = ", ".join(f"{interface} ({own})" for interface, own in sorted(found))
     raise ValueError(f"cluster.interface: expected {wanted} on {socket.gethostname()}, found {known}")
+
+
+def use_interface(name: str) -> None:
+    """What gloo and nccl read when a group is made: there is no argument for it.
+
+    What an administrator has set stays. Of several addresses both take the interface's first.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign eth1 would mean eth10 too
 
 
 class Head:

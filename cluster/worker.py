@@ -23,7 +23,7 @@ import torch.distributed as dist
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
 from cluster.cpus import allowed_cpus
 from cluster.failures import classify
-from cluster.network import interface_of
+from cluster.network import interface_of, use_interface
 from cluster.policy import Failure
 from cluster.redaction import Redactor
 from cluster.training import Assignment, Stopped, Training
@@ -182,8 +182,7 @@ class Worker:
         self._renew()
         config = self.assignment.config
         name, _ = interface_of(interface, address)
-        # read by gloo and nccl when the group is made: there is no argument for it
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+        use_interface(name)
         if self._store is None:
             self._store = connect_store(*store, config.cluster.start_timeout_s)
         self._exchange = join_group(
