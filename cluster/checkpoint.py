@@ -63,7 +63,7 @@ class Shard(_Record):
 
 
 class Cursor(_Record):
-    """Where training stood: `updates` of layer `layer` are done, `step` updates in all.
+    """Where training stood: `updates` of layer `layer` are done, `step` updates of `images` images in all.
 
     The data cursor is part of it: the next batch is number `updates` modulo the batches of an epoch, in the order that
     is drawn from (seed, epoch), see `simmatch.order`.
@@ -72,13 +72,19 @@ class Cursor(_Record):
     step: int
     layer: int
     updates: int
+    images: int = 0
+    """0 where an earlier version wrote it."""
 
 
 class LayerState(_Record):
-    """What a layer needs beside its tensors to continue bit by bit: the bound its next dynamics use."""
+    """What a layer needs beside its tensors to continue bit by bit: the bound its next dynamics use.
+
+    usual: bound that its growth is measured from while it learns, see `cluster.watch.Growth`.
+    """
 
     bound: float
     ridge: float
+    usual: float | None = None
 
 
 class Manifest(_Record):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Protocol
 
@@ -115,6 +116,7 @@ class Controller:
         self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s, config.divergence)
         manifest = _known(resume)
         self.rate = 1.0 if manifest is None else manifest.rate
+        self._images_before = 0 if manifest is None else manifest.cursor.images
         self.record = Record()
         self._in_vain = 0
         self.finished = False
@@ -186,7 +188,14 @@ class Controller:
             tags |= {"simmatch.rate": f"{self.rate:g}"}
         origin = "the beginning" if self.resume is None else self.resume.name
         manifest = _known(self.resume)
-        again = max(0, self._step - (0 if manifest is None else manifest.cursor.step))
+        cursor = Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor
+        if decision.lower_rate:
+            self.record.forget(cursor)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            where = f"layer {cursor.layer} after step {cursor.updates}"
+            tags["simmatch.given_up"] = f"what was recorded before {now} of {where}, at higher rates"
+        self.record.images = max(0, cursor.images - self._images_before)
+        again = max(0, self._step - cursor.step)
         self.record.steps_again += again
         origin += f", {again} updates again" if again else ""
         pause = f" in {decision.after_s:g} s" if decision.after_s else ""
@@ -319,7 +328,7 @@ class Controller:
     def _metrics(self, layer: int, step: int, images: int, metrics: dict[str, float]) -> None:
         """Keep one record of a layer; exchanges are counted on from what earlier groups have moved."""
         record = self.record
-        record.images += images
+        record.images = images - self._images_before
         record.bytes_exchanged = self._before[0] + metrics["bytes_exchanged"]
         record.num_exchanges = self._before[1] + metrics["num_exchanges"]
         metrics |= {"bytes_exchanged": record.bytes_exchanged, "num_exchanges": record.num_exchanges}

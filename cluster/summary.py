@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint import Cursor
 from cluster.config import RunConfig
 from cluster.spool import Spool
 from simmatch.files import write_whole
@@ -23,20 +24,37 @@ class Record:
     restarts: int = 0
     steps_again: int = 0
     images: int = 0
+    """Learnt from since this process began; those of updates that are done again count once."""
     bytes_exchanged: float = 0.0
     num_exchanges: float = 0.0
 
+    def forget(self, cursor: Cursor) -> None:
+        """Drop what was recorded after a checkpoint, of a branch that was given up: it will be recorded anew."""
+        for layer in [layer for layer in self.curves if layer >= cursor.layer]:
+            last = cursor.updates if layer == cursor.layer else 0
+            curve = self.curves[layer] = [(step, values) for step, values in self.curves[layer] if step <= last]
+            if curve:
+                self.layers[layer] = curve[-1][1]
+            else:
+                del self.curves[layer], self.layers[layer]
+
     def continue_from(self, spool: Path) -> None:
-        """Take over what earlier attempts of the same run have recorded, so that none of it is recorded twice."""
+        """Take over what earlier attempts of the same run have recorded, so that none of it is recorded twice.
+
+        A step that is recorded again, with another objective, tells that all from there on was given up (`forget`).
+        """
         for event, _ in Spool(spool).read():
             layer, step, values = event.get("layer"), event.get("step", 0), event.get("values", {})
             if event.get("kind") != "metrics" or layer is None:
                 continue
-            curve = self.curves.setdefault(layer, [])
-            if not curve or step > curve[-1][0]:
-                curve.append((step, values))
-                self.layers[layer] = values
             self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
+            known = dict(self.curves.get(layer, []))
+            if step in known and known[step]["objective"] == values["objective"]:
+                continue
+            if known and step <= max(known):
+                self.forget(Cursor(step=0, layer=layer, updates=step - 1))
+            self.curves.setdefault(layer, []).append((step, values))
+            self.layers[layer] = values
 
 
 def summarise(

@@ -127,6 +127,7 @@ class Training:
         if assignment.resume is not None:
             self.reader = self._reader(assignment.resume)
         self.step = 0
+        self.images = 0 if self.reader is None else self.reader.manifest.cursor.images
         self.writer = ShardWriter(
             assignment.run_dir,
             assignment.rank,
@@ -225,7 +226,7 @@ class Training:
             cache=cache,
             lone_work=partial(self._lone_work, exchange=self.exchange),
         )
-        window, growth = Window(self.exchange, self.writer), Growth(index)
+        window, growth = Window(self.exchange, self.writer), Growth(index, self._usual(index))
         watched = Objective(index, layer, self.report)
         latest: dict[str, float] = {}
         for update in range(start, total):
@@ -234,18 +235,18 @@ class Training:
             patches, solution = self.update(index, layer, inputs, chosen, labels)
             self.step += 1
             growth.check(update, layer.bound.value)
+            self.images += len(chosen)
             window.count(len(chosen))
             due = (update + 1) % log_every == 0
             if due or update + 1 == total:
-                images = window.images
                 latest = window.close() | measured(layer, measure(layer, patches, solution, labels))
                 watched.check(latest["objective"])
-                self.report.event("metrics", layer=index, step=update + 1, images=images, metrics=latest)
+                self.report.event("metrics", layer=index, step=update + 1, images=self.images, metrics=latest)
             self.report.progress("learn", update + 1, total, layer=index, step=self.step, **latest)
             stop = due and self._all_stop()
             needed = update + 1 == total or stop
             if needed or self.step % self.config.checkpoint.every_steps == 0:
-                self._save(index, layer, needed=needed)
+                self._save(index, layer, growth.usual, needed=needed)
             if stop:
                 self.writer.close()
                 raise Stopped
@@ -278,12 +279,17 @@ class Training:
             diverged = isinstance(fault, SharedFault) and fault.kind.startswith("non-finite")
             raise TrainingFault(f"layer {index}, step {step}: {what}", diverged=diverged) from fault
 
-    def _save(self, index: int, layer: SimilarityMatchingConv2d, *, needed: bool) -> None:
-        """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
-        cursor = Cursor(step=self.step, layer=index, updates=int(layer.updates))
-        self.writer.submit(cursor, partial(self._snapshot, index, layer), needed=needed)
+    def _usual(self, index: int) -> float | None:
+        """The bound that a layer's growth was measured from before the checkpoint."""
+        states = [] if self.reader is None else self.reader.manifest.layers
+        return states[index].usual if index < len(states) else None
 
-    def _snapshot(self, index: int, layer: SimilarityMatchingConv2d) -> Snapshot:
+    def _save(self, index: int, layer: SimilarityMatchingConv2d, usual: float | None, *, needed: bool) -> None:
+        """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
+        cursor = Cursor(step=self.step, layer=index, updates=int(layer.updates), images=self.images)
+        self.writer.submit(cursor, partial(self._snapshot, index, layer, usual), needed=needed)
+
+    def _snapshot(self, index: int, layer: SimilarityMatchingConv2d, usual: float | None) -> Snapshot:
         """All layers so far. What may change while it is written, the layer that learns, is copied."""
         found = Snapshot({}, {}, [])
         for number in range(index + 1):
@@ -297,7 +303,8 @@ class Training:
                 tensors |= replicated_state(source)
             for name, tensor in tensors.items():
                 found.tensors[f"layers.{number}.{name}"] = tensor.to("cpu", copy=number == index)
-            found.layers.append(LayerState(bound=source.bound.value, ridge=source.bound.ridge))
+            reference = usual if number == index else None
+            found.layers.append(LayerState(bound=source.bound.value, ridge=source.bound.ridge, usual=reference))
         return found
 
     # ------------------------------------------------------------------------------------------- encoding
@@ -305,10 +312,11 @@ class Training:
     def _encode(self, index: int, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
         """Replace the images of both stores by the pooled, label-free activity of layer `index`.
 
-        On the way the label weights settle to the length of label-free activity, and read the test images.
+        On the way the label weights settle to the length of label-free activity, once, and read the test images.
         """
         layer, config = self.stack.layer(index), self.config.model.layers[index]
         last = index == len(self.stack.layers) - 1
+        settled = self.reader is not None and index < self.reader.manifest.cursor.layer  # before it was written
         done, total, started = 0, train.count + test.count, time.monotonic()
 
         def seen(count: int) -> None:
@@ -322,7 +330,7 @@ class Training:
 
         def learn_label(x: Tensor, images: slice) -> Tensor:
             activities = layer(x)
-            if config.supervised:
+            if config.supervised and not settled:
                 z = one_hot(self.dataset.train_labels[images].to(self.device), layer, 1)
                 yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
                 zz.add_(z @ z.T)
@@ -335,7 +343,7 @@ class Training:
             return pooled(activities, config)
 
         train.advance(learn_label, seen)
-        if config.supervised:
+        if config.supervised and not settled:
             layer.settle_label(sum_over_ranks(yz, self.exchange), sum_over_ranks(zz, self.exchange))
         test.advance(read_label, seen)
 

@@ -43,11 +43,14 @@ def measured(layer: SimilarityMatchingConv2d, record: Record) -> dict[str, float
 
 
 class Growth:
-    """Watches the bound of λmax(M) of one layer, which all ranks know alike."""
+    """Watches the bound of λmax(M) of one layer, which all ranks know alike.
 
-    def __init__(self, layer: int) -> None:
-        self._layer = layer
-        self._usual: float | None = None
+    usual: the bound that growth is measured from, once there is one; a checkpoint keeps it, so that an explosion over
+        several attempts is noticed as well.
+    """
+
+    def __init__(self, layer: int, usual: float | None = None) -> None:
+        self._layer, self.usual = layer, usual
 
     def check(self, update: int, bound: float) -> None:
         """After an update, the first being 0.
@@ -57,12 +60,12 @@ class Growth:
         TrainingFault
             The bound has grown by more than `EXPLOSION` since the layer has settled.
         """
-        if self._usual is None or update < SETTLED:
-            self._usual = bound
-        if bound > EXPLOSION * self._usual > 0:
+        if self.usual is None or update < SETTLED:
+            self.usual = bound
+        if bound > EXPLOSION * self.usual > 0:
             raise TrainingFault(
                 f"layer {self._layer}, step {update + 1}: the lateral weights explode: bound of their largest "
-                f"eigenvalue {bound:.1e}, was {self._usual:.1e}",
+                f"eigenvalue {bound:.1e}, was {self.usual:.1e}",
                 diverged=True,
             )
 

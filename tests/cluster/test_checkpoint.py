@@ -37,7 +37,9 @@ from cluster.checkpoint import (
 )
 from cluster.config import RunConfig
 from cluster.training import Assignment, Stopped, Training
+from cluster.watch import Growth, TrainingFault
 from cluster.worker import Outbox
+from simmatch.config import parse
 from simmatch.exchange import Exchange
 from simmatch.rows import Rows, split_rows
 from tests.exchanges import results
@@ -462,8 +464,9 @@ def test_resuming_repeats_every_bit_on_one_rank(ranks: Any, alone: Reference, tm
     for name, tensor in exported(tmp_path / "run").items():
         assert torch.equal(tensor, expected[name]), name
     assert metrics_of(events[0]).items() <= alone.metrics.items()
-    written = [event["cursor"] for event in events[0] if event["kind"] == "shard"]
-    assert written == [cursor for cursor in alone.cursors if cursor.step > step]  # it did not begin again
+    written = [(event["cursor"], event["layers"]) for event in events[0] if event["kind"] == "shard"]
+    later = [cursor for cursor in alone.cursors if cursor.step > step]  # it did not begin again
+    assert written == [(cursor, read_manifest(folder_of(alone.run_dir, cursor.step)).layers) for cursor in later]
 
 
 @pytest.mark.parametrize("step", [8, 16])
@@ -473,6 +476,35 @@ def test_resuming_repeats_every_bit_on_two_ranks(ranks: Any, pair: Reference, tm
         pair.run_dir / "model/model.safetensors"
     ).read_bytes()
     assert metrics_of(events[0]).items() <= pair.metrics.items()
+
+
+def test_a_supervised_layer_below_another_is_settled_once(
+    ranks: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """Its label weights in the checkpoint of the layer above are settled, and not again, to rounding."""
+    values = digits_config(1).model_dump(mode="json")
+    values["model"]["layers"][0] |= {"supervised": True, "label_gain": 0.5}
+    config = parse(RunConfig, values)
+    whole = Reference(ranks, config, tmp_path / "whole")
+    for step in (10, 16):  # before and after it was settled
+        run(ranks, config, tmp_path / f"from-{step}", folder_of(whole.run_dir, step))
+        assert (tmp_path / f"from-{step}/model/model.safetensors").read_bytes() == (
+            whole.run_dir / "model/model.safetensors"
+        ).read_bytes()
+
+
+def test_growth_is_measured_from_one_reference_over_all_attempts(ranks: Any, alone: Reference) -> None:
+    """That of update 10 of the layer, in the checkpoints after it; each attempt alone grows by less than it may."""
+    usual = [read_manifest(folder_of(alone.run_dir, step)).layers[-1].usual for step in (20, 22)]
+    assert usual[0] == usual[1]
+    assert usual[0] is not None
+    for update, growth in ((20, 1e3), (30, 9e5)):
+        attempt = Growth(1, usual[0])
+        attempt.check(update, growth * usual[0])
+        assert attempt.usual == usual[0]
+    with pytest.raises(TrainingFault, match="explode") as caught:
+        Growth(1, usual[0]).check(40, 1.1e6 * usual[0])
+    assert caught.value.diverged
 
 
 class AskedAt(Outbox):
@@ -504,7 +536,7 @@ def test_ranks_that_are_asked_to_stop_agree_on_the_step(
     run_dir.mkdir()
     events = results(ranks(train_until, 2, pair.config, run_dir, layer, updates))
     cursors = commit_all(pair.config, run_dir, events)
-    assert cursors[-1] == Cursor(step=step, layer=layer, updates=updates)
+    assert cursors[-1] == Cursor(step=step, layer=layer, updates=updates, images=20 * step)
     assert not (run_dir / "model").exists()
     run(ranks, pair.config, tmp_path / "again", folder_of(run_dir, step))
     assert (tmp_path / "again/model/model.safetensors").read_bytes() == (

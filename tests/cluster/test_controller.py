@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -111,7 +112,7 @@ def status(
 
 
 def metrics_event(layer: int, step: int, objective: float = 0.5, exchanged: float = 1000.0, images: int = 100) -> Event:
-    """What rank 0 says of a layer; `exchanged` counts from the start of its group, `images` from its last record."""
+    """What rank 0 says of a layer; `exchanged` counts from the start of its group, `images` from that of the run."""
     values = {"objective": objective, "bytes_exchanged": exchanged, "num_exchanges": exchanged / 100}
     return {"kind": "metrics", "layer": layer, "step": step, "images": images, "metrics": values}
 
@@ -129,7 +130,7 @@ def shard_event(run_dir: Path, rank: int, step: int, layer: int = 0, world_size:
         rows={"w": [5 * rank, 5 * rank + 5]},
         shapes={"w": [5]},
     )
-    cursor = Cursor(step=step, layer=layer, updates=step)
+    cursor = Cursor(step=step, layer=layer, updates=step, images=20 * step)
     return {"kind": "shard", "cursor": cursor, "shard": shard, "layers": [LayerState(bound=2.0, ridge=1e-6)]}
 
 
@@ -254,7 +255,7 @@ def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene
     assert newest_good(tmp_path, pytest.fail) == folder
     manifest = read_manifest(folder)
     assert [shard.rank for shard in manifest.shards] == [0, 1]
-    assert manifest.cursor == Cursor(step=4, layer=0, updates=4)
+    assert manifest.cursor == Cursor(step=4, layer=0, updates=4, images=80)
     assert (manifest.world_size, manifest.seed, manifest.mlflow_run_id) == (2, 0, "run-1")
     assert manifest.mlflow_layer_run_ids == {"0": "run-2", "1": "run-3"}
     assert manifest.last_step_sent == {"0": 10, "1": 5}
@@ -548,7 +549,7 @@ def test_numbers_that_diverge_cost_half_the_rate(scene: MakeScene, tmp_path: Pat
         playing.controller.run()
     assert [rates(group) for group in playing.groups] == [[0.1, 0.1], [0.05, 0.05], [0.05, 0.05]]
     assert playing.groups[1].assignment.resume == folder_of(tmp_path, 4)
-    assert playing.recorder.all_tags[0] == {"restarts": "1", "simmatch.rate": "0.5"}
+    assert playing.recorder.all_tags[0].items() >= {"restarts": "1", "simmatch.rate": "0.5"}.items()
     assert any(
         "starting a new group at 0.5 of the learning rates from step-00000004" in note for note in playing.display.notes
     )
@@ -560,6 +561,41 @@ def test_numbers_that_diverge_cost_half_the_rate(scene: MakeScene, tmp_path: Pat
         json.loads((folder_of(tmp_path, 8) / MANIFEST).read_text())["config"]["model"]["layers"][0]["plasticity"]["lr"]
         == 0.1
     )
+
+
+def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: Path) -> None:
+    """Update 8 is in a checkpoint; 10 and 15 are recorded, given up and recorded anew. A tag says so in MLflow."""
+    saved = [[shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)]]
+    given_up = [(10, 0.8, 200), (15, 99.0, 300)]
+    anew = [(10, 0.7, 200), (15, 0.6, 300)]
+
+    def told(rows: list[tuple[int, float, int]]) -> list[Round]:
+        return [[[metrics_event(0, step, objective, images=images)], []] for step, objective, images in rows]
+
+    first = [*told([(5, 0.9, 100)]), saved, *told(given_up), DIVERGED]
+    playing = scene(first, told(anew), divergence="lower_rate")
+    record = playing.controller.run()
+    expected = [(5, 0.9), (10, 0.7), (15, 0.6)]
+    assert [(step, values["objective"]) for step, values in record.curves[0]] == expected
+    assert record.layers[0]["objective"] == 0.6
+    assert record.images == 300
+    assert [row[1] for row in playing.recorder.rows] == [5, 10, 15, 10, 15]  # MLflow forgets nothing: newest counts
+    assert re.fullmatch(
+        r"what was recorded before \d{4}-\S+ of layer 0 after step 8, at higher rates",
+        playing.recorder.all_tags[0]["simmatch.given_up"],
+    )
+    spool_of(tmp_path, *((0, step, values["objective"]) for _, step, values in playing.recorder.rows))
+    later = Record()
+    later.continue_from(tmp_path / SPOOL_NAME)
+    assert [(step, values["objective"]) for step, values in later.curves[0]] == expected
+    failing = scene(first, [DIVERGED], divergence="lower_rate")
+    with pytest.raises(RunFailed):
+        failing.controller.run()
+    record = failing.controller.record
+    assert [(step, values["objective"]) for step, values in record.curves[0]] == expected[:1]
+    assert (record.layers[0]["objective"], record.images) == (0.9, 160)
+    record.forget(Cursor(step=0, layer=0, updates=0))
+    assert (record.curves, record.layers) == ({}, {})
 
 
 def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:
@@ -667,11 +703,20 @@ def test_throughput_counts_what_this_job_did(scene: MakeScene, tmp_path: Path) -
     """An earlier job trained layer 0 (10 updates of 20 images); this one continues and trains layer 1 (12 of 20)."""
     spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8))
     given = folder_of(tmp_path, 10)
-    playing = scene([[[metrics_event(1, 5, images=100), metrics_event(1, 12, images=140)], []]], resume=given)
+    scene().round([shard_event(tmp_path, 0, 10)], [shard_event(tmp_path, 1, 10)])
+    playing = scene([[[metrics_event(1, 5, images=300), metrics_event(1, 12, images=440)], []]], resume=given)
     playing.controller.record.continue_from(tmp_path / SPOOL_NAME)  # as jobs.pretrain does
     record = playing.controller.run()
     summary = summarise(playing.config, record, status="FINISHED", seconds=10.0, run_id=None)
     assert summary["images_per_second"] == 12 * 20 / 10.0
+
+
+def test_images_of_updates_that_are_done_again_count_once(scene: MakeScene, tmp_path: Path) -> None:
+    """A rank is lost after 10 updates of 20 images; the next group begins at 8 of them and does 12."""
+    saved = [[shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)]]
+    first = [[[metrics_event(0, 5, images=100)], []], saved, [[metrics_event(0, 10, images=200)], []], LOST]
+    second = [[[metrics_event(0, 10, images=200)], []], [[metrics_event(0, 12, images=240)], []]]
+    assert scene(first, second).controller.run().images == 12 * 20
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
