@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_di
             print_plan(console, config, source_of(dataset), len(dataset.train_images))
             return 0
         start = choose(config, options.run_dir, options.resume)
+        config = start.config
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
         config = as_begun(config, start)

@@ -42,12 +42,14 @@ class Start:
     Attributes
     ----------
     place: the run directory.
+    config: what runs: as given, but where it leaves out what has another default since, as the run that goes on has it.
     run_dir: the folder of this machine: the run directory itself where it is one.
     """
 
     place: AnyPath
     resume: AnyPath | None
     note: str
+    config: RunConfig
 
     @property
     def run_dir(self) -> Path:
@@ -117,19 +119,19 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
     if resume not in ("auto", "never"):
         source = _located("--resume", resume)
         if exists(source / "config.yaml"):
-            notes = _check_same(config, source)
+            same, notes = _check_same(config, source)
             if _status(source) != "FINISHED" and (run_dir is None or _same_place(base, source)):
-                return _continued(source, "continuing the run in", notes)
+                return _continued(same, source, "continuing the run in", notes)
         return _from(config, base, source)
     for candidate in _numbered(base):
         if not exists(candidate / "config.yaml"):
             if isinstance(candidate, Path) and candidate.exists() and not candidate.is_dir():
                 raise ConfigError(f"--run-dir: expected a folder, got the file {candidate}")
-            return Start(candidate, None, f"a new run in {candidate}")
+            return Start(candidate, None, f"a new run in {candidate}", config)
         if resume == "never" or _status(candidate) == "FINISHED":
             continue
-        notes = _check_same(config, candidate)
-        return _continued(candidate, "continuing the unfinished run in", notes)
+        same, notes = _check_same(config, candidate)
+        return _continued(same, candidate, "continuing the unfinished run in", notes)
     raise AssertionError("unreachable: the numbers do not end")
 
 
@@ -195,11 +197,11 @@ def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> Start:
     elif not exists(source / MANIFEST):
         raise ConfigError(f"--resume: expected auto, never, a run directory or a checkpoint, got {source}")
     manifest = read_manifest(checkpoint)
-    _check_differences(config, manifest.config, checkpoint)
+    config = _check_differences(config, manifest.config, checkpoint)
     if checkpoint is source:
         Reader(source, manifest).verify()
     fresh = next(path for path in _numbered(base) if not exists(path / "config.yaml"))
-    return Start(fresh, checkpoint, "\n".join([*notes, f"a new run in {fresh} from {checkpoint}"]))
+    return Start(fresh, checkpoint, "\n".join([*notes, f"a new run in {fresh} from {checkpoint}"]), config)
 
 
 def _same_place(one: AnyPath, other: AnyPath) -> bool:
@@ -208,11 +210,11 @@ def _same_place(one: AnyPath, other: AnyPath) -> bool:
     return str(one).rstrip("/") == str(other).rstrip("/")
 
 
-def _continued(run_dir: AnyPath, words: str, notes: list[str]) -> Start:
+def _continued(config: RunConfig, run_dir: AnyPath, words: str, notes: list[str]) -> Start:
     """From the newest checkpoint that is sound; the note tells of damaged ones, after what is to be told already."""
     checkpoint = newest_good(run_dir, notes.append)
     origin = "no checkpoint: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
-    return Start(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]))
+    return Start(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]), config)
 
 
 def _status(run_dir: AnyPath) -> str | None:
@@ -223,8 +225,8 @@ def _status(run_dir: AnyPath) -> str | None:
     return status if isinstance(status, str) else None
 
 
-def _check_same(config: RunConfig, run_dir: AnyPath) -> list[str]:
-    """Refuse to continue a run of another configuration; returns what is to be told.
+def _check_same(config: RunConfig, run_dir: AnyPath) -> tuple[RunConfig, list[str]]:
+    """Refuse to continue a run of another configuration; returns what goes on, and what is to be told.
 
     Where `config.yaml` is no configuration any more, the newest checkpoint's manifest tells it.
     """
@@ -237,19 +239,19 @@ def _check_same(config: RunConfig, run_dir: AnyPath) -> list[str]:
     if not isinstance(other, dict):
         for manifest in reversed(find(run_dir / "checkpoints", f"step-*/{MANIFEST}")):
             with suppress(CheckpointError):
-                _check_differences(config, read_manifest(manifest.parent).config, manifest.parent)
-                return [f"{path} is damaged ({found}): the configuration is that of {manifest.parent.name}"]
+                same = _check_differences(config, read_manifest(manifest.parent).config, manifest.parent)
+                return same, [f"{path} is damaged ({found}): the configuration is that of {manifest.parent.name}"]
         raise ConfigError(f"--resume: expected the configuration of a run in {path} or in a checkpoint, got {found}")
-    _check_differences(config, other, run_dir)
-    return []
+    return _check_differences(config, other, run_dir), []
 
 
-def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> None:
-    """Refuse to continue a run whose configuration would have learnt something else."""
+def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> RunConfig:
+    """Refuse to continue a run whose configuration would have learnt something else; returns what goes on."""
     if not isinstance(other, dict):
         raise ConfigError(f"--resume: expected the configuration of a run in {where}, got {type(other).__name__}")
-    ours = dict(_flat(config.model_dump(mode="json")))
     theirs = dict(_flat(_with_defaults(other)))
+    config = _with_recorded_tau(config, theirs)
+    ours = dict(_flat(config.model_dump(mode="json")))
     differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
     differing = [key for key in differing if key.split(".")[0] not in FREE and key != "name"]
     if differing:
@@ -259,6 +261,18 @@ def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> None:
         raise ConfigError(
             f"--resume: {where} was made by another configuration: {parts}{more}; use --resume never or --run-dir"
         )
+    return config
+
+
+def _with_recorded_tau(config: RunConfig, recorded: dict[str, Any]) -> RunConfig:
+    """Where a layer leaves τ to the default, the recorded run's: in earlier versions the default was 0.5."""
+    layers = list(config.model.layers)
+    for index, layer in enumerate(layers):
+        tau = recorded.get(f"model.layers.{index}.plasticity.tau")
+        if "tau" not in layer.plasticity.model_fields_set and isinstance(tau, float):
+            plasticity = layer.plasticity.model_copy(update={"tau": tau})
+            layers[index] = layer.model_copy(update={"plasticity": plasticity})
+    return config.model_copy(update={"model": config.model.model_copy(update={"layers": tuple(layers)})})
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def leave(run_dir: Path, config: RunConfig, status: str | None = None, steps: tu
 
 def test_a_new_run_goes_below_runs_and_makes_nothing(work: Path, make_config: MakeConfig) -> None:
     run_dir = work / "runs" / "digits"
-    assert choose(make_config(), None, "auto") == Start(run_dir, None, f"a new run in {run_dir}")
+    assert choose(make_config(), None, "auto") == Start(run_dir, None, f"a new run in {run_dir}", make_config())
     assert choose(make_config(), "elsewhere/x", "auto").run_dir == work / "elsewhere" / "x"
     assert list(work.iterdir()) == []
 
@@ -124,6 +124,25 @@ def test_another_configuration_is_refused_and_named(work: Path, make_config: Mak
         "seed: expected 0, got 3; use --resume never or --run-dir"
     )
     assert choose(other, "r", "never").run_dir == work / "r-2"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_tau_left_out_is_that_of_the_run_that_goes_on(work: Path, make_config: MakeConfig, damaged: bool) -> None:
+    """Its default was 0.5 in earlier versions, whose runs go on by the same command. One that is given must agree."""
+    plasticity = "model.layers.0.plasticity={lr: 0.1, lr_decay_steps: 20"
+    given = make_config(plasticity + ", tau: 0.5}")
+    leave(work / "r", given, "KILLED", (20,))
+    if damaged:
+        (work / "r" / "config.yaml").write_text("")
+    start = choose(make_config(plasticity + "}"), "r", "auto")
+    assert (start.resume, start.config) == (folder_of(work / "r", 20), given)
+    assert choose(given, "r", "auto").config == given
+    fresh = choose(make_config(plasticity + "}"), "r", "never").config
+    assert fresh.model.layers[0].plasticity.tau == 1.0
+    begun = choose(make_config(plasticity + "}"), "s", str(folder_of(work / "r", 20)))
+    assert (begun.run_dir, begun.config) == (work / "s", given)
+    with pytest.raises(ConfigError, match=r"plasticity\.tau: expected 0\.5, got 1\.0"):
+        choose(make_config(plasticity + ", tau: 1.0}"), "r", "auto")
 
 
 def test_many_differences_are_counted(work: Path, make_config: MakeConfig) -> None:
