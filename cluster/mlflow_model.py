@@ -50,6 +50,8 @@ class ModelLogger:
             folder = Path(temporary) / "model"
             try:
                 _save(self.load(str(path)), folder, input_shape)
+            except OSError:  # a full disk will be empty again
+                raise
             except Exception as error:  # a model that cannot be exported now cannot be later either
                 raise RejectedError(f"{type(error).__name__}: {error}") from error
             if model is None:  # not before it can be filled: what ends meanwhile leaves none that is pending

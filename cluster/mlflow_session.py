@@ -87,11 +87,11 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _silence(*loggers: str) -> Iterator[None]:
-    """Keep these loggers' chatter below WARNING off the terminal, for this thread only."""
+    """Keep what these loggers say off the terminal, for this thread only: what goes wrong is raised as well."""
     thread = threading.get_ident()
 
     def passes(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno >= logging.WARNING
+        return record.thread != thread
 
     handlers = {handler for name in loggers for handler in logging.getLogger(name).handlers}
     for handler in handlers:

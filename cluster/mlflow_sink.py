@@ -75,6 +75,7 @@ class MlflowSink:
         self._artifact_root = artifact_root
         self._log_model = log_model
         self._runs: dict[str, str] = {}
+        self._key = ""
         self._handlers: dict[str, Callable[[Event], None]] = {
             "start": self._on_start,
             "params": self._on_params,
@@ -89,6 +90,7 @@ class MlflowSink:
         """Find or make the parent run and one child per layer; returns their ids."""
         if start.get("kind") != "start":
             raise ValueError(f"expected the spool to begin with an event of kind start, got {start.get('kind')!r}")
+        self._key = str(start["run_key"])
         wanted = [PARENT, *(str(layer) for layer in range(start["layers"]))]
         if not set(wanted) <= set(runs):
             runs = self._find_or_make_runs(start, wanted)
@@ -225,12 +227,16 @@ class MlflowSink:
                 self._client.delete_run(run.info.run_id)
 
     def _answers(self) -> bool:
-        """Whether MLflow knows the run: if not, a refusal may be that of something that stands in its place."""
+        """Whether MLflow takes what is right of these runs: if not, a refusal says nothing about the event.
+
+        Something else may stand in its place, the runs may have been deleted, the user may write no more.
+        """
         try:
-            run_id: str = self._client.get_run(self._runs[PARENT]).info.run_id
+            for run_id in self._runs.values():
+                self._client.set_tag(run_id, RUN_KEY_TAG, self._key)
         except Exception:
             return False
-        return run_id == self._runs[PARENT]
+        return True
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from cluster.notices import SILENCE_S, Notices
 from cluster.spool import Event, Progress, Spool
 
 BATCH_EVENTS = 500
@@ -127,6 +128,8 @@ class Sender:
         """Layer → last step of its metrics that was confirmed."""
         self.last_error: str | None = None
         """Why the latest attempt failed; None once one succeeds."""
+        self.notices = Notices(destination)
+        """Says what fails, and that it works again, to whoever listens."""
         self._spool = spool
         self._progress_path = progress_path
         self._progress = Progress(destination)
@@ -163,6 +166,11 @@ class Sender:
     def pending(self) -> int:
         """Events not confirmed yet."""
         return sum(1 for _ in self._spool.read(self._progress.offset))
+
+    @property
+    def reason(self) -> str:
+        """Why something is left to send."""
+        return self.last_error or "the time was up"
 
     def wake(self) -> None:
         """Say that there is something new."""
@@ -210,7 +218,12 @@ class Sender:
                     self.last_error = f"TimeoutError: no whole answer within {self._stalled_s:g} s"
                 self._stalled.append(thread)
             if attempt.given_up or self._given_up:
+                attempt.given_up = True  # it makes no further request
                 break
+            if attempt.stalled(SILENCE_S):
+                self.notices.failing(self.last_error or f"no answer within {SILENCE_S:g} s")
+        if self.last_error is not None:
+            self.notices.failing(self.last_error)
         return attempt
 
     def _work(self, attempt: Attempt, on_sent: Callable[[int], None]) -> None:
@@ -273,6 +286,8 @@ class Sender:
         self.rejected += len(rejected)
         self.notes = [*self.notes, *rejected][-KEPT_NOTES:]
         self.sent += len(batch)
+        self.notices.refused(rejected)
+        self.notices.working()
         self._keep_steps(event for event, _ in batch)
         return len(batch)
 
@@ -306,7 +321,7 @@ class Sender:
 
     def _line(self, text: str) -> str:
         """A message fit to be shown: one line, not too long, without credentials."""
-        line = " ".join(self._redact(text).split())
+        line = " ".join(self._redact(text.partition("[SQL:")[0]).split())
         return line if len(line) <= LONGEST_NOTE else line[: LONGEST_NOTE - 1] + "…"
 
     def _save(self, progress: Progress, attempt: Attempt) -> None:

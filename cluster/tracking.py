@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -133,6 +133,13 @@ class Tracker:
         if self.config.enabled:
             self._thread = threading.Thread(target=self._sender.run, name="tracking-sender", daemon=True)
             self._thread.start()
+
+    def announce_to(self, tell: Callable[[str], None]) -> None:
+        """Where a person is told that MLflow takes no records, once per reason, and that it takes them again.
+
+        Called from the thread that sends, with lines without credentials; those of the time before come at once.
+        """
+        self._sender.notices.listen(tell)
 
     def params(self, values: Mapping[str, Any], layer: int | None = None) -> None:
         """Parameters of the run, or of one layer's; nested values get dotted names."""

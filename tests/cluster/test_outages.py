@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import cluster.mlflow_model
+import cluster.notices
 import cluster.sender
 import jobs.sync
 from cluster.mlflow_model import ModelLogger
@@ -321,6 +322,8 @@ AWAY = {
     "hanging": Outage("hang"),
     "500": Outage("error"),
     "503": Outage("error", status=503),
+    "401": Outage("error", status=401),
+    "403": Outage("error", status=403),
     "400 of a gateway": Outage("error", status=400),
     "404 of a gateway": Outage("error", status=404),
     "answers lost": Outage("lost reply"),
@@ -366,6 +369,32 @@ def test_away_in_the_middle_and_back_again(
     assert (end(tracker, "FAILED"), tracker.problems) == (0, [])
     assert len(proxy.failed) == count
     check_whole(client, run_dir, capsys)
+
+
+def test_a_refusal_is_told_once_and_so_is_its_end(
+    tmp_path: Path,
+    outage: Callable[..., Proxy],
+    client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of two reasons each is told, in the server's words, and MLflow itself says nothing."""
+    monkeypatch.setattr(cluster.notices, "TELL_AFTER_S", 0.0)
+    refused = {401: Outage("error", first=12, count=3, status=401), 403: Outage("error", first=12, count=4, status=403)}
+    proxy = outage(*refused.values())
+    run_dir = tmp_path / "told"
+    tracker = make_tracker(run_dir, proxy)
+    lines: list[str] = []
+    tracker.announce_to(lines.append)
+    record(tracker)
+    wait_until(lambda: len(lines) == 3)
+    assert (end(tracker), tracker.problems) == (0, [])
+    assert [line.partition(" at http")[0] for line in lines] == 3 * ["MLflow"]
+    for line, status in zip(lines, refused, strict=False):
+        assert f"error code {status} != 200. Response body: 'a planned failure'; the job goes on" in line
+    assert lines[2] == f"MLflow at {proxy.uri} takes records again"
+    assert in_mlflow(client, "told") == expected(run_dir)
+    assert "planned" not in "".join(capfd.readouterr())
 
 
 def test_slow(tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]) -> None:

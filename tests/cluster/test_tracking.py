@@ -6,11 +6,13 @@ import http.server
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +23,11 @@ import torch
 from torch import nn
 
 import cluster.mlflow_model
+import cluster.notices
+import cluster.sender
 from cluster.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
 from cluster.mlflow_sink import TRUNCATED, _shorten
+from cluster.notices import TELL_AFTER_S, Notices
 from cluster.redaction import redact
 from cluster.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
 from cluster.spool import Event, Progress, Spool, SpoolBusyError
@@ -221,6 +226,47 @@ def test_appending_does_not_wait_for_a_server_that_hangs(spool: Spool) -> None:
     sender.close(30.0)
     thread.join(30.0)
     assert [event["number"] for event in sink.got] == list(range(2000))
+
+
+def test_a_failure_is_told_once_per_reason_and_so_is_its_end() -> None:
+    now = 0.0
+    notices, lines = Notices("here", lambda: now), []
+    notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
+    now = TELL_AFTER_S - 1
+    notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
+    notices.working()  # nobody has heard of it, so nobody hears that it is over
+    notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
+    now += TELL_AFTER_S
+    notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
+    notices.listen(lines.append)
+    assert lines == [
+        "MLflow at here takes no records: refused by 0x7f00aa11bb22 at /runs/1; the job goes on, they are kept"
+    ]
+    notices.failing("refused by 0x7f00cc33dd44 at /runs/2")
+    notices.failing("403")
+    notices.failing("403")
+    assert [line.partition(": ")[2].partition(";")[0] for line in lines[1:]] == ["403"]
+    notices.working()
+    notices.working()
+    assert lines[2:] == ["MLflow at here takes records again"]
+    notices.refused(["model: too large", "model: too large"])
+    notices.refused(["model: too large"])
+    assert lines[3:] == ["not recorded in MLflow: model: too large"]
+
+
+def test_a_listener_that_cannot_hear_is_no_harm(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    monkeypatch.setattr(cluster.notices, "TELL_AFTER_S", 0.0)
+    fill(spool, ["start", "metrics"])
+    sink = ScriptedSink([ConnectionError("refused")])
+    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened)
+    sender.notices.listen(broken)
+    sender.load()
+    sender.close(30.0)
+    sender.run()
+    assert (sender.pending(), sink.errors) == (0, [])
 
 
 # --- configuration and secrets ---------------------------------------------------------------------------------
@@ -633,6 +679,61 @@ def test_text_that_is_no_utf8_holds_nothing_up(store: Path, tmp_path: Path, clie
     assert (tracker.close(), tracker.problems) == (0, [])
     run = client.get_run(tracker.run_id)
     assert (run.data.tags["host"], run.data.metrics) == ("caf?", {"good": 1.0})
+
+
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_nothing_is_passed_over_while_the_run_is_deleted(
+    what: str, store: Path, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told, kept, and sent once the run is back."""
+    monkeypatch.setattr(cluster.notices, "TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(cluster.sender, "BACKOFF_FIRST_S", 0.02)
+    lines: list[str] = []
+    tracker = Tracker(tmp_path / "run", config_of(store, f"without {what}"))
+    tracker.announce_to(lines.append)
+    tracker.start("run", layers=1)
+    wait_until(lambda: tracker._sender.pending() == 0)
+    run = client.get_run(tracker.run_id)
+    delete = {"run": client.delete_run, "experiment": client.delete_experiment}
+    restore = {"run": client.restore_run, "experiment": client.restore_experiment}
+    which = run.info.run_id if what == "run" else run.info.experiment_id
+    delete[what](which)
+    tracker.metrics(1, {"good": 1.0})
+    wait_until(lambda: lines)
+    assert (tracker._sender.pending(), tracker._sender.rejected) == (1, 0)
+    restore[what](which)
+    assert (tracker.close(), tracker.problems) == (0, [])
+    assert client.get_run(tracker.run_id).data.metrics == {"good": 1.0}
+    [why, end] = lines
+    assert "must be in the 'active' state. Current state is deleted" in why
+    assert end.endswith("takes records again")
+
+
+@pytest.mark.fault
+def test_a_locked_database_is_told(
+    store: Path, tmp_path: Path, recorded: Tracker, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SQLite waits 20 s for the lock."""
+    lines: list[str] = []
+    tracker = Tracker(tmp_path / "run", config_of(store, "locked"))
+    tracker.announce_to(lines.append)
+    tracker.start("run", layers=1)
+    wait_until(lambda: tracker._sender.pending() == 0)
+    with closing(sqlite3.connect(store / "mlflow.db")) as other:
+        other.execute("begin exclusive")
+        tracker.metrics(1, {"good": 1.0})
+        wait_until(lambda: lines, limit_s=60.0)
+        assert "database is locked; the job goes on" in lines[0]
+    assert (tracker.close(), tracker.problems) == (0, [])
+    assert lines[1:] == [f"MLflow at {tracker.uri} takes records again"]
+    assert "locked" not in "".join(capfd.readouterr())
+
+
+def wait_until(condition: Callable[[], Any], limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come to that in time"
+        time.sleep(0.02)
 
 
 def broken_model(path: str) -> nn.Module:
