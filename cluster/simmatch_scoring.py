@@ -52,4 +52,4 @@ def _load_pyfunc(path: str) -> Scorer:
     """
     import mlflow.pytorch
 
-    return Scorer(mlflow.pytorch.load_model(str(Path(path).parent)))
+    return Scorer(mlflow.pytorch.load_model(Path(path).absolute().parent.as_uri()))

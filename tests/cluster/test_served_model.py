@@ -14,7 +14,6 @@ import urllib.request
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ OWN = ("simmatch", "cluster", "jobs")
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stack, Path]:
     """A stack of two layers, the upper one supervised, and the folder that MLflow keeps of it."""
-    return log([CONVOLUTION, DENSE], torch.float32, tmp_path_factory.mktemp("float32"))
+    return log([CONVOLUTION, DENSE], torch.float32, tmp_path_factory.mktemp("float32") / "50% off? #1")
 
 
 def log(layers: list[dict[str, Any]], dtype: torch.dtype, folder: Path) -> tuple[Stack, Path]:
@@ -45,8 +44,7 @@ def log(layers: list[dict[str, Any]], dtype: torch.dtype, folder: Path) -> tuple
         if name.endswith("label"):
             torch.nn.init.normal_(tensor, generator=torch.Generator().manual_seed(0))
     save_model(stack, folder / "model")
-    logged = SimpleNamespace(artifact_location=None, source_run_id=None, model_id="m-1")
-    _save(load_exported(str(folder / "model")), folder / "logged", SIZE, logged)  # type: ignore[arg-type]
+    _save(load_exported(str(folder / "model")), folder / "logged", SIZE)
     return stack.eval(), folder / "logged"
 
 
@@ -76,7 +74,7 @@ def check(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
 
 def test_arrays_of_any_batch_are_scored(logged: tuple[Stack, Path], pyfunc: Any) -> None:
     stack, folder = logged
-    model = pyfunc(str(folder))
+    model = pyfunc(folder.as_uri())
     for batch in (1, 2, 9):  # it was traced with two
         found = model.predict(images(batch).numpy())
         assert {type(values) for values in found.values()} == {np.ndarray}
@@ -88,7 +86,7 @@ def test_the_scoring_protocol(key: str, logged: tuple[Stack, Path], pyfunc: Any)
     from mlflow.pyfunc.scoring_server import invocations
 
     stack, folder = logged
-    model = pyfunc(str(folder))
+    model = pyfunc(folder.as_uri())
     body = json.dumps({key: images(4).tolist()})
     answer = invocations(body, "application/json", model, model.metadata.get_input_schema())
     assert answer.status == 200
@@ -100,7 +98,7 @@ def test_a_model_of_float64_takes_float64_and_json_of_either(tmp_path: Path, pyf
     from mlflow.pyfunc.scoring_server import invocations
 
     stack, folder = log([CONVOLUTION], torch.float64, tmp_path)
-    model = pyfunc(str(folder))
+    model = pyfunc(folder.as_uri())
     [spec] = model.metadata.get_input_schema().inputs
     assert (spec.type, spec.shape) == (np.dtype("float64"), (-1, *SIZE))
     check(model.predict(images(3, torch.float64).numpy()), stack.outputs(images(3, torch.float64)))
@@ -135,7 +133,7 @@ def test_mlflow_predicts_and_serves_without_this_project(
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"inputs": images(3).tolist()}))
     command = [sys.executable, "-m", "mlflow", "models"]
-    where = ["--model-uri", str(folder), "--env-manager", "local"]
+    where = ["--model-uri", folder.as_uri(), "--env-manager", "local"]
     told = ["--content-type", "json", "--input-path", str(body), "--output-path", str(tmp_path / "found.json")]
     subprocess.run([*command, "predict", *where, *told], cwd=tmp_path, env=elsewhere, check=True, timeout=100)
     check(json.loads((tmp_path / "found.json").read_text())["predictions"], stack.outputs(images(3)))
