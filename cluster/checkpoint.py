@@ -77,8 +77,9 @@ class Cursor(_Record):
 
 
 class LayerState(_Record):
-    """What a layer needs beside its tensors to continue bit by bit: the bound its next dynamics use.
+    """What is recorded of a layer beside its tensors; M and `perron`, among these, determine the bound.
 
+    bound, ridge: see `simmatch.lateral.Bound`.
     usual: bound that its growth is measured from while it learns, see `cluster.watch.Growth`.
     """
 

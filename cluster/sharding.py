@@ -42,14 +42,14 @@ def gather_rows(tensor: Tensor, rows: Rows, exchange: Exchange) -> Tensor:
 def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingConv2d) -> None:
     """Fill `target`, a layer that holds all rows, from the shards of `source`, on every rank.
 
-    The bound of λmax(M) is computed afresh, as it is when the exported model is loaded: codes are the same.
+    λmax(M) is bounded afresh, as it is when the exported model is loaded: codes are the same.
     """
     with torch.no_grad():
         for name, tensor in replicated_state(source).items():
             getattr(target, name).copy_(tensor)
         for name, tensor in shard_state(source).items():
             getattr(target, name).copy_(gather_rows(tensor, source.rows, source.exchange))
-    target.invalidate_bound()
+    target.recertify()
 
 
 def of_every_rank(tensor: Tensor, exchange: Exchange) -> Tensor:

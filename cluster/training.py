@@ -201,8 +201,6 @@ class Training:
                 load_into(target, self.reader.whole(f"{prefix}.{name}"), name, self.reader.folder)
             for name, target in shard_state(layer).items():
                 load_into(target, self.reader.rows(f"{prefix}.{name}", rows), name, self.reader.folder)
-            state = self.reader.manifest.layers[index]
-            layer.restore_bound(state.bound, state.ridge)
         return layer
 
     def _learn(self, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d, train: FeatureStore) -> None:

@@ -21,6 +21,7 @@ ch. 23, the faces; Moré & Toraldo (1991) for alternating the two.
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +30,8 @@ import torch
 from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from simmatch.pool import Pool
 
 LANES = 16
 """Channels are padded to a multiple of this, so that every inner loop is whole vectors."""
@@ -249,14 +252,14 @@ def _solve_columns(matrices, drive, y, residual, moves, span, cold, limits, buff
 
 
 class CoordinateDescent:
-    """Solves columns with buffers and threads that last from call to call.
+    """Solves columns with buffers and threads that last from call to call; calls may come from several threads.
 
     torch's number of threads counts; each takes spans of columns until none is left.
     """
 
     def __init__(self) -> None:
-        self._threads: ThreadPoolExecutor | None = None
-        self._buffers: dict[tuple[int, torch.dtype], list[Any]] = {}
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+        self._buffers = Pool()
 
     def __reduce__(self) -> tuple[type[CoordinateDescent], tuple[()]]:
         """A copy of a layer starts with buffers and threads of its own."""
@@ -314,13 +317,15 @@ class CoordinateDescent:
                 span = (first, min(first + width, columns))
                 _solve_columns(matrices, *arrays, span, start is None, limits, buffers)  # type: ignore[call-arg]
 
-        buffers = self._borrow(matrix, threads)
-        if threads == 1 or columns <= width:
+        workers = 1 if columns <= width else threads
+        key = (len(matrix), matrix.dtype)
+        buffers = [self._buffers.take(key, lambda: _buffers(matrix)) for _ in range(workers)]
+        if workers == 1:
             work(buffers[0])
         else:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(threads, thread_name_prefix="columns")
-            list(self._threads.map(work, buffers))
+            list(self._executor(workers).map(work, buffers))
+        for lent in buffers:
+            self._buffers.give(key, lent)
         if answered is not drive:
             # the drive of a channel that nothing holds is what no solution can answer
             scale, own_scale = drive.abs().amax(dim=0), answered.abs().amax(dim=0)
@@ -328,13 +333,17 @@ class CoordinateDescent:
             residual = torch.where(scale > 0, torch.maximum(left, residual * own_scale) / scale, 0.0)
         return y, -(-int(moves.max()) // channels), residual
 
-    def _borrow(self, matrix: Tensor, threads: int) -> list[Any]:
-        """What each thread works in, as `_solve_columns` takes it."""
-        size, dtype = len(matrix), matrix.dtype
-        own = self._buffers.setdefault((size, dtype), [])
-        while len(own) < threads:
-            floats = torch.zeros(3, size, dtype=dtype)
-            factor = torch.zeros(size, size, dtype=dtype)
-            column = (tuple(floats.numpy()), np.zeros(size + 1, np.int64), factor.numpy())
-            own.append((column, *torch.zeros(2, CHUNK, size, dtype=dtype).numpy()))
-        return own[:threads]
+    def _executor(self, workers: int) -> ThreadPoolExecutor:
+        """Threads of this process: those of a parent do not live on after a fork."""
+        if self._threads is None or self._threads[0] != os.getpid():
+            self._threads = os.getpid(), ThreadPoolExecutor(workers, thread_name_prefix="columns")
+        return self._threads[1]
+
+
+def _buffers(matrix: Tensor) -> Any:
+    """What one thread works in, as `_solve_columns` takes it."""
+    size, dtype = len(matrix), matrix.dtype
+    floats = torch.zeros(3, size, dtype=dtype)
+    factor = torch.zeros(size, size, dtype=dtype)
+    column = (tuple(floats.numpy()), np.zeros(size + 1, np.int64), factor.numpy())
+    return column, *torch.zeros(2, CHUNK, size, dtype=dtype).numpy()

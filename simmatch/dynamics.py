@@ -39,8 +39,9 @@ from simmatch.block import Blocks, BlockTile, iterate_block
 from simmatch.config import DynamicsConfig
 from simmatch.exchange import IDENTITY, Exchange, Handle
 from simmatch.lateral import Bound, raise_shared
+from simmatch.pool import Pool
 from simmatch.rows import Rows, join_rows
-from simmatch.tile import Folded, Tile, iterate
+from simmatch.tile import SOLVERS, Folded, Tile, iterate
 
 if TYPE_CHECKING:
     from simmatch.coordinate import CoordinateDescent
@@ -68,7 +69,7 @@ class Solution:
 
 
 class Dynamics:
-    """Solves tiles of columns with buffers that last from call to call.
+    """Solves tiles of columns with buffers that last from call to call; calls may come from several threads.
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ class Dynamics:
             )
         self.config, self.rows, self.exchange = config, rows, exchange
         self._coordinates: CoordinateDescent | None = None
-        self._tiles: dict[tuple[Any, ...], list[Any]] = {}
+        self._tiles = Pool()
 
     def solve(
         self,
@@ -195,7 +196,7 @@ class Dynamics:
                 running.append((where, tile, steps, next(steps)))
             except StopIteration as stop:
                 yield where, tile.gathered, stop.value
-                self._free(type(tile), tile.drive, config).append(tile)
+                self._tiles.give(self._key(type(tile), tile.drive, config), tile)
 
     def _stepper(
         self, lateral: Tensor, bound: Bound, config: DynamicsConfig, fault: Exception | None
@@ -221,12 +222,14 @@ class Dynamics:
         return begin
 
     def _borrow(self, kind: type[TileT], like: Tensor, config: DynamicsConfig) -> TileT:
-        free = self._free(kind, like, config)
-        return free.pop() if free else kind(self.rows, like.shape[1], self.exchange, like, config)
+        key = self._key(kind, like, config)
+        tile: TileT = self._tiles.take(key, lambda: kind(self.rows, like.shape[1], self.exchange, like, config))
+        return tile
 
-    def _free(self, kind: type, like: Tensor, config: DynamicsConfig) -> list[Any]:
-        """Tiles of one kind and width that wait for their next use."""
-        return self._tiles.setdefault((kind, config.exchange_dtype, like.shape[1], like.dtype, like.device), [])
+    @staticmethod
+    def _key(kind: type, like: Tensor, config: DynamicsConfig) -> tuple[Any, ...]:
+        """What tiles have in common that may stand in for each other."""
+        return kind, config.exchange_dtype, like.shape[1], like.dtype, like.device
 
 
 def _non_finite(values: Tensor) -> Tensor:
@@ -234,25 +237,34 @@ def _non_finite(values: Tensor) -> Tensor:
     return ~torch.stack(values.aminmax()).isfinite().all().reshape(1)
 
 
-def unrolled(drive: Tensor, lateral: Tensor, bound: Bound, config: DynamicsConfig) -> Tensor:
+def unrolled(
+    drive: Tensor, lateral: Tensor, config: DynamicsConfig, *, bound: float | Tensor, ridge: float | Tensor
+) -> Tensor:
     """The `encode_iterations` iterations of evaluation as one plain graph, for export.
 
     Same arithmetic and same decisions as `Dynamics.solve(..., fixed=True)` on a single owner, without tiles or
     in-place updates: drive [K, N], lateral [K, K] → y [K, N].
+
+    Parameters
+    ----------
+    bound, ridge: as in `Bound`, or in the graph itself (`traced_bound`).
     """
     config = config.encoding()
-    folded = Folded.from_lateral(lateral, bound, config, Rows.all(lateral.shape[0]))
-    bias = drive * folded.step
+    solver = SOLVERS[config.solver]
+    step = solver.step(config, bound)
+    identity = torch.eye(lateral.shape[0], dtype=lateral.dtype, device=lateral.device)
+    matrix = lateral * -step + identity * (1.0 - step * ridge)  # A = I − s(M + εI), as `Folded` has it
+    bias: Tensor = drive * step
     w_prev, y = bias, bias.clamp(min=0.0)
     k = torch.ones_like(drive[0])
     uphill: Tensor | None = None
     for iteration in range(1, config.max_iterations):
         if uphill is not None:
             k = torch.where(uphill, torch.zeros_like(k), k)
-        w = torch.addmm(bias, folded.matrix, y)
+        w = torch.addmm(bias, matrix, y)
         following = w
-        if folded.solver.momentum is not None:
-            following = torch.lerp(w_prev, w, folded.solver.momentum(k, torch.empty_like(k)) + 1.0)
+        if solver.momentum is not None:
+            following = torch.lerp(w_prev, w, solver.momentum(k, torch.empty_like(k)) + 1.0)
             k = k + 1.0
         following = following.clamp(min=0.0)
         checked = iteration % config.check_every == 0

@@ -67,7 +67,7 @@ def raise_marked(marks: Tensor, what: str, fault: Exception | None = None) -> No
 
 
 class GatheredState:
-    """Moves the state of one layer between its owners; buffers last from update to update.
+    """Moves the state of one layer between its owners.
 
     Parameters
     ----------
@@ -81,7 +81,6 @@ class GatheredState:
         self.rows, self.exchange, self.filters = rows, exchange, filters
         self.widths = [math.prod(filters), rows.total, num_classes]
         self._parts = split_rows(rows.total, exchange.world_size)
-        self._buffers: dict[str, Slices] = {}
 
     def weights(self, own: Weights, *, label: bool) -> Weights:
         """Own rows of W [K_g, C, k, k], M [K_g, K] and, if asked for, V [K_g, num_classes] → all rows, everywhere.
@@ -92,7 +91,7 @@ class GatheredState:
             On all owners, where the rows of one are not finite.
         """
         widths = self.widths[: 3 if label else 2]
-        buffer, rank = self._buffer("weights", sum(widths), own.lateral), self.exchange.rank
+        buffer, rank = self._slices(sum(widths), own.lateral), self.exchange.rank
         _fill(buffer.table[rank], [own.feedforward.flatten(1), own.lateral, own.label], widths)
         buffer.marks[rank] = HEALTHY
         mark_if_not_finite(buffer.marks[rank], buffer.table[rank])
@@ -105,7 +104,7 @@ class GatheredState:
         return Weights(feedforward.view(-1, *self.filters), lateral, whole_label)
 
     def statistics(self, sums: Statistics | None, like: Tensor, fault: Exception | None = None) -> Statistics:
-        """Sums over own columns for all K rows → sums over all columns for own rows, good until the next call.
+        """Sums over own columns for all K rows → sums over all columns for own rows.
 
         Parameters
         ----------
@@ -119,7 +118,7 @@ class GatheredState:
         SharedFault
             On all owners, where one has a fault or sums that are not finite.
         """
-        sent, received = (self._buffer(name, sum(self.widths), like) for name in ("sent", "received"))
+        sent, received = (self._slices(sum(self.widths), like) for _ in range(2))
         sent.marks.fill_(mark_of(fault))
         if sums is not None:
             tensors = [sums.yx.flatten(1), sums.yy, sums.yz]
@@ -135,14 +134,9 @@ class GatheredState:
         yx, yy, yz = torch.split(total, self.widths, dim=1)
         return Statistics(yx.view(-1, *self.filters), yy, yz, sums.zz, sums.count)
 
-    def _buffer(self, name: str, width: int, like: Tensor) -> Slices:
+    def _slices(self, width: int, like: Tensor) -> Slices:
         """Slices of the padded rows with one mark."""
-        found = self._buffers.get(name)
-        wanted = (width, like.dtype, like.device)
-        if found is None or (found.table.shape[2], found.flat.dtype, found.flat.device) != wanted:
-            found = Slices(self.exchange.world_size, self.rows.padded, width, 1, like)
-            self._buffers[name] = found
-        return found
+        return Slices(self.exchange.world_size, self.rows.padded, width, 1, like)
 
 
 def _fill(table: Tensor, tensors: Sequence[Tensor], widths: Sequence[int]) -> None:

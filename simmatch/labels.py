@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -15,8 +15,14 @@ UNLABELLED = -1
 """Label of an image whose class is unknown: it contributes nothing to V and V nothing to it."""
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise ValueError for a label outside 0 … num_classes − 1 that is not `UNLABELLED`."""
+def check_labels(labels: Any, num_classes: int, images: int) -> None:
+    """Raise ValueError unless labels are integers, one per image, in 0 … num_classes − 1 or `UNLABELLED`."""
+    given = f"{list(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+    if num_classes == 0:
+        raise ValueError(f"labels: expected None for a layer with num_classes=0, got {given}")
+    integers = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if not integers or labels.dtype == torch.bool or labels.shape != (images,):
+        raise ValueError(f"labels: expected a tensor of integers [{images}], the class of each image, got {given}")
     valid = (labels == UNLABELLED) | ((labels >= 0) & (labels < num_classes))
     if not bool(valid.all()):
         worst = int(labels[~valid][0])
@@ -25,7 +31,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 def one_hot(labels: Tensor, layer: SimilarityMatchingConv2d, positions: int) -> Tensor:
     """z [num_classes, B · positions] of checked labels [B]: zero columns where unlabelled."""
-    check_labels(labels, layer.num_classes)
-    classes = torch.arange(layer.num_classes, device=labels.device)
-    z = (rearrange(labels, "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
+    check_labels(labels, layer.num_classes, len(labels))
+    classes = torch.arange(layer.num_classes, device=layer.label.device)
+    z = (rearrange(labels.to(classes.device), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
     return z.repeat_interleave(positions, dim=1)

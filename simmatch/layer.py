@@ -16,12 +16,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from simmatch.arguments import check_arguments
+from simmatch.arguments import (
+    check_activities,
+    check_arguments,
+    check_images,
+    check_positions,
+    check_some,
+    check_statistics,
+)
+from simmatch.compiling import eager
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.dynamics import Solution, unrolled
 from simmatch.exchange import IDENTITY, Exchange
@@ -36,13 +45,16 @@ from simmatch.geometry import (
     sample_patches,
     zca,
 )
-from simmatch.labels import one_hot
-from simmatch.lateral import Bound, certify, certify_afresh
+from simmatch.labels import check_labels, one_hot
+from simmatch.lateral import Bound, certify, certify_afresh, traced_bound
 from simmatch.objective import diverging, similarity_objective, worse_than_silence
 from simmatch.plasticity import RULES, Statistics, Weights, class_frequency_change, learning_rate
 from simmatch.rows import Rows
 from simmatch.seeding import seeded
 from simmatch.sharing import ColumnSharing, RowSharing, Sharing
+
+PLASTIC = ("feedforward", "lateral", "label", "class_frequency", "silent")
+"""Buffers that a step of plasticity changes."""
 
 
 class SimilarityMatchingConv2d(nn.Module):
@@ -74,7 +86,7 @@ class SimilarityMatchingConv2d(nn.Module):
     input_power: tr C_x, the mean squared norm of a patch after normalisation and whitening; 0 before `calibrate`.
     class_frequency: [num_classes], p̂.
     silent: [K_g], updates in a row in which the channel was silent on every column.
-    perron: [K], approximate Perron vector of M.
+    perron: [K], approximate Perron vector of M; with M itself it determines the bound of λmax(M).
     updates, revived: counts of updates and of re-drawn channels.
     dead_channels: channels of all owners found dead at the last update (and then revived, if so configured).
     """
@@ -123,6 +135,7 @@ class SimilarityMatchingConv2d(nn.Module):
             num_classes=num_classes,
             label_gain=label_gain,
             normalize=normalize,
+            dtype=dtype,
         )
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.label_gain, self.whiten, self.whiten_ridge, self.seed = label_gain, whiten, whiten_ridge, seed
@@ -137,7 +150,7 @@ class SimilarityMatchingConv2d(nn.Module):
             self.sharing = ColumnSharing(self.dynamics, self.rows, self.exchange, filters, num_classes)
         else:
             self.sharing = RowSharing(self.dynamics, self.rows, self.exchange, alone=exchange is None)
-        self._bound: Bound | None = None
+        self._kept: tuple[Bound, Tensor, int] | None = None  # bound, and the M that it is of with its version
         self.dead_channels = 0
 
         own, size = self.rows.count, self.patch.patch_size
@@ -157,7 +170,6 @@ class SimilarityMatchingConv2d(nn.Module):
         self.register_buffer("perron", zeros(out_channels).add_(1.0))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("revived", torch.zeros((), dtype=torch.int64))
-        self.register_load_state_dict_post_hook(lambda *_: self.invalidate_bound())  # type: ignore[no-untyped-call]
         self.lateral.diagonal(offset=self.rows.start).fill_(1.0)
         for channel in range(self.rows.start, self.rows.stop):
             self.feedforward[channel - self.rows.start] = self._draw_row(channel, 0)
@@ -179,9 +191,15 @@ class SimilarityMatchingConv2d(nn.Module):
 
         positions: [B, n], the only positions of each image to be driven, solved and learnt from, as h · W' + w;
         activities are then maps of 1 × n. None: all.
+
+        Raises
+        ------
+        ValueError
+            Images or positions of another shape, format or device; images that require a gradient.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"expected images [B, {self.in_channels}, H, W], got {list(x.shape)}")
+        check_images(x, self.in_channels, self.feedforward)
+        if positions is not None:
+            check_positions(positions, x.shape[0], self.patch.map_size((x.shape[2], x.shape[3])))
         return prepare(x, self.patch, self._whitening(), positions)
 
     def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
@@ -191,13 +209,22 @@ class SimilarityMatchingConv2d(nn.Module):
         ----------
         x: [B, C, H, W], a sample of the input.
         num_patches: patches taken from it at random positions.
+
+        Raises
+        ------
+        ValueError
+            No images, or of another shape or format, or with values that are not finite.
         """
+        check_images(x, self.in_channels, self.feedforward)
+        check_some(x.shape[0])
+        if not bool(x.isfinite().all()):
+            raise ValueError("images: expected finite values, got NaN or infinity")
         sample = sample_patches(x, self.patch, num_patches, seeded("calibrate", self.seed))
         if self.whiten:
             found = zca(sample, self.whiten_ridge)
+            sample = (sample - found.mean) @ found.matrix.T
             self.whitening.copy_(found.matrix)
             self.whitening_mean.copy_(found.mean)
-            sample = (sample - found.mean) @ found.matrix.T
         self.input_power.copy_(sample.square().sum(dim=1).mean())
 
     @property
@@ -213,11 +240,50 @@ class SimilarityMatchingConv2d(nn.Module):
 
     @property
     def bound(self) -> Bound:
-        """Certified bound of λmax(M), equal on all owners; computed afresh after the weights were loaded."""
-        if self._bound is None:
-            self._bound = certify_afresh(self.lateral, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
-            self.perron.copy_(self._bound.perron)
-        return self._bound
+        """Certified bound of λmax(M), equal on all owners: a function of `lateral` and `perron` and of nothing else.
+
+        One owner computes it from the M at hand whenever it is asked for. Several keep it from update to update, for
+        it takes exchanges; see `check_kept`.
+        """
+        if self.exchange.world_size == 1:
+            return self._certify()
+        if self._kept is None:
+            self._keep(self._certify())
+        assert self._kept is not None
+        return self._kept[0]
+
+    def _certify(self) -> Bound:
+        return certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
+
+    def _keep(self, bound: Bound) -> None:
+        self._kept = (bound, self.lateral, self.lateral._version) if self.exchange.world_size > 1 else None
+
+    def check_kept(self) -> None:
+        """Raise RuntimeError where several owners keep a bound and own rows of M are not those that it is of.
+
+        Rows that are not finite pass: the dynamics tell all owners of them.
+        """
+        if self._kept is None:
+            return
+        _, lateral, version = self._kept
+        if (self.lateral is not lateral or lateral._version != version) and bool(self.lateral.isfinite().all()):
+            raise RuntimeError(
+                "lateral: expected the rows that the last update or load left, got others; "
+                "call recertify() on all owners after writing to them"
+            )
+
+    def recertify(self) -> None:
+        """Find the Perron vector of M anew, for the tightest bound; all owners together.
+
+        Any `perron` bounds λmax(M), tightly where it is that of M; worth a call after writing to `lateral`.
+        """
+        found = certify_afresh(self.lateral, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
+        self.perron.copy_(found.perron)
+        self._kept = None
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*arguments, **options)
 
     @property
     def weights(self) -> Weights:
@@ -236,6 +302,13 @@ class SimilarityMatchingConv2d(nn.Module):
         by_image += rearrange(driven, "k b -> k b 1")
         return result
 
+    def check_batch(self, images: int, labels: Tensor | None) -> None:
+        """Raise, before anything is computed or changed, what keeps this owner from work on a batch."""
+        if labels is not None:
+            check_labels(labels, self.num_classes, images)
+        self.check_kept()
+
+    @eager
     def solve(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
         """Activities y [B, K, H', W'] of all channels, with residual [B, H', W'].
 
@@ -247,7 +320,8 @@ class SimilarityMatchingConv2d(nn.Module):
         Raises
         ------
         ValueError
-            Images of another shape, or labels out of range.
+            Images of another shape, format or device, or that require a gradient; labels that are not one known class
+            per image.
         SharedFault
             On all owners alike: one of them met an exception or a non-finite value.
         """
@@ -264,16 +338,32 @@ class SimilarityMatchingConv2d(nn.Module):
 
     def forward(self, x: Tensor | Patches) -> Tensor:
         """Label-free activities [B, K, H', W'] after the fixed number of iterations used in evaluation."""
+        if not torch.compiler.is_exporting():
+            return self._encode(x)
         patches = x if isinstance(x, Patches) else self.prepare(x)
-        if torch.compiler.is_exporting():
-            return self._as_maps(unrolled(self.drive(patches), self.lateral, self.bound, self.dynamics), patches)
+        bound, ridge = traced_bound(self.lateral, self.perron, ridge=self.dynamics.ridge)
+        y = unrolled(self.drive(patches), self.lateral, self.dynamics, bound=bound, ridge=ridge)
+        return self._as_maps(y, patches)
+
+    @eager
+    def _encode(self, x: Tensor | Patches) -> Tensor:
+        patches = x if isinstance(x, Patches) else self.prepare(x)
         return self._as_maps(self.sharing.solve(self, patches, None, fixed=True).y, patches)
 
     # ------------------------------------------------------------------------------------------- slow: plasticity
 
     def statistics(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None) -> Statistics:
-        """Sums over the columns of a batch; y [B, K, H', W'] as from `solve`."""
+        """Sums over the columns of a batch; y [B, K, H', W'] as from `solve`.
+
+        Raises
+        ------
+        ValueError
+            Images, activities or labels that do not fit this layer or each other.
+        """
         patches = x if isinstance(x, Patches) else self.prepare(x)
+        check_activities(y, (patches.batch_size, self.out_channels, *patches.map_size), self.feedforward)
+        if labels is not None:
+            check_labels(labels, self.num_classes, patches.batch_size)
         return self._statistics(patches, rearrange(y, "b k h w -> k (b h w)"), labels, self.rows)
 
     def _statistics(self, patches: Patches, y: Tensor, labels: Tensor | None, rows: Rows) -> Statistics:
@@ -299,7 +389,9 @@ class SimilarityMatchingConv2d(nn.Module):
     def apply(  # type: ignore[override]
         self, statistics: Statistics, fault: Exception | None = None
     ) -> None:
-        """One plasticity step on the own rows, then the bound of the new M and the revival of dead channels.
+        """One plasticity step on the own rows, then the revival of dead channels.
+
+        Nothing changes on any owner unless the new weights of all owners are finite and the new M has a bound.
 
         Warns of a relative objective above 1 once the start is forgotten (`simmatch.objective.diverging`).
 
@@ -307,18 +399,35 @@ class SimilarityMatchingConv2d(nn.Module):
 
         Raises
         ------
+        ValueError
+            Statistics of another layer, or of no columns.
         SharedFault
             On all owners, where one has a fault or non-finite weights.
         """
-        dead = torch.zeros(self.rows.count, dtype=torch.bool, device=self.lateral.device)
+        perron = self.bound.perron
+        after = {name: getattr(self, name) for name in PLASTIC}
         try:
             if fault is None:
-                self._learn(statistics)
-                dead = self.silent >= self.plasticity.dead_after
+                check_statistics(statistics, self.weights)
+                after = self._learnt(statistics)
         except Exception as error:
             fault = error
-        self._certify(dead, fault)
-        channels = torch.nonzero(self.bound.flagged).flatten().tolist()
+        bound = certify(
+            after["lateral"],
+            perron,
+            self.rows,
+            ridge=self.dynamics.ridge,
+            exchange=self.exchange,
+            flagged=after["silent"] >= self.plasticity.dead_after,
+            healthy=bool(after["feedforward"].isfinite().all() & after["label"].isfinite().all()),
+            fault=fault,
+        )
+        for name, value in after.items():
+            getattr(self, name).copy_(value)
+        self.perron.copy_(perron)
+        self.updates.add_(1)
+        self._keep(bound)
+        channels = torch.nonzero(bound.flagged).flatten().tolist()
         self.dead_channels = len(channels)
         if channels and self.plasticity.revive:
             self._revive(channels)
@@ -326,31 +435,20 @@ class SimilarityMatchingConv2d(nn.Module):
             above_one = worse_than_silence(statistics, self.alpha)
             complaint = diverging(self.plasticity, int(self.updates), above_one=above_one)
             if complaint is not None:
-                warnings.warn(complaint, stacklevel=5)  # the call of `partial_fit`
+                warnings.warn(complaint, stacklevel=6)  # the call of `partial_fit`
 
-    def _learn(self, statistics: Statistics) -> None:
+    def _learnt(self, statistics: Statistics) -> dict[str, Tensor]:
+        """What a step makes of `PLASTIC`; none of it is changed here."""
         lr = learning_rate(self.plasticity, int(self.updates))
         change = RULES[self.plasticity.rule](self.weights, statistics, self.class_frequency, lr, self.plasticity)
-        self.class_frequency.add_(class_frequency_change(statistics, self.class_frequency, lr))
-        self.feedforward.add_(change.feedforward)
-        self.lateral.add_(change.lateral)
-        self.label.add_(change.label)
-        self.silent.add_(1).masked_fill_(statistics.yy.diagonal(offset=self.rows.start) > 0, 0)
-        self.updates.add_(1)
-
-    def _certify(self, dead: Tensor | None = None, fault: Exception | None = None) -> None:
-        healthy = bool(self.feedforward.isfinite().all() & self.label.isfinite().all())
-        self._bound = certify(
-            self.lateral,
-            self.perron,
-            self.rows,
-            ridge=self.dynamics.ridge,
-            exchange=self.exchange,
-            flagged=dead,
-            healthy=healthy,
-            fault=fault,
-        )
-        self.perron.copy_(self._bound.perron)
+        active = statistics.yy.diagonal(offset=self.rows.start) > 0
+        return {
+            "feedforward": self.feedforward + change.feedforward,
+            "lateral": self.lateral + change.lateral,
+            "label": self.label + change.label,
+            "class_frequency": self.class_frequency + class_frequency_change(statistics, self.class_frequency, lr),
+            "silent": (self.silent + 1).masked_fill_(active, 0),
+        }
 
     def _revive(self, channels: list[int]) -> None:
         """Dead channels start again: a fresh row of W, no lateral or label weights but M_ii = 1.
@@ -369,8 +467,10 @@ class SimilarityMatchingConv2d(nn.Module):
                 self.label[row] = 0.0
                 self.silent[row] = 0
         self.perron.fill_(1.0)
-        self._certify()
+        self._kept = None
+        self._keep(self._certify())
 
+    @eager
     @torch.no_grad()
     def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
         """Learn from one batch: solve, statistics, apply. Returns the columns' solution, y [K, N], residual [N].
@@ -379,7 +479,20 @@ class SimilarityMatchingConv2d(nn.Module):
         `split_columns(…)[rank]`: learning does not need the others. `simmatch.record.measure` looks at all.
 
         A layer that whitens, or has a label gain, calibrates itself on its first batch if nobody did.
+
+        Raises
+        ------
+        ValueError
+            A batch that does not fit (see `solve`), or of size 0. Nothing has changed.
+        SharedFault
+            On all owners alike: one of them met an exception or a non-finite value. No weights have changed.
         """
+        if isinstance(x, Tensor):
+            check_images(x, self.in_channels, self.feedforward)
+        images = x.batch_size if isinstance(x, Patches) else x.shape[0]
+        check_some(images)
+        if self.exchange.world_size == 1:  # several owners tell each other
+            self.check_batch(images, labels)
         if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
             self.calibrate(x)
         patches = x if isinstance(x, Patches) else self.prepare(x)
@@ -410,17 +523,9 @@ class SimilarityMatchingConv2d(nn.Module):
         y: [K, N], activities of all channels as returned by `partial_fit`.
         """
         patches = x if isinstance(x, Patches) else self.prepare(x)
+        check_some(patches.batch_size)
         positions = patches.map_size[0] * patches.map_size[1]
         images = min(patches.batch_size, max(1, columns // positions))
         found = explicit(patches, self.patch, self._whitening(), images=images)
-        z = None if labels is None or self.num_classes == 0 else one_hot(labels[:images], self, positions)
+        z = None if labels is None else one_hot(labels[:images], self, positions)
         return float(similarity_objective(found, y[:, : images * positions], z, float(self.alpha)))
-
-    def invalidate_bound(self) -> None:
-        """Forget the bound of M; call after writing to `lateral`."""
-        self._bound = None
-
-    def restore_bound(self, value: float, ridge: float) -> None:
-        """Put back a bound that belongs to the present weights, so that a resumed run repeats every bit."""
-        flagged = torch.zeros(self.out_channels, dtype=torch.bool, device=self.lateral.device)
-        self._bound = Bound(value, ridge, self.perron.clone(), flagged)

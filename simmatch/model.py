@@ -272,6 +272,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
         raise ConfigError(f"{folder / 'config.yaml'}: expected a mapping, got {type(values).__name__}")
     export = parse(ExportConfig, values)
     tensors = load_file(folder / "model.safetensors")
+    if "layers.0.feedforward" not in tensors:
+        raise ConfigError("layers.0.feedforward: expected a tensor, got nothing")
     stack = Stack(export.model, export.input, dtype=tensors["layers.0.feedforward"].dtype, device=device)
     for index in range(len(export.model.layers)):
         layer = stack.layer(index)
@@ -282,7 +284,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
             check_lateral(layer.lateral)
         except ValueError as error:
             raise ConfigError(f"layers.{index}.{error}") from None
-        layer.invalidate_bound()
+        layer.recertify()
     return stack.eval()
 
 

@@ -53,6 +53,7 @@ class RowSharing:
         own_drive = layer.lateral.new_zeros(self._rows.count, patches.batch_size * patches.positions)
         fault: Exception | None = None
         try:
+            layer.check_batch(patches.batch_size, labels)
             own_drive = layer.drive(patches, labels)
         except Exception as error:
             fault = error
@@ -99,7 +100,10 @@ class ColumnSharing:
         bound, weights = layer.bound, self._weights(layer)
         columns = self._columns(patches)
         own, fault = _unsolved(layer, columns), None
+        if columns.total == 0:
+            return own
         try:
+            layer.check_batch(patches.batch_size, labels)
             own = self._solve(layer, Touched.by(columns, patches, layer.patch), labels, weights, bound, fixed=fixed)
         except Exception as error:
             fault = error
@@ -119,6 +123,7 @@ class ColumnSharing:
         columns = self._columns(patches)
         solution, sums, fault = _unsolved(layer, columns), None, None
         try:
+            layer.check_batch(patches.batch_size, labels)
             touched = Touched.by(columns, patches, layer.patch)
             solution = self._solve(layer, touched, labels, weights, bound)
             y, own_labels = touched.with_zeros(solution.y), _of(labels, touched)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ class Solver:
 
     Attributes
     ----------
-    step: (configuration, λ̂) → step s.
+    step: (configuration, λ̂) → step s; numbers, or tensors of a graph.
     momentum: (k, out) writes β into `out` [n], k [n] being the iterations since a column's last restart.
     """
 
-    step: Callable[[DynamicsConfig, float], float]
+    step: Callable[[DynamicsConfig, Any], Any]
     momentum: Callable[[Tensor, Tensor], Tensor] | None
 
 

@@ -86,7 +86,7 @@ class State:
         )
         layer.feedforward.copy_(self.feedforward)
         layer.lateral.copy_(self.lateral)
-        layer.invalidate_bound()
+        layer.recertify()
         return layer
 
     def problem(self, images: Tensor) -> Problem:

@@ -79,7 +79,6 @@ class Bench:
 
     layer: SimilarityMatchingConv2d
     state: dict[str, Tensor]
-    bound: tuple[float, float]
     images: Tensor
 
 
@@ -104,10 +103,9 @@ def seat(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed: 
     layer.feedforward.copy_(weights["feedforward"][own])
     layer.lateral.copy_(weights["lateral"][own])
     layer.perron.copy_(weights["perron"])
-    layer.invalidate_bound()
-    bound = layer.bound  # certified by all ranks together; writes `perron`
+    layer.recertify()
     state = {key: value.clone() for key, value in layer.state_dict().items()}
-    member.kept[name] = Bench(layer, state, (bound.value, bound.ridge), images[:batch])
+    member.kept[name] = Bench(layer, state, images[:batch])
 
 
 def update(member: Member, name: str) -> Sample:
@@ -115,7 +113,7 @@ def update(member: Member, name: str) -> Sample:
     bench: Bench = member.kept[name]
     exchange = member.exchange
     bench.layer.load_state_dict(bench.state)
-    bench.layer.restore_bound(*bench.bound)
+    _ = bench.layer.bound  # certified by all ranks together, as an update leaves it
     exchange.all_gather(torch.zeros(exchange.world_size, 1)).wait()  # all start together
     before = (exchange.num_exchanges, exchange.bytes_exchanged, exchange.waited_s)
     start = time.perf_counter()

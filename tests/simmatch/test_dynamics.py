@@ -363,7 +363,7 @@ def test_unrolled_equals_the_fixed_solver(
     bound = certify_afresh(lateral, Rows.all(lateral.shape[0]), ridge=config.ridge)
     fixed = dynamics(config, lateral).solve(columns, lateral, bound, fixed=True)
     assert fixed.num_iters == 30
-    plain = unrolled(columns, lateral, bound, config)
+    plain = unrolled(columns, lateral, config, bound=bound.value, ridge=bound.ridge)
     assert (plain - fixed.y).abs().amax() <= tolerance * fixed.y.amax()
 
 

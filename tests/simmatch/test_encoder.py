@@ -60,7 +60,7 @@ def untaught(lateral: Tensor, seed: int, **options: object) -> SimilarityMatchin
     """A layer on 2 channels with random W and a given M."""
     made = SimilarityMatchingConv2d(2, len(lateral), 3, seed=seed, dtype=torch.float64, **options)  # type: ignore[arg-type]
     made.lateral.copy_(lateral)
-    made.invalidate_bound()
+    made.recertify()
     return made
 
 
@@ -314,7 +314,7 @@ def test_operations_are_counted(layer: SimilarityMatchingConv2d, images: Tensor)
 def test_wrong_input_is_refused(layer: SimilarityMatchingConv2d, images: Tensor) -> None:
     with pytest.raises(ValueError, match="images: expected at least one, got none"):
         feedforward_encoder(layer, images[:0])
-    with pytest.raises(ValueError, match=r"expected images \[B, 1, H, W\], got \[9, 2, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"images: expected \[B, 1, H, W\], got \[9, 2, 8, 8\]"):
         feedforward_filter(layer, images[:9].repeat(1, 2, 1, 1))
     shard = SimilarityMatchingConv2d(1, 8, 3, rows=split_rows(8, 2)[0])
     with pytest.raises(ValueError, match="expected a layer with all 8 channels, got 4"):

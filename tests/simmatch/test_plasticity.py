@@ -82,7 +82,7 @@ def test_one_update_equals_the_authors_gradient_step(rate: float, tau: float) ->
     )
     layer.feedforward.copy_(feedforward)
     layer.lateral.copy_(lateral)
-    layer.invalidate_bound()
+    layer.recertify()
     solution = layer.partial_fit(images)
     torch.testing.assert_close(solution.y, y.transpose(0, 1).flatten(1), rtol=1e-11, atol=1e-11)
     assert (encoder.weight - feedforward).abs().amax() > 1e-3  # something was learnt
@@ -351,7 +351,7 @@ def silence(layer: SimilarityMatchingConv2d, channels: list[int]) -> None:
     """Images are nonnegative: weights of −5 never see a positive drive, and they decay towards 0 from below."""
     layer.feedforward[channels] = -5.0
     layer.lateral[channels, channels] = 40.0
-    layer.invalidate_bound()
+    layer.recertify()
 
 
 def test_dead_channels_are_counted(digits: Dataset) -> None:
