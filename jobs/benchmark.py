@@ -3,7 +3,8 @@
 Rows go to standard output and to `<run-dir>/<subcommand>.jsonl`, one JSON object per line; tables and progress go to
 standard error; figures into `<run-dir>/figures`.
 
-Exit status: 0 finished, 2 bad input or something needed is missing (one line), 130 interrupted.
+Exit status: 0 finished, 2 bad input or something needed is missing (one line), 130, 143 or 129: told to end (Ctrl-C,
+SIGTERM, a closed terminal).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from cluster.redaction import one_line
 from jobs.benchmarks import dynamics, network, overhead, pynsm, scaling
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
+from jobs.ending import Ending
 from jobs.options import at_least
 from jobs.program import run_program
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.formats import DataError
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
 
 SUBCOMMANDS = {
     "dynamics": (dynamics, "the solvers on one device: iterations, columns/s, share of the GEMM rate, memory"),
@@ -39,11 +41,11 @@ SUBCOMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run. Returns the exit status."""
     options = _parser().parse_args(arguments)
-    before = torch.get_num_threads()
+    before, ending = torch.get_num_threads(), Ending()
     try:
         torch.set_num_threads(options.threads or before)
         run_dir = local_folder("--run-dir", options.run_dir, default_root() / f"benchmark-{options.subcommand}")
-        with threadpool_limits(limits=torch.get_num_threads()), Report(options.subcommand, run_dir) as report:
+        with ending, threadpool_limits(limits=torch.get_num_threads()), Report(options.subcommand, run_dir) as report:
             report.environment(vars(options))
             SUBCOMMANDS[options.subcommand][0].run(options, report)
     except (ConfigError, DataError, MissingError) as error:
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept", file=sys.stderr)
-        return INTERRUPTED
+        return ending.status
     finally:
         torch.set_num_threads(before)
     return 0

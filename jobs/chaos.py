@@ -4,8 +4,8 @@ First the run undisturbed, then the same run over and over while ranks and drive
 the command is given again whenever the driver has died. Prints one JSON object per strike and per run, a table, and
 draws a timeline. In the end the weights are compared with those of the undisturbed run, bit by bit.
 
-Exit status: 0 all survived and all alike, 1 something was lost, 2 bad input (one line, nothing started), 130
-interrupted.
+Exit status: 0 all survived and all alike, 1 something was lost, 2 bad input (one line, nothing started), 130, 143 or
+129: told to end (Ctrl-C, SIGTERM, a closed terminal).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from cluster.config import RunConfig, public
 from cluster.redaction import one_line
 from jobs.benchmarks.report import Report
+from jobs.ending import Ending
 from jobs.options import override, read_yaml
 from jobs.pretrain import check
 from jobs.program import run_program
@@ -35,7 +36,7 @@ from simmatch.config import ConfigError, parse
 from simmatch.documents import load_json
 from simmatch.formats import DataError
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
 DEFAULT = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 SURVIVE = ("cluster.max_restarts=1000", "cluster.heartbeat_s=5")
 """Overrides before the user's own: strikes may follow one another faster than checkpoints."""
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     command = ["--config", str(Path(options.config).absolute())]
     command += [word for assignment in assignments for word in ("--set", assignment)]
-    with report:
+    with report, Ending() as ending:
         report.environment(vars(options))
         chaos = Chaos(command, config, run_dir, report, random.Random(options.seed))
         try:
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return chaos.run(60 * options.minutes, tuple(options.gap), options.kinds)
         except KeyboardInterrupt:
             print("interrupted; the rows so far are kept", file=sys.stderr)
-            return INTERRUPTED
+            return ending.status
         finally:
             chaos.leave()
 

@@ -94,22 +94,14 @@ class Closing:
         return self._summary
 
     def wait(self) -> None:
-        """Wait until MLflow has all of it, as long as that may take, and say what it has not."""
+        """Wait for MLflow, and complete the summary."""
         tracker, run_dir = self.tracker, self.start.run_dir
-        if tracker.config.enabled:
-            self.tell(f"sending records to MLflow, for at most {tracker.config.flush_s:g} s; Ctrl-C ends the wait")
-        pending = tracker.close()
+        send_records(tracker, self.tell)
         self._write(mlflow_run_id=tracker.run_id, lost_records=tracker.lost)
         try:
             self.mirror.push()
         except OSError as error:
             self.tell(f"the last records are in {run_dir} only: {error}")
-        if tracker.lost:
-            self.tell(f"{tracker.lost} records are lost: the disk of {run_dir} was full")
-        if pending:
-            self.tell(f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {run_dir}")
-        elif tracker.config.enabled:
-            self.tell(f"MLflow run: {tracker.run_id} (make ui)")
 
     def _write(self, **more: Any) -> None:
         self._summary |= more
@@ -117,6 +109,20 @@ class Closing:
             write_json(self.start.run_dir / "summary.json", self._summary)
         except OSError as error:  # what was learnt is in the checkpoints
             self.tell(f"summary.json is not written: {error}")
+
+
+def send_records(tracker: Tracker, tell: Callable[[str], None]) -> None:
+    """Wait until MLflow has everything, for as long as that may take, and say what it has not. The end of every job."""
+    enabled, run_dir = tracker.config.enabled, tracker.run_dir
+    if enabled:
+        tell(f"sending records to MLflow, for at most {tracker.config.flush_s:g} s; Ctrl-C ends the wait")
+    pending = tracker.close()
+    if tracker.lost:
+        tell(f"{tracker.lost} records are lost: the disk of {run_dir} was full")
+    if pending:
+        tell(f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {run_dir}")
+    elif enabled:
+        tell(f"MLflow run: {tracker.run_id} (make ui)")
 
 
 def table_of(name: str, summary: dict[str, Any]) -> Table:

@@ -4,7 +4,8 @@ One command, one table: accuracy at every label budget, parameters and operation
 row gave with a seed is kept in the run directory; a second call of the same configuration goes on where the first
 stopped.
 
-Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130 or 143: told to end (Ctrl-C, SIGTERM).
+Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130, 143 or 129: told to end (Ctrl-C,
+SIGTERM, a closed terminal).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
+from jobs.closing import send_records
 from jobs.ending import Ending
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
@@ -221,9 +223,10 @@ class Evaluation:
         except RunFailed as error:
             print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
         finally:
+            ending.instead = self.tracker.hurry
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
             self.tracker.finish(_status(status))
-            self.tracker.close()
+            send_records(self.tracker, partial(self.console.print, highlight=False, soft_wrap=True, markup=False))
         return code
 
     def _missing(self) -> list[Unit]:

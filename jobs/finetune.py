@@ -4,8 +4,8 @@ One command, one table per network: test accuracy at every label budget from ran
 weights that stay frozen, and fine-tuned from learnt ones; paired differences with 95 % intervals; a figure. Everything
 found is kept in the run directory at once; a second call of the same configuration goes on where the first stopped.
 
-Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130 or 143: told to end (Ctrl-C,
-SIGTERM; trainings that have begun come to their end first).
+Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130, 143 or 129: told to end (Ctrl-C,
+SIGTERM, a closed terminal; trainings that have begun come to their end first).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
+from jobs.closing import send_records
 from jobs.ending import Ending
 from jobs.evaluation import finetuning_table as table
 from jobs.evaluation.finetuning import (
@@ -150,9 +151,10 @@ class Finetuning:
             print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
             status, code = "KILLED", ending.status
         finally:
+            ending.instead = self.tracker.hurry
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
             self.tracker.finish(status)
-            self.tracker.close()
+            send_records(self.tracker, partial(self.console.print, highlight=False, soft_wrap=True, markup=False))
         return code
 
     def _pretrain(self) -> dict[tuple[str, int], Contest]:

@@ -21,13 +21,16 @@ from cluster.sender import Sender
 from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
 from cluster.tracking import make_sender
 from cluster.tracking_uri import URI_VARIABLE, check_uri
+from jobs.ending import Ending
 from jobs.program import run_program
 from jobs.run_directory import local_folder
 from simmatch.config import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 with everything sent, 1 if something is left or refused, 2 for a wrong call."""
+    """Returns the exit status: 0 with everything sent, 1 if something is left or refused, 2 for a wrong call, 130, 143
+    or 129 where it was told to end.
+    """
     options = _parser().parse_args(arguments)
     try:
         run_dir = local_folder("RUN_DIR", options.run_dir, Path()).absolute()
@@ -38,11 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, SpoolBusyError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    ending = Ending()
     try:
-        sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported))
-        sender.load()
-        _send(sender, options.wait)
-        return _report(sender, redact(uri), ended)
+        with ending:
+            sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported))
+            sender.load()
+            _send(sender, options.wait)
+            return _report(sender, redact(uri), ended)
+    except KeyboardInterrupt:
+        print("interrupted; the same command sends what is left", file=sys.stderr)
+        return ending.status
     finally:
         spool.close()
 
