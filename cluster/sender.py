@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -229,7 +230,7 @@ class Sender:
     def _work(self, attempt: Attempt, on_sent: Callable[[int], None]) -> None:
         """What an attempt's thread does."""
         try:
-            with self._open_sink(attempt.alive) as sink:
+            with self._open_sink(partial(self._alive, attempt)) as sink:
                 self._connected = False
                 attempt.finished = self._send_until_closed(sink, attempt, on_sent)
         except GivenUpError:
@@ -240,6 +241,12 @@ class Sender:
                     self.last_error = self._line(f"{type(error).__name__}: {error}")
         finally:
             attempt.ended.set()
+
+    def _alive(self, attempt: Attempt) -> None:
+        """A request begins, unless this attempt, or all, is given up: a model that is traced by then is not begun."""
+        if self._given_up:
+            raise GivenUpError
+        attempt.alive()
 
     def _send_until_closed(self, sink: Sink, attempt: Attempt, on_sent: Callable[[int], None]) -> bool:
         while True:

@@ -300,7 +300,7 @@ class Job:
                 raise Interrupted(signum)
         elif self._signum is None and self._controller is not None and self._controller.stop():
             self._signum = signum
-        else:
+        elif not signum == self._signum == signal.SIGHUP:  # of a closed terminal both the system and the shell tell
             self._over = True
             raise Interrupted(signum)
 

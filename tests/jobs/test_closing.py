@@ -1,0 +1,298 @@
+"""The end of a run, with a controller that has done its work: what signals, servers and disks may do to it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import cluster.tracking
+import jobs.closing
+import jobs.pretrain
+from cluster.config import RunConfig
+from cluster.controller import RunFailed, RunStopped
+from cluster.mlflow_model import ModelLogger
+from cluster.summary import Record
+from cluster.tracking import Tracker
+from jobs.closing import Closing, lines_of
+from jobs.ending import asking_to_end
+from jobs.pretrain import Job
+from jobs.run_directory import choose
+from simmatch.data import Dataset
+from simmatch.model import Stack, save_model
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LAYER = {"objective": 0.5, "residual": 1e-3, "num_iters": 9.0, "active_fraction": 0.1, "dead_channels": 0.0}
+
+Deed = Callable[["Scripted"], None]
+
+
+class Scripted:
+    """A controller whose ranks have done everything by the time that `deed` is done."""
+
+    def __init__(self, config: RunConfig, deed: Deed, trains: bool) -> None:
+        self.config, self.record, self.finished = config, Record(), False
+        self._deed, self._trains = deed, trains
+
+    def run(self) -> Record:
+        self.record.layers[0], self.record.steps = LAYER, 87
+        self.record.probe = {"readout": "ridge", "accuracy": 0.9}
+        self._deed(self)
+        self.finished = True
+        return self.record
+
+    def stop(self) -> bool:
+        return self._trains
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Of signals: those of the tests again, once a job has put its own in place."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def make_job(
+    make_config: Callable[..., RunConfig], digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Job]:
+    """(assignments, deed, whether ranks train when a signal comes, load) → a job without Ray."""
+
+    def make(*assignments: str, deed: Deed = lambda _: None, trains: bool = False, load: Any = None) -> Job:
+        def controller(config: RunConfig, *_: object, **__: object) -> Scripted:
+            return Scripted(config, deed, trains)
+
+        monkeypatch.setattr(jobs.pretrain, "start_ray", lambda *_: "nowhere")
+        monkeypatch.setattr(jobs.pretrain, "shut_down_ray", lambda: True)
+        monkeypatch.setattr(jobs.pretrain, "Controller", controller)
+        config = make_config(*(assignments or ["tracking.enabled=false"]))
+        start = choose(config, str(tmp_path / "r"), "auto")
+        tracker = Tracker(start.run_dir, config.tracking, None if load is None else ModelLogger(load))
+        return Job(config, digits, start, tracker, Console(width=200))
+
+    return make
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """URI of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def summary_of(job: Job) -> dict[str, Any]:
+    return json.loads((job.run_dir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_ends_the_wait_for_mlflow(
+    make_job: Callable[..., Job],
+    hanging: str,
+    signum: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A finished run stays one: its summary and its table were there before the wait."""
+    job = make_job(f"tracking.uri={hanging}", "tracking.timeout_s=30")
+    monkeypatch.setattr(cluster.tracking, "HURRY_S", 0.1)
+    whole, before = Tracker.close, {}
+
+    def close(tracker: Tracker) -> int:
+        before.update(summary_of(job))
+        threading.Timer(0.2, os.kill, (os.getpid(), signum)).start()
+        return whole(tracker)
+
+    monkeypatch.setattr(Tracker, "close", close)
+    began = time.monotonic()
+    assert job.run() == 0
+    assert time.monotonic() - began < 20
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    result = lines.index("test accuracy, ridge readout on frozen features: 0.9000")
+    sending = lines.index("sending records to MLflow, for at most 60 s; Ctrl-C ends the wait")
+    assert result < sending
+    assert f"records have not reached MLflow; send them with: python -m jobs.sync {job.run_dir}" in out
+    assert (before["status"], before["accuracy"], before["mlflow_run_id"]) == ("FINISHED", 0.9, None)
+    assert before.items() <= summary_of(job).items()
+    assert choose(job.config, str(job.run_dir), "auto").run_dir == job.run_dir.with_name("r-2")
+
+
+MOMENTS = {
+    "figures": (Closing, "_draw"),
+    "records": (Tracker, "finish"),
+    "summary": (jobs.closing, "write_json"),
+    "leaving the cluster": (jobs.pretrain, "shut_down_ray"),
+    "the wait": (Tracker, "close"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_signals_at_the_end_change_nothing(
+    make_job: Callable[..., Job], moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    place, name = MOMENTS[moment]
+    whole = getattr(place, name)
+
+    def struck(*arguments: Any, **named: Any) -> Any:
+        for signum in asking_to_end():
+            signal.raise_signal(signum)
+            signal.raise_signal(signum)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(place, name, struck)
+    assert job.run() == 0
+    assert (summary_of(job)["status"], summary_of(job)["accuracy"]) == ("FINISHED", 0.9)
+    kinds = [json.loads(line)["kind"] for line in (job.run_dir / "events.jsonl").read_text().splitlines()]
+    assert "finish" in kinds
+    assert capsys.readouterr().err == ""
+
+
+def asked_twice(controller: Scripted) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+
+
+def asked(controller: Scripted) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    raise RunStopped("the newest checkpoint is of step 20")
+
+
+def hung_up(controller: Scripted) -> None:
+    signal.raise_signal(signal.SIGHUP)  # of the system's
+    signal.raise_signal(signal.SIGHUP)  # of the shell's
+    raise RunStopped("the newest checkpoint is of step 20")
+
+
+def failed(controller: Scripted) -> None:
+    raise RunFailed("rank 1 was lost")
+
+
+def struck_while_the_group_ends(controller: Scripted) -> None:
+    controller.finished = True
+    signal.raise_signal(signal.SIGTERM)
+    raise AssertionError("unreachable: there is nothing to ask for a checkpoint any more")
+
+
+@pytest.mark.parametrize(
+    ("deed", "trains", "code", "status", "message"),
+    [
+        (asked, True, 143, "KILLED", "ended by SIGTERM; the newest checkpoint is of step 20"),
+        (asked_twice, True, 130, "KILLED", "ended by SIGINT"),
+        (asked_twice, False, 143, "KILLED", "ended by SIGTERM"),
+        (hung_up, True, 129, "KILLED", "ended by SIGHUP; the newest checkpoint is of step 20"),
+        (failed, True, 1, "FAILED", "rank 1 was lost"),
+        (struck_while_the_group_ends, False, 0, "FINISHED", None),
+    ],
+)
+def test_the_status_is_that_of_the_training(
+    make_job: Callable[..., Job],
+    deed: Deed,
+    trains: bool,
+    code: int,
+    status: str,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Though a signal comes while it is being recorded."""
+    job, whole = make_job(deed=deed, trains=trains), Tracker.finish
+
+    def finish(tracker: Tracker, status: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        whole(tracker, status)
+
+    monkeypatch.setattr(Tracker, "finish", finish)
+    assert job.run() == code
+    summary = summary_of(job)
+    assert (summary["status"], summary.get("message")) == (status, message)
+    assert capsys.readouterr().err == ("" if message is None else f"error: {message}\n")
+
+
+def test_a_run_without_a_readout_is_shown_and_recorded(
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(deed=lambda controller: controller.record.probe.pop("accuracy"))
+    assert job.run() == 0
+    assert (summary_of(job)["status"], summary_of(job)["accuracy"]) == ("FINISHED", None)
+    assert "test accuracy" not in capsys.readouterr().out
+    events = [json.loads(line) for line in (job.run_dir / "events.jsonl").read_text().splitlines()]
+    [final] = [event["values"] for event in events if event["kind"] == "metrics"]
+    assert "accuracy" not in final
+    assert final["num_exchanges"] == 0
+    assert lines_of({"accuracy": None, "accuracy_decode": 0.5, "probe": None}) == [
+        "test accuracy, nearest column of V, no classifier: 0.5000"
+    ]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("no model")])
+def test_what_comes_after_learning_costs_no_run(
+    make_job: Callable[..., Job],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Closing, "_draw", fail)
+    if isinstance(error, OSError):
+        monkeypatch.setattr(jobs.closing, "write_json", fail)
+    job = make_job()
+    assert job.run() == 0
+    out = capsys.readouterr().out
+    assert f"figures are left out: {type(error).__name__}: {error}" in out
+    assert ("summary.json is not written" in out) == isinstance(error, OSError)
+    assert "test accuracy, ridge readout" in out
+
+
+@pytest.mark.fault
+def test_an_interrupted_wait_leaves_a_finished_run_and_one_model(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SQLite, interrupted while the model is traced; `jobs.sync` completes it, once."""
+    from mlflow import MlflowClient
+
+    import jobs.sync
+
+    left = threading.Event()
+
+    def load(_: str) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        left.wait(60)
+        raise ValueError("the process would be gone by now")
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    job = make_job(f"tracking.uri={uri}", load=load)
+    config = job.config
+    save_model(Stack(config.model, jobs.pretrain.source_of(job.dataset), seed=0), job.run_dir / "model")
+    assert job.run() == 0
+    client = MlflowClient(uri, registry_uri=uri)
+    [experiment] = [each for each in client.search_experiments() if each.name == "simmatch"]
+
+    def found() -> tuple[set[str], list[str], int]:
+        runs = client.search_runs([experiment.experiment_id])
+        models = client.search_logged_models([experiment.experiment_id])
+        parent = client.get_run(summary_of(job)["mlflow_run_id"])
+        linked = parent.outputs.model_outputs if parent.outputs else []
+        return {run.info.status for run in runs}, [model.status for model in models], len(linked)
+
+    assert found() == ({"FINISHED"}, [], 0)
+    left.set()
+    assert "send them with: python -m jobs.sync" in capsys.readouterr().out
+    for _ in range(2):
+        assert jobs.sync.main([str(job.run_dir)]) == 0
+        assert found() == ({"FINISHED"}, ["READY"], 1)

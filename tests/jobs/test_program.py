@@ -1,0 +1,143 @@
+"""A job as a program: whatever its output or a signal does, it ends as its `main` says, and without a traceback."""
+
+from __future__ import annotations
+
+import ast
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import jobs
+
+SHOWS = """
+from rich.console import Console
+from rich.table import Table
+from jobs.program import run_program
+
+def main():
+    table = Table("layer")
+    table.add_row("0 × 1")
+    for _ in range(400):
+        print("patch 3 × 3 →", "x" * 100)
+        Console().print("┏ τ = 1", table)
+        Console(stderr=True).print("× " * 50)
+    return 7
+
+run_program(main)
+"""
+
+WAITS = """
+import sys, time
+from jobs.program import run_program
+
+def main():
+    print("here", flush=True)
+    time.sleep(60)
+    return 0
+
+run_program(main)
+"""
+
+TRACES = """
+import threading, time, torch
+from jobs.program import run_program
+
+class Deep(torch.nn.Module):
+    def forward(self, x):
+        for _ in range(60):
+            x = torch.relu(x @ x.T @ x)
+        return x
+
+def main():
+    begun = threading.Event()
+    def trace():
+        while True:
+            begun.set()
+            torch.export.export(Deep(), (torch.rand(8, 8),))
+    threading.Thread(target=trace, daemon=True).start()
+    begun.wait()
+    time.sleep(1.0)
+    return 7
+
+run_program(main)
+"""
+
+Run = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Run:
+    def begin(code: str, **options: object) -> subprocess.Popen[str]:
+        env = environment | options.pop("env", {})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, errors="replace", **pipes)
+
+    return begin
+
+
+def test_a_full_disk_costs_the_text(start: Run) -> None:
+    with open("/dev/full", "w") as full:
+        assert start(SHOWS, stdout=full, stderr=full).wait(60) == 7
+
+
+def test_a_reader_that_goes_costs_the_text(start: Run) -> None:
+    process = start(SHOWS)
+    assert process.stdout.readline().startswith("patch 3 × 3")
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 7
+
+
+def test_a_closed_output_costs_the_text(environment: dict[str, str]) -> None:
+    words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", SHOWS]
+    assert subprocess.run(words, env=environment, timeout=60, check=False).returncode == 7
+
+
+def test_signs_that_an_encoding_lacks_are_replaced(start: Run) -> None:
+    process = start(SHOWS, env={"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert out.startswith("patch 3 ? 3 ? xxx")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_with_a_line(start: Run, signum: signal.Signals) -> None:
+    process = start(WAITS)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + signum, "", "error: interrupted\n")
+
+
+def test_what_is_to_outlive_its_terminal_does(start: Run) -> None:
+    """As `nohup` begins a program."""
+    process = start(WAITS.replace("60", "1"), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.fault
+def test_a_thread_that_traces_a_model_does_not_abort_the_end(start: Run) -> None:
+    """The end of the interpreter aborts in most cases while a thread is inside torch's C++ code: status 134."""
+    for _ in range(5):
+        process = start(TRACES)
+        _, err = process.communicate(timeout=100)
+        assert (process.returncode, err) == (7, "")
+
+
+def test_every_job_is_such_a_program() -> None:
+    folder = Path(jobs.__file__).parent
+    entries = {}
+    for path in folder.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+                entries[path.stem] = ast.unparse(node.body[0])
+    assert entries.keys() >= {"pretrain", "told", "evaluate", "finetune", "benchmark", "chaos", "sync", "fetch"}
+    assert all(call.startswith("run_program(") for call in entries.values()), entries
