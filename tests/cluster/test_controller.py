@@ -361,6 +361,59 @@ def test_it_does_not_wait_where_nothing_is_learnt(scene: MakeScene) -> None:
     assert group.calls == ["start", "poll", "poll", "poll", "end"]
 
 
+class EndedLayer(AskedGroup):
+    """Has learnt a layer and encodes by the time it is asked; what becomes of its shards shows three rounds later."""
+
+    def __init__(self, assignment: Assignment, fate: str) -> None:
+        super().__init__(assignment, "encode")
+        self.fate = fate
+
+    def poll(self) -> list[Status]:
+        found = super().poll()
+        phases = [{"phase": "learn", "layer": 0, "step": 5}, {"phase": "encode", "layer": 0}]
+        told: list[list[Event]] = [[], []]
+        if self.calls.count("poll") == 6 and self.fate != "hangs":
+            told = [[shard_event(self.assignment.run_dir, rank, 5)] for rank in range(2)]
+            if self.fate == "lost":
+                told[1] = [{"kind": "checkpoint_lost", "step": 5, "why": "full"}]
+        return [replace(each, done=False, stopped=False, phases=phases, events=told[each.rank]) for each in found]
+
+
+@pytest.mark.parametrize(
+    ("fate", "message"),
+    [
+        ("written", "^the newest checkpoint is of step 5$"),
+        ("lost", "^no checkpoint was written$"),
+        ("hangs", "^no last checkpoint within 0.2 s$"),
+    ],
+)
+def test_the_shards_of_a_layer_that_has_just_ended_are_waited_for(
+    scene: MakeScene, tmp_path: Path, fate: str, message: str
+) -> None:
+    playing, _ = asked(scene, "encode", grace_s=0.2 if fate == "hangs" else 20.0)
+    group = EndedLayer(Assignment(playing.config, playing.run_dir, 0), fate)
+    group.controller = playing.controller
+    playing.controller.make_group = lambda _: group
+    with pytest.raises(RunStopped, match=message):
+        playing.controller.run()
+    assert group.calls[-1] == "end"
+    if fate != "hangs":
+        assert group.calls.count("poll") == 6
+    expected = folder_of(tmp_path, 5) if fate == "written" else None
+    assert newest_good(tmp_path, lambda _: None) == expected
+
+
+def test_a_layer_that_was_saved_before_this_start_is_not_waited_for(scene: MakeScene, tmp_path: Path) -> None:
+    scene([[[shard_event(tmp_path, 0, 5)], [shard_event(tmp_path, 1, 5)]]]).controller.run()
+    playing = scene([[[], []]], resume=folder_of(tmp_path, 5))
+    group = AskedGroup(Assignment(playing.config, playing.run_dir, 0), "encode")
+    group.controller = playing.controller
+    playing.controller.make_group = lambda _: group
+    with pytest.raises(RunStopped, match="the newest checkpoint is step-00000005"):
+        playing.controller.run()
+    assert group.calls == ["start", "poll", "poll", "poll", "end"]
+
+
 def test_it_waits_no_longer_than_the_grace(scene: MakeScene) -> None:
     playing, group = asked(scene, "learn", obedient=False, grace_s=0.05)
     with pytest.raises(RunStopped, match=r"no last checkpoint within 0.05 s"):

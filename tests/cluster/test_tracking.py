@@ -637,6 +637,21 @@ def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client:
     assert [row[0] for row in history(client, second.layer_run_ids[0], "objective")] == [1, 2]
 
 
+def test_a_run_that_ends_twice_with_the_same_weights_has_one_model(store: Path, tmp_path: Path, client: Any) -> None:
+    """Its end was cut off before it said so, and the same command did it again."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for weights in (b"same", b"same", b"others"):
+        (tmp_path / "run" / "model" / "weights").write_bytes(weights)
+        tracker = Tracker(tmp_path / "run", config_of(store, "twice"), ModelLogger(toy))
+        tracker.start("run", layers=0)
+        tracker.finish("FINISHED")
+        tracker.model(tmp_path / "run" / "model", (3, 2, 2))
+        assert (tracker.close(), tracker.problems) == (0, [])
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert len(run.outputs.model_outputs) == (2 if weights == b"others" else 1)
+
+
 def test_what_mlflow_cannot_take_is_noted_and_passed_over(store: Path, tmp_path: Path, client: Any) -> None:
     tracker = Tracker(tmp_path / "run", config_of(store, "refused"), ModelLogger(broken_model))
     tracker.start("run", layers=1)

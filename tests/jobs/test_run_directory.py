@@ -221,6 +221,43 @@ def test_a_checkpoint_tells_the_configuration_where_its_file_is_damaged(
         choose(make_config("seed=1"), "r", "auto")
 
 
+@pytest.mark.parametrize("status", ["FINISHED", "KILLED", None])
+def test_another_folder_begins_a_new_run_from_the_newest_checkpoint(
+    work: Path, make_config: MakeConfig, status: str | None
+) -> None:
+    leave(work / "r", make_config(), status, (20, 40))
+    (folder_of(work / "r", 40) / "rank-0-of-1.safetensors").write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in sorted((work / "r").rglob("*")) if path.is_file()}
+    start = choose(make_config(), "x", "r")
+    assert (start.run_dir, start.resume) == (work / "x", folder_of(work / "r", 20))
+    assert "step-00000040 is damaged" in start.note
+    assert start.note.endswith(f"a new run in {work / 'x'} from {folder_of(work / 'r', 20)}")
+    leave(work / "x", make_config("seed=7"), "KILLED")  # nobody's to change either
+    assert choose(make_config(), "x", "r").run_dir == work / "x-2"
+    assert before == {path: path.read_bytes() for path in sorted((work / "r").rglob("*")) if path.is_file()}
+
+
+def test_a_finished_run_that_is_named_begins_another(work: Path, make_config: MakeConfig) -> None:
+    finished, other = leave(work / "r", make_config(), "FINISHED", (116,)), work / "runs" / "digits"
+    checkpoint = folder_of(finished, 116)
+    for run_dir, expected in ((None, other), ("r", work / "r-2")):
+        start = choose(make_config(), run_dir, "r")
+        assert (start.run_dir, start.resume) == (expected, checkpoint)
+
+
+def test_an_unfinished_run_that_is_named_twice_goes_on(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "KILLED", (20,))
+    (work / "link").symlink_to(work / "r")
+    for run_dir in (None, "r", "link"):
+        assert choose(make_config(), run_dir, "r").run_dir == work / "r"
+
+
+def test_a_run_without_a_checkpoint_begins_nothing(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config(), "FINISHED")
+    with pytest.raises(ConfigError, match=r"--resume: expected a run with a checkpoint to begin with, got .*r: it has"):
+        choose(make_config(), "x", "r")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 3}'])
 def test_a_broken_summary_is_that_of_an_unfinished_run(work: Path, make_config: MakeConfig, content: str) -> None:
     leave(work / "r", make_config(), None, (20,))
