@@ -146,8 +146,8 @@ class Training:
             self._learn(index, config, layer, train)
             gather_layer(layer, self.stack.layer(index))
             self._encode(index, train, test, scores)
-        if self.assignment.rank == 0:
-            self._export()  # first: what was learnt is worth more than how well it reads
+        # first: what was learnt is worth more than how well it reads
+        self._lone_work(self._export if self.assignment.rank == 0 else None, self.exchange)
         self._read_out(train, test, scores)
         self.writer.close()
 

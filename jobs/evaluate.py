@@ -33,7 +33,7 @@ from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
 from jobs.evaluation.identity import SETTINGS, identity
 from jobs.evaluation.lenet import LEAST_SIDE
-from jobs.evaluation.material import Material
+from jobs.evaluation.material import Material, digest_of
 from jobs.evaluation.measuring import Outcome, Unit, load, perform
 from jobs.evaluation.record import begin
 from jobs.evaluation.results import Store
@@ -83,9 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         tracker = Tracker(run_dir, config.tracking)
         crew = Crew(options.workers, options.threads or max(1, allowed_cpus() // options.workers))
-        job = Evaluation(config, rows, material, tracker, console, crew)
+        job = Evaluation(config, rows, material, tracker, console, crew, digest_of(material, other))
         params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})
-        begin(tracker, values, params, config.data.name, material)
+        begin(tracker, values, params, config.data.name, material, other)
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -202,8 +202,9 @@ class Evaluation:
         tracker: Tracker,
         console: Console,
         crew: Crew,
+        data: str,
     ) -> None:
-        self.config, self.rows, self.material, self.crew = config, rows, material, crew
+        self.config, self.rows, self.material, self.crew, self.data = config, rows, material, crew, data
         self.tracker, self.console, self.run_dir = tracker, console, tracker.run_dir
         self.report = Report(config, rows, material, self.run_dir, console)
         self.store = self.report.store
@@ -250,7 +251,15 @@ class Evaluation:
             if alone:
                 work = self._in_turn(units, watch)
             else:
-                work = side_by_side(self.config, units, self.choices, watch, workers=crew.workers, threads=crew.threads)
+                work = side_by_side(
+                    self.config,
+                    units,
+                    self.choices,
+                    watch,
+                    workers=crew.workers,
+                    threads=crew.threads,
+                    data=self.data,
+                )
             try:
                 for unit, outcome in work:
                     self._keep(unit, outcome, watch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from jobs.evaluation.config import EvaluationConfig
@@ -20,6 +21,9 @@ FREE = frozenset({"tracking", "quick", "seeds", "stacks", "rivals", "networks"})
 """Keys that results do not depend on, or not all of them; rows and the first seed are compared by themselves."""
 
 FILE, SETTINGS = "config.yaml", "settings.json"
+
+DATA = "data_digest"
+"""Key of the digest of the data, compared by `same_data`."""
 
 
 def identity(run_dir: Path, config: EvaluationConfig, rows: Sequence[Row]) -> dict[str, Any]:
@@ -77,6 +81,7 @@ def kept(run_dir: Path) -> dict[str, Any]:
 def filled(config: Frozen, free: Collection[str], known: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier version has kept, with the keys of `config` that it did not know at their defaults."""
     fields = {key: value for key, value in known.items() if key in type(config).model_fields}
+    known = {key: value for key, value in known.items() if key != DATA}
     try:
         whole = parse(type(config), config.model_dump(mode="json", include=set(free)) | fields)
     except ConfigError:
@@ -98,6 +103,20 @@ def same(run_dir: Path, values: Mapping[str, Any], before: Mapping[str, Any], ch
             f"--run-dir: expected a new folder or results of this configuration, got {run_dir}, which differs in "
             f"{', '.join(sorted(differing)) or 'keys of its own'}"
         )
+
+
+def same_data(run_dir: Path, digest: str) -> None:
+    """Refuse a directory that holds results of other data: files may have changed, or be those of another machine.
+
+    Raises
+    ------
+    ConfigError
+        Names both digests, and this machine.
+    """
+    before = kept(run_dir).get(DATA) if begun(run_dir) else None
+    if before not in (None, digest):
+        where = f"{run_dir}, whose results are of {before}"
+        raise ConfigError(f"--run-dir: expected results of the data on {gethostname()}, {digest}, got {where}")
 
 
 def keep(run_dir: Path, values: Mapping[str, Any]) -> Path:

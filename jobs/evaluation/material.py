@@ -38,7 +38,7 @@ class Material:
     ----------
     source: shape and classes of the images.
     train: to learn from; `held_out`: to choose with; `test`: to report.
-    digest: of all training images, see `simmatch.data.Dataset.digest`.
+    digest: of the whole data set, see `simmatch.data.Dataset.digest`.
     """
 
     source: InputConfig
@@ -74,6 +74,11 @@ class Material:
         if per_class is None:
             return torch.arange(len(self.train))
         return stratified_subset(self.train.labels, per_class, seed)
+
+
+def digest_of(material: Material, unseen: Material | None) -> str:
+    """Names all data that results depend on."""
+    return material.digest if unseen is None else f"{material.digest}+{unseen.digest}"
 
 
 def resized(images: Tensor, source: InputConfig) -> Tensor:

@@ -7,12 +7,17 @@ from typing import Any
 
 from cluster.tracking import Tracker
 from jobs.benchmarks.report import hardware
-from jobs.evaluation.identity import keep, unwritable
-from jobs.evaluation.material import Material
+from jobs.evaluation.identity import DATA, keep, same_data, unwritable
+from jobs.evaluation.material import Material, digest_of
 
 
 def begin(
-    tracker: Tracker, identity: Mapping[str, Any], params: Mapping[str, Any], data: str, material: Material
+    tracker: Tracker,
+    identity: Mapping[str, Any],
+    params: Mapping[str, Any],
+    data: str,
+    material: Material,
+    unseen: Material | None = None,
 ) -> None:
     """Open the record; keep what is compared, `jobs.evaluation.identity`, and record it.
 
@@ -20,22 +25,24 @@ def begin(
     ----------
     identity: what results of the run directory depend on.
     params: of the run.
-    data: name of the data set.
+    data: name of the data set; material: its images; unseen: those of another that results depend on, too.
 
     Raises
     ------
     SpoolBusyError
         Another process works in the run directory.
     ConfigError
-        It cannot be written to.
+        It cannot be written to, or holds results of other data.
     """
+    digest = digest_of(material, unseen)
+    same_data(tracker.run_dir, digest)
     facts = hardware()
     tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
     try:
         tracker.start(tracker.run_dir.name, layers=0, tags=tags)
     except OSError as error:
         raise unwritable(tracker.run_dir, error) from None
-    definition = keep(tracker.run_dir, identity)
+    definition = keep(tracker.run_dir, {**identity, DATA: digest})
     tracker.params(params)
     images = len(material.train) + len(material.held_out)
     tracker.dataset(data, source=data, digest=material.digest, num_images=images)

@@ -12,16 +12,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from socket import gethostname
 from typing import Any, Protocol
 
 from cluster.controller import RunFailed
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.material import Material
+from jobs.evaluation.material import Material, digest_of
 from jobs.evaluation.measuring import Outcome, Unit, load, perform
 from jobs.evaluation.rows import Row, rows_of
 from jobs.evaluation.together import threads_of
 from jobs.ray_session import start_ray
 from simmatch.config import parse
+from simmatch.formats import DataError
 
 START_S = 60.0
 """Longest wait for the cluster at the start."""
@@ -65,7 +67,14 @@ class Board:
 
 
 def side_by_side(
-    config: EvaluationConfig, units: Sequence[Unit], choices: Choosing, watch: Watching, *, workers: int, threads: int
+    config: EvaluationConfig,
+    units: Sequence[Unit],
+    choices: Choosing,
+    watch: Watching,
+    *,
+    workers: int,
+    threads: int,
+    data: str,
 ) -> Iterator[tuple[Unit, Outcome]]:
     """What each unit gives, as it comes; begun in their order, but for those whose settings are not known yet.
 
@@ -75,11 +84,12 @@ def side_by_side(
     Parameters
     ----------
     workers: units at a time; threads: of each.
+    data: digest of the data that every node must hold, see `digest_of`.
 
     Raises
     ------
     RunFailed
-        No cluster, or no node with so many cores; a task that Ray gave up.
+        No cluster, or no node with so many cores; a task that Ray gave up; a node without the data, or with other data.
     """
     place = start_ray(workers * threads, START_S)
     import ray
@@ -99,7 +109,7 @@ def side_by_side(
             ready = [unit for unit in waiting if unit.seed is None or choices.known(unit.row) is not None]
             for unit in ready[: workers - len(running)]:
                 waiting.remove(unit)
-                running[task.remote(text, unit, choices.known(unit.row), threads, board)] = unit
+                running[task.remote(text, unit, choices.known(unit.row), threads, board, data)] = unit
             done, _ = ray.wait(list(running), timeout=POLL_S)
             told: dict[str, tuple[str, int, int]] = {}
             with suppress(RayActorError, GetTimeoutError):
@@ -113,13 +123,15 @@ def side_by_side(
                 if outcome.missing is not None:
                     waiting = [each for each in waiting if each.row != unit.row]
                 yield unit, outcome
-    except RayTaskError:
+    except RayTaskError as error:
+        if isinstance(error.cause, DataError):
+            raise RunFailed(str(error.cause)) from error
         raise  # an error of ours, with its traceback
     except RayError as error:
         raise RunFailed(f"Ray: expected tasks to come to their end, got {error}") from error
 
 
-def _task(text: str, unit: Unit, chosen: object, threads: int, board: Any) -> Outcome:
+def _task(text: str, unit: Unit, chosen: object, threads: int, board: Any, data: str) -> Outcome:
     """A unit, in a process of Ray's."""
     last = 0.0
 
@@ -130,13 +142,17 @@ def _task(text: str, unit: Unit, chosen: object, threads: int, board: Any) -> Ou
             board.tell.remote(str(unit), what, done, total)
 
     with threads_of(threads):
-        config, rows, material = _prepared(text)
+        config, rows, material = _prepared(text, data)
         return perform(rows, unit, chosen, material, seen, draw=unit.seed == config.seeds[0])
 
 
 @lru_cache(maxsize=1)
-def _prepared(text: str) -> tuple[EvaluationConfig, list[Row], Material]:
+def _prepared(text: str, data: str) -> tuple[EvaluationConfig, list[Row], Material]:
     """Once a process: Ray gives the next task to one that has done the last."""
     config = parse(EvaluationConfig, json.loads(text))
     material, other = load(config)
+    if (found := digest_of(material, other)) != data:
+        raise DataError(
+            f"{config.data.name} on {gethostname()}: expected the data of this comparison, {data}, got {found}"
+        )
     return config, rows_of(config, material, other), material

@@ -18,14 +18,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+import cluster.training
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.group import GroupFailure, WorkerGroup, lease_s
 from cluster.policy import Failure
-from cluster.training import Assignment
+from cluster.training import Assignment, Training
 from cluster.worker import Place, Status, Worker, stalled
 from simmatch.config import ConfigError
+from simmatch.layer import SimilarityMatchingConv2d
 from tests.cluster.actors import assert_gone, limits, nothing_reserved, train
 from tests.exchanges import results
 from tests.faults import FaultPlan, faulty_worker
@@ -416,6 +418,40 @@ def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -
 def test_who_holds_up_the_rest(statuses: list[Status], expected: str | None) -> None:
     found = stalled(statuses, 8.0)
     assert found == (None if expected is None else Failure(expected, lost=True))
+
+
+class Patient(Training):
+    """A rank whose every calibration, and whose fit of the readout, computes for longer than all limits."""
+
+    def run(self) -> None:
+        def longer(work: Callable[..., Any]) -> Callable[..., Any]:
+            def slow(*arguments: Any) -> Any:
+                until = time.monotonic() + 6.0
+                while time.monotonic() < until:
+                    torch.rand(300, 300) @ torch.rand(300, 300)
+                return work(*arguments)
+
+            return slow
+
+        SimilarityMatchingConv2d.calibrate = longer(SimilarityMatchingConv2d.calibrate)  # type: ignore[method-assign]
+        cluster.training.fit_readout = longer(cluster.training.fit_readout)
+        super().run()
+
+
+@pytest.mark.fault
+def test_long_work_of_one_rank_ends_no_run(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path, without_ray: bytes
+) -> None:
+    """Twice the limit on an exchange, three times that on standing still, and every poll is answered."""
+    waits = limits(heartbeat_s=3.0, collective_timeout_s=3.0, stall_timeout_s=2.0, max_restarts=0)
+    worker = type("PatientWorker", (Worker,), {"training_class": Patient})
+    quiet = Quiet()
+    record = Controller(
+        digits_config(2, cluster=waits), tmp_path, lambda each: WorkerGroup(each, worker), quiet, quiet
+    ).run()
+    assert record.restarts == 0
+    assert record.probe["accuracy"] > 0.5
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == without_ray
 
 
 # -- ranks without a controller ----------------------------------------------------------------------------------------

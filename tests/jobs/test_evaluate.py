@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import psutil
@@ -22,9 +24,11 @@ from jobs.evaluation.features import StackFeatures
 from jobs.evaluation.identity import identity, keep
 from jobs.evaluation.material import Labelled, Material
 from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
+from jobs.evaluation.side_by_side import _prepared
 from jobs.options import read_yaml
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data import Dataset, load_dataset
+from simmatch.formats import DataError
 from simmatch.model import InputConfig
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "evaluate_digits.yaml"
@@ -279,6 +283,27 @@ def test_results_of_another_configuration_are_not_mixed(
     assert main(arguments(run_dir, assignment)) == 2
     assert f"got {run_dir}, which differs in {key}\n" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_results_of_other_data_are_not_mixed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where the files have changed since; an earlier version kept no digest, and is gone on with."""
+    config = run_dir / "config.yaml"
+    before = config.read_bytes()
+    line = next(line for line in config.read_text().splitlines(True) if line.startswith("data_digest: "))
+    config.write_text(config.read_text().replace(line, "data_digest: 0123456789abcdef\n"))
+    assert main(arguments(run_dir)) == 2
+    assert "got " + f"{run_dir}, whose results are of 0123456789abcdef\n" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("data_digest: 0123456789abcdef\n", ""))
+    assert main(arguments(run_dir)) == 0
+    assert config.read_bytes() == before
+
+
+def test_a_node_with_other_data_is_named() -> None:
+    text = read(read_yaml(CONFIG), [], quick=False).model_dump_json()
+    expected = f"^digits on {re.escape(gethostname())}: expected the data of this comparison, 0123456789abcdef, got "
+    with pytest.raises(DataError, match=expected):
+        _prepared(text, "0123456789abcdef")
 
 
 def test_what_an_earlier_version_did_not_know_is_at_its_default(tmp_path: Path) -> None:
