@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from cluster.config import RunConfig, public
 from cluster.cpus import threads_per_rank, too_few
 from cluster.policy import LOWER, Failure, FailurePolicy, Restart, Stop
 from cluster.storage import AnyPath
-from cluster.summary import Record
+from cluster.summary import GIVEN_UP_TAG, Record, given_up
 from cluster.training import Assignment
 from cluster.worker import Place, Status, stalled
 
@@ -191,9 +190,7 @@ class Controller:
         cursor = Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor
         if decision.lower_rate:
             self.record.forget(cursor)
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            where = f"layer {cursor.layer} after step {cursor.updates}"
-            tags["simmatch.given_up"] = f"what was recorded before {now} of {where}, at higher rates"
+            tags[GIVEN_UP_TAG] = given_up(cursor)
         self.record.images = max(0, cursor.images - self._images_before)
         again = max(0, self._step - cursor.step)
         self.record.steps_again += again

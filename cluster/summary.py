@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,17 @@ from cluster.checkpoint import Cursor
 from cluster.config import RunConfig
 from cluster.spool import Spool
 from simmatch.files import write_whole
+
+GIVEN_UP_TAG = "simmatch.given_up"
+"""Tag of a run that went back to a checkpoint and on at other rates, see `given_up`."""
+
+GIVEN_UP = re.compile(r"of layer (\d{1,9}) after step (\d{1,9})")
+
+
+def given_up(cursor: Cursor) -> str:
+    """What a run says, now, of its records after a checkpoint: for people, and for `Record.continue_from`."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"records before {now} of layer {cursor.layer} after step {cursor.updates}, at higher rates"
 
 
 @dataclass
@@ -39,22 +52,18 @@ class Record:
                 del self.curves[layer], self.layers[layer]
 
     def continue_from(self, spool: Path) -> None:
-        """Take over what earlier attempts of the same run have recorded, so that none of it is recorded twice.
-
-        A step that is recorded again, with another objective, tells that all from there on was given up (`forget`).
-        """
+        """Take over what earlier attempts of the same run have recorded, so that none of it is recorded twice."""
         for event, _ in Spool(spool).read():
             layer, step, values = event.get("layer"), event.get("step", 0), event.get("values", {})
+            if event.get("kind") == "tags" and (found := GIVEN_UP.search(str(values.get(GIVEN_UP_TAG)))):
+                self.forget(Cursor(step=0, layer=int(found[1]), updates=int(found[2])))
             if event.get("kind") != "metrics" or layer is None:
                 continue
             self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
-            known = dict(self.curves.get(layer, []))
-            if step in known and known[step]["objective"] == values["objective"]:
-                continue
-            if known and step <= max(known):
-                self.forget(Cursor(step=0, layer=layer, updates=step - 1))
-            self.curves.setdefault(layer, []).append((step, values))
-            self.layers[layer] = values
+            curve = self.curves.setdefault(layer, [])
+            if not curve or step > curve[-1][0]:
+                curve.append((step, values))
+                self.layers[layer] = values
 
 
 def summarise(

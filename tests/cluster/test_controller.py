@@ -633,14 +633,15 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
     assert record.layers[0]["objective"] == 0.6
     assert record.images == 300
     assert [row[1] for row in playing.recorder.rows] == [5, 10, 15, 10, 15]  # MLflow forgets nothing: newest counts
-    assert re.fullmatch(
-        r"what was recorded before \d{4}-\S+ of layer 0 after step 8, at higher rates",
-        playing.recorder.all_tags[0]["simmatch.given_up"],
-    )
-    spool_of(tmp_path, *((0, step, values["objective"]) for _, step, values in playing.recorder.rows))
-    later = Record()
-    later.continue_from(tmp_path / SPOOL_NAME)
-    assert [(step, values["objective"]) for step, values in later.curves[0]] == expected
+    tag = playing.recorder.all_tags[0]["simmatch.given_up"]
+    assert re.fullmatch(r"records before \d{4}-\S+ of layer 0 after step 8, at higher rates", tag)
+    rows = [(0, step, values["objective"]) for _, step, values in playing.recorder.rows]
+    for count, known in ((3, 1), (5, 3)):  # what a later process takes over: killed soon after, and at the end
+        run_dir = tmp_path / f"{count} rows"
+        spool_of(run_dir, *rows[:3], tag, *rows[3:count])
+        later = Record()
+        later.continue_from(run_dir / SPOOL_NAME)
+        assert [(step, values["objective"]) for step, values in later.curves[0]] == expected[:known]
     failing = scene(first, [DIVERGED], divergence="lower_rate")
     with pytest.raises(RunFailed):
         failing.controller.run()
@@ -775,11 +776,15 @@ def test_images_of_updates_that_are_done_again_count_once(scene: MakeScene, tmp_
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def spool_of(run_dir: Path, *rows: tuple[int | None, int, float]) -> None:
-    """Rows (layer, step, objective); the bytes exchanged grow by 1000 from row to row."""
+def spool_of(run_dir: Path, *rows: tuple[int | None, int, float] | str) -> None:
+    """Rows (layer, step, objective), or a tag; the bytes exchanged grow by 1000 from row to row."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spool = Spool(run_dir / SPOOL_NAME).open()
-    for number, (layer, step, objective) in enumerate(rows, 1):
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, str):
+            spool.append({"kind": "tags", "values": {"simmatch.given_up": row}})
+            continue
+        layer, step, objective = row
         values = {"objective": objective, "bytes_exchanged": 1000.0 * number, "num_exchanges": 10.0 * number}
         spool.append({"kind": "metrics", "layer": layer, "step": step, "values": values})
     spool.append({"kind": "params", "values": {}})
