@@ -81,7 +81,7 @@ LOST_TEXTS = (
 )
 """In the text, in lower case, of a RuntimeError: gloo and CUDA have no types for these."""
 
-FAULT_TEXTS = ("ncclinvalidusage", "ncclinvalidargument")
+FAULT_TEXTS = ("ncclinvalidusage", "ncclinvalidargument", "invalidauthtoken")
 """In the text of what is a loss by its type."""
 
 
@@ -101,7 +101,7 @@ def classify(error: BaseException) -> Failure:
         # a program that cannot be loaded on its node, or fails before it is asked for anything: so would the next
         return Failure(_last_line(error), lost=False)
     if ray:
-        return Failure(_sentence(error), lost=bool(ray & LOST_IN_RAY))
+        return Failure(_sentence(error), lost=bool(ray & LOST_IN_RAY) and not _is_fault(error))
     diverged = bool(getattr(error, "diverged", False))
     return Failure(_sentence(error), lost=not diverged and any(map(_is_loss, _chain(error))), diverged=diverged)
 
@@ -116,7 +116,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _is_loss(error: BaseException) -> bool:
     text = str(error).lower()
-    if isinstance(error, torch.OutOfMemoryError) or any(fault in text for fault in FAULT_TEXTS):
+    if isinstance(error, torch.OutOfMemoryError) or _is_fault(error):
         return False
     if isinstance(error, DamagedError | StorageError):
         return True  # a new group looks again for what can be read
@@ -125,6 +125,11 @@ def _is_loss(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return isinstance(error, ConnectionError | TimeoutError) or error.errno in LOST_ERRNOS
     return isinstance(error, RuntimeError) and any(lost in text for lost in LOST_TEXTS)
+
+
+def _is_fault(error: BaseException) -> bool:
+    text = str(error).lower()
+    return any(fault in text for fault in FAULT_TEXTS)
 
 
 def _sentence(error: BaseException) -> str:

@@ -221,8 +221,9 @@ class Evaluation:
         except KeyboardInterrupt:
             print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
             status, code = "KILLED", ending.status
-        except RunFailed as error:
+        except (RunFailed, ConfigError) as error:
             print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
+            code = BAD_INPUT if isinstance(error, ConfigError) else FAILED
         finally:
             ending.instead = self.tracker.hurry
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})

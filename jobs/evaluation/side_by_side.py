@@ -88,7 +88,7 @@ def side_by_side(
 
     Raises
     ------
-    RunFailed
+    ConfigError, RunFailed
         No cluster, or no node with so many cores; a task that Ray gave up; a node without the data, or with other data.
     """
     place = start_ray(workers * threads, START_S)

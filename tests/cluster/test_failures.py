@@ -80,6 +80,8 @@ FAULTS = [
     rx.ActorDiedError(rx.RayTaskError("__init__", "Traceback\nModuleNotFoundError: No module named 'cluster'", None)),
     rx.RuntimeEnvSetupError("pip failed"),
     rx.AuthenticationError("a token is needed"),
+    rx.RpcError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect", 16),
+    ConnectionError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect"),
     rx.TaskCancelledError(),
     in_an_actor(ValueError("cluster.interface: expected eth7, found lo")),
     in_an_actor(FileNotFoundError(errno.ENOENT, "--run-dir: expected a folder")),

@@ -1,4 +1,4 @@
-"""`ray job submit` to a cluster of its own on loopback, which asks for a token: what its user types and sees."""
+"""`ray job submit` to clusters of its own on loopback, with a token and without: what its user types and sees."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,13 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray head with two CPUs."""
+    """A Ray head with two CPUs.
+
+    address: of its dashboard, where jobs are submitted; control: of its control service.
+    """
 
     address: str
+    control: str
     environment: dict[str, str]
     working_dir: Path
 
@@ -64,7 +69,8 @@ class Cluster:
         return done.returncode, self.get(job)["status"], self.get(f"{job}/logs")["logs"]
 
     def get(self, path: str, *, token: bool = True) -> dict:
-        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"} if token else {}
+        own = self.environment.get("RAY_AUTH_TOKEN")
+        headers = {"Authorization": f"Bearer {own}"} if token and own else {}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
             return json.load(answer)
@@ -85,6 +91,21 @@ def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(environment: dict[str, str], working_dir: Path) -> Iterator[Cluster]:
+    """It asks for a token."""
+    with head(environment, working_dir) as found:
+        yield found
+
+
+@pytest.fixture
+def open_cluster(environment: dict[str, str], working_dir: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """It asks for none, and nobody here has one; the README's user, as of whom nothing is set."""
+    kept = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
+    with head(kept | {"HOME": str(tmp_path)}, working_dir) as found:
+        yield found
+
+
+@contextmanager
+def head(environment: dict[str, str], working_dir: Path) -> Iterator[Cluster]:
     """`ray start --head --block`, its folder and its ports its own."""
     port, dashboard, agent, client = free_ports(4)
     # Ray's sockets lie below it, and the path of a socket may have 107 characters
@@ -104,19 +125,19 @@ def cluster(environment: dict[str, str], working_dir: Path) -> Iterator[Cluster]
     values = {name: value for name, value in environment.items() if name != "PYTHONPATH"}  # jobs bring their own copy
     log = folder / "head.log"
     with log.open("w") as output:
-        head = subprocess.Popen(command, env=values, stdout=output, stderr=output, cwd=folder)
+        process = subprocess.Popen(command, env=values, stdout=output, stderr=output, cwd=folder)
     address = f"http://127.0.0.1:{dashboard}"
-    found = Cluster(address, values | {"RAY_API_SERVER_ADDRESS": address}, working_dir)
+    found = Cluster(address, f"127.0.0.1:{port}", values | {"RAY_API_SERVER_ADDRESS": address}, working_dir)
     try:
-        wait_until_it_answers(found, head, log)
+        wait_until_it_answers(found, process, log)
         yield found
     finally:
-        children = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-        head.terminate()
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.terminate()
         _, left = psutil.wait_procs(children, timeout=5)
-        for process in (head, *left):  # nothing of it is needed any more
-            process.kill()
-        head.wait()
+        for each in (process, *left):  # nothing of it is needed any more
+            each.kill()
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -174,6 +195,47 @@ def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster
     assert {"jobs/pretrain.py", "jobs/configs/digits.yaml", "simmatch/layer.py", "cluster/group.py"} <= uploaded
     assert not uploaded & set(DECOYS)
     assert not any(name.endswith(".pyc") for name in uploaded)
+
+
+@pytest.mark.fault
+def test_the_readmes_job_succeeds_where_nobody_asks_for_a_token(open_cluster: Cluster, tmp_path: Path) -> None:
+    """Its own words, smaller; the run goes below the user's home, since the job's folder is a copy."""
+    words = "python -m jobs.pretrain --config jobs/configs/digits.yaml"
+    assert f"ray job submit --working-dir . -- {words}\n" in (ROOT / "README.md").read_text()
+    code, status, logs = open_cluster.submit(f"{words} {' '.join(f'--set {each}' for each in SMALL)}")
+    assert (code, status) == (0, "SUCCEEDED"), logs
+    assert any(
+        line.startswith("ray: cluster at 127.0.0.1:") and "which asks for no token;" in line
+        for line in logs.splitlines()
+    )
+    summary = json.loads((tmp_path / "simmatch" / "runs" / "digits" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("FINISHED", 8)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RAY_AUTH_TOKEN": "f" * 64}, "RAY_AUTH_TOKEN: expected the token of the cluster at {control}, got one that"),
+        ({"RAY_AUTH_TOKEN": ""}, "RAY_AUTH_TOKEN: expected the token of the cluster at {control}, which asks for it"),
+        ({"RAY_ADDRESS": "{address}"}, "RAY_ADDRESS: expected host:port of a cluster's control service"),
+    ],
+    ids=["wrong", "none", "the dashboard's address"],
+)  # fmt: skip
+def test_a_driver_that_cannot_join_says_why_in_one_line(
+    changes: dict[str, str], message: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    words = pretrain(tmp_path / "run").split()
+    places = {"control": cluster.control, "address": cluster.address}
+    changes = {name: value.format(**places) for name, value in changes.items()}
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        env=cluster.environment | {"HOME": str(tmp_path), "RAY_ADDRESS": cluster.control} | changes,
+        cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: " + message.format(**places))
+    assert len(done.stderr.splitlines()) == 1
 
 
 HOLD = """

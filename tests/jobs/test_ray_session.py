@@ -1,0 +1,144 @@
+"""Which cluster a job joins, and as whom: what is refused before Ray is there, and the mode that is found."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.controller import RunFailed
+from jobs import ray_session
+from simmatch.config import ConfigError
+
+TOKEN = "0123456789abcdef" * 4
+
+
+class Service(grpc.GenericRpcHandler):
+    """A control service that answers every question of who has its token; None: of everybody."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
+            if self._token and ("authorization", f"Bearer {self._token}") not in details.invocation_metadata:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@pytest.fixture
+def service(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Its address; the parameter is its token."""
+    server = grpc.server(ThreadPoolExecutor(1), [Service(request.param)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait(10)
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def start(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """As a job does, but that Ray is not to come to be."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    ray_session.start_ray(1, 5.0)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:8265",
+        "ray://head:10001",
+        "head",
+        "head:",
+        "head:0",
+        "head:65536",
+        "a b:1",
+        "ada:pw@head:1",
+        "/tmp",
+    ],
+)
+def test_an_address_of_another_kind_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as caught:
+        start(monkeypatch, address)
+    expected = "RAY_ADDRESS: expected host:port of a cluster's control service, such as 10.0.0.7:6379, auto or local"
+    hint = "; for `ray job submit` set RAY_API_SERVER_ADDRESS" if "://" in address else ""
+    assert str(caught.value) == f"{expected}, got {address}{hint}"
+
+
+def test_what_is_no_cluster_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr(ray_session, "CONNECT_S", 0.5)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(RunFailed, match=rf"^RAY_ADDRESS: expected a running cluster at {address}, found something"):
+            ray_session.start_ray(1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("service", "variables", "mode"),
+    [
+        (None, {}, "disabled"),
+        (None, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, "disabled"),
+        (TOKEN, {"RAY_AUTH_TOKEN": TOKEN}, "token"),
+        (TOKEN, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": TOKEN}, "token"),
+        (TOKEN, {"RAY_AUTH_TOKEN_PATH": "{home}/of-mine"}, "token"),
+        (TOKEN, {"HOME": "{home}/kept"}, "token"),
+        (TOKEN, {"RAY_USE_TLS": "1"}, None),
+    ],
+    indirect=["service"],
+)
+def test_the_clusters_mode_is_taken_as_it_is_found(
+    service: str, variables: dict[str, str], mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of-mine").write_text(f"{TOKEN}\n")
+    (tmp_path / "kept" / ".ray").mkdir(parents=True)
+    (tmp_path / "kept" / ".ray" / "auth_token").write_text(TOKEN)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(home=tmp_path))
+    assert ray_session._mode(service, "RAY_ADDRESS", 5.0) == mode
+
+
+@pytest.mark.parametrize(
+    ("service", "variables", "message"),
+    [
+        (TOKEN, {}, "TOKEN: expected the token of the cluster at {0}, which asks for it, got none"),
+        (TOKEN, {"TOKEN": "f" * 64}, "TOKEN: expected the token of the cluster at {0}, got one that it refuses"),
+        (TOKEN, {"TOKEN": "a\nb"}, "TOKEN: expected the token of the cluster at {0}, got one that it refuses"),
+        (TOKEN, {"TOKEN_PATH": "{1}/wrong"}, "TOKEN_PATH: expected the token of the cluster at {0}, got one that it"),
+        (TOKEN, {"TOKEN_PATH": "{1}/none"}, "TOKEN_PATH: expected a file with a token, got {1}/none: No such file"),
+        (TOKEN, {"TOKEN_PATH": "{1}/empty"}, "TOKEN_PATH: expected a file with a token, got {1}/empty: nothing in it"),
+    ],
+    indirect=["service"],
+)  # fmt: skip
+def test_a_token_that_is_missing_or_refused_is_one_line(
+    service: str, variables: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "wrong").write_text("f" * 64)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"RAY_AUTH_{name}", value.format(service, tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        start(monkeypatch, service)
+    assert str(caught.value).startswith(f"RAY_AUTH_{message.format(service, tmp_path)}")
+    assert TOKEN not in str(caught.value)
+
+
+def test_an_unknown_mode_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "tokens")
+    with pytest.raises(ConfigError, match=r"^RAY_AUTH_MODE: expected token or disabled, got 'tokens'$"):
+        ray_session.start_ray(1, 5.0)
+    assert "RAY_AUTH_TOKEN" not in os.environ
