@@ -19,17 +19,18 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, read, remove, write_whole
+from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, read, remove, size_bytes, write_whole
+from simmatch.config import NonNegativeFloat, NonNegativeInt
 from simmatch.documents import DocumentError, load_json
 from simmatch.rows import Rows
 
@@ -54,12 +55,13 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One rank's file: its digest, and the rows it holds of every sharded tensor, as [start, stop)."""
 
-    rank: int
-    file: str
+    rank: NonNegativeInt
+    file: Annotated[str, Field(pattern=r"^rank-\d+-of-\d+(-\w+)?\.safetensors$")]
     sha256: str
-    size_bytes: int | None = None
-    rows: dict[str, list[int]]
-    shapes: dict[str, list[int]]
+    size_bytes: NonNegativeInt | None = None
+    """None in checkpoints of earlier versions."""
+    rows: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+    shapes: dict[str, list[NonNegativeInt]]
 
 
 class Cursor(_Record):
@@ -69,10 +71,10 @@ class Cursor(_Record):
     is drawn from (seed, epoch), see `simmatch.order`.
     """
 
-    step: int
-    layer: int
-    updates: int
-    images: int = 0
+    step: NonNegativeInt
+    layer: NonNegativeInt
+    updates: NonNegativeInt
+    images: NonNegativeInt = 0
     """0 where an earlier version wrote it."""
 
 
@@ -83,9 +85,9 @@ class LayerState(_Record):
     usual: bound that its growth is measured from while it learns, see `cluster.watch.Growth`.
     """
 
-    bound: float
-    ridge: float
-    usual: float | None = None
+    bound: NonNegativeFloat
+    ridge: NonNegativeFloat
+    usual: NonNegativeFloat | None = None
 
 
 class Manifest(_Record):
@@ -103,7 +105,7 @@ class Manifest(_Record):
     last_step_sent: dict[str, int] = {}
     """Layer → last step of its metrics that the tracking server has confirmed."""
 
-    rate: float = 1.0
+    rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rates in force, over those of the configuration."""
 
     data: str | None = None
@@ -151,10 +153,20 @@ def write_shard(
 
 
 def commit(folder: AnyPath, manifest: Manifest) -> None:
-    """Write the manifest, which makes the checkpoint one.
+    """Write the manifest, which makes the checkpoint one, once every shard is seen from here as its rank wrote it.
 
     Shards of a group that was given up at this step may lie beside it; nobody names them, and they go with the folder.
+
+    Raises
+    ------
+    OSError
+        A shard is not there: the rank that wrote it reaches another place under the same name. Or what the disk says.
     """
+    for shard in manifest.shards:
+        found = size_bytes(folder / shard.file)
+        if found is None or shard.size_bytes not in (None, found):
+            told = f"expected {shard.size_bytes} bytes of rank {shard.rank}, got {found or 'nothing'}"
+            raise OSError(f"{folder / shard.file}: {told}; does every node reach the same run directory?")
     values = manifest.model_dump(mode="json")
     write_whole(folder / MANIFEST, json.dumps({DIGEST: _digest(values), **values}, indent=1).encode())
 
@@ -225,9 +237,6 @@ def read_manifest(folder: AnyPath) -> Manifest:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {manifest.format}")
     if digest != _digest(values):
         raise CheckpointError(f"{path}: expected a manifest as it was written, got one whose sha256 is another")
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file:
-            raise CheckpointError(f"{path}: expected shards beside it, got {shard.file}")
     return manifest
 
 
@@ -260,12 +269,10 @@ class Reader:
     def rows(self, key: str, rows: Rows) -> Tensor:
         """Rows start … stop − 1 of a sharded tensor, from whichever files hold them."""
         parts = []
-        for shard in self._holding(key):
-            start, stop = shard.rows[key]
+        for shard, start, stop in self._rows_of(key):
             first, last = max(start, rows.start), min(stop, rows.stop)
             if first < last:
-                with self._open(shard) as file:
-                    parts.append(file.get_slice(key)[first - start : last - start])
+                parts.append(self._get(shard, key, slice(first - start, last - start)))
         found = torch.cat(parts) if parts else torch.empty(0)
         if found.shape[0] != rows.count:
             raise CheckpointError(
@@ -276,19 +283,24 @@ class Reader:
     def whole(self, key: str) -> Tensor:
         """A tensor that is equal on all ranks."""
         for shard in self._holding(key):
-            with self._open(shard) as file:
-                tensor: Tensor = file.get_tensor(key)
-                return tensor
+            return self._get(shard, key, None)
         raise CheckpointError(f"{self.folder}: expected the tensor {key}, found none")
 
     def check_channels(self, key: str, channels: int) -> None:
         """Refuse a sharded tensor that does not have this many rows in all."""
-        found = sum(stop - start for start, stop in (shard.rows[key] for shard in self._holding(key)))
+        found = sum(stop - start for _, start, stop in self._rows_of(key))
         if found != channels:
             raise CheckpointError(f"{self.folder}: expected {channels} channels in {key}, got {found}")
 
     def _holding(self, key: str) -> list[Shard]:
         return [shard for shard in sorted(self.manifest.shards, key=lambda shard: shard.rank) if key in shard.shapes]
+
+    def _rows_of(self, key: str) -> Iterator[tuple[Shard, int, int]]:
+        for shard in self._holding(key):
+            if key not in shard.rows:
+                raise CheckpointError(f"{self.folder}: expected rows of {key} in {shard.file}, found none")
+            start, stop = shard.rows[key]
+            yield shard, start, stop
 
     def _file(self, shard: Shard) -> Path:
         """The shard on this machine, its digest compared."""
@@ -297,6 +309,8 @@ class Reader:
         path = self.folder / shard.file
         try:
             found = persist(lambda: fetch(path, self._folder_of_copies), self._patience_s)
+            if found.is_symlink() or (found.exists() and not found.is_file()):  # another file's, or a pipe that hangs
+                raise DamagedError(f"{path}: expected a file of the checkpoint, found a link or something else")
             with found.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
@@ -316,9 +330,11 @@ class Reader:
             weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
         return self._copies
 
-    def _open(self, shard: Shard) -> Any:
+    def _get(self, shard: Shard, key: str, rows: slice | None) -> Tensor:
         try:
-            return safe_open(self._file(shard), framework="pt")
+            with safe_open(self._file(shard), framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+                return tensor
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / shard.file}: {error}") from None
 

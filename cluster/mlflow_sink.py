@@ -8,15 +8,17 @@ event's own time, and MLflow stores identical (key, step, timestamp, value) rows
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 
+from cluster.events import LARGEST_ARTIFACT, checked, open_inside
 from cluster.sender import RejectedError, RunsLostError
 from cluster.spool import Event
+from simmatch.model import MODEL_FILES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,7 +30,6 @@ METRICS_PER_REQUEST = 1000
 PAIRS_PER_REQUEST = 100
 LONGEST_VALUE = {"params": 6000, "tags": 5000}
 LONGEST_DIGEST = 36
-ENDS = ("FINISHED", "FAILED", "KILLED")
 TRUNCATED = " … [truncated]"
 # what MLflow answers to a request that will be as wrong tomorrow; anything else may pass
 FINAL_ERROR_CODES = frozenset(
@@ -90,7 +91,8 @@ class MlflowSink:
         """Find or make the parent run and one child per layer; returns their ids."""
         if start.get("kind") != "start":
             raise ValueError(f"expected the spool to begin with an event of kind start, got {start.get('kind')!r}")
-        self._key = str(start["run_key"])
+        start = checked(start)
+        self._key = start["run_key"]
         wanted = [PARENT, *(str(layer) for layer in range(start["layers"]))]
         if not set(wanted) <= set(runs):
             runs = self._find_or_make_runs(start, wanted)
@@ -101,23 +103,20 @@ class MlflowSink:
         """Deliver events in order, consecutive metrics in as few requests as the server allows."""
         metrics: list[Event] = []
         with _translate_errors(self._answers):
-            for event in events:
-                if event.get("kind") == "metrics":
+            for event in map(_checked, events):
+                if event["kind"] == "metrics":
                     metrics.append(event)
                     continue
                 self._send_metrics(metrics)
                 metrics = []
-                handler = self._handlers.get(str(event.get("kind")))
-                if handler is None:
-                    raise RejectedError(f"unknown kind of event: {event.get('kind')!r}")
-                handler(event)
+                self._handlers[event["kind"]](event)
             self._send_metrics(metrics)
 
     def _find_or_make_runs(self, start: Event, wanted: Sequence[str]) -> dict[str, str]:
         key, name = start["run_key"], start["experiment"]
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            location = (self._artifact_root / name).as_uri() if self._artifact_root else None
+            location = (self._artifact_root / _folder_name(name)).as_uri() if self._artifact_root else None
             experiment_id = self._client.create_experiment(name, artifact_location=location)
         else:
             experiment_id = experiment.experiment_id
@@ -150,7 +149,7 @@ class MlflowSink:
         rows: dict[str, list[Any]] = {}
         for event in events:
             rows.setdefault(self._run_of(event), []).extend(
-                Metric(key, float(value), event["time_ms"], event["step"]) for key, value in event["values"].items()
+                Metric(key, value, event["time_ms"], event["step"]) for key, value in event["values"].items()
             )
         for run_id, metrics in rows.items():
             for chunk in _chunks(metrics, METRICS_PER_REQUEST):
@@ -186,10 +185,12 @@ class MlflowSink:
             self._client.log_batch(run_id, tags=chunk)
 
     def _on_artifact(self, event: Event) -> None:
-        source = self._run_dir / event["path"]
-        with tempfile.TemporaryDirectory() as folder:
+        with (
+            open_inside(self._run_dir, event["path"], LARGEST_ARTIFACT) as source,
+            tempfile.TemporaryDirectory() as folder,
+        ):
             named = Path(folder) / event["name"]
-            shutil.copyfile(source, named)
+            named.write_bytes(source.read(LARGEST_ARTIFACT))
             self._client.log_artifact(self._run_of(event), str(named), event["folder"])
 
     def _on_dataset(self, event: Event) -> None:
@@ -208,13 +209,14 @@ class MlflowSink:
     def _on_model(self, event: Event) -> None:
         if self._log_model is None:
             raise RejectedError("no way to log a model was given")
-        path, key = self._run_dir / event["path"], str(event.get("key", event["time_ms"]))  # once, runs had no other
+        path, key = self._run_dir / event["path"], str(event["key"] or event["time_ms"])  # once, runs had no other
+        for name in MODEL_FILES:
+            with suppress(FileNotFoundError):  # the model's to tell
+                open_inside(self._run_dir, f"{event['path']}/{name}").close()
         self._log_model(path, event["input_shape"], self._runs[PARENT], key, self._client)
         self._log_model.tidy(self._runs[PARENT], self._client)
 
     def _on_finish(self, event: Event) -> None:
-        if event["status"] not in ENDS:  # MLflow has no error of its own for it
-            raise RejectedError(f"expected a status of {', '.join(ENDS)}, got {event['status']!r}")
         self._tidy()
         for run_id in reversed(self._runs.values()):  # the parent last: once it has ended, all have
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
@@ -268,6 +270,19 @@ def _translate_errors(answers: Callable[[], bool]) -> Iterator[None]:
         if answers():
             raise RejectedError(f"{type(error).__name__}: {error}") from error
         raise
+
+
+def _checked(event: Event) -> Event:
+    try:
+        return checked(event)
+    except ValueError as error:
+        raise RejectedError(str(error)) from None
+
+
+def _folder_name(experiment: str) -> str:
+    """An experiment's name as that of one folder, whatever it is."""
+    dots = not experiment.strip(".")
+    return experiment.replace(".", "%2E") if dots else quote(experiment, safe=" ", errors="replace")
 
 
 def _of_key(key: str) -> str:

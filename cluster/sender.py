@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from cluster.events import sound
 from cluster.notices import SILENCE_S, Notices
 from cluster.spool import Event, Progress, Spool
 
@@ -161,8 +162,9 @@ class Sender:
 
     def _keep_steps(self, events: Iterable[Event]) -> None:
         for event in events:
-            if event.get("kind") == "metrics" and event.get("layer") is not None:
-                self.last_steps[event["layer"]] = event["step"]
+            metrics = sound(event, "metrics")
+            if metrics is not None and metrics["layer"] is not None:
+                self.last_steps[metrics["layer"]] = metrics["step"]
 
     def pending(self) -> int:
         """Events not confirmed yet."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from simmatch.documents import DocumentError, load_json
 from simmatch.files import make_folder, sync_folder, write_whole
@@ -21,6 +25,7 @@ Event = dict[str, Any]
 
 SPOOL_NAME = "events.jsonl"
 PROGRESS_NAME = "events.offset"
+LONGEST_LINE_BYTES = 2**20
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
 
@@ -57,10 +62,15 @@ class Spool:
         ------
         SpoolBusyError
             Another process has it open.
+        OSError
+            It cannot be made or written, or is a link: cutting and appending would change another file.
         """
         make_folder(self.path.parent)
-        file = self.path.open("a+b", buffering=0)  # no copy of ours that a full disk leaves in doubt
+        opened = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        file = FileIO(opened, "a+")  # no copy of ours that a full disk leaves in doubt
         try:
+            if not stat.S_ISREG(os.fstat(opened).st_mode):
+                raise OSError(errno.EINVAL, "expected a file", str(self.path))
             _lock_file(file, self.path)
             _cut_torn_line(file)
             sync_folder(self.path.parent)
@@ -99,15 +109,18 @@ class Spool:
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """Events from a byte offset on, each with the offset of the next. Needs no `open`.
 
-        A whole line that is not a JSON object, as a disk failure may leave, comes as kind `unreadable`.
+        A whole line that is not a JSON object, as a disk failure may leave, or longer than any of ours, comes as kind
+        `unreadable`. What a whole object says is `cluster.events`' to check.
         """
         with self.path.open("rb") as file:
             file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                offset += len(line)
-                yield _parse(line), offset
+            length = 0
+            while piece := file.readline(LONGEST_LINE_BYTES):
+                length += len(piece)
+                if piece.endswith(b"\n"):
+                    offset += length
+                    yield _parse(piece if length == len(piece) else b""), offset
+                    length = 0
 
     def size_bytes(self) -> int:
         """Length of the file."""
@@ -138,8 +151,8 @@ class Progress:
     def load(cls, path: Path, destination: str, size_bytes: int) -> Progress:
         """The stored progress, or none if it is of another destination, unreadable or past the spool's end."""
         try:
-            stored = cls(**load_json(path.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            stored = TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        except (OSError, ValueError):
             return cls(destination)
         if stored.destination != destination or not 0 <= stored.offset <= size_bytes:
             return cls(destination)

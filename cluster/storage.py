@@ -157,6 +157,14 @@ def exists(path: AnyPath) -> bool:
     return path.exists() if isinstance(path, Path) else bool(_remote(path, path.exists))
 
 
+def size_bytes(path: AnyPath) -> int | None:
+    """Length of a file; None where there is none."""
+    try:
+        return path.stat().st_size if isinstance(path, Path) else int(_remote(path, lambda: path.fs.size(path.path)))
+    except FileNotFoundError:
+        return None
+
+
 def find(folder: AnyPath, pattern: str) -> list[AnyPath]:
     """Paths below a folder that match, in the order of their names; none where there is no such folder."""
     if isinstance(folder, Path):

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.checkpoint import Cursor
 from cluster.config import RunConfig
+from cluster.events import sound
 from cluster.spool import Spool
 from simmatch.files import write_whole
 
@@ -18,6 +19,9 @@ GIVEN_UP_TAG = "simmatch.given_up"
 """Tag of a run that went back to a checkpoint and on at other rates, see `given_up`."""
 
 GIVEN_UP = re.compile(r"of layer (\d{1,9}) after step (\d{1,9})")
+
+COUNTED = frozenset({"bytes_exchanged", "num_exchanges"})
+"""What a record of a layer counts on from."""
 
 
 def given_up(cursor: Cursor) -> str:
@@ -54,11 +58,12 @@ class Record:
     def continue_from(self, spool: Path) -> None:
         """Take over what earlier attempts of the same run have recorded, so that none of it is recorded twice."""
         for event, _ in Spool(spool).read():
-            layer, step, values = event.get("layer"), event.get("step", 0), event.get("values", {})
-            if event.get("kind") == "tags" and (found := GIVEN_UP.search(str(values.get(GIVEN_UP_TAG)))):
+            tags, metrics = sound(event, "tags"), sound(event, "metrics")
+            if tags is not None and (found := GIVEN_UP.search(str(tags["values"].get(GIVEN_UP_TAG)))):
                 self.forget(Cursor(step=0, layer=int(found[1]), updates=int(found[2])))
-            if event.get("kind") != "metrics" or layer is None:
+            if metrics is None or metrics["layer"] is None or not metrics["values"].keys() >= COUNTED:
                 continue
+            layer, step, values = metrics["layer"], metrics["step"], metrics["values"]
             self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
             curve = self.curves.setdefault(layer, [])
             if not curve or step > curve[-1][0]:

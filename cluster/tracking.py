@@ -24,13 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.events import sound
 from cluster.mlflow_session import mlflow_settings, open_sink
 from cluster.mlflow_sink import PARENT, LogModel
-from cluster.redaction import Redactor, redact
+from cluster.redaction import HIDDEN, Redactor, redact
 from cluster.sender import STALLED_S, Sender
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
 from cluster.tracking_uri import URI_VARIABLE, check_uri, sqlite_uri
-from simmatch.config import Frozen, NonNegativeFloat, PositiveFloat
+from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
 
 LOST_TAG = "simmatch.lost_records"
 HURRY_S = 2.0
@@ -116,7 +117,7 @@ class Tracker:
             The run's folder cannot be written. Later on that raises no more, see `problems`.
         """
         self._spool.open()
-        starts = [event for event, _ in self._spool.read() if event.get("kind") == "start"]
+        starts = [start for event, _ in self._spool.read() if (start := sound(event, "start"))]
         self._append(
             "start",
             run_key=starts[0]["run_key"] if starts else uuid.uuid4().hex,
@@ -310,10 +311,39 @@ def make_sender(
     )
 
 
+def sync_command(run_dir: Path, uri: str) -> str:
+    """The command that sends to a server what a run has left."""
+    known = (os.environ.get(URI_VARIABLE), default_uri(run_dir))
+    return f"python -m jobs.sync {run_dir}" + ("" if uri in known else f" --uri {redact(uri)}")
+
+
+def uri_of_record(start: Event, run_dir: Path) -> str:
+    """The tracking URI that a spool's first event names, with its password, where this environment names it as well.
+
+    Whoever can write to a run directory could otherwise have the environment's credentials sent to a server of his, and
+    that server, or a data base of his, say where on this machine artifacts are put.
+
+    Raises
+    ------
+    ConfigError
+        It is neither the environment's nor the data base beside the run directory.
+    """
+    recorded, hide = str(start["uri"]), Redactor(os.environ)
+    for uri in (os.environ.get(URI_VARIABLE), default_uri(run_dir)):
+        if uri and hide(check_uri(uri)) == recorded:
+            return uri
+    password = " with its password" if HIDDEN in recorded else ""
+    raise ConfigError(f"--uri: expected {recorded}{password} here or in ${URI_VARIABLE}: a record alone is not trusted")
+
+
 def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
     """The tracking URI in force: the configured one, the environment's, or a SQLite file beside `run_dir`."""
-    uri = config.uri or os.environ.get(URI_VARIABLE) or sqlite_uri(run_dir.absolute().parent / "mlflow.db")
-    return check_uri(uri)
+    return check_uri(config.uri or os.environ.get(URI_VARIABLE) or default_uri(run_dir))
+
+
+def default_uri(run_dir: Path) -> str:
+    """A SQLite file beside the run directory."""
+    return sqlite_uri(run_dir.absolute().parent / "mlflow.db")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

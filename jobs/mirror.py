@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
-from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, publish_folder, read, write_whole
+from cluster.storage import AnyPath, exists, fetch, is_local, persist, publish_folder, read, write_whole
+from simmatch.model import MODEL_FILES
 
 SMALL = ("config.yaml", "summary.json")
 
@@ -78,7 +79,9 @@ class Mirror:
         """The exported model on this machine."""
         folder = self.work / "model"
         if self.remote:
-            persist(lambda: [fetch(file, lambda: folder) for file in find(self.place / "model", "*")], self._patience_s)
+            persist(
+                lambda: [fetch(self.place / "model" / name, lambda: folder) for name in MODEL_FILES], self._patience_s
+            )
         return folder
 
     def close(self) -> None:

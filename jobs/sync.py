@@ -6,7 +6,6 @@ Sending again does no harm: MLflow keeps one copy of each row. Another server (`
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.events import checked
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.mlflow_sink import PARENT
-from cluster.redaction import HIDDEN, one_line, redact
+from cluster.redaction import one_line, redact
 from cluster.sender import Sender
 from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
-from cluster.tracking import make_sender
+from cluster.tracking import make_sender, uri_of_record
 from cluster.tracking_uri import URI_VARIABLE, check_uri
 from jobs.ending import Ending
 from jobs.program import run_program
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_dir = local_folder("RUN_DIR", options.run_dir, Path()).absolute()
         spool = Spool(run_dir / SPOOL_NAME)
         start, ended = _look_through(spool)
-        uri = check_uri(options.uri or _recorded_uri(start))
+        uri = check_uri(options.uri or uri_of_record(start, run_dir))
         spool.open()
     except (ConfigError, SpoolBusyError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -66,17 +66,10 @@ def _look_through(spool: Spool) -> tuple[Event, bool]:
             ended = event["kind"] == "finish"
     if start is None or start.get("kind") != "start":
         raise ConfigError(f"RUN_DIR: expected {SPOOL_NAME} to begin with the start of a run, got {spool.path}")
-    return start, ended
-
-
-def _recorded_uri(start: Event) -> str:
-    """Where the job sent to; the spool holds no passwords, so one with a password comes from the environment."""
-    recorded, ambient = str(start["uri"]), os.environ.get(URI_VARIABLE, "")
-    if HIDDEN not in recorded:
-        return recorded
-    if redact(ambient) == recorded:
-        return ambient
-    raise ConfigError(f"--uri: expected {recorded} with its password here or in ${URI_VARIABLE}, got none")
+    try:
+        return checked(start), ended
+    except ConfigError as error:
+        raise ConfigError(f"RUN_DIR: {SPOOL_NAME}: {error}") from None
 
 
 def _send(sender: Sender, wait_s: float) -> None:
@@ -110,7 +103,10 @@ def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.sync", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run, the one that holds events.jsonl")
-    parser.add_argument("--uri", help="MLflow's tracking URI (default: the one the job used)")
+    parser.add_argument(
+        "--uri",
+        help=f"MLflow's tracking URI (default: the job's, where ${URI_VARIABLE} or the default names it as well)",
+    )
     parser.add_argument(
         "--wait", type=float, default=60.0, metavar="S", help="give up after so long without success (default: 60)"
     )

@@ -28,11 +28,13 @@ def write_whole(path: Path, content: Content) -> None:
     """
     make_folder(path.parent)
     partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # a link there would have another file written
     try:
         if callable(content):
             content(partial)
         else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            with partial.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
         move_whole(partial, path)
     finally:
         partial.unlink(missing_ok=True)

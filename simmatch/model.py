@@ -29,6 +29,10 @@ EXPORTED = ("feedforward", "lateral", "label", "whitening", "whitening_mean")
 """Tensors of a layer that an exported model holds, where they exist."""
 
 
+MODEL_FILES = ("model.safetensors", "config.yaml")
+"""Files of an exported model's folder."""
+
+
 class InputConfig(Frozen):
     """What a model was built for."""
 

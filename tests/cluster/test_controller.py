@@ -786,9 +786,9 @@ def spool_of(run_dir: Path, *rows: tuple[int | None, int, float] | str) -> None:
             continue
         layer, step, objective = row
         values = {"objective": objective, "bytes_exchanged": 1000.0 * number, "num_exchanges": 10.0 * number}
-        spool.append({"kind": "metrics", "layer": layer, "step": step, "values": values})
-    spool.append({"kind": "params", "values": {}})
-    spool.append({"kind": "metrics", "layer": None, "step": 22, "values": {"accuracy": 0.9}})
+        spool.append({"kind": "metrics", "time_ms": number, "layer": layer, "step": step, "values": values})
+    spool.append({"kind": "params", "time_ms": 99, "values": {}})
+    spool.append({"kind": "metrics", "time_ms": 99, "layer": None, "step": 22, "values": {"accuracy": 0.9}})
     spool.close()
 
 

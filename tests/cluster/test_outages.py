@@ -23,6 +23,7 @@ import cluster.notices
 import cluster.sender
 import jobs.sync
 from cluster.mlflow_model import ModelLogger
+from cluster.spool import SPOOL_NAME, Spool
 from cluster.tracking import Status, Tracker, TrackingConfig
 from tests.outages import Outage, Proxy, mlflow_server
 
@@ -218,13 +219,14 @@ def files(client: Any, run_id: str, folder: str | None = None) -> set[str]:
 
 
 def sync(run_dir: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """`python -m jobs.sync RUN_DIR`: status, output, errors.
+    """`python -m jobs.sync RUN_DIR --uri …`, as the run's server is known to its user: status, output, errors.
 
     Without the links that MLflow prints where a run ends: a request given up in an outage may come to its end now, in a
     thread of its own.
     """
     capsys.readouterr()
-    code = jobs.sync.main([str(run_dir), *arguments])
+    start, _ = next(Spool(run_dir / SPOOL_NAME).read())
+    code = jobs.sync.main([str(run_dir), "--uri", start["uri"], *arguments])
     out, err = capsys.readouterr()
     return code, "".join(line for line in out.splitlines(keepends=True) if not line.startswith(("🏃", "🧪"))), err
 

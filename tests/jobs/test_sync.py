@@ -42,9 +42,12 @@ def closed_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def test_what_is_left_is_sent_once(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_is_sent_once(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mlflow import MlflowClient
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     events = record(tmp_path / "left", store)
     assert main([str(tmp_path / "left")]) == 0
     out, err = capsys.readouterr()
@@ -68,7 +71,7 @@ def test_a_server_that_is_away_leaves_everything_for_later(
     tmp_path: Path, store: str, closed_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events = record(tmp_path / "away", f"http://127.0.0.1:{closed_port}", finish=False)
-    assert main([str(tmp_path / "away"), "--wait", "0"]) == 1
+    assert main([str(tmp_path / "away"), "--uri", f"http://127.0.0.1:{closed_port}", "--wait", "0"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("0 events sent")
     assert f"{events} events are left" in err
@@ -88,7 +91,7 @@ def test_a_server_whose_answers_never_end_is_given_up(
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     proxy = Proxy(0, Outage("drip", delay_s=0.2))
     events = record(tmp_path / "drip", proxy.uri)
-    assert main([str(tmp_path / "drip"), "--wait", "0", "--timeout", "1"]) == 1
+    assert main([str(tmp_path / "drip"), "--uri", proxy.uri, "--wait", "0", "--timeout", "1"]) == 1
     proxy.close()
     assert f"{events} events are left; the latest attempt said: TimeoutError" in capsys.readouterr().err
 
@@ -107,7 +110,7 @@ def test_a_spool_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_run_that_still_writes_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path, "http://127.0.0.1:1")
     writer = Spool(tmp_path / "events.jsonl").open()
-    assert main([str(tmp_path)]) == 2
+    assert main([str(tmp_path), "--uri", "http://127.0.0.1:1"]) == 2
     writer.close()
     assert "another process is writing or sending" in capsys.readouterr().err
 
