@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.config import RunConfig
 from cluster.redaction import one_line
 from cluster.summary import Record, summarise, write_json
-from cluster.tracking import Status, Tracker
+from cluster.tracking import Status, Tracker, sync_command
 from jobs import figures
 from jobs.mirror import Mirror
 from jobs.run_directory import Start
@@ -120,7 +120,7 @@ def send_records(tracker: Tracker, tell: Callable[[str], None]) -> None:
     if tracker.lost:
         tell(f"{tracker.lost} records are lost: the disk of {run_dir} was full")
     if pending:
-        tell(f"{pending} records have not reached MLflow; send them with: python -m jobs.sync {run_dir}")
+        tell(f"{pending} records have not reached MLflow; send them with: {sync_command(run_dir, tracker.uri)}")
     elif enabled:
         tell(f"MLflow run: {tracker.run_id} (make ui)")
 
