@@ -782,7 +782,7 @@ def spool_of(run_dir: Path, *rows: tuple[int | None, int, float] | str) -> None:
     spool = Spool(run_dir / SPOOL_NAME).open()
     for number, row in enumerate(rows, 1):
         if isinstance(row, str):
-            spool.append({"kind": "tags", "values": {"simmatch.given_up": row}})
+            spool.append({"kind": "tags", "time_ms": 50, "values": {"simmatch.given_up": row}})
             continue
         layer, step, objective = row
         values = {"objective": objective, "bytes_exchanged": 1000.0 * number, "num_exchanges": 10.0 * number}
