@@ -36,7 +36,35 @@ RATE, TAU = 0.05, 0.1
 """The authors' ρ and τ'. One of their steps is one of ours at η = 4ρ/K and τ = 2τ'."""
 
 AUTHORS_ITERATIONS = 40
+SAFE_STEP = 0.2
+"""Of their iteration, below 2/λmax up to λmax = 10: at larger rates than the published ones M comes near it."""
+
+LEARNING = DynamicsConfig(tolerance=1e-3, max_iterations=2000)
+"""Ours while learning: plain images make M so ill-conditioned that at 1e-2 the objective jumps by a factor of ten."""
+
 OBJECTIVE_TOLERANCE, OBJECTIVE_ITERATIONS = 1e-4, 50_000
+
+
+@dataclass(frozen=True)
+class Rates:
+    """η and τ of our rules, and what they are in the authors' units."""
+
+    lr: float
+    tau: float
+    step: float = SAFE_STEP
+
+    @property
+    def authors_rate(self) -> float:
+        """ρ."""
+        return self.lr * CHANNELS / 4
+
+    @property
+    def authors_tau(self) -> float:
+        """τ'."""
+        return self.tau / 2
+
+
+PUBLISHED = Rates(lr=4 * RATE / CHANNELS, tau=2 * TAU, step=1.0)
 
 
 # -- both sides --------------------------------------------------------------------------------------------------------
@@ -57,7 +85,7 @@ class State:
             weight = nn.Conv2d(in_channels, CHANNELS, KERNEL, bias=False).weight
         return cls(weight.detach().clone(), torch.eye(CHANNELS))
 
-    def authors(self, step: float = 1.0, iterations: int = AUTHORS_ITERATIONS) -> Any:
+    def authors(self, step: float = 1.0, iterations: int = AUTHORS_ITERATIONS, tau: float = TAU) -> Any:
         """Their module with these weights."""
         import pynsm
 
@@ -65,7 +93,7 @@ class State:
         model = pynsm.SimilarityMatching(
             encoder=encoder,
             out_channels=CHANNELS,
-            tau=TAU,
+            tau=tau,
             iteration_projection=F.relu,
             iteration_lr=step,
             max_iterations=iterations,
@@ -75,14 +103,14 @@ class State:
             model.competitor.weight.copy_(self.lateral)
         return model
 
-    def own(self, dynamics: DynamicsConfig | None = None) -> SimilarityMatchingConv2d:
+    def own(self, dynamics: DynamicsConfig | None = None, rates: Rates = PUBLISHED) -> SimilarityMatchingConv2d:
         """Our layer with these weights."""
         layer = SimilarityMatchingConv2d(
             self.feedforward.shape[1],
             CHANNELS,
             KERNEL,
             dynamics=one_device(dynamics or DynamicsConfig()),
-            plasticity=PlasticityConfig(lr=4 * RATE / CHANNELS, tau=2 * TAU),
+            plasticity=PlasticityConfig(lr=rates.lr, tau=rates.tau),
         )
         layer.feedforward.copy_(self.feedforward)
         layer.lateral.copy_(self.lateral)
@@ -165,11 +193,10 @@ def _load(path: Path, recipe: dict[str, Any]) -> State | None:
 
 
 class Authors:
-    """Their training loop, as in their example."""
+    """Their training loop, as in their example: of their module, at rate ρ."""
 
-    def __init__(self, state: State) -> None:
-        self.model = state.authors()
-        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=RATE)
+    def __init__(self, model: Any, rate: float) -> None:
+        self.model, self.optimiser = model, torch.optim.SGD(model.parameters(), lr=rate)
 
     def learn(self, batch: Tensor) -> None:
         y = self.model(batch)
@@ -185,8 +212,8 @@ class Authors:
 class Own:
     """Ours, from all positions of an image or from some, drawn anew for every update."""
 
-    def __init__(self, state: State, positions: int | None) -> None:
-        self.layer, self.positions = state.own(), positions
+    def __init__(self, state: State, positions: int | None, rates: Rates) -> None:
+        self.layer, self.positions = state.own(LEARNING, rates), positions
 
     def learn(self, batch: Tensor) -> None:
         if self.positions is None:
@@ -204,8 +231,11 @@ class Own:
 def held_out_objective(state: State, images: Tensor) -> float:
     """Relative similarity-matching objective on images not learnt from, activities solved by one and the same solver.
 
-    Whoever learnt the weights: what is judged is what they make of the input once the dynamics are solved.
+    Whoever learnt the weights: what is judged is what they make of the input once the dynamics are solved. Weights that
+    are not finite have the objective infinity.
     """
+    if not (state.feedforward.isfinite().all() and state.lateral.isfinite().all()):
+        return torch.inf
     layer = state.own(DynamicsConfig(tolerance=OBJECTIVE_TOLERANCE, max_iterations=OBJECTIVE_ITERATIONS))
     y = columns(layer.solve(images).y)
     return layer.objective(images, y, columns=y.shape[1])

@@ -1,13 +1,11 @@
-"""Beside `pynsm` 1.0.1, the authors' library: encoding to a residual, equal iterations, training as published."""
+"""Beside `pynsm` 1.0.1, the authors' library: encoding to a residual, equal iterations, training at several rates."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,14 +15,12 @@ from jobs.benchmarks.authors import (
     AUTHORS_ITERATIONS,
     CHANNELS,
     KERNEL,
-    Authors,
     Lesson,
-    Own,
     State,
     columns,
-    held_out_objective,
     trained_states,
 )
+from jobs.benchmarks.learning import measure_training
 from jobs.benchmarks.problems import Problem, error
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import alternate
@@ -68,7 +64,6 @@ class Plan:
     after: tuple[int, ...]
     images: int
     train_images: int
-    chunk: int
     objective_images: int
     positions: int
     batch_size: int
@@ -84,14 +79,11 @@ class Plan:
         quick, batch_size = options.quick, options.batch_size
         train_images = options.train_images or (1000 if quick else 20_000)
         least = max(1, batch_size) * options.rounds
-        rounds = options.rounds if quick else max(options.rounds, 20)
-        chunk = max(1, train_images // (rounds * max(1, batch_size))) * batch_size  # whole batches
         positions = (dataset.image_size[0] - KERNEL + 1) * (dataset.image_size[1] - KERNEL + 1)
         plan = cls(
             after=tuple(sorted(options.after or ((500, 1000) if quick else (5000, 20_000, 60_000)))),
             images=options.images or (20 if quick else 200),
             train_images=train_images,
-            chunk=chunk,
             objective_images=5 if quick else 20,
             positions=options.positions,
             batch_size=batch_size,
@@ -271,70 +263,6 @@ def measure_fixed(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
         ],
     )  # fmt: skip
     return [row | {"label": f"{AUTHORS_ITERATIONS} steps\nafter {row['after']}"} for row in rows]
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
-
-
-def all_learners(start: State, positions: int) -> dict[str, Authors | Own]:
-    """Everyone who is timed, from the same state."""
-    return {
-        "pynsm": Authors(start),
-        "simmatch": Own(start, None),
-        "simmatch, some positions": Own(start, positions),
-    }
-
-
-def measure_training(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
-    """The same images in the same order from the same state; a round is the next part of the training of each."""
-    lesson = plan.lesson(dataset)
-    start = lesson.start()
-    held_out = to_unit(dataset.test_images[: plan.objective_images])
-    learners, spare = all_learners(start, plan.positions), all_learners(start, plan.positions)
-    edges = [*range(0, plan.train_images, plan.chunk), plan.train_images]  # the last part may be a short one
-    rounds = len(edges) - 1
-    parts = {name: iter(pairwise(edges)) for name in learners}
-
-    def advance(name: str) -> None:
-        for batch in lesson.batches(*next(parts[name])):
-            learners[name].learn(batch)
-
-    first = next(lesson.batches(0, plan.batch_size))
-    with report.progress(rounds + 1) as step:
-        timings = alternate(
-            {name: partial(advance, name) for name in learners},
-            rounds,
-            warm_up={name: partial(learner.learn, first) for name, learner in spare.items()},
-            after_round=lambda: step(f"training on {plan.train_images} images"),
-        )
-    before = held_out_objective(start, held_out)
-    rows = []
-    for name, learner in learners.items():
-        total = sum(timings.seconds[name])
-        rows.append(
-            {
-                "trainer": name,
-                "images": plan.train_images,
-                "positions": getattr(learner, "positions", None),
-                "objective_before": before,
-                "objective": held_out_objective(learner.state(), held_out),
-                "largest_eigenvalue": torch.linalg.eigvalsh(learner.state().lateral.double())[-1],
-                "images_per_second": plan.train_images / total,
-                "speedup_total": sum(timings.seconds["pynsm"]) / total,
-                **timings.speedup(name, "pynsm").fields("speedup"),
-            }
-        )
-        report.row(kind="training", **rows[-1])
-    report.table(
-        f"Training on {plan.train_images} images, one round per {plan.chunk}",
-        ["", "images/s", "objective, held out", "λmax", "×, whole run", "×, median round", "min", "max"],
-        [
-            [row[key] for key in ("trainer", "images_per_second", "objective", "largest_eigenvalue", "speedup_total",
-                                  "speedup", "speedup_min", "speedup_max")]
-            for row in rows
-        ],
-    )  # fmt: skip
-    return [row | {"label": f"train\n{row['trainer']}"} for row in rows if row["trainer"] != "pynsm"]
 
 
 PARTS: dict[str, Callable[[Plan, Dataset, Report], list[Row]]] = {

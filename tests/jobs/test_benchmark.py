@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from jobs.benchmark import BAD_INPUT, SUBCOMMANDS, main
 from jobs.benchmarks.dynamics import configuration, iterations_per_column, slope, solver_names
+from jobs.benchmarks.learning import RATES, edges
 from jobs.benchmarks.limits import step_memory
 from jobs.benchmarks.memory import peak_allocated_bytes, peak_resident_bytes
 from jobs.benchmarks.problems import Problem, Recipe, trained_problem
@@ -338,7 +340,7 @@ def test_dynamics_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_pynsm_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["pynsm", "--quick", "--data", "digits", "--after", "40", "120", "--images", "6", "--batch-size", "5"]
-    arguments += ["--train-images", "250", "--positions", "4", "--run-dir", str(tmp_path)]
+    arguments += ["--train-images", "150", "--positions", "4", "--run-dir", str(tmp_path)]
     assert main(arguments) == 0
     rows = rows_of(capsys.readouterr().out)
     assert [(row["after"], row["tolerance"]) for row in rows["encoding"]] == [
@@ -356,12 +358,36 @@ def test_pynsm_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for row in rows["fixed"]:
         assert row["difference"] < 1e-5  # the same 40 steps in float32
         assert row["residual"] == pytest.approx(row["pynsm_residual"], rel=1e-2, abs=1e-5)
-    authors, own, some = rows["training"]
+    check_training(rows)
+    assert (tmp_path / "figures" / "pynsm.png").stat().st_size > 5000
+
+
+def check_training(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """At the same rates both learn the same; the figures told are those of the curves."""
+    trainers = ["pynsm", "simmatch", "simmatch, some positions"]
+    assert [(row["trainer"], row["lr"], row["tau"]) for row in rows["training"]] == [
+        (trainer, rates.lr, rates.tau) for rates in RATES for trainer in trainers
+    ]
+    curves: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for row in rows["learning"]:
+        curves.setdefault((row["trainer"], row["lr"], row["tau"]), []).append(row)
+    for row in rows["training"]:
+        assert row["positions"] == (4 if row["trainer"] == trainers[2] else None)
+        curve = curves[row["trainer"], row["lr"], row["tau"]]
+        assert [point["images"] for point in curve] == edges(150, 5)
+        assert (curve[0]["objective"], curve[-1]["objective"]) == (row["objective_before"], row["objective"])
+        assert all(one["seconds"] < two["seconds"] for one, two in pairwise(curve))
+    authors, own, some = rows["training"][:3]  # published rates
     assert authors["objective"] < 0.9 * authors["objective_before"]
     assert own["objective"] == pytest.approx(authors["objective"], rel=0.02)
     assert some["objective"] == pytest.approx(authors["objective"], rel=0.1)
-    assert [row["positions"] for row in (authors, own, some)] == [None, None, 4]
-    assert (tmp_path / "figures" / "pynsm.png").stat().st_size > 5000
+    assert rows["training"][7]["objective"] < 0.1 * own["objective"]  # τ = 1
+    for row in rows["best"]:
+        own_curves = [curve for (trainer, *_), curve in curves.items() if trainer == row["trainer"]]
+        limit = float(row["figure"].removeprefix("s to "))
+        reached = [point["seconds"] for curve in own_curves for point in curve if point["objective"] <= limit]
+        assert row["value"] == (min(reached) if reached else None)
+    assert {row["figure"] for row in rows["best"]} == {"s to 0.1", "s to 0.014"}  # fewer than 1,000 images
 
 
 def check_count(row: dict[str, Any], folder: Path) -> None:

@@ -55,7 +55,7 @@ class Start(State):
 
     iteration_step: float
 
-    def authors(self, step: float | None = None, iterations: int = AUTHORS_ITERATIONS) -> Any:
+    def authors(self, step: float | None = None, iterations: int = AUTHORS_ITERATIONS, tau: float = TAU) -> Any:
         """Their module, for maps [B, P, H', W'] of patches."""
         import pynsm
 
@@ -64,7 +64,7 @@ class Start(State):
         model = pynsm.SimilarityMatching(
             encoder=encoder,
             out_channels=channels,
-            tau=TAU,
+            tau=tau,
             iteration_projection=F.relu,
             iteration_lr=self.iteration_step if step is None else step,
             max_iterations=iterations,
@@ -114,9 +114,9 @@ class Pynsm(Convolutional[PynsmSettings]):
         channels, size = self.shape.channels, view.config.patch_size
         # as torch begins a convolution: uniform within ± 1/√P
         weight = torch.rand(channels, size, 1, 1, generator=generator).mul_(2).sub_(1) / size**0.5
-        learner = Authors(Start(weight, torch.eye(channels), self.settings.step))
+        start = Start(weight, torch.eye(channels), self.settings.step)
         # their loss is a mean over channels: at this rate a step is η = 4ρ/K of our rules as in their example
-        learner.optimiser = torch.optim.SGD(learner.model.parameters(), lr=RATE * channels / CHANNELS)
+        learner = Authors(start.authors(), RATE * channels / CHANNELS)
         height, width = view.config.map_size((images.shape[2], images.shape[3]))
         for indices in VISITS.batches(len(images), height * width, self.seed):
             maps = rearrange(view.all(images[indices]), "(b h w) p -> b p h w", h=height, w=width)

@@ -1,0 +1,178 @@
+"""Learning beside `pynsm`: the same images in the same order from the same state, both sides at the same few rates.
+
+What is judged is the held-out objective over images learnt from and over seconds. A round of the clock is the next
+part of the training of each, so that whatever slows the machine slows all.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jobs.benchmarks.authors import PUBLISHED, Authors, Own, Rates, State, held_out_objective
+from jobs.benchmarks.report import Report
+from jobs.benchmarks.timing import Timings, alternate
+from simmatch.data import Dataset, to_unit
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.pynsm import Plan
+
+RATES = (PUBLISHED, Rates(lr=0.02, tau=1.0), Rates(lr=0.1, tau=1.0), Rates(lr=0.3, tau=1.0))
+"""Tried by both sides."""
+
+MARKS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 400, 600)
+"""Batches after which the objective is looked at, a round of the clock each."""
+
+AFTER = (1000, 5000, 20_000)
+"""Images after which the best objective of each side is told, and below `REACHED` the fewest seconds."""
+
+REACHED = (0.1, 0.014)
+
+SOME = "simmatch, some positions"
+
+Row = dict[str, Any]
+Key = tuple[str, Rates]
+"""Who learns, and how fast."""
+
+Curve = list[tuple[int, float, float, float]]
+"""Images learnt from, seconds of learning, objective, λmax."""
+
+
+def edges(train_images: int, batch_size: int) -> list[int]:
+    """Images after which the learners are compared: the marks, what is told, and the end, in whole batches before it.
+
+    >>> edges(1050, 100)
+    [0, 100, 200, 300, 400, 500, 700, 1000, 1050]
+    """
+    marks = {mark * batch_size for mark in MARKS} | {-(-images // batch_size) * batch_size for images in AFTER}
+    return [0, *sorted(mark for mark in marks if mark < train_images), train_images]
+
+
+def learners(start: State, positions: int) -> dict[Key, Authors | Own]:
+    """Everyone who is timed, from the same state."""
+    found: dict[Key, Authors | Own] = {}
+    for rates in RATES:
+        found["pynsm", rates] = Authors(start.authors(rates.step, tau=rates.authors_tau), rates.authors_rate)
+        found["simmatch", rates] = Own(start, None, rates)
+        found[SOME, rates] = Own(start, positions, rates)
+    return found
+
+
+def measure_training(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
+    """Objective and time of both sides at all rates, and the best of each."""
+    curves, timings = learn(plan, dataset, report)
+    rows = []
+    for key, curve in curves.items():
+        for images, seconds, objective, _ in curve:
+            report.row(kind="learning", **_fields(key), images=images, seconds=seconds, objective=objective)
+        rows.append(_row(key, curve, timings) | {"positions": plan.positions if key[0] == SOME else None})
+        report.row(kind="training", **rows[-1])
+    _tables(rows, curves, plan, report)
+    published = [row for row in rows if (row["lr"], row["tau"]) == (PUBLISHED.lr, PUBLISHED.tau)]
+    return [row | {"label": f"train\n{row['trainer']}"} for row in published if row["trainer"] != "pynsm"]
+
+
+def learn(plan: Plan, dataset: Dataset, report: Report) -> tuple[dict[Key, Curve], Timings]:
+    """What each has made of the held-out images on its way, and what it took."""
+    lesson = plan.lesson(dataset)
+    held_out = to_unit(dataset.test_images[: plan.objective_images])
+    everyone, spare = (learners(lesson.start(), plan.positions) for _ in range(2))
+    marks = edges(plan.train_images, plan.batch_size)
+    parts = {key: pairwise(marks) for key in everyone}
+    states: dict[Key, list[tuple[float, float]]] = {key: [] for key in everyone}
+
+    def advance(key: Key) -> None:
+        for batch in lesson.batches(*next(parts[key])):
+            everyone[key].learn(batch)
+
+    first = next(lesson.batches(0, plan.batch_size))
+    with report.progress(len(marks)) as step:
+
+        def look() -> None:
+            step(f"training on {plan.train_images} images")
+            for key, learner in everyone.items():
+                state = learner.state()
+                states[key].append((held_out_objective(state, held_out), _largest(state)))
+
+        timings = alternate(
+            {_name(*key): partial(advance, key) for key in everyone},
+            len(marks) - 1,
+            warm_up={_name(*key): partial(learner.learn, first) for key, learner in spare.items()},
+            after_round=look,  # the first time before anything was learnt
+        )
+    curves = {}
+    for key, found in states.items():
+        seconds = accumulate(timings.seconds[_name(*key)], initial=0.0)
+        curves[key] = [(*where, *state) for where, state in zip(zip(marks, seconds, strict=True), found, strict=True)]
+    return curves, timings
+
+
+def _name(trainer: str, rates: Rates) -> str:
+    return f"{trainer}, η {rates.lr:g}, τ {rates.tau:g}"
+
+
+def _fields(key: Key) -> Row:
+    return {"trainer": key[0], "lr": key[1].lr, "tau": key[1].tau}
+
+
+def _largest(state: State) -> float:
+    """λmax(M); infinity where M is not finite."""
+    finite = bool(state.lateral.isfinite().all())
+    return float(torch.linalg.eigvalsh(state.lateral.double())[-1]) if finite else torch.inf
+
+
+def _row(key: Key, curve: Curve, timings: Timings) -> Row:
+    """One learner after its training."""
+    name, rival = _name(*key), _name("pynsm", key[1])
+    images, total, objective, largest = curve[-1]
+    return {
+        **_fields(key),
+        "pynsm_step": key[1].step if key[0] == "pynsm" else None,
+        "images": images,
+        "objective_before": curve[0][2],
+        "objective": objective,
+        "largest_eigenvalue": largest,
+        "images_per_second": images / total,
+        "speedup_total": sum(timings.seconds[rival]) / total,
+        **timings.speedup(name, rival).fields("speedup"),
+    }
+
+
+def after(curve: Curve, images: int) -> float:
+    """Objective once at least so many images were learnt from; NaN for fewer in all."""
+    return next((objective for seen, _, objective, _ in curve if seen >= images), torch.nan)
+
+
+def seconds_to(curve: Curve, objective: float) -> float:
+    """Seconds of learning until the objective was first found to be that low; infinity for never."""
+    return next((seconds for _, seconds, found, _ in curve if found <= objective), torch.inf)
+
+
+def _tables(rows: list[Row], curves: dict[Key, Curve], plan: Plan, report: Report) -> None:
+    """All learners at all rates, and each side at the rates that are best for each figure."""
+    told = {f"after {images}": partial(after, images=images) for images in AFTER if images <= plan.train_images}
+    told |= {f"s to {objective:g}": partial(seconds_to, objective=objective) for objective in REACHED}
+    report.table(
+        f"Training on {plan.train_images} images: objective held out and seconds of learning, at every rate",
+        ["", "η", "τ", *told, "in the end", "images/s", "λmax", "×, whole run", "×, median round", "min", "max"],
+        [
+            [row["trainer"], row["lr"], row["tau"], *(figure(curve) for figure in told.values())]
+            + [row[key] for key in ("objective", "images_per_second", "largest_eigenvalue", "speedup_total",
+                                    "speedup", "speedup_min", "speedup_max")]
+            for row, curve in zip(rows, curves.values(), strict=True)
+        ],
+    )  # fmt: skip
+    best = []
+    for trainer in dict.fromkeys(name for name, _ in curves):
+        own = {rates: curve for (name, rates), curve in curves.items() if name == trainer}
+        for what, figure in told.items():
+            rates = min(own, key=lambda rates: figure(own[rates]))
+            best.append({"trainer": trainer, "figure": what, "value": figure(own[rates])} | _fields((trainer, rates)))
+            report.row(kind="best", **best[-1])
+    report.table(
+        "Each at the best of its rates for the figure", ["", "figure", "value", "η", "τ"],
+        [[row[key] for key in ("trainer", "figure", "value", "lr", "tau")] for row in best],
+    )  # fmt: skip
