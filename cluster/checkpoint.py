@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +30,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.storage import AnyPath, exists, fetch, find, is_local, persist, read, remove, size_bytes, write_whole
+from cluster.storage import (
+    AnyPath,
+    exists,
+    fetch,
+    find,
+    is_local,
+    persist,
+    read,
+    remove,
+    replace_folder,
+    size_bytes,
+    write_whole,
+)
 from simmatch.config import NonNegativeFloat, NonNegativeInt
 from simmatch.documents import DocumentError, load_json
+from simmatch.model import MODEL_FILES
 from simmatch.rows import Rows
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+MODEL = "model"
+"""Folder of the exported model."""
 DIGEST = "sha256"
 """Key of the manifest's own digest, over everything else in it."""
 
@@ -169,6 +185,23 @@ def commit(folder: AnyPath, manifest: Manifest) -> None:
             raise OSError(f"{folder / shard.file}: {told}; does every node reach the same run directory?")
     values = manifest.model_dump(mode="json")
     write_whole(folder / MANIFEST, json.dumps({DIGEST: _digest(values), **values}, indent=1).encode())
+
+
+def publish_model(run_dir: AnyPath, name: str) -> None:
+    """Give the model in folder `name`, which one group has written, its place, and remove those of other groups.
+
+    Raises
+    ------
+    OSError
+        It is not there, or the disk or the object store says no.
+    """
+    for file in MODEL_FILES:
+        if size_bytes(run_dir / name / file) is None:
+            raise OSError(f"{run_dir / name / file}: expected the model of rank 0, got nothing")
+    replace_folder(run_dir / name, run_dir / MODEL, MODEL_FILES)
+    with suppress(OSError):
+        for left in find(run_dir, f"{MODEL}-*"):
+            remove(left)
 
 
 def prune(run_dir: AnyPath, keep: int, step: int) -> None:

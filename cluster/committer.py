@@ -8,20 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.checkpoint import Manifest, commit, folder_of, prune
+from cluster.checkpoint import Manifest, commit, folder_of, prune, publish_model
 from cluster.storage import AnyPath, persist
 
 
 @dataclass(frozen=True)
 class Committed:
-    """What became of a checkpoint that all ranks have written: `why` it is none, or None where it is one."""
+    """What became of a checkpoint that all ranks have written, or, without a step, of the exported model.
 
-    step: int
+    `why` it is none, or None where it is one.
+    """
+
+    step: int | None
     why: str | None = None
 
 
 class Committer:
-    """Writes manifests in the order they come, and deletes what is old.
+    """Writes manifests in the order they come and deletes what is old; gives the model its place.
 
     Parameters
     ----------
@@ -35,15 +38,15 @@ class Committer:
         self, run_dir: AnyPath, keep: int, before: Callable[[], None] = lambda: None, *, patience_s: float = 0.0
     ) -> None:
         self._run_dir, self._keep, self._before, self._patience_s = run_dir, keep, before, patience_s
-        self._due: queue.SimpleQueue[Manifest] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[Manifest | str] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Committed] = queue.SimpleQueue()
         self._open = 0
         self._thread: threading.Thread | None = None
 
-    def submit(self, manifest: Manifest) -> None:
-        """Commit this one, after those before it."""
+    def submit(self, due: Manifest | str) -> None:
+        """Commit this checkpoint, or publish the model in this folder, after those before it."""
         self._open += 1
-        self._due.put(manifest)
+        self._due.put(due)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
             self._thread.start()
@@ -61,19 +64,22 @@ class Committer:
 
     def _run(self) -> None:
         while True:
-            manifest = self._due.get()
-            step, why = manifest.cursor.step, None
+            due = self._due.get()
+            step, why = None if isinstance(due, str) else due.cursor.step, None
             try:
-                persist(partial(self._commit, manifest), self._patience_s)
+                persist(partial(self._commit, due), self._patience_s)
             except OSError as error:  # full, gone or away: that costs checkpoints, not the run
                 why = " ".join(str(error).split())
-            if why is None:
+            if why is None and step is not None:
                 self._prune(step)
             self._outcomes.put(Committed(step, why))
 
-    def _commit(self, manifest: Manifest) -> None:
+    def _commit(self, due: Manifest | str) -> None:
+        if isinstance(due, str):
+            publish_model(self._run_dir, due)
+            return
         self._before()
-        commit(folder_of(self._run_dir, manifest.cursor.step), manifest)
+        commit(folder_of(self._run_dir, due.cursor.step), due)
 
     def _prune(self, step: int) -> None:
         try:

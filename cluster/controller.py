@@ -123,6 +123,7 @@ class Controller:
         self._training = self._asked = False
         self._deadline: float | None = None
         self._saved: int | None = None
+        self._model_lost: str | None = None
         self._step = self._settled = 0
         self._phase = ""
         self._shown = 0
@@ -159,6 +160,8 @@ class Controller:
                 raise
             self._settle(config.checkpoint.patience_s)
             if failure is None:
+                if self._model_lost is not None:
+                    raise RunFailed(f"the model is not published: {self._model_lost}; the same command goes on")
                 return self.record
             if self._asked:
                 raise RunStopped(failure.message)
@@ -319,6 +322,9 @@ class Controller:
             self.display.note(f"warning: {event['text']}")
         elif rank == 0 and kind == "metrics":
             self._metrics(event["layer"], event["step"], event["images"], event["metrics"])
+        elif rank == 0 and kind == "model":
+            self._model_lost = "no answer"
+            self._committer.submit(event["folder"])
         elif rank == 0 and kind == "probe":
             self.record.probe = {name: value for name, value in event.items() if name != "kind"}
 
@@ -364,6 +370,9 @@ class Controller:
     def _settle(self, limit_s: float) -> None:
         """Hear what became of checkpoints that are being committed."""
         for outcome in self._committer.settled(limit_s):
+            if outcome.step is None:
+                self._model_lost = outcome.why
+                continue
             self._settled = max(self._settled, outcome.step)
             if outcome.why is None:
                 self._in_vain, self._saved = 0, outcome.step

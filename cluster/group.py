@@ -24,6 +24,7 @@ from cluster.failures import classify
 from cluster.limits import within
 from cluster.network import LOOPBACK, Head
 from cluster.policy import Failure
+from cluster.reach import heard, leave
 from cluster.training import Assignment
 from cluster.worker import Place, Status, Worker
 from simmatch.config import ConfigError
@@ -34,7 +35,7 @@ LEASES = 2.0
 """How long a rank outlives its controller, over the longest pause that a controller which is well makes."""
 
 MOST_NAMED = 3
-"""Nodes that are gone, in one message."""
+"""Nodes or ranks in one message."""
 
 END_S = 10.0
 """Longest wait for Ray to take back actors and places at the end of a group."""
@@ -73,7 +74,7 @@ class WorkerGroup:
         Raises
         ------
         ConfigError
-            The cluster cannot hold the group.
+            The cluster cannot hold the group, or a node does not reach the run directory.
         GroupFailure
             A rank did not come up in time.
         """
@@ -82,8 +83,10 @@ class WorkerGroup:
         self._place()
         self._ask("start actors", self._create)
         addresses = self._addresses()
+        nonce = self._at_run_dir(lambda: leave(self.assignment.run_dir, self.assignment.token))
         calls = [actor.describe.remote(address) for actor, address in zip(self._actors, addresses, strict=True)]
         self.places = self._gather(calls, "start")
+        self._check_reach(nonce)
         if self.world_size > 1:
             self._rendezvous()
         threads = self.config.threads_per_rank or threads_per_rank(self.places)
@@ -94,6 +97,27 @@ class WorkerGroup:
         own = ray.get_runtime_context().get_node_id()
         if any(node["NodeID"] == own and not node["Alive"] for node in self._ask("list its nodes", ray.nodes)):
             raise GroupFailure(Failure("the Ray node that this job's driver runs on is gone", lost=False))
+
+    def _at_run_dir(self, call: Callable[[], Result]) -> Result:
+        """What is done in the run directory from here; a folder that hangs, or takes nothing now, may be well later."""
+        try:
+            return within(self.config.start_timeout_s, str(self.assignment.run_dir), call)
+        except OSError as error:  # a TimeoutError is one
+            message = f"the run directory cannot be used: {' '.join(str(error).split())}"
+            raise GroupFailure(Failure(message, lost=True)) from error
+
+    def _check_reach(self, nonce: str) -> None:
+        """Refuse a run directory that is another one on another node, before anything is trained."""
+        told = self.assignment
+        answers = [place.reach for place in self.places]
+        faults = self._at_run_dir(lambda: heard(told.run_dir, told.token, nonce, answers))
+        words = [f"rank {p.rank} on {p.host} {why}" for p, why in zip(self.places, faults, strict=True) if why]
+        if words:
+            more = f"; and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+            raise ConfigError(
+                f"--run-dir: expected a place that all nodes share, got {told.run_dir}: "
+                f"{'; '.join(words[:MOST_NAMED])}{more}"
+            )
 
     def _place(self) -> None:
         bundle = {"CPU": float(self.config.cpus_per_rank)}

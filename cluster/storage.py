@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +108,28 @@ def publish_folder(source: Path, target: AnyPath) -> None:
     for file in sorted(source.rglob("*")):
         if file.is_file():
             write_whole(target / file.relative_to(source).as_posix(), partial(shutil.copyfile, file))
+
+
+def replace_folder(source: AnyPath, target: AnyPath, names: Sequence[str]) -> None:
+    """Put a folder that is whole in the place of another; these are the names in it.
+
+    In an object store each file appears whole, one after the other; the copies are made there.
+    """
+    if isinstance(source, Path):
+        assert isinstance(target, Path)
+        before = source.with_name(f"{source.name}.before")
+        if os.path.lexists(target):
+            target.replace(before)
+        source.replace(target)
+        files.sync_folder(target.parent)
+        source = before
+    else:
+        for name in names:
+            place, copy = source / name, target / name
+            assert isinstance(copy, UPath)
+            _remote(copy, partial(place.fs.copy, place.path, copy.path))
+    with suppress(OSError):
+        remove(source)
 
 
 def persist(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:

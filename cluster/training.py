@@ -25,7 +25,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cluster.checkpoint import Cursor, LayerState, Reader, load_into, read_manifest, write_shard
+from cluster.checkpoint import MODEL, Cursor, LayerState, Reader, load_into, read_manifest, write_shard
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
 from cluster.cpus import all_cpus
@@ -156,13 +156,17 @@ class Training:
         return Reader(folder, persist(lambda: read_manifest(folder), patience_s), patience_s=patience_s)
 
     def _export(self) -> None:
-        """The model, where the run's files are."""
-        target = self.assignment.run_dir / "model"
+        """The model, under a name of this group alone: which group's it is that is published, the controller knows."""
+        token = self.assignment.token
+        name = f"{MODEL}-{token}" if token else MODEL
+        target = self.assignment.run_dir / name
         with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
             local = target if isinstance(target, Path) else Path(folder)
             save_model(self.stack, local)
             if local is not target:
                 persist(lambda: publish_folder(local, target), self.config.checkpoint.patience_s)
+        if token:
+            self.report.event("model", folder=name)
 
     def _store(self, images: Tensor) -> FeatureStore:
         model = self.config.model

@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from cluster.cpus import allowed_cpus
 from cluster.failures import classify
 from cluster.network import interface_of, use_interface
 from cluster.policy import Failure
+from cluster.reach import answer
 from cluster.redaction import Redactor
 from cluster.training import Assignment, Stopped, Training
 from simmatch.exchange import IDENTITY, Exchange
@@ -32,13 +32,14 @@ from simmatch.exchange import IDENTITY, Exchange
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs; `cpus` are those that its process may use."""
+    """Where a rank runs; `cpus` are those that its process may use, `reach` see `cluster.reach.answer`."""
 
     rank: int
     host: str
     address: str
     pid: int
     cpus: int
+    reach: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,15 +161,11 @@ class Worker:
             faulthandler.dump_traceback_later(self._lease_s, exit=True, file=2)
 
     def describe(self, address: str) -> Place:
-        """Where this rank runs, on the node with this address. Checks that the run directory can be reached."""
+        """Where this rank runs, on the node with this address, and whether it reaches the run directory."""
         self._renew()
-        directory = self.assignment.run_dir
-        if isinstance(directory, Path) and not directory.is_dir():
-            raise FileNotFoundError(
-                f"--run-dir: expected a folder that every node reaches, got {directory}, "
-                f"which {socket.gethostname()} does not have"
-            )
-        return Place(self.assignment.rank, socket.gethostname(), address, os.getpid(), allowed_cpus())
+        told = self.assignment
+        reach = answer(told.run_dir, told.token, told.rank)
+        return Place(told.rank, socket.gethostname(), address, os.getpid(), allowed_cpus(), reach)
 
     def bind(self, interface: str | None, address: str) -> tuple[str, int]:
         """Rank 0: bind the store of the rendezvous on a free port. Returns its address and port."""

@@ -24,6 +24,7 @@ from cluster.summary import Record, summarise, write_json
 from cluster.training import Assignment
 from cluster.worker import Outbox, Place, Status
 from simmatch.config import ConfigError
+from simmatch.files import write_whole
 
 Event = dict[str, Any]
 Round = list[list[Event]] | Failure | Callable[[], Failure]
@@ -310,6 +311,33 @@ def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
     assert "No space left on device" in note
     playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
+
+
+def model_event(run_dir: Path, token: str, content: bytes = b"weights") -> Event:
+    """What rank 0 says once it has written the model."""
+    for name in ("model.safetensors", "config.yaml"):
+        write_whole(run_dir / f"model-{token}" / name, content)
+    return {"kind": "model", "folder": f"model-{token}"}
+
+
+def test_only_the_group_in_force_publishes_its_model(scene: MakeScene, tmp_path: Path) -> None:
+    """Rank 0 of a group that was given up is cut off, not dead: it writes on, beside the next one and after it."""
+
+    def late() -> Failure:
+        model_event(tmp_path, "old", b"of the old group")
+        return LOST
+
+    playing = scene([late], [[[model_event(tmp_path, "new")], [{"kind": "model", "folder": "model-of-rank-1"}]]])
+    playing.controller.run()
+    model_event(tmp_path, "old", b"of the old group")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
+    assert (tmp_path / "model" / "config.yaml").read_bytes() == b"weights"
+
+
+def test_a_run_whose_model_cannot_be_published_has_not_finished(scene: MakeScene, tmp_path: Path) -> None:
+    playing = scene([[[{"kind": "model", "folder": "model-elsewhere"}], []]])
+    with pytest.raises(RunFailed, match=r"the model is not published: .*model-elsewhere.*; the same command goes on"):
+        playing.controller.run()
 
 
 # -- being asked to end ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,11 +22,10 @@ import torch
 import cluster.training
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
-from cluster.cpus import allowed_cpus
 from cluster.group import GroupFailure, WorkerGroup, lease_s
 from cluster.policy import Failure
 from cluster.training import Assignment, Training
-from cluster.worker import Place, Status, Worker, stalled
+from cluster.worker import Status, Worker, stalled
 from simmatch.config import ConfigError
 from simmatch.layer import SimilarityMatchingConv2d
 from tests.cluster.actors import assert_gone, limits, nothing_reserved, train
@@ -262,16 +262,29 @@ def test_a_busy_cluster_is_waited_for_and_then_named(ray: Any, digits_config: Co
     assert caught.value.failure.lost
 
 
-def test_a_missing_run_directory_is_named(digits_config: ConfigMaker, tmp_path: Path) -> None:
-    """What a node without the shared folder answers, before anything is trained."""
-    missing = tmp_path / "not-here"
-    worker = Worker(Assignment(digits_config(2), missing, 1))
-    with pytest.raises(FileNotFoundError, match="--run-dir: expected a folder that every node reaches") as caught:
-        worker.describe("127.0.0.1")
-    assert str(missing) in str(caught.value)
-    assert socket.gethostname() in str(caught.value)
-    worker = Worker(Assignment(digits_config(2), tmp_path, 1))
-    assert worker.describe("127.0.0.1") == Place(1, socket.gethostname(), "127.0.0.1", os.getpid(), allowed_cpus())
+class Elsewhere(Worker):
+    """Rank 1 runs on a node whose folder of the run directory's name is its own."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        assert isinstance(assignment.run_dir, Path)
+        if assignment.rank == 1:
+            assignment = replace(assignment, run_dir=assignment.run_dir / "own")
+        super().__init__(assignment)
+
+
+def test_a_run_directory_that_is_not_shared_is_refused(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    """Named with rank and node before anything is trained; checkpoints would be committed without its shards."""
+    (tmp_path / "own").mkdir()
+    quiet, config = Quiet(), digits_config(2, cluster=limits())
+    controller = Controller(config, tmp_path, lambda told: WorkerGroup(told, Elsewhere), quiet, quiet)
+    with pytest.raises(ConfigError) as caught:
+        controller.run()
+    assert str(caught.value) == (
+        f"--run-dir: expected a place that all nodes share, got {tmp_path}: "
+        f"rank 1 on {socket.gethostname()} does not find there what this job has written"
+    )
+    assert (quiet.rows, quiet.notes) == ([], [])
+    assert [path.name for path in tmp_path.rglob("*")] == ["own"]
 
 
 class DiesOnJoin(Worker):

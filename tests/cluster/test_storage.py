@@ -26,6 +26,7 @@ from cluster.checkpoint import (
     folder_of,
     newest_good,
     prune,
+    publish_model,
     read_manifest,
     write_shard,
 )
@@ -44,6 +45,7 @@ from cluster.storage import (
     remove,
     write_whole,
 )
+from simmatch.model import MODEL_FILES
 from simmatch.rows import Rows, split_rows
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -141,6 +143,42 @@ def test_a_folder_goes_where_it_belongs(place: AnyPath, tmp_path: Path) -> None:
     publish_folder(source, place)
     assert (read(place / "one"), read(place / "deep" / "two")) == (b"1", b"2")
     assert (source / "one").exists()
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_model_gets_its_place(place: AnyPath, replaces: bool) -> None:
+    """Another group's, which was given up and still writes, does not; nor does half of one."""
+    for name, content in (("model-new", b"new"), ("model-old", b"old"), *([("model", b"before")] if replaces else [])):
+        for file in MODEL_FILES:
+            write_whole(place / name / file, content)
+    publish_model(place, "model-new")
+    assert [read(place / "model" / file) for file in MODEL_FILES] == [b"new", b"new"]
+    assert [path.name for path in find(place, "*")] == ["model"]
+    write_whole(place / "model-half" / MODEL_FILES[0], b"half")
+    with pytest.raises(OSError, match=r"model-half.*: expected the model of rank 0, got nothing"):
+        publish_model(place, "model-half")
+    assert [read(place / "model" / file) for file in MODEL_FILES] == [b"new", b"new"]
+
+
+@pytest.mark.parametrize("fault", ["missing", "short"])
+def test_no_checkpoint_without_its_shards(place: AnyPath, fault: str) -> None:
+    """A rank wrote its shard where this process does not see it, or sees less of it; the one before stays."""
+    write(place, 4)
+    folder = folder_of(place, 8)
+    shard = write_shard(folder, 0, 1, {"w": torch.arange(6.0)}, {"w": Rows.all(6)})
+    whole = read(folder / shard.file)
+    assert shard.size_bytes == len(whole)
+    remove(folder / shard.file)
+    if fault == "short":
+        write_whole(folder / shard.file, whole[:-1])
+    committer = Committer(place, keep=1)
+    committer.submit(manifest_of(8, 1, [shard]))
+    ((step, why),) = [(outcome.step, outcome.why) for outcome in committer.settled(60.0)]
+    assert step == 8
+    assert why is not None
+    found = "nothing" if fault == "missing" else str(len(whole) - 1)
+    assert f"{shard.file}: expected {len(whole)} bytes of rank 0, got {found}" in why
+    assert newest_good(place, pytest.fail) == folder_of(place, 4)
 
 
 def test_a_local_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
