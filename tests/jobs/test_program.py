@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import ast
+import fcntl
+import json
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import jobs
+from cluster.checkpoint import folder_of, newest_good
+from jobs.ending import Ending
 
 SHOWS = """
 from rich.console import Console
@@ -66,6 +75,8 @@ def main():
 run_program(main)
 """
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 Run = Callable[..., subprocess.Popen[str]]
 
 
@@ -105,13 +116,32 @@ def test_signs_that_an_encoding_lacks_are_replaced(start: Run) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_ends_it_with_a_line(start: Run, signum: signal.Signals) -> None:
     process = start(WAITS)
     assert process.stdout.readline() == "here\n"
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (128 + signum, "", "error: interrupted\n")
+
+
+def test_signals_of_an_end_call_what_cuts_it_short() -> None:
+    before, heard = [signal.getsignal(signum) for signum in SIGNALS], []
+    with Ending() as ending:
+        ending.instead = lambda: heard.append("hurry")
+        for signum in SIGNALS:
+            signal.raise_signal(signum)
+    assert heard == 3 * ["hurry"]
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+
+def test_an_ending_remembers_what_ended_it() -> None:
+    with Ending() as ending:
+        for signum in (signal.SIGHUP, signal.SIGINT):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signum)
+        signal.raise_signal(signal.SIGTERM)  # what ends in order may take a while
+    assert ending.status == 129
 
 
 def test_what_is_to_outlive_its_terminal_does(start: Run) -> None:
@@ -121,6 +151,40 @@ def test_what_is_to_outlive_its_terminal_does(start: Run) -> None:
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+@pytest.mark.fault
+def test_a_closed_terminal_leaves_a_last_checkpoint(
+    digits_yaml: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Of a run with an embedded Ray, whose processes belong to the terminal as well; system and shell both tell."""
+    ours, theirs = pty.openpty()
+    words = ["jobs.pretrain", "--config", str(digits_yaml), "--set", "model.layers.1.train.epochs=40"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words, "--run-dir", str(tmp_path / "run")],
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run/checkpoints/step-00000060/manifest.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        with suppress(BlockingIOError):
+            os.read(ours, 65536)
+        time.sleep(0.05)
+    os.close(ours)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(60) == 129
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    step = summary["steps"]
+    assert summary["message"] == f"ended by SIGHUP; the newest checkpoint is of step {step}"
+    assert newest_good(tmp_path / "run", pytest.fail) == folder_of(tmp_path / "run", step)
 
 
 @pytest.mark.fault
