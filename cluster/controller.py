@@ -118,9 +118,7 @@ class Controller:
         self._images_before = 0 if manifest is None else manifest.cursor.images
         self.record = Record()
         self._in_vain = 0
-        self.finished = False
-        """Whether all ranks have come to the end of the program."""
-        self._training = self._asked = False
+        self._training = self._asked = self._done = False
         self._deadline: float | None = None
         self._saved: int | None = None
         self._model_lost: str | None = None
@@ -131,6 +129,11 @@ class Controller:
         saving = config.checkpoint
         self._committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
         self._before = (0.0, 0.0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all ranks have come to the end of the program, and the model is where it belongs."""
+        return self._done and self._model_lost is None
 
     def stop(self) -> bool:
         """Ask for a last checkpoint and an end; may be called from a signal handler.
@@ -232,7 +235,7 @@ class Controller:
                 self._ask_to_stop(group)
                 done, failure = self.step(group)
                 if done or failure is not None:
-                    self.finished = failure is None
+                    self._done = failure is None
                     return failure
                 time.sleep(self.config.cluster.poll_s)
         except GroupFailure as error:

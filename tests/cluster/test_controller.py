@@ -332,12 +332,14 @@ def test_only_the_group_in_force_publishes_its_model(scene: MakeScene, tmp_path:
     model_event(tmp_path, "old", b"of the old group")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
     assert (tmp_path / "model" / "config.yaml").read_bytes() == b"weights"
+    assert playing.controller.finished
 
 
 def test_a_run_whose_model_cannot_be_published_has_not_finished(scene: MakeScene, tmp_path: Path) -> None:
     playing = scene([[[{"kind": "model", "folder": "model-elsewhere"}], []]])
     with pytest.raises(RunFailed, match=r"the model is not published: .*model-elsewhere.*; the same command goes on"):
         playing.controller.run()
+    assert not playing.controller.finished  # what cuts off the wait for it decides by that
 
 
 # -- being asked to end ------------------------------------------------------------------------------------------
