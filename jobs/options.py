@@ -77,8 +77,8 @@ def _child(target: Any, part: str, key: str) -> Any:
 
 
 def _index(target: list[Any], part: str, key: str) -> int:
-    if not part.isdecimal() or int(part) >= len(target):
-        raise ConfigError(f"--set {key}: expected a number from 0 to {len(target) - 1}, got {part!r}")
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(target):
+        raise ConfigError(f"--set {key}: expected a number from 0 to {len(target) - 1}, got {quoted(part)}")
     return int(part)
 
 

@@ -332,8 +332,7 @@ def _describe(cls: type[BaseModel], fault: Any) -> str:
 
 def _shown(part: Any) -> str:
     """A key as it can be printed on one line."""
-    text = shortened(str(part))
-    return text if text.isprintable() else ascii(text)
+    return shortened(str(part))
 
 
 def _is_key(part: str) -> bool:

@@ -128,6 +128,12 @@ class Loader(yaml.SafeLoader):
             self._refuse_twins(node)
         super().flatten_mapping(node)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """No longer than can be shown: 0xfff… may stand for more digits than Python writes."""
+        if len(node.value) > LONGEST_VALUE:
+            raise _refused(f"expected an integer of at most {LONGEST_VALUE} characters, got more", node.start_mark)
+        return int(super().construct_yaml_int(node))
+
     def _refuse_twins(self, mapping: yaml.MappingNode) -> None:
         first: dict[Hashable, yaml.Node] = {}
         for node, _ in mapping.value:
@@ -150,6 +156,7 @@ _EXPONENT = (
     list("-+.0123456789"),
 )
 Loader.add_implicit_resolver(*_EXPONENT)
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 Dumper.add_implicit_resolver(*_EXPONENT)
 
 
@@ -158,12 +165,14 @@ def _refused(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 def shortened(text: str, most: int = 2 * LONGEST_VALUE) -> str:
-    """One line of at most so many characters; its middle is left out where there are more.
+    """One line of at most so many characters, its middle left out where there are more; a terminal may print it.
 
-    >>> shortened("abcdefghij", 7)
-    'ab...ij'
+    >>> shortened("abcdefghij", 7), shortened("\\33[2J")
+    ('ab...ij', '\\\\x1b[2J')
     """
     text = " ".join(text.split())
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 

@@ -75,6 +75,7 @@ def test_what_an_anchor_shares_is_overridden_where_it_is_named_only(tmp_path: Pa
         ("layers.2.pool=3", "--set layers.2: expected a number from 0 to 1, got '2'"),
         ("layers.-1.pool=3", "--set layers.-1: expected a number from 0 to 1, got '-1'"),
         ("layers.².pool=3", "--set layers.²: expected a number from 0 to 1, got '²'"),
+        (f"layers.{'1' * 5000}=3", f"--set layers.{'1' * 5000}: expected a number from 0 to 1, got '1111"),
         ("layers.first=3", "--set layers.first: expected a number from 0 to 1, got 'first'"),
         ("seed.low=3", "--set seed.low: expected a mapping at seed, got 7"),
         ("seed.low.er=3", "--set seed.low: expected a mapping around it, got 7"),

@@ -44,7 +44,8 @@ def merges(levels: int) -> str:
         ("[" * 5000, "line 1, column 51: expected at most 50 levels, got more"),
         ("".join(" " * i + "a:\n" for i in range(600)), "line 50, column 50: expected at most 50 levels, got more"),
         ("#" * (MOST_CHARACTERS + 1), "expected at most 262144 characters, got more"),
-        ("9" * 100_000, "Exceeds the limit (4300 digits) for integer string conversion"),
+        ("9" * 100_000, "line 1, column 1: expected an integer of at most 200 characters, got more"),
+        ("seed: 0x" + "f" * 5000, "line 1, column 7: expected an integer of at most 200 characters, got more"),
         ("seed: 1\nmesh: {}\nseed: 2", "line 3, column 1: expected every key once, got 'seed' of line 1 again"),
         ("mesh: {channel: 2, channel: 3}", "line 1, column 20: expected every key once, got 'channel' of line 1 again"),
         ("1: a\n0x1: b", "line 2, column 1: expected every key once, got 1 of line 1 again"),
@@ -118,7 +119,7 @@ def test_a_message_quotes_little_of_a_value() -> None:
         "{'a': 1}",
     ]
     assert quoted(10**10_000) == "an integer of 33220 bits"
-    assert shortened("one\n  two") == "one two"
+    assert shortened("one\n  two\x1b[2J\u202e") == "one two\\x1b[2J\\u202e"
 
 
 def test_a_configuration_of_any_size_is_refused_in_a_short_line() -> None:
