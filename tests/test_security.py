@@ -26,9 +26,14 @@ import yaml
 
 import jobs.sync
 from cluster.collectives import open_store
+from cluster.config import RunConfig
 from cluster.network import LOOPBACK
 from cluster.redaction import Redactor, one_line
+from cluster.training import Assignment
+from cluster.worker import Worker
 from jobs import pretrain
+from jobs.options import read_yaml
+from simmatch.config import parse
 from simmatch.formats import DataError, read_cifar_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,6 +427,31 @@ def test_a_failure_is_told_without_secrets(
     assert err == f"error: rank 1 was lost: {hidden} https://***@host\n"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["message"] == err[7:-1]
     assert leaks(tmp_path) == []
+
+
+def test_a_rank_hides_the_secrets_of_its_own_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver, on another node, need not know them."""
+    secret = SECRETS["AZURE_STORAGE_KEY"]
+    monkeypatch.setenv("AZURE_STORAGE_KEY", secret)
+
+    class Broken:
+        def __init__(self, *_: Any) -> None: ...
+
+        def run(self) -> None:
+            raise PermissionError(f"refused: {secret}")
+
+    config = parse(RunConfig, read_yaml(ROOT / "jobs/configs/digits.yaml"))
+    worker = Worker(Assignment(config, tmp_path, 0))
+    monkeypatch.setattr(worker, "training_class", Broken)
+    worker.begin(1)
+    assert worker._thread is not None
+    worker._thread.join(30)
+    status = worker.poll(0)
+    assert status.failure is not None
+    assert status.failure.message == "rank 0: PermissionError: refused: ***"
+    [traceback] = [event["text"] for event in status.events if event["kind"] == "traceback"]
+    assert "PermissionError: refused: ***" in traceback
+    assert secret not in traceback
 
 
 # --- Ray -----------------------------------------------------------------------------------------------------------
