@@ -24,9 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from cluster.config import RunConfig, public
 from cluster.redaction import one_line
 from jobs.benchmarks.report import Report
+from jobs.checks import check
 from jobs.ending import Ending
 from jobs.options import override, read_yaml
-from jobs.pretrain import check
 from jobs.program import run_program
 from jobs.run_directory import default_root, local_folder
 from jobs.soak.strikes import ENDS_DRIVER, STRIKES, Strike

@@ -1,0 +1,56 @@
+"""What can be wrong with a run, found out before a process of it starts."""
+
+from __future__ import annotations
+
+from cluster.checkpoint import Reader, read_manifest
+from cluster.config import RunConfig
+from cluster.storage import AnyPath
+from cluster.training import check_data, source_of
+from simmatch.config import ConfigError
+from simmatch.data import Dataset, load_dataset
+from simmatch.formats import DataError
+from simmatch.geometry import PatchConfig
+from simmatch.model import layer_inputs
+from simmatch.order import steps_per_epoch
+
+
+def check(config: RunConfig) -> Dataset:
+    """Everything that can be wrong before a process starts; returns the data set.
+
+    Raises
+    ------
+    ConfigError, DataError
+        One line each, naming the key.
+    """
+    config.place()
+    dataset = load_dataset(config.data)
+    inputs = layer_inputs(config.model, source_of(dataset))
+    for index, layer in enumerate(config.model.layers):
+        channels, size = inputs[index]
+        kernel = size[0] if layer.kernel_size == "full" else layer.kernel_size
+        height, width = PatchConfig(channels, kernel, layer.stride, layer.padding).map_size(size)
+        if layer.train.positions is not None and layer.train.positions > height * width:
+            raise ConfigError(
+                f"model.layers.{index}.train.positions: expected at most {height * width}, the map of "
+                f"{height} × {width} activities, got {layer.train.positions}"
+            )
+        try:
+            steps_per_epoch(len(dataset.train_images), layer.train.batch_size, images=layer.train.images)
+        except ValueError as error:
+            raise ConfigError(f"model.layers.{index}.train.images: {error}") from None
+    labelled, available = config.probe.train_images, len(dataset.train_images)
+    if labelled is not None and labelled > available:
+        raise ConfigError(f"probe.train_images: expected at most {available}, got {labelled}")
+    return dataset
+
+
+def check_checkpoint(config: RunConfig, folder: AnyPath, dataset: Dataset) -> None:
+    """Refuse a checkpoint of other data, or whose tensors do not fit; its files were compared when it was chosen."""
+    manifest = read_manifest(folder)
+    try:
+        check_data(dataset, manifest.data)
+    except DataError as error:
+        raise DataError(f"--resume: {folder}: {error}") from None
+    reader = Reader(folder, manifest)
+    for index in range(len(manifest.layers)):
+        reader.check_channels(f"layers.{index}.feedforward", config.model.layers[index].out_channels)
