@@ -122,8 +122,8 @@ class Sender:
         settings: Callable[[], AbstractContextManager[object]] = nullcontext,
         stalled_s: float = STALLED_S,
     ) -> None:
-        self.notes: list[str] = []
-        """What the server rejected, newest last."""
+        self.refusals: list[str] = []
+        """What the server rejected, newest last, and no more of it than KEPT_NOTES."""
         self.rejected = 0
         self.sent = 0
         self.last_steps: dict[int, int] = {}
@@ -142,6 +142,7 @@ class Sender:
         self._stalled: list[threading.Thread] = []
         self._connected = False
         self._doubted: tuple[Event, int] = ({}, 0)
+        self._disk_note: str | None = None
         self._given_up = False
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -152,6 +153,11 @@ class Sender:
     def runs(self) -> dict[str, str]:
         """MLflow run ids known so far: `parent`, and each layer's under its number."""
         return self._progress.runs
+
+    @property
+    def notes(self) -> list[str]:
+        """What the server rejected, and what the disk did."""
+        return [*self.refusals, *([self._disk_note] if self._disk_note else [])]
 
     def load(self) -> None:
         """Read the persisted offset."""
@@ -172,8 +178,8 @@ class Sender:
 
     @property
     def reason(self) -> str:
-        """Why something is left to send."""
-        return self.last_error or "the time was up"
+        """What the latest attempt said, where something is left to send."""
+        return self.last_error or "nothing in time"
 
     def wake(self) -> None:
         """Say that there is something new."""
@@ -293,7 +299,7 @@ class Sender:
         self._save(replace(self._progress, offset=batch[-1][1]), attempt)
         # counted with the batch: one that is sent again rejects the same again
         self.rejected += len(rejected)
-        self.notes = [*self.notes, *rejected][-KEPT_NOTES:]
+        self.refusals = [*self.refusals, *rejected][-KEPT_NOTES:]
         self.sent += len(batch)
         self.notices.refused(rejected)
         self.notices.working()
@@ -342,5 +348,4 @@ class Sender:
                 progress.save(self._progress_path)
             except OSError as error:
                 # a full disk: sending goes on, and what is sent again after a crash does no harm
-                note = self._line(f"{self._progress_path.name}: {error}")
-                self.notes = [*(kept for kept in self.notes if kept != note), note][-KEPT_NOTES:]
+                self._disk_note = self._line(f"{self._progress_path.name}: {error}")

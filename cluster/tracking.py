@@ -91,6 +91,8 @@ class Tracker:
         """That the controller has spent in calls that record something, since `start`."""
         self.lost = 0
         """Records that neither the spool nor MLflow will ever see: the disk was full for too long."""
+        self.unsent = 0
+        """Records that wait for `jobs.sync`; known once `close` has returned."""
         self._spool = Spool(self.run_dir / SPOOL_NAME)
         self._sender = make_sender(self._spool, self.uri, self.run_dir, config.timeout_s, log_model)
         self._thread: threading.Thread | None = None
@@ -207,15 +209,14 @@ class Tracker:
         self._write()
         self.lost += len(self._unwritten)
         self._unwritten.clear()
-        pending = 0
         if self._thread is not None:
             self._sender.close(self.config.flush_s)
             self._wait(self._thread, self.config.flush_s + self.config.timeout_s)
             self._sender.give_up()
             self._thread = None
-            pending = self._sender.pending()
+            self.unsent = self._sender.pending()
         self._spool.close()
-        return pending
+        return self.unsent
 
     def hurry(self) -> None:
         """End the wait of `close`, begun or to come. May be called from a signal handler."""
@@ -243,6 +244,16 @@ class Tracker:
     def last_step_sent(self) -> dict[int, int]:
         """Layer → last step of its metrics that the server has confirmed."""
         return dict(self._sender.last_steps)
+
+    @property
+    def reason(self) -> str:
+        """Why records are unsent: what the latest attempt said, without credentials."""
+        return self._sender.reason
+
+    @property
+    def refused(self) -> tuple[int, list[str]]:
+        """Records that MLflow will never take: how many, and the latest as lines `kind: why`, without credentials."""
+        return self._sender.rejected, list(self._sender.refusals)
 
     @property
     def problems(self) -> list[str]:

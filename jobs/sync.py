@@ -94,7 +94,7 @@ def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
     for note in sender.notes:
         print(f"refused: {note}", file=sys.stderr)
     if pending:
-        print(f"error: {pending} events are left; the latest attempt said: {sender.last_error}", file=sys.stderr)
+        print(f"error: {pending} events are left; the latest attempt said: {sender.reason}", file=sys.stderr)
     elif not ended:
         print("the run recorded no end, so MLflow shows it as running")
     return 1 if pending or sender.rejected else 0
