@@ -14,6 +14,7 @@ import getpass
 import hashlib
 import json
 import os
+import shlex
 import threading
 import time
 import uuid
@@ -325,7 +326,8 @@ def make_sender(
 def sync_command(run_dir: Path, uri: str) -> str:
     """The command that sends to a server what a run has left."""
     known = (os.environ.get(URI_VARIABLE), default_uri(run_dir))
-    return f"python -m jobs.sync {run_dir}" + ("" if uri in known else f" --uri {redact(uri)}")
+    named = [] if uri in known else ["--uri", redact(uri)]
+    return shlex.join(["python", "-m", "jobs.sync", str(run_dir), *named])
 
 
 def uri_of_record(start: Event, run_dir: Path) -> str:

@@ -15,9 +15,10 @@ from rich.table import Table
 from cluster.config import RunConfig
 from cluster.redaction import one_line
 from cluster.summary import Record, summarise, write_json
-from cluster.tracking import Status, Tracker, sync_command
+from cluster.tracking import Status, Tracker
 from jobs import figures
 from jobs.mirror import Mirror
+from jobs.recording import facts, send_records
 from jobs.run_directory import Start
 from simmatch.data import Dataset, to_unit
 from simmatch.model import load_model
@@ -97,7 +98,7 @@ class Closing:
         """Wait for MLflow, and complete the summary."""
         tracker, run_dir = self.tracker, self.start.run_dir
         send_records(tracker, self.tell)
-        self._write(mlflow_run_id=tracker.run_id, lost_records=tracker.lost)
+        self._write(**facts(tracker))
         try:
             self.mirror.push()
         except OSError as error:
@@ -109,20 +110,6 @@ class Closing:
             write_json(self.start.run_dir / "summary.json", self._summary)
         except OSError as error:  # what was learnt is in the checkpoints
             self.tell(f"summary.json is not written: {error}")
-
-
-def send_records(tracker: Tracker, tell: Callable[[str], None]) -> None:
-    """Wait until MLflow has everything, for as long as that may take, and say what it has not. The end of every job."""
-    enabled, run_dir = tracker.config.enabled, tracker.run_dir
-    if enabled:
-        tell(f"sending records to MLflow, for at most {tracker.config.flush_s:g} s; Ctrl-C ends the wait")
-    pending = tracker.close()
-    if tracker.lost:
-        tell(f"{tracker.lost} records are lost: the disk of {run_dir} was full")
-    if pending:
-        tell(f"{pending} records have not reached MLflow; send them with: {sync_command(run_dir, tracker.uri)}")
-    elif enabled:
-        tell(f"MLflow run: {tracker.run_id} (make ui)")
 
 
 def table_of(name: str, summary: dict[str, Any]) -> Table:

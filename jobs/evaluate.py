@@ -26,7 +26,6 @@ from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
-from jobs.closing import send_records
 from jobs.ending import Ending
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
@@ -45,6 +44,7 @@ from jobs.evaluation.watch import Watch, watching
 from jobs.options import at_least, read_yaml
 from jobs.program import run_program
 from jobs.ray_session import shut_down_ray
+from jobs.recording import send_records
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.files import write_whole
@@ -213,6 +213,8 @@ class Evaluation:
 
     def run(self, ending: Ending) -> int:
         """Measure what is not known yet, print, record. Returns the exit status."""
+        tell = partial(self.console.print, highlight=False, soft_wrap=True, markup=False)
+        self.tracker.announce_to(tell)
         started, status, code = time.monotonic(), "FAILED", FAILED
         try:
             self._measure(self.crew)
@@ -228,7 +230,7 @@ class Evaluation:
             ending.instead = self.tracker.hurry
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
             self.tracker.finish(_status(status))
-            send_records(self.tracker, partial(self.console.print, highlight=False, soft_wrap=True, markup=False))
+            send_records(self.tracker, tell)
         return code
 
     def _missing(self) -> list[Unit]:

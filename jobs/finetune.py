@@ -26,7 +26,6 @@ from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.spool import SpoolBusyError
 from cluster.tracking import Status, Tracker
-from jobs.closing import send_records
 from jobs.ending import Ending
 from jobs.evaluation import finetuning_table as table
 from jobs.evaluation.finetuning import (
@@ -47,6 +46,7 @@ from jobs.evaluation.record import begin
 from jobs.evaluation.together import together
 from jobs.options import at_least, read_yaml
 from jobs.program import run_program
+from jobs.recording import send_records
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.data import load_dataset
@@ -140,6 +140,8 @@ class Finetuning:
 
     def run(self, ending: Ending) -> int:
         """Find what is not known yet, print, record. Returns the exit status."""
+        tell = partial(self.console.print, highlight=False, soft_wrap=True, markup=False)
+        self.tracker.announce_to(tell)
         started, code = time.monotonic(), FAILED
         status: Status = "FAILED"
         try:
@@ -154,7 +156,7 @@ class Finetuning:
             ending.instead = self.tracker.hurry
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
             self.tracker.finish(status)
-            send_records(self.tracker, partial(self.console.print, highlight=False, soft_wrap=True, markup=False))
+            send_records(self.tracker, tell)
         return code
 
     def _pretrain(self) -> dict[tuple[str, int], Contest]:

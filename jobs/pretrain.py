@@ -151,6 +151,7 @@ class Job:
 
     def _attempt(self, display: JobDisplay) -> Outcome:
         """Train, and say what became of it; from here on a signal only cuts waits short."""
+        self.tracker.announce_to(display.note)
         try:
             display.note(self.start.note)
             if self.dataset.skipped:

