@@ -1,4 +1,4 @@
-"""The wait for MLflow at the end of every job, and what is said then: where its records are, how many are not, and why."""
+"""The wait for MLflow at the end of every job; then it is said where records are, how many are not there, and why."""
 
 from __future__ import annotations
 
