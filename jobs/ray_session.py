@@ -210,12 +210,17 @@ def own_signals() -> Iterator[None]:
     """
     before = {signum: signal.getsignal(signum) for signum in asking_to_end()}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited; Ray does so with SIGINT
+    terminated = False
     try:
         yield
+    except SystemExit:  # of Ray's handler
+        terminated = True
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def shut_down_ray() -> bool:

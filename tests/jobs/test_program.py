@@ -21,6 +21,7 @@ import pytest
 import jobs
 from cluster.checkpoint import folder_of, newest_good
 from jobs.ending import Ending
+from jobs.ray_session import own_signals
 
 SHOWS = """
 from rich.console import Console
@@ -142,6 +143,25 @@ def test_an_ending_remembers_what_ended_it() -> None:
                 signal.raise_signal(signum)
         signal.raise_signal(signal.SIGTERM)  # what ends in order may take a while
     assert ending.status == 129
+
+
+def test_a_signal_while_ray_starts_is_one_of_ours() -> None:
+    """Ray puts a handler of its own in place that exits with status 15; the terminal's signal waits."""
+
+    def begin() -> None:
+        with own_signals():
+            assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+            signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
+            signal.raise_signal(signal.SIGTERM)
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    with Ending() as ending:
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+        assert signal.getsignal(signal.SIGTERM) == handler
+    assert ending.status == 143
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == blocked
 
 
 def test_what_is_to_outlive_its_terminal_does(start: Run) -> None:
