@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -109,6 +110,8 @@ class Sender:
         Entered once, around all attempts.
     stalled_s
         A request that takes longer is given up.
+    safe_bytes
+        How much of the spool is where the next process, perhaps on another machine, finds it; no more is sent.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Sender:
         *,
         settings: Callable[[], AbstractContextManager[object]] = nullcontext,
         stalled_s: float = STALLED_S,
+        safe_bytes: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.refusals: list[str] = []
         """What the server rejected, newest last, and no more of it than KEPT_NOTES."""
@@ -139,6 +143,7 @@ class Sender:
         self._redact = redact
         self._settings = settings
         self._stalled_s = stalled_s
+        self._safe_bytes = safe_bytes
         self._stalled: list[threading.Thread] = []
         self._connected = False
         self._doubted: tuple[Event, int] = ({}, 0)
@@ -171,6 +176,11 @@ class Sender:
             metrics = sound(event, "metrics")
             if metrics is not None and metrics["layer"] is not None:
                 self.last_steps[metrics["layer"]] = metrics["step"]
+
+    def _safe(self, offset: int) -> Iterator[tuple[Event, int]]:
+        """Events from there on that will be found again: one sent before would get another time when it is redone."""
+        limit = self._safe_bytes()
+        return itertools.takewhile(lambda pair: pair[1] <= limit, self._spool.read(offset))
 
     def pending(self) -> int:
         """Events not confirmed yet."""
@@ -286,7 +296,7 @@ class Sender:
         """Deliver up to BATCH_EVENTS events; returns how many."""
         if not self._connected and not self._connect(sink, attempt):
             return 0
-        batch = list(itertools.islice(self._spool.read(self._progress.offset), BATCH_EVENTS))
+        batch = list(itertools.islice(self._safe(self._progress.offset), BATCH_EVENTS))
         if not batch:
             return 0
         rejected: list[str] = []
@@ -307,7 +317,7 @@ class Sender:
         return len(batch)
 
     def _connect(self, sink: Sink, attempt: Attempt) -> bool:
-        first = next(self._spool.read(0), None)
+        first = next(self._safe(0), None)
         if first is None:
             return False
         runs = sink.connect(first[0], self._progress.runs)

@@ -38,9 +38,8 @@ class Spool:
     """An append-only file of events that outlives a crash of its writer.
 
     A line counts once its newline is written. What a crash left after the last newline is ignored by `read` and
-    cut off by `open`. `append` hands the line to the operating system, so it survives the process; with
-    `sync=True` it is on the disk when the call returns. What an `append` that failed has left, on a full disk, is cut
-    off by the next one.
+    cut off by `open`. `append` hands the line to the operating system, so it survives the process; after `sync` it is
+    on the disk. What an `append` that failed has left, on a full disk, is cut off by the next one.
 
     Parameters
     ----------
@@ -80,7 +79,7 @@ class Spool:
         self._file, self._end, self._torn = file, file.seek(0, os.SEEK_END), False
         return self
 
-    def append(self, event: Event, *, sync: bool = False) -> None:
+    def append(self, event: Event) -> None:
         """Write one event. Numbers JSON has no word for (nan, inf) are written as strings.
 
         Raises
@@ -101,10 +100,16 @@ class Spool:
                 self._file.truncate(self._end)
             self._torn = True
             _write_all(self._file, line)
-            if sync:
-                os.fsync(self._file.fileno())
             self._torn = False
             self._end += len(line)
+
+    def sync(self) -> int:
+        """Bring all that was appended to the disk; returns how many bytes that are."""
+        with self._lock:
+            if self._file is None:
+                raise ValueError(f"expected an open spool, got a closed one: {self.path}")
+            os.fsync(self._file.fileno())
+            return self._end
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """Events from a byte offset on, each with the offset of the next. Needs no `open`.

@@ -13,12 +13,13 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import math
 import os
 import shlex
+import sys
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,16 +32,16 @@ from cluster.mlflow_sink import PARENT, LogModel
 from cluster.redaction import HIDDEN, Redactor, redact
 from cluster.sender import STALLED_S, Sender
 from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
+from cluster.spool_writer import SpoolWriter
 from cluster.tracking_uri import URI_VARIABLE, check_uri, sqlite_uri
 from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
 
-LOST_TAG = "simmatch.lost_records"
 HURRY_S = 2.0
 """Once told to hurry, what is being sent gets so long to end: a store on this machine needs less."""
 
 POLL_S = 0.1
-KEPT_EVENTS = 10_000
-"""Records kept in memory while the disk takes none; of more, the oldest metrics are lost."""
+START_S = 60.0
+"""Longest wait for the first record to be on the disk."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -75,6 +76,8 @@ class Tracker:
         Where to send. A URI MLflow cannot have is refused here, before anything starts.
     log_model
         Logs an exported model, see `cluster.mlflow_model`; None leaves models out of MLflow.
+    held
+        Whether records are sent only once they are where another machine finds them, see `release`.
 
     Raises
     ------
@@ -82,7 +85,9 @@ class Tracker:
         `tracking.uri` is malformed.
     """
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, log_model: LogModel | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, config: TrackingConfig, log_model: LogModel | None = None, *, held: bool = False
+    ) -> None:
         self.run_dir = run_dir.absolute()
         self.config = config
         self._redact = Redactor(os.environ)
@@ -90,16 +95,15 @@ class Tracker:
         """Where events go; may hold credentials. `redact` it before showing it."""
         self.seconds = 0.0
         """That the controller has spent in calls that record something, since `start`."""
-        self.lost = 0
-        """Records that neither the spool nor MLflow will ever see: the disk was full for too long."""
         self.unsent = 0
         """Records that wait for `jobs.sync`; known once `close` has returned."""
         self._spool = Spool(self.run_dir / SPOOL_NAME)
-        self._sender = make_sender(self._spool, self.uri, self.run_dir, config.timeout_s, log_model)
+        self._sender = make_sender(
+            self._spool, self.uri, self.run_dir, config.timeout_s, log_model, safe_bytes=self._safe_bytes
+        )
+        self._writer = SpoolWriter(self._spool, self._sender.wake)
+        self._released_bytes = 0 if held else sys.maxsize
         self._thread: threading.Thread | None = None
-        self._unwritten: deque[tuple[Event, bool]] = deque()
-        self._disk_error: OSError | None = None
-        self._lost_told = 0
         self._hurried = False
 
     def start(self, name: str, *, layers: int, tags: Mapping[str, Any] | None = None) -> None:
@@ -120,6 +124,7 @@ class Tracker:
             The run's folder cannot be written. Later on that raises no more, see `problems`.
         """
         self._spool.open()
+        self._writer.start()
         starts = [start for event, _ in self._spool.read() if (start := sound(event, "start"))]
         self._append(
             "start",
@@ -131,8 +136,8 @@ class Tracker:
             uri=self.uri,
             tags={"mlflow.user": _user(), **(tags or {})},
         )
-        if self._disk_error is not None:
-            raise self._disk_error
+        if not self._writer.flush(START_S):
+            raise self._writer.error or TimeoutError(f"{self._spool.path}: nothing was written within {START_S:g} s")
         self._sender.load()
         if self.config.enabled:
             self._thread = threading.Thread(target=self._sender.run, name="tracking-sender", daemon=True)
@@ -144,6 +149,19 @@ class Tracker:
         Called from the thread that sends, with lines without credentials; those of the time before come at once.
         """
         self._sender.notices.listen(tell)
+        self._writer.announce_to(tell)
+
+    def flush(self, limit_s: float) -> bool:
+        """Wait until all so far is on the disk, or the disk has refused it; returns whether it is there."""
+        return self._writer.flush(limit_s)
+
+    def release(self, size_bytes: int) -> None:
+        """So much of the spool is where another machine finds it, see `held`."""
+        self._released_bytes = size_bytes
+        self._sender.wake()
+
+    def _safe_bytes(self) -> float:
+        return min(self._writer.synced_bytes, self._released_bytes)
 
     def params(self, values: Mapping[str, Any], layer: int | None = None) -> None:
         """Parameters of the run, or of one layer's; nested values get dotted names."""
@@ -199,24 +217,25 @@ class Tracker:
         self._append("model", path=self._portable(path), input_shape=list(input_shape), key=_digest(path))
 
     def finish(self, status: Status) -> None:
-        """The end of the run and of its layers'; on the disk when this returns."""
-        self._append("finish", sync=True, status=status)
+        """The end of the run and of its layers'; on the disk when this returns, unless that takes `timeout_s`."""
+        self._append("finish", status=status)
+        self._writer.flush(self.config.timeout_s)
 
     def close(self) -> int:
         """Wait for the rest to be sent; returns how many events are left for `jobs.sync`.
 
-        Takes `flush_s` and one `timeout_s` at most, whatever the server does; after `hurry`, `HURRY_S`.
+        Takes `flush_s` and one `timeout_s` at most, whatever the server does; after `hurry`, `HURRY_S`. A folder that
+        hangs takes one more `timeout_s`.
         """
-        self._write()
-        self.lost += len(self._unwritten)
-        self._unwritten.clear()
+        whole = self._writer.close(self.config.timeout_s)
         if self._thread is not None:
             self._sender.close(self.config.flush_s)
             self._wait(self._thread, self.config.flush_s + self.config.timeout_s)
             self._sender.give_up()
             self._thread = None
-            self.unsent = self._sender.pending()
-        self._spool.close()
+            self.unsent = self._sender.pending() if whole else 0  # a folder that hangs is not asked again
+        if whole:
+            self._spool.close()
         return self.unsent
 
     def hurry(self) -> None:
@@ -261,40 +280,23 @@ class Tracker:
         """What the server rejected, what the disk did, and why the latest attempt failed, without credentials."""
         found = list(self._sender.notes)
         if self.lost:
-            found.append(f"{self.lost} records are lost, {SPOOL_NAME} could not be written: {self._disk_error}")
-        elif self._disk_error is not None:
-            found.append(f"{len(self._unwritten)} records wait in memory, {SPOOL_NAME}: {self._disk_error}")
+            found.append(f"{self.lost} records are lost, {SPOOL_NAME} could not be written: {self._writer.error}")
+        elif self._writer.error is not None:
+            found.append(f"{self._writer.waiting} records wait in memory, {SPOOL_NAME}: {self._writer.error}")
         return [*found, *([self._sender.last_error] if self._sender.last_error else [])]
 
-    def _append(self, kind: str, time_s: float | None = None, *, sync: bool = False, **fields: Any) -> None:
+    @property
+    def lost(self) -> int:
+        """Records that neither the spool nor MLflow will ever see: the disk was full, or hung, for too long."""
+        return self._writer.lost
+
+    def _append(self, kind: str, time_s: float | None = None, **fields: Any) -> None:
         started = time.monotonic()
         time_ms = round(1000 * (time.time() if time_s is None else time_s))
         if kind != "metrics":  # numbers and names only, and by far the most frequent
             fields = self._redact.all(fields)
-        self._unwritten.append(({"kind": kind, "time_ms": time_ms, **fields}, sync))
-        self._write()
-        self._sender.wake()
+        self._writer.put({"kind": kind, "time_ms": time_ms, **fields})
         self.seconds += time.monotonic() - started
-
-    def _write(self) -> None:
-        """Hand to the spool what is not in it yet; where the disk refuses, keep what is newest for the next call."""
-        try:
-            while self._unwritten:
-                event, sync = self._unwritten[0]
-                self._spool.append(event, sync=sync)
-                self._unwritten.popleft()
-            if self.lost > self._lost_told:
-                self._spool.append(
-                    {"kind": "tags", "time_ms": round(1000 * time.time()), "values": {LOST_TAG: self.lost}}
-                )
-                self._lost_told = self.lost
-            self._disk_error = None if self.lost == 0 else self._disk_error
-        except OSError as error:
-            self._disk_error = error
-        while len(self._unwritten) > KEPT_EVENTS:
-            oldest = next((i for i, (event, _) in enumerate(self._unwritten) if event["kind"] == "metrics"), 0)
-            del self._unwritten[oldest]
-            self.lost += 1
 
     def _portable(self, path: Path) -> str:
         """Relative to the run directory where it lies inside, so that a moved directory can still be sent."""
@@ -310,6 +312,7 @@ def make_sender(
     log_model: LogModel | None,
     *,
     stalled_s: float = STALLED_S,
+    safe_bytes: Callable[[], float] = lambda: math.inf,
 ) -> Sender:
     """The sender of a run's spool to one MLflow server."""
     return Sender(
@@ -320,6 +323,7 @@ def make_sender(
         Redactor(os.environ),
         settings=partial(mlflow_settings, uri, timeout_s),
         stalled_s=stalled_s,
+        safe_bytes=safe_bytes,
     )
 
 

@@ -27,10 +27,22 @@ class Mirror:
     work: the folder of this machine.
     note: told, in one line, what could not be brought at the end.
     patience_s: how long a place that is away is asked again, once training is over.
+    flush: called before records are brought, for those that are not in their file yet.
+    pushed: told how many bytes of the spool another machine would find.
     """
 
-    def __init__(self, place: AnyPath, work: Path, note: Callable[[str], None], *, patience_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        place: AnyPath,
+        work: Path,
+        note: Callable[[str], None],
+        *,
+        patience_s: float = 0.0,
+        flush: Callable[[], object] = lambda: None,
+        pushed: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.place, self.work, self.note, self._patience_s = place, work, note, patience_s
+        self._flush, self._pushed = flush, pushed
         self.remote = not is_local(place)
         self._lock = threading.Lock()
 
@@ -49,6 +61,7 @@ class Mirror:
         spool = self.work / SPOOL_NAME
         theirs = read(self.place / SPOOL_NAME) if exists(self.place / SPOOL_NAME) else b""
         Spool(spool).open().close()
+        self._pushed(theirs.rfind(b"\n") + 1)
         if spool.read_bytes().startswith(theirs):
             return
         write_whole(spool, theirs)
@@ -57,13 +70,16 @@ class Mirror:
             fetch(self.place / PROGRESS_NAME, lambda: self.work)
 
     def push(self) -> None:
-        """Bring the records to the run directory. The offset goes last: it must not be ahead of its spool.
+        """Bring the records to the run directory, all that there are when this is called.
+
+        The offset goes last: it must not be ahead of its spool.
 
         Raises
         ------
         OSError
             The run directory does not answer.
         """
+        self._flush()
         if not self.remote:
             return
         offset = self.work / PROGRESS_NAME
@@ -71,7 +87,10 @@ class Mirror:
             sent = offset.read_bytes() if offset.exists() else None
             for name in (*SMALL, SPOOL_NAME):
                 if (self.work / name).exists():
-                    write_whole(self.place / name, (self.work / name).read_bytes())
+                    content = (self.work / name).read_bytes()
+                    write_whole(self.place / name, content)
+                    if name == SPOOL_NAME:
+                        self._pushed(content.rfind(b"\n") + 1)
             if sent is not None:
                 write_whole(self.place / PROGRESS_NAME, sent)
 

@@ -24,6 +24,7 @@ from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.redaction import Redactor, one_line
 from cluster.spool import SPOOL_NAME, SpoolBusyError
+from cluster.storage import is_local
 from cluster.summary import Record
 from cluster.tracking import Tracker
 from cluster.training import source_of
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_di
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
         config = as_begun(config, start)
-        tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported))
+        tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported), held=not is_local(start.place))
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -116,7 +117,10 @@ class Job:
         self.run_dir = start.run_dir
         self._hide = Redactor(os.environ)
         patience_s = config.checkpoint.patience_s
-        self.mirror = Mirror(start.place, start.run_dir, self._tell, patience_s=patience_s)
+        flush = partial(tracker.flush, patience_s)
+        self.mirror = Mirror(
+            start.place, start.run_dir, self._tell, patience_s=patience_s, flush=flush, pushed=tracker.release
+        )
         self.closing = Closing(start, dataset, tracker, self.mirror, self._tell)
         self.started = time.monotonic()
         self.data = dataset.digest()

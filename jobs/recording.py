@@ -31,7 +31,7 @@ def said(tracker: Tracker) -> list[str]:
     models = [note.removeprefix(MODEL) for note in latest if note.startswith(MODEL)]
     others = [note for note in latest if not note.startswith(MODEL)]
     if tracker.lost:
-        lines.append(f"{tracker.lost} records are lost: the disk of {tracker.run_dir} was full")
+        lines.append(f"{tracker.lost} records are lost: {tracker.run_dir} was full, or hung")
     if others:
         lines.append(f"MLflow has refused {number - len(models)} records, the latest: {others[-1]}")
     lines += [f"the model is not in MLflow: {why}" for why in models]

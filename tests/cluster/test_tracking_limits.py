@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 import cluster.spool
-import cluster.tracking
+import cluster.spool_writer
 from cluster.sender import MOST_STALLED, Sender
 from cluster.spool import Event, Progress, Spool
-from cluster.tracking import LOST_TAG, Tracker, TrackingConfig
+from cluster.spool_writer import LOST_TAG
+from cluster.tracking import Tracker, TrackingConfig
 from tests.outages import Outage, Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,13 +122,114 @@ def test_share_of_the_controllers_time(server: str | None, tmp_path: Path) -> No
         tracker.close()
 
 
-def test_the_clock_counts_what_a_slow_disk_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_costs_the_controller_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False))
     tracker.start("run", layers=1)
     before, append = tracker.seconds, Spool.append
-    monkeypatch.setattr(Spool, "append", lambda *arguments, **named: (time.sleep(0.2), append(*arguments, **named)))
+    monkeypatch.setattr(Spool, "append", lambda *arguments: (time.sleep(0.2), append(*arguments)))
+    for step in range(3):
+        tracker.metrics(step, {"objective": 1.0})
+    assert 0 < tracker.seconds - before < 0.2
+    tracker.close()
+    steps = [event.get("step") for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()]
+    assert steps == [None, 0, 1, 2]
+
+
+class Stuck:
+    """A folder that hangs, as one of a server that is gone does: an append comes back only once it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.let_go, self.reached = threading.Event(), threading.Event()
+        append = Spool.append
+
+        def hang(spool: Spool, event: Event) -> None:
+            self.reached.set()
+            self.let_go.wait(60)
+            append(spool, event)
+
+        monkeypatch.setattr(Spool, "append", hang)
+
+
+def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records wait in memory, so many at most; a person is told once; when it answers again all is in order."""
+    monkeypatch.setattr(cluster.spool_writer, "KEPT_EVENTS", 10)
+    monkeypatch.setattr(cluster.spool_writer, "TELL_AFTER_S", 0.1)
+    told: list[str] = []
+    tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False, timeout_s=0.2))
+    tracker.start("run", layers=1)
+    tracker.announce_to(told.append)
+    stuck = Stuck(monkeypatch)
+    tracker.metrics(0, {"objective": 1.0})
+    assert stuck.reached.wait(20)
+    time.sleep(0.1)
+    before = tracker.seconds
+    for step in range(1, 31):
+        tracker.metrics(step, {"objective": 1.0})
+    assert tracker.seconds - before < 0.2
+    assert tracker.lost == 20
+    assert told == [f"{tmp_path / 'run'} takes no records: it does not answer; the job goes on, 10 at most are kept"]
+    started = time.monotonic()
+    assert not tracker.flush(0.2)
+    assert time.monotonic() - started < 5
+    stuck.let_go.set()
+    assert tracker.flush(20)
+    tracker.close()
+    events = [event for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()]
+    assert [event.get("step") for event in events] == [None, 0, *range(21, 31), None]
+    assert events[-1]["values"] == {LOST_TAG: 20}
+    assert told[1:] == ["events.jsonl is written again, without 20 records"]
+
+
+def test_a_folder_that_hangs_to_the_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False, timeout_s=0.2))
+    tracker.start("run", layers=1)
+    stuck = Stuck(monkeypatch)
+    tracker.metrics(0, {"objective": 1.0})
     tracker.metrics(1, {"objective": 1.0})
-    assert 0.2 <= tracker.seconds - before < 2.0
+    started = time.monotonic()
+    tracker.finish("FINISHED")
+    assert tracker.close() == 0
+    assert time.monotonic() - started < 5
+    assert tracker.lost == 3
+    assert tracker.problems == [
+        "3 records are lost, events.jsonl could not be written: nothing was written within 0.2 s"
+    ]
+    stuck.let_go.set()
+    assert tracker._writer._thread is not None
+    tracker._writer._thread.join(20)
+    Spool(tmp_path / "run" / "events.jsonl").open().close()  # let go, though late
+
+
+def test_nothing_is_sent_that_is_not_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power failure it would be recorded anew, with another time."""
+    monkeypatch.setattr(Spool, "sync", lambda spool: 0)
+    sink, tracker = StuckSink(stuck=0), Tracker(tmp_path / "run", TrackingConfig(enabled=False))
+    tracker.start("run", layers=1)
+    sender = Sender(tracker._spool, tmp_path / "x", "here", sink.opened, safe_bytes=tracker._safe_bytes)
+    sender.close(5.0)
+    sender.run()
+    assert (sink.got, sender.pending()) == ([], 1)
+    monkeypatch.undo()
+    tracker.flush(20)
+    sender.run()
+    assert (len(sink.got), sender.pending()) == (1, 0)
+    tracker.close()
+
+
+def test_what_another_machine_would_not_find_is_held(tmp_path: Path) -> None:
+    """A run of an object store: its next machine finds what was brought there, and records the rest anew."""
+    sink, tracker = StuckSink(stuck=0), Tracker(tmp_path / "run", TrackingConfig(enabled=False), held=True)
+    tracker.start("run", layers=1)
+    start_bytes = tracker._spool.size_bytes()
+    tracker.metrics(1, {"objective": 1.0})
+    tracker.flush(20)
+    sender = Sender(tracker._spool, tmp_path / "x", "here", sink.opened, safe_bytes=tracker._safe_bytes)
+    for released, kinds in ((0, []), (start_bytes, ["start"]), (tracker._spool.size_bytes(), ["start", "metrics"])):
+        tracker.release(released)
+        sender.close(5.0)
+        sender.run()
+        assert [event["kind"] for event in sink.got] == kinds
+        assert sender.pending() == 2 - len(kinds)
     tracker.close()
 
 
@@ -271,12 +373,15 @@ def test_a_full_disk_costs_nothing_when_it_passes(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False))
     tracker.start("run", layers=1)
     tracker.metrics(0, {"objective": 0.0})
+    assert tracker.flush(20)
     path = tmp_path / "run" / "events.jsonl"
     with full_disk(path):
         tracker.metrics(1, {"objective": 1.0})
         tracker.params({"seed": 1})
+        assert not tracker.flush(20)
         assert [problem.partition(":")[0] for problem in tracker.problems] == ["2 records wait in memory, events.jsonl"]
     tracker.metrics(2, {"objective": 2.0})
+    assert tracker.flush(20)
     assert (tracker.problems, tracker.lost) == ([], 0)
     tracker.finish("FINISHED")
     tracker.close()
@@ -287,7 +392,7 @@ def test_a_full_disk_costs_nothing_when_it_passes(tmp_path: Path) -> None:
 
 
 def test_a_disk_full_for_long_costs_the_oldest_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.tracking, "KEPT_EVENTS", 10)
+    monkeypatch.setattr(cluster.spool_writer, "KEPT_EVENTS", 10)
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False))
     tracker.start("run", layers=1)
     path = tmp_path / "run" / "events.jsonl"
@@ -297,15 +402,16 @@ def test_a_disk_full_for_long_costs_the_oldest_metrics(tmp_path: Path, monkeypat
             tracker.metrics(step, {"objective": 1.0})
         tracker.finish("FAILED")
     tracker.tags({"restarts": "1"})
-    assert tracker.lost == 22  # of 32 records 10 were kept
-    assert tracker.problems[0].startswith("22 records are lost, events.jsonl could not be written: ")
+    assert tracker.flush(20)
+    assert tracker.lost == 23  # of 33 records 10 were kept
+    assert tracker.problems[0].startswith("23 records are lost, events.jsonl could not be written: ")
     tracker.close()
     events = [event for event, _ in Spool(path).read()]
-    assert [event["step"] for event in events if event["kind"] == "metrics"] == list(range(22, 30))
+    assert [event["step"] for event in events if event["kind"] == "metrics"] == list(range(23, 30))
     assert [event["kind"] for event in events if event["kind"] != "metrics"] == [
         "start", "params", "finish", "tags", "tags"
     ]  # fmt: skip
-    assert events[-1]["values"] == {LOST_TAG: 22}
+    assert events[-1]["values"] == {LOST_TAG: 23}
 
 
 def test_a_disk_full_to_the_end_is_told(tmp_path: Path) -> None:

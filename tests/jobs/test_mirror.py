@@ -51,6 +51,27 @@ def test_another_machine_begins_with_what_was_brought(place: AnyPath, tmp_path: 
     assert (there.work / PROGRESS_NAME).read_bytes() == b"offset"
 
 
+def test_what_is_brought_is_told_and_what_waits_is_flushed_first(place: AnyPath, tmp_path: Path) -> None:
+    """The tracker sends no more than that: the next machine takes over the very same records, times and all."""
+    work = tmp_path / "here"
+    work.mkdir()
+    told: list[int] = []
+    waiting = [FIRST, SECOND + b"{half"]
+
+    def flush() -> None:
+        with (work / SPOOL_NAME).open("ab") as file:
+            file.write(waiting.pop(0))
+
+    here = Mirror(place, work, pytest.fail, flush=flush, pushed=told.append)
+    here.push()
+    here.push()
+    assert told == [len(FIRST), len(FIRST + SECOND)]
+    there = Mirror(place, tmp_path / "there", pytest.fail, pushed=told.append)
+    there.pull()
+    assert told[2:] == [len(FIRST + SECOND)]
+    assert (there.work / SPOOL_NAME).read_bytes()[: told[-1]] == FIRST + SECOND
+
+
 def test_records_of_this_machine_that_go_on_are_kept(place: AnyPath, tmp_path: Path) -> None:
     """The driver died before it could bring its last lines."""
     here = mirror(place, tmp_path / "here")
