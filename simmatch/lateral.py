@@ -76,6 +76,37 @@ class Bound:
     flagged: Tensor
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A bound, and how to tell the M that it is of.
+
+    Attributes
+    ----------
+    lateral, version, norm: the tensor, how often it had been written to, and ‖M‖_F: some writes count for no version.
+    """
+
+    bound: Bound
+    lateral: Tensor
+    version: int
+    norm: float
+
+    @classmethod
+    def of(cls, bound: Bound, lateral: Tensor) -> Kept:
+        return cls(bound, lateral, _version(lateral), float(torch.linalg.vector_norm(lateral)))
+
+    def known(self, lateral: Tensor) -> bool:
+        """Whether this is that tensor, not written to since as far as torch has noticed."""
+        return lateral is self.lateral and _version(lateral) == self.version
+
+    def holds(self, lateral: Tensor) -> bool:
+        """Whether this is that tensor with those values."""
+        return self.known(lateral) and float(torch.linalg.vector_norm(lateral)) == self.norm
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def certify(
     lateral: Tensor,
     perron: Tensor,

@@ -46,7 +46,7 @@ from simmatch.geometry import (
     zca,
 )
 from simmatch.labels import check_labels, one_hot
-from simmatch.lateral import Bound, certify, certify_afresh, traced_bound
+from simmatch.lateral import Bound, Kept, certify, certify_afresh, traced_bound
 from simmatch.objective import diverging, similarity_objective, worse_than_silence
 from simmatch.plasticity import RULES, Statistics, Weights, class_frequency_change, learning_rate
 from simmatch.rows import Rows
@@ -150,7 +150,7 @@ class SimilarityMatchingConv2d(nn.Module):
             self.sharing = ColumnSharing(self.dynamics, self.rows, self.exchange, filters, num_classes)
         else:
             self.sharing = RowSharing(self.dynamics, self.rows, self.exchange, alone=exchange is None)
-        self._kept: tuple[Bound, Tensor, int] | None = None  # bound, and the M that it is of with its version
+        self._kept: Kept | None = None
         self.dead_channels = 0
 
         own, size = self.rows.count, self.patch.patch_size
@@ -242,31 +242,28 @@ class SimilarityMatchingConv2d(nn.Module):
     def bound(self) -> Bound:
         """Certified bound of λmax(M), equal on all owners: a function of `lateral` and `perron` and of nothing else.
 
-        One owner computes it from the M at hand whenever it is asked for. Several keep it from update to update, for
-        it takes exchanges; see `check_kept`.
+        It is kept from an update on. One owner computes it anew where M is another than it is of; several, whom that
+        takes exchanges, refuse to go on instead (`check_kept`).
         """
-        if self.exchange.world_size == 1:
-            return self._certify()
-        if self._kept is None:
-            self._keep(self._certify())
-        assert self._kept is not None
-        return self._kept[0]
+        alone, kept = self.exchange.world_size == 1, self._kept
+        if kept is not None and (not alone or kept.holds(self.lateral)):
+            return kept.bound
+        bound = self._certify()
+        if not alone:
+            self._kept = Kept.of(bound, self.lateral)
+        return bound
 
     def _certify(self) -> Bound:
         return certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
-
-    def _keep(self, bound: Bound) -> None:
-        self._kept = (bound, self.lateral, self.lateral._version) if self.exchange.world_size > 1 else None
 
     def check_kept(self) -> None:
         """Raise RuntimeError where several owners keep a bound and own rows of M are not those that it is of.
 
         Rows that are not finite pass: the dynamics tell all owners of them.
         """
-        if self._kept is None:
+        if self.exchange.world_size == 1 or self._kept is None or self._kept.known(self.lateral):
             return
-        _, lateral, version = self._kept
-        if (self.lateral is not lateral or lateral._version != version) and bool(self.lateral.isfinite().all()):
+        if bool(self.lateral.isfinite().all()):
             raise RuntimeError(
                 "lateral: expected the rows that the last update or load left, got others; "
                 "call recertify() on all owners after writing to them"
@@ -426,7 +423,7 @@ class SimilarityMatchingConv2d(nn.Module):
             getattr(self, name).copy_(value)
         self.perron.copy_(perron)
         self.updates.add_(1)
-        self._keep(bound)
+        self._kept = Kept.of(bound, self.lateral)
         channels = torch.nonzero(bound.flagged).flatten().tolist()
         self.dead_channels = len(channels)
         if channels and self.plasticity.revive:
@@ -467,8 +464,7 @@ class SimilarityMatchingConv2d(nn.Module):
                 self.label[row] = 0.0
                 self.silent[row] = 0
         self.perron.fill_(1.0)
-        self._kept = None
-        self._keep(self._certify())
+        self._kept = Kept.of(self._certify(), self.lateral)
 
     @eager
     @torch.no_grad()
@@ -487,7 +483,7 @@ class SimilarityMatchingConv2d(nn.Module):
         SharedFault
             On all owners alike: one of them met an exception or a non-finite value. No weights have changed.
         """
-        if isinstance(x, Tensor):
+        if not isinstance(x, Patches):
             check_images(x, self.in_channels, self.feedforward)
         images = x.batch_size if isinstance(x, Patches) else x.shape[0]
         check_some(images)
