@@ -54,7 +54,8 @@ def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> b
     """
     frequency = statistics.zz.diagonal() / statistics.count
     by_label = (statistics.yz.square() / frequency.clamp(min=torch.finfo(frequency.dtype).tiny)).sum()
-    return bool(statistics.yy.square().sum() > 2 * (statistics.yx.square().sum() + alpha * by_label))
+    yy, yx = statistics.yy.flatten(), statistics.yx.flatten()
+    return bool(yy.dot(yy) > 2 * (yx.dot(yx) + alpha * by_label))
 
 
 def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str | None:
@@ -63,7 +64,7 @@ def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str
         return None
     return (
         f"the relative objective is above 1, worse than no activity at all, with plasticity.tau={config.tau:g} and "
-        f"plasticity.lr={config.lr:g}: expected below 1; try tau 1 first, then a smaller lr"
+        f"plasticity.lr={config.lr:g}: expected below 1; try tau 1, then a smaller lr or dynamics.tolerance"
     )
 
 
