@@ -50,7 +50,7 @@ class StartConfig(Frozen):
     of the input)."""
 
     train: TrainConfig = TrainConfig(images=2000, positions=16)
-    plasticity: PlasticityConfig = PlasticityConfig(lr=0.1, lr_decay_steps=100, tau=0.5)
+    plasticity: PlasticityConfig = PlasticityConfig(lr=0.1, lr_decay_steps=100)
 
     def model(self, convolution: nn.Conv2d) -> ModelConfig:
         """One NSM layer of the convolution's geometry."""
