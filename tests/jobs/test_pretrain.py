@@ -254,7 +254,8 @@ def test_metrics_with_their_steps(finished: Ended, store: MlflowClient) -> None:
     for metric in ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged"):
         assert history(store, parent, metric) == {116: pytest.approx(finished.summary[metric], rel=1e-12)}
     objective = history(store, children["layer 1"], "objective")
-    assert objective[87] < objective[5]  # it learns
+    later = [value for step, value in objective.items() if step > 5]
+    assert sum(later) / len(later) < objective[5]  # it learns; single batches differ by a factor of three
 
 
 def test_params_figures_and_data_set(finished: Ended, store: MlflowClient, digits: Dataset) -> None:
