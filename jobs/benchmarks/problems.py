@@ -42,8 +42,8 @@ class Recipe:
     data: name of the data set.
     channels: K.
     images: learnt from, in batches of `batch_size`. The first batches count for nothing: with η/τ = 0.2 M forgets
-        its start within 30 updates, and then follows the mean over the last lr_decay_steps and more. With τ = 1 it would
-        keep 7 % of it then, at K = 64 a condition of 29 instead of 56.
+        its start within 30 updates, and then follows the mean over the last lr_decay_steps and more. With τ = 1
+        it would keep 7 % of it then: at K = 64 a condition of 29 instead of 56.
     columns: N, drives kept.
     seed: of the weights, the order of the images, and the columns.
     tolerance: residual that activities are learnt from at.
