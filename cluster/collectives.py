@@ -19,6 +19,9 @@ from torch import Tensor
 
 from simmatch.exchange import Handle
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Called `all_gather_into_tensor` before torch 2.14."""
+
 
 class PeerTimeout(RuntimeError):
     """An exchange did not complete: some rank is missing, or the time is up."""
@@ -65,7 +68,7 @@ class TorchExchange:
     def all_gather(self, gathered: Tensor) -> Handle:
         own = gathered[self.rank]
         self._count(own)
-        return self._pending(dist.all_gather_single(gathered.view(-1), own.view(-1), group=self.group, async_op=True))
+        return self._pending(_all_gather(gathered.view(-1), own.view(-1), group=self.group, async_op=True))
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> Handle:
         """See `Exchange.all_to_all`. Sums of what it brings are the same bits in every run, and name their ranks.

@@ -28,6 +28,7 @@ from cluster.reach import answer
 from cluster.redaction import Redactor
 from cluster.training import Assignment, Stopped, Training
 from simmatch.exchange import IDENTITY, Exchange
+from simmatch.precision import exact_float32
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,7 @@ class Worker:
     def _run(self, threads: int) -> None:
         try:
             torch.set_num_threads(threads)
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
-            torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 is torch's default for convolutions
+            exact_float32()
             with torch.no_grad():
                 self.training_class(self.assignment, self._exchange, self._outbox, self._device()).run()
         except Stopped:

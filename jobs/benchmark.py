@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from cluster.redaction import one_line
-from jobs.benchmarks import dynamics, network, overhead, pynsm, scaling
+from jobs.benchmarks import dynamics, gpu, network, overhead, pynsm, scaling
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.ending import Ending
@@ -30,6 +30,7 @@ BAD_INPUT = 2
 
 SUBCOMMANDS = {
     "dynamics": (dynamics, "the solvers on one device: iterations, columns/s, share of the GEMM rate, memory"),
+    "gpu": (gpu, "the dynamics, updates and encoding on a CUDA device, beside torch's own ways"),
     "pynsm": (pynsm, "encoding and training beside the authors' library"),
     "scaling": (scaling, "shards against one device, and the map of the exchange modes"),
     "network": (network, "two hosts on a slow link"),

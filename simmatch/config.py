@@ -38,11 +38,12 @@ class DynamicsConfig(Frozen):
     """
 
     solver: Literal["auto", "coordinate_descent", "accelerated", "projected_gradient"] = "auto"
-    """`coordinate_descent`: greedy moves and solutions on the face, column by column; by far the fastest, on a CPU that
-    holds all channels. `accelerated`: projected gradient with Nesterov momentum, adaptive restart and certified step
-    1/λ̂; any device, any number of shards. `projected_gradient`: the fixed-step reference. `auto`:
-    `coordinate_descent` where nothing is exchanged within the dynamics (`simmatch.solve`, `exchange: gather_state`) and
-    the device is a CPU, else `accelerated`."""
+    """`coordinate_descent`: greedy moves and solutions on the face, column by column; by far the fastest, where one
+    device holds all channels (on a GPU: moves alone, in float32). `accelerated`: projected gradient with Nesterov
+    momentum, adaptive restart and certified step 1/λ̂; any device, any number of shards. `projected_gradient`: the
+    fixed-step reference. `auto`: `coordinate_descent` where nothing is exchanged within the dynamics (`simmatch.solve`,
+    `exchange: gather_state`) and the device is a CPU, or a GPU for which there is a kernel (see `simmatch.kernels`),
+    else `accelerated`."""
 
     tolerance: NonNegativeFloat = 1e-2
     """A column stops once its relative residual is at most this. With 0 the gradient methods run exactly
@@ -78,7 +79,8 @@ class DynamicsConfig(Frozen):
 
     tile_columns: PositiveInt | None = None
     """Columns (images × positions) per tile of the gradient methods; a tile's working set should fit the cache. None:
-    about 2¹⁸ activities, 256 to 8192 columns: few channels need many columns to be worth an operation's overhead."""
+    about 2¹⁸ activities, 256 to 8192 columns: few channels need many columns to be worth an operation's overhead. On a
+    GPU about 2²⁴ activities, which are worth the launch of a kernel."""
 
     tiles_in_flight: PositiveInt = 2
     """Tiles whose dynamics advance in turn, so that one computes while another's exchange is under way."""
@@ -94,9 +96,10 @@ class DynamicsConfig(Frozen):
             update=changes | {"solver": solver, "exchange": "every_iteration", "exchange_dtype": None}
         )
 
-    def columns_per_tile(self, channels: int) -> int:
-        """Width of a tile, by the configuration and K alone."""
-        return self.tile_columns or min(8192, max(256, 2**18 // channels // 256 * 256))
+    def columns_per_tile(self, channels: int, device: str = "cpu") -> int:
+        """Width of a tile, by the configuration, K and the kind of device alone."""
+        most, values = (8192, 2**18) if device == "cpu" else (2**20, 2**24)
+        return self.tile_columns or min(most, max(256, values // channels // 256 * 256))
 
     def solver_on(self, device: str, *, alone: bool) -> str:
         """The solver that `auto` stands for on a device type; `alone`: nothing is exchanged within the dynamics."""

@@ -27,6 +27,7 @@ channels and nothing has to be exchanged, `simmatch.coordinate` solves columns o
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from simmatch import kernels
 from simmatch.block import Blocks, BlockTile, iterate_block
 from simmatch.config import DynamicsConfig
 from simmatch.exchange import IDENTITY, Exchange, Handle
@@ -45,6 +47,9 @@ from simmatch.tile import SOLVERS, Folded, Tile, iterate
 
 if TYPE_CHECKING:
     from simmatch.coordinate import CoordinateDescent
+
+NOT_FINITE_INPUT = "non-finite values in the drive or the lateral weights"
+NOT_FINITE_RESULT = "non-finite activities"
 
 Steps = Generator[Handle, None, tuple[int, Tensor]]
 """The course of one tile: every exchange it starts, and in the end (iterations, residual [n])."""
@@ -125,6 +130,8 @@ class Dynamics:
         config = self.config.encoding() if fixed else self.config
         if alone is None:
             alone = config.exchange == "gather_state"
+        if alone and (kernel := kernels.select(config, drive)) is not None:
+            return self._by_kernel(kernel, drive, lateral, bound, config, fault, start)
         solver = config.solver_on(drive.device.type, alone=alone)
         if solver == "coordinate_descent":
             return self._by_column(drive, lateral, bound, fault, start)
@@ -149,7 +156,7 @@ class Dynamics:
             raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent")
         if drive.shape[1] == 0:
             return Solution(drive.clone(), 0, drive.new_zeros(0))
-        raise_shared(_non_finite(drive) | _non_finite(lateral), "non-finite values in the drive or the lateral weights")
+        raise_shared(_non_finite(drive) | _non_finite(lateral), NOT_FINITE_INPUT)
         if self._coordinates is None:
             from simmatch.coordinate import CoordinateDescent  # imports numba, which the other solvers need not
 
@@ -162,8 +169,31 @@ class Dynamics:
             max_iterations=self.config.max_iterations,
             start=start,
         )
-        raise_shared(_non_finite(y) | _non_finite(residual), "non-finite activities")
+        raise_shared(_non_finite(y) | _non_finite(residual), NOT_FINITE_RESULT)
         return Solution(y, num_iters, residual)
+
+    @staticmethod
+    def _by_kernel(
+        kernel: str,
+        drive: Tensor,
+        lateral: Tensor,
+        bound: Bound,
+        config: DynamicsConfig,
+        fault: Exception | None,
+        start: Tensor | None,
+    ) -> Solution:
+        """A kernel of the device, all channels being here; waits for the device once, at the end."""
+        if fault is not None:
+            raise fault
+        if drive.shape[1] == 0:
+            return Solution(drive.clone(), 0, drive.new_zeros(0))
+        drive, system = drive.contiguous(), kernels.System(lateral, bound.ridge, bound.value)
+        found = kernels.solve(kernel, drive.T, system, config, None if start is None else start.T)
+        worst, num_iters = torch.stack([found.residual.amax(), found.iterations.amax().to(drive.dtype)]).tolist()
+        if not math.isfinite(worst):
+            raise_shared(_non_finite(drive) | _non_finite(lateral), NOT_FINITE_INPUT)
+            raise_shared(torch.tensor([True]), NOT_FINITE_RESULT)
+        return Solution(found.y.T, int(num_iters), found.residual)
 
     def _run(
         self,
@@ -180,7 +210,7 @@ class Dynamics:
         when depends on gathered bytes only, so all owners start the same exchanges in the same order.
         """
         begin = self._stepper(lateral, bound, config, fault)
-        width = config.columns_per_tile(self.rows.total)
+        width = config.columns_per_tile(self.rows.total, drive.device.type)
         waiting = deque(slice(first, min(first + width, drive.shape[1])) for first in range(0, drive.shape[1], width))
         in_flight = config.tiles_in_flight if self.exchange.asynchronous else 1
         running: deque[tuple[slice, Tile | BlockTile, Steps, Handle]] = deque()

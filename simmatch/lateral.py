@@ -198,21 +198,25 @@ def _round(
         diagonal[: rows.count] = lateral.diagonal(offset=rows.start)
         marks[: rows.count] = flagged
     exchange.all_gather(gathered).wait()
-    raise_shared((gathered[:, 2] == EXCEPTION).any(dim=1), "exception", fault)
-    raise_shared((gathered[:, 2] == UNHEALTHY).any(dim=1), "non-finite feedforward or label weights")
-    raise_shared(~gathered[:, :2].isfinite().all(dim=2).all(dim=1), "non-finite lateral weights")
-    product, diagonal, marks = join_rows(gathered, rows.total, dim=1)
+    told = gathered.cpu()  # a few values: a device would be waited for at every look
+    raise_shared((told[:, 2] == EXCEPTION).any(dim=1), "exception", fault)
+    raise_shared((told[:, 2] == UNHEALTHY).any(dim=1), "non-finite feedforward or label weights")
+    raise_shared(~told[:, :2].isfinite().all(dim=2).all(dim=1), "non-finite lateral weights")
+    product, diagonal, marks = join_rows(told, rows.total, dim=1)
     second = _floored(product)
 
     gathered = lateral.new_zeros(exchange.world_size, rows.padded)
-    gathered[exchange.rank, : rows.count] = lateral.abs() @ second
+    gathered[exchange.rank, : rows.count] = lateral.abs() @ second.to(lateral.device)
     exchange.all_gather(gathered).wait()
-    third = join_rows(gathered, rows.total)
+    third = join_rows(gathered.cpu(), rows.total)
 
-    value = float(_least((product, third), (perron, second), diagonal))
+    value = float(_least((product, third), (perron.cpu(), second), diagonal))
     epsilon = ridge * float(diagonal.mean())
     lower = _dot(second, third) / _dot(second, second)
-    return Bound(value * _rounding(lateral) + epsilon, epsilon, _floored(third), marks > 0), lower + epsilon
+    bound = Bound(
+        value * _rounding(lateral) + epsilon, epsilon, _floored(third).to(perron), (marks > 0).to(perron.device)
+    )
+    return bound, lower + epsilon
 
 
 def _least(products: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], diagonal: Tensor) -> Tensor:

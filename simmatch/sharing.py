@@ -155,7 +155,7 @@ class ColumnSharing:
         drive = layer.drive(touched.patches, _of(labels, touched), weights)[:, touched.inside]
         if drive.shape[1] == 0:
             return Solution(drive, 0, drive.new_zeros(0))
-        return self._solver.solve(drive, weights.lateral, bound, fixed=fixed)
+        return self._solver.solve(drive, weights.lateral, bound, fixed=fixed, alone=True)
 
 
 def _of(labels: Tensor | None, touched: Touched) -> Tensor | None:

@@ -110,7 +110,9 @@ class Problem:
     @cached_property
     def system(self) -> Tensor:
         """M + εI in float64, the matrix that is solved for."""
-        return self.lateral.double() + self.bound.ridge * torch.eye(self.channels, dtype=torch.float64)
+        return self.lateral.double() + self.bound.ridge * torch.eye(
+            self.channels, dtype=torch.float64, device=self.lateral.device
+        )
 
     @cached_property
     def eigenvalues(self) -> Tensor:

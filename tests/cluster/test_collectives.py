@@ -315,6 +315,25 @@ def exchange_on_device(exchange: Exchange, device: torch.device) -> tuple[Tensor
     return gathered.cpu(), exchange.bytes_exchanged
 
 
+def alone_under_nccl(_: Exchange) -> tuple[Tensor, Tensor]:
+    """A group of one rank: what it gathers and what it sends itself."""
+    torch.cuda.set_device(0)
+    store, _port = open_store(LOOPBACK, 20.0)
+    exchange = join_group(store, 0, 0, 1, torch.device("cuda"), 20.0)
+    gathered, _ = exchange_on_device(exchange, torch.device("cuda"))
+    sent = pattern(0, (1, 5, 2), torch.float32).to("cuda")
+    received = torch.full_like(sent, torch.nan)
+    exchange.all_to_all(received, sent).wait()
+    return gathered, received.cpu()
+
+
+@pytest.mark.gpu
+def test_one_rank_under_nccl(ranks: Any, cuda: torch.device) -> None:
+    ((gathered, received),) = ranks(alone_under_nccl, 1)
+    assert torch.equal(gathered, stacked(1, (17, 3), torch.float32))
+    assert torch.equal(received, pattern(0, (1, 5, 2), torch.float32))
+
+
 @pytest.mark.gpu
 def test_two_devices_gather_under_nccl(ranks: Any) -> None:
     if torch.cuda.device_count() < 2:

@@ -467,3 +467,14 @@ def test_two_devices_under_nccl(ranks: Any, kind: str) -> None:
     one = on_one_rank(kind, "float64", 0.0)
     for name in LEARNT:
         assert distance(found[0], one, name) < 1e-9, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_two_ranks_share_one_device_over_gloo(ranks: Any, cuda: torch.device, kind: str) -> None:
+    """Tensors on the device, exchanged through the host."""
+    found = results(ranks(learn, 2, kind, "float64", 0.0, "cuda"))
+    assert_same_everywhere(found)
+    one = on_one_rank(kind, "float64", 0.0)
+    for name in LEARNT:
+        assert distance(found[0], one, name) < 1e-9, name

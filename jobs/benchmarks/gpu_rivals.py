@@ -1,0 +1,132 @@
+"""Other ways to run the dynamics on a GPU: the plain loop in torch, captured or compiled, and `pynsm`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jobs.benchmarks.problems import Problem
+from simmatch.config import DynamicsConfig
+from simmatch.dynamics import Dynamics
+from simmatch.lateral import Bound
+from simmatch.rows import Rows
+from simmatch.tile import Folded, nesterov
+
+State = tuple[Tensor, Tensor, Tensor]
+Block = Callable[[Tensor, State], State]
+
+
+def torch_loop(lateral: Tensor, bound: Bound, config: DynamicsConfig) -> Block:
+    """(s d, (y, w_prev, k)) → the state four iterations later, restart included: the arithmetic of `simmatch.tile`."""
+    folded = Folded.from_lateral(lateral, bound, config, Rows.all(len(lateral)))
+    matrix, step = folded.matrix, folded.step
+
+    def block(drive: Tensor, state: State) -> State:
+        y, w_prev, k = state
+        bias = drive * step
+        for iteration in range(4):
+            w = torch.addmm(bias, matrix, y)
+            following = torch.lerp(w_prev, w, nesterov(k, torch.empty_like(k)) + 1.0).clamp(min=0.0)
+            k = k + 1.0
+            if iteration == 3:
+                k = torch.where(((y - w) * (following - y)).sum(dim=0) > 0, 0.0, k)
+            w_prev, y = w, following
+        return y, w_prev, k
+
+    return block
+
+
+def begin(drive: Tensor) -> State:
+    return torch.zeros_like(drive), torch.zeros_like(drive), torch.zeros_like(drive[0])
+
+
+class GraphLoop:
+    """The plain loop for a number of iterations, captured once for a tile and replayed for every tile.
+
+    Attributes
+    ----------
+    y: [K, N], what the last run found.
+    """
+
+    def __init__(self, block: Block, drive: Tensor, iterations: int, width: int) -> None:
+        self._drive, self._width = drive, min(width, drive.shape[1])
+        self._input = drive[:, : self._width].contiguous()
+        self.y = torch.empty_like(drive)
+        blocks = -(-iterations // 4)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            block(self._input, begin(self._input))
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            state = begin(self._input)
+            for _ in range(blocks):
+                state = block(self._input, state)
+            self._output = state[0]
+
+    def run(self) -> None:
+        columns = self._drive.shape[1]
+        for first in range(0, columns, self._width):
+            first = min(first, columns - self._width)  # the last tile overlaps
+            where = slice(first, first + self._width)
+            self._input.copy_(self._drive[:, where])
+            self._graph.replay()
+            self.y[:, where].copy_(self._output)
+
+
+def compiled_loop(block: Block) -> Callable[[Tensor, int], Tensor]:
+    """The same through torch.compile."""
+    compiled = torch.compile(block)
+
+    def solve(drive: Tensor, iterations: int) -> Tensor:
+        state = begin(drive)
+        for _ in range(-(-iterations // 4)):
+            state = compiled(drive, state)
+        return state[0]
+
+    return solve
+
+
+@dataclass(frozen=True)
+class AuthorsLoop:
+    """`pynsm`'s loop: projected gradient through automatic differentiation, at its best certain step 1.9/λmax."""
+
+    lateral: Tensor
+    step: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> AuthorsLoop | None:
+        """None where `pynsm` is not installed."""
+        try:
+            import pynsm  # noqa: F401
+        except ImportError:
+            return None
+        return cls(problem.lateral, 1.9 / problem.bound.value)
+
+    def iterations_needed(self, problem: Problem, tolerance: float) -> int:
+        """Iterations of projected gradient until the residual is reached; ours counts them as theirs does."""
+        config = DynamicsConfig(
+            solver="projected_gradient", step=self.step, tolerance=tolerance, max_iterations=5000, tile_columns=2**14
+        )
+        return Dynamics(config, problem.rows).solve(problem.drive, self.lateral, problem.bound, alone=False).num_iters
+
+    def solve(self, drive: Tensor, iterations: int) -> Tensor:
+        """[K, N] → y [K, N], the columns as an image of K channels."""
+        import pynsm
+
+        encoder: Any = torch.nn.Identity()
+        model = pynsm.SimilarityMatching(
+            encoder=encoder, out_channels=len(drive), iteration_projection=F.relu,
+            iteration_lr=self.step, max_iterations=iterations,
+        ).to(drive.device)  # fmt: skip
+        with torch.no_grad():
+            model.competitor.weight.copy_(self.lateral)
+        with torch.enable_grad():
+            found: Tensor = model(drive.reshape(1, len(drive), 1, -1)).detach()
+        return found.reshape(drive.shape)

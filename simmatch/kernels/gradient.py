@@ -1,0 +1,147 @@
+"""Fused accelerated projected gradient for up to 128 channels: a tile of columns stays on chip for all iterations.
+
+A program takes `COLUMNS` columns; y, the previous gradient step and g = (M + εI) y − d stay in registers, M in shared
+memory, and one iteration is
+
+    w = y − s g;   t = relu(w + β (w − w_prev));   Δ = t − y, rounded;   y ← y + Δ;   g ← g + M Δ
+
+What the tensor cores multiply are *increments*, whose rounding shrinks with them, and y is exactly the sum of what g
+has seen. After a power of two brought the diagonal of M near 1, and another one every column's drive, M and Δ are sums
+of two float16 values each: three products, and every iterate is that of float32. (One value each is twice as fast and
+ends at residuals of 2e-4, but iterates on the way are off by 5e-4, and coordinate descent is faster still.) Δ is
+rounded towards zero, so that y ≥ 0 stays exact. Momentum, restarts and the order of decisions are those of
+`simmatch.tile`. A column that has reached its tolerance takes Δ = 0 from then on: no column depends on another, not in
+a bit.
+
+What is returned is one more step t, in float32, so that a silent channel is exactly zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simmatch.kernels.system import System
+
+COLUMNS, WARPS = 64, 4
+"""Columns and warps of a program: 450 TFLOP/s of products at K = 128 on an H200, where twice both are as fast."""
+
+
+@triton.jit
+def accelerate(
+    drive,
+    start,
+    y_out,
+    iterations,
+    high,
+    low,
+    diagonal,
+    scaling,
+    step,
+    columns,
+    along,
+    across,
+    tolerance,
+    limit,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHECK: tl.constexpr,
+    FIXED: tl.constexpr,
+    WARM: tl.constexpr,
+):
+    """drive, start, y_out [N, K] of strides (along, across); scaling: c as in `System`; step: 1/λ̂."""
+    channel = tl.arange(0, BLOCK)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < columns)[:, None] & (channel < CHANNELS)[None, :]
+    place = column.to(tl.int64)[:, None] * along + channel.to(tl.int64)[None, :] * across
+    factor = tl.load(scaling)
+    step /= factor
+    m = tl.load(high + channel[:, None] * BLOCK + channel[None, :])
+    rest = tl.load(low + channel[:, None] * BLOCK + channel[None, :])
+
+    d = tl.load(drive + place, mask=inside, other=0.0)
+    largest = tl.max(tl.abs(d), 1)
+    # the power of two below max|d|; 1 for what is 0 or nearly
+    scale = tl.where(
+        largest > 1e-37, (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1.0
+    )
+    goal = tolerance * (largest / scale)
+    g = -(d / scale[:, None])
+    if WARM:
+        begin = tl.load(start + place, mask=inside, other=0.0) / (scale * factor)[:, None]
+        delta = tl.minimum(begin, 60000.0).to(tl.float16, fp_downcast_rounding="rtz")
+        y = delta.to(tl.float32)
+        g = tl.dot(delta, m, g)
+        g = tl.dot(delta, rest, g)
+        w_prev = y
+    else:
+        y = tl.zeros([COLUMNS, BLOCK], tl.float32)
+        w_prev = y
+    k = tl.zeros([COLUMNS], tl.float32)
+    count = tl.zeros([COLUMNS], tl.int32)
+    live = column < columns
+    working = True
+    done = 0
+    while working & (done < limit - 1):
+        if not FIXED:
+            own = y * tl.load(diagonal + channel)[None, :] * factor
+            live = tl.max(tl.abs(tl.minimum(own, g)), 1) > goal
+            working = tl.max(live.to(tl.int32), 0) > 0
+        going = live.to(tl.float32)
+        pace = going * step  # a column that has ended stays where it is: Δ = relu(y) − y = 0
+        for inner in range(0, tl.minimum(CHECK, limit - 1 - done)):
+            w = y - pace[:, None] * g
+            beta = k / (k + 3.0) * going
+            move = tl.maximum(w + beta[:, None] * (w - w_prev), 0.0) - y
+            k += 1.0
+            if inner == 0:
+                k = tl.where(tl.sum(g * move, 1) > 0, 0.0, k)
+            delta = move.to(tl.float16, fp_downcast_rounding="rtz")
+            y += delta.to(tl.float32)
+            w_prev = w
+            g = tl.dot(delta, m, g)
+            g = tl.dot(delta, rest, g)
+            left = (move - delta.to(tl.float32)).to(tl.float16, fp_downcast_rounding="rtz")
+            y += left.to(tl.float32)
+            g = tl.dot(left, m, g)
+        count += tl.where(live, tl.minimum(CHECK, limit - 1 - done), 0)
+        done += CHECK
+    w = y - step * g
+    if FIXED:
+        beta = k / (k + 3.0)
+        w = w + beta[:, None] * (w - w_prev)
+    tl.store(y_out + place, tl.maximum(w, 0.0) * (scale * factor)[:, None], mask=inside)
+    tl.store(iterations + column, count + 1, mask=column < columns)
+
+
+def solve(
+    drive: Tensor,
+    system: System,
+    tolerance: float,
+    limit: int,
+    *,
+    check_every: int = 4,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Columns of the drive [N, K], of any strides, to a residual of about the tolerance: (y [N, K], iterations [N]).
+
+    Parameters
+    ----------
+    tolerance: 0 for exactly `limit` iterations.
+    start: [N, K], y ≥ 0 to begin at (rounded to float16). None: y = 0.
+    """
+    columns, channels = drive.shape
+    y = drive.new_empty_strided(drive.shape, drive.stride())
+    iterations = torch.empty(columns, dtype=torch.int32, device=drive.device)
+    high, low = system.halves
+    assert start is None or start.stride() == drive.stride()
+    accelerate[(triton.cdiv(columns, COLUMNS),)](
+        drive, drive if start is None else start, y, iterations, high, low, system.diagonal, system.factor,
+        1.0 / system.bound, columns, *drive.stride(), tolerance, limit,
+        CHANNELS=channels, BLOCK=system.block, COLUMNS=COLUMNS, CHECK=check_every, FIXED=tolerance == 0,
+        WARM=start is not None, num_warps=WARPS,
+    )  # fmt: skip
+    return y, iterations

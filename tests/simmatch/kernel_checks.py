@@ -1,0 +1,238 @@
+"""What every kernel has to satisfy, on any device: on the CPU in Triton's interpreter, on a card as compiled.
+
+`python -m tests.simmatch.kernel_checks` runs all of them on the CPU; TRITON_INTERPRET=1 must be set before that.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from simmatch import kernels
+from simmatch.config import DynamicsConfig
+from simmatch.dynamics import Dynamics
+from simmatch.kernels import certificate, coordinate, gradient, reference
+from simmatch.kernels.system import System
+from simmatch.lateral import certify_afresh
+from simmatch.rows import Rows
+from tests.reference import random_drive, random_lateral
+
+SOLVERS = ("accelerated", "coordinate_descent")
+RIDGE = 1e-6
+
+FEW, SEVERAL = 9, 70
+"""Columns that the interpreter takes one by one; columns that it takes by the tile, one and a ragged one."""
+
+Check = Callable[[torch.device], None]
+
+
+def problem(channels: int, columns: int, device: torch.device, seed: int = 0) -> tuple[Tensor, System]:
+    """Drives [N, K] and a system of condition 100 on the device, in float32; drives of very different lengths."""
+    lateral = random_lateral(channels, seed, condition=100.0, largest=3.0).float()
+    drive = random_drive(channels, columns, seed + 1).float().T * torch.logspace(-4, 4, columns).unsqueeze(1)
+    bound = certify_afresh(lateral, Rows.all(channels), ridge=RIDGE)
+    return drive.contiguous().to(device), System(lateral.to(device), bound.ridge, bound.value)
+
+
+def solve(name: str, drive: Tensor, system: System, tolerance: float = 1e-3, **changes: object) -> kernels.Found:
+    start = changes.pop("start", None)
+    config = DynamicsConfig(tolerance=tolerance, max_iterations=1000).model_copy(update=changes)
+    assert kernels.supports(name, drive.shape[1], drive.dtype, tolerance) is None
+    assert start is None or isinstance(start, Tensor)
+    return kernels.solve(name, drive, system, config, start)
+
+
+def some(name: str, drive: Tensor) -> Tensor:
+    """As many of the columns as the device can do within a second; lengths from the least to the greatest."""
+    slow = drive.device.type == "cpu" and name == "coordinate_descent"
+    return drive[:: -(-len(drive) // FEW)].contiguous() if slow else drive
+
+
+def exact_residual(drive: Tensor, y: Tensor, system: System) -> Tensor:
+    return reference.residuals(drive, y, system.lateral, system.ridge).float()
+
+
+def reaches_the_tolerance(device: torch.device) -> None:
+    """Ragged tiles, channels that are no power of two; the reported residual is that of float64."""
+    for channels, columns in ((20, 1), (50, SEVERAL), (64, 5)):
+        whole, system = problem(channels, columns, device)
+        for name in SOLVERS:
+            drive = some(name, whole)
+            for tolerance in (1e-2, 1e-3, 1e-5):
+                found = solve(name, drive, system, tolerance)
+                exact = exact_residual(drive, found.y, system)
+                assert (found.y >= 0).all()
+                assert (found.residual <= tolerance).all(), (name, channels, tolerance, found.residual.amax())
+                assert (exact <= found.residual + 2e-6).all(), (name, channels, (exact - found.residual).amax())
+                assert (found.iterations >= 1).all()
+
+
+def every_value_is_written(device: torch.device) -> None:
+    """Fresh memory holds NaN."""
+    drive, system = problem(50, SEVERAL, device)
+    make = Tensor.new_empty_strided
+    try:
+        Tensor.new_empty_strided = lambda *given: make(*given).fill_(torch.nan)  # type: ignore[method-assign]
+        for name in SOLVERS:
+            assert solve(name, some(name, drive), system, 1e-2).y.isfinite().all()
+    finally:
+        Tensor.new_empty_strided = make  # type: ignore[method-assign]
+
+
+def columns_are_independent(device: torch.device) -> None:
+    """Bit by bit, whatever stands beside a column and wherever in a tile it stands.
+
+    In the interpreter a tile is multiplied by NumPy, whose order of sums depends on the row.
+    """
+    whole, system = problem(50, SEVERAL, device)
+    for name in SOLVERS:
+        drive = some(name, whole)
+        order = torch.randperm(len(drive), generator=torch.Generator().manual_seed(3)).to(device)
+        together = solve(name, drive, system)
+        shuffled = solve(name, drive[order], system)
+        few = solve(name, drive[2:5].contiguous(), system)
+        for field in ("y", "iterations", "residual"):
+            values = getattr(together, field)
+            exact = device.type == "cuda" or (name == "coordinate_descent" and field != "residual")
+            same = torch.equal if exact else lambda a, b: bool((a - b).norm() <= 1e-3 * b.norm())
+            assert same(getattr(shuffled, field) * 1.0, values[order] * 1.0), (name, field)
+            assert same(getattr(few, field) * 1.0, values[2:5] * 1.0), (name, field)
+
+
+def repeats_every_bit(device: torch.device) -> None:
+    drive, system = problem(64, SEVERAL, device)
+    for name in SOLVERS:
+        one, other = (solve(name, some(name, drive), system) for _ in range(2))
+        assert torch.equal(one.y, other.y), name
+
+
+def starts_where_it_is_told(device: torch.device) -> None:
+    """From a solution there is next to nothing to do; from anywhere else the same solution is found."""
+    drive, system = problem(50, 5, device)
+    solved = solve("coordinate_descent", drive, system, 1e-5).y
+    for name in SOLVERS:
+        cold, warm = solve(name, drive, system), solve(name, drive, system, start=solved)
+        assert (warm.residual <= 1e-3).all()
+        assert (warm.iterations <= cold.iterations).all()
+        assert warm.iterations.sum() < cold.iterations.sum() / 2, name
+        assert (warm.y - solved).norm() <= 0.02 * solved.norm()
+        far = solve(name, drive, system, 1e-5, start=torch.rand_like(drive) * drive.abs().amax(dim=1, keepdim=True))
+        assert (far.y - solved).norm() <= 1e-3 * solved.norm(), name
+
+
+def fixed_iterations_are_those_of_torch(device: torch.device) -> None:
+    """What evaluation runs, and what an exported model computes: the same iterates to float32's rounding."""
+    drive, system = problem(50, SEVERAL, device)
+    config = DynamicsConfig(tolerance=0, max_iterations=30, solver="accelerated")
+    bound = certify_afresh(system.lateral, Rows.all(50), ridge=RIDGE)
+    expected = Dynamics(config, Rows.all(50)).solve(drive.T, system.lateral, bound, alone=False).y.T
+    found = solve("accelerated", drive, system, 0.0, max_iterations=30)
+    assert (found.iterations == 30).all()
+    off = (found.y - expected).abs().amax(dim=1) / expected.amax(dim=1)
+    assert (off <= 1e-4).all(), off.amax()
+
+
+def silence_and_disaster_stay_in_their_column(device: torch.device) -> None:
+    """No drive: y = 0 with residual 0. NaN or infinity: a residual that is not finite. Neighbours: unchanged."""
+    drive, system = problem(50, 8, device)
+    broken = drive.clone()
+    broken[1], broken[3, 7], broken[5, 2], broken[6] = 0.0, torch.nan, torch.inf, -drive[6].abs()
+    for name in SOLVERS:
+        good, bad = solve(name, drive, system), solve(name, broken, system)
+        assert (bad.y[[1, 6]] == 0).all()
+        assert (bad.residual[[1, 6]] == 0).all()
+        assert not bad.residual[[3, 5]].isfinite().any(), (name, bad.residual)
+        assert torch.equal(bad.y[[0, 2, 4, 7]], good.y[[0, 2, 4, 7]])
+
+
+def a_channel_that_nothing_holds_stays_silent(device: torch.device) -> None:
+    drive, system = problem(50, 8, device)
+    lateral = system.lateral.clone()
+    lateral[7], lateral[:, 7] = 0.0, 0.0
+    bare = System(lateral, 0.0, system.bound)
+    found = kernels.solve("coordinate_descent", drive, bare, DynamicsConfig(tolerance=1e-2))
+    assert (found.y[:, 7] == 0).all()
+    unanswered = drive[:, 7].clamp(min=0) / drive.abs().amax(dim=1)
+    assert (found.residual - unanswered <= 1e-2).all()
+
+
+def moves_are_those_of_the_reference(device: torch.device) -> None:
+    """Ties and rounding may change a choice here and there, not how many moves it takes."""
+    whole, system = problem(50, 40, device)
+    drive = some("coordinate_descent", whole)
+    y, iterations = coordinate.solve(drive, system, 1e-2, 100)
+    expected, moves = reference.greedy(drive.cpu(), system.matrix[:50, :50].cpu(), 1e-2 - 1e-6, 5000)
+    y, iterations = y.cpu(), iterations.cpu()
+    assert ((y - expected).abs().amax(dim=1) <= 0.05 * expected.amax(dim=1)).all()
+    assert (iterations - -(-moves.to(iterations) // 50)).abs().double().mean() <= 0.2
+
+
+def iterations_are_those_of_the_reference(device: torch.device) -> None:
+    """Rounding decides a look or a restart here and there."""
+    drive, system = problem(50, 40, device)
+    y, iterations = gradient.solve(drive, system, 1e-2, 200)
+    expected, counted = reference.accelerated(
+        drive.cpu().double(), system.matrix[:50, :50].cpu().double(), system.diagonal[:50].cpu().double(),
+        1 / system.bound, 1e-2, 200, 4,
+    )  # fmt: skip
+    assert (iterations.cpu() == counted).double().mean() > 0.9
+    same = iterations.cpu() == counted
+    off = ((y.cpu() - expected).abs().amax(dim=1) / expected.amax(dim=1))[same]
+    assert (off <= 1e-4).double().mean() > 0.9, off
+
+
+def certificate_is_the_residual(device: torch.device) -> None:
+    """Of any y at all, to float32's rounding."""
+    for channels in (20, 50, 160):
+        drive, system = problem(channels, SEVERAL, device)
+        y = torch.rand_like(drive) * drive.abs().amax(dim=1, keepdim=True)
+        found, exact = certificate.residuals(drive, y, system), exact_residual(drive, y, system)
+        assert ((found - exact).abs() <= 1e-5 * exact.clamp(min=1.0)).all(), channels
+
+
+def orientation_changes_nothing(device: torch.device) -> None:
+    """Columns side by side, [K, N] as a layer has them, or each in one piece."""
+    whole, system = problem(50, SEVERAL, device)
+    for name in SOLVERS:
+        drive = some(name, whole)
+        turned = solve(name, drive.T.contiguous().T, system)
+        assert torch.equal(turned.y, solve(name, drive, system).y), name
+        assert turned.y.T.is_contiguous()
+
+
+CHECKS: tuple[Check, ...] = (
+    reaches_the_tolerance,
+    every_value_is_written,
+    columns_are_independent,
+    repeats_every_bit,
+    starts_where_it_is_told,
+    fixed_iterations_are_those_of_torch,
+    silence_and_disaster_stay_in_their_column,
+    a_channel_that_nothing_holds_stays_silent,
+    moves_are_those_of_the_reference,
+    iterations_are_those_of_the_reference,
+    certificate_is_the_residual,
+    orientation_changes_nothing,
+)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    failed = 0
+    for check in CHECKS:
+        started = time.perf_counter()
+        try:
+            check(torch.device("cpu"))
+            print(f"ok      {check.__name__} {time.perf_counter() - started:.1f} s", flush=True)
+        except Exception as error:
+            failed += 1
+            print(f"FAILED  {check.__name__}: {type(error).__name__}: {error}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
