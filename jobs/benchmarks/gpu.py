@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.benchmarks.gpu_rivals import AuthorsLoop, GraphLoop, compiled_loop, torch_loop
+from jobs.benchmarks.gpu_rivals import AuthorsLoop, Dictionary, GraphLoop, compiled_loop, torch_loop
 from jobs.benchmarks.problems import Problem, Recipe, error
 from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import Spread, Timings, alternate
@@ -28,7 +28,7 @@ from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, load_dataset, to_unit
 from simmatch.dynamics import Dynamics, Solution
 from simmatch.exchange import IdentityExchange
-from simmatch.geometry import draw_positions
+from simmatch.geometry import draw_positions, sample_patches
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.order import batch_indices
 from simmatch.precision import exact_float32
@@ -204,11 +204,12 @@ def compare(problem: Problem, tolerance: float, plan: Plan) -> list[Row]:
     solve("simmatch")
     first = found["simmatch"].y.clone()
     timings = plan.timed(candidates)
-    rows = []
+    exact, rows = problem.first(1024).exact(), []
     for name in candidates:
-        y = found[name].y if graph is None or name in found else graph.y
+        y = found[name].y if name in found or graph is None else graph.y
         verified = residual_in_parts(problem, y)
-        row: Row = {"name": name, "columns": problem.drive.shape[1], "residual": verified.amax()}
+        off = error(y[:, : exact.shape[1]], exact)
+        row: Row = {"name": name, "columns": problem.drive.shape[1], "residual": verified.amax(), "error": off}
         row |= timings.rate(name, problem.drive.shape[1]).fields("columns_per_second")
         row |= timings.speedup(name, "eager").fields("speedup")
         if name in found:
@@ -216,9 +217,6 @@ def compare(problem: Problem, tolerance: float, plan: Plan) -> list[Row]:
             row |= {"iterations": found[name].num_iters, "residual_reported": reported.amax(),
                     "truth_above_reported": (verified - reported.double()).amax()}  # fmt: skip
         rows.append(row)
-    exact = problem.first(1024).exact()
-    for row, y in zip(rows, (found[name].y if name in found else first for name in candidates), strict=True):
-        row["error"] = error(y[:, : exact.shape[1]], exact)
     rows[1]["same_bits"] = bool(torch.equal(first, found["simmatch"].y))
     return rows + slow_rivals(problem, tolerance, plan)
 
@@ -242,7 +240,7 @@ def slow_rivals(problem: Problem, tolerance: float, plan: Plan) -> list[Row]:
     rows = [once("eager, a CPU's tiles", few, plan, as_on_a_cpu)]
     authors = AuthorsLoop.of(problem)
     if authors is not None:
-        needed = authors.iterations_needed(few.first(1024), tolerance)
+        needed = authors.iterations_needed(few, tolerance)
         rows.append(once("pynsm", few, plan, lambda: authors.solve(few.drive, needed)) | {"iterations": needed})
     return rows
 
@@ -388,21 +386,32 @@ def wide_layer(dataset: Dataset, channels: int, plan: Plan) -> Row:
         solution = layer.partial_fit(batch(dataset, update, 50, plan))
     learnt = plan.now()
     width = max(10, 2**28 // (channels * 27 * 27))
-
-    def encode(images: Tensor) -> Tensor:
-        parts = (layer.solve(to_unit(part)).y for part in torch.split(images, width))
-        return torch.cat([F.adaptive_avg_pool2d(y, 2).flatten(1) for y in parts])
-
-    features, held_out = encode(train), encode(test)
-    encoded = plan.now()
     labels = [part[: plan.images].to(plan.device) for part in (dataset.train_labels, dataset.test_labels)]
-    ridge = Ridge(features, labels[0])
-    found = ridge.classes.to(plan.device)[ridge.scores(held_out).argmax(dim=1)]
+
+    def features(code: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Of the images learnt from, and of those held out."""
+        chunks = (torch.split(images, width) for images in (train, test))
+        return [torch.cat([F.adaptive_avg_pool2d(code(to_unit(x)), 2).flatten(1) for x in parts]) for parts in chunks]
+
+    def accuracy(found: list[Tensor]) -> float:
+        ridge = Ridge(found[0], labels[0])
+        classes = ridge.classes.to(plan.device)[ridge.scores(found[1]).argmax(dim=1)]
+        return float((classes == labels[1]).double().mean())
+
+    started_encoding = plan.now()
+    codes = features(lambda x: layer.solve(x).y)
+    encoded = plan.now() - started_encoding
+    accuracies = {"simmatch": accuracy(codes)}
+    sample = sample_patches(to_unit(train[:5000]), layer.patch, 200_000, seeded("dictionary", plan.seed))
+    sample = (sample - layer.whitening_mean) @ layer.whitening.T
+    sample = sample[torch.randperm(len(sample), generator=seeded("dictionary order", plan.seed)).to(plan.device)]
+    rivals = {"exemplars": Dictionary.exemplars(sample, channels), "k_means": Dictionary.k_means(sample, channels)}
+    accuracies |= {name: accuracy(features(partial(rival.maps, layer))) for name, rival in rivals.items()}
     return {
         "updates": updates, "batch_size": 50, "images": len(train) + len(test), "seconds_to_learn": learnt - started,
-        "seconds_to_encode": encoded - learnt, "seconds_of_ridge": plan.now() - encoded,
-        "ridge_accuracy": (found == labels[1]).double().mean(), "residual": solution.residual.amax(),
-        "active_fraction": (solution.y > 0).double().mean(), "dead_channels": layer.dead_channels,
+        "seconds_to_encode": encoded, "ridge_accuracy": accuracies,
+        "residual": solution.residual.amax(), "active_fraction": (solution.y > 0).double().mean(),
+        "dead_channels": layer.dead_channels,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Other ways to run the dynamics on a GPU: the plain loop in torch, captured or compiled, and `pynsm`'s."""
+"""Other ways on a GPU: the plain loop of the dynamics, captured or compiled; `pynsm`'s loop; other dictionaries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from jobs.benchmarks.problems import Problem
 from simmatch.config import DynamicsConfig
 from simmatch.dynamics import Dynamics
 from simmatch.lateral import Bound
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.plasticity import Weights
 from simmatch.rows import Rows
 from simmatch.tile import Folded, nesterov
 
@@ -130,3 +132,53 @@ class AuthorsLoop:
         with torch.enable_grad():
             found: Tensor = model(drive.reshape(1, len(drive), 1, -1)).detach()
         return found.reshape(drive.shape)
+
+
+PASSES = 10
+"""Of Lloyd's iteration."""
+
+THRESHOLD = 0.25
+"""Of an exemplar's answer, in standard deviations of a white direction; as `jobs.evaluation.rivals.random_filters`."""
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """Filters on the whitened patches of a layer, and what is made of their products.
+
+    Attributes
+    ----------
+    filters: [R, P]; code: products [R, N] → features [K, N].
+    """
+
+    filters: Tensor
+    code: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def exemplars(cls, patches: Tensor, channels: int) -> Dictionary:
+        """Patches drawn from the data [n, P], of norm 1: max(0, a · x̃ − θ)."""
+        return cls(F.normalize(patches[:channels], dim=1), lambda columns: columns.sub_(THRESHOLD).clamp_(min=0.0))
+
+    @classmethod
+    def k_means(cls, patches: Tensor, channels: int) -> Dictionary:
+        """Lloyd's iteration from exemplars, and the triangle max(0, mean_j z_j − z_k), z_k = ‖x̃ − c_k‖."""
+        centroids = patches[:channels].clone()
+        for _ in range(PASSES):
+            nearest = torch.cat([torch.cdist(part, centroids).argmin(dim=1) for part in torch.split(patches, 2**14)])
+            sums = torch.zeros_like(centroids).index_add_(0, nearest, patches)
+            counts = torch.bincount(nearest, minlength=channels).unsqueeze(1)
+            centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+        constant = centroids.square().sum(dim=1, keepdim=True)
+
+        def triangle(columns: Tensor) -> Tensor:
+            squares = columns[:channels].add_(constant).add_(columns[channels:].square().sum(dim=0))
+            z = squares.clamp_(min=0.0).sqrt_()
+            return torch.sub(z.mean(dim=0), z, out=z).clamp_(min=0.0)
+
+        return cls(torch.cat([-2 * centroids, torch.eye(patches.shape[1], device=patches.device)]), triangle)
+
+    def maps(self, layer: SimilarityMatchingConv2d, images: Tensor) -> Tensor:
+        """Features [B, K, H', W'], on the patches as the layer sees them."""
+        prepared = layer.prepare(images)
+        filters = self.filters.view(-1, *layer.feedforward.shape[1:])
+        columns = self.code(layer.drive(prepared, weights=Weights(filters, layer.lateral, layer.label)))
+        return columns.view(len(columns), len(images), *prepared.map_size).transpose(0, 1)
