@@ -284,7 +284,7 @@ def measure_updates(plan: Plan, report: Report) -> None:
             for update in range(first, first + count):
                 learn_once(layer, dataset, update, plan)
 
-        some(0, 20)
+        some(0, min(20, updates))
         seconds = []
         for part in range(5):
             started = plan.now()

@@ -405,6 +405,45 @@ def check_count(row: dict[str, Any], folder: Path) -> None:
     assert reached[1] <= row["tolerance"] < reached[0]
 
 
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(config: DataConfig) -> Dataset:
+    """Noise of the shape that a data set's images have."""
+    shape = (1, 28, 28) if config.name == "fashion_mnist" else (3, 32, 32)
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (count, *shape), generator=draw).to(torch.uint8) for count in (300, 120)]
+    labels = [torch.arange(len(part)) % 10 for part in images]
+    return Dataset(config.name, images[0], labels[0], images[1], labels[1], 10)
+
+
+def test_gpu_benchmark_runs_dry_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that a card gets, as far as a CPU can follow: residuals are those asked for, nothing fails."""
+    monkeypatch.setattr("jobs.benchmarks.gpu.load_dataset", pictures)
+    arguments = ["gpu", "--device", "cpu", "--quick", "--parts", "rates", "columns", "wide"]
+    assert main([*arguments, "--run-dir", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row for row in rows if row["kind"] == "failed"] == []
+    columns = [row for row in rows if row["kind"] == "columns"]
+    assert {row["name"] for row in columns} == {"eager", "simmatch", "eager, a CPU's tiles", "pynsm"}
+    for row in columns:
+        assert row["residual"] <= 1.001 * row["tolerance"]
+        if "truth_above_reported" in row:
+            assert row["truth_above_reported"] <= 1e-5
+    assert all(row["same_bits"] for row in columns if row["name"] == "simmatch")
+    (wide,) = (row for row in rows if row["kind"] == "wide")
+    assert set(wide["ridge_accuracy"]) == {"simmatch", "exemplars", "k_means"}
+
+
+def test_gpu_benchmark_asks_for_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert main(["gpu", "--run-dir", str(tmp_path)]) == BAD_INPUT
+    assert "gpu: expected a CUDA device" in capsys.readouterr().err
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +452,7 @@ def test_help_lists_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    assert set(SUBCOMMANDS) == {"dynamics", "pynsm", "scaling", "network", "overhead"}
+    assert set(SUBCOMMANDS) == {"dynamics", "gpu", "pynsm", "scaling", "network", "overhead"}
     assert all(name in said for name in SUBCOMMANDS)
     for name in SUBCOMMANDS:
         with pytest.raises(SystemExit) as stop:
