@@ -55,6 +55,12 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def capability(device: torch.device) -> int:
+    """Major number of a CUDA device's compute capability: 8 for A100, 9 for H100 and H200."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def supports(solver: str, channels: int, dtype: torch.dtype, tolerance: float) -> str | None:
     """Why a kernel cannot take this problem, or None where it can; tolerance 0 is a fixed number of iterations."""
     if not installed():
@@ -77,13 +83,17 @@ def supports(solver: str, channels: int, dtype: torch.dtype, tolerance: float) -
 def select(config: DynamicsConfig, drive: Tensor) -> str | None:
     """The kernel for a drive [K, N] all of whose channels are on its device; None where torch has to do it.
 
-    `auto`: coordinate descent; where the number of iterations is fixed, accelerated gradient.
+    `auto`: coordinate descent; where the number of iterations is fixed, accelerated gradient, whose registers and
+    shared memory are laid out for the tensor cores of capability 9.
     """
     if drive.device.type != "cuda":
         return None
     solver = config.solver
     if solver == "auto":
         solver = "coordinate_descent" if config.tolerance > 0 else "accelerated"
+    found = capability(drive.device)
+    if found < 8 or (solver == "accelerated" and found != 9):
+        return None
     return solver if supports(solver, drive.shape[0], drive.dtype, config.tolerance) is None else None
 
 

@@ -162,20 +162,24 @@ class OnCard:
 
 
 @pytest.mark.parametrize(
-    ("channels", "changes", "expected"),
+    ("channels", "capability", "changes", "expected"),
     [
-        (128, {}, "coordinate_descent"),
-        (128, {"tolerance": 0}, "accelerated"),
-        (512, {"tolerance": 0}, None),
-        (128, {"solver": "accelerated"}, "accelerated"),
-        (512, {"solver": "accelerated"}, None),
-        (128, {"solver": "projected_gradient"}, None),
+        (128, 9, {}, "coordinate_descent"),
+        (128, 8, {}, "coordinate_descent"),
+        (128, 7, {}, None),
+        (128, 9, {"tolerance": 0}, "accelerated"),
+        (128, 8, {"tolerance": 0}, None),
+        (512, 9, {"tolerance": 0}, None),
+        (128, 9, {"solver": "accelerated"}, "accelerated"),
+        (512, 9, {"solver": "accelerated"}, None),
+        (128, 9, {"solver": "projected_gradient"}, None),
     ],
 )
-def test_auto_picks_by_width_and_tolerance(
-    channels: int, changes: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_auto_picks_by_device_width_and_tolerance(
+    channels: int, capability: int, changes: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "installed", lambda: True)
+    monkeypatch.setattr(kernels, "capability", lambda _: capability)
     drive: Any = OnCard(channels)
     assert kernels.select(DynamicsConfig(**changes), drive) == expected
     assert kernels.select(DynamicsConfig(**changes), torch.zeros(channels, 3)) is None  # on a CPU
