@@ -12,15 +12,17 @@ from simmatch import kernels, solve
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data import Dataset, to_unit
 from simmatch.exchange import IdentityExchange
-from simmatch.kernels import installed, reference
+from simmatch.kernels import reference
 from simmatch.lateral import SharedFault
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.precision import exact_float32
 from tests.reference import random_drive, random_lateral
+
+pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
+
 from tests.simmatch import kernel_checks
 
 pytestmark = pytest.mark.gpu
-needs_triton = pytest.mark.skipif(not installed(), reason="needs Triton, which is not installed")
 
 MODES = ("alone", "every_iteration", "block", "gather_state")
 
@@ -51,13 +53,11 @@ def learn(layer: SimilarityMatchingConv2d, digits: Dataset, updates: int = 12, l
 
 
 @pytest.mark.parametrize("check", kernel_checks.CHECKS, ids=lambda check: check.__name__)
-@needs_triton
 def test_kernels(check: Callable[[torch.device], None], cuda: torch.device) -> None:
     check(cuda)
 
 
 @pytest.mark.parametrize("channels", [64, 128, 160, 256, 512, 1000, 2048])
-@needs_triton
 def test_kernels_of_every_width(channels: int, cuda: torch.device) -> None:
     drive, system = kernel_checks.problem(channels, 200, cuda)
     for name in kernel_checks.SOLVERS:
@@ -141,8 +141,6 @@ def test_a_drive_that_is_not_finite_is_refused(mode: str, cuda: torch.device, di
 
 @pytest.mark.parametrize("solver", ["auto", "accelerated", "coordinate_descent", "projected_gradient"])
 def test_solve_on_the_device(solver: str, cuda: torch.device) -> None:
-    if solver == "coordinate_descent" and not installed():
-        pytest.skip("needs Triton, which is not installed")
     lateral, drive = random_lateral(50, 0, condition=30.0).float(), random_drive(50, 300, 1).float()
     config = DynamicsConfig(solver=solver, tolerance=1e-3, max_iterations=5000)
     found = solve(drive.to(cuda), lateral.to(cuda), config)
@@ -152,7 +150,6 @@ def test_solve_on_the_device(solver: str, cuda: torch.device) -> None:
 
 
 @pytest.mark.parametrize("mode", ["alone", "gather_state"])
-@needs_triton
 def test_two_runs_give_the_same_bits(mode: str, cuda: torch.device, digits: Dataset) -> None:
     layers = []
     for _ in range(2):
