@@ -153,7 +153,9 @@ class Dynamics:
         if fault is not None:
             raise fault
         if drive.device.type != "cpu":
-            raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent")
+            missing = kernels.supports("coordinate_descent", self.rows.total, drive.dtype, self.config.tolerance)
+            why = missing or "no kernel for this device"
+            raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent ({why})")
         if drive.shape[1] == 0:
             return Solution(drive.clone(), 0, drive.new_zeros(0))
         raise_shared(_non_finite(drive) | _non_finite(lateral), NOT_FINITE_INPUT)

@@ -185,6 +185,18 @@ def test_auto_picks_by_device_width_and_tolerance(
     assert kernels.select(DynamicsConfig(**changes), torch.zeros(channels, 3)) is None  # on a CPU
 
 
+@needs_triton
+def test_coordinate_descent_that_no_kernel_does_is_refused() -> None:
+    """With the reason; on the device without memory, for which there is no kernel."""
+    lateral = torch.eye(32)
+    bound = certify_afresh(lateral, Rows.all(32), ridge=0)
+    for dtype, why in ((torch.float32, "no kernel for this device"), (torch.float64, "float32, got torch.float64")):
+        drive = torch.empty(32, 5, dtype=dtype, device="meta")
+        dynamics = Dynamics(DynamicsConfig(solver="coordinate_descent"), Rows.all(32))
+        with pytest.raises(ValueError, match=f"expected accelerated on meta, got coordinate_descent .*{why}"):
+            dynamics.solve(drive, lateral, bound, alone=True)
+
+
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels are chosen on the CPU too, and torch computes what they would; the names of those that were used."""
