@@ -131,7 +131,7 @@ class PlasticityConfig(Frozen):
     input is nearly of low rank (plain images in [0, 1]: one bright direction), and y explodes."""
 
     dead_after: PositiveInt = 50
-    """A channel is dead once it was silent on every column of so many updates in a row."""
+    """A channel is dead once it was silent on every column of so many updates in a row, or once M_ii is 0."""
 
     revive: bool = True
     """Re-draw the feedforward row of a dead channel (a local rule); dead channels are counted either way."""

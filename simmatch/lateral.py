@@ -210,7 +210,7 @@ def _round(
     exchange.all_gather(gathered).wait()
     third = join_rows(gathered.cpu(), rows.total)
 
-    value = float(_least((product, third), (perron.cpu(), second), diagonal))
+    value = float(_least((product, third), (perron.cpu(), second), diagonal)) or 1.0  # of M = 0 every number is a bound
     epsilon = ridge * float(diagonal.mean())
     lower = _dot(second, third) / _dot(second, second)
     bound = Bound(

@@ -415,7 +415,7 @@ class SimilarityMatchingConv2d(nn.Module):
             self.rows,
             ridge=self.dynamics.ridge,
             exchange=self.exchange,
-            flagged=after["silent"] >= self.plasticity.dead_after,
+            flagged=self._dead(after["silent"], after["lateral"]),
             healthy=bool(after["feedforward"].isfinite().all() & after["label"].isfinite().all()),
             fault=fault,
         )
@@ -433,6 +433,13 @@ class SimilarityMatchingConv2d(nn.Module):
             complaint = diverging(self.plasticity, int(self.updates), above_one=above_one)
             if complaint is not None:
                 warnings.warn(complaint, stacklevel=6)  # the call of `partial_fit`
+
+    def _dead(self, silent: Tensor, lateral: Tensor) -> Tensor:
+        """[K_g], own channels that were silent for too long, or have forgotten all activity: M_ii = 0 inhibits nothing.
+
+        The second happens to a channel that is silent for one batch where η/τ = 1.
+        """
+        return (silent >= self.plasticity.dead_after) | (lateral.diagonal(offset=self.rows.start) <= 0)
 
     def _learnt(self, statistics: Statistics) -> dict[str, Tensor]:
         """What a step makes of `PLASTIC`; none of it is changed here."""

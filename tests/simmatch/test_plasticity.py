@@ -394,6 +394,20 @@ def test_dead_channels_are_revived_and_become_active(digits: Dataset) -> None:
     assert layer.dead_channels == 0
 
 
+@pytest.mark.parametrize("solver", ["auto", "accelerated", "projected_gradient"])
+@pytest.mark.parametrize("revive", [True, False])
+def test_a_silent_batch_at_full_rate_leaves_a_layer_that_learns_on(digits: Dataset, solver: str, revive: bool) -> None:
+    plasticity = PlasticityConfig(lr=1.0, revive=revive)
+    layer = SimilarityMatchingConv2d(1, 8, 4, plasticity=plasticity, dynamics=DynamicsConfig(solver=solver))
+    images = to_unit(digits.train_images[:20])
+    layer.partial_fit(torch.zeros_like(images))  # η/τ = 1: M forgets all but this batch, of which y yᵀ is 0
+    assert layer.dead_channels == 8
+    assert torch.equal(layer.lateral, torch.eye(8) if revive else torch.zeros(8, 8))
+    solution = layer.partial_fit(images)
+    assert solution.y.isfinite().all()
+    assert bool(solution.y.count_nonzero() > 0) == revive
+
+
 @pytest.mark.parametrize("parts", [2, 3])
 def test_draws_do_not_depend_on_the_sharding(parts: int) -> None:
     full = SimilarityMatchingConv2d(2, 10, 3, seed=7)
