@@ -213,7 +213,7 @@ def test_unlabelled_images_change_nothing_in_v(seed: int, unlabelled: int, rate:
             3,
             num_classes=CLASSES,
             label_gain=gain,
-            plasticity=PlasticityConfig(lr=rate, tau=1.0),
+            plasticity=PlasticityConfig(lr=rate, tau=1.0, revive=False),  # a revived channel has no label weights
             dynamics=DynamicsConfig(tolerance=1e-10),
             dtype=torch.float64,
         )
