@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -36,10 +37,10 @@ from cluster.storage import (
     fetch,
     find,
     is_local,
+    move_files,
     persist,
     read,
     remove,
-    replace_folder,
     size_bytes,
     write_whole,
 )
@@ -52,6 +53,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 MODEL = "model"
 """Folder of the exported model."""
+MODEL_OF_A_GROUP = re.compile(rf"{MODEL}-[0-9a-f]{{8}}")
+"""Folders of models that have not got this place, by the token of their group; a person's own are left alone."""
 DIGEST = "sha256"
 """Key of the manifest's own digest, over everything else in it."""
 
@@ -198,10 +201,11 @@ def publish_model(run_dir: AnyPath, name: str) -> None:
     for file in MODEL_FILES:
         if size_bytes(run_dir / name / file) is None:
             raise OSError(f"{run_dir / name / file}: expected the model of rank 0, got nothing")
-    replace_folder(run_dir / name, run_dir / MODEL, MODEL_FILES)
+    move_files(run_dir / name, run_dir / MODEL, MODEL_FILES)
     with suppress(OSError):
         for left in find(run_dir, f"{MODEL}-*"):
-            remove(left)
+            if MODEL_OF_A_GROUP.fullmatch(left.name):
+                remove(left)
 
 
 def prune(run_dir: AnyPath, keep: int, step: int) -> None:

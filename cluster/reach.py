@@ -49,6 +49,6 @@ def heard(run_dir: AnyPath, token: str, nonce: str, answers: list[str]) -> list[
         if said != nonce:
             found[rank] = "writes there what this job does not find"
     with suppress(OSError):
-        for path in find(run_dir, f"{NAME}*"):
+        for path in find(run_dir, f"{NAME}{token}*"):
             remove(path)
     return found

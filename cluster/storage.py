@@ -110,23 +110,18 @@ def publish_folder(source: Path, target: AnyPath) -> None:
             write_whole(target / file.relative_to(source).as_posix(), partial(shutil.copyfile, file))
 
 
-def replace_folder(source: AnyPath, target: AnyPath, names: Sequence[str]) -> None:
-    """Put a folder that is whole in the place of another; these are the names in it.
+def move_files(source: AnyPath, target: AnyPath, names: Sequence[str]) -> None:
+    """Bring these files to another folder, each whole, one after the other; what else lies there stays.
 
-    In an object store each file appears whole, one after the other; the copies are made there.
+    In an object store the copies are made there.
     """
-    if isinstance(source, Path):
-        assert isinstance(target, Path)
-        before = source.with_name(f"{source.name}.before")
-        if os.path.lexists(target):
-            target.replace(before)
-        source.replace(target)
-        files.sync_folder(target.parent)
-        source = before
-    else:
-        for name in names:
-            place, copy = source / name, target / name
-            assert isinstance(copy, UPath)
+    for name in names:
+        place, copy = source / name, target / name
+        if isinstance(copy, Path):
+            assert isinstance(place, Path)
+            make_folder(copy.parent)
+            files.move_whole(place, copy)
+        else:
             _remote(copy, partial(place.fs.copy, place.path, copy.path))
     with suppress(OSError):
         remove(source)

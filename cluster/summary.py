@@ -105,5 +105,5 @@ def summarise(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file see `simmatch.files`."""
+    """Write a JSON file, see `simmatch.files`."""
     write_whole(path, json.dumps(content, indent=1) + "\n")

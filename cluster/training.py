@@ -31,6 +31,7 @@ from cluster.config import RunConfig
 from cluster.cpus import all_cpus
 from cluster.features import FeatureStore
 from cluster.inputs import LayerInputs
+from cluster.limits import within
 from cluster.lone_work import lone_work
 from cluster.mesh import Mesh
 from cluster.redaction import one_line
@@ -162,7 +163,8 @@ class Training:
         target = self.assignment.run_dir / name
         with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
             local = target if isinstance(target, Path) else Path(folder)
-            save_model(self.stack, local)
+            # a disk that is slow, or a folder that hangs, is no standstill before this limit
+            within(self.config.cluster.stall_timeout_s, f"export to {local}", partial(save_model, self.stack, local))
             if local is not target:
                 persist(lambda: publish_folder(local, target), self.config.checkpoint.patience_s)
         if token:

@@ -324,12 +324,12 @@ def test_only_the_group_in_force_publishes_its_model(scene: MakeScene, tmp_path:
     """Rank 0 of a group that was given up is cut off, not dead: it writes on, beside the next one and after it."""
 
     def late() -> Failure:
-        model_event(tmp_path, "old", b"of the old group")
+        model_event(tmp_path, "0123abcd", b"of the old group")
         return LOST
 
-    playing = scene([late], [[[model_event(tmp_path, "new")], [{"kind": "model", "folder": "model-of-rank-1"}]]])
+    playing = scene([late], [[[model_event(tmp_path, "0123abce")], [{"kind": "model", "folder": "model-of-rank-1"}]]])
     playing.controller.run()
-    model_event(tmp_path, "old", b"of the old group")
+    model_event(tmp_path, "0123abcd", b"of the old group")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
     assert (tmp_path / "model" / "config.yaml").read_bytes() == b"weights"
     assert playing.controller.finished

@@ -12,6 +12,7 @@ import torch
 
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
+from cluster.limits import within
 from cluster.lone_work import lone_work
 from cluster.training import Assignment, Training
 from cluster.worker import Outbox, Worker
@@ -34,6 +35,11 @@ def stand_still() -> None:
     time.sleep(LONG_S)
 
 
+def wait() -> None:
+    """For a store, say, with a limit of its own."""
+    within(10.0, "the store", stand_still)
+
+
 def fail() -> None:
     raise ValueError("no such thing")
 
@@ -45,6 +51,10 @@ def together(exchange: Exchange, work: Callable[[], None]) -> None:
 def test_peers_give_up_a_rank_that_stands_still(ranks: Any) -> None:
     _, peer = ranks(together, 2, stand_still, exchange_timeout_s=LIMIT_S)
     assert isinstance(peer, PeerTimeout), peer
+
+
+def test_peers_wait_for_a_call_that_has_a_limit(ranks: Any) -> None:
+    assert results(ranks(together, 2, wait, exchange_timeout_s=LIMIT_S)) == [None, None]
 
 
 def test_what_the_work_raises_is_raised_on_its_rank() -> None:
@@ -93,7 +103,7 @@ class Fit(Training):
         lone_work(type(self).work, self.exchange, self.report, device=self.device, pause_s=PAUSE_S)
 
 
-@pytest.mark.parametrize(("work", "moves"), [(compute, True), (stand_still, False)])
+@pytest.mark.parametrize(("work", "moves"), [(compute, True), (stand_still, False), (wait, True)])
 def test_a_rank_moves_while_its_work_computes(
     digits_config: Callable[..., RunConfig], tmp_path: Path, work: Callable[[], None], moves: bool
 ) -> None:

@@ -28,6 +28,13 @@ def test_ranks_that_share_it_answer_and_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_person_keeps_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "reach-study").mkdir()
+    nonce = leave(tmp_path, "token")
+    assert heard(tmp_path, "token", nonce, [answer(tmp_path, "token", 0)]) == [""]
+    assert [path.name for path in tmp_path.iterdir()] == ["reach-study"]
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_of_the_same_name_elsewhere(tmp_path: Path, there: bool) -> None:
     """It exists on the rank's node, perhaps with what an earlier group has left there, or it does not."""

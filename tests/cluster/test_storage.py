@@ -148,16 +148,29 @@ def test_a_folder_goes_where_it_belongs(place: AnyPath, tmp_path: Path) -> None:
 @pytest.mark.parametrize("replaces", [True, False])
 def test_a_model_gets_its_place(place: AnyPath, replaces: bool) -> None:
     """Another group's, which was given up and still writes, does not; nor does half of one."""
-    for name, content in (("model-new", b"new"), ("model-old", b"old"), *([("model", b"before")] if replaces else [])):
+    new, old, half = (f"model-0123abc{number}" for number in range(3))
+    for name, content in ((new, b"new"), (old, b"old"), *([("model", b"before")] if replaces else [])):
         for file in MODEL_FILES:
             write_whole(place / name / file, content)
-    publish_model(place, "model-new")
+    publish_model(place, new)
     assert [read(place / "model" / file) for file in MODEL_FILES] == [b"new", b"new"]
     assert [path.name for path in find(place, "*")] == ["model"]
-    write_whole(place / "model-half" / MODEL_FILES[0], b"half")
-    with pytest.raises(OSError, match=r"model-half.*: expected the model of rank 0, got nothing"):
-        publish_model(place, "model-half")
+    write_whole(place / half / MODEL_FILES[0], b"half")
+    with pytest.raises(OSError, match=rf"{half}.*: expected the model of rank 0, got nothing"):
+        publish_model(place, half)
     assert [read(place / "model" / file) for file in MODEL_FILES] == [b"new", b"new"]
+
+
+def test_what_a_person_keeps_beside_a_model_stays(place: AnyPath) -> None:
+    """A run directory may be a folder in which other things lie as well."""
+    own = ("model/notes.txt", "model-of-ada/weights", "model-zoo", "model-0123abcd-old/weights")
+    for name in own:
+        write_whole(place / name, b"ours")
+    for file in MODEL_FILES:
+        write_whole(place / "model-0123abcd" / file, b"new")
+    publish_model(place, "model-0123abcd")
+    assert [read(place / "model" / file) for file in MODEL_FILES] == [b"new", b"new"]
+    assert [read(place / name) for name in own] == [b"ours"] * len(own)
 
 
 @pytest.mark.parametrize("fault", ["missing", "short"])
