@@ -135,7 +135,7 @@ class Job:
             make_folder(self.run_dir)
             self.mirror.pull()
             self._describe()
-            write_whole(self.run_dir / "config.yaml", dump_yaml(public(self.config)))
+            self._write_config(self.config)
             self.mirror.push()
         except SpoolBusyError as error:
             print(f"error: --run-dir: another process works in {self.run_dir}: {error}", file=sys.stderr)
@@ -143,11 +143,13 @@ class Job:
         except OSError as error:
             print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
             return BAD_INPUT
-        self._watch_signals()
         outcome = Outcome("FAILED", 1)
         try:
+            self._watch_signals()
             with self._make_display(self.console, self._hide) as display:
                 outcome = self._attempt(display)
+        except Interrupted as error:
+            outcome = Outcome("KILLED", status_of(error.signum), str(error))
         finally:
             self._over = True
             self._close(outcome)
@@ -156,25 +158,22 @@ class Job:
     def _attempt(self, display: JobDisplay) -> Outcome:
         """Train, and say what became of it; from here on a signal only cuts waits short."""
         self.tracker.announce_to(display.note)
+        display.note(self.start.note)
+        if self.dataset.skipped:
+            display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
         try:
-            display.note(self.start.note)
-            if self.dataset.skipped:
-                display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
-            try:
-                self._train(display)
-                display.note("drawing figures")
-                self.closing.look(self.record)
-                return Outcome("FINISHED", 0)
-            except (RunFailed, ConfigError, OSError) as error:
-                self._over = True
-                return Outcome("FAILED", BAD_INPUT if isinstance(error, ConfigError) else 1, self._hide(str(error)))
-            except RunStopped as error:
-                self._over = True
-                assert self._signum is not None
-                why = f"{Interrupted(self._signum)}; {error}"
-                return Outcome("KILLED", status_of(self._signum), self._hide(why))
-        except Interrupted as error:
-            return Outcome("KILLED", status_of(error.signum), str(error))
+            self._train(display)
+            display.note("drawing figures")
+            self.closing.look(self.record)
+            return Outcome("FINISHED", 0)
+        except (RunFailed, ConfigError, OSError) as error:
+            self._over = True
+            return Outcome("FAILED", BAD_INPUT if isinstance(error, ConfigError) else 1, self._hide(str(error)))
+        except RunStopped as error:
+            self._over = True
+            assert self._signum is not None
+            why = f"{Interrupted(self._signum)}; {error}"
+            return Outcome("KILLED", status_of(self._signum), self._hide(why))
 
     def _train(self, display: JobDisplay) -> None:
         group = self.config.cluster
@@ -192,7 +191,7 @@ class Job:
             resume=resume,
             before_commit=self.mirror.push,
             data=self.data,
-            settle=partial(self._write_config, display),
+            settle=partial(self._settle, display),
         )
         self._controller, self.record = controller, controller.record
         if resume is not None:
@@ -207,11 +206,10 @@ class Job:
         finally:
             self._controller, self.config = None, controller.config  # the mesh may have shrunk
 
-    def _write_config(self, display: JobDisplay, config: RunConfig) -> None:
+    def _settle(self, display: JobDisplay, config: RunConfig) -> None:
         """What the configuration left open is known; checkpoints hold it as well."""
         try:
-            write_whole(self.run_dir / "config.yaml", dump_yaml(public(config)))
-            self.tracker.artifact(self.run_dir / "config.yaml")
+            self._write_config(config)
         except OSError as error:
             display.note(f"config.yaml is not written: {error}")
 
@@ -283,9 +281,14 @@ class Job:
         tracker.params({key: value for key, value in values.items() if key not in ("tracking", "cluster", "mesh")})
         for index, layer in enumerate(layers):
             tracker.params(layer, layer=index)
-        tracker.artifact(self.run_dir / "config.yaml")
         name, images = self.dataset.name, len(self.dataset.train_images)
         tracker.dataset(name, source=name, digest=self.data, num_images=images)
+
+    def _write_config(self, config: RunConfig) -> None:
+        """Into the run directory, and from there to MLflow."""
+        path = self.run_dir / "config.yaml"
+        write_whole(path, dump_yaml(public(config)))
+        self.tracker.artifact(path)
 
 
 class Interrupted(BaseException):

@@ -25,6 +25,7 @@ from cluster.mlflow_model import ModelLogger
 from cluster.summary import Record
 from cluster.tracking import Tracker
 from jobs.closing import Closing, lines_of
+from jobs.display import JobDisplay
 from jobs.ending import asking_to_end
 from jobs.pretrain import Job
 from jobs.run_directory import choose
@@ -220,6 +221,18 @@ def test_the_status_is_that_of_the_training(
     summary = summary_of(job)
     assert (summary["status"], summary.get("message")) == (status, message)
     assert capsys.readouterr().err == ("" if message is None else f"error: {message}\n")
+
+
+def test_a_signal_before_anything_is_shown(make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*_: object) -> JobDisplay:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("unreachable")
+
+    job = make_job()
+    job._make_display = shown
+    assert job.run() == 143
+    assert summary_of(job)["status"] == "KILLED"
+    assert capsys.readouterr().err == "error: ended by SIGTERM\n"
 
 
 def test_a_run_without_a_readout_is_shown_and_recorded(
