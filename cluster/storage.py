@@ -117,11 +117,12 @@ def move_files(source: AnyPath, target: AnyPath, names: Sequence[str]) -> None:
     """
     for name in names:
         place, copy = source / name, target / name
-        if isinstance(copy, Path):
-            assert isinstance(place, Path)
+        if isinstance(place, Path):
+            assert isinstance(copy, Path)
             make_folder(copy.parent)
             files.move_whole(place, copy)
         else:
+            assert not isinstance(copy, Path)
             _remote(copy, partial(place.fs.copy, place.path, copy.path))
     with suppress(OSError):
         remove(source)

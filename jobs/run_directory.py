@@ -103,7 +103,8 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
     try:
         return _choose(config, run_dir, resume)
     except OSError as error:
-        raise ConfigError(f"--run-dir: expected a place that answers, got {error}") from None
+        options = "--run-dir" if resume in ("auto", "never") else "--run-dir, --resume"
+        raise ConfigError(f"{options}: expected a place that answers, got {error}") from None
 
 
 def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
