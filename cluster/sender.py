@@ -16,6 +16,7 @@ from typing import Protocol
 from cluster.events import sound
 from cluster.notices import SILENCE_S, Notices
 from cluster.spool import Event, Progress, Spool
+from simmatch.documents import shortened
 
 BATCH_EVENTS = 500
 BACKOFF_FIRST_S = 0.5
@@ -345,9 +346,8 @@ class Sender:
             rejected.append(self._line(f"{event.get('kind')}: {error}"))
 
     def _line(self, text: str) -> str:
-        """A message fit to be shown: one line, not too long, without credentials."""
-        line = " ".join(self._redact(text.partition("[SQL:")[0]).split())
-        return line if len(line) <= LONGEST_NOTE else line[: LONGEST_NOTE - 1] + "…"
+        """A message fit to be shown, whoever wrote it: a server, or a run directory's owner."""
+        return shortened(self._redact(text.partition("[SQL:")[0]), LONGEST_NOTE)
 
     def _save(self, progress: Progress, attempt: Attempt) -> None:
         with self._lock:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from simmatch.documents import DocumentError, load_json
 from simmatch.files import make_folder, sync_folder, write_whole
@@ -139,6 +139,9 @@ class Spool:
                 self._file = None
 
 
+RunId = Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a spool was sent, and to which server."""
@@ -149,7 +152,7 @@ class Progress:
     offset: int = 0
     """Bytes of the spool that the server has confirmed."""
 
-    runs: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, RunId] = field(default_factory=dict)
     """MLflow run ids: `parent`, and each layer's under its number."""
 
     @classmethod

@@ -228,7 +228,14 @@ def test_a_line_longer_than_any_of_ours_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"destination":"here","offset":"9"}', '{"destination":"here","offset":9,"runs":{"parent":1}}', "[]"]
+    "content",
+    [
+        '{"destination":"here","offset":"9"}',
+        '{"destination":"here","offset":9,"runs":{"parent":1}}',
+        '{"destination":"here","offset":9,"runs":{"parent":"\\u001b[2J"}}',
+        '{"destination":"here","offset":9,"runs":{"parent":"x\' OR 1=1"}}',
+        "[]",
+    ],
 )
 def test_an_offset_of_other_types_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "events.offset").write_text(content)

@@ -96,6 +96,16 @@ def test_a_server_whose_answers_never_end_is_given_up(
     assert f"{events} events are left; the latest attempt said: TimeoutError" in capsys.readouterr().err
 
 
+def test_what_a_record_says_moves_no_terminal(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    events = record(tmp_path / "moves", store)
+    with (tmp_path / "moves" / "events.jsonl").open("a") as spool:
+        spool.write('{"kind":"\\u001b[2J\\u009b1m","time_ms":1}\n')
+    assert main([str(tmp_path / "moves"), "--uri", store]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{events} events sent")
+    assert err.startswith("refused: \\x1b[2J\\x9b1m: kind: expected one of ")
+
+
 def test_a_folder_without_a_spool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr() == ("", f"error: RUN_DIR: expected a folder with events.jsonl, got {tmp_path}\n")
