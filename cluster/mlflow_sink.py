@@ -214,7 +214,7 @@ class MlflowSink:
             with suppress(FileNotFoundError):  # the model's to tell
                 open_inside(self._run_dir, f"{event['path']}/{name}").close()
         self._log_model(path, event["input_shape"], self._runs[PARENT], key, self._client)
-        self._log_model.tidy(self._runs[PARENT], self._client)
+        self._tidy()
 
     def _on_finish(self, event: Event) -> None:
         self._tidy()
@@ -222,11 +222,13 @@ class MlflowSink:
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
 
     def _tidy(self) -> None:
-        """Remove runs that were made twice: by a request that was given up, and by the one in its place."""
+        """Remove runs and models that were made twice: by a request that was given up, and by the one in its place."""
         parent = self._client.get_run(self._runs[PARENT])
         for run in self._client.search_runs([parent.info.experiment_id], _of_key(parent.data.tags[RUN_KEY_TAG])):
             if run.info.run_id not in self._runs.values():
                 self._client.delete_run(run.info.run_id)
+        if self._log_model is not None:
+            self._log_model.tidy(self._runs[PARENT], self._client)
 
     def _answers(self) -> bool:
         """Whether MLflow takes what is right of these runs: if not, a refusal says nothing about the event.
