@@ -96,13 +96,8 @@ class Closing:
 
     def wait(self) -> None:
         """Wait for MLflow, and complete the summary."""
-        tracker, run_dir = self.tracker, self.start.run_dir
-        send_records(tracker, self.tell)
-        self._write(**facts(tracker))
-        try:
-            self.mirror.push()
-        except OSError as error:
-            self.tell(f"the last records are in {run_dir} only: {error}")
+        send_records(self.tracker, self.tell)
+        self._write(**facts(self.tracker))
 
     def _write(self, **more: Any) -> None:
         self._summary |= more

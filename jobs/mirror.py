@@ -25,7 +25,6 @@ class Mirror:
     ----------
     place: the run directory.
     work: the folder of this machine.
-    note: told, in one line, what could not be brought at the end.
     patience_s: how long a place that is away is asked again, once training is over.
     flush: called before records are brought, for those that are not in their file yet.
     pushed: told how many bytes of the spool another machine would find.
@@ -35,13 +34,12 @@ class Mirror:
         self,
         place: AnyPath,
         work: Path,
-        note: Callable[[str], None],
         *,
         patience_s: float = 0.0,
         flush: Callable[[], object] = lambda: None,
         pushed: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.place, self.work, self.note, self._patience_s = place, work, note, patience_s
+        self.place, self.work, self._patience_s = place, work, patience_s
         self._flush, self._pushed = flush, pushed
         self.remote = not is_local(place)
         self._lock = threading.Lock()
@@ -104,12 +102,9 @@ class Mirror:
         return folder
 
     def close(self) -> None:
-        """Bring what is left, figures too; says so where that fails."""
+        """Bring what is left, figures too; raises as `push` does."""
         if not self.remote:
             return
-        try:
-            persist(self.push, self._patience_s)
-            if (self.work / "figures").exists():
-                publish_folder(self.work / "figures", self.place / "figures")
-        except OSError as error:
-            self.note(f"the last records are in {self.work} only: {error}")
+        persist(self.push, self._patience_s)
+        if (self.work / "figures").exists():
+            publish_folder(self.work / "figures", self.place / "figures")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -118,16 +119,14 @@ class Job:
         self._hide = Redactor(os.environ)
         patience_s = config.checkpoint.patience_s
         flush = partial(tracker.flush, patience_s)
-        self.mirror = Mirror(
-            start.place, start.run_dir, self._tell, patience_s=patience_s, flush=flush, pushed=tracker.release
-        )
+        self.mirror = Mirror(start.place, start.run_dir, patience_s=patience_s, flush=flush, pushed=tracker.release)
         self.closing = Closing(start, dataset, tracker, self.mirror, self._tell)
         self.started = time.monotonic()
         self.data = dataset.digest()
         self.record = Record()
         self._controller: Controller | None = None
         self._signum: int | None = None
-        self._over = self._bringing = False
+        self._over = self._bringing = self._away = False
 
     def run(self) -> int:
         """Train, look at the result, record it. Returns the exit status."""
@@ -223,18 +222,22 @@ class Job:
                 self.console.print(table_of(self.config.name, summary))
                 for line in (*lines_of(summary), f"model, figures, summary: {self.start.place}"):
                     self._tell(line)
-            self._bring()
+            self._bring(self.mirror.close)
         finally:
             shut_down_ray()
             self.closing.wait()
+            self._bring(self.mirror.push)
 
-    def _bring(self) -> None:
-        """Bring records and figures to the run's place; after a signal, a store that is away is not waited for."""
+    def _bring(self, bring: Callable[[], None]) -> None:
+        """Bring records to the run's place. A signal ends the wait for it; one that was away is not asked again."""
+        if self._away:
+            return
         try:
             self._bringing = True
-            self.mirror.close()
-        except Interrupted:
-            self._tell(f"the last records are in {self.run_dir} only")
+            bring()
+        except (Interrupted, OSError) as error:
+            self._away = True
+            self._tell(f"the last records are in {self.run_dir} only: {one_line(error)}")
         finally:
             self._bringing = False
 

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import jobs.pretrain
 from cluster.config import RunConfig
 from cluster.controller import RunFailed, RunStopped
 from cluster.mlflow_model import ModelLogger
+from cluster.storage import StorageError
 from cluster.summary import Record
 from cluster.tracking import Tracker
 from jobs.closing import Closing, lines_of
@@ -160,6 +162,34 @@ def test_signals_at_the_end_change_nothing(
     kinds = [json.loads(line)["kind"] for line in (job.run_dir / "events.jsonl").read_text().splitlines()]
     assert "finish" in kinds
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("moment", ["close", "push"])
+@pytest.mark.parametrize("away", [True, False])
+def test_a_store_at_the_end_is_waited_for_once_at_most(
+    make_job: Callable[..., Job],
+    moment: str,
+    away: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It hangs until a signal comes, or says no: while figures are brought, or the summary after the wait."""
+    job, asked = make_job(), []
+
+    def bring(name: str) -> None:
+        asked.append(name)
+        if name == moment and "close" in asked:  # the one before is at the start
+            if away:
+                raise StorageError("s3://b/r: no answer")
+            signal.raise_signal(signal.SIGINT)
+
+    for name in ("close", "push"):
+        monkeypatch.setattr(job.mirror, name, partial(bring, name))
+    assert job.run() == 0
+    assert asked == ["push", "close", *(["push"] if moment == "push" else [])]
+    why = "s3://b/r: no answer" if away else "ended by SIGINT"
+    assert f"\nthe last records are in {job.run_dir} only: {why}\n" in capsys.readouterr().out
+    assert summary_of(job)["status"] == "FINISHED"
 
 
 def asked_twice(controller: Scripted) -> None:
