@@ -61,11 +61,10 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_di
         if options.dry_run:
             print_plan(console, config, source_of(dataset), len(dataset.train_images))
             return 0
-        start = choose(config, options.run_dir, options.resume)
+        start = as_begun(choose(config, options.run_dir, options.resume))
         config = start.config
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
-        config = as_begun(config, start)
         tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported), held=not is_local(start.place))
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -18,7 +18,8 @@ MODEL = "model: "
 def send_records(tracker: Tracker, tell: Callable[[str], None]) -> None:
     """Wait until MLflow has everything, for as long as that may take, and say what it has not. The end of every job."""
     if tracker.config.enabled:
-        tell(f"sending records to MLflow, for at most {tracker.config.flush_s:g} s; Ctrl-C ends the wait")
+        limit_s = tracker.config.flush_s + tracker.config.timeout_s
+        tell(f"sending records to MLflow, for at most {limit_s:g} s; Ctrl-C ends the wait")
     tracker.close()
     for line in said(tracker):
         tell(line)

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +136,26 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
     raise AssertionError("unreachable: the numbers do not end")
 
 
-def as_begun(config: RunConfig, start: Start) -> RunConfig:
-    """The configuration with the threads that the run has counted when it began, where they are left open.
+def as_begun(start: Start) -> Start:
+    """The same with the threads that the run has counted when it began, where they are left open.
 
-    Another number would change the last bits of what it goes on to learn. Taken from the checkpoint, else from the
-    run's `config.yaml`.
+    Another number changes the last bits of what it goes on to learn, and is told of. Taken from the checkpoint, else
+    from the run's `config.yaml`.
     """
-    if config.cluster.threads_per_rank is not None:
-        return config
-    threads = None
+    given, threads = start.config.cluster.threads_per_rank, None
     try:
         with suppress(ConfigError, DocumentError, FileNotFoundError):  # such as a new run's, which is not there yet
             begun = None if start.resume is None else read_manifest(start.resume).config
             threads = parse(RunConfig, begun or load_yaml(read(start.place / "config.yaml"))).cluster.threads_per_rank
     except OSError as error:
         raise ConfigError(f"--run-dir: expected a place that answers, got {error}") from None
-    cluster = config.cluster.model_copy(update={"threads_per_rank": threads})
-    return config.model_copy(update={"cluster": cluster})
+    if threads is None or given == threads:
+        return start
+    if given is not None:
+        told = f"cluster.threads_per_rank is {given}, it was {threads}: the last bits will be others"
+        return replace(start, note=f"{start.note}\n{told}")
+    cluster = start.config.cluster.model_copy(update={"threads_per_rank": threads})
+    return replace(start, config=start.config.model_copy(update={"cluster": cluster}))
 
 
 def _located(option: str, place: str) -> AnyPath:

@@ -33,13 +33,18 @@ def test_threads_are_those_that_the_run_began_with(work: Path, make_config: Make
     """Counted on another host they would be others, and with them the last bits."""
 
     def threads(*assignments: str, run_dir: str = "run", resume: str = "auto") -> int | None:
-        config = make_config(*assignments)
-        return as_begun(config, choose(config, run_dir, resume)).cluster.threads_per_rank
+        start = as_begun(choose(make_config(*assignments), run_dir, resume))
+        notes.append(start.note)
+        return start.config.cluster.threads_per_rank
+
+    notes: list[str] = []
 
     assert threads() is None
     leave(work / "run", make_config("cluster.threads_per_rank=3"))
     assert threads() == 3
+    assert not any("threads_per_rank" in note for note in notes)
     assert threads("cluster.threads_per_rank=5") == 5
+    assert notes[-1].endswith("\ncluster.threads_per_rank is 5, it was 3: the last bits will be others")
     leave(work / "other", make_config("cluster.threads_per_rank=7"), "FINISHED", steps=(4,))
     assert threads(run_dir="new", resume="other") == 7
     assert threads(run_dir="new", resume="other/checkpoints/step-00000004") == 7
