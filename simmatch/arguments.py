@@ -24,6 +24,8 @@ def check_arguments(
     num_classes: int,
     label_gain: float,
     normalize: str,
+    contrast_floor: float,
+    whiten_ridge: float,
     dtype: torch.dtype,
 ) -> None:
     """Raise ValueError, naming the argument, for values of `SimilarityMatchingConv2d` that make no layer."""
@@ -45,6 +47,10 @@ def check_arguments(
         raise ValueError(f"num_classes: expected at least 1 with label_gain={label_gain:g}, got 0")
     if normalize not in ("none", "contrast"):
         raise ValueError(f"normalize: expected 'none' or 'contrast', got {normalize!r}")
+    if not 0 < contrast_floor < math.inf:
+        raise ValueError(f"contrast_floor: expected a finite positive number, got {contrast_floor!r}")
+    if not 0 <= whiten_ridge < math.inf:
+        raise ValueError(f"whiten_ridge: expected a finite nonnegative number, got {whiten_ridge!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {DTYPES[0]} or {DTYPES[1]}, got {dtype}")
 
@@ -75,8 +81,8 @@ def check_positions(positions: Any, batch_size: int, map_size: tuple[int, int]) 
     """Raise ValueError unless positions are integers [batch_size, n] on a map of activities."""
     if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions: expected integers [{batch_size}, n], got {_kind(positions)}")
-    if positions.ndim != 2 or positions.shape[0] != batch_size:
-        raise ValueError(f"positions: expected [{batch_size}, n], got {list(positions.shape)}")
+    if positions.ndim != 2 or positions.shape[0] != batch_size or positions.shape[1] == 0:
+        raise ValueError(f"positions: expected [{batch_size}, n] with n ≥ 1, got {list(positions.shape)}")
     last = map_size[0] * map_size[1] - 1
     if positions.numel():
         least, largest = (int(value) for value in positions.aminmax())

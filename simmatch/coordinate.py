@@ -291,7 +291,7 @@ class CoordinateDescent:
         """
         channels, columns = drive.shape
         padded = -(-channels // LANES) * LANES
-        matrix = torch.eye(padded, dtype=drive.dtype)
+        matrix = torch.eye(padded, dtype=drive.dtype, device="cpu")
         matrix[:channels, :channels] = lateral
         diagonal = matrix.diagonal().clone()
         matrix.diagonal().add_(ridge)
@@ -302,11 +302,11 @@ class CoordinateDescent:
         answered = drive if bool(held.all()) else drive * held[:channels, None]
 
         eps, index_mask = torch.finfo(drive.dtype).eps, (1 << (padded - 1).bit_length()) - 1
-        levels = torch.tensor([tolerance, 8 * eps, 1 + 2 * index_mask * eps, 100 * eps], dtype=drive.dtype)
+        levels = drive.new_tensor([tolerance, 8 * eps, 1 + 2 * index_mask * eps, 100 * eps])
         integer = np.int32 if drive.dtype == torch.float32 else np.int64  # as wide as a value
         limits = (*levels.numpy(), max_iterations * channels, integer(index_mask))
         y = torch.empty_like(answered) if start is None else start.clone()
-        residual, moves = drive.new_empty(columns), torch.empty(columns, dtype=torch.int64)
+        residual, moves = drive.new_empty(columns), drive.new_empty(columns, dtype=torch.int64)
         arrays = [tensor.numpy() for tensor in (answered, y, residual, moves)]
         threads = torch.get_num_threads()
         width = CHUNK * max(1, columns // (SPANS * threads * CHUNK))
@@ -342,8 +342,7 @@ class CoordinateDescent:
 
 def _buffers(matrix: Tensor) -> Any:
     """What one thread works in, as `_solve_columns` takes it."""
-    size, dtype = len(matrix), matrix.dtype
-    floats = torch.zeros(3, size, dtype=dtype)
-    factor = torch.zeros(size, size, dtype=dtype)
+    size = len(matrix)
+    floats, factor = matrix.new_zeros(3, size), matrix.new_zeros(size, size)
     column = (tuple(floats.numpy()), np.zeros(size + 1, np.int64), factor.numpy())
-    return column, *torch.zeros(2, CHUNK, size, dtype=dtype).numpy()
+    return column, *matrix.new_zeros(2, CHUNK, size).numpy()

@@ -150,7 +150,7 @@ def draw_positions(count: int, batch_size: int, map_size: tuple[int, int], gener
         raise ValueError(
             f"positions: expected at most {available}, the map of {map_size[0]} × {map_size[1]} activities, got {count}"
         )
-    keys = torch.rand(batch_size, available, generator=generator, dtype=torch.float64)
+    keys = torch.rand(batch_size, available, generator=generator, dtype=torch.float64, device="cpu")
     return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
 
 
@@ -250,8 +250,10 @@ def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: t
     """
     height, width = config.map_size((images.shape[2], images.shape[3]))
     total = images.shape[0] * height * width
-    index = torch.arange(total) if total <= count else torch.randint(total, (count,), generator=generator)
-    index = index.to(images.device)
+    if total <= count:
+        index = torch.arange(total, device=images.device)
+    else:
+        index = torch.randint(total, (count,), generator=generator, device="cpu").to(images.device)
     batch, position = index // (height * width), index % (height * width)
     return transform(config.convolution.gather(images, batch, position), config)
 

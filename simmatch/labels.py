@@ -23,6 +23,7 @@ def check_labels(labels: Any, num_classes: int, images: int) -> None:
     integers = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
     if not integers or labels.dtype == torch.bool or labels.shape != (images,):
         raise ValueError(f"labels: expected a tensor of integers [{images}], the class of each image, got {given}")
+    labels = labels.long()  # what unsigned formats lack: an order
     valid = (labels == UNLABELLED) | ((labels >= 0) & (labels < num_classes))
     if not bool(valid.all()):
         worst = int(labels[~valid][0])
@@ -33,5 +34,5 @@ def one_hot(labels: Tensor, layer: SimilarityMatchingConv2d, positions: int) -> 
     """z [num_classes, B · positions] of checked labels [B]: zero columns where unlabelled."""
     check_labels(labels, layer.num_classes, len(labels))
     classes = torch.arange(layer.num_classes, device=layer.label.device)
-    z = (rearrange(labels.to(classes.device), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
+    z = (rearrange(labels.to(classes), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
     return z.repeat_interleave(positions, dim=1)

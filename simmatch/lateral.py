@@ -94,13 +94,10 @@ class Kept:
     def of(cls, bound: Bound, lateral: Tensor) -> Kept:
         return cls(bound, lateral, _version(lateral), float(torch.linalg.vector_norm(lateral)))
 
-    def known(self, lateral: Tensor) -> bool:
-        """Whether this is that tensor, not written to since as far as torch has noticed."""
-        return lateral is self.lateral and _version(lateral) == self.version
-
     def holds(self, lateral: Tensor) -> bool:
-        """Whether this is that tensor with those values."""
-        return self.known(lateral) and float(torch.linalg.vector_norm(lateral)) == self.norm
+        """Whether this is that tensor, not written to since."""
+        known = lateral is self.lateral and _version(lateral) == self.version
+        return known and float(torch.linalg.vector_norm(lateral)) == self.norm
 
 
 def _version(tensor: Tensor) -> int:
@@ -127,7 +124,7 @@ def certify(
     Parameters
     ----------
     lateral: [K_g, K], this owner's rows of M. Signed entries are allowed: λmax(M) ≤ ρ(|M|).
-    perron: [K], v > 0, equal on all owners.
+    perron: [K], v, equal on all owners; any will do, for it is floored.
     ridge: ε relative to the mean of M's diagonal.
     flagged: [K_g], a mark for own channels that all owners are to learn (the layer marks dead ones).
     healthy: false where this owner's other weights are not finite; then all owners raise.
@@ -139,13 +136,14 @@ def certify(
         An owner has a fault or non-finite rows.
     """
     marks = lateral.new_zeros(rows.count) if flagged is None else flagged
-    bound, lower = _round(lateral, perron, rows, ridge, exchange, marks, _trouble(healthy, fault), fault)
+    magnitudes, start = lateral.abs(), _floored(perron)
+    bound, lower = _round(magnitudes, start, rows, ridge, exchange, marks, _trouble(healthy, fault), fault)
     learnt = bound.flagged
     for _ in range(100):
         if bound.value <= tight * lower:
             break
         previous = bound.value
-        bound, lower = _round(lateral, bound.perron, rows, ridge, exchange, torch.zeros_like(marks))
+        bound, lower = _round(magnitudes, bound.perron, rows, ridge, exchange, torch.zeros_like(marks))
         if bound.value >= 0.999 * previous:
             break
     return replace(bound, flagged=learnt)
@@ -158,11 +156,11 @@ def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, exchange: Excha
 
 def traced_bound(lateral: Tensor, perron: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
     """One round of `certify` by a single owner as a plain graph, for export: (bound, ε added to the diagonal of M)."""
-    magnitudes = lateral.abs()
-    product = magnitudes @ perron
+    magnitudes, first = lateral.abs(), _floored(perron)
+    product = magnitudes @ first
     second = _floored(product)
-    diagonal = lateral.diagonal()
-    value, epsilon = _least((product, magnitudes @ second), (perron, second), diagonal), ridge * diagonal.mean()
+    diagonal = magnitudes.diagonal()
+    value, epsilon = _least((product, magnitudes @ second), (first, second), diagonal), ridge * diagonal.mean()
     return value * _rounding(lateral) + epsilon, epsilon
 
 
@@ -174,7 +172,7 @@ def _trouble(healthy: bool, fault: Exception | None) -> float | None:
 
 
 def _round(
-    lateral: Tensor,
+    magnitudes: Tensor,
     perron: Tensor,
     rows: Rows,
     ridge: float,
@@ -183,19 +181,19 @@ def _round(
     trouble: float | None = None,
     fault: Exception | None = None,
 ) -> tuple[Bound, float]:
-    """A bound of λmax(M) + ε, and a lower bound of λmax(|M|) + ε.
+    """A bound of λmax(M) + ε from the own rows of |M|, and a lower bound of λmax(|M|) + ε.
 
     The first product starts from `perron`, the second from the first's result: a channel that has just woken is nearly
     absent from the one and present in the other. Both certify, and so does the trace of a positive semidefinite M; the
     least counts.
     """
-    gathered = lateral.new_zeros(exchange.world_size, 3, rows.padded)
+    gathered = magnitudes.new_zeros(exchange.world_size, 3, rows.padded)
     product, diagonal, marks = gathered[exchange.rank]
     if trouble is not None:
         marks.fill_(trouble)
     else:
-        product[: rows.count] = lateral.abs() @ perron
-        diagonal[: rows.count] = lateral.diagonal(offset=rows.start)
+        product[: rows.count] = magnitudes @ perron
+        diagonal[: rows.count] = magnitudes.diagonal(offset=rows.start)
         marks[: rows.count] = flagged
     exchange.all_gather(gathered).wait()
     told = gathered.cpu()  # a few values: a device would be waited for at every look
@@ -205,8 +203,8 @@ def _round(
     product, diagonal, marks = join_rows(told, rows.total, dim=1)
     second = _floored(product)
 
-    gathered = lateral.new_zeros(exchange.world_size, rows.padded)
-    gathered[exchange.rank, : rows.count] = lateral.abs() @ second.to(lateral.device)
+    gathered = magnitudes.new_zeros(exchange.world_size, rows.padded)
+    gathered[exchange.rank, : rows.count] = magnitudes @ second.to(magnitudes.device)
     exchange.all_gather(gathered).wait()
     third = join_rows(gathered.cpu(), rows.total)
 
@@ -214,7 +212,7 @@ def _round(
     epsilon = ridge * float(diagonal.mean())
     lower = _dot(second, third) / _dot(second, second)
     bound = Bound(
-        value * _rounding(lateral) + epsilon, epsilon, _floored(third).to(perron), (marks > 0).to(perron.device)
+        value * _rounding(magnitudes) + epsilon, epsilon, _floored(third).to(perron), (marks > 0).to(perron.device)
     )
     return bound, lower + epsilon
 
@@ -231,7 +229,7 @@ def _rounding(lateral: Tensor) -> float:
 
 
 def _floored(product: Tensor) -> Tensor:
-    """A product M v as the next v: largest entry 1, none below `PERRON_FLOOR`; ones where M is zero."""
+    """A product M v as the next v: largest entry 1, none below `PERRON_FLOOR`; ones where none is positive."""
     top = product.amax(dim=0)
     return torch.where(top > 0, product.div(top).clamp(min=PERRON_FLOOR), 1.0)
 

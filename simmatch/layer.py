@@ -30,7 +30,7 @@ from simmatch.arguments import (
     check_some,
     check_statistics,
 )
-from simmatch.compiling import eager
+from simmatch.as_written import as_written
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.dynamics import Solution, unrolled
 from simmatch.exchange import IDENTITY, Exchange
@@ -135,6 +135,8 @@ class SimilarityMatchingConv2d(nn.Module):
             num_classes=num_classes,
             label_gain=label_gain,
             normalize=normalize,
+            contrast_floor=contrast_floor,
+            whiten_ridge=whiten_ridge,
             dtype=dtype,
         )
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
@@ -168,8 +170,8 @@ class SimilarityMatchingConv2d(nn.Module):
         self.register_buffer("class_frequency", zeros(num_classes).add_(1.0 / max(num_classes, 1)))
         self.register_buffer("silent", zeros(own, dtype=torch.int64))
         self.register_buffer("perron", zeros(out_channels).add_(1.0))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("revived", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.register_buffer("revived", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.lateral.diagonal(offset=self.rows.start).fill_(1.0)
         for channel in range(self.rows.start, self.rows.stop):
             self.feedforward[channel - self.rows.start] = self._draw_row(channel, 0)
@@ -178,14 +180,15 @@ class SimilarityMatchingConv2d(nn.Module):
         """Row of W at birth (draw 0) and at each revival: Gaussian of expected norm 1, whatever the sharding."""
         generator = seeded("feedforward", self.seed, channel, draw)
         shape = self.feedforward.shape[1:]
-        row = torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(self.patch.patch_size)
-        return row.to(self.feedforward)
+        row = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return (row / math.sqrt(self.patch.patch_size)).to(self.feedforward)
 
     # ------------------------------------------------------------------------------------------- input
 
     def _whitening(self) -> Whitening | None:
         return Whitening(self.whitening, self.whitening_mean) if self.whiten else None
 
+    @as_written
     def prepare(self, x: Tensor, positions: Tensor | None = None) -> Patches:
         """Images [B, C, H, W] → `Patches`, which every other method takes in place of the images.
 
@@ -202,6 +205,7 @@ class SimilarityMatchingConv2d(nn.Module):
             check_positions(positions, x.shape[0], self.patch.map_size((x.shape[2], x.shape[3])))
         return prepare(x, self.patch, self._whitening(), positions)
 
+    @as_written
     def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
         """Measure, once and before learning, what the input looks like: tr C_x, and Π and μ where whitening is on.
 
@@ -213,10 +217,12 @@ class SimilarityMatchingConv2d(nn.Module):
         Raises
         ------
         ValueError
-            No images, or of another shape or format, or with values that are not finite.
+            No images or patches, or of another shape or format, or with values that are not finite.
         """
         check_images(x, self.in_channels, self.feedforward)
         check_some(x.shape[0])
+        if num_patches < 1:
+            raise ValueError(f"num_patches: expected at least 1, got {num_patches}")
         if not bool(x.isfinite().all()):
             raise ValueError("images: expected finite values, got NaN or infinity")
         sample = sample_patches(x, self.patch, num_patches, seeded("calibrate", self.seed))
@@ -242,16 +248,13 @@ class SimilarityMatchingConv2d(nn.Module):
     def bound(self) -> Bound:
         """Certified bound of λmax(M), equal on all owners: a function of `lateral` and `perron` and of nothing else.
 
-        It is kept from an update on. One owner computes it anew where M is another than it is of; several, whom that
-        takes exchanges, refuse to go on instead (`check_kept`).
+        It is kept. One owner computes it anew where M is another than it is of; several, whom that takes exchanges,
+        refuse to go on instead (`check_kept`).
         """
-        alone, kept = self.exchange.world_size == 1, self._kept
-        if kept is not None and (not alone or kept.holds(self.lateral)):
-            return kept.bound
-        bound = self._certify()
-        if not alone:
-            self._kept = Kept.of(bound, self.lateral)
-        return bound
+        kept = self._kept
+        if kept is None or (self.exchange.world_size == 1 and not kept.holds(self.lateral)):
+            kept = self._kept = Kept.of(self._certify(), self.lateral)
+        return kept.bound
 
     def _certify(self) -> Bound:
         return certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
@@ -261,7 +264,7 @@ class SimilarityMatchingConv2d(nn.Module):
 
         Rows that are not finite pass: the dynamics tell all owners of them.
         """
-        if self.exchange.world_size == 1 or self._kept is None or self._kept.known(self.lateral):
+        if self.exchange.world_size == 1 or self._kept is None or self._kept.holds(self.lateral):
             return
         if bool(self.lateral.isfinite().all()):
             raise RuntimeError(
@@ -269,6 +272,7 @@ class SimilarityMatchingConv2d(nn.Module):
                 "call recertify() on all owners after writing to them"
             )
 
+    @as_written
     def recertify(self) -> None:
         """Find the Perron vector of M anew, for the tightest bound; all owners together.
 
@@ -287,6 +291,7 @@ class SimilarityMatchingConv2d(nn.Module):
         """Own rows of W, M and V; the buffers themselves."""
         return Weights(self.feedforward, self.lateral, self.label)
 
+    @as_written
     def drive(self, x: Tensor | Patches, labels: Tensor | None = None, weights: Weights | None = None) -> Tensor:
         """d = W x̃ + α V z of the own channels, or of the rows in `weights`: [K_g, N], columns as in 'b h w'."""
         patches = x if isinstance(x, Patches) else self.prepare(x)
@@ -305,7 +310,7 @@ class SimilarityMatchingConv2d(nn.Module):
             check_labels(labels, self.num_classes, images)
         self.check_kept()
 
-    @eager
+    @as_written
     def solve(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
         """Activities y [B, K, H', W'] of all channels, with residual [B, H', W'].
 
@@ -333,22 +338,19 @@ class SimilarityMatchingConv2d(nn.Module):
         height, width = patches.map_size
         return rearrange(columns, "k (b h w) -> b k h w", h=height, w=width)
 
+    @as_written
     def forward(self, x: Tensor | Patches) -> Tensor:
         """Label-free activities [B, K, H', W'] after the fixed number of iterations used in evaluation."""
-        if not torch.compiler.is_exporting():
-            return self._encode(x)
         patches = x if isinstance(x, Patches) else self.prepare(x)
+        if not torch.compiler.is_exporting():
+            return self._as_maps(self.sharing.solve(self, patches, None, fixed=True).y, patches)
         bound, ridge = traced_bound(self.lateral, self.perron, ridge=self.dynamics.ridge)
         y = unrolled(self.drive(patches), self.lateral, self.dynamics, bound=bound, ridge=ridge)
         return self._as_maps(y, patches)
 
-    @eager
-    def _encode(self, x: Tensor | Patches) -> Tensor:
-        patches = x if isinstance(x, Patches) else self.prepare(x)
-        return self._as_maps(self.sharing.solve(self, patches, None, fixed=True).y, patches)
-
     # ------------------------------------------------------------------------------------------- slow: plasticity
 
+    @as_written
     def statistics(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None) -> Statistics:
         """Sums over the columns of a batch; y [B, K, H', W'] as from `solve`.
 
@@ -382,6 +384,7 @@ class SimilarityMatchingConv2d(nn.Module):
         z = one_hot(labels, self, 1)
         return z @ z.T * patches.positions, count
 
+    @as_written
     @torch.no_grad()
     def apply(  # type: ignore[override]
         self, statistics: Statistics, fault: Exception | None = None
@@ -432,7 +435,7 @@ class SimilarityMatchingConv2d(nn.Module):
             above_one = worse_than_silence(statistics, self.alpha)
             complaint = diverging(self.plasticity, int(self.updates), above_one=above_one)
             if complaint is not None:
-                warnings.warn(complaint, stacklevel=6)  # the call of `partial_fit`
+                warnings.warn(complaint, stacklevel=7)  # the call of `partial_fit`
 
     def _dead(self, silent: Tensor, lateral: Tensor) -> Tensor:
         """[K_g], own channels that were silent for too long, or have forgotten all activity: M_ii = 0 inhibits nothing.
@@ -447,9 +450,9 @@ class SimilarityMatchingConv2d(nn.Module):
         change = RULES[self.plasticity.rule](self.weights, statistics, self.class_frequency, lr, self.plasticity)
         active = statistics.yy.diagonal(offset=self.rows.start) > 0
         return {
-            "feedforward": self.feedforward + change.feedforward,
-            "lateral": self.lateral + change.lateral,
-            "label": self.label + change.label,
+            "feedforward": change.feedforward.add_(self.feedforward),  # no further copy of what may be large
+            "lateral": change.lateral.add_(self.lateral),
+            "label": change.label.add_(self.label),
             "class_frequency": self.class_frequency + class_frequency_change(statistics, self.class_frequency, lr),
             "silent": (self.silent + 1).masked_fill_(active, 0),
         }
@@ -473,7 +476,7 @@ class SimilarityMatchingConv2d(nn.Module):
         self.perron.fill_(1.0)
         self._kept = Kept.of(self._certify(), self.lateral)
 
-    @eager
+    @as_written
     @torch.no_grad()
     def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
         """Learn from one batch: solve, statistics, apply. Returns the columns' solution, y [K, N], residual [N].
@@ -520,6 +523,7 @@ class SimilarityMatchingConv2d(nn.Module):
         known = self.label * (zz.diagonal() > 0)
         self.label.mul_((means * known).sum() / known.square().sum().clamp(min=torch.finfo(self.label.dtype).tiny))
 
+    @as_written
     def objective(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None, *, columns: int = 4096) -> float:
         """Relative similarity-matching objective on the first images of a batch, about `columns` columns of it.
 

@@ -92,7 +92,7 @@ def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float)
 def similarity_matching(
     weights: Weights, statistics: Statistics, frequency: Tensor, lr: float, config: PlasticityConfig
 ) -> Weights:
-    """The changes ΔW, ΔM, ΔV of similarity matching.
+    """The changes ΔW, ΔM, ΔV of similarity matching, in memory of their own.
 
     Parameters
     ----------
@@ -108,8 +108,8 @@ def similarity_matching(
     present = statistics.zz.diagonal() / labelled
     rate = torch.minimum(lr / frequency.clamp(min=smallest), 1.0 / present.clamp(min=smallest))
     return Weights(
-        feedforward=lr * (statistics.yx / count - weights.feedforward),
-        lateral=lr / config.tau * (statistics.yy / count - weights.lateral),
+        feedforward=(statistics.yx / count).sub_(weights.feedforward).mul_(lr),
+        lateral=(statistics.yy / count).sub_(weights.lateral).mul_(lr / config.tau),
         label=torch.where(present > 0, label * rate, 0.0),
     )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from simmatch.config import DynamicsConfig, LayerConfig, ModelConfig
+from simmatch.config import DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
 from simmatch.coordinate import CHUNK, CoordinateDescent
 from simmatch.lateral import SharedFault, certify_afresh
 from simmatch.layer import SimilarityMatchingConv2d
@@ -31,7 +31,7 @@ EXACT = DynamicsConfig(solver="accelerated", tolerance=1e-9, max_iterations=20_0
 
 
 def images(count: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
 
 
 def layer_of(seed: int, *, largest: float, **options: Any) -> SimilarityMatchingConv2d:
@@ -186,6 +186,24 @@ def test_a_vector_that_knows_nothing_of_m_bounds_it_within_a_fifth() -> None:
         assert top <= wide.bound.value <= 1.2 * top * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("start", [[0.0] * 8, [-1.0] * 8, [-1.0, 1.0] * 4, [torch.nan] + [1.0] * 7])
+def test_any_vector_bounds(start: list[float]) -> None:
+    """A half-loaded state may hold one that is no Perron vector of anything."""
+    layer = layer_of(7, largest=20.0)
+    layer.load_state_dict({"perron": torch.tensor(start)}, strict=False)
+    top = float(torch.linalg.eigvalsh(layer.lateral)[-1])
+    assert top <= layer.bound.value <= 1.2 * top
+
+
+def test_a_bound_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded layer that is called image by image does not bound the same M at every call."""
+    layer = layer_of(8, largest=2.0)
+    layer.load_state_dict(state_of(layer))
+    layer(images(1))
+    monkeypatch.setattr(SimilarityMatchingConv2d, "_certify", lambda _self: pytest.fail("again"))
+    layer(images(1))
+
+
 # -- several owners ----------------------------------------------------------------------------------------------------
 
 
@@ -197,8 +215,9 @@ def shard(exchange: ThreadExchange, mode: str, **options: Any) -> SimilarityMatc
     )
 
 
+@pytest.mark.parametrize("write", [lambda rows: rows.mul_(3.0), lambda rows: rows.data.mul_(3.0)])
 @pytest.mark.parametrize("mode", ["every_iteration", "block", "gather_state"])
-def test_rows_that_one_owner_wrote_to_are_refused_by_all(mode: str) -> None:
+def test_rows_that_one_owner_wrote_to_are_refused_by_all(mode: str, write: Callable[[Tensor], Any]) -> None:
     """The bound is one for all: an owner alone cannot find another, and none goes on with the old one."""
 
     def program(exchange: ThreadExchange) -> list[str]:
@@ -206,7 +225,7 @@ def test_rows_that_one_owner_wrote_to_are_refused_by_all(mode: str) -> None:
         layer.partial_fit(images(4))
         before = state_of(layer)
         if exchange.rank == 1:
-            layer.lateral.mul_(3.0)
+            write(layer.lateral)
             before = state_of(layer)
         for call in (layer, layer.solve, layer.partial_fit):
             with pytest.raises(SharedFault, match="exception on rank 1") as caught:
@@ -413,6 +432,38 @@ def test_a_compiled_layer_computes_the_same(normalize: str) -> None:
     assert torch.equal(torch.compile(layer)(x), layer(x))
 
 
+# -- what surrounds a call ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["auto", "accelerated"])
+@pytest.mark.parametrize(
+    "surrounded", [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: torch.device("meta")]
+)
+def test_what_surrounds_a_call_changes_no_bit(surrounded: Callable[[], Any], solver: str) -> None:
+    """Autocast around a whole network; a default device that is not the layer's (meta stands for any)."""
+
+    def learn() -> tuple[Tensor, ...]:
+        x, labels = images(6, dtype=torch.float32), torch.tensor([0, 1, 2, 0, 1, 2], device="cpu")
+        plasticity = PlasticityConfig(dead_after=1)  # rows are drawn anew, too
+        options: dict[str, Any] = {"normalize": "contrast", "whiten": True, "num_classes": 3, "label_gain": 0.5}
+        layer = SimilarityMatchingConv2d(
+            1, 8, 3, dynamics=DynamicsConfig(solver=solver), plasticity=plasticity, seed=1, **options
+        )
+        layer.calibrate(x, num_patches=100)
+        for _ in range(3):
+            layer.partial_fit(x, labels)
+        y = layer.solve(x, labels).y
+        layer.apply(layer.statistics(x, y, labels))
+        layer.recertify()
+        assert 0.0 <= layer.objective(x, y.transpose(0, 1).flatten(1), labels) <= 2.0
+        return y, layer.drive(x), layer(x), *layer.buffers()
+
+    expected = learn()
+    with surrounded():
+        found = learn()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 X, LABELS = images(4, dtype=torch.float32), torch.tensor([0, 1, 2, 0])
@@ -513,7 +564,8 @@ def test_a_layer_is_not_calibrated_by_values_that_are_not_finite(value: float) -
     [
         (torch.full((4, 2), 36), r"expected 0 … 35, got 36"),
         (torch.full((4, 2), -1), r"expected 0 … 35, got -1"),
-        (torch.zeros(3, 2).long(), r"expected \[4, n\], got \[3, 2\]"),
+        (torch.zeros(3, 2).long(), r"expected \[4, n\] with n ≥ 1, got \[3, 2\]"),
+        (torch.zeros(4, 0).long(), r"expected \[4, n\] with n ≥ 1, got \[4, 0\]"),
         (torch.zeros(4, 2), r"expected integers \[4, n\], got torch.float32"),
         ([[0]], r"expected integers \[4, n\], got list"),
     ],
@@ -521,6 +573,33 @@ def test_a_layer_is_not_calibrated_by_values_that_are_not_finite(value: float) -
 def test_positions_are_on_the_map(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^positions: {message}$"):
         SimilarityMatchingConv2d(1, 8, 3).prepare(X, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"contrast_floor": 0.0}, "contrast_floor: expected a finite positive number, got 0.0"),
+        ({"contrast_floor": torch.nan}, "contrast_floor: expected a finite positive number, got nan"),
+        ({"whiten_ridge": -1.0}, "whiten_ridge: expected a finite nonnegative number, got -1.0"),
+    ],
+)
+def test_normalisation_is_possible(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        SimilarityMatchingConv2d(1, 8, 3, **given)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_layer_is_not_calibrated_by_no_patches(count: int) -> None:
+    with pytest.raises(ValueError, match=f"^num_patches: expected at least 1, got {count}$"):
+        fresh().calibrate(X, count)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_any_integers_are_the_same_classes(dtype: torch.dtype) -> None:
+    layer, other = fresh(), fresh()
+    layer.partial_fit(X, LABELS)
+    other.partial_fit(X, LABELS.to(dtype))
+    assert unchanged(other, state_of(layer))
 
 
 def test_activities_and_statistics_of_another_layer_are_refused() -> None:
