@@ -164,7 +164,7 @@ def test_plain_images_are_learnt_with_the_defaults(digits: Dataset) -> None:
 
 def test_an_objective_above_one_is_warned_of_with_its_rates(digits: Dataset) -> None:
     images = bright_plain_images(digits)
-    with pytest.warns(UserWarning, match=r"objective is above 1.* plasticity\.tau=0\.5 and plasticity\.lr=0\.1") as told:
+    with pytest.warns(UserWarning, match=r"is above 1.* plasticity\.tau=0\.5 and plasticity\.lr=0\.1") as told:
         assert after_updates(images, PlasticityConfig(tau=0.5)) > 0.5  # found 3.7
     assert {warning.filename for warning in told} == {__file__}  # where partial_fit was called
 
