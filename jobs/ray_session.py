@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
@@ -204,23 +205,26 @@ def _answer(place: str, token: str | None, limit_s: float) -> str:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """Around `ray.init`, which puts a handler of its own in place of ours and starts processes.
+    """Around `ray.init`, which would put a handler of its own in place of ours, and starts processes.
 
-    These do not see the terminal close, which tells every process that belongs to it: the job is to end them in order.
+    Its handler of SIGTERM exits with status 15, past what is to be recorded. The processes do not see the terminal
+    close, which tells every process that belongs to it: the job is to end them in order.
     """
     before = {signum: signal.getsignal(signum) for signum in asking_to_end()}
+    put = signal.signal
+
+    def keep(signum: int, handler: Any) -> Any:
+        return signal.getsignal(signum) if signum == signal.SIGTERM else put(signum, handler)
+
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited; Ray does so with SIGINT
-    terminated = False
+    signal.signal = keep  # type: ignore[assignment]
     try:
         yield
-    except SystemExit:  # of Ray's handler
-        terminated = True
     finally:
-        for signum, handler in before.items():
+        signal.signal = put
+        for signum, handler in before.items():  # of the system's too, which Ray's C++ may have changed
             signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    if terminated:
-        signal.raise_signal(signal.SIGTERM)
 
 
 def shut_down_ray() -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from jobs.closing import Closing, lines_of
 from jobs.display import JobDisplay
 from jobs.ending import asking_to_end
 from jobs.pretrain import Job
+from jobs.ray_session import own_signals
 from jobs.run_directory import choose
 from simmatch.data import Dataset
 from simmatch.model import Stack, save_model
@@ -263,6 +265,24 @@ def test_a_signal_before_anything_is_shown(make_job: Callable[..., Job], capsys:
     assert job.run() == 143
     assert summary_of(job)["status"] == "KILLED"
     assert capsys.readouterr().err == "error: ended by SIGTERM\n"
+
+
+def test_two_signals_while_ray_starts(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one comes while the first is on its way up; Ray would answer it by a handler of its own."""
+
+    def starts(*_: object) -> str:
+        with own_signals():
+            signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+        return "somewhere"
+
+    job = make_job()
+    monkeypatch.setattr(jobs.pretrain, "start_ray", starts)
+    assert job.run() == 130
+    assert summary_of(job)["status"] == "KILLED"
 
 
 def test_a_run_without_a_readout_is_shown_and_recorded(

@@ -152,15 +152,19 @@ def test_a_signal_while_ray_starts_is_one_of_ours() -> None:
         with own_signals():
             assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, set())
             signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
+            signal.signal(
+                signal.SIGINT, signal.getsignal(signal.SIGINT)
+            )  # as Ray does for a while
             signal.raise_signal(signal.SIGTERM)
 
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    blocked, put = signal.pthread_sigmask(signal.SIG_BLOCK, set()), signal.signal
     with Ending() as ending:
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             begin()
         assert signal.getsignal(signal.SIGTERM) == handler
     assert ending.status == 143
+    assert signal.signal is put
     assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == blocked
 
 
