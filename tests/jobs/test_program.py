@@ -152,9 +152,7 @@ def test_a_signal_while_ray_starts_is_one_of_ours() -> None:
         with own_signals():
             assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, set())
             signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
-            signal.signal(
-                signal.SIGINT, signal.getsignal(signal.SIGINT)
-            )  # as Ray does for a while
+            signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))  # as Ray does for a while
             signal.raise_signal(signal.SIGTERM)
 
     blocked, put = signal.pthread_sigmask(signal.SIG_BLOCK, set()), signal.signal
