@@ -5,12 +5,14 @@ A rank is forked from a server that has imported torch once, so that three of th
 
 from __future__ import annotations
 
+import http.server
 import multiprocessing as mp
 import os
 import secrets
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -201,3 +203,27 @@ def digits_config() -> Callable[..., RunConfig]:
         return parse(RunConfig, values | changes)
 
     return make
+
+
+@pytest.fixture
+def broken_server() -> Iterator[tuple[str, list[str]]]:
+    """An HTTP server that answers every request with status 500: its URI, and the credentials of each request."""
+    got: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            got.append(str(self.headers.get("Authorization")))
+            self.send_error(500)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", got
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import math
 import os
@@ -375,30 +374,6 @@ def test_without_mlflow_the_spool_is_written_all_the_same(tmp_path: Path) -> Non
 
 
 # --- a server that fails ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def broken_server() -> Iterator[tuple[str, list[str]]]:
-    """An HTTP server that answers every request with status 500; its URI and the requests it got."""
-    requests: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append(self.path)
-            self.send_error(500)
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", requests
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def test_a_server_that_fails_costs_the_run_nothing(

@@ -5,11 +5,8 @@ Each test plays the stranger: the spool, the offset, a manifest and links as he 
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -309,30 +306,6 @@ def test_a_shard_that_is_a_link_or_a_pipe_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stranger() -> Iterator[tuple[str, list[str]]]:
-    """A server of somebody else: its URI, and the credentials that it was sent."""
-    got: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            got.append(str(self.headers.get("Authorization")))
-            self.send_error(500)
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", got
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "staple-of-tokens-77")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -345,9 +318,12 @@ def leave(run_dir: Path, uri: str) -> None:
 
 @pytest.mark.usefixtures("credentials")
 def test_sync_sends_no_credentials_to_a_server_of_the_record(
-    run_dir: Path, stranger: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_dir: Path,
+    broken_server: tuple[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    uri, got = stranger
+    uri, got = broken_server
     leave(run_dir, uri)
     for ambient in (None, "http://127.0.0.1:1"):
         if ambient:
@@ -381,9 +357,9 @@ def test_sync_tells_a_start_that_is_none(run_dir: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.usefixtures("credentials")
 def test_a_run_that_goes_on_sends_nothing_to_a_server_of_the_record(
-    run_dir: Path, stranger: tuple[str, list[str]]
+    run_dir: Path, broken_server: tuple[str, list[str]]
 ) -> None:
-    uri, got = stranger
+    uri, got = broken_server
     leave(run_dir, uri)
     tracker = Tracker(run_dir, TrackingConfig(uri="http://127.0.0.1:1", flush_s=0.5, timeout_s=1.0))
     tracker.start("run", layers=1)
