@@ -1,6 +1,6 @@
 """The exchange between owners of channels, by torch.distributed, and its rendezvous.
 
-`TorchExchange` implements `simmatch.exchange.Exchange`: nccl on CUDA, gloo on CPU. One rank uses
+`TorchExchange` implements `simmatch.sharding.exchange.Exchange`: nccl on CUDA, gloo on CPU. One rank uses
 `IdentityExchange`, the same code with nothing to move.
 
 Rendezvous without a port race: rank 0 binds a socket on port 0 of the chosen interface, hands the listening socket
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simmatch.exchange import Handle
+from simmatch.sharding.exchange import Handle
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Called `all_gather_into_tensor` before torch 2.14."""

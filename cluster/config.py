@@ -9,7 +9,7 @@ from pydantic import Field
 from cluster.mesh import Mesh, MeshConfig
 from cluster.policy import Divergence
 from cluster.redaction import redact
-from cluster.tracking import TrackingConfig
+from cluster.tracking.tracker import TrackingConfig
 from simmatch.config import ConfigError, DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -120,7 +120,7 @@ class RunConfig(Frozen):
     log_every: PositiveInt = 10
     """Updates between two records of a layer's metrics."""
 
-    def place(self) -> Mesh:
+    def checked_mesh(self) -> Mesh:
         """The mesh, checked against the model's layers and the smallest group allowed."""
         mesh = Mesh.from_config(self.mesh)
         mesh.check(self.model)

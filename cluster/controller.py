@@ -10,7 +10,7 @@ from collections.abc import Callable
 from secrets import token_hex
 from typing import Any, Protocol
 
-from cluster.checkpoint import (
+from cluster.checkpoints.checkpoint import (
     FORMAT,
     CheckpointError,
     Cursor,
@@ -20,10 +20,10 @@ from cluster.checkpoint import (
     newest_good,
     read_manifest,
 )
-from cluster.committer import Committer
+from cluster.checkpoints.committer import Committer
 from cluster.config import RunConfig, public
 from cluster.cpus import threads_per_rank, too_few
-from cluster.policy import LOWER, Failure, FailurePolicy, Restart, Stop
+from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, Restart, Stop
 from cluster.storage import AnyPath
 from cluster.summary import GIVEN_UP_TAG, Record, given_up
 from cluster.training import Assignment
@@ -48,7 +48,7 @@ class Group(Protocol):
 
 
 class Recorder(Protocol):
-    """What the controller needs of `cluster.tracking.Tracker`."""
+    """What the controller needs of `cluster.tracking.tracker.Tracker`."""
 
     @property
     def run_id(self) -> str | None: ...
@@ -91,7 +91,7 @@ class Controller:
     make_group: (assignment) → a group that is not started yet.
     recorder, display: where metrics and progress go.
     resume: folder of the checkpoint to continue from, or None.
-    before_commit: see `cluster.committer.Committer`.
+    before_commit: see `cluster.checkpoints.committer.Committer`.
     data: digest of the data set that all ranks must find, on this attempt and on every one that continues it.
     settle: given the configuration once what it left open is known, see `GroupConfig.threads_per_rank`.
     """
@@ -168,7 +168,7 @@ class Controller:
                 return self.record
             if self._asked:
                 raise RunStopped(failure.message)
-            shards = self.config.place().world_size
+            shards = self.config.checked_mesh().world_size
             decision = self.policy.decide(failure, self._in_vain, shards, lowered=self.rate < 1)
             if isinstance(decision, Stop):
                 raise RunFailed(decision.why)
@@ -182,13 +182,13 @@ class Controller:
         self._shards.clear()
         tags = {"restarts": str(self.record.restarts)}
         how = ""
-        if decision.shards != self.config.place().world_size:
+        if decision.shards != self.config.checked_mesh().world_size:
             mesh = self.config.mesh.model_copy(update={"channel": decision.shards})
             self.config = self.config.model_copy(update={"mesh": mesh})
             how = f" of {decision.shards}"
-            tags |= {"simmatch.world_size": str(decision.shards), "simmatch.mesh": str(self.config.place())}
+            tags |= {"simmatch.world_size": str(decision.shards), "simmatch.mesh": str(self.config.checked_mesh())}
         if decision.lower_rate:
-            self.rate *= LOWER
+            self.rate *= RATE_FACTOR_AFTER_DIVERGENCE
             how = f" at {self.rate:g} of the learning rates"
             tags |= {"simmatch.rate": f"{self.rate:g}"}
         origin = "the beginning" if self.resume is None else self.resume.name
@@ -284,8 +284,8 @@ class Controller:
         failures = [status.failure for status in statuses if status.failure is not None]
         if failures:
             # a fault of the program explains the peers that were lost through it
-            failure = min(failures, key=lambda failure: failure.lost)
-            return False, self._name_missing(failure, statuses) if failure.lost else failure
+            failure = min(failures, key=lambda failure: failure.retryable)
+            return False, self._name_missing(failure, statuses) if failure.retryable else failure
         stall = stalled(statuses, self.config.cluster.stall_timeout_s)
         if stall is not None:
             return False, stall
@@ -307,7 +307,7 @@ class Controller:
         behind = [str(status.rank) for status in statuses if status.num_exchanges == least]
         if len(behind) == len(statuses):
             return failure
-        return Failure(f"{failure.message}; missing: rank {', '.join(behind)} at exchange {least}", failure.lost)
+        return Failure(f"{failure.message}; missing: rank {', '.join(behind)} at exchange {least}", failure.retryable)
 
     # ------------------------------------------------------------------------------------------- events
 
@@ -350,7 +350,7 @@ class Controller:
         self.record.steps = max(self.record.steps, cursor.step)
         shards = self._shards.setdefault(cursor.step, {})
         shards[rank] = shard
-        world_size = self.config.place().world_size
+        world_size = self.config.checked_mesh().world_size
         if len(shards) < world_size:
             return
         manifest = Manifest(

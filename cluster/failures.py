@@ -12,7 +12,7 @@ import errno
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint import DamagedError
+from cluster.checkpoints.checkpoint import DamagedError
 from cluster.collectives import PeerTimeout
 from cluster.policy import Failure
 from cluster.storage import StorageError
@@ -89,8 +89,8 @@ def classify(error: BaseException) -> Failure:
     """What an error, with those that it was raised from, means for the run. The message is one line.
 
     >>> classify(ConnectionResetError("by peer"))
-    Failure(message='ConnectionResetError: by peer', lost=True, fits=None, diverged=False)
-    >>> classify(KeyError("lr")).lost
+    Failure(message='ConnectionResetError: by peer', retryable=True, fits=None, diverged=False)
+    >>> classify(KeyError("lr")).retryable
     False
     """
     ray = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "ray.exceptions"}
@@ -99,11 +99,11 @@ def classify(error: BaseException) -> Failure:
         return classify(cause)  # what the actor's own code has raised
     if "RayTaskError" in ray or getattr(error, "actor_init_failed", False):
         # a program that cannot be loaded on its node, or fails before it is asked for anything: so would the next
-        return Failure(_last_line(error), lost=False)
+        return Failure(_last_line(error), retryable=False)
     if ray:
-        return Failure(_sentence(error), lost=bool(ray & LOST_IN_RAY) and not _is_fault(error))
+        return Failure(_sentence(error), retryable=bool(ray & LOST_IN_RAY) and not _is_fault(error))
     diverged = bool(getattr(error, "diverged", False))
-    return Failure(_sentence(error), lost=not diverged and any(map(_is_loss, _chain(error))), diverged=diverged)
+    return Failure(_sentence(error), retryable=not diverged and any(map(_is_loss, _chain(error))), diverged=diverged)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

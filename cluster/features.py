@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from simmatch.data import to_unit
-from simmatch.exchange import Exchange
+from simmatch.data.sources import to_unit
+from simmatch.sharding.exchange import Exchange
 
 
 def own_part(count: int, exchange: Exchange) -> slice:

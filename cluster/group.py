@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import GroupConfig
 from cluster.cpus import threads_per_rank
 from cluster.failures import classify
-from cluster.limits import within
+from cluster.limits import run_with_timeout
 from cluster.network import LOOPBACK, Head
 from cluster.policy import Failure
 from cluster.reach import heard, leave
@@ -61,7 +61,7 @@ class WorkerGroup:
     def __init__(self, assignment: Assignment, worker_class: type[Worker] = Worker) -> None:
         self.assignment, self.worker_class = assignment, worker_class
         self.config = assignment.config.cluster
-        self.world_size = assignment.config.place().world_size
+        self.world_size = assignment.config.checked_mesh().world_size
         self.places: list[Place] = []
         self._placement: PlacementGroup | None = None
         self._actors: list[Any] = []
@@ -96,15 +96,15 @@ class WorkerGroup:
         """A driver whose own node is gone owns nothing any more: Ray ends every actor that it makes."""
         own = ray.get_runtime_context().get_node_id()
         if any(node["NodeID"] == own and not node["Alive"] for node in self._ask("list its nodes", ray.nodes)):
-            raise GroupFailure(Failure("the Ray node that this job's driver runs on is gone", lost=False))
+            raise GroupFailure(Failure("the Ray node that this job's driver runs on is gone", retryable=False))
 
     def _at_run_dir(self, call: Callable[[], Result]) -> Result:
         """What is done in the run directory from here; a folder that hangs, or takes nothing now, may be well later."""
         try:
-            return within(self.config.start_timeout_s, str(self.assignment.run_dir), call)
+            return run_with_timeout(self.config.start_timeout_s, str(self.assignment.run_dir), call)
         except OSError as error:  # a TimeoutError is one
             message = f"the run directory cannot be used: {' '.join(str(error).split())}"
-            raise GroupFailure(Failure(message, lost=True)) from error
+            raise GroupFailure(Failure(message, retryable=True)) from error
 
     def _check_reach(self, nonce: str) -> None:
         """Refuse a run directory that is another one on another node, before anything is trained."""
@@ -141,7 +141,7 @@ class WorkerGroup:
                     f"no place for {self.world_size} ranks of {bundle} within {limit_s:g} s; "
                     f"free now: { {kind: free.get(kind, 0.0) for kind in bundle} }; "
                     f"{shortage(bundle, self.world_size, nodes)}",
-                    lost=True,
+                    retryable=True,
                     fits=room_for(bundle, free, nodes),
                 )
             )
@@ -170,20 +170,20 @@ class WorkerGroup:
         gone = [rank for rank in range(self.world_size) if placed.get(rank) not in nodes]
         if gone:
             names = ", ".join(str(rank) for rank in gone)
-            raise GroupFailure(Failure(f"rank {names} was lost: its node is gone before it started", lost=True))
+            raise GroupFailure(Failure(f"rank {names} was lost: its node is gone before it started", retryable=True))
         return [nodes[placed[rank]]["NodeManagerAddress"] for rank in range(self.world_size)]
 
     def _ask(self, verb: str, call: Callable[[], Result], limit_s: float = 0.0) -> Result:
         """A question to Ray's control service, which has no limit of its own beyond the call's `limit_s`."""
         try:
-            return within(limit_s + self.config.heartbeat_s, verb, call)
+            return run_with_timeout(limit_s + self.config.heartbeat_s, verb, call)
         except TimeoutError as error:
-            raise GroupFailure(Failure(f"the Ray cluster did not {error}", lost=False)) from error
+            raise GroupFailure(Failure(f"the Ray cluster did not {error}", retryable=False)) from error
         except Exception as error:
             failure = classify(error)
-            lost = failure.lost or type(error) is Exception  # as Ray says "Placement group … does not exist"
+            lost = failure.retryable or type(error) is Exception  # as Ray says "Placement group … does not exist"
             message = f"the Ray cluster did not {verb}: {failure.message}"
-            raise GroupFailure(replace(failure, message=message, lost=lost)) from error
+            raise GroupFailure(replace(failure, message=message, retryable=lost)) from error
 
     def _rendezvous(self) -> None:
         """Rank 0 binds a store, all join it: on loopback where they share a machine."""
@@ -219,7 +219,7 @@ class WorkerGroup:
         if self._head.lost:
             where, limit_s = self._head.address, self._head.limit_s
             message = f"the head of the Ray cluster at {where} has not answered for {limit_s:g} s"
-            raise GroupFailure(Failure(message, lost=False))
+            raise GroupFailure(Failure(message, retryable=False))
 
     def stop(self) -> None:
         """Ask all ranks to stop at a step that they agree on. Does not wait; their status tells."""
@@ -253,15 +253,15 @@ class WorkerGroup:
         missing = ", ".join(self._name(rank) for rank in sorted(waiting.values()))
         late = f"{missing} did not {verb} within {limit_s:g} s" if waiting else ""
         if not failed:
-            raise GroupFailure(Failure(late, lost=True))
+            raise GroupFailure(Failure(late, retryable=True))
         # a fault would come again and explains those that are late; a loss is explained by them, or by what came first
-        failure = min(failed, key=lambda failure: failure.lost)
-        told = (late, failure.message) if failure.lost else (failure.message, late)
+        failure = min(failed, key=lambda failure: failure.retryable)
+        told = (late, failure.message) if failure.retryable else (failure.message, late)
         raise GroupFailure(replace(failure, message="; ".join(filter(None, told))))
 
     def _failure(self, rank: int, verb: str, error: RayError) -> Failure:
         failure = classify(error)
-        how = f"could not {verb}" if isinstance(error, RayTaskError) else "was lost" if failure.lost else "failed"
+        how = f"could not {verb}" if isinstance(error, RayTaskError) else "was lost" if failure.retryable else "failed"
         return replace(failure, message=f"{self._name(rank)} {how}: {failure.message}")
 
     def _name(self, rank: int) -> str:
@@ -287,7 +287,7 @@ class WorkerGroup:
                 remove_placement_group(placement)
 
         with suppress(TimeoutError, RayError, ConnectionError):
-            within(END_S, "take back a group", give_back)
+            run_with_timeout(END_S, "take back a group", give_back)
 
 
 def lease_s(config: GroupConfig) -> float:

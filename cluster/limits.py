@@ -13,7 +13,7 @@ WAKE_S = 0.1
 """Pause between two looks at the call: who waits for it moves, as `cluster.lone_work` understands it."""
 
 
-def within(limit_s: float, what: str, call: Callable[[], Result]) -> Result:
+def run_with_timeout(limit_s: float, what: str, call: Callable[[], Result]) -> Result:
     """The result of a call that is given so many seconds.
 
     It runs in a thread, which is left behind when it is late: nothing can end it, and it holds up no exit.

@@ -14,7 +14,7 @@ import torch
 
 from cluster.report import Report
 from cluster.sharding import of_every_rank
-from simmatch.exchange import Exchange
+from simmatch.sharding.exchange import Exchange
 
 
 class _Work(threading.Thread):

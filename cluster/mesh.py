@@ -34,7 +34,7 @@ class MeshConfig(Frozen):
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place on every axis."""
+    """A rank's index on every axis."""
 
     data: int
     layer: int
@@ -63,9 +63,6 @@ class Mesh:
         outer, channel = divmod(rank, self.channel)
         data, layer = divmod(outer, self.layer)
         return Coordinates(data=data, layer=layer, channel=channel)
-
-    def rank(self, place: Coordinates) -> int:
-        return (place.data * self.layer + place.layer) * self.channel + place.channel
 
     def check(self, model: ModelConfig) -> None:
         """Raise ConfigError where a layer has fewer channels than there are shards, or a solver that cannot share."""

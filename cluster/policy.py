@@ -7,7 +7,7 @@ from typing import Literal
 
 Divergence = Literal["stop", "lower_rate"]
 
-LOWER = 0.5
+RATE_FACTOR_AFTER_DIVERGENCE = 0.5
 """Rates of a run that has diverged, over those before."""
 
 LONGEST_PAUSE_S = 60.0
@@ -21,7 +21,7 @@ class Restart:
     Attributes
     ----------
     shards: of the new group; fewer than before where no more fit.
-    lower_rate: learn at `LOWER` of the rates so far.
+    lower_rate: learn at `RATE_FACTOR_AFTER_DIVERGENCE` of the rates so far.
     """
 
     shards: int
@@ -46,13 +46,13 @@ class Failure:
     Attributes
     ----------
     message: one line for people, naming the rank.
-    lost: a rank died, hung or was cut off, through no fault of the program: a new group may fare better.
+    retryable: a rank died, hung or was cut off, through no fault of the program: a new group may fare better.
     fits: ranks that the cluster has room for, where it has none for all of them.
     diverged: numbers stopped being numbers, or exploded; the same rates would lead there again.
     """
 
     message: str
-    lost: bool
+    retryable: bool
     fits: int | None = None
     diverged: bool = False
 
@@ -75,19 +75,19 @@ class FailurePolicy:
     backoff_s: float = 1.0
     divergence: Divergence = "stop"
 
-    def decide(self, failure: Failure, in_vain: int, shards: int, *, lowered: bool = False) -> Decision:
-        """What to do after `in_vain` restarts without a new checkpoint, in a group of `shards`.
+    def decide(self, failure: Failure, failed_restarts: int, shards: int, *, lowered: bool = False) -> Decision:
+        """What to do after `failed_restarts` restarts without a new checkpoint, in a group of `shards`.
 
         lowered: the rates have been lowered before.
         """
         if failure.diverged and self.divergence == "lower_rate" and not lowered:
             return Restart(shards, 0.0, lower_rate=True)
-        if not failure.lost:
+        if not failure.retryable:
             return Stop(failure.message)
-        if in_vain >= self.max_restarts:
+        if failed_restarts >= self.max_restarts:
             limit = f"cluster.max_restarts={self.max_restarts} without a new checkpoint"
             return Stop(f"{failure.message}; {limit}")
-        after_s = min(self.backoff_s * 2 ** (in_vain - 1), LONGEST_PAUSE_S) if in_vain else 0.0
+        after_s = min(self.backoff_s * 2 ** (failed_restarts - 1), LONGEST_PAUSE_S) if failed_restarts else 0.0
         if failure.fits is None or failure.fits >= shards or self.min_shards is None:
             return Restart(shards, after_s)
         if failure.fits < self.min_shards:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simmatch.exchange import Exchange
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.rows import Rows, join_rows
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.rows import Rows, join_rows
 
 SHARDED = ("feedforward", "lateral", "label", "silent")
 """Buffers whose first dimension runs over the layer's own channels."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from upath import UPath
 
-from cluster.limits import within
+from cluster.limits import run_with_timeout
 from simmatch import files
 from simmatch.files import Content, make_folder
 
@@ -128,7 +128,7 @@ def move_files(source: AnyPath, target: AnyPath, names: Sequence[str]) -> None:
         remove(source)
 
 
-def persist(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:
+def retry(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:
     """What a call returns; while a remote place fails, it is made again, for about `limit_s`.
 
     failing: told of every failure before the next attempt.
@@ -205,7 +205,7 @@ def remove(path: AnyPath) -> None:
 def _remote(path: UPath, call: Callable[[], T]) -> T:
     """What a call to a remote file system returns; its many kinds of errors become one, and it ends in time."""
     try:
-        return within(LIMIT_S, str(path), call)
+        return run_with_timeout(LIMIT_S, str(path), call)
     except TimeoutError as error:
         raise StorageError(str(error)) from None
     except FileNotFoundError as error:

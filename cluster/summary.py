@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import Cursor
+from cluster.checkpoints.checkpoint import Cursor
 from cluster.config import RunConfig
-from cluster.events import sound
-from cluster.spool import Spool
+from cluster.tracking.events import sound
+from cluster.tracking.spool import Spool
 from simmatch.files import write_whole
 
 GIVEN_UP_TAG = "simmatch.given_up"
@@ -88,7 +88,7 @@ def summarise(
         "accuracy": record.probe.get("accuracy"),
         "accuracy_decode": record.probe.get("accuracy_decode"),
         "probe": record.probe.get("readout"),
-        "world_size": config.place().world_size,
+        "world_size": config.checked_mesh().world_size,
         "mesh": config.mesh.model_dump(),
         "steps": record.steps,
         "images_per_second": record.images / seconds if seconds > 0 else 0.0,

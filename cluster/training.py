@@ -25,34 +25,34 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cluster.checkpoint import MODEL, Cursor, LayerState, Reader, load_into, read_manifest, write_shard
+from cluster.checkpoints.checkpoint import MODEL, Cursor, LayerState, Reader, load_into, read_manifest, write_shard
+from cluster.checkpoints.shard_writer import ShardWriter, Snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
 from cluster.cpus import all_cpus
 from cluster.features import FeatureStore
 from cluster.inputs import LayerInputs
-from cluster.limits import within
+from cluster.limits import run_with_timeout
 from cluster.lone_work import lone_work
 from cluster.mesh import Mesh
 from cluster.redaction import one_line
 from cluster.report import Report
-from cluster.shard_writer import ShardWriter, Snapshot
 from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
-from cluster.storage import AnyPath, persist, publish_folder
+from cluster.storage import AnyPath, publish_folder, retry
 from cluster.watch import Growth, Objective, TrainingFault, Window, measured
 from simmatch.config import LayerConfig
-from simmatch.data import Dataset, load_dataset
-from simmatch.exchange import IDENTITY, Exchange
-from simmatch.formats import DataError
+from simmatch.data.formats import DataError
+from simmatch.data.order import Batches
+from simmatch.data.sources import Dataset, load_dataset
 from simmatch.geometry import Patches
 from simmatch.labels import one_hot
-from simmatch.lateral import SharedFault
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, readable, save_model
-from simmatch.order import Batches
 from simmatch.readout import accuracy, decode, fit_readout
 from simmatch.record import measure
-from simmatch.rows import split_rows
+from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.rows import split_rows
+from simmatch.solvers.bound import SharedFault
 
 PART_OF_LIMITS = 0.25
 """Pause between two signs of life in long work, over the limit on an exchange and on standing still."""
@@ -119,7 +119,7 @@ class Training:
         self.assignment, self.exchange, self.report, self.device = assignment, exchange, report, device
         self.config = assignment.config
         self.dtype = getattr(torch, self.config.dtype)
-        self.place = Mesh.from_config(self.config.mesh).coordinates(assignment.rank)
+        self.coordinates = Mesh.from_config(self.config.mesh).coordinates(assignment.rank)
         self.dataset = load_dataset(self.config.data)
         check_data(self.dataset, assignment.data)
         self.source = source_of(self.dataset)
@@ -154,7 +154,7 @@ class Training:
 
     def _reader(self, folder: AnyPath) -> Reader:
         patience_s = self.config.checkpoint.patience_s
-        return Reader(folder, persist(lambda: read_manifest(folder), patience_s), patience_s=patience_s)
+        return Reader(folder, retry(lambda: read_manifest(folder), patience_s), patience_s=patience_s)
 
     def _export(self) -> None:
         """The model, under a name of this group alone: which group's it is that is published, the controller knows."""
@@ -164,9 +164,11 @@ class Training:
         with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
             local = target if isinstance(target, Path) else Path(folder)
             # a disk that is slow, or a folder that hangs, is no standstill before this limit
-            within(self.config.cluster.stall_timeout_s, f"export to {local}", partial(save_model, self.stack, local))
+            run_with_timeout(
+                self.config.cluster.stall_timeout_s, f"export to {local}", partial(save_model, self.stack, local)
+            )
             if local is not target:
-                persist(lambda: publish_folder(local, target), self.config.checkpoint.patience_s)
+                retry(lambda: publish_folder(local, target), self.config.checkpoint.patience_s)
         if token:
             self.report.event("model", folder=name)
 
@@ -189,7 +191,7 @@ class Training:
     def _layer(self, index: int, config: LayerConfig) -> SimilarityMatchingConv2d:
         """This rank's shard of a layer: fresh, or as the checkpoint has it."""
         channels, size = layer_inputs(self.config.model, self.source)[index]
-        rows = split_rows(config.out_channels, self.config.mesh.channel)[self.place.channel]
+        rows = split_rows(config.out_channels, self.config.mesh.channel)[self.coordinates.channel]
         layer = build_layer(
             config,
             channels,
@@ -298,7 +300,7 @@ class Training:
         found = Snapshot({}, {}, [])
         for number in range(index + 1):
             source = layer if number == index else self.stack.layer(number)
-            rows = split_rows(source.out_channels, self.config.mesh.channel)[self.place.channel]
+            rows = split_rows(source.out_channels, self.config.mesh.channel)[self.coordinates.channel]
             tensors = {name: getattr(source, name) for name in SHARDED}
             if number < index:
                 tensors = {name: take_rows(tensor, rows) for name, tensor in tensors.items()}

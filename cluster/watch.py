@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
+from cluster.checkpoints.shard_writer import ShardWriter
 from cluster.report import Report
-from cluster.shard_writer import ShardWriter
-from simmatch.exchange import Exchange
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.objective import diverging
 from simmatch.record import Record
+from simmatch.sharding.exchange import Exchange
 
 EXPLOSION = 1e6
 """Growth of the bound of λmax(M), since update `SETTLED` of the layer, that is no learning any more."""

@@ -27,8 +27,8 @@ from cluster.policy import Failure
 from cluster.reach import answer
 from cluster.redaction import Redactor
 from cluster.training import Assignment, Stopped, Training
-from simmatch.exchange import IDENTITY, Exchange
 from simmatch.precision import exact_float32
+from simmatch.sharding.exchange import IDENTITY, Exchange
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def stalled(statuses: Sequence[Status], limit_s: float) -> Failure | None:
     latest = culprits[0].progress
     where = f"layer {latest['layer']}, " if "layer" in latest else ""
     phase = f"{where}{latest.get('phase', 'start')} {latest.get('done', 0)}/{latest.get('total', 0)}"
-    return Failure(f"rank {names} has not moved for {limit_s:g} s ({phase}, exchange {least})", lost=True)
+    return Failure(f"rank {names} has not moved for {limit_s:g} s ({phase}, exchange {least})", retryable=True)
 
 
 @dataclass
@@ -187,7 +187,7 @@ class Worker:
             self._store,
             self.assignment.generation,
             self.assignment.rank,
-            config.place().world_size,
+            config.checked_mesh().world_size,
             self._device(),
             config.cluster.collective_timeout_s,
         )

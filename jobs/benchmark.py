@@ -17,14 +17,14 @@ from threadpoolctl import threadpool_limits
 
 from cluster.redaction import one_line
 from jobs.benchmarks import dynamics, gpu, network, overhead, pynsm, scaling
-from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.ending import Ending
 from jobs.options import at_least
 from jobs.program import run_program
+from jobs.reporting import MissingError, Report
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
-from simmatch.formats import DataError
+from simmatch.data.formats import DataError
 
 BAD_INPUT = 2
 

@@ -23,18 +23,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import RunConfig, public
 from cluster.redaction import one_line
-from jobs.benchmarks.report import Report
 from jobs.checks import check
 from jobs.ending import Ending
 from jobs.options import override, read_yaml
 from jobs.program import run_program
+from jobs.reporting import Report
 from jobs.run_directory import default_root, local_folder
 from jobs.soak.strikes import ENDS_DRIVER, STRIKES, Strike
 from jobs.soak.telling import summary, timeline
 from jobs.soak.watched import Watched, recorded
 from simmatch.config import ConfigError, parse
+from simmatch.data.formats import DataError
 from simmatch.documents import load_json
-from simmatch.formats import DataError
 
 BAD_INPUT = 2
 DEFAULT = Path(__file__).parent / "configs" / "fashion_mnist.yaml"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from cluster.checkpoint import Reader, read_manifest
+from cluster.checkpoints.checkpoint import Reader, read_manifest
 from cluster.config import RunConfig
 from cluster.storage import AnyPath
 from cluster.training import check_data, source_of
 from simmatch.config import ConfigError
-from simmatch.data import Dataset, load_dataset
-from simmatch.formats import DataError
+from simmatch.data.formats import DataError
+from simmatch.data.order import steps_per_epoch
+from simmatch.data.sources import Dataset, load_dataset
 from simmatch.geometry import PatchConfig
 from simmatch.model import layer_inputs
-from simmatch.order import steps_per_epoch
 
 
 def check(config: RunConfig) -> Dataset:
@@ -22,7 +22,7 @@ def check(config: RunConfig) -> Dataset:
     ConfigError, DataError
         One line each, naming the key.
     """
-    config.place()
+    config.checked_mesh()
     dataset = load_dataset(config.data)
     inputs = layer_inputs(config.model, source_of(dataset))
     for index, layer in enumerate(config.model.layers):

@@ -15,12 +15,12 @@ from rich.table import Table
 from cluster.config import RunConfig
 from cluster.redaction import one_line
 from cluster.summary import Record, summarise, write_json
-from cluster.tracking import Status, Tracker
+from cluster.tracking.tracker import Status, Tracker
 from jobs import figures
 from jobs.mirror import Mirror
 from jobs.recording import facts, send_records
 from jobs.run_directory import Start
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import load_model
 
 FIGURE_IMAGES = 1000

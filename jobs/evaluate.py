@@ -24,8 +24,8 @@ from rich.console import Console
 from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
-from cluster.spool import SpoolBusyError
-from cluster.tracking import Status, Tracker
+from cluster.tracking.spool import SpoolBusyError
+from cluster.tracking.tracker import Status, Tracker
 from jobs.ending import Ending
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
@@ -47,8 +47,8 @@ from jobs.ray_session import shut_down_ray
 from jobs.recording import send_records
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
+from simmatch.data.formats import DataError
 from simmatch.files import write_whole
-from simmatch.formats import DataError
 from simmatch.geometry import PatchConfig
 from simmatch.model import Stack
 

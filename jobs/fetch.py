@@ -22,9 +22,9 @@ from pathlib import Path
 from cluster.redaction import one_line
 from jobs.program import run_program
 from simmatch.config import ConfigError, DataConfig
-from simmatch.data import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
+from simmatch.data.formats import DataError
+from simmatch.data.sources import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
 from simmatch.files import make_folder, move_whole
-from simmatch.formats import DataError
 
 CONNECT_TIMEOUT_S = 10.0
 """A server that has not answered by then counts as out of reach."""

@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
-from cluster.spool import SpoolBusyError
-from cluster.tracking import Status, Tracker
+from cluster.tracking.spool import SpoolBusyError
+from cluster.tracking.tracker import Status, Tracker
 from jobs.ending import Ending
 from jobs.evaluation import finetuning_table as table
 from jobs.evaluation.finetuning import (
@@ -49,9 +49,9 @@ from jobs.program import run_program
 from jobs.recording import send_records
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
-from simmatch.data import load_dataset
+from simmatch.data.formats import DataError
+from simmatch.data.sources import load_dataset
 from simmatch.files import write_whole
-from simmatch.formats import DataError
 
 FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"

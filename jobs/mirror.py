@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool
-from cluster.storage import AnyPath, exists, fetch, is_local, persist, publish_folder, read, write_whole
+from cluster.storage import AnyPath, exists, fetch, is_local, publish_folder, read, retry, write_whole
+from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Spool
 from simmatch.model import MODEL_FILES
 
 SMALL = ("config.yaml", "summary.json")
@@ -23,7 +23,7 @@ class Mirror:
 
     Parameters
     ----------
-    place: the run directory.
+    destination: the run directory.
     work: the folder of this machine.
     patience_s: how long a place that is away is asked again, once training is over.
     flush: called before records are brought, for those that are not in their file yet.
@@ -32,16 +32,16 @@ class Mirror:
 
     def __init__(
         self,
-        place: AnyPath,
+        destination: AnyPath,
         work: Path,
         *,
         patience_s: float = 0.0,
         flush: Callable[[], object] = lambda: None,
         pushed: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.place, self.work, self._patience_s = place, work, patience_s
+        self.destination, self.work, self._patience_s = destination, work, patience_s
         self._flush, self._pushed = flush, pushed
-        self.remote = not is_local(place)
+        self.remote = not is_local(destination)
         self._lock = threading.Lock()
 
     def pull(self) -> None:
@@ -57,15 +57,15 @@ class Mirror:
         if not self.remote:
             return
         spool = self.work / SPOOL_NAME
-        theirs = read(self.place / SPOOL_NAME) if exists(self.place / SPOOL_NAME) else b""
+        theirs = read(self.destination / SPOOL_NAME) if exists(self.destination / SPOOL_NAME) else b""
         Spool(spool).open().close()
         self._pushed(theirs.rfind(b"\n") + 1)
         if spool.read_bytes().startswith(theirs):
             return
         write_whole(spool, theirs)
         (self.work / PROGRESS_NAME).unlink(missing_ok=True)
-        if exists(self.place / PROGRESS_NAME):
-            fetch(self.place / PROGRESS_NAME, lambda: self.work)
+        if exists(self.destination / PROGRESS_NAME):
+            fetch(self.destination / PROGRESS_NAME, lambda: self.work)
 
     def push(self) -> None:
         """Bring the records to the run directory, all that there are when this is called.
@@ -86,18 +86,19 @@ class Mirror:
             for name in (*SMALL, SPOOL_NAME):
                 if (self.work / name).exists():
                     content = (self.work / name).read_bytes()
-                    write_whole(self.place / name, content)
+                    write_whole(self.destination / name, content)
                     if name == SPOOL_NAME:
                         self._pushed(content.rfind(b"\n") + 1)
             if sent is not None:
-                write_whole(self.place / PROGRESS_NAME, sent)
+                write_whole(self.destination / PROGRESS_NAME, sent)
 
     def fetch_model(self) -> Path:
         """The exported model on this machine."""
         folder = self.work / "model"
         if self.remote:
-            persist(
-                lambda: [fetch(self.place / "model" / name, lambda: folder) for name in MODEL_FILES], self._patience_s
+            retry(
+                lambda: [fetch(self.destination / "model" / name, lambda: folder) for name in MODEL_FILES],
+                self._patience_s,
             )
         return folder
 
@@ -105,6 +106,6 @@ class Mirror:
         """Bring what is left, figures too; raises as `push` does."""
         if not self.remote:
             return
-        persist(self.push, self._patience_s)
+        retry(self.push, self._patience_s)
         if (self.work / "figures").exists():
-            publish_folder(self.work / "figures", self.place / "figures")
+            publish_folder(self.work / "figures", self.destination / "figures")

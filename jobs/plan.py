@@ -10,12 +10,12 @@ from rich.table import Table
 
 from cluster.config import RunConfig, public
 from jobs.display import size
-from simmatch.block import TAIL as BLOCK_TAIL
 from simmatch.config import LayerConfig
 from simmatch.documents import dump_yaml
 from simmatch.model import InputConfig, layer_inputs
-from simmatch.rows import split_rows
-from simmatch.tile import TAIL
+from simmatch.sharding.rows import split_rows
+from simmatch.solvers.block import TAIL as BLOCK_TAIL
+from simmatch.solvers.tile import TAIL
 
 LOG_WIDTH = 1000
 
@@ -112,7 +112,9 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
     """The resolved configuration, the mesh, and a table of the layers."""
     text = dump_yaml(public(config))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"mesh: {config.place()}, {config.place().world_size} rank(s) on {config.device}", highlight=False)
+    console.print(
+        f"mesh: {config.checked_mesh()}, {config.checked_mesh().world_size} rank(s) on {config.device}", highlight=False
+    )
     table = Table(title="per rank (the one with the most rows)")
     names = (
         "layer",

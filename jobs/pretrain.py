@@ -19,15 +19,15 @@ from types import FrameType
 
 from rich.console import Console
 
-from cluster.checkpoint import CheckpointError, read_manifest
+from cluster.checkpoints.checkpoint import CheckpointError, read_manifest
 from cluster.config import RunConfig, public
 from cluster.controller import Controller, RunFailed, RunStopped
-from cluster.mlflow_model import ModelLogger, load_exported
 from cluster.redaction import Redactor, one_line
-from cluster.spool import SPOOL_NAME, SpoolBusyError
 from cluster.storage import is_local
 from cluster.summary import Record
-from cluster.tracking import Tracker
+from cluster.tracking.mlflow_model import ModelLogger, load_exported
+from cluster.tracking.spool import SPOOL_NAME, SpoolBusyError
+from cluster.tracking.tracker import Tracker
 from cluster.training import source_of
 from jobs.checks import check, check_checkpoint
 from jobs.closing import Closing, Outcome, lines_of, table_of
@@ -40,10 +40,10 @@ from jobs.program import run_program
 from jobs.ray_session import shut_down_ray, start_ray
 from jobs.run_directory import Start, as_begun, choose
 from simmatch.config import ConfigError, parse
-from simmatch.data import Dataset
+from simmatch.data.formats import DataError
+from simmatch.data.sources import Dataset
 from simmatch.documents import dump_yaml
 from simmatch.files import make_folder, write_whole
-from simmatch.formats import DataError
 
 BAD_INPUT = 2
 
@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_di
         config = start.config
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
-        tracker = Tracker(start.run_dir, config.tracking, ModelLogger(load_exported), held=not is_local(start.place))
+        tracker = Tracker(
+            start.run_dir, config.tracking, ModelLogger(load_exported), held=not is_local(start.destination)
+        )
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -118,7 +120,9 @@ class Job:
         self._hide = Redactor(os.environ)
         patience_s = config.checkpoint.patience_s
         flush = partial(tracker.flush, patience_s)
-        self.mirror = Mirror(start.place, start.run_dir, patience_s=patience_s, flush=flush, pushed=tracker.release)
+        self.mirror = Mirror(
+            start.destination, start.run_dir, patience_s=patience_s, flush=flush, pushed=tracker.release
+        )
         self.closing = Closing(start, dataset, tracker, self.mirror, self._tell)
         self.started = time.monotonic()
         self.data = dataset.digest()
@@ -175,14 +179,14 @@ class Job:
 
     def _train(self, display: JobDisplay) -> None:
         group = self.config.cluster
-        address = start_ray(self.config.place().world_size * group.cpus_per_rank, group.start_timeout_s)
+        address = start_ray(self.config.checked_mesh().world_size * group.cpus_per_rank, group.start_timeout_s)
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
-        display.note(f"ray: {address}; mesh: {self.config.place()}; device: {self.config.device}")
+        display.note(f"ray: {address}; mesh: {self.config.checked_mesh()}; device: {self.config.device}")
         resume = self.start.resume
         controller = Controller(
             self.config,
-            self.start.place,
+            self.start.destination,
             WorkerGroup,
             self.tracker,
             display,
@@ -219,7 +223,7 @@ class Job:
                 print(f"error: {one_line(outcome.message)}", file=sys.stderr)
             if outcome.status == "FINISHED":
                 self.console.print(table_of(self.config.name, summary))
-                for line in (*lines_of(summary), f"model, figures, summary: {self.start.place}"):
+                for line in (*lines_of(summary), f"model, figures, summary: {self.start.destination}"):
                     self._tell(line)
             self._bring(self.mirror.close)
         finally:
@@ -271,8 +275,8 @@ class Job:
         config, tracker = self.config, self.tracker
         tags = {
             "simmatch.git_commit": _git_commit(),
-            "simmatch.world_size": str(config.place().world_size),
-            "simmatch.mesh": str(config.place()),
+            "simmatch.world_size": str(config.checked_mesh().world_size),
+            "simmatch.mesh": str(config.checked_mesh()),
             "simmatch.host": os.uname().nodename,
             "simmatch.device": config.device,
             "simmatch.skipped_images": str(self.dataset.skipped),

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
-from cluster.limits import within
+from cluster.limits import run_with_timeout
 from cluster.network import takes_connections
 from jobs.ending import asking_to_end
 from simmatch.config import ConfigError
@@ -96,7 +96,9 @@ def _joined(address: str, limit_s: float) -> str:
 
     try:
         with own_signals():
-            within(CONNECT_S + limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR))
+            run_with_timeout(
+                CONNECT_S + limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            )
     except Exception as error:  # whatever Ray finds wrong: its version, a token
         raise RunFailed(f"{where}, got {error}") from error
     found = ray.get_runtime_context().gcs_address
@@ -233,7 +235,7 @@ def shut_down_ray() -> bool:
     if ray is None:
         return True
     try:
-        within(SHUT_DOWN_S, "ray.shutdown", ray.shutdown)
+        run_with_timeout(SHUT_DOWN_S, "ray.shutdown", ray.shutdown)
     except TimeoutError:
         return False
     return True

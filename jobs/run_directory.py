@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import MANIFEST, CheckpointError, Reader, newest_good, read_manifest
+from cluster.checkpoints.checkpoint import MANIFEST, CheckpointError, Reader, newest_good, read_manifest
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, exists, find, locate, read
 from simmatch.config import ConfigError, parse
@@ -41,21 +41,21 @@ class Start:
 
     Attributes
     ----------
-    place: the run directory.
+    destination: the run directory, a folder or a URI.
     config: what runs: as given, but where it leaves out what has another default since, as the run that goes on has it.
     run_dir: the folder of this machine: the run directory itself where it is one.
     """
 
-    place: AnyPath
+    destination: AnyPath
     resume: AnyPath | None
     note: str
     config: RunConfig
 
     @property
     def run_dir(self) -> Path:
-        if isinstance(self.place, Path):
-            return self.place
-        name = re.sub(r"[^\w.-]+", "-", str(self.place).partition("://")[2]).strip("-")
+        if isinstance(self.destination, Path):
+            return self.destination
+        name = re.sub(r"[^\w.-]+", "-", str(self.destination).partition("://")[2]).strip("-")
         return default_root().absolute() / "remote" / name
 
 
@@ -146,7 +146,9 @@ def as_begun(start: Start) -> Start:
     try:
         with suppress(ConfigError, DocumentError, FileNotFoundError):  # such as a new run's, which is not there yet
             begun = None if start.resume is None else read_manifest(start.resume).config
-            threads = parse(RunConfig, begun or load_yaml(read(start.place / "config.yaml"))).cluster.threads_per_rank
+            threads = parse(
+                RunConfig, begun or load_yaml(read(start.destination / "config.yaml"))
+            ).cluster.threads_per_rank
     except OSError as error:
         raise ConfigError(f"--run-dir: expected a place that answers, got {error}") from None
     if threads is None or given == threads:

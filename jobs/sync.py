@@ -13,14 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.events import checked
-from cluster.mlflow_model import ModelLogger, load_exported
-from cluster.mlflow_sink import PARENT
 from cluster.redaction import one_line, redact
-from cluster.sender import Sender
-from cluster.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
-from cluster.tracking import make_sender, uri_of_record
-from cluster.tracking_uri import URI_VARIABLE, check_uri
+from cluster.tracking.events import checked
+from cluster.tracking.mlflow_model import ModelLogger, load_exported
+from cluster.tracking.mlflow_sink import PARENT
+from cluster.tracking.sender import Sender
+from cluster.tracking.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
+from cluster.tracking.tracker import make_sender, uri_of_record
+from cluster.tracking.uri import URI_VARIABLE, check_uri
 from jobs.ending import Ending
 from jobs.program import run_program
 from jobs.run_directory import local_folder

@@ -1,12 +1,12 @@
 """Similarity matching: layers that learn by local rules, solved to a certified residual."""
 
 from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
-from simmatch.dynamics import Solution
 from simmatch.encoder import feedforward_encoder
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack, load_model, save_model
 from simmatch.plasticity import Statistics
-from simmatch.quadratic import ConvergenceWarning, solve
+from simmatch.solvers.dynamics import Solution
+from simmatch.solvers.quadratic import ConvergenceWarning, solve
 
 __all__ = [
     "ConfigError",

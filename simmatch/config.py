@@ -34,7 +34,7 @@ class Frozen(BaseModel):
 class DynamicsConfig(Frozen):
     """How the fast dynamics y* = argmin over y ≥ 0 of ½ yᵀM y − yᵀd is solved.
 
-    See `simmatch.dynamics` for the solvers, the residual and the meaning of an iteration.
+    See `simmatch.solvers.dynamics` for the solvers, the residual and the meaning of an iteration.
     """
 
     solver: Literal["auto", "coordinate_descent", "accelerated", "projected_gradient"] = "auto"
@@ -244,7 +244,7 @@ class DataConfig(Frozen):
     """Which images, and where they lie."""
 
     name: str
-    """Name of the data set in `simmatch.data.DATASETS`."""
+    """Name of the data set in `simmatch.data.sources.DATASETS`."""
 
     root: str | None = None
     """Folder of the files. None: `$SIMMATCH_DATA`, then the Debian package's folder, then a download."""

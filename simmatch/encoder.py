@@ -44,8 +44,8 @@ from torch import Tensor
 from simmatch.config import DynamicsConfig
 from simmatch.geometry import PatchConfig, Patches, draw_positions, inverse_contrast, prepare
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.quadratic import ConvergenceWarning, solve
 from simmatch.seeding import seeded
+from simmatch.solvers.quadratic import ConvergenceWarning, solve
 
 SAMPLE_COLUMNS = 20_000
 """Patches that an encoder is fitted to, at most about."""

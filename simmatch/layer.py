@@ -32,8 +32,6 @@ from simmatch.arguments import (
 )
 from simmatch.as_written import as_written
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.dynamics import Solution, unrolled
-from simmatch.exchange import IDENTITY, Exchange
 from simmatch.geometry import (
     PatchConfig,
     Patches,
@@ -46,12 +44,14 @@ from simmatch.geometry import (
     zca,
 )
 from simmatch.labels import check_labels, one_hot
-from simmatch.lateral import Bound, Kept, certify, certify_afresh, traced_bound
 from simmatch.objective import diverging, similarity_objective, worse_than_silence
 from simmatch.plasticity import RULES, Statistics, Weights, class_frequency_change, learning_rate
-from simmatch.rows import Rows
 from simmatch.seeding import seeded
-from simmatch.sharing import ColumnSharing, RowSharing, Sharing
+from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.rows import Rows
+from simmatch.sharding.sharing import ColumnSharing, RowSharing, Sharing
+from simmatch.solvers.bound import Bound, Kept, certify, certify_afresh, traced_bound
+from simmatch.solvers.dynamics import Solution, unrolled
 
 PLASTIC = ("feedforward", "lateral", "label", "class_frequency", "silent")
 """Buffers that a step of plasticity changes."""
@@ -386,16 +386,12 @@ class SimilarityMatchingConv2d(nn.Module):
 
     @as_written
     @torch.no_grad()
-    def apply(  # type: ignore[override]
-        self, statistics: Statistics, fault: Exception | None = None
-    ) -> None:
+    def update(self, statistics: Statistics, fault: Exception | None = None) -> None:
         """One plasticity step on the own rows, then the revival of dead channels.
 
         Nothing changes on any owner unless the new weights of all owners are finite and the new M has a bound.
 
         Warns of a relative objective above 1 once the start is forgotten (`simmatch.objective.diverging`).
-
-        Takes the name of `nn.Module.apply`, which has no use here: a layer has no submodules.
 
         Raises
         ------
@@ -503,7 +499,7 @@ class SimilarityMatchingConv2d(nn.Module):
             self.calibrate(x)
         patches = x if isinstance(x, Patches) else self.prepare(x)
         solution, statistics, fault = self.sharing.learn(self, patches, labels)
-        self.apply(statistics, fault)  # type: ignore[arg-type]  # a fault is raised before statistics are read
+        self.update(statistics, fault)  # type: ignore[arg-type]  # a fault is raised before statistics are read
         return solution
 
     @torch.no_grad()

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
 from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
-from simmatch.exchange import Exchange
 from simmatch.files import write_whole
-from simmatch.lateral import check_lateral
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.readout import decode
-from simmatch.rows import Rows
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import check_lateral
 
 EXPORTED = ("feedforward", "lateral", "label", "whitening", "whitening_mean")
 """Tensors of a layer that an exported model holds, where they exist."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from simmatch.columns import split_columns
-from simmatch.dynamics import Solution
-from simmatch.gathered import gather_columns
 from simmatch.geometry import Patches
+from simmatch.sharding.columns import split_columns
+from simmatch.sharding.gathered_state import gather_columns
+from simmatch.solvers.dynamics import Solution
 
 if TYPE_CHECKING:
     from simmatch.layer import SimilarityMatchingConv2d

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simmatch.block import Blocks, BlockTile, iterate_block
 from simmatch.config import DynamicsConfig
-from simmatch.exchange import Exchange
-from simmatch.lateral import certify_afresh
-from simmatch.rows import Rows, join_rows, split_rows
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.rows import Rows, join_rows, split_rows
+from simmatch.solvers.block import Blocks, BlockTile, iterate_block
+from simmatch.solvers.bound import certify_afresh
 
 
 def solve_blocks(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simmatch.config import DataConfig
-from simmatch.data import Dataset, load_dataset
+from simmatch.data.sources import Dataset, load_dataset
 
 # The problems are small and the machines that run them are shared: more threads only add noise.
 torch.set_num_threads(1)

@@ -73,7 +73,7 @@ class Pending:
 
 
 class ThreadExchange:
-    """One owner's end of a board; the protocol of `simmatch.exchange.Exchange`.
+    """One owner's end of a board; the protocol of `simmatch.sharding.exchange.Exchange`.
 
     Attributes
     ----------

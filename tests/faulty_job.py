@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cluster.checkpoint
+import cluster.checkpoints.checkpoint
 import cluster.group
 from jobs.pretrain import main
 from jobs.program import run_program
@@ -25,7 +25,7 @@ COMMITS = 2
 
 def crash_in_commit() -> None:
     """Half a manifest, and the process is gone."""
-    real, done = cluster.checkpoint.write_whole, []
+    real, done = cluster.checkpoints.checkpoint.write_whole, []
 
     def write(path: Any, content: bytes) -> None:
         done.append(path)
@@ -34,7 +34,7 @@ def crash_in_commit() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, content)
 
-    cluster.checkpoint.write_whole = write
+    cluster.checkpoints.checkpoint.write_whole = write
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.checkpoint import (
+from cluster.checkpoints.checkpoint import (
     FORMAT,
     MANIFEST,
     CheckpointError,
@@ -36,8 +36,8 @@ from cluster.checkpoint import (
 from cluster.config import RunConfig
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
-from simmatch.formats import DataError, read_idx
-from simmatch.rows import Rows, split_rows
+from simmatch.data.formats import DataError, read_idx
+from simmatch.sharding.rows import Rows, split_rows
 from tests.image_files import idx_bytes
 
 EXAMPLES = int(os.environ.get("SIMMATCH_FUZZ", "100"))
@@ -262,7 +262,7 @@ def accepted(values: Any) -> RunConfig | None:
     """The configuration, or None after one clear error."""
     try:
         config = parse(RunConfig, values)
-        config.place()
+        config.checked_mesh()
     except ConfigError as error:
         one_line(error)
         return None

@@ -20,7 +20,7 @@ ALLOWED = {
 LISTED = {
     "simmatch": {"torch", "einops", "numpy", "pydantic", "yaml", "safetensors"},
     "simmatch, inside functions": {"torchvision", "sklearn", "scipy"},
-    "simmatch/coordinate.py": {"numba"},
+    "simmatch/solvers/coordinate.py": {"numba"},
     "simmatch/kernels/certificate.py": {"triton"},
     "simmatch/kernels/coordinate.py": {"triton"},
     "simmatch/kernels/gradient.py": {"triton"},

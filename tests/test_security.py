@@ -34,7 +34,7 @@ from cluster.worker import Worker
 from jobs import pretrain
 from jobs.options import read_yaml
 from simmatch.config import parse
-from simmatch.formats import DataError, read_cifar_batch
+from simmatch.data.formats import DataError, read_cifar_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("simmatch", "cluster", "jobs")
@@ -51,8 +51,8 @@ FORBIDDEN = {
 """Name of a call or an import, as a regular expression → why not."""
 
 ALLOWED = {
-    ("simmatch/formats.py", "pickle"): "CIFAR's own format, read by an unpickler that knows no class but its own",
-    ("simmatch/formats.py", "pickle._Unpickler"): "the base of that unpickler",
+    ("simmatch/data/formats.py", "pickle"): "CIFAR's own format, read by an unpickler that knows no class but its own",
+    ("simmatch/data/formats.py", "pickle._Unpickler"): "the base of that unpickler",
     ("jobs/benchmarks/processes.py", "pickle"): "between the processes of one benchmark, over pipes it has made",
     ("simmatch/documents.py", "yaml.load"): "its loader is a yaml.SafeLoader",
 }

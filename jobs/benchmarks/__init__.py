@@ -1,1 +1,1 @@
-"""The measurements behind `python -m jobs.benchmark`; see `jobs.benchmarks.report` for what they print where."""
+"""The measurements behind `python -m jobs.benchmark`; see `jobs.reporting` for what they print where."""

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jobs.benchmarks.problems import Problem
-from jobs.benchmarks.report import Report
+from jobs.reporting import Report
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.order import epoch_order
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.files import write_whole
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.order import epoch_order
 from simmatch.seeding import seeded
 
 CHANNELS, KERNEL = 50, 6

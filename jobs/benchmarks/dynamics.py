@@ -15,12 +15,12 @@ from torch import Tensor
 
 from jobs.benchmarks.limits import measure_gemm, measure_memory
 from jobs.benchmarks.problems import Problem, Recipe, error, trained_problem
-from jobs.benchmarks.report import Report
 from jobs.benchmarks.rivals import RESIDUALS, measure_rivals
 from jobs.benchmarks.timing import alternate
+from jobs.reporting import Report
 from simmatch.config import ConfigError, DataConfig, DynamicsConfig, parse
-from simmatch.data import Dataset, load_dataset
-from simmatch.dynamics import Dynamics, Solution
+from simmatch.data.sources import Dataset, load_dataset
+from simmatch.solvers.dynamics import Dynamics, Solution
 
 REFERENCE = "projected_gradient"
 """The solver that the others' iterations are compared with."""

@@ -21,19 +21,19 @@ from torch import Tensor
 
 from jobs.benchmarks.gpu_rivals import AuthorsLoop, Dictionary, GraphLoop, compiled_loop, torch_loop
 from jobs.benchmarks.problems import Problem, Recipe, error
-from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import Spread, Timings, alternate
+from jobs.reporting import MissingError, Report
 from simmatch import kernels
 from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, load_dataset, to_unit
-from simmatch.dynamics import Dynamics, Solution
-from simmatch.exchange import IdentityExchange
+from simmatch.data.order import batch_indices
+from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.geometry import draw_positions, sample_patches
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.order import batch_indices
 from simmatch.precision import exact_float32
 from simmatch.readout import Ridge
 from simmatch.seeding import seeded
+from simmatch.sharding.exchange import IdentityExchange
+from simmatch.solvers.dynamics import Dynamics, Solution
 
 RESIDUALS = (1e-2, 1e-3)
 

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from jobs.benchmarks.problems import Problem
 from simmatch.config import DynamicsConfig
-from simmatch.dynamics import Dynamics
-from simmatch.lateral import Bound
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.plasticity import Weights
-from simmatch.rows import Rows
-from simmatch.tile import Folded, nesterov
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import Bound
+from simmatch.solvers.dynamics import Dynamics
+from simmatch.solvers.tile import Folded, nesterov
 
 State = tuple[Tensor, Tensor, Tensor]
 Block = Callable[[Tensor, State], State]
 
 
 def torch_loop(lateral: Tensor, bound: Bound, config: DynamicsConfig) -> Block:
-    """(s d, (y, w_prev, k)) → the state four iterations later, restart included: the arithmetic of `simmatch.tile`."""
+    """(s d, (y, w_prev, k)) → the state four iterations later, restart included: as in `simmatch.solvers.tile`."""
     folded = Folded.from_lateral(lateral, bound, config, Rows.all(len(lateral)))
     matrix, step = folded.matrix, folded.step
 

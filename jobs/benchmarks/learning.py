@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jobs.benchmarks.authors import PUBLISHED, Authors, Own, Rates, State, held_out_objective
-from jobs.benchmarks.report import Report
 from jobs.benchmarks.timing import Timings, alternate
-from simmatch.data import Dataset, to_unit
+from jobs.reporting import Report
+from simmatch.data.sources import Dataset, to_unit
 
 if TYPE_CHECKING:
     from jobs.benchmarks.pynsm import Plan

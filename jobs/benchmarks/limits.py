@@ -8,13 +8,13 @@ import torch
 
 from jobs.benchmarks.memory import peak_allocated_bytes, peak_resident_bytes
 from jobs.benchmarks.problems import Problem
-from jobs.benchmarks.report import Report
 from jobs.benchmarks.timing import alternate
+from jobs.reporting import Report
 from simmatch.config import DynamicsConfig, parse
-from simmatch.data import Dataset
-from simmatch.dynamics import Dynamics
+from simmatch.data.sources import Dataset
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.tile import SOLVERS
+from simmatch.solvers.dynamics import Dynamics
+from simmatch.solvers.tile import SOLVERS
 
 FIXED_ITERATIONS = 40
 KERNELS = (3, 5, 7)

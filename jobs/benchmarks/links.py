@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from jobs.benchmarks.processes import Host
-from jobs.benchmarks.report import MissingError
+from jobs.reporting import MissingError
 
 INTERFACE = "link0"
 """Name of both ends; each lives in a namespace of its own."""

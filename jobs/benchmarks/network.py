@@ -21,10 +21,10 @@ from torch import Tensor
 
 from jobs.benchmarks.links import Link, ended_by_signal
 from jobs.benchmarks.processes import Group
-from jobs.benchmarks.report import Report
 from jobs.benchmarks.scaling import listed, sample, trained
 from jobs.benchmarks.transfers import measure
 from jobs.benchmarks.updates import BASELINE, Compared, affordable, compare, hold, modes
+from jobs.reporting import Report
 from simmatch.config import ConfigError, DynamicsConfig
 
 CHANNELS, BATCHES, RATES, UPDATE_SECONDS = (256,), (8, 128), (1000.0, 200.0), 15.0

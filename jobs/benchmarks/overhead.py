@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.spool import SPOOL_NAME, Spool
-from jobs.benchmarks.report import Report
+from cluster.tracking.spool import SPOOL_NAME, Spool
 from jobs.benchmarks.timing import Spread
+from jobs.reporting import Report
 from simmatch.config import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simmatch.config import ConfigError, DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
-from simmatch.dynamics import Dynamics
+from simmatch.data.order import batch_indices, steps_per_epoch
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.files import write_whole
-from simmatch.lateral import Bound, certify_afresh
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.order import batch_indices, steps_per_epoch
-from simmatch.rows import Rows
 from simmatch.seeding import seeded
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import Bound, certify_afresh
+from simmatch.solvers.dynamics import Dynamics
 
 EXACT = 1e-10
 """Residual of what is taken for y*: at condition 1e4 an error of 1e-6 at most."""

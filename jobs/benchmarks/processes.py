@@ -31,7 +31,7 @@ import torch
 
 from cluster.collectives import connect_store, join_group, open_store
 from cluster.network import LOOPBACK, interface_of
-from simmatch.exchange import IDENTITY, Exchange
+from simmatch.sharding.exchange import IDENTITY, Exchange
 
 LEAVE_S = 5.0
 """How long a process that was told to leave may take before it is killed."""

@@ -22,10 +22,10 @@ from jobs.benchmarks.authors import (
 )
 from jobs.benchmarks.learning import measure_training
 from jobs.benchmarks.problems import Problem, error
-from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import alternate
+from jobs.reporting import MissingError, Report
 from simmatch.config import ConfigError, DataConfig, DynamicsConfig
-from simmatch.data import Dataset, load_dataset, to_unit
+from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 
 RESIDUALS = (1e-2, 1e-3)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.problems import Problem, error
-from jobs.benchmarks.report import MissingError, Report
 from jobs.benchmarks.timing import Spread, alternate
+from jobs.reporting import MissingError, Report
 from simmatch.config import DynamicsConfig
-from simmatch.dynamics import Dynamics, Solution
+from simmatch.solvers.dynamics import Dynamics, Solution
 
 RESIDUALS = (1e-2, 1e-3)
 MAX_ITERATIONS = 100_000

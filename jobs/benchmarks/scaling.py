@@ -24,11 +24,11 @@ from torch import Tensor
 from jobs.benchmarks.cells import BEST_TARGET, Cell, alone, baseline, draw_map, draw_ratios
 from jobs.benchmarks.problems import Recipe
 from jobs.benchmarks.processes import Group, Host
-from jobs.benchmarks.report import Report
 from jobs.benchmarks.updates import BASELINE, affordable, compare, hold, modes, train
+from jobs.reporting import Report
 from simmatch.config import ConfigError, DataConfig
-from simmatch.data import load_dataset, to_unit
-from simmatch.order import epoch_order
+from simmatch.data.order import epoch_order
+from simmatch.data.sources import load_dataset, to_unit
 
 CHANNELS, BATCHES, UPDATE_SECONDS = (64, 128, 256, 512, 1024, 2048), (1, 8, 128), 4.0
 QUICK_CHANNELS, QUICK_BATCHES, QUICK_UPDATE_SECONDS = (64, 256), (8,), 0.5

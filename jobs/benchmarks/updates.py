@@ -21,7 +21,7 @@ from jobs.benchmarks.processes import Group, Member
 from jobs.benchmarks.timing import Timings, alternate
 from simmatch.config import DynamicsConfig, parse
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.rows import split_rows
+from simmatch.sharding.rows import split_rows
 
 KERNEL, PADDING = 5, 2
 """Of the measured layer, at stride 1: as many columns per image as the image has pixels."""

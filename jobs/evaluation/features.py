@@ -33,8 +33,8 @@ from jobs.evaluation.readouts import (
 from jobs.evaluation.results import Result, budget_name
 from jobs.evaluation.stacks import BATCH, Seen, StackLearner, unseen
 from simmatch.config import ModelConfig
+from simmatch.data.order import stratified_subset
 from simmatch.model import InputConfig
-from simmatch.order import stratified_subset
 
 TUNING_SUBSETS = 4
 """Label subsets of a small budget by which settings are judged."""

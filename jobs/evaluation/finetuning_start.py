@@ -26,11 +26,11 @@ from jobs.evaluation.backprop import IMAGES_AT_ONCE
 from jobs.evaluation.lenet import Filters, LeNet, initialise
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import Frozen, LayerConfig, ModelConfig, PlasticityConfig, PositiveFloat, TrainConfig
+from simmatch.data.order import epoch_order
 from simmatch.encoder import Agreement, agreement, feedforward_filter
 from simmatch.files import write_whole
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig
-from simmatch.order import epoch_order
 
 AGREEMENT_IMAGES = 50
 """Images on which a filter is compared with the activities of its layer, all positions of them."""

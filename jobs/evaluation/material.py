@@ -10,9 +10,9 @@ from torch import Tensor
 
 from jobs.evaluation.corruptions import CORRUPTIONS, corrupt
 from simmatch.config import ConfigError
-from simmatch.data import Dataset, to_unit
+from simmatch.data.order import stratified_subset
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import InputConfig
-from simmatch.order import stratified_subset
 from simmatch.seeding import seeded
 
 
@@ -38,7 +38,7 @@ class Material:
     ----------
     source: shape and classes of the images.
     train: to learn from; `held_out`: to choose with; `test`: to report.
-    digest: of the whole data set, see `simmatch.data.Dataset.digest`.
+    digest: of the whole data set, see `simmatch.data.sources.Dataset.digest`.
     """
 
     source: InputConfig

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jobs.benchmarks.report import MissingError
 from jobs.evaluation import charts
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.features import Features, StackFeatures
@@ -21,7 +20,8 @@ from jobs.evaluation.results import Result
 from jobs.evaluation.rows import Row
 from jobs.evaluation.stacks import Seen
 from jobs.figures import filters
-from simmatch.data import load_dataset
+from jobs.reporting import MissingError
+from simmatch.data.sources import load_dataset
 from simmatch.model import Stack
 
 FIGURE_IMAGES = 500

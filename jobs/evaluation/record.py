@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.tracking import Tracker
-from jobs.benchmarks.report import hardware
+from cluster.tracking.tracker import Tracker
 from jobs.evaluation.identity import DATA, keep, same_data, unwritable
 from jobs.evaluation.material import Material, digest_of
+from jobs.reporting import hardware
 
 
 def begin(

@@ -23,7 +23,7 @@ from jobs.evaluation.rows import Row, rows_of
 from jobs.evaluation.together import threads_of
 from jobs.ray_session import start_ray
 from simmatch.config import parse
-from simmatch.formats import DataError
+from simmatch.data.formats import DataError
 
 START_S = 60.0
 """Longest wait for the cluster at the start."""

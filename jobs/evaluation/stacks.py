@@ -19,11 +19,11 @@ from torch import Tensor
 from jobs.evaluation.interface import Cost
 from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations
 from simmatch.config import ModelConfig
+from simmatch.data.order import epoch_order, steps_per_epoch
 from simmatch.geometry import draw_positions
 from simmatch.labels import one_hot
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack, pooled
-from simmatch.order import epoch_order, steps_per_epoch
 from simmatch.readout import decode
 from simmatch.seeding import seeded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from jobs.benchmarks.report import Report
+from jobs.reporting import Report
 from jobs.soak.strikes import Strike
 
 MARKS = "xov^sD"

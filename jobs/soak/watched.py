@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from cluster.spool import SPOOL_NAME, Spool
+from cluster.tracking.spool import SPOOL_NAME, Spool
 
 PIDS = re.compile(r"(\d+) on \S+ \(pid (\d+)\)")
 ORIGIN = re.compile(r"from (?:step-(\d+)|the beginning)")
@@ -24,7 +24,7 @@ ORPHANS_S = 30.0
 
 
 class Watched:
-    """`python -m jobs.told ARGUMENTS…` and what it has said so far.
+    """`python -m jobs.json_progress ARGUMENTS…` and what it has said so far.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Watched:
     def start(self) -> None:
         """Give the command, for the first time or again."""
         self.pids, self.working_since = {}, None
-        command = [sys.executable, "-m", "jobs.told", *self._arguments]
+        command = [sys.executable, "-m", "jobs.json_progress", *self._arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.every_pid.add(self.process.pid)
         threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()

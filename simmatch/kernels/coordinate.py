@@ -5,7 +5,7 @@ largest violation |min(v_i, g_i)| moves to its own minimum, v_i ← max(v_i − 
 divided by its diagonal entry beforehand. The largest violation and its channel come from one maximum over the warp:
 bits of a nonnegative float are ordered as the float is, and the lowest of them hold the channel.
 
-The same greedy moves as `simmatch.coordinate` without its faces, the same idea of an index in the low bits.
+The same greedy moves as `simmatch.solvers.coordinate` without its faces, the same idea of an index in the low bits.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ has seen. After a power of two brought the diagonal of M near 1, and another one
 of two float16 values each: three products, and every iterate is that of float32. (One value each is twice as fast and
 ends at residuals of 2e-4, but iterates on the way are off by 5e-4, and coordinate descent is faster still.) Δ is
 rounded towards zero, so that y ≥ 0 stays exact. Momentum, restarts and the order of decisions are those of
-`simmatch.tile`. A column that has reached its tolerance takes Δ = 0 from then on: no column depends on another, not in
-a bit.
+`simmatch.solvers.tile`. A column that has reached its tolerance takes Δ = 0 from then on: no column depends
+on another, not in a bit.
 
 What is returned is one more step t, in float32, so that a silent channel is exactly zero.
 """

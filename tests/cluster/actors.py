@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from cluster.config import RunConfig
 from cluster.training import Assignment, Training
 from cluster.worker import Outbox
-from simmatch.exchange import Exchange
+from simmatch.sharding.exchange import Exchange
 
 ConfigMaker = Callable[..., RunConfig]
 

@@ -23,7 +23,7 @@ import torch
 from cluster.collectives import TorchExchange, connect_store, join_group, open_store
 from cluster.config import RunConfig
 from simmatch.config import parse
-from simmatch.exchange import IdentityExchange
+from simmatch.sharding.exchange import IdentityExchange
 
 # Read when ray is imported. A developer's own settings must not decide what the tests see.
 os.environ["RAY_AUTH_MODE"] = "token"

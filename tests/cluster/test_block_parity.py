@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.exchange import IDENTITY, Exchange, Handle
-from simmatch.lateral import SharedFault
+from simmatch.sharding.exchange import IDENTITY, Exchange, Handle
+from simmatch.solvers.bound import SharedFault
 from tests.blocks import solve_blocks
 from tests.exchanges import results
 from tests.reference import nnls_columns, random_drive, random_lateral, relative_residual

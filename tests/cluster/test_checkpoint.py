@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint import (
+from cluster.checkpoints.checkpoint import (
     FORMAT,
     MANIFEST,
     CheckpointError,
@@ -40,8 +40,8 @@ from cluster.training import Assignment, Stopped, Training
 from cluster.watch import Growth, TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import parse
-from simmatch.exchange import Exchange
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.rows import Rows, split_rows
 from tests.exchanges import results
 
 CHANNELS = 10
@@ -168,7 +168,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypat
         path.write_bytes(b"half of a shard")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("cluster.checkpoint.save_file", full)
+    monkeypatch.setattr("cluster.checkpoints.checkpoint.save_file", full)
     with pytest.raises(OSError, match=r"rank-0-of-1.safetensors: I/O error: No space left on device"):
         write(tmp_path / "step", 1)
     assert list((tmp_path / "step").iterdir()) == []
@@ -385,7 +385,7 @@ def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | N
 
 def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[dict[str, Any]]]:
     run_dir.mkdir(parents=True)
-    return results(ranks(train, config.place().world_size, config, run_dir, resume))
+    return results(ranks(train, config.checked_mesh().world_size, config, run_dir, resume))
 
 
 def commit_all(config: RunConfig, run_dir: Path, events: list[list[dict[str, Any]]]) -> list[Cursor]:

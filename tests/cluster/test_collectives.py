@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, join_group, open_store
 from cluster.features import gather_images, own_part
-from simmatch.exchange import Exchange, IdentityExchange
-from simmatch.rows import split_rows
+from simmatch.sharding.exchange import Exchange, IdentityExchange
+from simmatch.sharding.rows import split_rows
 from tests.exchanges import results
 
 LOOPBACK = "127.0.0.1"

@@ -14,13 +14,22 @@ from typing import Any, ClassVar
 
 import pytest
 
-from cluster.checkpoint import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, newest_good, read_manifest
+from cluster.checkpoints.checkpoint import (
+    MANIFEST,
+    Cursor,
+    LayerState,
+    Manifest,
+    Shard,
+    folder_of,
+    newest_good,
+    read_manifest,
+)
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.group import GroupFailure
 from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
-from cluster.spool import SPOOL_NAME, Spool
 from cluster.summary import Record, summarise, write_json
+from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
 from cluster.worker import Outbox, Place, Status
 from simmatch.config import ConfigError
@@ -30,8 +39,8 @@ Event = dict[str, Any]
 Round = list[list[Event]] | Failure | Callable[[], Failure]
 """One answer to a poll: every rank's new events, or the failure that the group raises instead, perhaps after a deed."""
 
-LOST = Failure("rank 1 (pid 7 on node) was lost", lost=True)
-FAULT = Failure("TrainingFault: layer 0, step 3: non-finite activities on rank 1", lost=False)
+LOST = Failure("rank 1 (pid 7 on node) was lost", retryable=True)
+FAULT = Failure("TrainingFault: layer 0, step 3: non-finite activities on rank 1", retryable=False)
 
 
 class ScriptedGroup:
@@ -304,7 +313,7 @@ def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / MANIFEST))
 
     with monkeypatch.context() as patched:
-        patched.setattr("cluster.committer.commit", full)
+        patched.setattr("cluster.checkpoints.committer.commit", full)
         playing.round([shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)])
     (note,) = playing.display.notes
     assert "checkpoint of step 4 is left out" in note
@@ -493,7 +502,12 @@ def test_every_group_is_told_the_digest_of_the_data(scene: MakeScene, tmp_path: 
 
 def test_the_policy_restarts_after_a_loss_only_and_so_often() -> None:
     policy = FailurePolicy(max_restarts=2)
-    assert [type(policy.decide(LOST, in_vain, 2)) for in_vain in range(4)] == [Restart, Restart, Stop, Stop]
+    assert [type(policy.decide(LOST, failed, 2)) for failed in range(4)] == [
+        Restart,
+        Restart,
+        Stop,
+        Stop,
+    ]
     assert policy.decide(FAULT, 0, 2) == Stop(FAULT.message)
     assert isinstance(FailurePolicy(max_restarts=0).decide(LOST, 0, 2), Stop)
 
@@ -519,7 +533,7 @@ def test_a_group_shrinks_to_what_fits_and_no_further(
     fits: int, min_shards: int | None, expected: Restart | Stop
 ) -> None:
     policy = FailurePolicy(max_restarts=2, min_shards=min_shards)
-    assert policy.decide(Failure("no place", lost=True, fits=fits), 0, 3) == expected
+    assert policy.decide(Failure("no place", retryable=True, fits=fits), 0, 3) == expected
 
 
 def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
@@ -609,7 +623,7 @@ def test_progress_earns_new_restarts(scene: MakeScene, tmp_path: Path) -> None:
     assert playing.groups[-1].assignment.resume == folder_of(tmp_path, 16)
 
 
-DIVERGED = Failure("rank 0: layer 0, step 3: non-finite activities on rank 1", lost=False, diverged=True)
+DIVERGED = Failure("rank 0: layer 0, step 3: non-finite activities on rank 1", retryable=False, diverged=True)
 
 
 def test_the_policy_lowers_rates_once_and_only_if_told() -> None:
@@ -684,7 +698,7 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
 
 def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:
     before = [[[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]], LOST]
-    no_place = GroupFailure(Failure("no place for 2 ranks", lost=True, fits=1))
+    no_place = GroupFailure(Failure("no place for 2 ranks", retryable=True, fits=1))
     after = [[[shard_event(tmp_path, 0, 8, world_size=1)]]]
     playing = scene(before, no_place, after, min_shards=1)
     playing.controller.run()
@@ -701,7 +715,7 @@ def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene
 
 
 def test_a_group_that_does_not_come_up_is_a_loss(scene: MakeScene) -> None:
-    playing = scene(GroupFailure(Failure("rank 1 did not start within 5 s", lost=True)), [])
+    playing = scene(GroupFailure(Failure("rank 1 did not start within 5 s", retryable=True)), [])
     playing.controller.run()
     assert [group.calls for group in playing.groups] == [["start", "end"], ["start", "poll", "end"]]
 
@@ -926,5 +940,5 @@ def test_ranks_that_do_not_move_are_a_loss(scene: MakeScene, tmp_path: Path) -> 
     done, failure = playing.controller.step(group)
     assert not done
     assert failure is not None
-    assert failure.lost
+    assert failure.retryable
     assert failure.message.startswith(f"rank 0, 1 has not moved for {limit_s:g} s")

@@ -14,7 +14,7 @@ import torch
 from cluster.config import RunConfig
 from cluster.training import Assignment, load_dataset
 from cluster.worker import Status, Worker
-from simmatch.data import Dataset
+from simmatch.data.sources import Dataset
 
 
 def ended(config: RunConfig, run_dir: Path, data: str | None) -> Status:
@@ -43,7 +43,7 @@ def test_a_rank_with_other_data_is_named(
         assert status.failure is None
         return
     assert status.failure is not None
-    assert not status.failure.lost
+    assert not status.failure.retryable
     assert status.failure.message == (
         f"rank 0: DataError: digits on {socket.gethostname()}: expected the data of this run, {whole.digest()}, got "
         f"{found(None).digest()}: 239 + 121 images, 1 damaged left out"

@@ -15,14 +15,14 @@ import ray.exceptions as rx
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint import DamagedError
+from cluster.checkpoints.checkpoint import DamagedError
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_store
 from cluster.failures import classify
 from cluster.policy import Failure
 from cluster.storage import StorageError
 from cluster.watch import TrainingFault
 from simmatch.config import ConfigError
-from simmatch.lateral import SharedFault
+from simmatch.solvers.bound import SharedFault
 
 LOOPBACK = "127.0.0.1"
 
@@ -109,7 +109,7 @@ def named(error: BaseException) -> str:
 )
 def test_every_error_has_its_kind(error: BaseException, lost: bool) -> None:
     failure = classify(error)
-    assert failure.lost == lost
+    assert failure.retryable == lost
     assert failure.message
     assert "\n" not in failure.message
     assert failure.diverged == getattr(error, "diverged", False)
@@ -145,7 +145,7 @@ def test_every_error_of_ray_was_thought_of() -> None:
 
 def test_the_message_is_what_a_person_needs() -> None:
     error = in_an_actor(ValueError("cluster.interface: expected eth7,\n  found lo"))
-    assert classify(error) == Failure("ValueError: cluster.interface: expected eth7,", lost=False)
+    assert classify(error) == Failure("ValueError: cluster.interface: expected eth7,", retryable=False)
     error = rx.ActorDiedError(rx.RayTaskError("__init__", "Traceback\nModuleNotFoundError: No module 'x'", None))
     assert classify(error).message == "ModuleNotFoundError: No module 'x'"
     assert classify(PeerTimeout("rank 0 waited: closed\nat pair.cc:547")).message == "rank 0 waited: closed"

@@ -29,10 +29,10 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.checkpoint import newest_good
+from cluster.checkpoints.checkpoint import newest_good
 from cluster.config import RunConfig
-from cluster.spool import SPOOL_NAME, Spool
 from cluster.storage import AnyPath, locate, read
+from cluster.tracking.spool import SPOOL_NAME, Spool
 from tests.faults import HOLD_S, MOMENTS, FaultPlan, Kind, wait_for
 from tests.object_store import BUCKET, ObjectStore, object_store
 

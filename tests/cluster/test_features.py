@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cluster.features import FeatureStore
 from simmatch.config import ModelConfig, parse
-from simmatch.data import Dataset, to_unit
-from simmatch.exchange import IDENTITY
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import InputConfig, Stack, pooled, readable
+from simmatch.sharding.exchange import IDENTITY
 
 LAYERS = [
     {"out_channels": 5, "kernel_size": 3, "padding": 1, "pool": 4, "power": 0.5},

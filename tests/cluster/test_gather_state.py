@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.checkpoint import folder_of
+from cluster.checkpoints.checkpoint import folder_of
 from cluster.config import RunConfig
 from cluster.watch import TrainingFault
 from simmatch.config import parse

@@ -173,7 +173,7 @@ def test_a_killed_actor_is_named(ray: Any, digits_config: ConfigMaker, tmp_path:
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(GroupFailure) as caught:
             poll_until(group, lambda _: False)
-    assert caught.value.failure.lost
+    assert caught.value.failure.retryable
     assert f"rank 1 (pid {pid} on " in caught.value.failure.message
     assert "rank 0" not in caught.value.failure.message
     assert "\n" not in caught.value.failure.message
@@ -190,7 +190,7 @@ def test_a_stopped_actor_is_named_within_the_heartbeat(ray: Any, digits_config: 
         with pytest.raises(GroupFailure) as caught:
             poll_until(group, lambda _: False)
         waited_s = time.monotonic() - began
-    assert caught.value.failure.lost
+    assert caught.value.failure.retryable
     assert caught.value.failure.message.startswith(f"rank 1 (pid {pid} on ")
     assert caught.value.failure.message.endswith("did not answer within 2 s")
     assert heartbeat_s - 0.1 <= waited_s < heartbeat_s + 5.0  # a poll may just have passed; the machine may be busy
@@ -204,7 +204,7 @@ def test_a_rank_that_keeps_the_others_waiting_is_a_loss(ray: Any, digits_config:
     assert statuses[0].failure is None
     failure = statuses[1].failure
     assert failure is not None
-    assert failure.lost
+    assert failure.retryable
     assert failure.message.startswith("rank 1 of 2 waited for exchange ")
     assert "(limit 3 s)" in failure.message
 
@@ -259,7 +259,7 @@ def test_a_busy_cluster_is_waited_for_and_then_named(ray: Any, digits_config: Co
     finally:
         group.end()
         ray.util.remove_placement_group(blocker)
-    assert caught.value.failure.lost
+    assert caught.value.failure.retryable
 
 
 class Elsewhere(Worker):
@@ -302,7 +302,7 @@ def test_a_rank_that_dies_while_the_others_wait_for_it_is_the_one_named(
     config = digits_config(2, cluster=limits(collective_timeout_s=3.0))
     with pytest.raises(GroupFailure) as caught, started(config, tmp_path, DiesOnJoin):
         pass
-    assert caught.value.failure.lost
+    assert caught.value.failure.retryable
     assert "rank 1 (pid " in caught.value.failure.message
 
 
@@ -336,7 +336,7 @@ def test_a_stopped_holder_of_the_store_is_named_within_the_limit(
         pass
     assert time.monotonic() - began < 5 * limit_s
     failure = caught.value.failure
-    assert failure.lost
+    assert failure.retryable
     assert failure.message.startswith("rank 0 (pid ")
     assert f"did not {verb} within" in failure.message
 
@@ -356,7 +356,7 @@ def test_a_rank_that_cannot_meet_the_others_is_not_waited_for(
     with pytest.raises(GroupFailure) as caught, started(config, tmp_path, FailsOnJoin):
         pass
     assert time.monotonic() - began < 50.0
-    assert not caught.value.failure.lost
+    assert not caught.value.failure.retryable
     message = caught.value.failure.message
     assert message.startswith("rank 1 (pid ")
     assert "could not join the group: ValueError: cluster.interface: expected the interface eth77" in message
@@ -377,7 +377,7 @@ def test_an_actor_that_cannot_be_made_is_a_fault_that_names_its_reason(
         started(digits_config(2, cluster=limits()), tmp_path, FailsToBegin),
     ):
         pass
-    assert not caught.value.failure.lost
+    assert not caught.value.failure.retryable
     expected = r"rank [01] failed: ModuleNotFoundError: No module named 'simmatch'"  # whichever Ray tells of first
     assert re.fullmatch(expected, caught.value.failure.message)
 
@@ -396,7 +396,7 @@ def test_a_lone_rank_that_is_stuck_is_noticed(ray: Any, digits_config: ConfigMak
         waited_s = time.monotonic() - began
     failure = stalled(statuses, limit_s)
     assert failure is not None
-    assert failure.lost
+    assert failure.retryable
     assert failure.message == "rank 0 has not moved for 2 s (layer 0, learn 3/10, exchange 0)"
     assert limit_s <= statuses[0].idle_s < limit_s + 5.0
     assert waited_s < 30.0
@@ -430,7 +430,7 @@ def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -
 )
 def test_who_holds_up_the_rest(statuses: list[Status], expected: str | None) -> None:
     found = stalled(statuses, 8.0)
-    assert found == (None if expected is None else Failure(expected, lost=True))
+    assert found == (None if expected is None else Failure(expected, retryable=True))
 
 
 class Patient(Training):

@@ -8,25 +8,25 @@ import time
 
 import pytest
 
-from cluster.limits import within
+from cluster.limits import run_with_timeout
 from cluster.network import Head, takes_connections
 
 
 def test_a_call_within_its_limit_gives_its_result() -> None:
-    assert within(10.0, "add", lambda: 1 + 1) == 2
-    assert within(10.0, "nothing", lambda: None) is None
+    assert run_with_timeout(10.0, "add", lambda: 1 + 1) == 2
+    assert run_with_timeout(10.0, "nothing", lambda: None) is None
 
 
 def test_what_a_call_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
-        within(10.0, "divide", lambda: 1 / 0)
+        run_with_timeout(10.0, "divide", lambda: 1 / 0)
 
 
 def test_a_call_without_an_end_is_named_at_its_limit() -> None:
     ended = threading.Event()
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"^tell its resources: no answer within 0\.2 s$"):
-        within(0.2, "tell its resources", lambda: ended.wait(30))
+        run_with_timeout(0.2, "tell its resources", lambda: ended.wait(30))
     assert 0.2 <= time.monotonic() - began < 5.0
     ended.set()
 

@@ -12,12 +12,12 @@ import torch
 
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
-from cluster.limits import within
+from cluster.limits import run_with_timeout
 from cluster.lone_work import lone_work
 from cluster.training import Assignment, Training
 from cluster.worker import Outbox, Worker
-from simmatch.exchange import IDENTITY, Exchange
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.exchange import IDENTITY, Exchange
 from tests.exchanges import results
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def stand_still() -> None:
 
 def wait() -> None:
     """For a store, say, with a limit of its own."""
-    within(10.0, "the store", stand_still)
+    run_with_timeout(10.0, "the store", stand_still)
 
 
 def fail() -> None:

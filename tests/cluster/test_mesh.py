@@ -19,17 +19,17 @@ meshes = st.builds(Mesh, channel=extents, data=extents, layer=extents)
 
 @given(meshes)
 def test_ranks_and_coordinates_are_a_bijection(mesh: Mesh) -> None:
-    places = [mesh.coordinates(rank) for rank in range(mesh.world_size)]
+    coordinates = [mesh.coordinates(rank) for rank in range(mesh.world_size)]
     # the oracle is the order of nested loops, data outermost, channel innermost
-    nested = [Coordinates(*place) for place in product(range(mesh.data), range(mesh.layer), range(mesh.channel))]
-    assert places == nested
-    assert [mesh.rank(place) for place in places] == list(range(mesh.world_size))
+    nested = [Coordinates(*indices) for indices in product(range(mesh.data), range(mesh.layer), range(mesh.channel))]
+    assert coordinates == nested
 
 
 @given(meshes, st.integers())
 def test_a_rank_outside_the_mesh_is_refused_with_the_sizes(mesh: Mesh, rank: int) -> None:
     if 0 <= rank < mesh.world_size:
-        assert mesh.rank(mesh.coordinates(rank)) == rank
+        at = mesh.coordinates(rank)
+        assert (at.data * mesh.layer + at.layer) * mesh.channel + at.channel == rank
         return
     with pytest.raises(ValueError, match=rf"from 0 to {mesh.world_size - 1} .* got {rank}$") as caught:
         mesh.coordinates(rank)
@@ -69,9 +69,9 @@ def test_a_bad_mesh_is_refused_by_key_expectation_and_value(
 
 def test_more_shards_than_channels_are_refused_with_all_sizes(digits_config: Callable[..., RunConfig]) -> None:
     config = digits_config(channel=10)
-    assert config.place().world_size == 10  # one channel each is the most
+    assert config.checked_mesh().world_size == 10  # one channel each is the most
     with pytest.raises(ConfigError) as caught:
-        digits_config(channel=11).place()
+        digits_config(channel=11).checked_mesh()
     assert str(caught.value) == ("mesh.channel: expected at most 10, the out_channels of model.layers.0, got 11")
 
 
@@ -79,4 +79,4 @@ def test_the_narrowest_layer_decides(digits_config: Callable[..., RunConfig]) ->
     values = digits_config(channel=5).model_dump(mode="json")
     values["model"]["layers"][1]["out_channels"] = 4
     with pytest.raises(ConfigError, match=r"at most 4, the out_channels of model\.layers\.1, got 5"):
-        parse(RunConfig, values).place()
+        parse(RunConfig, values).checked_mesh()

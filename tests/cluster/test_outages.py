@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 
-import cluster.mlflow_model
 import cluster.notices
-import cluster.sender
+import cluster.tracking.mlflow_model
+import cluster.tracking.sender
 import jobs.sync
-from cluster.mlflow_model import ModelLogger
-from cluster.spool import SPOOL_NAME, Spool
-from cluster.tracking import Status, Tracker, TrackingConfig
+from cluster.tracking.mlflow_model import ModelLogger
+from cluster.tracking.spool import SPOOL_NAME, Spool
+from cluster.tracking.tracker import Status, Tracker, TrackingConfig
 from tests.outages import Outage, Proxy, mlflow_server
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -91,9 +91,9 @@ def client(server: int) -> Any:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter pauses, and a model that takes no seconds to trace: neither is what is tested here."""
-    monkeypatch.setattr(cluster.sender, "BACKOFF_FIRST_S", QUICK_S)
-    monkeypatch.setattr(cluster.sender, "BACKOFF_MOST_S", 8 * QUICK_S)
-    monkeypatch.setattr(cluster.mlflow_model, "_save", save_nothing)
+    monkeypatch.setattr(cluster.tracking.sender, "BACKOFF_FIRST_S", QUICK_S)
+    monkeypatch.setattr(cluster.tracking.sender, "BACKOFF_MOST_S", 8 * QUICK_S)
+    monkeypatch.setattr(cluster.tracking.mlflow_model, "_save", save_nothing)
     monkeypatch.setattr(jobs.sync, "load_exported", no_model)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -21,10 +21,10 @@ from cluster.training import Assignment
 from cluster.watch import TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import DataConfig, DynamicsConfig, ModelConfig, PlasticityConfig, TrainConfig
-from simmatch.data import load_dataset, to_unit
-from simmatch.exchange import IDENTITY, Exchange, Handle, IdentityExchange
+from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.rows import split_rows
+from simmatch.sharding.exchange import IDENTITY, Exchange, Handle, IdentityExchange
+from simmatch.sharding.rows import split_rows
 from tests.exchanges import results
 from tests.faults import FaultPlan, faulty_training
 from tests.reference import nnls_columns
@@ -297,7 +297,7 @@ ConfigMaker = Callable[..., RunConfig]
 
 def run_to_end(ranks: Any, config: RunConfig, run_dir: Path, **options: Any) -> Trained:
     run_dir.mkdir()
-    world_size = config.place().world_size
+    world_size = config.checked_mesh().world_size
     return read(run_dir, results(ranks(train, world_size, config, run_dir, *options.values()))[0])
 
 

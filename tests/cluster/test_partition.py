@@ -24,7 +24,7 @@ import pytest
 
 from cluster.config import RunConfig
 from jobs.benchmarks.links import INTERFACE, Link
-from jobs.benchmarks.report import MissingError
+from jobs.reporting import MissingError
 from tests.cluster.actors import ConfigMaker, assert_gone, assert_parity, lives, model, train
 from tests.cluster.drivers import Driver, environment, longer
 from tests.exchanges import results

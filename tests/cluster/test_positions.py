@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint import FORMAT, Manifest, commit, folder_of
+from cluster.checkpoints.checkpoint import FORMAT, Manifest, commit, folder_of
 from cluster.config import RunConfig
 from cluster.inputs import LayerInputs
 from cluster.training import Assignment, Training
 from cluster.watch import TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import parse
-from simmatch.exchange import IDENTITY, Exchange
 from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.exchange import IDENTITY, Exchange
 from tests.exchanges import results
 
 ConfigMaker = Callable[..., RunConfig]
@@ -62,7 +62,7 @@ def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | N
 
 def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[dict[str, Any]]]:
     run_dir.mkdir(parents=True)
-    return results(ranks(train, config.place().world_size, config, run_dir, resume))
+    return results(ranks(train, config.checked_mesh().world_size, config, run_dir, resume))
 
 
 def exported(run_dir: Path) -> dict[str, Tensor]:

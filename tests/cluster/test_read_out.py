@@ -12,7 +12,7 @@ from cluster.config import RunConfig
 from cluster.training import Assignment, Training
 from cluster.worker import Outbox
 from simmatch import load_model
-from simmatch.exchange import IDENTITY
+from simmatch.sharding.exchange import IDENTITY
 
 
 @pytest.mark.parametrize("readout", ["logistic", "knn"])

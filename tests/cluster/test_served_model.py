@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.mlflow_model import _save, load_exported
+from cluster.tracking.mlflow_model import _save, load_exported
 from simmatch.config import ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
-from cluster.shard_writer import ShardWriter, Snapshot
+from cluster.checkpoints.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
+from cluster.checkpoints.shard_writer import ShardWriter, Snapshot
 from cluster.storage import StorageError
 from cluster.worker import Outbox
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
 
 LAYERS = [LayerState(bound=2.0, ridge=1e-6)]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cluster.storage
-from cluster.checkpoint import (
+from cluster.checkpoints.checkpoint import (
     FORMAT,
     MANIFEST,
     CheckpointError,
@@ -30,7 +30,7 @@ from cluster.checkpoint import (
     read_manifest,
     write_shard,
 )
-from cluster.committer import Committed, Committer
+from cluster.checkpoints.committer import Committed, Committer
 from cluster.storage import (
     AnyPath,
     StorageError,
@@ -39,14 +39,14 @@ from cluster.storage import (
     find,
     is_local,
     locate,
-    persist,
     publish_folder,
     read,
     remove,
+    retry,
     write_whole,
 )
 from simmatch.model import MODEL_FILES
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.rows import Rows, split_rows
 from tests.object_store import BUCKET, ObjectStore, object_store
 
 pytestmark = pytest.mark.timeout(180)
@@ -295,7 +295,7 @@ def test_a_store_that_comes_back_in_time_was_never_away(impatient: None, store: 
     timer = threading.Timer(2.0, store.start)
     timer.start()
     try:
-        manifest = persist(lambda: read_manifest(folder), 60.0)
+        manifest = retry(lambda: read_manifest(folder), 60.0)
         assert manifest.cursor.step == 4
     finally:
         timer.join()
@@ -318,7 +318,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     started = time.monotonic()
     with pytest.raises(StorageError, match="away"):
-        persist(away, 1.2)
+        retry(away, 1.2)
     assert 2 <= len(calls) <= 3
     assert time.monotonic() - started < 10
 
@@ -361,7 +361,7 @@ def test_what_has_to_be_safe_first_comes_first(tmp_path: Path) -> None:
 
 def test_a_commit_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
-    monkeypatch.setattr("cluster.committer.commit", lambda *_: free.wait(60))
+    monkeypatch.setattr("cluster.checkpoints.committer.commit", lambda *_: free.wait(60))
     committer = Committer(tmp_path, keep=1)
     committer.submit(manifest_of(4, 1, []))
     started = time.monotonic()

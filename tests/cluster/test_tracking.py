@@ -23,17 +23,17 @@ import pytest
 import torch
 from torch import nn
 
-import cluster.mlflow_model
 import cluster.notices
-import cluster.sender
-from cluster.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
-from cluster.mlflow_sink import TRUNCATED, _shorten
+import cluster.tracking.mlflow_model
+import cluster.tracking.sender
 from cluster.notices import TELL_AFTER_S, Notices
 from cluster.redaction import redact
-from cluster.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
-from cluster.spool import Event, Progress, Spool, SpoolBusyError
-from cluster.tracking import Tracker, TrackingConfig, flatten, resolve_uri
-from cluster.tracking_uri import check_uri, sqlite_uri
+from cluster.tracking.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
+from cluster.tracking.mlflow_sink import TRUNCATED, _shorten
+from cluster.tracking.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
+from cluster.tracking.spool import Event, Progress, Spool, SpoolBusyError
+from cluster.tracking.tracker import Tracker, TrackingConfig, flatten, resolve_uri
+from cluster.tracking.uri import check_uri, sqlite_uri
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
 
@@ -182,7 +182,7 @@ def test_a_doubtful_refusal_has_to_be_repeated(
     refusals: int, rejected: int, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each attempt tries the events together, then alone."""
-    monkeypatch.setattr("cluster.sender.BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr("cluster.tracking.sender.BACKOFF_FIRST_S", 0.01)
     fill(spool, ["start", "metrics"])
     sink = ScriptedSink([RejectedError("404 of a gateway", certain=False)] * refusals)
     sender = send_all(spool, sink)
@@ -542,7 +542,7 @@ def test_of_two_models_of_one_key_the_finished_one_is_linked(
 ) -> None:
     """One was made by a request that came late; a link to the other may be under way already."""
     for name in ("_save", "_name"):
-        monkeypatch.setattr(cluster.mlflow_model, name, lambda *_: None)
+        monkeypatch.setattr(cluster.tracking.mlflow_model, name, lambda *_: None)
     models = [
         SimpleNamespace(model_id=name, status="READY" if name == ready else "PENDING", tags={MODEL_KEY_TAG: "key"})
         for name in ("a", "b")
@@ -685,7 +685,7 @@ def test_nothing_is_passed_over_while_the_run_is_deleted(
 ) -> None:
     """It is told, kept, and sent once the run is back."""
     monkeypatch.setattr(cluster.notices, "TELL_AFTER_S", 0.0)
-    monkeypatch.setattr(cluster.sender, "BACKOFF_FIRST_S", 0.02)
+    monkeypatch.setattr(cluster.tracking.sender, "BACKOFF_FIRST_S", 0.02)
     lines: list[str] = []
     tracker = Tracker(tmp_path / "run", config_of(store, f"without {what}"))
     tracker.announce_to(lines.append)
@@ -758,7 +758,7 @@ def test_runs_the_server_does_not_know_are_looked_for_again(store: Path, tmp_pat
 def test_a_job_prints_nothing_of_mlflow_and_leaves_nothing_behind(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys\n"
-        "from cluster.tracking import Tracker, TrackingConfig\n"
+        "from cluster.tracking.tracker import Tracker, TrackingConfig\n"
         "assert 'mlflow' not in sys.modules\n"
         "tracker = Tracker(pathlib.Path(sys.argv[1]), TrackingConfig())\n"
         "tracker.start('run', layers=1)\n"

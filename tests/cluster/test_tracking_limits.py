@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-import cluster.spool
-import cluster.spool_writer
-from cluster.sender import MOST_STALLED, Sender
-from cluster.spool import Event, Progress, Spool
-from cluster.spool_writer import LOST_TAG
-from cluster.tracking import Tracker, TrackingConfig
+import cluster.tracking.spool
+import cluster.tracking.spool_writer
+from cluster.tracking.sender import MOST_STALLED, Sender
+from cluster.tracking.spool import Event, Progress, Spool
+from cluster.tracking.spool_writer import LOST_TAG
+from cluster.tracking.tracker import Tracker, TrackingConfig
 from tests.outages import Outage, Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,8 +152,8 @@ class Stuck:
 
 def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records wait in memory, so many at most; a person is told once; when it answers again all is in order."""
-    monkeypatch.setattr(cluster.spool_writer, "KEPT_EVENTS", 10)
-    monkeypatch.setattr(cluster.spool_writer, "TELL_AFTER_S", 0.1)
+    monkeypatch.setattr(cluster.tracking.spool_writer, "KEPT_EVENTS", 10)
+    monkeypatch.setattr(cluster.tracking.spool_writer, "TELL_AFTER_S", 0.1)
     told: list[str] = []
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False, timeout_s=0.2))
     tracker.start("run", layers=1)
@@ -254,7 +254,7 @@ def test_the_process_ends_at_once(name: str, tmp_path: Path) -> None:
     """No thread that hangs holds it back."""
     code = (
         "import pathlib, sys, time\n"
-        "from cluster.tracking import Tracker, TrackingConfig\n"
+        "from cluster.tracking.tracker import Tracker, TrackingConfig\n"
         "import mlflow.store.tracking.rest_store\n"
         "config = TrackingConfig(uri=sys.argv[2], flush_s=0.2, timeout_s=1.0)\n"
         "tracker = Tracker(pathlib.Path(sys.argv[1]), config)\n"
@@ -327,7 +327,7 @@ def test_a_request_that_never_ends_is_given_up(spool: Spool) -> None:
 
 
 def test_few_threads_hang_at_a_time(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.sender.BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr("cluster.tracking.sender.BACKOFF_FIRST_S", 0.01)
     sink = StuckSink(stuck=1000)
     sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened, stalled_s=0.04)
     sender.close(2.0)
@@ -392,7 +392,7 @@ def test_a_full_disk_costs_nothing_when_it_passes(tmp_path: Path) -> None:
 
 
 def test_a_disk_full_for_long_costs_the_oldest_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.spool_writer, "KEPT_EVENTS", 10)
+    monkeypatch.setattr(cluster.tracking.spool_writer, "KEPT_EVENTS", 10)
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False))
     tracker.start("run", layers=1)
     path = tmp_path / "run" / "events.jsonl"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import jobs.sync
-from cluster.checkpoint import (
+from cluster.checkpoints.checkpoint import (
     DIGEST,
     FORMAT,
     MANIFEST,
@@ -30,15 +30,15 @@ from cluster.checkpoint import (
     read_manifest,
     write_shard,
 )
-from cluster.events import MOST_LAYERS, checked, open_inside
-from cluster.mlflow_sink import MlflowSink, _folder_name
-from cluster.sender import RejectedError
-from cluster.spool import LONGEST_LINE_BYTES, Event, Progress, Spool
 from cluster.summary import Record
-from cluster.tracking import Tracker, TrackingConfig
+from cluster.tracking.events import MOST_LAYERS, checked, open_inside
+from cluster.tracking.mlflow_sink import MlflowSink, _folder_name
+from cluster.tracking.sender import RejectedError
+from cluster.tracking.spool import LONGEST_LINE_BYTES, Event, Progress, Spool
+from cluster.tracking.tracker import Tracker, TrackingConfig
 from simmatch.config import ConfigError
 from simmatch.files import PARTIAL, write_whole
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
 
 START = {
     "kind": "start", "time_ms": 1, "run_key": "0" * 32, "attempt": 1, "name": "run", "experiment": "simmatch",

@@ -23,12 +23,12 @@ from jobs.benchmarks.learning import RATES, edges
 from jobs.benchmarks.limits import step_memory
 from jobs.benchmarks.memory import peak_allocated_bytes, peak_resident_bytes
 from jobs.benchmarks.problems import Problem, Recipe, trained_problem
-from jobs.benchmarks.report import Report, hardware, plain
 from jobs.benchmarks.rivals import LeastSquares, nnls, tuned_descent
 from jobs.benchmarks.timing import MIN_ROUNDS, Spread, Timings, alternate
+from jobs.reporting import Report, hardware, plain
 from simmatch.config import DataConfig
-from simmatch.data import Dataset, load_dataset
-from simmatch.dynamics import Dynamics
+from simmatch.data.sources import Dataset, load_dataset
+from simmatch.solvers.dynamics import Dynamics
 from tests.reference import nnls_columns, projected_gradient, random_drive, random_lateral, relative_residual
 
 # -- timing ------------------------------------------------------------------------------------------------------------

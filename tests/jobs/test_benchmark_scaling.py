@@ -20,10 +20,10 @@ from jobs.benchmarks.cells import Cell, draw_map, draw_ratios
 from jobs.benchmarks.links import NAMESPACES, Link, ended_by_signal
 from jobs.benchmarks.network import PLAIN, ways
 from jobs.benchmarks.processes import Group, Host, Member, RankFailed
-from jobs.benchmarks.report import MissingError
 from jobs.benchmarks.timing import Timings
 from jobs.benchmarks.updates import Compared, exchanges, modes
-from simmatch.block import TAIL
+from jobs.reporting import MissingError
+from simmatch.solvers.block import TAIL
 
 CHANNELS, PADDED, PATCH, PIXELS = 7, 4, 25, 64
 """7 channels on 2 ranks: slices are padded to 4 rows. 5 × 5 patches, as many columns as an 8 × 8 image has pixels."""

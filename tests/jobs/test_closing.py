@@ -18,22 +18,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import cluster.tracking
+import cluster.tracking.tracker
 import jobs.closing
 import jobs.pretrain
 from cluster.config import RunConfig
 from cluster.controller import RunFailed, RunStopped
-from cluster.mlflow_model import ModelLogger
 from cluster.storage import StorageError
 from cluster.summary import Record
-from cluster.tracking import Tracker
+from cluster.tracking.mlflow_model import ModelLogger
+from cluster.tracking.tracker import Tracker
 from jobs.closing import Closing, lines_of
 from jobs.display import JobDisplay
 from jobs.ending import asking_to_end
 from jobs.pretrain import Job
 from jobs.ray_session import own_signals
 from jobs.run_directory import choose
-from simmatch.data import Dataset
+from simmatch.data.sources import Dataset
 from simmatch.model import Stack, save_model
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -111,7 +111,7 @@ def test_a_signal_ends_the_wait_for_mlflow(
 ) -> None:
     """A finished run stays one: its summary and its table were there before the wait."""
     job = make_job(f"tracking.uri={hanging}", "tracking.timeout_s=30")
-    monkeypatch.setattr(cluster.tracking, "HURRY_S", 0.1)
+    monkeypatch.setattr(cluster.tracking.tracker, "HURRY_S", 0.1)
     whole, before = Tracker.close, {}
 
     def close(tracker: Tracker) -> int:

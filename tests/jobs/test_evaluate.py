@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from cluster.tracking import Tracker, TrackingConfig
+from cluster.tracking.tracker import Tracker, TrackingConfig
 from jobs.evaluate import main
 from jobs.evaluation.config import read
 from jobs.evaluation.features import StackFeatures
@@ -27,8 +27,8 @@ from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
 from jobs.evaluation.side_by_side import _prepared
 from jobs.options import read_yaml
 from simmatch.config import ConfigError, DataConfig
-from simmatch.data import Dataset, load_dataset
-from simmatch.formats import DataError
+from simmatch.data.formats import DataError
+from simmatch.data.sources import Dataset, load_dataset
 from simmatch.model import InputConfig
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "evaluate_digits.yaml"

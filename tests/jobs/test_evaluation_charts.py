@@ -28,7 +28,7 @@ from jobs.evaluation.charts import (
 from jobs.evaluation.results import Result
 from jobs.evaluation.summaries import Summary, summarise
 from simmatch.config import ModelConfig, parse
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import InputConfig, Stack
 
 

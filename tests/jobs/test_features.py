@@ -12,7 +12,7 @@ from jobs.evaluation import features
 from jobs.evaluation.features import FeatureRow, Pixels, Plan, View
 from jobs.evaluation.material import Labelled, Material
 from jobs.evaluation.networks import NETWORKS
-from simmatch.data import Dataset
+from simmatch.data.sources import Dataset
 from simmatch.seeding import seeded
 
 PLAN = Plan((5, None), tuning_images=200, corrupted_images=0, outlier_shares=(0.5,), outlier_images=100)

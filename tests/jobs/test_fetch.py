@@ -13,8 +13,8 @@ import pytest
 
 import jobs.fetch
 from simmatch.config import DataConfig
-from simmatch.data import load_dataset
-from simmatch.formats import DataError
+from simmatch.data.formats import DataError
+from simmatch.data.sources import load_dataset
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

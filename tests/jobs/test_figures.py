@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import jobs.figures
 from jobs.figures import PANELS, filters, input_filters, preferred_images, training_curves
 from simmatch.config import ModelConfig, parse
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import InputConfig, Stack
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from cluster.tracking import Tracker, TrackingConfig
+from cluster.tracking.tracker import Tracker, TrackingConfig
 from jobs import finetune
 from jobs.evaluation import finetuning, finetuning_table
 from jobs.evaluation.finetuning import STARTS, Contest, FinetuneConfig, Outcome, Outcomes, Settings, StartName
@@ -22,7 +22,7 @@ from jobs.evaluation.identity import begun, keep
 from jobs.evaluation.material import Material
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
-from simmatch.data import load_dataset
+from simmatch.data.sources import load_dataset
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "finetune_digits.yaml"
 

@@ -19,7 +19,7 @@ from jobs.evaluation.readouts import accuracy_of, choose_ridge
 from jobs.evaluation.rivals import RIVALS
 from jobs.evaluation.stacks import StackLearner, unseen
 from simmatch.config import ModelConfig, parse
-from simmatch.data import Dataset
+from simmatch.data.sources import Dataset
 
 SEEDS = (0, 1, 2)
 SUBSETS = 10

@@ -26,9 +26,9 @@ from jobs.evaluation.backprop import (
 )
 from jobs.evaluation.lenet import ContrastConv2d, LeNet, Plan, initialise
 from jobs.evaluation.material import Labelled
-from simmatch.data import Dataset, to_unit
+from simmatch.data.order import stratified_subset
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import explicit, prepare
-from simmatch.order import stratified_subset
 from simmatch.readout import accuracy
 from simmatch.seeding import seeded
 

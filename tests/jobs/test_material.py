@@ -7,7 +7,7 @@ import torch
 
 from jobs.evaluation.material import Material, resized, with_outliers
 from simmatch.config import ConfigError
-from simmatch.data import Dataset
+from simmatch.data.sources import Dataset
 from simmatch.model import InputConfig
 
 

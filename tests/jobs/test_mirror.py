@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from cluster.config import RunConfig, public
-from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Spool, SpoolBusyError
 from cluster.storage import AnyPath, StorageError, locate, read, write_whole
+from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Spool, SpoolBusyError
 from jobs.mirror import Mirror
 from jobs.run_directory import choose
 from simmatch.config import ConfigError
@@ -142,7 +142,7 @@ def test_a_run_directory_by_uri(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     start = choose(make_config(), str(place), "auto")
-    assert (str(start.place), start.resume) == (str(place), None)
+    assert (str(start.destination), start.resume) == (str(place), None)
     assert start.run_dir.parent == tmp_path / "runs" / "remote"
     assert not (tmp_path / "runs").exists()  # choosing makes nothing
     write_whole(place / "config.yaml", yaml.safe_dump(public(make_config())).encode())
@@ -150,7 +150,7 @@ def test_a_run_directory_by_uri(
     with pytest.raises(ConfigError, match="was made by another configuration: seed: expected 0, got 1"):
         choose(make_config("seed=1"), str(place), "auto")
     write_whole(place / "summary.json", b'{"status": "FINISHED"}')
-    assert str(choose(make_config(), str(place), "auto").place) == f"{place}-2"
+    assert str(choose(make_config(), str(place), "auto").destination) == f"{place}-2"
 
 
 @pytest.mark.parametrize(

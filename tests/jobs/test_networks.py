@@ -10,7 +10,7 @@ from jobs.evaluation.backprop import TrainSettings
 from jobs.evaluation.features import Plan
 from jobs.evaluation.material import Material
 from jobs.evaluation.networks import NETWORKS
-from simmatch.data import Dataset
+from simmatch.data.sources import Dataset
 
 PLAN = Plan((5, None), tuning_images=100, corrupted_images=20, outlier_shares=(0.5,), outlier_images=100)
 USELESS, USEFUL = TrainSettings(lr=1e-7, least_steps=20, epochs=1), TrainSettings(lr=3e-3, least_steps=80, epochs=3)

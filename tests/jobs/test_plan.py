@@ -15,9 +15,9 @@ from cluster.config import RunConfig
 from cluster.training import source_of
 from jobs.plan import plan_layers, print_plan
 from simmatch.config import parse
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import Stack, build_layer, layer_inputs
-from simmatch.rows import split_rows
+from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
 
 MakeConfig = Callable[..., RunConfig]

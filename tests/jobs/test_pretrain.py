@@ -27,13 +27,13 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 import jobs.pretrain
-from cluster.checkpoint import Reader, newest_good, read_manifest
+from cluster.checkpoints.checkpoint import Reader, newest_good, read_manifest
 from cluster.config import RunConfig
 from cluster.cpus import allowed_cpus
 from jobs.run_directory import choose
 from simmatch import load_model
 from simmatch.config import parse
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

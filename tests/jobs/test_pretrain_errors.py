@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import jobs.pretrain
-from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, write_shard
+from cluster.checkpoints.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, write_shard
 from cluster.config import RunConfig
-from simmatch.data import Dataset
-from simmatch.rows import split_rows
+from simmatch.data.sources import Dataset
+from simmatch.sharding.rows import split_rows
 from tests.image_files import IDX_FILES, idx_bytes
 
 Refuse = Callable[..., str]

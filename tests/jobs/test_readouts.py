@@ -24,7 +24,7 @@ from jobs.evaluation.readouts import (
     ridge_path,
     scaling_of,
 )
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 
 
 def problem(images: int, size: int = 30, classes: int = 4) -> tuple[Tensor, Tensor]:

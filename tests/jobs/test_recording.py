@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.mlflow_model import ModelLogger
-from cluster.tracking import Tracker, TrackingConfig
+from cluster.tracking.mlflow_model import ModelLogger
+from cluster.tracking.tracker import Tracker, TrackingConfig
 from jobs.recording import facts, said
 from tests.outages import Outage, Proxy
 

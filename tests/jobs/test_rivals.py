@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.benchmarks.authors import RATE, TAU
-from jobs.benchmarks.report import MissingError
 from jobs.evaluation.interface import Shape
 from jobs.evaluation.rivals import RIVALS, Rival, autoencoder, nmf, patches, pynsm
 from jobs.evaluation.rivals.autoencoder import Autoencoder, AutoencoderSettings, Coder
@@ -30,9 +29,10 @@ from jobs.evaluation.rivals.nonnegative import mean_iterations
 from jobs.evaluation.rivals.pynsm import Pynsm, PynsmSettings
 from jobs.evaluation.rivals.random_filters import Random, RandomSettings
 from jobs.evaluation.rivals.visits import Visits
-from simmatch.data import Dataset, to_unit
+from jobs.reporting import MissingError
+from simmatch.data.order import epoch_order
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import PatchConfig
-from simmatch.order import epoch_order
 from tests.reference import (
     inverse_root,
     nnls_columns,

@@ -1,4 +1,4 @@
-"""Where a run goes: each rule of `--run-dir` and `--resume`, with checkpoints written by cluster.checkpoint."""
+"""Where a run goes: each rule of `--run-dir` and `--resume`, with real checkpoints."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from cluster.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, folder_of, write_shard
+from cluster.checkpoints.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, folder_of, write_shard
 from cluster.config import RunConfig
 from jobs.run_directory import Start, as_begun, choose, default_root
 from simmatch.config import ConfigError
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -15,10 +15,10 @@ from cluster.training import Assignment, Training
 from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ModelConfig, parse
-from simmatch.data import Dataset, to_unit
-from simmatch.exchange import IDENTITY
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, pooled
+from simmatch.sharding.exchange import IDENTITY
 
 SOURCE = InputConfig(in_channels=1, height=8, width=8, num_classes=10)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import jobs.sync
-from cluster.spool import Spool
-from cluster.tracking import Tracker, TrackingConfig, make_sender
+from cluster.tracking.spool import Spool
+from cluster.tracking.tracker import Tracker, TrackingConfig, make_sender
 from jobs.sync import main
 from tests.outages import Outage, Proxy
 

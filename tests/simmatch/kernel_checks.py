@@ -14,11 +14,11 @@ from torch import Tensor
 
 from simmatch import kernels
 from simmatch.config import DynamicsConfig
-from simmatch.dynamics import Dynamics
 from simmatch.kernels import certificate, coordinate, gradient, reference
 from simmatch.kernels.system import System
-from simmatch.lateral import certify_afresh
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import certify_afresh
+from simmatch.solvers.dynamics import Dynamics
 from tests.reference import random_drive, random_lateral
 
 SOLVERS = ("accelerated", "coordinate_descent")

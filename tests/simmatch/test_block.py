@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simmatch.block import Blocks, BlockTile, bound_of_block, iterate_block
 from simmatch.config import DynamicsConfig
-from simmatch.exchange import IDENTITY
-from simmatch.lateral import SharedFault, certify_afresh
-from simmatch.packing import Packing
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.exchange import IDENTITY
+from simmatch.sharding.packing import Packing
+from simmatch.sharding.rows import Rows, split_rows
+from simmatch.solvers.block import Blocks, BlockTile, bound_of_block, iterate_block
+from simmatch.solvers.bound import SharedFault, certify_afresh
 from tests.blocks import solve_blocks
 from tests.exchanges import results, run_owners
 from tests.reference import nnls_columns, random_drive, random_lateral, relative_residual

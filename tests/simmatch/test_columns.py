@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmatch.columns import Touched, split_columns
 from simmatch.geometry import PatchConfig, correlate, draw_positions, drive, prepare
+from simmatch.sharding.columns import Touched, split_columns
 
 
 @given(total=st.integers(1, 10_000), parts=st.integers(1, 40))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.coordinate import CHUNK, LANES, CoordinateDescent
-from simmatch.dynamics import Dynamics
-from simmatch.lateral import SharedFault, certify_afresh
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.quadratic import ConvergenceWarning, solve
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.rows import Rows, split_rows
+from simmatch.solvers.bound import SharedFault, certify_afresh
+from simmatch.solvers.coordinate import CHUNK, LANES, CoordinateDescent
+from simmatch.solvers.dynamics import Dynamics
+from simmatch.solvers.quadratic import ConvergenceWarning, solve
 from tests.exchanges import results, run_owners
 from tests.reference import nnls_columns, random_drive, random_lateral, relative_residual
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import PatchConfig, Whitening, correlate, draw_positions, drive, explicit, prepare
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.seeding import seeded

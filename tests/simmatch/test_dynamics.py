@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
-from simmatch.dynamics import Dynamics, unrolled
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import PatchConfig, drive, prepare
-from simmatch.lateral import certify_afresh
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.quadratic import ConvergenceWarning, solve
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import certify_afresh
+from simmatch.solvers.dynamics import Dynamics, unrolled
+from simmatch.solvers.quadratic import ConvergenceWarning, solve
 from tests.reference import (
     accelerated,
     nnls_columns,

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simmatch.config import PlasticityConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.encoder import Agreement, Encoder, agreement, compare, feedforward_encoder, feedforward_filter
 from simmatch.encoder import match as fit
 from simmatch.geometry import Whitening, explicit, transform
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.rows import split_rows
+from simmatch.sharding.rows import split_rows
 from tests.reference import nnls_columns, patch_matrix, random_lateral
 
 MATCHED = 1e-3

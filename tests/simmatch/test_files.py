@@ -115,9 +115,12 @@ def test_there_is_one_way_to_write_a_file() -> None:
     allowed = {
         ("simmatch/files.py", 'partial.open("xb")'),
         ("cluster/storage.py", "path.write_bytes(whole)"),  # an object store takes whole files only
-        ("cluster/mlflow_sink.py", "named.write_bytes(source.read(LARGEST_ARTIFACT))"),  # in a temporary folder
-        ("cluster/spool.py", 'self.path.open("a+b", buffering=0)'),  # grows line by line
-        ("jobs/benchmarks/report.py", 'self.path.open("a", encoding="utf-8")'),
+        (
+            "cluster/tracking/mlflow_sink.py",
+            "named.write_bytes(source.read(LARGEST_ARTIFACT))",
+        ),  # temporary
+        ("cluster/tracking/spool.py", 'self.path.open("a+b", buffering=0)'),  # grows line by line
+        ("jobs/reporting.py", 'self.path.open("a", encoding="utf-8")'),
         ("jobs/program.py", 'open(os.devnull, "w")'),
         ("jobs/benchmarks/memory.py", 'Path("/proc/self/clear_refs").write_text("5")'),
     }

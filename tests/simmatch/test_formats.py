@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simmatch.formats import DataError, read_cifar_batch, read_idx
+from simmatch.data.formats import DataError, read_cifar_batch, read_idx
 from tests.image_files import IDX_FILES, cifar_arrays, idx_bytes, python2_batch, write_mnist
 
 # -- IDX ---------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import PatchConfig, Whitening, correlate, drive, prepare, sample_patches, transform, zca
 from tests.reference import inverse_root, normalised, patch_matrix
 

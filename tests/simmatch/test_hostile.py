@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from simmatch.config import DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
-from simmatch.coordinate import CHUNK, CoordinateDescent
-from simmatch.lateral import SharedFault, certify_afresh
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Outputs, Stack
-from simmatch.quadratic import solve
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.rows import Rows, split_rows
+from simmatch.solvers.bound import SharedFault, certify_afresh
+from simmatch.solvers.coordinate import CHUNK, CoordinateDescent
+from simmatch.solvers.quadratic import solve
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.reference import random_lateral
 
@@ -286,7 +286,7 @@ def test_an_owner_whose_new_weights_are_not_finite_keeps_all_from_changing() -> 
             statistics.yx.fill_(torch.inf)
         before = state_of(layer)
         with pytest.raises(SharedFault, match="non-finite feedforward or label weights on rank 1"):
-            layer.apply(statistics)
+            layer.update(statistics)
         return unchanged(layer, before)
 
     assert results(run_owners(3, program)) == [True] * 3
@@ -453,7 +453,7 @@ def test_what_surrounds_a_call_changes_no_bit(surrounded: Callable[[], Any], sol
         for _ in range(3):
             layer.partial_fit(x, labels)
         y = layer.solve(x, labels).y
-        layer.apply(layer.statistics(x, y, labels))
+        layer.update(layer.statistics(x, y, labels))
         layer.recertify()
         assert 0.0 <= layer.objective(x, y.transpose(0, 1).flatten(1), labels) <= 2.0
         return y, layer.drive(x), layer(x), *layer.buffers()
@@ -610,12 +610,12 @@ def test_activities_and_statistics_of_another_layer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^activities: expected torch.float32.*got torch.float64$"):
         layer.statistics(X, layer(X).double())
     with pytest.raises(ValueError, match=r"^statistics: expected yx \[8, 1, 3, 3\], got \[7, 1, 3, 3\]$"):
-        layer.apply(other.statistics(X, other(X)))
+        layer.update(other.statistics(X, other(X)))
     nothing = layer.statistics(X[:0], layer(X[:0]))
     with pytest.raises(ValueError, match=r"^statistics: expected sums over at least one column, got a count of 0$"):
-        layer.apply(nothing)
+        layer.update(nothing)
     assert unchanged(layer, before)
-    layer.apply(layer.statistics(X, layer(X)) + nothing)  # nothing adds nothing
+    layer.update(layer.statistics(X, layer(X)) + nothing)  # nothing adds nothing
     assert layer.updates == 1
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.dynamics import Dynamics, Solution
-from simmatch.lateral import certify_afresh
-from simmatch.rows import Rows, split_rows
-from simmatch.tile import TAIL
+from simmatch.sharding.rows import Rows, split_rows
+from simmatch.solvers.bound import certify_afresh
+from simmatch.solvers.dynamics import Dynamics, Solution
+from simmatch.solvers.tile import TAIL
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.reference import random_drive, random_lateral, relative_residual
 

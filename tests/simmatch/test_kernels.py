@@ -14,11 +14,11 @@ import torch
 
 from simmatch import kernels
 from simmatch.config import DynamicsConfig
-from simmatch.dynamics import Dynamics
 from simmatch.kernels import reference
 from simmatch.kernels.system import System
-from simmatch.lateral import SharedFault, certify_afresh
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import SharedFault, certify_afresh
+from simmatch.solvers.dynamics import Dynamics
 from tests.reference import random_drive, random_lateral
 
 ROOT = Path(__file__).parents[2]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.data import Dataset, to_unit
-from simmatch.dynamics import Dynamics, Solution
-from simmatch.lateral import SharedFault, certify, certify_afresh, raise_shared
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.rows import Rows, split_rows
+from simmatch.solvers.bound import SharedFault, certify, certify_afresh, raise_shared
+from simmatch.solvers.dynamics import Dynamics, Solution
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.reference import random_drive, random_lateral, relative_residual
 

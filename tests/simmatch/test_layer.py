@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.labels import UNLABELLED
-from simmatch.lateral import SharedFault
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.rows import split_rows
+from simmatch.sharding.rows import split_rows
+from simmatch.solvers.bound import SharedFault
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.reference import nnls_columns, normalised, patch_matrix, random_lateral
 
@@ -136,7 +136,7 @@ def test_partial_fit_is_solve_statistics_apply(digits: Dataset) -> None:
         solution = whole.partial_fit(images, labels)
         y = parts.solve(images, labels)
         assert torch.equal(solution.y, y.y.transpose(0, 1).flatten(1))
-        parts.apply(parts.statistics(images, y.y, labels))
+        parts.update(parts.statistics(images, y.y, labels))
         for name in (*BUFFERS, "updates", "silent"):
             assert torch.equal(whole.get_buffer(name), parts.get_buffer(name))
     assert whole.updates == 5

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import simmatch
 from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig, parse
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import InputConfig, Outputs, Stack, layer_inputs, load_model, save_model
 
 SOURCE = InputConfig(in_channels=1, height=8, width=8, num_classes=10)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.labels import one_hot
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.objective import similarity_objective, worse_than_silence

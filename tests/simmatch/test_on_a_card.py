@@ -10,12 +10,12 @@ import torch
 
 from simmatch import kernels, solve
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
-from simmatch.exchange import IdentityExchange
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.kernels import reference
-from simmatch.lateral import SharedFault
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.precision import exact_float32
+from simmatch.sharding.exchange import IdentityExchange
+from simmatch.solvers.bound import SharedFault
 from tests.reference import random_drive, random_lateral
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")

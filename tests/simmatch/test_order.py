@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simmatch.order import Batches, batch_indices, epoch_order, steps_per_epoch, stratified_subset
+from simmatch.data.order import Batches, batch_indices, epoch_order, steps_per_epoch, stratified_subset
 
 
 def test_epoch_order_is_a_pure_permutation():

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.plasticity import Statistics, Weights, class_frequency_change, learning_rate, similarity_matching
-from simmatch.rows import split_rows
+from simmatch.sharding.rows import split_rows
 from tests.reference import random_lateral
 
 K, CLASSES = 6, 3
@@ -142,8 +142,8 @@ def test_half_batches_of_a_layer_add_up(digits: Dataset) -> None:
         layer.calibrate(images)
     y = whole.solve(images, labels).y
     parts = [halves.statistics(images[part], y[part], labels[part]) for part in (slice(11), slice(11, None))]
-    halves.apply(parts[0] + parts[1])
-    whole.apply(whole.statistics(images, y, labels))
+    halves.update(parts[0] + parts[1])
+    whole.update(whole.statistics(images, y, labels))
     for name in ("feedforward", "lateral", "label", "class_frequency"):
         # sums over 480 columns in another order
         torch.testing.assert_close(halves.get_buffer(name), whole.get_buffer(name), rtol=1e-12, atol=1e-12)

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.readout import READOUTS, Ridge, accuracy, decode, fit_readout
 from simmatch.seeding import seeded

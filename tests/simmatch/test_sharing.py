@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
-from simmatch.data import Dataset, to_unit
+from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import draw_positions
-from simmatch.lateral import SharedFault
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.record import Record, measure
-from simmatch.rows import split_rows
+from simmatch.sharding.rows import split_rows
+from simmatch.solvers.bound import SharedFault
 from tests.exchanges import ThreadExchange, results, run_owners
 
 CHANNELS = 10  # on 3 owners 4, 3, 3

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from simmatch import DynamicsConfig, solve
-from simmatch.dynamics import Dynamics
-from simmatch.lateral import certify_afresh
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import certify_afresh
+from simmatch.solvers.dynamics import Dynamics
 
 MAX_ITERATIONS = 10_000
 """In units of K moves of a channel; a limit nothing should meet."""

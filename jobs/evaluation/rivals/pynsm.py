@@ -17,12 +17,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jobs.benchmarks.authors import AUTHORS_ITERATIONS, CHANNELS, RATE, TAU, Authors, State
-from jobs.benchmarks.report import MissingError
 from jobs.evaluation.interface import Cost
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
 from jobs.evaluation.rivals.patches import Preprocessing, View, fitted
 from jobs.evaluation.rivals.visits import Visits
+from jobs.reporting import MissingError
 
 VISITS = Visits(images=100, columns=5000, updates=400, passes=3)
 """6 images an update at the 784 positions of 28 × 28 images: 2,400 images. Learning takes some 50 ms an image of these

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simmatch.order import epoch_order
+from simmatch.data.order import epoch_order
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Tracking, as the controller sees it: every call writes a line to the run's spool and returns at once.
 
-A background thread ships the spool to MLflow (`cluster.sender`, `cluster.mlflow_sink`). Training waits for it
-nowhere; a server that is away, slow or gone costs nothing but the delay. What was not sent when the job ends is
-sent by `python -m jobs.sync RUN_DIR`. A disk that is full or gone costs records, not the run.
+A background thread ships the spool to MLflow (`cluster.tracking.sender`, `cluster.tracking.mlflow_sink`). Training
+never waits for it; a server that is away, slow or gone costs only delay. What was not sent when the job ends is sent by
+`python -m jobs.sync RUN_DIR`. A disk that is full or gone costs records, not the run.
 
 These calls are the controller's, in the job's own process. Ranks train in other processes and never come here: they
 hand events to the controller, see `cluster.report`.
@@ -26,14 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.events import sound
-from cluster.mlflow_session import mlflow_settings, open_sink
-from cluster.mlflow_sink import PARENT, LogModel
 from cluster.redaction import HIDDEN, Redactor, redact
-from cluster.sender import STALLED_S, Sender
-from cluster.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
-from cluster.spool_writer import SpoolWriter
-from cluster.tracking_uri import URI_VARIABLE, check_uri, sqlite_uri
+from cluster.tracking.events import sound
+from cluster.tracking.mlflow_session import mlflow_settings, open_sink
+from cluster.tracking.mlflow_sink import PARENT, LogModel
+from cluster.tracking.sender import STALLED_S, Sender
+from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
+from cluster.tracking.spool_writer import SpoolWriter
+from cluster.tracking.uri import URI_VARIABLE, check_uri, sqlite_uri
 from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
 
 HURRY_S = 2.0
@@ -75,7 +75,7 @@ class Tracker:
     config
         Where to send. A URI MLflow cannot have is refused here, before anything starts.
     log_model
-        Logs an exported model, see `cluster.mlflow_model`; None leaves models out of MLflow.
+        Logs an exported model, see `cluster.tracking.mlflow_model`; None leaves models out of MLflow.
     held
         Whether records are sent only once they are where another machine finds them, see `release`.
 

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from cluster.events import sound
 from cluster.notices import SILENCE_S, Notices
-from cluster.spool import Event, Progress, Spool
+from cluster.tracking.events import sound
+from cluster.tracking.spool import Event, Progress, Spool
 from simmatch.documents import shortened
 
 BATCH_EVENTS = 500

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from simmatch.config import ConfigError, DataConfig
-from simmatch.formats import DataError, read_cifar_batch, read_idx
+from simmatch.data.formats import DataError, read_cifar_batch, read_idx
 
 
 class DataNotFoundError(DataError):

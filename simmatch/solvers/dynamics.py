@@ -21,8 +21,8 @@ Residual of a column: max_i |min(M_ii y_i, (M y − d)_i)| / max|d|, zero exactl
 
 Sources: Pehlevan & Chklovskii, "Neuroscience-inspired online unsupervised learning algorithms" (2019), for the
 dynamics; Nesterov (1983); O'Donoghue & Candès, "Adaptive restart for accelerated gradient schemes" (2015).
-A new first-order solver is a step rule and a momentum rule: see `simmatch.tile.SOLVERS`. Where one place holds all
-channels and nothing has to be exchanged, `simmatch.coordinate` solves columns one by one instead.
+A new first-order solver is a step rule and a momentum rule: see `simmatch.solvers.tile.SOLVERS`. Where one process
+holds all channels and nothing has to be exchanged, `simmatch.solvers.coordinate` solves columns one by one instead.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ import torch
 from torch import Tensor
 
 from simmatch import kernels
-from simmatch.block import Blocks, BlockTile, iterate_block
 from simmatch.config import DynamicsConfig
-from simmatch.exchange import IDENTITY, Exchange, Handle
-from simmatch.lateral import Bound, raise_shared
-from simmatch.pool import Pool
-from simmatch.rows import Rows, join_rows
-from simmatch.tile import SOLVERS, Folded, Tile, iterate
+from simmatch.sharding.exchange import IDENTITY, Exchange, Handle
+from simmatch.sharding.rows import Rows, join_rows
+from simmatch.solvers.block import Blocks, BlockTile, iterate_block
+from simmatch.solvers.bound import Bound, raise_shared
+from simmatch.solvers.pool import Pool
+from simmatch.solvers.tile import SOLVERS, Folded, Tile, iterate
 
 if TYPE_CHECKING:
-    from simmatch.coordinate import CoordinateDescent
+    from simmatch.solvers.coordinate import CoordinateDescent
 
 NOT_FINITE_INPUT = "non-finite values in the drive or the lateral weights"
 NOT_FINITE_RESULT = "non-finite activities"
@@ -160,7 +160,7 @@ class Dynamics:
             return Solution(drive.clone(), 0, drive.new_zeros(0))
         raise_shared(_non_finite(drive) | _non_finite(lateral), NOT_FINITE_INPUT)
         if self._coordinates is None:
-            from simmatch.coordinate import CoordinateDescent  # imports numba, which the other solvers need not
+            from simmatch.solvers.coordinate import CoordinateDescent  # imports numba, which the other solvers need not
 
             self._coordinates = CoordinateDescent()
         y, num_iters, residual = self._coordinates.solve(

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from simmatch.columns import Columns, Touched, split_columns
 from simmatch.config import DynamicsConfig
-from simmatch.dynamics import Dynamics, Solution
-from simmatch.exchange import IDENTITY, Exchange
-from simmatch.gathered import GatheredState, gather_columns
 from simmatch.geometry import Patches
-from simmatch.lateral import Bound
 from simmatch.plasticity import Statistics, Weights
-from simmatch.rows import Rows
+from simmatch.sharding.columns import Columns, Touched, split_columns
+from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.gathered_state import GatheredState, gather_columns
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import Bound
+from simmatch.solvers.dynamics import Dynamics, Solution
 
 if TYPE_CHECKING:
     from simmatch.layer import SimilarityMatchingConv2d

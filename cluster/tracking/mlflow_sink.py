@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
-from cluster.events import LARGEST_ARTIFACT, checked, open_inside
-from cluster.sender import RejectedError, RunsLostError
-from cluster.spool import Event
+from cluster.tracking.events import LARGEST_ARTIFACT, checked, open_inside
+from cluster.tracking.sender import RejectedError, RunsLostError
+from cluster.tracking.spool import Event
 from simmatch.model import MODEL_FILES
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
-from cluster.mlflow_sink import LogModel, MlflowSink
+from cluster.tracking.mlflow_sink import LogModel, MlflowSink
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

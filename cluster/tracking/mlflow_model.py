@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cluster.simmatch_scoring as scoring
-from cluster.sender import RejectedError
+import cluster.tracking.simmatch_scoring as scoring
+from cluster.tracking.sender import RejectedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,7 +28,7 @@ EXAMPLE_BATCH = 2
 
 @dataclass(frozen=True)
 class ModelLogger:
-    """A `cluster.mlflow_sink.LogModel`.
+    """A `cluster.tracking.mlflow_sink.LogModel`.
 
     Called again with the same key, it finishes what it began and makes no second model.
     """

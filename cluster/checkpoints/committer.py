@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.checkpoint import Manifest, commit, folder_of, prune, publish_model
-from cluster.storage import AnyPath, persist
+from cluster.checkpoints.checkpoint import Manifest, commit, folder_of, prune, publish_model
+from cluster.storage import AnyPath, retry
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Committer:
             due = self._due.get()
             step, why = None if isinstance(due, str) else due.cursor.step, None
             try:
-                persist(partial(self._commit, due), self._patience_s)
+                retry(partial(self._commit, due), self._patience_s)
             except OSError as error:  # full, gone or away: that costs checkpoints, not the run
                 why = " ".join(str(error).split())
             if why is None and step is not None:

@@ -115,7 +115,7 @@ class Spool:
         """Events from a byte offset on, each with the offset of the next. Needs no `open`.
 
         A whole line that is not a JSON object, as a disk failure may leave, or longer than any of ours, comes as kind
-        `unreadable`. What a whole object says is `cluster.events`' to check.
+        `unreadable`. What a whole object says is `cluster.tracking.events`' to check.
         """
         with self.path.open("rb") as file:
             file.seek(offset)

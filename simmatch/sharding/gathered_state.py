@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simmatch.exchange import Exchange
-from simmatch.lateral import SharedFault, raise_shared
 from simmatch.plasticity import Statistics, Weights
-from simmatch.rows import Rows, join_rows, split_rows
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.rows import Rows, join_rows, split_rows
+from simmatch.solvers.bound import SharedFault, raise_shared
 
 HEALTHY, EXCEPTION, NON_FINITE = 0.0, 1.0, 2.0
 """Marks that ride behind a slice."""

@@ -1,6 +1,6 @@
 """One tile of columns: the folded lateral matrix, the buffers, the arithmetic of one iteration, and their course.
 
-The solvers differ in their step and their momentum only; `SOLVERS` names them. See `simmatch.dynamics` for the
+The solvers differ in their step and their momentum only; `SOLVERS` names them. See `simmatch.solvers.dynamics` for the
 problem, the exchange between iterations and the decisions.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.exchange import Exchange, Handle
-from simmatch.lateral import Bound, raise_shared
-from simmatch.packing import Packing
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.exchange import Exchange, Handle
+from simmatch.sharding.packing import Packing
+from simmatch.sharding.rows import Rows, split_rows
+from simmatch.solvers.bound import Bound, raise_shared
 
 TAIL = 2
 """Rows that ride behind an owner's activities: [0] residual, or max|d| at the first exchange; [1] restart test,

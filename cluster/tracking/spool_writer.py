@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from cluster.spool import SPOOL_NAME, Event, Spool
+from cluster.tracking.spool import SPOOL_NAME, Event, Spool
 
 LOST_TAG = "simmatch.lost_records"
 KEPT_EVENTS = 10_000

@@ -31,7 +31,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from simmatch.pool import Pool
+from simmatch.solvers.pool import Pool
 
 LANES = 16
 """Channels are padded to a multiple of this, so that every inner loop is whole vectors."""

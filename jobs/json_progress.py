@@ -1,5 +1,5 @@
-"""`python -m jobs.told …` is `python -m jobs.pretrain …` whose progress and notes go to standard output as JSON lines,
-each with its Unix time: for programs that watch a job, such as `jobs.chaos`.
+"""`python -m jobs.json_progress …` is `python -m jobs.pretrain …` whose progress and notes go to standard output as
+JSON lines, each with its Unix time: for programs that watch a job, such as `jobs.chaos`.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cluster.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
+from cluster.checkpoints.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
 from cluster.report import Report
-from cluster.storage import AnyPath, StorageError, persist
-from simmatch.rows import Rows
+from cluster.storage import AnyPath, StorageError, retry
+from simmatch.sharding.rows import Rows
 
 WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
 
@@ -120,7 +120,7 @@ class ShardWriter:
         folder = folder_of(self.run_dir, cursor.step)
         self._failing = False
         try:
-            shard = persist(
+            shard = retry(
                 lambda: self._write(folder, self.rank, self.world_size, snapshot.tensors, snapshot.rows),
                 self._patience_s,
                 self._note_failing,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.dynamics import Dynamics, Solution
-from simmatch.lateral import certify_afresh, check_lateral
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import certify_afresh, check_lateral
+from simmatch.solvers.dynamics import Dynamics, Solution
 
 
 class ConvergenceWarning(UserWarning):

@@ -1,6 +1,6 @@
 """Fast dynamics with few exchanges: accelerated block steps, several inner iterations on the own rows for each.
 
-The problem is that of `simmatch.dynamics`. One step on a tile of n columns, for G owners, is
+The problem is that of `simmatch.solvers.dynamics`. One step on a tile of n columns, for G owners, is
 
     exchange     y ← all owners' y                                            [K, n]     one all-gather
     compute      g = (M + εI) y − d                                           [K_g, n]   one GEMM
@@ -40,10 +40,10 @@ import torch
 from torch import Tensor
 
 from simmatch.config import DynamicsConfig
-from simmatch.exchange import Exchange, Handle
-from simmatch.lateral import Bound, raise_shared
-from simmatch.packing import Packing
-from simmatch.rows import Rows, split_rows
+from simmatch.sharding.exchange import Exchange, Handle
+from simmatch.sharding.packing import Packing
+from simmatch.sharding.rows import Rows, split_rows
+from simmatch.solvers.bound import Bound, raise_shared
 
 TAIL = 4
 """Rows that ride behind an owner's activities, its parts of: [0] residual; [1] rise of the energy; [2] δᵀMδ and

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from simmatch.exchange import IDENTITY, Exchange
-from simmatch.rows import Rows, join_rows
+from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.rows import Rows, join_rows
 
 PERRON_FLOOR = 1e-2
 """Least entry of the vector v relative to its largest: keeps v > 0 on rows of M that are zero or were until now."""

@@ -14,7 +14,7 @@ from typing import Annotated, BinaryIO, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, JsonValue, field_validator
 
-from cluster.spool import Event
+from cluster.tracking.spool import Event
 from simmatch.config import ConfigError, Frozen, PositiveInt, parse
 
 MOST_LAYERS = 1000

@@ -38,16 +38,16 @@ from cluster.storage import (
     find,
     is_local,
     move_files,
-    persist,
     read,
     remove,
+    retry,
     size_bytes,
     write_whole,
 )
 from simmatch.config import NonNegativeFloat, NonNegativeInt
 from simmatch.documents import DocumentError, load_json
 from simmatch.model import MODEL_FILES
-from simmatch.rows import Rows
+from simmatch.sharding.rows import Rows
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -87,7 +87,7 @@ class Cursor(_Record):
     """Where training stood: `updates` of layer `layer` are done, `step` updates of `images` images in all.
 
     The data cursor is part of it: the next batch is number `updates` modulo the batches of an epoch, in the order that
-    is drawn from (seed, epoch), see `simmatch.order`.
+    is drawn from (seed, epoch), see `simmatch.data.order`.
     """
 
     step: NonNegativeInt
@@ -100,7 +100,7 @@ class Cursor(_Record):
 class LayerState(_Record):
     """What is recorded of a layer beside its tensors; M and `perron`, among these, determine the bound.
 
-    bound, ridge: see `simmatch.lateral.Bound`.
+    bound, ridge: see `simmatch.solvers.bound.Bound`.
     usual: bound that its growth is measured from while it learns, see `cluster.watch.Growth`.
     """
 
@@ -128,7 +128,7 @@ class Manifest(_Record):
     """Learning rates in force, over those of the configuration."""
 
     data: str | None = None
-    """Digest of the data set, see `simmatch.data.Dataset.digest`; None where an earlier version wrote it."""
+    """Digest of the data set, see `simmatch.data.sources.Dataset.digest`; None where an earlier version wrote it."""
 
 
 def folder_of(run_dir: AnyPath, step: int) -> AnyPath:
@@ -345,7 +345,7 @@ class Reader:
             return self._checked[shard.file]
         path = self.folder / shard.file
         try:
-            found = persist(lambda: fetch(path, self._folder_of_copies), self._patience_s)
+            found = retry(lambda: fetch(path, self._folder_of_copies), self._patience_s)
             if found.is_symlink() or (found.exists() and not found.is_file()):  # another file's, or a pipe that hangs
                 raise DamagedError(f"{path}: expected a file of the checkpoint, found a link or something else")
             with found.open("rb") as file:

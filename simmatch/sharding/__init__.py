@@ -1,0 +1,1 @@
+"""How the owners of one layer's channels share its work: rows, columns, and what they exchange."""

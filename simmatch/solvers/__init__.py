@@ -1,0 +1,1 @@
+"""From drives and M to activities: gradient, block and coordinate solvers, and the certified bound of λmax(M)."""
