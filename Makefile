@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 # imports torch, and where PYTHONDONTWRITEBYTECODE is set each would compile it anew, for as long as an actor may take.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
+# what the jobs import beside the library itself, and the tests beside that
+RUN_EXTRAS := [cluster,eval]
+TEST_EXTRAS := [cluster,eval,s3,test]
 # Stamps are keyed on the content of pyproject.toml and on this checkout, not on times that git changes.
 KEY := $(shell { pwd; cat pyproject.toml; } | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.simmatch-run-$(KEY)
@@ -23,7 +26,7 @@ TEST_STAMP := $(VENV)/.simmatch-test-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help pretrain data test test-faults lint typecheck format ui clean
+.PHONY: help pretrain data test test-faults lint typecheck format lock ui clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +58,12 @@ format: $(TEST_STAMP) ## ruff, mending what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+lock: $(TEST_STAMP) ## write this environment's versions to infra/requirements.lock, once its tests have passed
+	@mkdir -p build
+	@{ $(BIN)/python -c 'import platform as p; print(f"# Tested together: Python {p.python_version()}, {p.system()} {p.machine()}. Written by `make lock`.")' && \
+		$(BIN)/python -m pip freeze --exclude-editable; } | sed 's/+[a-z0-9.]*$$//' >build/requirements.lock
+	@mv build/requirements.lock infra/requirements.lock
+
 ui: $(RUN_STAMP) ## look at the runs of this machine in MLflow
 	@mkdir -p runs
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///runs/mlflow.db
@@ -78,8 +87,8 @@ require_python = command -v $(1) >/dev/null || { echo "error: no interpreter '$(
 	{ echo "error: simmatch needs Python 3.11 or later, got $$($(1) --version 2>&1) from '$(1)'; name another with PYTHON=..." >&2; exit 1; }
 
 $(RUN_STAMP):
-	$(call install)
+	$(call install,$(RUN_EXTRAS))
 
 # pynsm, the independent oracle of the tests, would pull in what it does not need here: --no-deps.
 $(TEST_STAMP):
-	$(call install,[test],&& $(PIP) --no-deps 'pynsm==1.0.1')
+	$(call install,$(TEST_EXTRAS),&& $(PIP) --no-deps 'pynsm==1.0.1')

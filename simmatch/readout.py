@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simmatch.extras import extra
 from simmatch.geometry import covariance
 
 ReadoutName = Literal["ridge", "logistic", "knn"]
@@ -118,13 +119,16 @@ def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Any:
     ------
     ValueError
         Unknown name.
+    ImportError
+        Another than ridge, without the extra `eval`.
     """
     if name == "ridge":
         return Ridge(features.cpu(), labels.cpu())
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with extra("eval"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.neighbors import KNeighborsClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     makers = {
         "logistic": lambda: LogisticRegression(C=LOGISTIC_STRENGTH / features.shape[0], max_iter=200, tol=1e-3),

@@ -1,13 +1,17 @@
-"""Who may import whom: jobs → cluster → simmatch, and simmatch neither ray nor mlflow."""
+"""Who may import whom: jobs → cluster → simmatch, simmatch neither ray nor mlflow, and all only what is declared."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
@@ -17,16 +21,28 @@ ALLOWED = {
 }
 """Package → those of this project that it may import."""
 
-LISTED = {
-    "simmatch": {"torch", "einops", "numpy", "pydantic", "yaml", "safetensors"},
-    "simmatch, inside functions": {"torchvision", "sklearn", "scipy"},
-    "simmatch/solvers/coordinate.py": {"numba"},
-    "simmatch/kernels/certificate.py": {"triton"},
-    "simmatch/kernels/coordinate.py": {"triton"},
-    "simmatch/kernels/gradient.py": {"triton"},
-    "simmatch/kernels/transpose.py": {"triton"},
+EXTRAS = {
+    "simmatch": (),
+    "simmatch, inside functions": ("eval",),
+    "cluster": ("cluster",),
+    "jobs": ("cluster", "eval"),
+    "tests": ("cluster", "eval", "s3", "test"),
 }
-"""What `simmatch` may import beside the standard library; a file named here is itself imported when it is needed."""
+"""Whose imports `dependencies` and these extras of pyproject.toml declare, all of them."""
+
+UNDECLARED = {"triton", "pynsm"}
+"""Modules that torch for CUDA brings in its own version, and that the Makefile installs without its dependencies."""
+
+NEVER_IMPORTED = {
+    "pytest-timeout", "pytest-xdist",  # pytest finds them
+    "onnxscript", "setuptools",  # torch.onnx and pip use them
+    "ruff", "mypy", "types-pyyaml", "types-psutil",
+    "pandas",
+}  # fmt: skip
+"""Distributions declared for what they do beside being imported."""
+
+ALL_MODULES = packages_distributions()
+"""Top-level module → the installed distributions that hold it."""
 
 LOAD = """
 import importlib, pkgutil, sys
@@ -75,17 +91,50 @@ def test_direction(package: str) -> None:
     assert wrong == []
 
 
-def test_what_simmatch_is_made_of() -> None:
-    """Anything new is a decision, to be written down in `LISTED`."""
-    strange = []
-    for path in sorted((ROOT / "simmatch").rglob("*.py")):
-        own = LISTED.get(str(path.relative_to(ROOT)), set())
+def third_party(package: str) -> dict[str, list[tuple[Path, int, bool]]]:
+    """Module of no package of ours → where it is imported, as in `imports`."""
+    ours = {*sys.stdlib_module_names, *ALLOWED, "tests"}
+    places: dict[str, list[tuple[Path, int, bool]]] = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
         for module, line, is_later in imports(path):
-            name = module.partition(".")[0]
-            allowed = LISTED["simmatch"] | own | (LISTED["simmatch, inside functions"] if is_later else set())
-            if name not in allowed | {"simmatch"} | set(sys.stdlib_module_names):
-                strange.append(f"{path.relative_to(ROOT)}:{line}: {module}")
-    assert strange == []
+            if (name := module.partition(".")[0]) not in ours:
+                places.setdefault(name, []).append((path.relative_to(ROOT), line, is_later))
+    return places
+
+
+def declared(*extras: str) -> set[str]:
+    """Names of the distributions in `dependencies` and these extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
+    return {canonicalize_name(Requirement(text).name) for text in texts} - {"simmatch"}
+
+
+def distributions_of(module: str) -> set[str]:
+    """Names of the installed distributions that hold a module."""
+    return {canonicalize_name(name) for name in ALL_MODULES.get(module, [])}
+
+
+@pytest.mark.parametrize("package", [*ALLOWED, "tests"])
+def test_what_is_imported_is_declared(package: str) -> None:
+    """Also inside functions; `simmatch` itself is loaded with `dependencies` alone, but for Triton's kernels."""
+    always, later = declared(*EXTRAS[package]), declared(*EXTRAS.get(f"{package}, inside functions", EXTRAS[package]))
+    missing = [
+        f"{path}:{line}: {module}"
+        for module, places in third_party(package).items()
+        for path, line, is_later in places
+        if module not in UNDECLARED and not distributions_of(module) & (later if is_later else always)
+    ]
+    assert missing == []
+
+
+def test_what_is_declared_is_imported() -> None:
+    modules = {package: set(third_party(package)) for package in (*ALLOWED, "tests")}
+    users = {"cluster": ("cluster", "jobs"), "eval": ("simmatch", "jobs"), "s3": ("tests",), "test": ("tests",)}
+    unused = declared() - set[str]().union(*map(distributions_of, modules["simmatch"]))
+    for extra, packages in users.items():
+        used = set[str]().union(*(distributions_of(module) for package in packages for module in modules[package]))
+        unused |= declared(extra) - declared() - used
+    assert unused - NEVER_IMPORTED == set()
 
 
 def test_what_simmatch_loads() -> None:

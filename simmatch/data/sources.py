@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError, read_cifar_batch, read_idx
+from simmatch.extras import extra
 
 
 class DataNotFoundError(DataError):
@@ -154,8 +155,9 @@ def read_cifar10_folder(name: str, folder: Path) -> Dataset:
 
 def read_digits(name: str, folder: Path | None = None) -> Dataset:
     """The 8 × 8 digits inside scikit-learn: `[1437, 1, 8, 8]` and `[360, 1, 8, 8]` in [0, 1], always the same split."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with extra("eval"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = torch.from_numpy(digits.images.astype(np.float32) / 16)[:, None]  # 17 grey levels, 0 to 16
@@ -269,11 +271,14 @@ def download(name: str, root: Path, *, timeout_s: float = 10.0) -> None:
     ------
     DataError
         No such download, or it failed; a connection silent for `timeout_s` counts as failed.
+    ImportError
+        torchvision is not installed; the extra `eval` brings it.
     """
     torchvision_class = _source(name).torchvision_class
     if torchvision_class is None:
         raise DataError(f"{name}: there is no download for it")
-    import torchvision.datasets
+    with extra("eval"):
+        import torchvision.datasets
 
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout_s)  # torchvision opens its connections without one

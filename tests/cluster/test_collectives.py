@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
 import time
+import warnings
 from typing import Any
 
 import psutil
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster import collectives
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, join_group, open_store
 from cluster.features import gather_images, own_part
 from simmatch.sharding.exchange import Exchange, IdentityExchange
@@ -61,9 +64,20 @@ def gather_everything(exchange: TorchExchange) -> tuple[list[Tensor], list[Count
     return found, counted
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_every_rank_holds_every_slice_and_counts_its_bytes(ranks: Any, world_size: int) -> None:
-    outcomes = ranks(gather_everything, world_size)
+def gather_by_the_older_name(exchange: TorchExchange) -> tuple[list[Tensor], list[Counted]]:
+    """The same without `all_gather_single`, as before torch 2.14. Later ones warn of the older name."""
+    vars(dist).pop("all_gather_single", None)
+    importlib.reload(collectives)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return gather_everything(exchange)
+
+
+@pytest.mark.parametrize(
+    ("program", "world_size"), [(gather_everything, 2), (gather_everything, 3), (gather_by_the_older_name, 2)]
+)
+def test_every_rank_holds_every_slice_and_counts_its_bytes(ranks: Any, program: Any, world_size: int) -> None:
+    outcomes = ranks(program, world_size)
     cases = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
     for found, counted in outcomes:
         for gathered, (shape, dtype) in zip(found, cases, strict=True):

@@ -182,6 +182,33 @@ def test_a_job_succeeds(cluster: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+WHERE = """
+import importlib.util, sys
+import ray
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+find = ray.remote(num_cpus=1)(lambda names: [importlib.util.find_spec(name).origin for name in names])
+print(ray.get(find.remote(sys.argv[2:])))
+"""
+"""Prints which files a worker takes packages from."""
+
+
+@pytest.mark.fault
+def test_workers_take_the_packages_from_the_working_directory(cluster: Cluster) -> None:
+    """Of the job's upload, or of a driver that joins from the checkout. Neither the head's own working directory nor
+    what is installed holds them, and an installed `simmatch` is another one."""
+    packages = ["simmatch", "cluster", "jobs"]
+    (cluster.working_dir / "where.py").write_text(WHERE)
+    code, _, logs = cluster.submit(f"python where.py auto {' '.join(packages)}")
+    assert code == 0, logs
+    joined = subprocess.run(
+        [sys.executable, "where.py", cluster.control, *packages],
+        env=cluster.environment, cwd=cluster.working_dir, capture_output=True, text=True, timeout=LIMIT_S, check=True,
+    )  # fmt: skip
+    for output, folder in ((logs, r"/\S+/working_dir_files/\w+"), (joined.stdout, re.escape(str(cluster.working_dir)))):
+        assert re.search(", ".join(rf"'{folder}/{package}/__init__\.py'" for package in packages), output), output
+
+
 def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster) -> None:
     """A relative run directory would vanish with the job's copy of the checkout; only a real job can know."""
     code, status, logs = cluster.submit(f"find . -type f | sort; {pretrain('runs/mine')}; exit $?")
