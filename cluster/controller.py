@@ -8,13 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import Protocol, assert_never
 
 from cluster.checkpoints.checkpoint import (
     FORMAT,
     CheckpointError,
     Cursor,
-    LayerState,
     Manifest,
     Shard,
     newest_good,
@@ -23,6 +22,18 @@ from cluster.checkpoints.checkpoint import (
 from cluster.checkpoints.committer import Committer
 from cluster.config import RunConfig, public
 from cluster.cpus import threads_per_rank, too_few
+from cluster.messages import (
+    LayerMetrics,
+    Message,
+    ModelExported,
+    OfTheRun,
+    Progress,
+    ReadoutScored,
+    ShardFailed,
+    ShardWritten,
+    Traceback,
+    TrainingWarning,
+)
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, Restart, Stop
 from cluster.storage import AnyPath
 from cluster.summary import GIVEN_UP_TAG, Record, given_up
@@ -69,7 +80,7 @@ class Recorder(Protocol):
 class Display(Protocol):
     """Where a person watches."""
 
-    def progress(self, latest: dict[str, Any]) -> None: ...
+    def progress(self, latest: Progress) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -123,7 +134,7 @@ class Controller:
         self._saved: int | None = None
         self._model_lost: str | None = None
         self._step = self._settled = 0
-        self._phase = ""
+        self._progress: Progress | None = None
         self._shown = 0
         self._shards: dict[int, dict[int, Shard]] = {}
         saving = config.checkpoint
@@ -230,7 +241,7 @@ class Controller:
             group.start()
             self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
             self._share_cpus(group.places)
-            self._training, self._phase, self._shown = True, "", 0
+            self._training, self._progress, self._shown = True, None, 0
             while True:
                 self._ask_to_stop(group)
                 done, failure = self.step(group)
@@ -259,7 +270,8 @@ class Controller:
         if not self._asked:
             return
         grace_s = self.config.cluster.grace_s
-        if self._phase != "learn" and self._settled >= self._step:  # a layer is done and saved, or none has begun
+        learning = self._progress is not None and self._progress.phase == "learn"
+        if not learning and self._settled >= self._step:  # a layer is done and saved, or none has begun
             raise RunStopped(self._newest())
         if self._deadline is None:
             self._deadline = time.monotonic() + grace_s
@@ -272,14 +284,14 @@ class Controller:
         """One round: ask every rank, keep what they say. Returns whether all are done, and why they cannot be."""
         statuses = group.poll()
         for status in statuses:
-            for event in status.events:
-                self._handle(status.rank, event)
+            for message in status.messages:
+                self._handle(status.rank, message)
         self._settle(SETTLE_S)
         for latest in statuses[0].phases[self._shown :]:  # what ended since is told as well, whatever the interval
             self.display.progress(latest)
         self._shown = max(0, len(statuses[0].phases) - 1)
-        self._phase = statuses[0].progress.get("phase", "")
-        self._step = max([self._step, *(phase["step"] for phase in statuses[0].phases if "step" in phase)])
+        self._progress = statuses[0].progress
+        self._step = max([self._step, *(phase.step for phase in statuses[0].phases if phase.step is not None)])
         self.record.steps = max(self.record.steps, self._step)
         failures = [status.failure for status in statuses if status.failure is not None]
         if failures:
@@ -309,47 +321,60 @@ class Controller:
             return failure
         return Failure(f"{failure.message}; missing: rank {', '.join(behind)} at exchange {least}", failure.retryable)
 
-    # ------------------------------------------------------------------------------------------- events
+    # ----------------------------------------------------------------------------------------- messages
 
-    def _handle(self, rank: int, event: dict[str, Any]) -> None:
-        kind = event["kind"]
-        if kind == "shard":
-            self._shard(rank, event["cursor"], event["shard"], event["layers"])
-        elif kind == "checkpoint_lost":
-            self._shards.pop(event["step"], None)
-            self._settled = max(self._settled, event["step"])
-            self.display.note(f"rank {rank}: the checkpoint of step {event['step']} is left out: {event['why']}")
-        elif kind == "traceback":
-            self.display.note(f"rank {rank}:\n{event['text']}")
-        elif rank == 0 and kind == "warning":
-            self.display.note(f"warning: {event['text']}")
-        elif rank == 0 and kind == "metrics":
-            self._metrics(event["layer"], event["step"], event["images"], event["metrics"])
-        elif rank == 0 and kind == "model":
-            self._model_lost = "no answer"
-            self._committer.submit(event["folder"])
-        elif rank == 0 and kind == "probe":
-            self.record.probe = {name: value for name, value in event.items() if name != "kind"}
+    def _handle(self, rank: int, message: Message) -> None:
+        match message:
+            case ShardWritten():
+                self._shard(rank, message)
+            case ShardFailed(step, reason):
+                self._shards.pop(step, None)
+                self._settled = max(self._settled, step)
+                self.display.note(f"rank {rank}: the checkpoint of step {step} is left out: {reason}")
+            case Traceback(text):
+                self.display.note(f"rank {rank}:\n{text}")
+            case LayerMetrics() | TrainingWarning() | ModelExported() | ReadoutScored():
+                if rank == 0:
+                    self._handle_once(message)
+            case _:
+                assert_never(message)
 
-    def _metrics(self, layer: int, step: int, images: int, metrics: dict[str, float]) -> None:
-        """Keep one record of a layer; exchanges are counted on from what earlier groups have moved."""
-        record = self.record
-        record.images = images - self._images_before
-        record.bytes_exchanged = self._before[0] + metrics["bytes_exchanged"]
-        record.num_exchanges = self._before[1] + metrics["num_exchanges"]
-        metrics |= {"bytes_exchanged": record.bytes_exchanged, "num_exchanges": record.num_exchanges}
-        record.layers[layer] = metrics
-        curve = record.curves.setdefault(layer, [])
-        if curve and step <= curve[-1][0]:
+    def _handle_once(self, message: OfTheRun) -> None:
+        """What all ranks report alike."""
+        match message:
+            case LayerMetrics():
+                self._metrics(message)
+            case TrainingWarning(text):
+                self.display.note(f"warning: {text}")
+            case ModelExported(folder):
+                self._model_lost = "no answer"
+                self._committer.submit(folder)
+            case ReadoutScored():
+                self.record.readout = message
+            case _:
+                assert_never(message)
+
+    def _metrics(self, metrics: LayerMetrics) -> None:
+        """Record the metrics of a layer; exchanges are counted on from those of earlier groups."""
+        record, (bytes_before, exchanges_before) = self.record, self._before
+        record.images = metrics.images - self._images_before
+        record.bytes_exchanged = bytes_before + metrics.bytes_exchanged
+        record.num_exchanges = exchanges_before + metrics.num_exchanges
+        totals = {"bytes_exchanged": record.bytes_exchanged, "num_exchanges": record.num_exchanges}
+        values = metrics.values() | totals
+        record.layers[metrics.layer] = values
+        curve = record.curves.setdefault(metrics.layer, [])
+        if curve and metrics.update <= curve[-1][0]:
             return  # recorded before a restart
-        curve.append((step, metrics))
-        self.recorder.metrics(step, metrics, layer=layer)
+        curve.append((metrics.update, values))
+        self.recorder.metrics(metrics.update, values, layer=metrics.layer)
 
-    def _shard(self, rank: int, cursor: Cursor, shard: Shard, layers: list[LayerState]) -> None:
+    def _shard(self, rank: int, written: ShardWritten) -> None:
         """Commit a checkpoint when the last rank has written its part."""
+        cursor = written.cursor
         self.record.steps = max(self.record.steps, cursor.step)
         shards = self._shards.setdefault(cursor.step, {})
-        shards[rank] = shard
+        shards[rank] = written.shard
         world_size = self.config.checked_mesh().world_size
         if len(shards) < world_size:
             return
@@ -359,7 +384,7 @@ class Controller:
             seed=self.config.seed,
             world_size=world_size,
             config=public(self.config),
-            layers=layers,
+            layers=written.layers,
             shards=[shards[number] for number in sorted(shards)],
             mlflow_run_id=self.recorder.run_id,
             mlflow_layer_run_ids={str(layer): run_id for layer, run_id in self.recorder.layer_run_ids.items()},

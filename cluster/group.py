@@ -200,7 +200,7 @@ class WorkerGroup:
         )
 
     def poll(self) -> list[Status]:
-        """Status of every rank, each with its new events.
+        """Status of every rank, each with its new messages.
 
         Raises
         ------
@@ -210,7 +210,7 @@ class WorkerGroup:
         refs = [actor.poll.remote(seen) for actor, seen in zip(self._actors, self._seen, strict=True)]
         statuses: list[Status] = self._gather(refs, "answer", limit_s=self.config.heartbeat_s)
         self._check_head()
-        self._seen = [seen + len(status.events) for seen, status in zip(self._seen, statuses, strict=True)]
+        self._seen = [seen + len(status.messages) for seen, status in zip(self._seen, statuses, strict=True)]
         return statuses
 
     def _check_head(self) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from cluster.features import FeatureStore, gather_images, own_part
-from cluster.report import Report
+from cluster.messages import Progress, Reporter
 from cluster.sharding import from_rank_zero
 from simmatch.config import LayerConfig
 from simmatch.geometry import Patches, draw_positions
@@ -34,7 +34,7 @@ class LayerInputs:
         store: FeatureStore,
         *,
         stack: Stack,
-        report: Report,
+        report: Reporter,
         cache: bool,
         lone_work: LoneWork,
     ) -> None:
@@ -46,7 +46,7 @@ class LayerInputs:
 
     def _calibrate(self, config: LayerConfig, store: FeatureStore, lone_work: LoneWork) -> None:
         """Measured with as many threads as everything that is learnt: more would change the last bits."""
-        self._report.progress("calibrate", 0, 1, layer=self._index)
+        self._report.progress(Progress("calibrate", 0, 1, layer=self._index))
         layer, exchange = self._layer, store.exchange
         sample = store.first(min(config.whiten_images, store.count))
         lone_work(partial(layer.calibrate, sample, config.whiten_patches) if exchange.rank == 0 else None)
@@ -54,7 +54,7 @@ class LayerInputs:
             if hasattr(layer, name):
                 target = getattr(layer, name)
                 target.copy_(from_rank_zero(target, exchange))
-        self._report.progress("calibrate", 1, 1, layer=self._index)
+        self._report.progress(Progress("calibrate", 1, 1, layer=self._index))
 
     def _fill(self, store: FeatureStore) -> Tensor:
         """All images' input of this layer on this rank: whole patches where the layer is dense, else maps."""
@@ -70,7 +70,7 @@ class LayerInputs:
                 cache = part.new_empty(store.count, *part.shape[1:])
             cache[done : done + len(part)] = part
             done += len(part)
-            self._report.progress("cache", done, store.count, layer=self._index)
+            self._report.progress(Progress("cache", done, store.count, layer=self._index))
         assert cache is not None
         return cache
 

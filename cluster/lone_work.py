@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.report import Report
+from cluster.messages import Reporter
 from cluster.sharding import of_every_rank
 from simmatch.sharding.exchange import Exchange
 
@@ -51,7 +51,7 @@ class _Work(threading.Thread):
 def lone_work(
     work: Callable[[], None] | None,
     exchange: Exchange,
-    report: Report,
+    report: Reporter,
     *,
     device: torch.device,
     pause_s: float,

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.checkpoints.checkpoint import Cursor
 from cluster.config import RunConfig
+from cluster.messages import ReadoutScored
 from cluster.tracking.events import sound
 from cluster.tracking.spool import Spool
 from simmatch.files import write_whole
@@ -36,7 +37,7 @@ class Record:
 
     layers: dict[int, dict[str, float]] = field(default_factory=dict)
     curves: dict[int, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
-    probe: dict[str, Any] = field(default_factory=dict)
+    readout: ReadoutScored | None = None
     steps: int = 0
     restarts: int = 0
     steps_again: int = 0
@@ -82,12 +83,13 @@ def summarise(
     skipped_images: int = 0,
 ) -> dict[str, Any]:
     """The content of `summary.json`."""
+    readout = record.readout
     summary: dict[str, Any] = {
         "status": status,
         "name": config.name,
-        "accuracy": record.probe.get("accuracy"),
-        "accuracy_decode": record.probe.get("accuracy_decode"),
-        "probe": record.probe.get("readout"),
+        "accuracy": readout and readout.accuracy,
+        "accuracy_decode": readout and readout.accuracy_decode,
+        "probe": readout and readout.readout,
         "world_size": config.checked_mesh().world_size,
         "mesh": config.mesh.model_dump(),
         "steps": record.steps,

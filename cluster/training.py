@@ -35,11 +35,11 @@ from cluster.inputs import LayerInputs
 from cluster.limits import run_with_timeout
 from cluster.lone_work import lone_work
 from cluster.mesh import Mesh
+from cluster.messages import LayerMetrics, ModelExported, Progress, ReadoutScored, Reporter, TrainingWarning
 from cluster.redaction import one_line
-from cluster.report import Report
 from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
 from cluster.storage import AnyPath, publish_folder, retry
-from cluster.watch import Growth, Objective, TrainingFault, Window, measured
+from cluster.watch import Growth, Objective, TrainingFault, Window
 from simmatch.config import LayerConfig
 from simmatch.data.formats import DataError
 from simmatch.data.order import Batches
@@ -115,7 +115,7 @@ class Training:
     device: where tensors live.
     """
 
-    def __init__(self, assignment: Assignment, exchange: Exchange, report: Report, device: torch.device) -> None:
+    def __init__(self, assignment: Assignment, exchange: Exchange, report: Reporter, device: torch.device) -> None:
         self.assignment, self.exchange, self.report, self.device = assignment, exchange, report, device
         self.config = assignment.config
         self.dtype = getattr(torch, self.config.dtype)
@@ -170,7 +170,7 @@ class Training:
             if local is not target:
                 retry(lambda: publish_folder(local, target), self.config.checkpoint.patience_s)
         if token:
-            self.report.event("model", folder=name)
+            self.report.send(ModelExported(name))
 
     def _store(self, images: Tensor) -> FeatureStore:
         model = self.config.model
@@ -232,9 +232,9 @@ class Training:
             cache=cache,
             lone_work=partial(self._lone_work, exchange=self.exchange),
         )
-        window, growth = Window(self.exchange, self.writer), Growth(index, self._usual(index))
+        window, growth = Window(index, self.exchange, self.writer), Growth(index, self._usual(index))
         watched = Objective(index, layer, self.report)
-        latest: dict[str, float] = {}
+        latest: LayerMetrics | None = None
         for update in range(start, total):
             chosen = batches[update]
             labels = self.dataset.train_labels[chosen].to(self.device) if config.supervised else None
@@ -245,10 +245,10 @@ class Training:
             window.count(len(chosen))
             due = (update + 1) % log_every == 0
             if due or update + 1 == total:
-                latest = window.close() | measured(layer, measure(layer, patches, solution, labels))
-                watched.check(latest["objective"])
-                self.report.event("metrics", layer=index, step=update + 1, images=self.images, metrics=latest)
-            self.report.progress("learn", update + 1, total, layer=index, step=self.step, **latest)
+                latest = window.close(layer, measure(layer, patches, solution, labels), self.images)
+                watched.check(latest.objective)
+                self.report.send(latest)
+            self.report.progress(Progress("learn", update + 1, total, layer=index, step=self.step, metrics=latest))
             stop = due and self._all_stop()
             needed = update + 1 == total or stop
             if needed or self.step % self.config.checkpoint.every_steps == 0:
@@ -329,7 +329,7 @@ class Training:
             nonlocal done
             done += count
             rate = done / (time.monotonic() - started)
-            self.report.progress("encode", done, total, layer=index, images_per_second=rate)
+            self.report.progress(Progress("encode", done, total, layer=index, images_per_second=rate))
 
         yz = torch.zeros_like(layer.label)
         zz = yz.new_zeros(layer.num_classes, layer.num_classes)
@@ -357,7 +357,7 @@ class Training:
         """Accuracy of the readouts on the test images, by rank 0 while the others wait; of those that can be made."""
         probe = self.config.probe
         count = min(probe.train_images or train.count, train.count)
-        self.report.progress("readout", 0, 1)
+        self.report.progress(Progress("readout", 0, 1))
         results: dict[str, float] = {}
         if scores:
             found = torch.cat(list(test.gather_parts(scores)))
@@ -375,9 +375,9 @@ class Training:
                 self._lone_work(fit, IDENTITY)
             except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
                 why = f"{type(error).__name__}: {error}"
-                self.report.event("warning", text=f"the {probe.readout} readout is left out: {one_line(why)}")
-            self.report.event("probe", readout=probe.readout, train_images=count, **results)
-        self.report.progress("readout", 1, 1)
+                self.report.send(TrainingWarning(f"the {probe.readout} readout is left out: {one_line(why)}"))
+            self.report.send(ReadoutScored(probe.readout, count, **results))
+        self.report.progress(Progress("readout", 1, 1))
 
     def _collect(self, store: FeatureStore, count: int) -> Tensor | None:
         """Features [count, F] on rank 0; the other ranks only contribute."""

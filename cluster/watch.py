@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from cluster.checkpoints.shard_writer import ShardWriter
-from cluster.report import Report
+from cluster.messages import LayerMetrics, Reporter, TrainingWarning
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.objective import diverging
 from simmatch.record import Record
@@ -28,18 +28,6 @@ class TrainingFault(RuntimeError):
     def __init__(self, message: str, *, diverged: bool = False) -> None:
         self.diverged = diverged
         super().__init__(message)
-
-
-def measured(layer: SimilarityMatchingConv2d, record: Record) -> dict[str, float]:
-    """A layer's metrics after an update."""
-    return {
-        "objective": record.objective,
-        "residual": record.residual,
-        "num_iters": float(record.num_iters),
-        "active_fraction": record.active_fraction,
-        "dead_channels": float(layer.dead_channels),
-        "revived_channels": float(layer.revived),
-    }
 
 
 class Growth:
@@ -73,7 +61,7 @@ class Growth:
 class Objective:
     """Watches the relative objective of one layer, which all ranks know alike; warns once."""
 
-    def __init__(self, index: int, layer: SimilarityMatchingConv2d, report: Report) -> None:
+    def __init__(self, index: int, layer: SimilarityMatchingConv2d, report: Reporter) -> None:
         self._index, self._layer, self._report, self._warned = index, layer, report, False
 
     def check(self, objective: float) -> None:
@@ -82,33 +70,44 @@ class Objective:
         complaint = diverging(self._layer.plasticity, updates, above_one=objective > 1)
         if complaint is not None and not self._warned:
             self._warned = True
-            self._report.event("warning", text=f"layer {self._index}, step {updates}: {complaint}")
+            self._report.send(TrainingWarning(f"layer {self._index}, step {updates}: {complaint}"))
 
 
 class Window:
-    """Throughput between two records, and the shares of this rank's time that went into waiting for the others and
-    into checkpoints."""
+    """The updates of one layer between two metrics: throughput, and the shares of this rank's time spent waiting for
+    other ranks and on checkpoints."""
 
-    def __init__(self, exchange: Exchange, writer: ShardWriter) -> None:
-        self.images, self._exchange, self._writer = 0, exchange, writer
+    def __init__(self, layer: int, exchange: Exchange, writer: ShardWriter) -> None:
+        self._layer, self._images, self._exchange, self._writer = layer, 0, exchange, writer
         self._started, self._waited_s, self._saving_s = time.monotonic(), exchange.waited_s, writer.seconds
 
     def count(self, images: int) -> None:
-        self.images += images
+        self._images += images
 
-    def close(self) -> dict[str, float]:
-        """The window's figures; the next one begins."""
+    def close(self, layer: SimilarityMatchingConv2d, record: Record, images: int) -> LayerMetrics:
+        """Metrics at the end of this window; the next one begins.
+
+        record: of the latest update; images: see `LayerMetrics`.
+        """
         exchange, now = self._exchange, time.monotonic()
         seconds = max(now - self._started, 1e-9)
-        rate, waiting = self.images / seconds, (exchange.waited_s - self._waited_s) / seconds
-        saving = (self._writer.seconds - self._saving_s) / seconds
-        self.images, self._started = 0, now
+        metrics = LayerMetrics(
+            layer=self._layer,
+            update=int(layer.updates),
+            images=images,
+            objective=record.objective,
+            residual=record.residual,
+            num_iters=float(record.num_iters),
+            active_fraction=record.active_fraction,
+            dead_channels=float(layer.dead_channels),
+            revived_channels=float(layer.revived),
+            images_per_second=self._images / seconds,
+            window_s=seconds,
+            waiting_share=(exchange.waited_s - self._waited_s) / seconds,
+            checkpoint_share=(self._writer.seconds - self._saving_s) / seconds,
+            bytes_exchanged=float(exchange.bytes_exchanged * exchange.world_size),
+            num_exchanges=float(exchange.num_exchanges),
+        )
+        self._images, self._started = 0, now
         self._waited_s, self._saving_s = exchange.waited_s, self._writer.seconds
-        return {
-            "images_per_second": rate,
-            "window_s": seconds,
-            "waiting_share": waiting,
-            "checkpoint_share": saving,
-            "bytes_exchanged": float(exchange.bytes_exchanged * exchange.world_size),
-            "num_exchanges": float(exchange.num_exchanges),
-        }
+        return metrics

@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
 from cluster.cpus import allowed_cpus
 from cluster.failures import classify
+from cluster.messages import Message, Progress, Traceback
 from cluster.network import interface_of, use_interface
 from cluster.policy import Failure
 from cluster.reach import answer
@@ -50,26 +50,26 @@ class Status:
     Attributes
     ----------
     phases: how far each phase got, those that are over included, in their order; the last is the present one.
-    events: those from number `first` on that were asked for.
+    messages: those from number `first` on that were asked for.
     num_exchanges: exchanges started; a rank that falls behind the others is the one they wait for.
     stopped: it is done because it was asked to stop, and has written what it knows.
-    idle_s: since a poll last found that its training thread had moved: started or ended an exchange, reported an event
-        or progress. A peer that waits in an exchange is idle as well; see `stalled`.
+    idle_s: since a poll last found that its training thread had moved: started or ended an exchange, sent a message or
+        reported progress. A peer that waits in an exchange is idle as well; see `stalled`.
     """
 
     rank: int
     done: bool
     failure: Failure | None
-    phases: list[dict[str, Any]]
-    events: list[dict[str, Any]]
+    phases: list[Progress]
+    messages: list[Message]
     num_exchanges: int
     stopped: bool = False
     idle_s: float = 0.0
 
     @property
-    def progress(self) -> dict[str, Any]:
-        """How far the present phase is; empty before the first."""
-        return self.phases[-1] if self.phases else {}
+    def progress(self) -> Progress | None:
+        """How far the present phase is; None before the first."""
+        return self.phases[-1] if self.phases else None
 
 
 def stalled(statuses: Sequence[Status], limit_s: float) -> Failure | None:
@@ -85,44 +85,38 @@ def stalled(statuses: Sequence[Status], limit_s: float) -> Failure | None:
     culprits = [status for status in idle if status.num_exchanges == least]
     names = ", ".join(str(status.rank) for status in culprits)
     latest = culprits[0].progress
-    where = f"layer {latest['layer']}, " if "layer" in latest else ""
-    phase = f"{where}{latest.get('phase', 'start')} {latest.get('done', 0)}/{latest.get('total', 0)}"
+    layer = "" if latest is None or latest.layer is None else f"layer {latest.layer}, "
+    phase = "start" if latest is None else f"{layer}{latest.phase} {latest.done}/{latest.total}"
     return Failure(f"rank {names} has not moved for {limit_s:g} s ({phase}, exchange {least})", retryable=True)
 
 
 @dataclass
 class Outbox:
-    """Implements `cluster.report.Report`: filled by the training thread, emptied by polls.
+    """Implements `cluster.messages.Reporter`: filled by the training thread, read by polls.
 
     Attributes
     ----------
-    phases: the last word on every phase so far.
+    phases: the latest progress of every phase so far.
     beats: signs of life so far.
     """
 
-    events: list[dict[str, Any]] = field(default_factory=list)
-    phases: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    phases: list[Progress] = field(default_factory=list)
     stopping: bool = False
     beats: int = 0
 
     def beat(self) -> None:
-        """The training thread has moved: for steps that have nothing else to tell."""
         self.beats += 1
 
-    def progress(self, phase: str, done: int, total: int, **metrics: float) -> None:
+    def progress(self, progress: Progress) -> None:
         self.beat()
-        latest = {"phase": phase, "done": done, "total": total, **metrics}
-        if self.phases and _same_phase(self.phases[-1], latest):
-            self.phases[-1] = latest
+        if self.phases and (self.phases[-1].layer, self.phases[-1].phase) == (progress.layer, progress.phase):
+            self.phases[-1] = progress
         else:
-            self.phases.append(latest)
+            self.phases.append(progress)
 
-    def event(self, kind: str, **content: Any) -> None:
-        self.events.append({"kind": kind, **content})
-
-
-def _same_phase(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (one.get("layer"), one["phase"]) == (other.get("layer"), other["phase"])
+    def send(self, message: Message) -> None:
+        self.messages.append(message)
 
 
 class Worker:
@@ -204,15 +198,15 @@ class Worker:
         self._outbox.stopping = True
 
     def poll(self, first: int) -> Status:
-        """How things stand, with the events from number `first` on."""
+        """Status of this rank, with the messages from number `first` on."""
         self._renew()
-        done, failure = self._done, self._failure  # read before the events: none is missed when it is the last poll
+        done, failure = self._done, self._failure  # read before the messages: none is missed when it is the last poll
         return Status(
             rank=self.assignment.rank,
             done=done,
             failure=failure,
             phases=list(self._outbox.phases),
-            events=self._outbox.events[first:],
+            messages=self._outbox.messages[first:],
             num_exchanges=self._exchange.num_exchanges,
             stopped=self._stopped,
             idle_s=self._idle_s(),
@@ -221,7 +215,7 @@ class Worker:
     def _idle_s(self) -> float:
         """See `Status`: what the training thread counts anyway is compared from poll to poll, so it pays nothing."""
         exchange, outbox = self._exchange, self._outbox
-        mark = (exchange.num_exchanges, getattr(exchange, "num_completed", 0), outbox.beats, len(outbox.events))
+        mark = (exchange.num_exchanges, getattr(exchange, "num_completed", 0), outbox.beats, len(outbox.messages))
         now = time.monotonic()
         if mark != self._mark:
             self._mark, self._moved = mark, now
@@ -244,7 +238,7 @@ class Worker:
             self._failure = classify(error)  # its message names the rank
         except Exception as error:
             hide = Redactor(os.environ)  # this node's secrets need not be the driver's
-            self._outbox.event("traceback", text=hide(traceback.format_exc()))
+            self._outbox.send(Traceback(hide(traceback.format_exc())))
             failure = classify(error)
             self._failure = replace(failure, message=hide(f"rank {self.assignment.rank}: {failure.message}"))
         self._done = True

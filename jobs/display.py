@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cluster.messages import Progress
 
 PLAIN_EVERY_S = 5.0
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -28,24 +30,20 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def title(latest: dict[str, Any]) -> str:
+def title(progress: Progress) -> str:
     """Name of a phase: 'layer 0 · learn'."""
-    layer = latest.get("layer")
-    return latest["phase"] if layer is None else f"layer {layer} · {latest['phase']}"
+    return progress.phase if progress.layer is None else f"layer {progress.layer} · {progress.phase}"
 
 
-def details(latest: dict[str, Any]) -> str:
-    """The figures of a phase in one line; those that it does not have are left out."""
-    parts = []
-    if "images_per_second" in latest:
-        parts.append(f"{latest['images_per_second']:.0f} images/s")
-    if "residual" in latest:
-        parts.append(f"residual {latest['residual']:.1e}")
-    if "active_fraction" in latest:
-        parts.append(f"active {100 * latest['active_fraction']:.0f} %")
-    if "bytes_exchanged" in latest:
-        parts.append(f"{size(latest['bytes_exchanged'])} exchanged")
-    return " · ".join(parts)
+def details(progress: Progress) -> str:
+    """The figures of a phase in one line, as far as there are any."""
+    metrics = progress.metrics
+    if metrics is None:
+        return "" if progress.images_per_second is None else f"{progress.images_per_second:.0f} images/s"
+    return (
+        f"{metrics.images_per_second:.0f} images/s · residual {metrics.residual:.1e} · "
+        f"active {100 * metrics.active_fraction:.0f} % · {size(metrics.bytes_exchanged)} exchanged"
+    )
 
 
 def without_control(text: str) -> str:
@@ -64,7 +62,7 @@ class JobDisplay(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
-    def progress(self, latest: dict[str, Any]) -> None:
+    def progress(self, latest: Progress) -> None:
         """How far the present phase is; the same may come again and again."""
 
     def note(self, text: str) -> None:
@@ -80,15 +78,15 @@ class TerminalDisplay:
 
     def __init__(self, console: Console, hide: Callable[[str], str] = str) -> None:
         self._hide = hide
-        self._progress = Progress(
-            TextColumn("[bold]{task.description:<20}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[details]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        self._progress = bars.Progress(
+            bars.TextColumn("[bold]{task.description:<20}"),
+            bars.BarColumn(bar_width=24),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[details]}"),
+            bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, bars.TaskID] = {}
 
     def __enter__(self) -> TerminalDisplay:
         self._progress.start()
@@ -97,17 +95,13 @@ class TerminalDisplay:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def progress(self, latest: dict[str, Any]) -> None:
-        if not latest:
-            return
+    def progress(self, latest: Progress) -> None:
         name = title(latest)
         if name not in self._tasks:
             for task in self._tasks.values():  # an earlier phase is over, whether or not its last word was polled
                 self._progress.update(task, completed=self._progress.tasks[task].total)
-            self._tasks[name] = self._progress.add_task(name, total=latest["total"], details="")
-        self._progress.update(
-            self._tasks[name], completed=latest["done"], total=latest["total"], details=details(latest)
-        )
+            self._tasks[name] = self._progress.add_task(name, total=latest.total, details="")
+        self._progress.update(self._tasks[name], completed=latest.done, total=latest.total, details=details(latest))
 
     def note(self, text: str) -> None:
         self._progress.console.print(escape(without_control(self._hide(text))), highlight=False)
@@ -127,18 +121,16 @@ class PlainDisplay:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def progress(self, latest: dict[str, Any]) -> None:
-        if not latest:
-            return
+    def progress(self, latest: Progress) -> None:
         now, name = time.monotonic(), title(latest)
         if name != self._name:
-            self._name, self._started, self._first, self._last = name, now, latest["done"], -PLAIN_EVERY_S
-        finished = latest["done"] >= latest["total"]
+            self._name, self._started, self._first, self._last = name, now, latest.done, -PLAIN_EVERY_S
+        finished = latest.done >= latest.total
         if now - self._last < PLAIN_EVERY_S and not finished:
             return
-        line = " · ".join(filter(None, (f"{name} {latest['done']}/{latest['total']}", details(latest))))
-        if not finished and latest["done"] > self._first:
-            left = (now - self._started) / (latest["done"] - self._first) * (latest["total"] - latest["done"])
+        line = " · ".join(filter(None, (f"{name} {latest.done}/{latest.total}", details(latest))))
+        if not finished and latest.done > self._first:
+            left = (now - self._started) / (latest.done - self._first) * (latest.total - latest.done)
             line += f" · {left:.0f} s left"
         if line != self._printed:
             self._print(line)

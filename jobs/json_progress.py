@@ -7,11 +7,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
+from cluster.messages import Progress
 from jobs.pretrain import main
 from jobs.program import run_program
 
@@ -22,7 +24,7 @@ class JsonDisplay:
 
     def __init__(self, _: Console, hide: Callable[[str], str]) -> None:
         self._hide = hide
-        self._last: dict[str, Any] = {}
+        self._last: Progress | None = None
 
     def __enter__(self) -> JsonDisplay:
         return self
@@ -30,13 +32,13 @@ class JsonDisplay:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def progress(self, latest: dict[str, Any]) -> None:
-        if latest and latest != self._last:
+    def progress(self, latest: Progress) -> None:
+        if latest != self._last:
             self._last = latest
-            self._write(latest)
+            self._write({name: value for name, value in asdict(latest).items() if value is not None})
 
     def note(self, text: str) -> None:
-        self._last = {}  # a new group begins anew, even where it says the same
+        self._last = None  # a new group begins anew, even where it says the same
         self._write({"note": self._hide(text)})
 
     @staticmethod

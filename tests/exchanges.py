@@ -9,10 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 TIMEOUT_S = 20.0
 
@@ -153,3 +155,8 @@ def results(outcomes: list[Any]) -> list[Any]:
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return bool((one == other).logical_or(one.isnan() & other.isnan()).all())
+
+
+def of_type(messages: list[Any], kind: type[T]) -> list[T]:
+    """Those of a rank's messages that are of one class, in order."""
+    return [message for message in messages if isinstance(message, kind)]

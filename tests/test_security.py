@@ -27,6 +27,7 @@ import yaml
 import jobs.sync
 from cluster.collectives import open_store
 from cluster.config import RunConfig
+from cluster.messages import Traceback
 from cluster.network import LOOPBACK
 from cluster.redaction import Redactor, one_line
 from cluster.training import Assignment
@@ -35,6 +36,7 @@ from jobs import pretrain
 from jobs.options import read_yaml
 from simmatch.config import parse
 from simmatch.data.formats import DataError, read_cifar_batch
+from tests.exchanges import of_type
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("simmatch", "cluster", "jobs")
@@ -449,7 +451,7 @@ def test_a_rank_hides_the_secrets_of_its_own_node(tmp_path: Path, monkeypatch: p
     status = worker.poll(0)
     assert status.failure is not None
     assert status.failure.message == "rank 0: PermissionError: refused: ***"
-    [traceback] = [event["text"] for event in status.events if event["kind"] == "traceback"]
+    [traceback] = [message.text for message in of_type(status.messages, Traceback)]
     assert "PermissionError: refused: ***" in traceback
     assert secret not in traceback
 

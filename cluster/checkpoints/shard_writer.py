@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cluster.checkpoints.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
-from cluster.report import Report
+from cluster.messages import Reporter, ShardFailed, ShardWritten
 from cluster.storage import AnyPath, StorageError, retry
 from simmatch.sharding.rows import Rows
 
@@ -40,7 +40,7 @@ class ShardWriter:
     """Writes one rank's shards, one at a time, and reports each.
 
     A disk that is full or gone costs checkpoints, not the run: what could not be written is reported as
-    `checkpoint_lost`, and so is a checkpoint that is due while the one before it is still not written. An object store
+    `ShardFailed`, and so is a checkpoint that is due while the one before it is still not written. An object store
     that is away is asked again for as long as `patience_s`; meanwhile training does not wait for it.
 
     Parameters
@@ -59,7 +59,7 @@ class ShardWriter:
         run_dir: AnyPath,
         rank: int,
         world_size: int,
-        report: Report,
+        report: Reporter,
         *,
         patience_s: float,
         write: WriteShard = write_shard,
@@ -130,10 +130,10 @@ class ShardWriter:
         except BaseException as error:
             self._error = error
         else:
-            self._report.event("shard", cursor=cursor, shard=shard, layers=snapshot.layers)
+            self._report.send(ShardWritten(cursor, shard, snapshot.layers))
 
     def _note_failing(self, _: StorageError) -> None:
         self._failing = True
 
     def _lost(self, cursor: Cursor, why: str) -> None:
-        self._report.event("checkpoint_lost", step=cursor.step, why=why)
+        self._report.send(ShardFailed(cursor.step, why))

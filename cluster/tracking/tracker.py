@@ -5,7 +5,7 @@ never waits for it; a server that is away, slow or gone costs only delay. What w
 `python -m jobs.sync RUN_DIR`. A disk that is full or gone costs records, not the run.
 
 These calls are the controller's, in the job's own process. Ranks train in other processes and never come here: they
-hand events to the controller, see `cluster.report`.
+hand events to the controller, see `cluster.messages`.
 """
 
 from __future__ import annotations

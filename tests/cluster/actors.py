@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import RunConfig
+from cluster.messages import Progress
 from cluster.training import Assignment, Training
 from cluster.worker import Outbox
 from simmatch.sharding.exchange import Exchange
@@ -65,7 +66,7 @@ class Watcher:
         self.notes: list[str] = []
         self.times: list[float] = []
         self.pids: list[int] = []
-        self.latest: dict[str, Any] = {}
+        self.latest: Progress | None = None
         self._deeds: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
     def once(self, reached: Callable[[], bool], deed: Callable[[], None]) -> None:
@@ -76,7 +77,7 @@ class Watcher:
 
     def tags(self, values: dict[str, str]) -> None: ...
 
-    def progress(self, latest: dict[str, Any]) -> None:
+    def progress(self, latest: Progress) -> None:
         self.latest = latest
         for entry in [entry for entry in self._deeds if entry[0]()]:
             self._deeds.remove(entry)

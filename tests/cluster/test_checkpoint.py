@@ -36,13 +36,14 @@ from cluster.checkpoints.checkpoint import (
     write_shard,
 )
 from cluster.config import RunConfig
+from cluster.messages import LayerMetrics, Message, ShardWritten
 from cluster.training import Assignment, Stopped, Training
 from cluster.watch import Growth, TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, split_rows
-from tests.exchanges import results
+from tests.exchanges import of_type, results
 
 CHANNELS = 10
 
@@ -380,29 +381,29 @@ def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | N
     outbox = Outbox()
     assignment = Assignment(config, run_dir, exchange.rank, resume=resume)
     Training(assignment, exchange, outbox, torch.device("cpu")).run()
-    return outbox.events
+    return outbox.messages
 
 
-def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[dict[str, Any]]]:
+def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[Message]]:
     run_dir.mkdir(parents=True)
     return results(ranks(train, config.checked_mesh().world_size, config, run_dir, resume))
 
 
-def commit_all(config: RunConfig, run_dir: Path, events: list[list[dict[str, Any]]]) -> list[Cursor]:
+def commit_all(config: RunConfig, run_dir: Path, messages: list[list[Message]]) -> list[Cursor]:
     """Manifests as the controller writes them, from what all ranks have reported."""
     cursors = []
-    for told in zip(*([event for event in own if event["kind"] == "shard"] for own in events), strict=True):
-        cursor = told[0]["cursor"]
-        assert all(other["cursor"] == cursor for other in told)
-        assert all(other["layers"] == told[0]["layers"] for other in told)
-        shards: list[Shard] = [other["shard"] for other in told]
+    for written in zip(*(of_type(own, ShardWritten) for own in messages), strict=True):
+        cursor = written[0].cursor
+        assert all(other.cursor == cursor for other in written)
+        assert all(other.layers == written[0].layers for other in written)
+        shards: list[Shard] = [other.shard for other in written]
         manifest = Manifest(
             format=FORMAT,
             cursor=cursor,
             seed=config.seed,
             world_size=len(shards),
             config=config.model_dump(mode="json"),
-            layers=told[0]["layers"],
+            layers=written[0].layers,
             shards=shards,
         )
         commit(folder_of(run_dir, cursor.step), manifest)
@@ -414,12 +415,11 @@ def exported(run_dir: Path) -> dict[str, Tensor]:
     return load_file(run_dir / "model" / "model.safetensors")
 
 
-def metrics_of(events: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[float, ...]]:
+def metrics_of(messages: list[Message]) -> dict[tuple[int, int], tuple[float, ...]]:
     names = ("objective", "residual", "num_iters", "active_fraction", "dead_channels", "revived_channels")
     return {
-        (event["layer"], event["step"]): tuple(event["metrics"][name] for name in names)
-        for event in events
-        if event["kind"] == "metrics"
+        (metrics.layer, metrics.update): tuple(getattr(metrics, name) for name in names)
+        for metrics in of_type(messages, LayerMetrics)
     }
 
 
@@ -428,9 +428,9 @@ class Reference:
 
     def __init__(self, ranks: Any, config: RunConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
-        events = run(ranks, config, run_dir)
-        self.cursors = commit_all(config, run_dir, events)
-        self.metrics = metrics_of(events[0])
+        messages = run(ranks, config, run_dir)
+        self.cursors = commit_all(config, run_dir, messages)
+        self.metrics = metrics_of(messages[0])
 
 
 @pytest.fixture(scope="module")
@@ -459,23 +459,23 @@ def test_checkpoints_come_every_so_often_and_after_each_layer(alone: Reference) 
 @pytest.mark.parametrize("step", [4, 10, 12, 20, 22])
 def test_resuming_repeats_every_bit_on_one_rank(ranks: Any, alone: Reference, tmp_path: Path, step: int) -> None:
     """From the middle of a layer, its end, the first and the second epoch of the next, and the end of training."""
-    events = run(ranks, alone.config, tmp_path / "run", folder_of(alone.run_dir, step))
+    messages = run(ranks, alone.config, tmp_path / "run", folder_of(alone.run_dir, step))
     expected = exported(alone.run_dir)
     for name, tensor in exported(tmp_path / "run").items():
         assert torch.equal(tensor, expected[name]), name
-    assert metrics_of(events[0]).items() <= alone.metrics.items()
-    written = [(event["cursor"], event["layers"]) for event in events[0] if event["kind"] == "shard"]
+    assert metrics_of(messages[0]).items() <= alone.metrics.items()
+    written = [(message.cursor, message.layers) for message in of_type(messages[0], ShardWritten)]
     later = [cursor for cursor in alone.cursors if cursor.step > step]  # it did not begin again
     assert written == [(cursor, read_manifest(folder_of(alone.run_dir, cursor.step)).layers) for cursor in later]
 
 
 @pytest.mark.parametrize("step", [8, 16])
 def test_resuming_repeats_every_bit_on_two_ranks(ranks: Any, pair: Reference, tmp_path: Path, step: int) -> None:
-    events = run(ranks, pair.config, tmp_path / "run", folder_of(pair.run_dir, step))
+    messages = run(ranks, pair.config, tmp_path / "run", folder_of(pair.run_dir, step))
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
         pair.run_dir / "model/model.safetensors"
     ).read_bytes()
-    assert metrics_of(events[0]).items() <= pair.metrics.items()
+    assert metrics_of(messages[0]).items() <= pair.metrics.items()
 
 
 def test_a_supervised_layer_below_another_is_settled_once(
@@ -514,18 +514,18 @@ class AskedAt(Outbox):
         super().__init__()
         self.at = (layer, step)
 
-    def event(self, kind: str, **content: Any) -> None:
-        super().event(kind, **content)
-        if kind == "metrics" and (content["layer"], content["step"]) == self.at:
+    def send(self, message: Message) -> None:
+        super().send(message)
+        if isinstance(message, LayerMetrics) and (message.layer, message.update) == self.at:
             self.stopping = True
 
 
-def train_until(exchange: Exchange, config: RunConfig, run_dir: Path, layer: int, step: int) -> list[dict[str, Any]]:
+def train_until(exchange: Exchange, config: RunConfig, run_dir: Path, layer: int, step: int) -> list[Message]:
     """Rank 1 alone is asked."""
     outbox = AskedAt(layer, step) if exchange.rank == 1 else Outbox()
     with pytest.raises(Stopped):
         Training(Assignment(config, run_dir, exchange.rank), exchange, outbox, torch.device("cpu")).run()
-    return outbox.events
+    return outbox.messages
 
 
 @pytest.mark.parametrize(("layer", "updates", "step"), [(0, 5, 5), (0, 10, 10), (1, 10, 20)])
@@ -534,8 +534,8 @@ def test_ranks_that_are_asked_to_stop_agree_on_the_step(
 ) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    events = results(ranks(train_until, 2, pair.config, run_dir, layer, updates))
-    cursors = commit_all(pair.config, run_dir, events)
+    messages = results(ranks(train_until, 2, pair.config, run_dir, layer, updates))
+    cursors = commit_all(pair.config, run_dir, messages)
     assert cursors[-1] == Cursor(step=step, layer=layer, updates=updates, images=20 * step)
     assert not (run_dir / "model").exists()
     run(ranks, pair.config, tmp_path / "again", folder_of(run_dir, step))

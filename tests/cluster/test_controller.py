@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,18 @@ from cluster.checkpoints.checkpoint import (
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.group import GroupFailure
+from cluster.messages import (
+    LayerMetrics,
+    Message,
+    ModelExported,
+    Phase,
+    Progress,
+    ReadoutScored,
+    ShardFailed,
+    ShardWritten,
+    Traceback,
+    TrainingWarning,
+)
 from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
 from cluster.summary import Record, summarise, write_json
 from cluster.tracking.spool import SPOOL_NAME, Spool
@@ -35,9 +47,8 @@ from cluster.worker import Outbox, Place, Status
 from simmatch.config import ConfigError
 from simmatch.files import write_whole
 
-Event = dict[str, Any]
-Round = list[list[Event]] | Failure | Callable[[], Failure]
-"""One answer to a poll: every rank's new events, or the failure that the group raises instead, perhaps after a deed."""
+Round = list[list[Message]] | Failure | Callable[[], Failure]
+"""One answer to a poll: every rank's new messages, or the failure that the group raises, perhaps after a deed."""
 
 LOST = Failure("rank 1 (pid 7 on node) was lost", retryable=True)
 FAULT = Failure("TrainingFault: layer 0, step 3: non-finite activities on rank 1", retryable=False)
@@ -61,12 +72,12 @@ class ScriptedGroup:
     def poll(self) -> list[Status]:
         self.calls.append("poll")
         done = not self.rounds
-        events = [[], []] if done else self.rounds.pop(0)
-        if callable(events):
-            events = events()
-        if isinstance(events, Failure):
-            raise GroupFailure(events)
-        return [status(rank, own, done=done) for rank, own in enumerate(events)]
+        messages = [[], []] if done else self.rounds.pop(0)
+        if callable(messages):
+            messages = messages()
+        if isinstance(messages, Failure):
+            raise GroupFailure(messages)
+        return [status(rank, own, done=done) for rank, own in enumerate(messages)]
 
     def stop(self) -> None:
         self.calls.append("stop")
@@ -100,9 +111,9 @@ class Shown:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.progressed: list[dict[str, Any]] = []
+        self.progressed: list[Progress] = []
 
-    def progress(self, latest: dict[str, Any]) -> None:
+    def progress(self, latest: Progress) -> None:
         self.progressed.append(latest)
 
     def note(self, text: str) -> None:
@@ -111,24 +122,27 @@ class Shown:
 
 def status(
     rank: int,
-    events: list[Event],
+    messages: list[Message],
     *,
     done: bool = False,
     failure: Failure | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
     stopped: bool = False,
 ) -> Status:
-    return Status(rank, done, failure, [progress] if progress else [], events, num_exchanges=0, stopped=stopped)
+    return Status(rank, done, failure, [progress] if progress else [], messages, num_exchanges=0, stopped=stopped)
 
 
-def metrics_event(layer: int, step: int, objective: float = 0.5, exchanged: float = 1000.0, images: int = 100) -> Event:
-    """What rank 0 says of a layer; `exchanged` counts from the start of its group, `images` from that of the run."""
-    values = {"objective": objective, "bytes_exchanged": exchanged, "num_exchanges": exchanged / 100}
-    return {"kind": "metrics", "layer": layer, "step": step, "images": images, "metrics": values}
+def metrics_of(
+    layer: int, update: int, objective: float = 0.5, exchanged: float = 1000.0, images: int = 100
+) -> LayerMetrics:
+    """`exchanged` counts from the start of the group, `images` from that of the run."""
+    values: dict[str, Any] = dict.fromkeys((field.name for field in fields(LayerMetrics)), 0.0)
+    values |= {"objective": objective, "bytes_exchanged": exchanged, "num_exchanges": exchanged / 100}
+    return LayerMetrics(**values | {"layer": layer, "update": update, "images": images})
 
 
-def shard_event(run_dir: Path, rank: int, step: int, layer: int = 0, world_size: int = 2) -> Event:
-    """What a rank says after it wrote its file; the file is there, as the manifest's reader expects."""
+def shard_written(run_dir: Path, rank: int, step: int, layer: int = 0, world_size: int = 2) -> ShardWritten:
+    """What a rank reports after it wrote its file; the file is there, as the manifest's reader expects."""
     folder = folder_of(run_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rank-{rank}-of-{world_size}.safetensors"
@@ -141,7 +155,12 @@ def shard_event(run_dir: Path, rank: int, step: int, layer: int = 0, world_size:
         shapes={"w": [5]},
     )
     cursor = Cursor(step=step, layer=layer, updates=step, images=20 * step)
-    return {"kind": "shard", "cursor": cursor, "shard": shard, "layers": [LayerState(bound=2.0, ridge=1e-6)]}
+    return ShardWritten(cursor, shard, [LayerState(bound=2.0, ridge=1e-6)])
+
+
+def both_shards(run_dir: Path, step: int) -> list[list[Message]]:
+    """A round in which both ranks report their part of a checkpoint."""
+    return [[shard_written(run_dir, rank, step)] for rank in range(2)]
 
 
 class Scene:
@@ -160,9 +179,9 @@ class Scene:
         self.groups.append(ScriptedGroup(assignment, [] if start else script, start))
         return self.groups[-1]
 
-    def round(self, *events: list[Event]) -> tuple[bool, Failure | None]:
-        """One step of the controller in which rank 0, rank 1, … tell these events."""
-        group = ScriptedGroup(Assignment(self.config, self.run_dir, 0), [list(events)])
+    def round(self, *messages: list[Message]) -> tuple[bool, Failure | None]:
+        """One step of the controller in which rank 0, rank 1, … send these messages."""
+        group = ScriptedGroup(Assignment(self.config, self.run_dir, 0), [list(messages)])
         return self.controller.step(group)
 
 
@@ -187,15 +206,15 @@ def scene(digits_config: Callable[..., RunConfig], tmp_path: Path) -> MakeScene:
     return make
 
 
-# -- events ------------------------------------------------------------------------------------------------------------
+# -- messages ----------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_of_rank_zero_are_recorded_once(scene: MakeScene) -> None:
-    """All ranks hold the same metrics; each rank tells its own events, and one record of each is wanted."""
+    """All ranks hold the same metrics; each rank sends its own, and one record of each is wanted."""
     rounds = [
-        [[metrics_event(0, 5, 0.9)], [metrics_event(0, 5, 0.9)]],
-        [[], [metrics_event(0, 10, 0.8)]],
-        [[metrics_event(0, 10, 0.8), metrics_event(1, 5, 0.7)], []],
+        [[metrics_of(0, 5, 0.9)], [metrics_of(0, 5, 0.9)]],
+        [[], [metrics_of(0, 10, 0.8)]],
+        [[metrics_of(0, 10, 0.8), metrics_of(1, 5, 0.7)], []],
     ]
     playing = scene(rounds)
     record = playing.controller.run()
@@ -210,20 +229,28 @@ def test_metrics_of_rank_zero_are_recorded_once(scene: MakeScene) -> None:
 
 
 def test_the_result_comes_from_rank_zero(scene: MakeScene) -> None:
-    probe = {"kind": "probe", "readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8}
-    record = scene([[[probe], [probe | {"accuracy": 0.1}]]]).controller.run()
-    assert record.probe == {"readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8}
+    scored = ReadoutScored("ridge", 100, accuracy=0.9, accuracy_decode=0.8)
+    record = scene([[[scored], [replace(scored, accuracy=0.1)]]]).controller.run()
+    assert record.readout == scored
+
+
+def test_an_unknown_message_is_an_error(scene: MakeScene) -> None:
+    for rank in range(2):
+        messages: list[list[Any]] = [[], []]
+        messages[rank] = [{"kind": "metrics"}]
+        with pytest.raises(AssertionError, match="'kind': 'metrics'"):
+            scene().round(*messages)
 
 
 def test_progress_and_tracebacks_are_shown(scene: MakeScene) -> None:
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
     group.poll = lambda: [  # type: ignore[method-assign]
-        status(0, [], progress={"phase": "learn", "done": 3}),
-        status(1, [{"kind": "traceback", "text": "Traceback: where"}]),
+        status(0, [], progress=Progress("learn", 3, 8)),
+        status(1, [Traceback("Traceback: where")]),
     ]
     assert playing.controller.step(group) == (False, None)
-    assert playing.display.progressed == [{"phase": "learn", "done": 3}]
+    assert playing.display.progressed == [Progress("learn", 3, 8)]
     assert playing.display.notes == ["rank 1:\nTraceback: where"]
 
 
@@ -232,12 +259,14 @@ def test_phases_that_end_between_two_polls_are_shown(scene: MakeScene) -> None:
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
     outbox, shown = Outbox(), playing.display.progressed
     group.poll = lambda: [Status(0, False, None, list(outbox.phases), [], num_exchanges=0)]  # type: ignore[method-assign]
-    for phase, done, layer in (("learn", 2, 0), ("learn", 8, 0), ("encode", 4, 0), ("learn", 1, 1), ("learn", 3, 1)):
-        outbox.progress(phase, done, 8, layer=layer)
+    steps: list[tuple[Phase, int, int]]
+    steps = [("learn", 2, 0), ("learn", 8, 0), ("encode", 4, 0), ("learn", 1, 1), ("learn", 3, 1)]
+    for phase, done, layer in steps:
+        outbox.progress(Progress(phase, done, 8, layer=layer))
         if (phase, done) in (("learn", 2), ("learn", 3)):
             playing.controller.step(group)
     playing.controller.step(group)
-    told = [(latest["layer"], latest["phase"], latest["done"]) for latest in shown]
+    told = [(latest.layer, latest.phase, latest.done) for latest in shown]
     assert told == [(0, "learn", 2), (0, "learn", 8), (0, "encode", 4), (1, "learn", 3), (1, "learn", 3)]
 
 
@@ -257,11 +286,11 @@ def test_done_means_all_ranks(scene: MakeScene) -> None:
 def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene, tmp_path: Path) -> None:
     playing = scene()
     folder = folder_of(tmp_path, 4)
-    playing.round([], [shard_event(tmp_path, 1, 4)])
+    playing.round([], [shard_written(tmp_path, 1, 4)])
     assert not (folder / MANIFEST).exists()
-    playing.round([shard_event(tmp_path, 0, 8)], [])  # of another step: does not complete this one
+    playing.round([shard_written(tmp_path, 0, 8)], [])  # of another step: does not complete this one
     assert newest_good(tmp_path, pytest.fail) is None
-    playing.round([shard_event(tmp_path, 0, 4)], [])
+    playing.round([shard_written(tmp_path, 0, 4)], [])
     assert newest_good(tmp_path, pytest.fail) == folder
     manifest = read_manifest(folder)
     assert [shard.rank for shard in manifest.shards] == [0, 1]
@@ -271,7 +300,7 @@ def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene
     assert manifest.last_step_sent == {"0": 10, "1": 5}
     assert manifest.layers == [LayerState(bound=2.0, ridge=1e-6)]
     assert RunConfig.model_validate_json(json.dumps(manifest.config)) == playing.config
-    playing.round([], [shard_event(tmp_path, 1, 8)])
+    playing.round([], [shard_written(tmp_path, 1, 8)])
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
     assert playing.controller.record.steps == 8
 
@@ -279,15 +308,19 @@ def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene
 def test_old_checkpoints_are_pruned_at_each_commit(scene: MakeScene, tmp_path: Path) -> None:
     playing = scene(keep=2)
     for step in (4, 8, 12, 16):
-        playing.round([shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)])
+        playing.round(*both_shards(tmp_path, step))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000012", "step-00000016"]
 
 
 def test_shards_of_a_lost_group_do_not_complete_a_checkpoint_of_the_next(scene: MakeScene, tmp_path: Path) -> None:
     """Rank 0 of the first group wrote its part of step 8 and rank 1 did not; in the second group only rank 1 has so
     far. The two halves belong to different attempts."""
-    first = [[[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]], [[shard_event(tmp_path, 0, 8)], []], LOST]
-    second = [[[], [shard_event(tmp_path, 1, 8)]], FAULT]
+    first = [
+        both_shards(tmp_path, 4),
+        [[shard_written(tmp_path, 0, 8)], []],
+        LOST,
+    ]
+    second = [[[], [shard_written(tmp_path, 1, 8)]], FAULT]
     playing = scene(first, second)
     with pytest.raises(RunFailed):
         playing.controller.run()
@@ -296,10 +329,10 @@ def test_shards_of_a_lost_group_do_not_complete_a_checkpoint_of_the_next(scene: 
 
 def test_a_checkpoint_that_a_rank_could_not_write_is_left_out(scene: MakeScene, tmp_path: Path) -> None:
     playing = scene()
-    lost = {"kind": "checkpoint_lost", "step": 4, "why": "[Errno 28] No space left on device"}
-    playing.round([shard_event(tmp_path, 0, 4)], [lost])
+    lost = ShardFailed(4, "[Errno 28] No space left on device")
+    playing.round([shard_written(tmp_path, 0, 4)], [lost])
     assert playing.display.notes == ["rank 1: the checkpoint of step 4 is left out: [Errno 28] No space left on device"]
-    playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
+    playing.round(*both_shards(tmp_path, 8))
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
     assert not (folder_of(tmp_path, 4) / MANIFEST).exists()
 
@@ -314,38 +347,38 @@ def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
 
     with monkeypatch.context() as patched:
         patched.setattr("cluster.checkpoints.committer.commit", full)
-        playing.round([shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)])
+        playing.round(*both_shards(tmp_path, 4))
     (note,) = playing.display.notes
     assert "checkpoint of step 4 is left out" in note
     assert "No space left on device" in note
-    playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
+    playing.round(*both_shards(tmp_path, 8))
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
 
 
-def model_event(run_dir: Path, token: str, content: bytes = b"weights") -> Event:
-    """What rank 0 says once it has written the model."""
+def model_exported(run_dir: Path, token: str, content: bytes = b"weights") -> ModelExported:
+    """What rank 0 reports once it has written the model."""
     for name in ("model.safetensors", "config.yaml"):
         write_whole(run_dir / f"model-{token}" / name, content)
-    return {"kind": "model", "folder": f"model-{token}"}
+    return ModelExported(f"model-{token}")
 
 
 def test_only_the_group_in_force_publishes_its_model(scene: MakeScene, tmp_path: Path) -> None:
     """Rank 0 of a group that was given up is cut off, not dead: it writes on, beside the next one and after it."""
 
     def late() -> Failure:
-        model_event(tmp_path, "0123abcd", b"of the old group")
+        model_exported(tmp_path, "0123abcd", b"of the old group")
         return LOST
 
-    playing = scene([late], [[[model_event(tmp_path, "0123abce")], [{"kind": "model", "folder": "model-of-rank-1"}]]])
+    playing = scene([late], [[[model_exported(tmp_path, "0123abce")], [ModelExported("model-of-rank-1")]]])
     playing.controller.run()
-    model_event(tmp_path, "0123abcd", b"of the old group")
+    model_exported(tmp_path, "0123abcd", b"of the old group")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
     assert (tmp_path / "model" / "config.yaml").read_bytes() == b"weights"
     assert playing.controller.finished
 
 
 def test_a_run_whose_model_cannot_be_published_has_not_finished(scene: MakeScene, tmp_path: Path) -> None:
-    playing = scene([[[{"kind": "model", "folder": "model-elsewhere"}], []]])
+    playing = scene([[[ModelExported("model-elsewhere")], []]])
     with pytest.raises(RunFailed, match=r"the model is not published: .*model-elsewhere.*; the same command goes on"):
         playing.controller.run()
     assert not playing.controller.finished  # what cuts off the wait for it decides by that
@@ -357,7 +390,7 @@ def test_a_run_whose_model_cannot_be_published_has_not_finished(scene: MakeScene
 class AskedGroup(ScriptedGroup):
     """Trains for ever, in the given phase; once asked, writes a last checkpoint and stops, if it is obedient."""
 
-    def __init__(self, assignment: Assignment, phase: str, obedient: bool = True) -> None:
+    def __init__(self, assignment: Assignment, phase: Phase, obedient: bool = True) -> None:
         super().__init__(assignment, [])
         self.phase, self.obedient = phase, obedient
         self.controller: Controller | None = None
@@ -368,12 +401,12 @@ class AskedGroup(ScriptedGroup):
             assert self.controller is not None
             assert self.controller.stop()
         stopped = self.obedient and "stop" in self.calls
-        told = [[shard_event(self.assignment.run_dir, rank, 5)] if stopped else [] for rank in range(2)]
-        progress = {"phase": self.phase}
+        told = [[shard_written(self.assignment.run_dir, rank, 5)] if stopped else [] for rank in range(2)]
+        progress = Progress(self.phase, 0, 1)
         return [status(rank, told[rank], done=stopped, stopped=stopped, progress=progress) for rank in range(2)]
 
 
-def asked(scene: MakeScene, phase: str, obedient: bool = True, grace_s: float = 20.0) -> tuple[Scene, AskedGroup]:
+def asked(scene: MakeScene, phase: Phase, obedient: bool = True, grace_s: float = 20.0) -> tuple[Scene, AskedGroup]:
     playing = scene()
     cluster = playing.config.cluster.model_copy(update={"grace_s": grace_s})
     playing.controller.config = playing.config.model_copy(update={"cluster": cluster})
@@ -409,13 +442,13 @@ class EndedLayer(AskedGroup):
 
     def poll(self) -> list[Status]:
         found = super().poll()
-        phases = [{"phase": "learn", "layer": 0, "step": 5}, {"phase": "encode", "layer": 0}]
-        told: list[list[Event]] = [[], []]
+        phases = [Progress("learn", 5, 5, layer=0, step=5), Progress("encode", 0, 1, layer=0)]
+        told: list[list[Message]] = [[], []]
         if self.calls.count("poll") == 6 and self.fate != "hangs":
-            told = [[shard_event(self.assignment.run_dir, rank, 5)] for rank in range(2)]
+            told = [[shard_written(self.assignment.run_dir, rank, 5)] for rank in range(2)]
             if self.fate == "lost":
-                told[1] = [{"kind": "checkpoint_lost", "step": 5, "why": "full"}]
-        return [replace(each, done=False, stopped=False, phases=phases, events=told[each.rank]) for each in found]
+                told[1] = [ShardFailed(5, "full")]
+        return [replace(each, done=False, stopped=False, phases=phases, messages=told[each.rank]) for each in found]
 
 
 @pytest.mark.parametrize(
@@ -443,7 +476,7 @@ def test_the_shards_of_a_layer_that_has_just_ended_are_waited_for(
 
 
 def test_a_layer_that_was_saved_before_this_start_is_not_waited_for(scene: MakeScene, tmp_path: Path) -> None:
-    scene([[[shard_event(tmp_path, 0, 5)], [shard_event(tmp_path, 1, 5)]]]).controller.run()
+    scene([both_shards(tmp_path, 5)]).controller.run()
     playing = scene([[[], []]], resume=folder_of(tmp_path, 5))
     group = AskedGroup(Assignment(playing.config, playing.run_dir, 0), "encode")
     group.controller = playing.controller
@@ -466,7 +499,7 @@ def test_it_waits_no_longer_than_the_grace(scene: MakeScene) -> None:
 
 def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> None:
     """8 CPUs for two ranks at the start; the next group is placed on a host that allows 2."""
-    saved = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
+    saved = [both_shards(tmp_path, step) for step in (4, 8)]
     playing = scene([saved[0], LOST], [saved[1]])
     settled: list[RunConfig] = []
     playing.controller.settle = settled.append
@@ -490,7 +523,7 @@ def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> 
 
 
 def test_every_group_is_told_the_digest_of_the_data(scene: MakeScene, tmp_path: Path) -> None:
-    playing = scene([[[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]], LOST], [])
+    playing = scene([both_shards(tmp_path, 4), LOST], [])
     playing.controller.data = "0123456789abcdef"
     playing.controller.run()
     assert [group.assignment.data for group in playing.groups] == ["0123456789abcdef"] * 2
@@ -537,8 +570,8 @@ def test_a_group_shrinks_to_what_fits_and_no_further(
 
 
 def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
-    both = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
-    playing = scene([*both, LOST], [LOST], [[[metrics_event(0, 10)], []]])
+    both = [both_shards(tmp_path, step) for step in (4, 8)]
+    playing = scene([*both, LOST], [LOST], [[[metrics_of(0, 10)], []]])
     record = playing.controller.run()
     assert record.restarts == 2
     assert [group.assignment.generation for group in playing.groups] == [0, 1, 2]
@@ -557,7 +590,7 @@ def test_updates_that_are_done_again_are_counted(scene: MakeScene, tmp_path: Pat
     """The ranks had told of update 13 when one was lost; the newest checkpoint is of update 8, and of none before."""
 
     def told(step: int) -> Any:
-        return [status(rank, [], progress={"phase": "learn", "step": step}) for rank in range(2)]
+        return [status(rank, [], progress=Progress("learn", step, 20, step=step)) for rank in range(2)]
 
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
@@ -565,7 +598,7 @@ def test_updates_that_are_done_again_are_counted(scene: MakeScene, tmp_path: Pat
     playing.controller.step(group)
     playing.controller._restart(Restart(2, 0.0), LOST)
     assert "starting a new group from the beginning, 3 updates again" in playing.display.notes[-1]
-    playing.round([shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)])
+    playing.round(*both_shards(tmp_path, 8))
     group.poll = lambda: told(13)  # type: ignore[method-assign]
     playing.controller.step(group)
     playing.controller._restart(Restart(2, 0.0), LOST)
@@ -576,7 +609,7 @@ def test_updates_that_are_done_again_are_counted(scene: MakeScene, tmp_path: Pat
 
 
 def test_a_restart_passes_over_a_damaged_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
-    both = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
+    both = [both_shards(tmp_path, step) for step in (4, 8)]
 
     def damaged() -> Failure:
         (folder_of(tmp_path, 8) / "rank-1-of-2.safetensors").write_bytes(b"rowz")
@@ -617,7 +650,7 @@ def test_restarts_end_at_their_limit(scene: MakeScene) -> None:
 
 def test_progress_earns_new_restarts(scene: MakeScene, tmp_path: Path) -> None:
     """Four losses, each after a new checkpoint, under a limit of one: a long run on machines that die."""
-    scripts = [[[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]], LOST] for step in (4, 8, 12, 16)]
+    scripts = [[both_shards(tmp_path, step), LOST] for step in (4, 8, 12, 16)]
     playing = scene(*scripts, [], max_restarts=1)
     assert playing.controller.run().restarts == 4
     assert playing.groups[-1].assignment.resume == folder_of(tmp_path, 16)
@@ -640,7 +673,7 @@ def rates(group: ScriptedGroup) -> list[float]:
 
 def test_numbers_that_diverge_cost_half_the_rate(scene: MakeScene, tmp_path: Path) -> None:
     """Back to the newest checkpoint, on at half the rates, which later groups, and later processes, keep."""
-    saved = [[[shard_event(tmp_path, 0, step)], [shard_event(tmp_path, 1, step)]] for step in (4, 8)]
+    saved = [both_shards(tmp_path, step) for step in (4, 8)]
     playing = scene([saved[0], DIVERGED], [saved[1], LOST], [DIVERGED], divergence="lower_rate")
     with pytest.raises(RunFailed, match=r"non-finite activities on rank 1$"):
         playing.controller.run()
@@ -662,12 +695,12 @@ def test_numbers_that_diverge_cost_half_the_rate(scene: MakeScene, tmp_path: Pat
 
 def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: Path) -> None:
     """Update 8 is in a checkpoint; 10 and 15 are recorded, given up and recorded anew. A tag says so in MLflow."""
-    saved = [[shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)]]
+    saved = both_shards(tmp_path, 8)
     given_up = [(10, 0.8, 200), (15, 99.0, 300)]
     anew = [(10, 0.7, 200), (15, 0.6, 300)]
 
     def told(rows: list[tuple[int, float, int]]) -> list[Round]:
-        return [[[metrics_event(0, step, objective, images=images)], []] for step, objective, images in rows]
+        return [[[metrics_of(0, step, objective, images=images)], []] for step, objective, images in rows]
 
     first = [*told([(5, 0.9, 100)]), saved, *told(given_up), DIVERGED]
     playing = scene(first, told(anew), divergence="lower_rate")
@@ -697,9 +730,9 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
 
 
 def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:
-    before = [[[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]], LOST]
+    before = [both_shards(tmp_path, 4), LOST]
     no_place = GroupFailure(Failure("no place for 2 ranks", retryable=True, fits=1))
-    after = [[[shard_event(tmp_path, 0, 8, world_size=1)]]]
+    after = [[[shard_written(tmp_path, 0, 8, world_size=1)]]]
     playing = scene(before, no_place, after, min_shards=1)
     playing.controller.run()
     assert [group.assignment.config.mesh.channel for group in playing.groups] == [2, 2, 1]
@@ -747,12 +780,12 @@ def test_the_fault_explains_the_peers_it_cost(scene: MakeScene, faulty: int) -> 
 
 
 def test_what_a_failing_rank_last_said_is_kept(scene: MakeScene, tmp_path: Path) -> None:
-    """Events that came with the failure count: the checkpoint they complete is the one to continue from."""
+    """Messages that came with the failure count: the checkpoint they complete is the one to continue from."""
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
     group.poll = lambda: [  # type: ignore[method-assign]
-        status(0, [shard_event(tmp_path, 0, 4)], done=True, failure=LOST),
-        status(1, [shard_event(tmp_path, 1, 4)]),
+        status(0, [shard_written(tmp_path, 0, 4)], done=True, failure=LOST),
+        status(1, [shard_written(tmp_path, 1, 4)]),
     ]
     assert playing.controller.step(group) == (False, LOST)
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 4)
@@ -767,8 +800,8 @@ def test_an_interrupt_ends_the_group(scene: MakeScene) -> None:
 
 def test_warnings_of_rank_zero_are_shown(scene: MakeScene) -> None:
     """All ranks find the same."""
-    event = {"kind": "warning", "text": "layer 0, step 5: the relative objective is above 1"}
-    playing = scene([[[event], [event]]])
+    warning = TrainingWarning("layer 0, step 5: the relative objective is above 1")
+    playing = scene([[[warning], [warning]]])
     playing.controller.run()
     assert playing.display.notes.count("warning: layer 0, step 5: the relative objective is above 1") == 1
 
@@ -776,11 +809,11 @@ def test_warnings_of_rank_zero_are_shown(scene: MakeScene) -> None:
 def test_metrics_are_not_recorded_twice_after_a_restart(scene: MakeScene, tmp_path: Path) -> None:
     """The second group repeats updates 5 to 10 from the checkpoint at 4, and goes on to 15."""
     first = [
-        [[shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)]],
-        [[metrics_event(0, 5, 0.9), metrics_event(0, 10, 0.8)], []],
+        both_shards(tmp_path, 4),
+        [[metrics_of(0, 5, 0.9), metrics_of(0, 10, 0.8)], []],
         LOST,
     ]
-    second = [[[metrics_event(0, 5, 0.9), metrics_event(0, 10, 0.8)], []], [[metrics_event(0, 15, 0.7)], []]]
+    second = [[[metrics_of(0, 5, 0.9), metrics_of(0, 10, 0.8)], []], [[metrics_of(0, 15, 0.7)], []]]
     playing = scene(first, second)
     record = playing.controller.run()
     assert [(layer, step) for layer, step, _ in playing.recorder.rows] == [(0, 5), (0, 10), (0, 15)]
@@ -790,8 +823,8 @@ def test_metrics_are_not_recorded_twice_after_a_restart(scene: MakeScene, tmp_pa
 
 def test_bytes_of_all_groups_are_counted(scene: MakeScene) -> None:
     """A group's counters start at 0, and what the lost one has moved was moved."""
-    first = [[[metrics_event(0, 5, exchanged=1000.0), metrics_event(0, 10, exchanged=2000.0)], []], LOST]
-    second = [[[metrics_event(0, 5, exchanged=1000.0)], []], [[metrics_event(0, 15, exchanged=3000.0)], []]]
+    first = [[[metrics_of(0, 5, exchanged=1000.0), metrics_of(0, 10, exchanged=2000.0)], []], LOST]
+    second = [[[metrics_of(0, 5, exchanged=1000.0)], []], [[metrics_of(0, 15, exchanged=3000.0)], []]]
     record = scene(first, second).controller.run()
     assert record.bytes_exchanged == 2000.0 + 3000.0
     assert record.num_exchanges == 20.0 + 30.0
@@ -801,8 +834,8 @@ def test_throughput_counts_what_this_job_did(scene: MakeScene, tmp_path: Path) -
     """An earlier job trained layer 0 (10 updates of 20 images); this one continues and trains layer 1 (12 of 20)."""
     spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8))
     given = folder_of(tmp_path, 10)
-    scene().round([shard_event(tmp_path, 0, 10)], [shard_event(tmp_path, 1, 10)])
-    playing = scene([[[metrics_event(1, 5, images=300), metrics_event(1, 12, images=440)], []]], resume=given)
+    scene().round(*both_shards(tmp_path, 10))
+    playing = scene([[[metrics_of(1, 5, images=300), metrics_of(1, 12, images=440)], []]], resume=given)
     playing.controller.record.continue_from(tmp_path / SPOOL_NAME)  # as jobs.pretrain does
     record = playing.controller.run()
     summary = summarise(playing.config, record, status="FINISHED", seconds=10.0, run_id=None)
@@ -811,9 +844,9 @@ def test_throughput_counts_what_this_job_did(scene: MakeScene, tmp_path: Path) -
 
 def test_images_of_updates_that_are_done_again_count_once(scene: MakeScene, tmp_path: Path) -> None:
     """A rank is lost after 10 updates of 20 images; the next group begins at 8 of them and does 12."""
-    saved = [[shard_event(tmp_path, 0, 8)], [shard_event(tmp_path, 1, 8)]]
-    first = [[[metrics_event(0, 5, images=100)], []], saved, [[metrics_event(0, 10, images=200)], []], LOST]
-    second = [[[metrics_event(0, 10, images=200)], []], [[metrics_event(0, 12, images=240)], []]]
+    saved = both_shards(tmp_path, 8)
+    first = [[[metrics_of(0, 5, images=100)], []], saved, [[metrics_of(0, 10, images=200)], []], LOST]
+    second = [[[metrics_of(0, 10, images=200)], []], [[metrics_of(0, 12, images=240)], []]]
     assert scene(first, second).controller.run().images == 12 * 20
 
 
@@ -840,7 +873,7 @@ def test_a_continued_run_takes_over_what_was_recorded(scene: MakeScene, tmp_path
     """From the spool: curves, the last record of each layer, and the exchanges, on which it counts on."""
     spool_of(tmp_path, (0, 5, 0.9), (0, 10, 0.8), (0, 5, 0.9), (1, 5, 0.7))
     given = folder_of(tmp_path, 12)
-    playing = scene([[[metrics_event(1, 5, 0.7), metrics_event(1, 10, 0.6, exchanged=500.0)], []]], resume=given)
+    playing = scene([[[metrics_of(1, 5, 0.7), metrics_of(1, 10, 0.6, exchanged=500.0)], []]], resume=given)
     playing.controller.record.continue_from(tmp_path / SPOOL_NAME)
     record = playing.controller.run()
     objectives = {layer: [(step, row["objective"]) for step, row in curve] for layer, curve in record.curves.items()}
@@ -866,7 +899,7 @@ def record_of_a_run() -> Record:
     return Record(
         layers=layers,
         curves={0: [(5, layers[0]), (10, layers[0])], 1: [(5, layers[1]), (12, layers[1])]},
-        probe={"readout": "ridge", "accuracy": 0.9, "accuracy_decode": 0.8},
+        readout=ReadoutScored("ridge", 100, accuracy=0.9, accuracy_decode=0.8),
         steps=22,
         restarts=1,
         images=440,
@@ -920,7 +953,7 @@ def test_the_summary_of_a_run_that_failed_early(digits_config: Callable[..., Run
 def test_a_manifest_survives_its_file(tmp_path: Path, scene: MakeScene) -> None:
     """What `restart` reads is what `commit` wrote, configuration included."""
     playing = scene()
-    playing.round([shard_event(tmp_path, 0, 4)], [shard_event(tmp_path, 1, 4)])
+    playing.round(*both_shards(tmp_path, 4))
     content = json.loads((folder_of(tmp_path, 4) / MANIFEST).read_text())
     del content["sha256"]
     assert Manifest.model_validate(content) == read_manifest(folder_of(tmp_path, 4))
@@ -931,12 +964,12 @@ def test_ranks_that_do_not_move_are_a_loss(scene: MakeScene, tmp_path: Path) -> 
     playing = scene()
     limit_s = playing.config.cluster.stall_timeout_s
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
-    told = [[shard_event(tmp_path, rank, 4)] for rank in range(2)]
+    told = [[shard_written(tmp_path, rank, 4)] for rank in range(2)]
     moved = [replace(status(rank, own), idle_s=limit_s - 1) for rank, own in enumerate(told)]
     group.poll = lambda: moved  # type: ignore[method-assign]
     assert playing.controller.step(group) == (False, None)
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 4)
-    group.poll = lambda: [replace(one, events=[], idle_s=limit_s + 1) for one in moved]  # type: ignore[method-assign]
+    group.poll = lambda: [replace(one, messages=[], idle_s=limit_s + 1) for one in moved]  # type: ignore[method-assign]
     done, failure = playing.controller.step(group)
     assert not done
     assert failure is not None

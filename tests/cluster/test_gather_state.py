@@ -13,10 +13,12 @@ from torch import Tensor
 
 from cluster.checkpoints.checkpoint import folder_of
 from cluster.config import RunConfig
+from cluster.messages import LayerMetrics
 from cluster.watch import TrainingFault
 from simmatch.config import parse
 from tests.cluster.test_checkpoint import commit_all, exported, run
 from tests.cluster.test_parity import read, run_to_end, train, unchanging
+from tests.exchanges import of_type
 from tests.faults import FaultPlan
 
 ConfigMaker = Callable[..., RunConfig]
@@ -53,18 +55,18 @@ def single(exact: ConfigMaker, ranks: Any, tmp_path_factory: pytest.TempPathFact
 def triple(exact: ConfigMaker, ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The run on three ranks with `gather_state`, and what they reported."""
     run_dir, config = tmp_path_factory.mktemp("triple") / "run", exact(MODE, 3)
-    events = run(ranks, config, run_dir)
-    commit_all(config, run_dir, events)
-    return run_dir, events
+    messages = run(ranks, config, run_dir)
+    commit_all(config, run_dir, messages)
+    return run_dir, messages
 
 
 @pytest.fixture(scope="module")
 def pair(digits_config: ConfigMaker, ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """The run on two ranks in float32 with the solver that the mode chooses."""
     run_dir, config = tmp_path_factory.mktemp("pair") / "run", with_dynamics(digits_config(2), exchange=MODE)
-    events = run(ranks, config, run_dir)
-    commit_all(config, run_dir, events)
-    return run_dir, events
+    messages = run(ranks, config, run_dir)
+    commit_all(config, run_dir, messages)
+    return run_dir, messages
 
 
 def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -82,10 +84,10 @@ def test_a_run_gives_the_model_of_the_other_mode(single: Any, triple: Any) -> No
 
 def test_all_ranks_record_the_same(triple: Any) -> None:
     """Each looks at its own columns; what they report is about all of them."""
-    _, events = triple
-    metrics = [[unchanging(event) for event in own if event["kind"] == "metrics"] for own in events]
+    _, messages = triple
+    metrics = [[unchanging(metrics) for metrics in of_type(own, LayerMetrics)] for own in messages]
     assert metrics[0] == metrics[1] == metrics[2]
-    shares = [event["metrics"]["waiting_share"] for own in events for event in own if event["kind"] == "metrics"]
+    shares = [metrics.waiting_share for own in messages for metrics in of_type(own, LayerMetrics)]
     assert all(0.0 < share < 1.0 for share in shares)
 
 
@@ -97,13 +99,13 @@ def test_bytes_do_not_depend_on_images_or_iterations(triple: Any) -> None:
     mark; and after each fifth update, once here, four bytes that say whether it was asked to stop. The record counts
     what all three ranks receive.
     """
-    _, events = triple
-    before, after = [event for event in events[0] if event["kind"] == "metrics" and event["layer"] == 1][-2:]
-    updates = after["step"] - before["step"]
+    _, messages = triple
+    before, after = [metrics for metrics in of_type(messages[0], LayerMetrics) if metrics.layer == 1][-2:]
+    updates = after.update - before.update
     update = 2 * (4 * (40 + 10 + 10) + 1) + 4 * 4
-    moved, started = (after["metrics"][name] - before["metrics"][name] for name in ("bytes_exchanged", "num_exchanges"))
+    moved = after.bytes_exchanged - before.bytes_exchanged
     assert moved == 3 * 2 * (8 * (updates * update + 10 * 7 + 4) + 4)
-    assert started == 4 * updates + 2
+    assert after.num_exchanges - before.num_exchanges == 4 * updates + 2
 
 
 def test_a_second_run_with_a_slow_rank_is_equal_bit_by_bit(
@@ -114,7 +116,7 @@ def test_a_second_run_with_a_slow_rank_is_equal_bit_by_bit(
     expected = read(pair[0], pair[1][0])
     assert found.exported == expected.exported
     assert list(map(unchanging, found.metrics)) == list(map(unchanging, expected.metrics))
-    assert found.probe["accuracy"] > 0.4  # chance is 0.1 ± 0.03 on 121 images
+    assert found.readout.accuracy > 0.4  # chance is 0.1 ± 0.03 on 121 images
 
 
 def test_resuming_repeats_every_bit(ranks: Any, digits_config: ConfigMaker, pair: Any, tmp_path: Path) -> None:
@@ -161,4 +163,4 @@ def test_one_rank_alone_runs_the_same_code(ranks: Any, exact: ConfigMaker, singl
     """Bit by bit what the other mode computes: nothing is split, nothing moves."""
     found = run_to_end(ranks, exact(MODE, 1), tmp_path / "run")
     assert found.exported == (single[0] / "model" / "model.safetensors").read_bytes()
-    assert found.metrics[-1]["metrics"]["num_exchanges"] == 0.0
+    assert found.metrics[-1].num_exchanges == 0.0

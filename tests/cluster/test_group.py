@@ -23,6 +23,7 @@ import cluster.training
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.group import GroupFailure, WorkerGroup, lease_s
+from cluster.messages import Progress
 from cluster.policy import Failure
 from cluster.training import Assignment, Training
 from cluster.worker import Status, Worker, stalled
@@ -111,7 +112,7 @@ class Quiet:
 
     def tags(self, values: dict[str, str]) -> None: ...
 
-    def progress(self, latest: dict[str, Any]) -> None: ...
+    def progress(self, latest: Progress) -> None: ...
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -141,7 +142,7 @@ def test_a_run_of_two_actors_gives_the_model_of_two_processes(
     assert quiet.rows == [(0, 5), (0, 10), (1, 5), (1, 10), (1, 12)]
     assert record.steps == 22
     assert record.restarts == 0
-    assert 0.4 < record.probe["accuracy"] <= 1.0
+    assert 0.4 < record.readout.accuracy <= 1.0
     committed = sorted(path.parent.name for path in (tmp_path / "checkpoints").glob("step-*/manifest.json"))
     assert committed == [f"step-{step:08d}" for step in (4, 8, 10, 12, 16, 20, 22)]
 
@@ -390,7 +391,8 @@ def test_a_lone_rank_that_is_stuck_is_noticed(ray: Any, digits_config: ConfigMak
     limit_s = 2.0
     config = digits_config(1, cluster=limits())
     with started(config, tmp_path, HELD) as group:
-        poll_until(group, lambda statuses: statuses[0].progress.get("done") == 3)  # the next update is held
+        third = Progress("learn", 3, 10, layer=0, step=3)  # the next update is held
+        poll_until(group, lambda statuses: statuses[0].progress == third)
         began = time.monotonic()
         statuses = poll_until(group, lambda statuses: stalled(statuses, limit_s) is not None)
         waited_s = time.monotonic() - began
@@ -414,7 +416,7 @@ def test_a_stuck_rank_is_told_from_those_that_wait_for_it(ray: Any, digits_confi
 
 
 def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -> Status:
-    progress = {"phase": "learn", "done": 3, "total": 10, "layer": 1}
+    progress = Progress("learn", 3, 10, layer=1)
     return Status(rank, done, None, [progress], [], num_exchanges, idle_s=idle_s)
 
 
@@ -463,7 +465,7 @@ def test_long_work_of_one_rank_ends_no_run(
         digits_config(2, cluster=waits), tmp_path, lambda each: WorkerGroup(each, worker), quiet, quiet
     ).run()
     assert record.restarts == 0
-    assert record.probe["accuracy"] > 0.5
+    assert record.readout.accuracy > 0.5
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == without_ray
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.config import RunConfig
+from cluster.messages import LayerMetrics, Message, ReadoutScored, TrainingWarning
 from cluster.sharding import gather_rows, replicated_state, shard_state
 from cluster.training import Assignment
 from cluster.watch import TrainingFault
@@ -25,7 +26,7 @@ from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange, Handle, IdentityExchange
 from simmatch.sharding.rows import split_rows
-from tests.exchanges import results
+from tests.exchanges import of_type, results
 from tests.faults import FaultPlan, faulty_training
 from tests.reference import nnls_columns
 
@@ -262,8 +263,8 @@ def train(
     run_dir: Path,
     plans: tuple[FaultPlan, ...] = (),
     late_rank: int | None = None,
-) -> list[dict[str, Any]]:
-    """One rank of `cluster.training.Training`; the events that it reports."""
+) -> list[Message]:
+    """One rank of `cluster.training.Training`; the messages that it sends."""
     assignment, outbox = Assignment(config, run_dir, exchange.rank), Outbox()
     if exchange.rank == late_rank:
         exchange = LateExchange(exchange, 0.02)
@@ -272,7 +273,7 @@ def train(
     except TrainingFault as fault:
         fault.add_note("".join(traceback.format_exception(fault)))  # causes do not travel between processes
         raise
-    return outbox.events
+    return outbox.messages
 
 
 @dataclasses.dataclass
@@ -281,15 +282,14 @@ class Trained:
 
     weights: dict[str, Tensor]
     exported: bytes
-    probe: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    readout: ReadoutScored
+    metrics: list[LayerMetrics]
 
 
-def read(run_dir: Path, events: list[dict[str, Any]]) -> Trained:
+def read(run_dir: Path, messages: list[Message]) -> Trained:
     path = run_dir / "model" / "model.safetensors"
-    (probe,) = (event for event in events if event["kind"] == "probe")
-    metrics = [event for event in events if event["kind"] == "metrics"]
-    return Trained(load_file(path), path.read_bytes(), probe, metrics)
+    (readout,) = of_type(messages, ReadoutScored)
+    return Trained(load_file(path), path.read_bytes(), readout, of_type(messages, LayerMetrics))
 
 
 ConfigMaker = Callable[..., RunConfig]
@@ -326,24 +326,23 @@ def test_a_run_gives_one_model_at_any_shard_count(
         scale = float(expected.abs().amax()) if expected.numel() else 0.0
         torch.testing.assert_close(found.weights[name], expected, rtol=0, atol=1e-9 * scale, msg=name)
     for name in ("accuracy", "accuracy_decode"):
-        assert abs(found.probe[name] - single.probe[name]) * 121 <= 1.001  # one image
+        assert abs(getattr(found.readout, name) - getattr(single.readout, name)) * 121 <= 1.001  # one image
     for mine, theirs in zip(found.metrics, single.metrics, strict=True):
-        assert (mine["layer"], mine["step"]) == (theirs["layer"], theirs["step"])
+        assert (mine.layer, mine.update) == (theirs.layer, theirs.update)
         for name in ("num_iters", "dead_channels", "active_fraction"):
-            assert mine["metrics"][name] == pytest.approx(theirs["metrics"][name], abs=1e-9), name
-        assert mine["metrics"]["objective"] == pytest.approx(theirs["metrics"]["objective"], rel=1e-6)
+            assert getattr(mine, name) == pytest.approx(getattr(theirs, name), abs=1e-9), name
+        assert mine.objective == pytest.approx(theirs.objective, rel=1e-6)
 
 
 def test_the_run_under_test_learns(single: Trained) -> None:
     """Ten classes: chance is 0.1 ± 0.03 on 121 images. The readout of ten units, and V alone, are far from it."""
-    assert single.probe["accuracy"] > 0.4
-    assert single.probe["accuracy_decode"] > 0.4
+    assert single.readout.accuracy > 0.4
+    assert single.readout.accuracy_decode > 0.4
 
 
-def unchanging(metrics: dict[str, Any]) -> dict[str, Any]:
-    """All but the figures that depend on the clock."""
-    clocked = ("images_per_second", "window_s", "waiting_share", "checkpoint_share")
-    return {name: value for name, value in metrics["metrics"].items() if name not in clocked}
+def unchanging(metrics: LayerMetrics) -> LayerMetrics:
+    """Without the figures that depend on the clock."""
+    return dataclasses.replace(metrics, images_per_second=0, window_s=0, waiting_share=0, checkpoint_share=0)
 
 
 def test_two_runs_of_one_configuration_are_equal_bit_by_bit(
@@ -351,7 +350,7 @@ def test_two_runs_of_one_configuration_are_equal_bit_by_bit(
 ) -> None:
     again = run_to_end(ranks, digits_config(2), tmp_path / "run")
     assert again.exported == pair.exported
-    assert again.probe == pair.probe
+    assert again.readout == pair.readout
     assert list(map(unchanging, again.metrics)) == list(map(unchanging, pair.metrics))
 
 
@@ -427,16 +426,16 @@ def test_an_objective_above_one_is_told_once_with_its_rates(
     )
     config = config.model_copy(update={"model": ModelConfig(layers=(layer,))})
     with torch.no_grad():
-        events = train(IdentityExchange(), config, tmp_path)
-    told = [event["text"] for event in events if event["kind"] == "warning"]
-    high = [event["step"] for event in events if event["kind"] == "metrics" and event["metrics"]["objective"] > 1]
+        messages = train(IdentityExchange(), config, tmp_path)
+    warnings = of_type(messages, TrainingWarning)
+    high = [metrics.update for metrics in of_type(messages, LayerMetrics) if metrics.objective > 1]
     if tau == 1.0:
-        assert not told
+        assert not warnings
         assert not high
         return
-    (text,) = told
-    assert text.startswith(f"layer 0, step {high[0]}: the relative objective is above 1")
-    assert "plasticity.tau=0.4 and plasticity.lr=0.2" in text
+    (warning,) = warnings
+    assert warning.text.startswith(f"layer 0, step {high[0]}: the relative objective is above 1")
+    assert "plasticity.tau=0.4 and plasticity.lr=0.2" in warning.text
 
 
 def test_faults_on_two_ranks_name_both(ranks: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from cluster.checkpoints.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
 from cluster.checkpoints.shard_writer import ShardWriter, Snapshot
+from cluster.messages import ShardFailed, ShardWritten
 from cluster.storage import StorageError
 from cluster.worker import Outbox
 from simmatch.sharding.rows import Rows
+from tests.exchanges import of_type
 
 LAYERS = [LayerState(bound=2.0, ridge=1e-6)]
 
@@ -62,12 +64,12 @@ def test_training_does_not_wait_for_the_disk(tmp_path: Path, disk: Disk) -> None
     writing, outbox = writer(tmp_path, disk)
     writing.submit(cursor(4), snapshot)
     assert disk.begun.wait(20)
-    assert outbox.events == []  # back from the call, and nothing is written
+    assert outbox.messages == []  # back from the call, and nothing is written
     disk.free.set()
     writing.close()
-    (event,) = outbox.events
-    assert (event["kind"], event["cursor"], event["layers"]) == ("shard", cursor(4), LAYERS)
-    assert (folder_of(tmp_path, 4) / event["shard"].file).is_file()
+    (written,) = of_type(outbox.messages, ShardWritten)
+    assert (written.cursor, written.layers) == (cursor(4), LAYERS)
+    assert (folder_of(tmp_path, 4) / written.shard.file).is_file()
 
 
 def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path, disk: Disk) -> None:
@@ -76,7 +78,7 @@ def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path, disk: Disk) -> No
     threading.Timer(0.3, disk.free.set).start()
     writing.submit(cursor(8), snapshot)
     writing.close()
-    assert [event["cursor"].step for event in outbox.events] == [4, 8]
+    assert [written.cursor.step for written in of_type(outbox.messages, ShardWritten)] == [4, 8]
     assert writing.seconds > 0.2  # and the time counts as spent on checkpoints
 
 
@@ -94,9 +96,9 @@ def test_a_disk_that_hangs_costs_checkpoints_only(tmp_path: Path, disk: Disk) ->
     writing.close()
     assert time.monotonic() - started < 10
     assert taken == []  # nothing was copied for a checkpoint that is left out
-    assert outbox.events == [
-        {"kind": "checkpoint_lost", "step": 8, "why": "the one before it is not written after 0.1 s"},
-        {"kind": "checkpoint_lost", "step": 4, "why": "it is not written after 0.1 s"},
+    assert outbox.messages == [
+        ShardFailed(8, "the one before it is not written after 0.1 s"),
+        ShardFailed(4, "it is not written after 0.1 s"),
     ]
 
 
@@ -109,9 +111,10 @@ def test_a_full_disk_is_told_and_the_next_checkpoint_is_tried(tmp_path: Path, di
     disk.error = None
     writing.submit(cursor(8), snapshot)
     writing.close()
-    first, second = outbox.events
-    assert first == {"kind": "checkpoint_lost", "step": 4, "why": "[Errno 28] No space left on device"}
-    assert second["cursor"].step == 8
+    first, second = outbox.messages
+    assert first == ShardFailed(4, "[Errno 28] No space left on device")
+    assert isinstance(second, ShardWritten)
+    assert second.cursor.step == 8
 
 
 def test_a_fault_of_the_program_is_raised_in_training(tmp_path: Path, disk: Disk) -> None:
@@ -121,7 +124,7 @@ def test_a_fault_of_the_program_is_raised_in_training(tmp_path: Path, disk: Disk
     writing.submit(cursor(4), snapshot)
     with pytest.raises(KeyError):
         writing.submit(cursor(8), snapshot)
-    assert outbox.events == []
+    assert outbox.messages == []
 
 
 def test_what_the_operating_system_refuses_is_a_disks_fault(tmp_path: Path) -> None:
@@ -136,9 +139,9 @@ def test_what_the_operating_system_refuses_is_a_disks_fault(tmp_path: Path) -> N
         writing.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    (event,) = outbox.events
-    assert event["kind"] == "checkpoint_lost"
-    assert "File too large" in event["why"]
+    (failed,) = outbox.messages
+    assert isinstance(failed, ShardFailed)
+    assert "File too large" in failed.reason
     assert list(folder_of(tmp_path, 4).glob("*.safetensors")) == []
 
 
@@ -162,10 +165,8 @@ def test_a_store_that_is_away_is_asked_again_and_training_does_not_wait(tmp_path
         time.sleep(0.01)
     writing.submit(cursor(8), snapshot)
     assert writing.seconds < 5
-    assert outbox.events == [
-        {"kind": "checkpoint_lost", "step": 8, "why": "the one before it is not written: its store is away"}
-    ]
+    assert outbox.messages == [ShardFailed(8, "the one before it is not written: its store is away")]
     threading.Timer(0.3, back.set).start()
     writing.submit(cursor(10), snapshot, needed=True)
     writing.close()
-    assert [event["cursor"].step for event in outbox.events[1:]] == [4, 10]
+    assert [written.cursor.step for written in of_type(outbox.messages[1:], ShardWritten)] == [4, 10]

@@ -23,6 +23,7 @@ import jobs.closing
 import jobs.pretrain
 from cluster.config import RunConfig
 from cluster.controller import RunFailed, RunStopped
+from cluster.messages import ReadoutScored
 from cluster.storage import StorageError
 from cluster.summary import Record
 from cluster.tracking.mlflow_model import ModelLogger
@@ -51,7 +52,7 @@ class Scripted:
 
     def run(self) -> Record:
         self.record.layers[0], self.record.steps = LAYER, 87
-        self.record.probe = {"readout": "ridge", "accuracy": 0.9}
+        self.record.readout = ReadoutScored("ridge", 100, accuracy=0.9)
         self._deed(self)
         self.finished = True
         return self.record
@@ -288,7 +289,11 @@ def test_two_signals_while_ray_starts(make_job: Callable[..., Job], monkeypatch:
 def test_a_run_without_a_readout_is_shown_and_recorded(
     make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = make_job(deed=lambda controller: controller.record.probe.pop("accuracy"))
+
+    def without_readout(controller: Scripted) -> None:
+        controller.record.readout = None
+
+    job = make_job(deed=without_readout)
     assert job.run() == 0
     assert (summary_of(job)["status"], summary_of(job)["accuracy"]) == ("FINISHED", None)
     assert "test accuracy" not in capsys.readouterr().out

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 import jobs.display
+from cluster.messages import LayerMetrics, Progress
 from jobs.display import PlainDisplay, TerminalDisplay, details, make_display, size, title, without_control
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -38,8 +38,12 @@ def plain() -> tuple[io.StringIO, PlainDisplay]:
     return out, display
 
 
-def learn(done: int, total: int = 29, **metrics: float) -> dict[str, Any]:
-    return {"phase": "learn", "layer": 0, "done": done, "total": total, **metrics}
+def learn(done: int, total: int = 29, metrics: LayerMetrics | None = None) -> Progress:
+    return Progress("learn", done, total, layer=0, metrics=metrics)
+
+
+def encode(done: int, total: int = 9, images_per_second: float | None = None) -> Progress:
+    return Progress("encode", done, total, layer=0, images_per_second=images_per_second)
 
 
 @pytest.mark.parametrize(
@@ -51,18 +55,34 @@ def test_size(count: float, text: str) -> None:
 
 
 def test_a_phase_in_words() -> None:
-    metrics = {"images_per_second": 351.7, "residual": 0.00999, "active_fraction": 0.262, "bytes_exchanged": 1.35e8}
+    metrics = LayerMetrics(
+        layer=0,
+        update=5,
+        images=100,
+        objective=0.5,
+        residual=0.00999,
+        num_iters=9,
+        active_fraction=0.262,
+        dead_channels=0,
+        revived_channels=0,
+        images_per_second=351.7,
+        window_s=1.0,
+        waiting_share=0.1,
+        checkpoint_share=0.0,
+        bytes_exchanged=1.35e8,
+        num_exchanges=10,
+    )
     assert title(learn(5)) == "layer 0 · learn"
-    assert title({"phase": "readout", "done": 0, "total": 1}) == "readout"
-    assert details(learn(5, **metrics)) == "352 images/s · residual 1.0e-02 · active 26 % · 135 MB exchanged"
+    assert title(Progress("readout", 0, 1)) == "readout"
+    assert details(learn(5, metrics=metrics)) == "352 images/s · residual 1.0e-02 · active 26 % · 135 MB exchanged"
     assert details(learn(5)) == ""
+    assert details(encode(5, images_per_second=351.7)) == "352 images/s"
 
 
 def test_plain_lines(clock: Clock) -> None:
     out, display = plain()
     with display:
         display.note("ranks: 0 on host")
-        display.progress({})
         display.progress(learn(5))
         clock.now += 1  # too soon for another line
         display.progress(learn(10))
@@ -70,7 +90,7 @@ def test_plain_lines(clock: Clock) -> None:
         display.progress(learn(17))
         display.progress(learn(29))  # the end is told at once, and once
         display.progress(learn(29))
-        display.progress({"phase": "readout", "done": 1, "total": 1})
+        display.progress(Progress("readout", 1, 1))
     assert out.getvalue().splitlines() == [
         "ranks: 0 on host",
         "layer 0 · learn 5/29",
@@ -86,7 +106,7 @@ def test_plain_lines_hold_no_control_characters() -> None:
     with display:
         display.note("\x1b[36mrank 0 (pid 7)\x1b[0m was lost:\x07 [bold]why[/bold]\r\nTraceback\x9b1m\x1b]0;title\x07")
         display.note(long)
-        display.progress(learn(29, images_per_second=1.0))
+        display.progress(encode(9, images_per_second=1.0))
     text = out.getvalue()
     assert not CONTROL.search(text)
     assert text.splitlines()[0] == "rank 0 (pid 7) was lost: [bold]why[/bold]"
@@ -103,14 +123,13 @@ def test_a_terminal_gets_a_bar_per_phase() -> None:
     assert isinstance(display, TerminalDisplay)
     with display:
         display.note("mesh: [data 1] \x1b[2J")
-        display.progress({})
-        display.progress(learn(5, images_per_second=352.0))
-        display.progress({"phase": "encode", "layer": 0, "done": 7, "total": 9})
+        display.progress(learn(5))
+        display.progress(encode(7, images_per_second=352.0))
         tasks = display._progress.tasks
         assert [(task.description, task.completed, task.total) for task in tasks] == [
             ("layer 0 · learn", 29, 29),  # an earlier phase is over, whether or not its end was seen
             ("layer 0 · encode", 7, 9),
         ]
-        assert tasks[0].fields["details"] == "352 images/s"
+        assert tasks[1].fields["details"] == "352 images/s"
     assert "[data 1]" in out.getvalue()
     assert "\x1b[2J" not in out.getvalue()

@@ -55,7 +55,7 @@ class Silent:
     def beat(self) -> None:
         pass
 
-    def event(self, *_: object, **__: object) -> None:
+    def send(self, *_: object, **__: object) -> None:
         pass
 
     def progress(self, *_: object, **__: object) -> None:
