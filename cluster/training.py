@@ -47,9 +47,9 @@ from simmatch.data.sources import Dataset, load_dataset
 from simmatch.geometry import Patches
 from simmatch.labels import one_hot
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.model import InputConfig, Stack, build_layer, layer_inputs, pooled, readable, save_model
+from simmatch.measurement import measure
+from simmatch.model import InputConfig, Stack, layer_inputs, pooled, readable, save_model
 from simmatch.readout import accuracy, decode, fit_readout
-from simmatch.record import measure
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
 from simmatch.solvers.bound import SharedFault
@@ -192,7 +192,7 @@ class Training:
         """This rank's shard of a layer: fresh, or as the checkpoint has it."""
         channels, size = layer_inputs(self.config.model, self.source)[index]
         rows = split_rows(config.out_channels, self.config.mesh.channel)[self.coordinates.channel]
-        layer = build_layer(
+        layer = SimilarityMatchingConv2d.from_config(
             config,
             channels,
             size,
@@ -337,7 +337,7 @@ class Training:
         def learn_label(x: Tensor, images: slice) -> Tensor:
             activities = layer(x)
             if config.supervised and not settled:
-                z = one_hot(self.dataset.train_labels[images].to(self.device), layer, 1)
+                z = one_hot(self.dataset.train_labels[images], layer.num_classes, layer.label)
                 yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
                 zz.add_(z @ z.T)
             return pooled(activities, config)

@@ -7,8 +7,8 @@ import time
 from cluster.checkpoints.shard_writer import ShardWriter
 from cluster.messages import LayerMetrics, Reporter, TrainingWarning
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.measurement import Measurement
 from simmatch.objective import diverging
-from simmatch.record import Record
 from simmatch.sharding.exchange import Exchange
 
 EXPLOSION = 1e6
@@ -84,7 +84,7 @@ class Window:
     def count(self, images: int) -> None:
         self._images += images
 
-    def close(self, layer: SimilarityMatchingConv2d, record: Record, images: int) -> LayerMetrics:
+    def close(self, layer: SimilarityMatchingConv2d, measurement: Measurement, images: int) -> LayerMetrics:
         """Metrics at the end of this window; the next one begins.
 
         record: of the latest update; images: see `LayerMetrics`.
@@ -95,10 +95,10 @@ class Window:
             layer=self._layer,
             update=int(layer.updates),
             images=images,
-            objective=record.objective,
-            residual=record.residual,
-            num_iters=float(record.num_iters),
-            active_fraction=record.active_fraction,
+            objective=measurement.objective,
+            residual=measurement.residual,
+            num_iters=float(measurement.num_iters),
+            active_fraction=measurement.active_fraction,
             dead_channels=float(layer.dead_channels),
             revived_channels=float(layer.revived),
             images_per_second=self._images / seconds,

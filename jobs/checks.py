@@ -27,8 +27,7 @@ def check(config: RunConfig) -> Dataset:
     inputs = layer_inputs(config.model, source_of(dataset))
     for index, layer in enumerate(config.model.layers):
         channels, size = inputs[index]
-        kernel = size[0] if layer.kernel_size == "full" else layer.kernel_size
-        height, width = PatchConfig(channels, kernel, layer.stride, layer.padding).map_size(size)
+        height, width = PatchConfig.of_layer(layer, channels, size).map_size(size)
         if layer.train.positions is not None and layer.train.positions > height * width:
             raise ConfigError(
                 f"model.layers.{index}.train.positions: expected at most {height * width}, the map of "

@@ -12,6 +12,7 @@ from cluster.config import RunConfig, public
 from jobs.display import size
 from simmatch.config import LayerConfig
 from simmatch.documents import dump_yaml
+from simmatch.geometry import PatchConfig
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.sharding.rows import split_rows
 from simmatch.solvers.block import TAIL as BLOCK_TAIL
@@ -66,8 +67,8 @@ def _plan_layer(
     train_images: int,
 ) -> LayerPlan:
     value_bytes = 8 if config.dtype == "float64" else 4
-    kernel = extent[0] if layer.kernel_size == "full" else layer.kernel_size
-    height, width = ((side + 2 * layer.padding - kernel) // layer.stride + 1 for side in extent)
+    patch = PatchConfig.of_layer(layer, channels, extent)
+    height, width = patch.map_size(extent)
     rows = split_rows(layer.out_channels, config.mesh.channel)[0]
     columns = layer.train.batch_size * (layer.train.positions or height * width)
     classes = num_classes if layer.supervised else 0
@@ -81,14 +82,14 @@ def _plan_layer(
         output=(layer.out_channels, height, width),
         rows=rows.count,
         columns=columns,
-        parameters=rows.count * (channels * kernel**2 + layer.out_channels + classes),
+        parameters=rows.count * (patch.patch_size + layer.out_channels + classes),
         activation_bytes=value_bytes * (activations + tiles),
         cache_bytes=value_bytes * channels * extent[0] * extent[1] * train_images
         if index > 0 and config.cache_features
         else 0,
         exchange=EXCHANGES[layer.dynamics.exchange],
         exchange_bytes=(config.mesh.channel - 1)
-        * slice_bytes(layer, rows.padded, columns, channels * kernel**2, classes, value_bytes),
+        * slice_bytes(layer, rows.padded, columns, patch.patch_size, classes, value_bytes),
     )
 
 

@@ -11,7 +11,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from simmatch.documents import quoted, shortened
 
@@ -159,8 +167,8 @@ class TrainConfig(Frozen):
     """Positions of each image that are solved and learnt from, drawn anew for every update. None: all."""
 
 
-class LayerConfig(Frozen):
-    """One convolutional similarity-matching layer, its geometry, its rates and its training."""
+class LayerOptions(Frozen):
+    """What a layer computes: common to a layer of a run (`LayerConfig`) and to the constructor's arguments."""
 
     out_channels: PositiveInt
     """K, the number of neurons (output channels)."""
@@ -180,8 +188,43 @@ class LayerConfig(Frozen):
     whiten: bool = False
     """ZCA-whiten the patches with statistics taken once, before the layer learns."""
 
-    whiten_ridge: PositiveFloat = 0.1
+    whiten_ridge: NonNegativeFloat = 0.1
     """Added to the eigenvalues of the patch covariance before inversion, relative to their mean."""
+
+    label_gain: NonNegativeFloat = 0.0
+    """Variance of a label direction over the mean variance of an input direction: α = label_gain · tr C_x / P.
+    On whitened input, the ratio of the two views' eigenvalues in the canonical correlation objective."""
+
+    dynamics: DynamicsConfig = DynamicsConfig()
+    plasticity: PlasticityConfig = PlasticityConfig()
+
+
+class LayerArguments(LayerOptions):
+    """The arguments of `SimilarityMatchingConv2d` that determine its numbers."""
+
+    in_channels: PositiveInt
+    """C."""
+
+    kernel_size: PositiveInt
+    """k."""
+
+    num_classes: NonNegativeInt = 0
+    """Classes of the label weights V; 0 for none."""
+
+    seed: int = 0
+    """Of the initial weights and of every re-drawn row."""
+
+    @field_validator("num_classes")
+    @classmethod
+    def _gain_needs_classes(cls, num_classes: int, others: ValidationInfo) -> int:
+        gain = others.data.get("label_gain", 0.0)
+        if gain > 0 and num_classes == 0:
+            raise ValueError(f"expected at least 1 with label_gain={gain:g}, got 0")
+        return num_classes
+
+
+class LayerConfig(LayerOptions):
+    """One convolutional similarity-matching layer of a run: what it computes, and how it is trained and read."""
 
     whiten_images: PositiveInt = 10_000
     """Images from which the patch statistics are taken."""
@@ -192,10 +235,6 @@ class LayerConfig(Frozen):
     supervised: bool = False
     """Learn the label weights V and let labels act on the dynamics with `label_gain`."""
 
-    label_gain: NonNegativeFloat = 0.0
-    """Variance of a label direction over the mean variance of an input direction: α = label_gain · tr C_x / P.
-    On whitened input, the ratio of the two views' eigenvalues in the canonical correlation objective."""
-
     pool: PositiveInt | None = None
     """Average-pool the activities to a map of this height and width before the next layer or a readout."""
 
@@ -203,8 +242,6 @@ class LayerConfig(Frozen):
     """Pooled activities are raised to this power before the next layer or a readout; ½ keeps a few large ones from
     deciding."""
 
-    dynamics: DynamicsConfig = DynamicsConfig()
-    plasticity: PlasticityConfig = PlasticityConfig()
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from simmatch.config import LayerConfig
 from simmatch.convolution import Convolution, images_per_chunk
 
 
@@ -40,6 +41,24 @@ class PatchConfig:
     padding: int = 0
     contrast: bool = False
     contrast_floor: float = 0.1
+
+    @classmethod
+    def of_layer(cls, layer: LayerConfig, in_channels: int, image_size: tuple[int, int]) -> PatchConfig:
+        """The patches of a configured layer on inputs [in_channels, height, width].
+
+        Raises
+        ------
+        ValueError
+            A kernel that covers an input which is not square, or exceeds the padded input.
+        """
+        height, width = image_size
+        kernel = height if layer.kernel_size == "full" else layer.kernel_size
+        if layer.kernel_size == "full" and height != width:
+            raise ValueError(f"kernel_size: expected a number for an input of {height} × {width}, got 'full'")
+        contrast = layer.normalize == "contrast"
+        patch = cls(in_channels, kernel, layer.stride, layer.padding, contrast, layer.contrast_floor)
+        patch.map_size(image_size)
+        return patch
 
     @property
     def patch_size(self) -> int:

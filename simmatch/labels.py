@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from simmatch.layer import SimilarityMatchingConv2d
 
 UNLABELLED = -1
 """Label of an image whose class is unknown: it contributes nothing to V and V nothing to it."""
@@ -30,9 +27,14 @@ def check_labels(labels: Any, num_classes: int, images: int) -> None:
         raise ValueError(f"labels: expected classes 0 … {num_classes - 1} or {UNLABELLED}, got {worst}")
 
 
-def one_hot(labels: Tensor, layer: SimilarityMatchingConv2d, positions: int) -> Tensor:
-    """z [num_classes, B · positions] of checked labels [B]: zero columns where unlabelled."""
-    check_labels(labels, layer.num_classes, len(labels))
-    classes = torch.arange(layer.num_classes, device=layer.label.device)
-    z = (rearrange(labels.to(classes), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(layer.label.dtype)
-    return z.repeat_interleave(positions, dim=1)
+def one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """z [num_classes, B] of labels [B], on the device and in the dtype of `like`: zero columns where unlabelled.
+
+    Raises
+    ------
+    ValueError
+        Labels that are not integers in 0 … num_classes − 1 or `UNLABELLED`.
+    """
+    check_labels(labels, num_classes, len(labels))
+    classes = torch.arange(num_classes, device=like.device)
+    return (rearrange(labels.to(classes), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(like.dtype)

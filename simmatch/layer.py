@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from simmatch.arguments import (
     check_activities,
-    check_arguments,
+    check_dtype,
     check_images,
     check_positions,
     check_some,
     check_statistics,
 )
 from simmatch.as_written import as_written
-from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
 from simmatch.geometry import (
     PatchConfig,
     Patches,
@@ -126,23 +126,29 @@ class SimilarityMatchingConv2d(nn.Module):
         exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            num_classes=num_classes,
-            label_gain=label_gain,
-            normalize=normalize,
-            contrast_floor=contrast_floor,
-            whiten_ridge=whiten_ridge,
-            dtype=dtype,
+        arguments = parse(
+            LayerArguments,
+            {
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "kernel_size": kernel_size,
+                "stride": stride,
+                "padding": padding,
+                "num_classes": num_classes,
+                "label_gain": label_gain,
+                "dynamics": dynamics or DynamicsConfig(),
+                "plasticity": plasticity or PlasticityConfig(),
+                "normalize": normalize,
+                "contrast_floor": contrast_floor,
+                "whiten": whiten,
+                "whiten_ridge": whiten_ridge,
+                "seed": seed,
+            },
         )
+        check_dtype(dtype)
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.label_gain, self.whiten, self.whiten_ridge, self.seed = label_gain, whiten, whiten_ridge, seed
-        self.dynamics = dynamics or DynamicsConfig()
-        self.plasticity = plasticity or PlasticityConfig()
+        self.dynamics, self.plasticity = arguments.dynamics, arguments.plasticity
         self.patch = PatchConfig(in_channels, kernel_size, stride, padding, normalize == "contrast", contrast_floor)
         self.rows = rows or Rows.all(out_channels)
         self.exchange = exchange or IDENTITY
@@ -175,6 +181,42 @@ class SimilarityMatchingConv2d(nn.Module):
         self.lateral.diagonal(offset=self.rows.start).fill_(1.0)
         for channel in range(self.rows.start, self.rows.stop):
             self.feedforward[channel - self.rows.start] = self._draw_row(channel, 0)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LayerConfig,
+        in_channels: int,
+        map_size: tuple[int, int],
+        *,
+        num_classes: int = 0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rows: Rows | None = None,
+        exchange: Exchange | None = None,
+    ) -> SimilarityMatchingConv2d:
+        """The layer that a configuration describes, for inputs [B, in_channels, *map_size]: all rows, or a shard.
+
+        num_classes: of the data; a layer that is not `supervised` has no label weights.
+
+        Raises
+        ------
+        ValueError
+            A kernel that does not fit the input.
+        """
+        options = {name: getattr(config, name) for name in LayerOptions.model_fields}
+        options["kernel_size"] = PatchConfig.of_layer(config, in_channels, map_size).kernel_size
+        return cls(
+            in_channels,
+            num_classes=num_classes if config.supervised else 0,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            rows=rows,
+            exchange=exchange,
+            **options,
+        )
 
     def _draw_row(self, channel: int, draw: int) -> Tensor:
         """Row of W at birth (draw 0) and at each revival: Gaussian of expected norm 1, whatever the sharding."""
@@ -299,7 +341,9 @@ class SimilarityMatchingConv2d(nn.Module):
         result = drive(patches, weights.feedforward, self.patch, self._whitening())
         if labels is None or self.label_gain == 0:
             return result
-        driven = self.alpha * weights.label @ one_hot(labels, self, 1)  # [K_g, B]: alike at all positions of an image
+        driven = (
+            self.alpha * weights.label @ one_hot(labels, self.num_classes, self.label)
+        )  # [K_g, B]: alike at all positions of an image
         by_image = rearrange(result, "k (b l) -> k b l", l=patches.positions)
         by_image += rearrange(driven, "k b -> k b 1")
         return result
@@ -372,7 +416,10 @@ class SimilarityMatchingConv2d(nn.Module):
         if labels is None or self.num_classes == 0:
             yz = y.new_zeros(rows.count, self.num_classes)
         else:
-            yz = reduce(own, "k (b l) -> k b", "sum", b=patches.batch_size) @ one_hot(labels, self, 1).T
+            yz = (
+                reduce(own, "k (b l) -> k b", "sum", b=patches.batch_size)
+                @ one_hot(labels, self.num_classes, self.label).T
+            )
         zz, count = self._totals(patches, labels)
         return Statistics(yx, own @ y.T, yz, zz, count)
 
@@ -381,7 +428,7 @@ class SimilarityMatchingConv2d(nn.Module):
         count = patches.batch_size * patches.positions
         if labels is None or self.num_classes == 0:
             return self.label.new_zeros(self.num_classes, self.num_classes), count
-        z = one_hot(labels, self, 1)
+        z = one_hot(labels, self.num_classes, self.label)
         return z @ z.T * patches.positions, count
 
     @as_written
@@ -478,7 +525,7 @@ class SimilarityMatchingConv2d(nn.Module):
         """Learn from one batch: solve, statistics, apply. Returns the columns' solution, y [K, N], residual [N].
 
         Where columns are split (`exchange: gather_state`) these are own columns only, N of them the range
-        `split_columns(…)[rank]`: learning does not need the others. `simmatch.record.measure` looks at all.
+        `split_columns(…)[rank]`: learning does not need the others. `simmatch.measurement.measure` looks at all.
 
         A layer that whitens, or has a label gain, calibrates itself on its first batch if nobody did.
 
@@ -530,5 +577,7 @@ class SimilarityMatchingConv2d(nn.Module):
         positions = patches.map_size[0] * patches.map_size[1]
         images = min(patches.batch_size, max(1, columns // positions))
         found = explicit(patches, self.patch, self._whitening(), images=images)
-        z = None if labels is None else one_hot(labels[:images], self, positions)
+        z = None
+        if labels is not None:
+            z = one_hot(labels[:images], self.num_classes, self.label).repeat_interleave(positions, dim=1)
         return float(similarity_objective(found, y[:, : images * positions], z, float(self.alpha)))

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
 from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
 from simmatch.files import write_whole
+from simmatch.geometry import PatchConfig
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.readout import decode
-from simmatch.sharding.exchange import Exchange
-from simmatch.sharding.rows import Rows
 from simmatch.solvers.bound import check_lateral
 
 EXPORTED = ("feedforward", "lateral", "label", "whitening", "whitening_mean")
@@ -66,16 +65,10 @@ def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tup
     for index, config in enumerate(model.layers):
         inputs.append((channels, size))
         where = f"model.layers.{index}"
-        if config.kernel_size == "full" and size[0] != size[1]:
-            raise ConfigError(f"{where}.kernel_size: expected a number for an input map of {size}, got 'full'")
-        kernel = size[0] if config.kernel_size == "full" else config.kernel_size
-        padded = min(size) + 2 * config.padding
-        if kernel > padded:
-            raise ConfigError(
-                f"{where}.kernel_size: expected at most {padded}, the padded input of {size[0]} × {size[1]}, "
-                f"got {kernel}"
-            )
-        height, width = ((extent + 2 * config.padding - kernel) // config.stride + 1 for extent in size)
+        try:
+            height, width = PatchConfig.of_layer(config, channels, size).map_size(size)
+        except ValueError as error:
+            raise ConfigError(f"{where}.{error}") from None
         if config.pool is not None and config.pool > min(height, width):
             raise ConfigError(
                 f"{where}.pool: expected at most {min(height, width)}, the map of activities, got {config.pool}"
@@ -83,41 +76,6 @@ def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tup
         channels = config.out_channels
         size = (height, width) if config.pool is None else (config.pool, config.pool)
     return inputs
-
-
-def build_layer(
-    config: LayerConfig,
-    in_channels: int,
-    map_size: tuple[int, int],
-    *,
-    num_classes: int,
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    rows: Rows | None = None,
-    exchange: Exchange | None = None,
-) -> SimilarityMatchingConv2d:
-    """The layer that a configuration describes, for inputs of `in_channels` × `map_size`: all rows, or a shard."""
-    return SimilarityMatchingConv2d(
-        in_channels,
-        config.out_channels,
-        map_size[0] if config.kernel_size == "full" else config.kernel_size,
-        stride=config.stride,
-        padding=config.padding,
-        num_classes=num_classes if config.supervised else 0,
-        label_gain=config.label_gain,
-        dynamics=config.dynamics,
-        plasticity=config.plasticity,
-        normalize=config.normalize,
-        contrast_floor=config.contrast_floor,
-        whiten=config.whiten,
-        whiten_ridge=config.whiten_ridge,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        rows=rows,
-        exchange=exchange,
-    )
 
 
 def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
@@ -161,7 +119,7 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.source = model, source
         self.layers = nn.ModuleList(
-            build_layer(
+            SimilarityMatchingConv2d.from_config(
                 config,
                 channels,
                 size,

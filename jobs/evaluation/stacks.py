@@ -150,7 +150,7 @@ class StackLearner:
         yz = torch.zeros_like(layer.label)
         zz = yz.new_zeros(layer.num_classes, layer.num_classes)
         for x, part in zip(torch.split(inputs, BATCH), torch.split(labels, BATCH), strict=True):
-            z = one_hot(part, layer, 1)
+            z = one_hot(part, layer.num_classes, layer.label)
             yz.add_(reduce(layer.solve(x).y, "b k h w -> k b", "mean") @ z.T)
             zz.add_(z @ z.T)
         layer.settle_label(yz, zz)

@@ -16,7 +16,8 @@ from cluster.training import source_of
 from jobs.plan import plan_layers, print_plan
 from simmatch.config import parse
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.model import Stack, build_layer, layer_inputs
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.model import Stack, layer_inputs
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
 
@@ -37,7 +38,7 @@ def test_sizes_are_those_of_the_layers(make_config: MakeConfig, digits: Dataset,
         assert plan.output == tuple(stack.layer(index)(below).shape[1:])
         assert plan.columns == layer.train.batch_size * plan.output[1] * plan.output[2]
         rows = split_rows(layer.out_channels, channel)[0]
-        shard = build_layer(layer, *size, num_classes=10, seed=0, rows=rows)
+        shard = SimilarityMatchingConv2d.from_config(layer, *size, num_classes=10, seed=0, rows=rows)
         assert plan.rows == shard.feedforward.shape[0]
         assert plan.parameters == sum(tensor.numel() for tensor in (shard.feedforward, shard.lateral, shard.label))
     assert plans[0].cache_bytes == 0
@@ -101,7 +102,7 @@ def test_bytes_of_an_iteration_are_those_that_arrive(
         def owner(exchange: ThreadExchange) -> int:
             counting = Counting(exchange)
             rows = split_rows(layer.out_channels, channel)[exchange.rank]
-            shard = build_layer(layer, 1, (8, 8), num_classes=10, seed=0, rows=rows, exchange=counting)
+            shard = SimilarityMatchingConv2d.from_config(layer, 1, (8, 8), num_classes=10, rows=rows, exchange=counting)
             with torch.no_grad():
                 shard.solve(images)
             return counting.received
@@ -124,7 +125,9 @@ def test_bytes_of_an_update_are_those_that_arrive(make_config: MakeConfig, digit
     def owner(exchange: ThreadExchange) -> int:
         counting = Counting(exchange)
         own = rows[exchange.rank]
-        shard = build_layer(layer, channels, extent, num_classes=10, seed=0, rows=own, exchange=counting)
+        shard = SimilarityMatchingConv2d.from_config(
+            layer, channels, extent, num_classes=10, rows=own, exchange=counting
+        )
         shard.calibrate(images)
         shard.partial_fit(images, labels)
         before = counting.received

@@ -578,9 +578,9 @@ def test_positions_are_on_the_map(given: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"contrast_floor": 0.0}, "contrast_floor: expected a finite positive number, got 0.0"),
-        ({"contrast_floor": torch.nan}, "contrast_floor: expected a finite positive number, got nan"),
-        ({"whiten_ridge": -1.0}, "whiten_ridge: expected a finite nonnegative number, got -1.0"),
+        ({"contrast_floor": 0.0}, "contrast_floor: expected greater than 0, got 0.0"),
+        ({"contrast_floor": torch.nan}, "contrast_floor: expected a finite number, got nan"),
+        ({"whiten_ridge": -1.0}, "whiten_ridge: expected greater than or equal to 0, got -1.0"),
     ],
 )
 def test_normalisation_is_possible(given: dict[str, Any], message: str) -> None:

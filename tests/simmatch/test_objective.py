@@ -113,7 +113,7 @@ def test_objective_of_a_supervised_batch_counts_its_labels(digits: Dataset) -> N
     layer = SimilarityMatchingConv2d(1, 12, 8, num_classes=10, label_gain=2.0, dtype=torch.float64)
     layer.calibrate(images)
     y = layer.partial_fit(images, labels).y
-    expected = by_definition(images.flatten(1), y, one_hot(labels, layer, 1), float(layer.alpha))
+    expected = by_definition(images.flatten(1), y, one_hot(labels, layer.num_classes, layer.label), float(layer.alpha))
     assert layer.objective(images, y, labels) == pytest.approx(expected, rel=1e-10)
     assert layer.objective(images, y) != pytest.approx(expected, rel=1e-3)
 

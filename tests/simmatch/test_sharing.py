@@ -13,7 +13,7 @@ from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.record import Record, measure
+from simmatch.measurement import Measurement, measure
 from simmatch.sharding.rows import split_rows
 from simmatch.solvers.bound import SharedFault
 from tests.exchanges import ThreadExchange, results, run_owners
@@ -58,7 +58,7 @@ def batches(digits: Dataset, kind: str, size: int) -> list[tuple[Tensor, Tensor 
 class Learnt:
     """What an owner ends with."""
 
-    def __init__(self, layer: SimilarityMatchingConv2d, records: list[Record], codes: list[Tensor]) -> None:
+    def __init__(self, layer: SimilarityMatchingConv2d, records: list[Measurement], codes: list[Tensor]) -> None:
         self.layer, self.records, self.codes = layer, records, codes
 
 

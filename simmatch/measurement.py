@@ -1,4 +1,4 @@
-"""What training keeps of an update: equal on all owners, however they shared the work."""
+"""What training reports of an update: equal on all owners, however they shared the work."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One look at an update.
+class Measurement:
+    """The metrics of one update.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ def measure(
     labels: Tensor | None = None,
     *,
     columns: int = 4096,
-) -> Record:
+) -> Measurement:
     """Look at what `layer.partial_fit(patches, labels)` returned, on all owners alike.
 
     Where columns are split, an exchange brings the first of them together, about `columns`, for the objective.
@@ -56,7 +56,7 @@ def measure(
     ]
     y, gathered = gather_columns(solution.y[:, : counts[across.rank]], singles, counts, across)
     residual, num_iters, active = gathered.T
-    return Record(
+    return Measurement(
         objective=layer.objective(patches, y, labels, columns=columns),
         residual=float(residual.amax()),
         num_iters=int(num_iters.amax()),
