@@ -27,8 +27,8 @@ from jobs.options import read_yaml
 from jobs.run_directory import as_begun, choose
 from simmatch import load_model
 from simmatch.config import parse
-from simmatch.data import Dataset, to_unit
-from simmatch.exchange import IDENTITY
+from simmatch.data.sources import Dataset, to_unit
+from simmatch.sharding.exchange import IDENTITY
 
 V1 = Path(__file__).resolve().parents[1] / "fixtures" / "v1"
 FINISHED, UNFINISHED = V1 / "finished", V1 / "unfinished"
