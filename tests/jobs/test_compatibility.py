@@ -122,7 +122,7 @@ def test_an_unfinished_run_of_one_rank_ends_as_the_uninterrupted_one(unfinished:
     outbox, assignment = Outbox(), Assignment(start.config, unfinished, 0, resume=start.resume)
     with torch.no_grad():
         Training(assignment, IDENTITY, outbox, torch.device("cpu")).run()
-    assert [phase["layer"] for phase in outbox.phases if phase["phase"] == "learn"] == [1, 2]
+    assert [each.layer for each in outbox.phases if each.phase == "learn"] == [1, 2]
     model = Path("model") / "model.safetensors"
     # 32 updates in float32: a column that stops an iteration earlier moves a mean over 400 columns or more
     assert_close(load_file(unfinished / model), load_file(FINISHED / "one_rank" / model), 1e-3)
