@@ -16,14 +16,14 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import count as counting
 from pathlib import Path
-
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import RunConfig, public
 from cluster.redaction import one_line
+from cluster.text import count
 from jobs.checks import check
+from jobs.display import ProgressBars
 from jobs.ending import Ending
 from jobs.options import override, read_yaml
 from jobs.program import run_program
@@ -132,28 +132,25 @@ class Chaos:
     def run(self, seconds: float, gap_s: tuple[float, float], kinds: Sequence[str]) -> int:
         """Disturbed runs until the time is over; the last one is let go to its end."""
         self._gap_s, self._kinds = gap_s, kinds
-        columns = (TextColumn("{task.description:<48}"), BarColumn(bar_width=24), TimeElapsedColumn())
-        console = self.report.console
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=seconds)
+        with ProgressBars(self.report.console) as bars:
             begun = time.monotonic()
             self._deadline = begun + seconds
             while time.monotonic() < self._deadline and not self.lost:
                 self._runs += 1
 
                 def watch(job: Watched) -> None:
-                    doing = f"run {self._runs}, update {job.step}, {len(self.strikes)} strikes"
-                    progress.update(bar, description=doing, completed=time.monotonic() - begun)
+                    doing = f"run {self._runs}, update {job.step}, {count(len(self.strikes), 'strike')}"
+                    bars.update("seconds", time.monotonic() - begun, seconds, details=doing)
 
                 self._one(watch)
-        summary(self.report, f"{self._runs} runs of {self.config.name}: working again after", self.strikes)
+        summary(self.report, f"{count(self._runs, 'run')} of {self.config.name}: working again after", self.strikes)
         self.report.note("\n".join(self.lost) or "every run ended with the weights and records of the undisturbed one")
         self.report.note(f"rows, timelines: {self.run_dir}")
         return 1 if self.lost else 0
 
     def _one(self, watch: Callable[[Watched], None]) -> None:
         """One disturbed run, from its start to its end."""
-        folder = next(path for number in count(1) if not (path := self.run_dir / f"disturbed-{number}").exists())
+        folder = next(path for number in counting(1) if not (path := self.run_dir / f"disturbed-{number}").exists())
         job, begun, first = self._start(folder), time.monotonic(), len(self.strikes)
         self._open, self._due = None, None
         while True:

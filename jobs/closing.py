@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from cluster.config import RunConfig
 from cluster.redaction import one_line
 from cluster.summary import Record, summarise, write_json
+from cluster.text import count
 from cluster.tracking.tracker import Status, Tracker
 from jobs import figures
 from jobs.mirror import Mirror
 from jobs.recording import facts, send_records
+from jobs.reporting import Table
 from jobs.run_directory import Start
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import load_model
@@ -109,13 +109,8 @@ class Closing:
 
 def table_of(name: str, summary: dict[str, Any]) -> Table:
     """The layers of a summary, for a person."""
-    table = Table(title=f"{name}: {summary['steps']} updates in {summary['seconds']:.0f} s")
-    for column in ("layer", "objective", "residual", "iterations", "active", "dead"):
-        table.add_column(column, justify="right")
-    for index, layer in enumerate(summary["layers"]):
-        if not layer:  # finished before the checkpoint of another run that this one started from
-            continue
-        table.add_row(
+    rows = [
+        (
             str(index),
             f"{layer['objective']:.3f}",
             f"{layer['residual']:.1e}",
@@ -123,7 +118,11 @@ def table_of(name: str, summary: dict[str, Any]) -> Table:
             f"{100 * layer['active_fraction']:.0f} %",
             f"{layer['dead_channels']:.0f}",
         )
-    return table
+        for index, layer in enumerate(summary["layers"])
+        if layer  # empty if it was finished before the checkpoint of another run that this one started from
+    ]
+    title = f"{name}: {count(summary['steps'], 'update')} in {summary['seconds']:.0f} s"
+    return Table(title, ("layer", "objective", "residual", "iterations", "active", "dead"), rows)
 
 
 def lines_of(summary: dict[str, Any]) -> list[str]:

@@ -1,49 +1,41 @@
-"""What a person sees while a job runs: a live bar in a terminal, plain lines anywhere else."""
+"""Progress of a job: bars in a terminal, plain lines anywhere else. The one place that draws progress bars.
+
+    with ProgressBars(console, line_every_s=5.0) as bars:
+        for done in range(total):
+            ...
+            bars.update("encode", done + 1, total, details="4000 images/s")
+        bars.note("encoded")
+
+`RunDisplay` puts the phases of a training run on such bars. Tables are in `jobs.reporting`.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
-from rich import progress as bars
-from rich.console import Console
-from rich.markup import escape
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+from rich.text import Text
 
 from cluster.messages import Progress
+from cluster.text import size
 
-PLAIN_EVERY_S = 5.0
+LINE_EVERY_S = 5.0
+SEPARATOR = " · "
+BAR_WIDTHS = (8, 24)
+"""Fewest and most columns of a bar; in between a sixth of the terminal."""
+
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(3_500_000)
-    '3.5 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def title(progress: Progress) -> str:
-    """Name of a phase: 'layer 0 · learn'."""
-    return progress.phase if progress.layer is None else f"layer {progress.layer} · {progress.phase}"
-
-
-def details(progress: Progress) -> str:
-    """The figures of a phase in one line, as far as there are any."""
-    metrics = progress.metrics
-    if metrics is None:
-        return "" if progress.images_per_second is None else f"{progress.images_per_second:.0f} images/s"
-    return (
-        f"{metrics.images_per_second:.0f} images/s · residual {metrics.residual:.1e} · "
-        f"active {100 * metrics.active_fraction:.0f} % · {size(metrics.bytes_exchanged)} exchanged"
-    )
 
 
 def without_control(text: str) -> str:
@@ -55,8 +47,187 @@ def without_control(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
+def seconds_left(seconds: float) -> str:
+    """An estimate for people.
+
+    >>> seconds_left(12.3), seconds_left(200), seconds_left(5000)
+    ('12 s left', '3 min left', '1.4 h left')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 3600 else f"{seconds / 3600:.1f} h left"
+
+
+@dataclass
+class _Work:
+    """Work under way: where and when it was first seen, how far it is, its bar, and its last line."""
+
+    first: float
+    started: float
+    done: float
+    total: float
+    details: str = ""
+    bar: TaskID | None = None
+    line: str = ""
+    printed: float = float("-inf")
+
+
+class ProgressBars:
+    """Bars for work under way, one for each name; to be entered for as long as the work runs.
+
+    In a terminal, a bar with its name, counts, elapsed time, and as many of its details as the terminal is wide enough
+    for. Anywhere else, lines such as `encode 300/1000 · 6 s left · 4000 images/s`.
+
+    Parameters
+    ----------
+    console: standard output or standard error.
+    keep: leave the bars in the terminal at the end.
+    line_every_s: where the console is no terminal, print a line for each name at its beginning, at its end, and after
+        so many seconds; None: no lines.
+    hide: removes from a note what must not be shown, such as passwords.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        keep: bool = False,
+        line_every_s: float | None = None,
+        hide: Callable[[str], str] = str,
+    ) -> None:
+        self.console, self._line_every_s, self._hide = console, line_every_s, hide
+        self._work: dict[str, _Work] = {}
+        self._bars = RichProgress(
+            _Name(),
+            _Bar(console),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            _Details(),
+            console=console,
+            transient=not keep,
+            disable=not console.is_terminal,
+            redirect_stdout=sys.stdout.isatty(),  # lines that a pipe waits for must not end up in the console
+        )
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def update(self, name: str, done: float, total: float, *, text: str | None = None, details: str = "") -> None:
+        """How far the work of this name is.
+
+        Parameters
+        ----------
+        text: what to call it (default: its name).
+        details: parts separated by `SEPARATOR`, the most important one first.
+        """
+        now = time.monotonic()
+        work = self._work.get(name)
+        if work is None or done < work.done:  # it begins, or begins again
+            work = self._work[name] = _Work(done, now, done, total, bar=work.bar if work else None)
+        work.done, work.total, work.details = done, total, details
+        if work.first < done < total:
+            left = (now - work.started) / (done - work.first) * (total - done)
+            details = SEPARATOR.join(filter(None, (seconds_left(left), details)))
+        text = without_control(text or name)
+        if self.console.is_terminal:
+            if work.bar is None:
+                work.bar = self._bars.add_task(text, total=total, details="")
+            self._bars.update(work.bar, description=text, completed=min(done, total), total=total, details=details)
+        elif self._line_every_s is not None:
+            line = SEPARATOR.join(filter(None, (f"{text} {done:.0f}/{total:.0f}", details)))
+            if line != work.line and (done >= total or now - work.printed >= self._line_every_s):
+                work.line, work.printed = line, now
+                self._print(line)
+
+    def complete(self, name: str) -> None:
+        """The work of this name is over, whether or not its last update was seen."""
+        work = self._work[name]
+        if work.bar is not None:
+            self._bars.update(work.bar, completed=work.total, details=work.details)
+
+    def remove(self, name: str) -> None:
+        """Take the bar of this name away, if there is one."""
+        work = self._work.pop(name, None)
+        if work is not None and work.bar is not None:
+            self._bars.remove_task(work.bar)
+
+    def note(self, text: str) -> None:
+        """A line to read, above the bars."""
+        self._print(self._hide(text))
+
+    def _print(self, text: str) -> None:
+        self.console.print(without_control(text), markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bar(BarColumn):
+    """A bar whose width follows the terminal's, so that counts keep their room."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> ProgressBar:
+        least, most = BAR_WIDTHS
+        self.bar_width = max(least, min(most, self._console.width // 6))
+        return super().render(task)
+
+
+class _Name(ProgressColumn):
+    """What the work is called; cut where the terminal is narrow."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
+class _Details(ProgressColumn):
+    """As many of the details, from the first, as the terminal is wide enough for."""
+
+    def render(self, task: Task) -> _FittingParts:
+        return _FittingParts(task.fields["details"])
+
+
+@dataclass(frozen=True)
+class _FittingParts:
+    text: str
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, cell_len(self.text))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        shown = self.text
+        while cell_len(shown) > options.max_width and SEPARATOR in shown:
+            shown = shown.rpartition(SEPARATOR)[0]
+        yield Text(shown, no_wrap=True, overflow="ellipsis")
+
+
+# -- training runs -----------------------------------------------------------------------------------------------------
+
+
+def title(progress: Progress) -> str:
+    """Name of a phase: 'layer 0 · learn'."""
+    return progress.phase if progress.layer is None else f"layer {progress.layer}{SEPARATOR}{progress.phase}"
+
+
+def details(progress: Progress) -> str:
+    """The measurements of a phase in one line, if there are any."""
+    metrics = progress.metrics
+    if metrics is None:
+        return "" if progress.images_per_second is None else f"{progress.images_per_second:.0f} images/s"
+    parts = (
+        f"{metrics.images_per_second:.0f} images/s",
+        f"residual {metrics.residual:.1e}",
+        f"active {100 * metrics.active_fraction:.0f} %",
+        f"{size(metrics.bytes_exchanged)} exchanged",
+    )
+    return SEPARATOR.join(parts)
+
+
 class JobDisplay(Protocol):
-    """Where a job tells how it fares; entered for as long as it runs."""
+    """Where a training run shows its progress; entered for as long as it runs."""
 
     def __enter__(self) -> JobDisplay: ...
 
@@ -66,83 +237,28 @@ class JobDisplay(Protocol):
         """How far the present phase is; the same may come again and again."""
 
     def note(self, text: str) -> None:
-        """Something to read."""
+        """A line to read."""
 
 
 MakeDisplay = Callable[[Console, Callable[[str], str]], JobDisplay]
 """(console, what removes from a text what must not be shown) → a display."""
 
 
-class TerminalDisplay:
-    """A bar per phase, the present one moving."""
+class RunDisplay(ProgressBars):
+    """A bar, or a few lines, for every phase of a training run."""
 
     def __init__(self, console: Console, hide: Callable[[str], str] = str) -> None:
-        self._hide = hide
-        self._progress = bars.Progress(
-            bars.TextColumn("[bold]{task.description:<20}"),
-            bars.BarColumn(bar_width=24),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[details]}"),
-            bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=console,
-        )
-        self._tasks: dict[str, bars.TaskID] = {}
+        super().__init__(console, keep=True, line_every_s=LINE_EVERY_S, hide=hide)
+        self._phase: str | None = None
 
-    def __enter__(self) -> TerminalDisplay:
-        self._progress.start()
+    def __enter__(self) -> RunDisplay:
+        super().__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
     def progress(self, latest: Progress) -> None:
-        name = title(latest)
-        if name not in self._tasks:
-            for task in self._tasks.values():  # an earlier phase is over, whether or not its last word was polled
-                self._progress.update(task, completed=self._progress.tasks[task].total)
-            self._tasks[name] = self._progress.add_task(name, total=latest.total, details="")
-        self._progress.update(self._tasks[name], completed=latest.done, total=latest.total, details=details(latest))
-
-    def note(self, text: str) -> None:
-        self._progress.console.print(escape(without_control(self._hide(text))), highlight=False)
-
-
-class PlainDisplay:
-    """Lines without control characters: one for every phase, and one every few seconds within it."""
-
-    def __init__(self, console: Console, hide: Callable[[str], str] = str) -> None:
-        self._console, self._hide = console, hide
-        self._name, self._printed, self._started, self._first = "", "", 0.0, 0.0
-        self._last = -PLAIN_EVERY_S
-
-    def __enter__(self) -> PlainDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def progress(self, latest: Progress) -> None:
-        now, name = time.monotonic(), title(latest)
-        if name != self._name:
-            self._name, self._started, self._first, self._last = name, now, latest.done, -PLAIN_EVERY_S
-        finished = latest.done >= latest.total
-        if now - self._last < PLAIN_EVERY_S and not finished:
-            return
-        line = " · ".join(filter(None, (f"{name} {latest.done}/{latest.total}", details(latest))))
-        if not finished and latest.done > self._first:
-            left = (now - self._started) / (latest.done - self._first) * (latest.total - latest.done)
-            line += f" · {left:.0f} s left"
-        if line != self._printed:
-            self._print(line)
-        self._last, self._printed = now, line
-
-    def note(self, text: str) -> None:
-        self._print(self._hide(text))
-
-    def _print(self, line: str) -> None:
-        self._console.print(without_control(line), markup=False, highlight=False, soft_wrap=True)
-
-
-def make_display(console: Console, hide: Callable[[str], str] = str) -> JobDisplay:
-    """The display that suits the console; `hide` removes from a note what must not be shown."""
-    return TerminalDisplay(console, hide) if console.is_terminal else PlainDisplay(console, hide)
+        """The latest message of the ranks."""
+        phase = title(latest)
+        if self._phase is not None and self._phase != phase:
+            self.complete(self._phase)
+        self._phase = phase
+        self.update(phase, latest.done, latest.total, details=details(latest))

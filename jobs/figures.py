@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +11,7 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from simmatch.files import write_whole
+from jobs.reporting import save_figure
 from simmatch.geometry import Whitening
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack
@@ -29,11 +28,6 @@ PANELS = {
 }
 
 
-def save(figure: Figure, path: Path) -> None:
-    """A figure as a PNG file."""
-    write_whole(path, partial(figure.savefig, format="png", dpi=110))
-
-
 def training_curves(curves: Curves, path: Path) -> None:
     """One panel a metric, one line a layer."""
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -47,7 +41,7 @@ def training_curves(curves: Curves, path: Path) -> None:
             axes.set_yscale("log")
     if curves:
         figure.axes[0].legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def input_filters(layer: SimilarityMatchingConv2d) -> Tensor:
@@ -87,7 +81,7 @@ def filters(stack: Stack, index: int, images: Tensor, path: Path, limit: int = 6
         _show(axes, tile)
     more = f" (first {len(shown)} of {len(tiles)})" if len(tiles) > len(shown) else ""
     figure.suptitle(title + more, fontsize=10)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _show(axes: matplotlib.axes.Axes, tile: Tensor) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from cluster.config import RunConfig, public
-from jobs.display import size
+from cluster.text import count, size
+from jobs.reporting import Table
 from simmatch.config import LayerConfig
 from simmatch.documents import dump_yaml
 from simmatch.geometry import PatchConfig
@@ -18,7 +17,9 @@ from simmatch.sharding.rows import split_rows
 from simmatch.solvers.block import TAIL as BLOCK_TAIL
 from simmatch.solvers.tile import TAIL
 
-LOG_WIDTH = 1000
+COLUMNS = (
+    "layer", "input", "output", "rows", "columns", "parameters", "activations", "cache", "exchange", "at a time",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,41 +114,24 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
     """The resolved configuration, the mesh, and a table of the layers."""
     text = dump_yaml(public(config))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"mesh: {config.checked_mesh()}, {config.checked_mesh().world_size} rank(s) on {config.device}", highlight=False
-    )
-    table = Table(title="per rank (the one with the most rows)")
-    names = (
-        "layer",
-        "input",
-        "output",
-        "rows",
-        "columns",
-        "parameters",
-        "activations",
-        "cache",
-        "exchange",
-        "at a time",
-    )
-    for name in names:
-        table.add_column(name, justify="right")
-    for index, plan in enumerate(plan_layers(config, source, train_images)):
-        table.add_row(
+    mesh = config.checked_mesh()
+    console.print(f"mesh: {mesh}, {count(mesh.world_size, 'rank')} on {config.device}", highlight=False)
+    rows = [
+        (
             str(index),
             "×".join(map(str, plan.input)),
             "×".join(map(str, plan.output)),
             f"{plan.rows} of {plan.output[0]}",
-            f"{plan.columns:,}",
-            f"{plan.parameters:,}",
+            plan.columns,
+            plan.parameters,
             size(plan.activation_bytes),
             size(plan.cache_bytes),
             f"every {plan.exchange}" if config.mesh.channel > 1 else "none",
             size(plan.exchange_bytes),
         )
-    if not console.is_terminal:  # a log has no width of its own: cut nothing
-        unlimited = console.options.update(max_width=LOG_WIDTH)
-        console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
-    console.print(table)
+        for index, plan in enumerate(plan_layers(config, source, train_images))
+    ]
+    Table("per rank (the one with the most rows)", COLUMNS, rows).show(console)
     console.print(
         "columns: per update; cache: encoded input of the layer; exchange, at a time: when a rank receives something, "
         "and how many bytes for a whole batch",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,13 +30,14 @@ from cluster.tracking.tracker import Tracker
 from cluster.training import source_of
 from jobs.checks import check, check_checkpoint
 from jobs.closing import Closing, Outcome, lines_of, table_of
-from jobs.display import JobDisplay, MakeDisplay, make_display
+from jobs.display import JobDisplay, MakeDisplay, RunDisplay
 from jobs.ending import asking_to_end, status_of
 from jobs.mirror import Mirror
 from jobs.options import override, read_yaml
 from jobs.plan import print_plan
 from jobs.program import run_program
 from jobs.ray_session import shut_down_ray, start_ray
+from jobs.reporting import git_commit
 from jobs.run_directory import Start, as_begun, choose
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
@@ -48,7 +48,7 @@ from simmatch.files import make_folder, write_whole
 BAD_INPUT = 2
 
 
-def main(arguments: list[str] | None = None, make_display: MakeDisplay = make_display) -> int:
+def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisplay) -> int:
     """Parse, build, run. Returns the exit status.
 
     make_display: where a person, or a program, watches.
@@ -112,7 +112,7 @@ class Job:
         start: Start,
         tracker: Tracker,
         console: Console,
-        make_display: MakeDisplay = make_display,
+        make_display: MakeDisplay = RunDisplay,
     ) -> None:
         self._make_display = make_display
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
@@ -222,7 +222,7 @@ class Job:
             if outcome.message is not None:
                 print(f"error: {one_line(outcome.message)}", file=sys.stderr)
             if outcome.status == "FINISHED":
-                self.console.print(table_of(self.config.name, summary))
+                table_of(self.config.name, summary).show(self.console)
                 for line in (*lines_of(summary), f"model, figures, summary: {self.start.destination}"):
                     self._tell(line)
             self._bring(self.mirror.close)
@@ -274,7 +274,7 @@ class Job:
         """What is known before the first step."""
         config, tracker = self.config, self.tracker
         tags = {
-            "simmatch.git_commit": _git_commit(),
+            "simmatch.git_commit": git_commit() or "unknown",
             "simmatch.world_size": str(config.checked_mesh().world_size),
             "simmatch.mesh": str(config.checked_mesh()),
             "simmatch.host": os.uname().nodename,
@@ -303,17 +303,6 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         self.signum = signum
         super().__init__(f"ended by {signal.Signals(signum).name}")
-
-
-def _git_commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""What a benchmark tells: rows for programs, tables and progress for people, figures for both.
+"""What jobs measure and how they show it: the one place for tables, JSON rows, figure files, hardware and commit.
 
-Rows are JSON objects, one per line, on standard output and in a file; everything else goes to standard error, so that
-a pipe sees JSON alone.
+* `Table`: text cells, shown in a terminal or a log (`show`), or as GitHub's Markdown (`markdown`).
+* `Report`: the output of one call of a benchmark: JSON rows, one per line, on standard output and in a file; tables,
+  notes and progress on standard error, so that a pipe sees JSON alone; figures in the run directory.
+* `hardware`, `hardware_line`, `git_commit`: what a measurement ran on.
+* `save_figure`: a matplotlib figure as a PNG file.
+* `plain`: a value as JSON has it; `cell`: the same for people.
+
+Progress bars are in `jobs.display`, counts with their nouns in `cluster.text`.
 """
 
 from __future__ import annotations
@@ -12,10 +18,12 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,21 +31,25 @@ from typing import Any
 import psutil
 import torch
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from cluster.cpus import allowed_cpus
-from jobs.figures import save
+from cluster.text import count, size
+from jobs.display import ProgressBars
 from simmatch.config import ConfigError
-from simmatch.files import make_folder
+from simmatch.files import make_folder, write_whole
 
 DIGITS = 6
 """Significant digits of a number in a row; a clock has fewer."""
 
-FILE_WIDTH = 160
-"""Columns of a table where no terminal says how many there are."""
+NONE = "–"
+"""A cell without a value."""
+
+NAME_WIDTH = 24
+"""Columns that the first cell of a row may take in a terminal that is too narrow for the table."""
 
 
 class MissingError(RuntimeError):
@@ -65,8 +77,6 @@ class Report:
         self.name, self.run_dir = name, run_dir
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.console = Console(stderr=True)
-        if not self.console.is_terminal:
-            self.console.width = FILE_WIDTH
         self.path = run_dir / f"{name}.jsonl"
         try:
             make_folder(run_dir)
@@ -93,52 +103,106 @@ class Report:
         print(line, file=sys.stdout, flush=True)
 
     def environment(self, options: Mapping[str, Any]) -> None:
-        """The first row: what the figures were measured on, and how the benchmark was called."""
-        self.row(kind="environment", **hardware(), options=dict(options))
+        """The first row: the hardware and software, and how the benchmark was called."""
+        facts = hardware()
+        self.row(kind="environment", **facts, options=dict(options))
+        self.note(hardware_line(facts))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """The people's view of some rows; floats in three significant digits."""
-        table = Table(title=escape(title), title_justify="left")
-        for index, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*(escape(_for_people(value)) for value in row))
-        self.console.print(table)
+        """Some rows for people."""
+        Table(title, columns, rows).show(self.console)
 
     def note(self, text: str) -> None:
         """A line for people."""
-        self.console.print(escape(text), highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def figure(self, name: str, width: float = 7.0, height: float = 4.5) -> Iterator[Figure]:
         """A matplotlib figure to draw on, saved as `<run_dir>/figures/<name>.png` at the end."""
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        save(figure, self.run_dir / "figures" / f"{name}.png")
+        save_figure(figure, self.run_dir / "figures" / f"{name}.png")
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """A bar on standard error while long work runs; yields `step(text)`, to be called as each part begins."""
-        with Progress(
-            TextColumn("{task.description:<44}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # rows that a pipe waits for must not end up here
-        ) as progress:
-            task = progress.add_task("", total=total)
+        """Progress of long work in `total` parts; yields `step(text)`, to be called as each part begins."""
+        with ProgressBars(self.console) as bars:
             begun = 0
 
             def step(text: str) -> None:
                 nonlocal begun
-                progress.update(task, description=escape(text), completed=begun)
+                bars.update("", begun, total, text=text)
                 begun += 1
                 if not self.console.is_terminal:
                     self.note(f"{begun}/{total} {text}")
 
             yield step
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its first column names the rows and is aligned left, the others right.
+
+    >>> table = Table("Accuracy", ("row", "seeds", "all"), [("NSM", 5, 0.8716), ("k|means", 5, None)])
+    >>> print(table.markdown())
+    Accuracy:
+    <BLANKLINE>
+    | row | seeds | all |
+    | --- | ---: | ---: |
+    | NSM | 5 | 0.872 |
+    | k\\|means | 5 | – |
+    <BLANKLINE>
+
+    Attributes
+    ----------
+    title: above the table.
+    columns: headings.
+    rows: cells of every row, shown as `cell` has them.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def show(self, console: Console) -> None:
+        """Print it. In a narrow terminal names are folded and cells broken at spaces; a log is as wide as needed."""
+        table = self._rich(folded=False)
+        needed = console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum
+        if needed > console.width and console.is_terminal:
+            table = self._rich(folded=True)
+        console.width = console.width if console.is_terminal else max(console.width, needed)
+        console.print(table)
+
+    def markdown(self) -> str:
+        """As GitHub sets it, below its title."""
+        rule = ["---", *("---:" for _ in self.columns[1:])]
+        # a bar would end the cell, a line break the table
+        rows = [[" ".join(cell(value).split()).replace("|", "\\|") for value in row] for row in self.rows]
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *rows)]
+        return "\n".join([f"{self.title}:", "", *lines, ""])
+
+    def _rich(self, *, folded: bool) -> TerminalTable:
+        table = TerminalTable(title=escape(self.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        # a spread is glued to its sign: a cell in two lines is broken between the mean and the spread
+        rows = [[cell(value).replace("± ", "±") for value in row] for row in self.rows]
+        if folded:
+            rows = [[textwrap.fill(name, NAME_WIDTH), *others] for name, *others in rows]
+        for index, heading in enumerate(self.columns):
+            words = [word for text in (heading, *(row[index] for row in rows)) for word in text.split()]
+            table.add_column(
+                escape(heading),
+                justify="right" if index else "left",
+                no_wrap=index == 0,
+                min_width=max(map(len, words), default=None),
+            )
+        for row in rows:
+            table.add_row(*map(escape, row))
+        return table
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """A figure as a PNG file."""
+    write_whole(path, partial(figure.savefig, format="png", dpi=110))
 
 
 def plain(value: Any) -> Any:
@@ -160,17 +224,25 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _for_people(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value for people: floats in three significant digits.
+
+    >>> cell(12345), cell(1 / 3), cell(2345.6), cell(float("nan")), cell("0.5 ± 0.1")
+    ('12,345', '0.333', '2,346', '–', '0.5 ± 0.1')
+    """
     value = plain(value)
     if value is None:
-        return "–"
+        return NONE
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+# -- hardware ----------------------------------------------------------------------------------------------------------
+
+
 def hardware() -> dict[str, Any]:
-    """What the measurement runs on: processor, cores, threads, load, versions, commit."""
+    """What a measurement runs on: processor, cores, threads, load, versions, commit."""
     return {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -182,8 +254,15 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": git_commit(),
     }
+
+
+def hardware_line(facts: Mapping[str, Any]) -> str:
+    """The same in a line; `facts`: of `hardware`."""
+    cpus, threads = count(facts["cores_available"], "CPU"), count(facts["threads"], "thread")
+    memory, commit = size(facts["memory_bytes"]), facts["commit"] or "unknown"
+    return f"{facts['cpu']}, {cpus}, {threads}, {memory}; torch {facts['torch']}; commit {commit}"
 
 
 def _cpu_model() -> str:
@@ -196,8 +275,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with '+' where files differ from it; None outside of a checkout."""
+def git_commit() -> str | None:
+    """The checkout's commit, with '+' where files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.redaction import one_line, redact
+from cluster.text import count
 from cluster.tracking.events import checked
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.mlflow_sink import PARENT
@@ -21,6 +21,7 @@ from cluster.tracking.sender import Sender
 from cluster.tracking.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
 from cluster.tracking.tracker import make_sender, uri_of_record
 from cluster.tracking.uri import URI_VARIABLE, check_uri
+from jobs.display import ProgressBars
 from jobs.ending import Ending
 from jobs.program import run_program
 from jobs.run_directory import local_folder
@@ -74,13 +75,13 @@ def _look_through(spool: Spool) -> tuple[Event, bool]:
 
 def _send(sender: Sender, wait_s: float) -> None:
     """Send until done, or until nothing was accepted for `wait_s`."""
-    console = Console(stderr=True)
-    columns = (TextColumn("sending events"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sender.pending())
+    total, done = sender.pending(), 0
+    with ProgressBars(Console(stderr=True), keep=True) as bars:
 
         def on_sent(sent: int) -> None:
-            progress.advance(task, sent)
+            nonlocal done
+            done += sent
+            bars.update("sending events", done, total)
             if sent:
                 sender.close(wait_s)
 
@@ -90,11 +91,12 @@ def _send(sender: Sender, wait_s: float) -> None:
 
 def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
     pending = sender.pending()
-    print(f"{sender.sent - sender.rejected} events sent to {shown_uri}, run {sender.runs.get(PARENT, 'unknown')}")
+    sent = count(sender.sent - sender.rejected, "event")
+    print(f"{sent} sent to {shown_uri}, run {sender.runs.get(PARENT, 'unknown')}")
     for note in sender.notes:
         print(f"refused: {note}", file=sys.stderr)
     if pending:
-        print(f"error: {pending} events are left; the latest attempt said: {sender.reason}", file=sys.stderr)
+        print(f"error: {count(pending, 'event')} not sent; the latest attempt failed: {sender.reason}", file=sys.stderr)
     elif not ended:
         print("the run recorded no end, so MLflow shows it as running")
     return 1 if pending or sender.rejected else 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.evaluation.summaries import CLEAN, Estimate, Summary, labels_per_class
-from jobs.figures import save
+from jobs.reporting import save_figure
 from simmatch.model import Stack, pooled
 
 Floats = NDArray[np.float64]
@@ -46,17 +46,17 @@ COLUMNS = 8
 
 def label_efficiency(summaries: Sequence[Summary], path: Path) -> None:
     """Test accuracy against labels per class, a line a row."""
-    save(label_efficiency_figure(summaries), path)
+    save_figure(label_efficiency_figure(summaries), path)
 
 
 def corruption_bars(summaries: Sequence[Summary], path: Path) -> None:
     """Test accuracy under each corruption, a bar a row."""
-    save(corruption_figure(summaries), path)
+    save_figure(corruption_figure(summaries), path)
 
 
 def activation_maps(stack: Stack, image: Tensor, path: Path) -> None:
     """An image [C, H, W] in [0, 1], and what each layer of a stack makes of it."""
-    save(activation_figure(stack, image), path)
+    save_figure(activation_figure(stack, image), path)
 
 
 def _label(row: str) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from jobs.evaluation import corruptions_geometry as geometry
 from jobs.evaluation import corruptions_texture as texture
 from jobs.evaluation.corruptions_chance import Chance
-from jobs.figures import save
+from jobs.reporting import save_figure
 
 Corruption = Callable[[Tensor, Chance], Tensor]
 """Images [N, C, H, W] in [0, 1], float64, and their chance → images of that shape, to be clamped."""
@@ -105,4 +105,4 @@ def draw_corruptions(images: Tensor, path: Path, *, seed: int = 0) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=9)
     axes.set_yticks([])
-    save(figure, path)
+    save_figure(figure, path)

@@ -20,7 +20,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from jobs.evaluation.finetuning import BASELINE, STARTS, Outcome, StartName
-from jobs.figures import save
+from jobs.reporting import save_figure
 from simmatch.encoder import Agreement
 
 CONFIDENCE = 0.95
@@ -270,4 +270,4 @@ def difference_figure(lines: Sequence[Line]) -> Figure:
 
 def draw(lines: Sequence[Line], path: Path) -> None:
     """`difference_figure` as a file."""
-    save(difference_figure(lines), path)
+    save_figure(difference_figure(lines), path)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -25,7 +23,6 @@ from jobs.benchmarks.memory import peak_allocated_bytes, peak_resident_bytes
 from jobs.benchmarks.problems import Problem, Recipe, trained_problem
 from jobs.benchmarks.rivals import LeastSquares, nnls, tuned_descent
 from jobs.benchmarks.timing import MIN_ROUNDS, Spread, Timings, alternate
-from jobs.reporting import Report, hardware, plain
 from simmatch.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.solvers.dynamics import Dynamics
@@ -148,56 +145,6 @@ def test_memory_of_a_training_step_does_not_depend_on_the_kernel() -> None:
     assert rows[0]["activities_bytes"] == 64 * 20 * 28 * 28 * 4
     assert 1.0 < small <= 4.0  # the activities themselves, and the target
     assert large == pytest.approx(small, rel=0.1)  # all patches at once: 0.8 of the activities at k = 7, 0.1 at 3
-
-
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_json_lines_on_stdout_and_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):  # a second call adds to the file
-        with Report("demo", tmp_path) as report:
-            report.row(
-                kind="a", loss=torch.tensor(0.25), lost=float("nan"), path=tmp_path, spread=Spread(1.0, 0.5, 2.0)
-            )
-            report.table("A table", ["name", "value"], [["x", 12345.678], ["y", None]])
-            with report.progress(2) as step:
-                step("first")
-                step("second")
-            report.row(kind="b", values=np.arange(3), text="ä\n[bold]")
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [row["kind"] for row in rows] == ["a", "b", "a", "b"]
-    assert rows[0] == {
-        "benchmark": "demo", "run": rows[0]["run"], "kind": "a", "loss": 0.25, "lost": None, "path": str(tmp_path),
-        "spread": {"median": 1.0, "min": 0.5, "max": 2.0},
-    }  # fmt: skip
-    assert rows[1]["values"] == [0, 1, 2]
-    assert rows[1]["text"] == "ä\n[bold]"
-    assert (tmp_path / "demo.jsonl").read_text().splitlines() == lines
-    assert "12,346" in said.err
-    assert "2/2 second" in said.err
-
-
-def test_a_figure_is_saved(tmp_path: Path) -> None:
-    with Report("demo", tmp_path) as report, report.figure("line", width=4.0, height=2.0) as figure:
-        figure.subplots().plot([0, 1], [0, 1], color="red")
-    picture = matplotlib.image.imread(tmp_path / "figures" / "line.png")
-    assert picture.shape[:2] == (220, 440)
-    assert ((picture[..., 0] > 0.9) & (picture[..., 1] < 0.1)).sum() > 100  # a red line
-
-
-def test_hardware_is_this_machine() -> None:
-    found = plain(hardware())
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    if done.returncode == 0:
-        assert done.stdout.startswith(found["commit"].removesuffix("+"))
-    else:
-        assert found["commit"] is None
-    assert found["threads"] == torch.get_num_threads()
-    assert found["cores_available"] >= 1
-    assert len(found["load_average"]) == 3
-    assert found["cpu"]
 
 
 # -- problems and rivals -----------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, di
         assert not set(text) & set(map(chr, (*range(10), *range(11, 32), 127)))
         for word in ("parameters", "activations", "every iteration", "8 of 16", "16×8×8", "10,560", "1.47 MB"):
             assert word in below
-    assert below.startswith("data 1 × layer 1 × channel 2, 2 rank(s) on cpu")
+    assert below.startswith("data 1 × layer 1 × channel 2, 2 ranks on cpu")
 
 
 def test_a_password_is_not_printed(make_config: MakeConfig, digits: Dataset) -> None:

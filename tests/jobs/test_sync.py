@@ -74,7 +74,7 @@ def test_a_server_that_is_away_leaves_everything_for_later(
     assert main([str(tmp_path / "away"), "--uri", f"http://127.0.0.1:{closed_port}", "--wait", "0"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("0 events sent")
-    assert f"{events} events are left" in err
+    assert f"{events} events not sent" in err
     assert "Connection refused" in err
     assert main([str(tmp_path / "away"), "--uri", store]) == 0
     out, err = capsys.readouterr()
@@ -93,7 +93,7 @@ def test_a_server_whose_answers_never_end_is_given_up(
     events = record(tmp_path / "drip", proxy.uri)
     assert main([str(tmp_path / "drip"), "--uri", proxy.uri, "--wait", "0", "--timeout", "1"]) == 1
     proxy.close()
-    assert f"{events} events are left; the latest attempt said: TimeoutError" in capsys.readouterr().err
+    assert f"{events} events not sent; the latest attempt failed: TimeoutError" in capsys.readouterr().err
 
 
 def test_what_a_record_says_moves_no_terminal(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
