@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -39,6 +40,11 @@ MOST_NAMED = 3
 
 END_S = 10.0
 """Longest wait for Ray to take back actors and places at the end of a group."""
+
+NO_CODE = ("No module named 'cluster'", "No module named 'simmatch'")
+"""End of the error where a node has this project's packages from nowhere."""
+
+CODE_HINT = "every node needs the job's upload (ray job submit --working-dir) or the checkout at the driver's path"
 
 
 class GroupFailure(RuntimeError):
@@ -262,7 +268,8 @@ class WorkerGroup:
     def _failure(self, rank: int, verb: str, error: RayError) -> Failure:
         failure = classify(error)
         how = f"could not {verb}" if isinstance(error, RayTaskError) else "was lost" if failure.retryable else "failed"
-        return replace(failure, message=f"{self._name(rank)} {how}: {failure.message}")
+        hint = f"; {CODE_HINT}, here {Path.cwd()}" if failure.message.endswith(NO_CODE) else ""
+        return replace(failure, message=f"{self._name(rank)} {how}: {failure.message}{hint}")
 
     def _name(self, rank: int) -> str:
         if not self.places:

@@ -379,7 +379,10 @@ def test_an_actor_that_cannot_be_made_is_a_fault_that_names_its_reason(
     ):
         pass
     assert not caught.value.failure.retryable
-    expected = r"rank [01] failed: ModuleNotFoundError: No module named 'simmatch'"  # whichever Ray tells of first
+    expected = (  # of whichever Ray tells first
+        r"rank [01] failed: ModuleNotFoundError: No module named 'simmatch'; every node needs the job's upload "
+        rf"\(ray job submit --working-dir\) or the checkout at the driver's path, here {re.escape(os.getcwd())}"
+    )
     assert re.fullmatch(expected, caught.value.failure.message)
 
 
