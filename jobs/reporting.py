@@ -104,9 +104,7 @@ class Report:
 
     def environment(self, options: Mapping[str, Any]) -> None:
         """The first row: the hardware and software, and how the benchmark was called."""
-        facts = hardware()
-        self.row(kind="environment", **facts, options=dict(options))
-        self.note(hardware_line(facts))
+        self.row(kind="environment", **hardware(), options=dict(options))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Some rows for people."""

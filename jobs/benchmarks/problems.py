@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -166,29 +167,33 @@ def trained_problem(
 
     Parameters
     ----------
-    advance: called with (updates done, updates in all).
+    advance: called with (updates done, total updates).
     """
     path = folder / f"{recipe.data}-{recipe.channels}.safetensors"
-    stored = _load(path, recipe)
+    stored = load_tensors(path, asdict(recipe))
     if stored is not None:
-        return stored
+        return Problem(stored["lateral"], stored["drive"])
     _check(recipe, dataset)
     problem = _train(recipe, dataset, advance)
-    tensors = {"lateral": problem.lateral, "drive": problem.drive}
-    write_whole(path, lambda file: save_file(tensors, file, {"recipe": json.dumps(asdict(recipe))}))
+    save_tensors(path, {"lateral": problem.lateral, "drive": problem.drive}, asdict(recipe))
     return problem
 
 
-def _load(path: Path, recipe: Recipe) -> Problem | None:
-    """A stored problem of the very same recipe."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
+    """Keep what was trained, with everything that it depends on."""
+    write_whole(path, lambda file: save_file(tensors, file, {"recipe": json.dumps(recipe)}))
+
+
+def load_tensors(path: Path, recipe: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What `save_tensors` kept for the very same recipe; None where there is no such file."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            if json.loads((file.metadata() or {}).get("recipe", "null")) != asdict(recipe):
+            if json.loads((file.metadata() or {}).get("recipe", "null")) != recipe:
                 return None
-            return Problem(file.get_tensor("lateral"), file.get_tensor("drive"))
-    except (SafetensorError, json.JSONDecodeError):  # not ours, or damaged: made again
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, json.JSONDecodeError):  # another program's, or damaged: trained again
         return None
 
 

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jobs.benchmarks.authors import (
-    AUTHORS_ITERATIONS,
-    CHANNELS,
-    KERNEL,
-    Lesson,
-    State,
-    columns,
-    trained_states,
-)
-from jobs.benchmarks.learning import measure_training
 from jobs.benchmarks.problems import Problem, error
+from jobs.benchmarks.pynsm_layer import KERNEL, PynsmPlan, State, columns, trained_states
+from jobs.benchmarks.pynsm_training import measure_training
 from jobs.benchmarks.timing import alternate
-from jobs.reporting import MissingError, Report
-from simmatch.config import ConfigError, DataConfig, DynamicsConfig
+from jobs.pynsm import CHANNELS, ITERATIONS, require_pynsm
+from jobs.reporting import Report
+from simmatch.config import DataConfig, DynamicsConfig
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 
@@ -57,63 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one call measures."""
-
-    after: tuple[int, ...]
-    images: int
-    train_images: int
-    objective_images: int
-    positions: int
-    batch_size: int
-    rounds: int
-    seed: int
-
-    def lesson(self, dataset: Dataset) -> Lesson:
-        return Lesson(dataset, self.batch_size, self.seed)
-
-    @classmethod
-    def of(cls, options: argparse.Namespace, dataset: Dataset) -> Plan:
-        """Sizes from the options, checked against the data set."""
-        quick, batch_size = options.quick, options.batch_size
-        train_images = options.train_images or (1000 if quick else 20_000)
-        least = max(1, batch_size) * options.rounds
-        positions = (dataset.image_size[0] - KERNEL + 1) * (dataset.image_size[1] - KERNEL + 1)
-        plan = cls(
-            after=tuple(sorted(options.after or ((500, 1000) if quick else (5000, 20_000, 60_000)))),
-            images=options.images or (20 if quick else 200),
-            train_images=train_images,
-            objective_images=5 if quick else 20,
-            positions=options.positions,
-            batch_size=batch_size,
-            rounds=options.rounds,
-            seed=options.seed,
-        )
-        limits = {
-            "after": (plan.after[-1], 1, len(dataset.train_images)),
-            "images": (plan.images, 1, len(dataset.test_images)),
-            "batch-size": (batch_size, 1, len(dataset.train_images)),
-            "train-images": (train_images, least, len(dataset.train_images)),
-            "positions": (plan.positions, 1, positions),
-        }
-        for name, (value, fewest, most) in limits.items():
-            if not fewest <= value <= most:
-                raise ConfigError(f"--{name}: expected {fewest} to {most}, got {value}")
-        if plan.after[0] < 1:
-            raise ConfigError(f"--after: expected positive integers, got {plan.after[0]}")
-        return plan
-
-
 def run(options: argparse.Namespace, report: Report) -> None:
-    try:
-        import pynsm  # noqa: F401
-    except ImportError:
-        raise MissingError(
-            "pynsm is not installed: `pip install --no-deps pynsm==1.0.1`, or `make test`, which installs it"
-        ) from None
+    """Measure the parts, print their tables, draw the speedups.
+
+    Raises
+    ------
+    ConfigError
+        Options that do not suit the data set.
+    MissingError
+        The library is not installed.
+    """
+    require_pynsm()
     dataset = load_dataset(DataConfig(name=options.data))
-    plan = Plan.of(options, dataset)
+    plan = PynsmPlan.of(options, dataset)
     report.row(kind="library", pynsm=version("pynsm"), channels=CHANNELS, kernel_size=KERNEL, **asdict(plan))
     rows: list[Row] = []
     for name in options.parts:
@@ -140,7 +89,7 @@ def iterations_needed(state: State, images: Tensor, problem: Problem, residual: 
     return reached[0] if reached else None
 
 
-def measure_encoding(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
+def measure_encoding(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[Row]:
     """Images/s to a residual, both from the same frozen weights."""
     states = trained_states(plan.lesson(dataset), plan.after, report)
     images = to_unit(dataset.test_images[: plan.images])
@@ -168,7 +117,7 @@ def measure_encoding(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
     return [row | {"label": f"encode to {row['tolerance']:g}\nafter {row['after']}"} for row in rows]
 
 
-def encode(state: State, images: Tensor, problem: Problem, exact: Tensor, residual: float, plan: Plan) -> Row:
+def encode(state: State, images: Tensor, problem: Problem, exact: Tensor, residual: float, plan: PynsmPlan) -> Row:
     """Both sides at one residual: theirs with 1.9/λmax and the iterations it needs, ours as it stands."""
     step = 1.9 / problem.largest
     needed = iterations_needed(state, images, problem, residual, step)
@@ -188,7 +137,7 @@ def side_by_side(
     images: Tensor,
     problem: Problem,
     exact: Tensor,
-    plan: Plan,
+    plan: PynsmPlan,
     closer: Sequence[SimilarityMatchingConv2d] = (),
 ) -> Row:
     """Time both in turns on the images, batch by batch, and look at what they return.
@@ -234,27 +183,27 @@ def side_by_side(
     return row
 
 
-def measure_fixed(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
+def measure_fixed(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[Row]:
     """Exactly the authors' 40 float32 projected-gradient iterations on both sides, at 1.9/λmax."""
     rows = []
     images = to_unit(dataset.test_images[: plan.images])
     states = trained_states(plan.lesson(dataset), plan.after, report)
     with report.progress(len(states)) as step:
         for after, state in sorted(states.items()):
-            step(f"after {after} images: {AUTHORS_ITERATIONS} iterations")
+            step(f"after {after} images: {ITERATIONS} iterations")
             problem = state.problem(images)
             size = 1.9 / problem.largest
             layer = state.own(
                 DynamicsConfig(
-                    solver="projected_gradient", step=size, tolerance=0.0, max_iterations=AUTHORS_ITERATIONS, ridge=0.0
+                    solver="projected_gradient", step=size, tolerance=0.0, max_iterations=ITERATIONS, ridge=0.0
                 )
             )
-            model = state.authors(size, AUTHORS_ITERATIONS)
+            model = state.authors(size, ITERATIONS)
             found = side_by_side(model, layer, images, problem, problem.exact(), plan)
-            rows.append({"after": after, "iterations": AUTHORS_ITERATIONS} | found)
+            rows.append({"after": after, "iterations": ITERATIONS} | found)
             report.row(kind="fixed", **rows[-1])
     report.table(
-        f"Encoding with exactly {AUTHORS_ITERATIONS} float32 projected-gradient iterations",
+        f"Encoding with exactly {ITERATIONS} float32 projected-gradient iterations",
         ["images learnt", "pynsm images/s", "images/s", "difference", "residual", "×", "min", "max"],
         [
             [row[key] for key in ("after", "pynsm_images_per_second", "images_per_second", "difference", "residual",
@@ -262,10 +211,10 @@ def measure_fixed(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
             for row in rows
         ],
     )  # fmt: skip
-    return [row | {"label": f"{AUTHORS_ITERATIONS} steps\nafter {row['after']}"} for row in rows]
+    return [row | {"label": f"{ITERATIONS} steps\nafter {row['after']}"} for row in rows]
 
 
-PARTS: dict[str, Callable[[Plan, Dataset, Report], list[Row]]] = {
+PARTS: dict[str, Callable[[PynsmPlan, Dataset, Report], list[Row]]] = {
     "encoding": measure_encoding,
     "fixed": measure_fixed,
     "training": measure_training,

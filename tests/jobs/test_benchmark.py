@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from jobs.benchmark import BAD_INPUT, SUBCOMMANDS, main
 from jobs.benchmarks.dynamics import configuration, iterations_per_column, slope, solver_names
-from jobs.benchmarks.learning import RATES, edges
 from jobs.benchmarks.limits import step_memory
 from jobs.benchmarks.memory import peak_allocated_bytes, peak_resident_bytes
 from jobs.benchmarks.problems import Problem, Recipe, trained_problem
+from jobs.benchmarks.pynsm_training import RATES, edges
 from jobs.benchmarks.rivals import LeastSquares, nnls, tuned_descent
 from jobs.benchmarks.timing import MIN_ROUNDS, Spread, Timings, alternate
 from simmatch.config import DataConfig

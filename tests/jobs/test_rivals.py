@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.benchmarks.authors import RATE, TAU
 from jobs.evaluation.interface import Shape
 from jobs.evaluation.rivals import RIVALS, Rival, autoencoder, nmf, patches, pynsm
 from jobs.evaluation.rivals.autoencoder import Autoencoder, AutoencoderSettings, Coder
@@ -29,6 +28,7 @@ from jobs.evaluation.rivals.nonnegative import mean_iterations
 from jobs.evaluation.rivals.pynsm import Pynsm, PynsmSettings
 from jobs.evaluation.rivals.random_filters import Random, RandomSettings
 from jobs.evaluation.rivals.visits import Visits
+from jobs.pynsm import RATE, TAU
 from jobs.reporting import MissingError
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import Dataset, to_unit

@@ -1,6 +1,6 @@
 """The authors' library, `pynsm` 1.0.1: it learns, and our solver encodes with what it has learnt.
 
-Learning is their example's loop (`jobs.benchmarks.authors`): 40 projected-gradient iterations, SGD on their loss, its
+Learning is their example's loop (`jobs.pynsm`): 40 projected-gradient iterations, SGD on their loss, its
 rate and τ. Their module takes any encoder, so it is given patches as channels of a map, and a 1 × 1 convolution W: any
 stride, and normalised patches as the other learners have them. Codes are solved to a residual, because their own
 iterations end far from the solution on weights that have learnt for long.
@@ -9,20 +9,18 @@ iterations end far from the solution on weights that have learnt for long.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from jobs.benchmarks.authors import AUTHORS_ITERATIONS, CHANNELS, RATE, TAU, Authors, State
 from jobs.evaluation.interface import Cost
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
 from jobs.evaluation.rivals.patches import Preprocessing, View, fitted
 from jobs.evaluation.rivals.visits import Visits
-from jobs.reporting import MissingError
+from jobs.pynsm import CHANNELS, RATE, PynsmTraining, convolution, require_pynsm, similarity_matching
 
 VISITS = Visits(images=100, columns=5000, updates=400, passes=3)
 """6 images an update at the 784 positions of 28 × 28 images: 2,400 images. Learning takes some 50 ms an image of these
@@ -42,37 +40,6 @@ class PynsmSettings(Preprocessing):
     """
 
     step: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Start(State):
-    """W [K, P, 1, 1] and M [K, K] before learning, and their module with it.
-
-    Attributes
-    ----------
-    iteration_step: of their dynamics.
-    """
-
-    iteration_step: float
-
-    def authors(self, step: float | None = None, iterations: int = AUTHORS_ITERATIONS, tau: float = TAU) -> Any:
-        """Their module, for maps [B, P, H', W'] of patches."""
-        import pynsm
-
-        channels, size = self.feedforward.shape[:2]
-        encoder = nn.Conv2d(size, channels, 1, bias=False)
-        model = pynsm.SimilarityMatching(
-            encoder=encoder,
-            out_channels=channels,
-            tau=tau,
-            iteration_projection=F.relu,
-            iteration_lr=self.iteration_step if step is None else step,
-            max_iterations=iterations,
-        )
-        with torch.no_grad():
-            encoder.weight.copy_(self.feedforward)
-            model.competitor.weight.copy_(self.lateral)
-        return model
 
 
 class Pynsm(Convolutional[PynsmSettings]):
@@ -102,10 +69,7 @@ class Pynsm(Convolutional[PynsmSettings]):
         MissingError
             Their library is not installed.
         """
-        try:
-            import pynsm  # noqa: F401
-        except ImportError:
-            raise MissingError("pynsm is not installed: `pip install --no-deps pynsm==1.0.1`") from None
+        require_pynsm()
         super().fit(images)
         few = self.encoder.columns(images[:COUNTED_IMAGES])
         self._iterations = mean_iterations(few, fitted(self.lateral, self.name), RESIDUAL)
@@ -114,16 +78,15 @@ class Pynsm(Convolutional[PynsmSettings]):
         channels, size = self.shape.channels, view.config.patch_size
         # as torch begins a convolution: uniform within ± 1/√P
         weight = torch.rand(channels, size, 1, 1, generator=generator).mul_(2).sub_(1) / size**0.5
-        start = Start(weight, torch.eye(channels), self.settings.step)
+        model = similarity_matching(convolution(weight), torch.eye(channels), step=self.settings.step)
         # their loss is a mean over channels: at this rate a step is η = 4ρ/K of our rules as in their example
-        learner = Authors(start.authors(), RATE * channels / CHANNELS)
+        training = PynsmTraining(model, RATE * channels / CHANNELS)
         height, width = view.config.map_size((images.shape[2], images.shape[3]))
         for indices in VISITS.batches(len(images), height * width, self.seed):
             maps = rearrange(view.all(images[indices]), "(b h w) p -> b p h w", h=height, w=width)
-            learner.learn(maps.contiguous())  # their products take half as long again on a permuted map
-        state = learner.state()
-        self.lateral = (state.lateral + state.lateral.T) / 2  # symmetric but for rounding
-        filters = state.feedforward.flatten(1)
+            training.learn(maps.contiguous())  # their products take half as long again on a permuted map
+        self.lateral = (training.lateral + training.lateral.T) / 2  # symmetric but for rounding
+        filters = training.feedforward.flatten(1)
         return Learnt(filters, torch.zeros(channels), filters.numel() + self.lateral.numel())
 
     def activity(self, columns: Tensor) -> Tensor:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from jobs.benchmarks.authors import PUBLISHED, Authors, Own, Rates, State, held_out_objective
+from jobs.benchmarks.pynsm_layer import (
+    PUBLISHED,
+    AuthorsTraining,
+    OwnTraining,
+    PynsmPlan,
+    Rates,
+    State,
+    held_out_objective,
+)
 from jobs.benchmarks.timing import Timings, alternate
 from jobs.reporting import Report
 from simmatch.data.sources import Dataset, to_unit
-
-if TYPE_CHECKING:
-    from jobs.benchmarks.pynsm import Plan
 
 RATES = (PUBLISHED, Rates(lr=0.02, tau=1.0), Rates(lr=0.1, tau=1.0), Rates(lr=0.3, tau=1.0))
 """Tried by both sides."""
@@ -51,17 +56,17 @@ def edges(train_images: int, batch_size: int) -> list[int]:
     return [0, *sorted(mark for mark in marks if mark < train_images), train_images]
 
 
-def learners(start: State, positions: int) -> dict[Key, Authors | Own]:
+def learners(start: State, positions: int) -> dict[Key, AuthorsTraining | OwnTraining]:
     """Everyone who is timed, from the same state."""
-    found: dict[Key, Authors | Own] = {}
+    found: dict[Key, AuthorsTraining | OwnTraining] = {}
     for rates in RATES:
-        found["pynsm", rates] = Authors(start.authors(rates.step, tau=rates.authors_tau), rates.authors_rate)
-        found["simmatch", rates] = Own(start, None, rates)
-        found[SOME, rates] = Own(start, positions, rates)
+        found["pynsm", rates] = AuthorsTraining(start.authors(rates.step, tau=rates.authors_tau), rates.authors_rate)
+        found["simmatch", rates] = OwnTraining(start, None, rates)
+        found[SOME, rates] = OwnTraining(start, positions, rates)
     return found
 
 
-def measure_training(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
+def measure_training(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[Row]:
     """Objective and time of both sides at all rates, and the best of each."""
     curves, timings = learn(plan, dataset, report)
     rows = []
@@ -75,7 +80,7 @@ def measure_training(plan: Plan, dataset: Dataset, report: Report) -> list[Row]:
     return [row | {"label": f"train\n{row['trainer']}"} for row in published if row["trainer"] != "pynsm"]
 
 
-def learn(plan: Plan, dataset: Dataset, report: Report) -> tuple[dict[Key, Curve], Timings]:
+def learn(plan: PynsmPlan, dataset: Dataset, report: Report) -> tuple[dict[Key, Curve], Timings]:
     """What each has made of the held-out images on its way, and what it took."""
     lesson = plan.lesson(dataset)
     held_out = to_unit(dataset.test_images[: plan.objective_images])
@@ -151,7 +156,7 @@ def seconds_to(curve: Curve, objective: float) -> float:
     return next((seconds for _, seconds, found, _ in curve if found <= objective), torch.inf)
 
 
-def _tables(rows: list[Row], curves: dict[Key, Curve], plan: Plan, report: Report) -> None:
+def _tables(rows: list[Row], curves: dict[Key, Curve], plan: PynsmPlan, report: Report) -> None:
     """All learners at all rates, and each side at the rates that are best for each figure."""
     told = {f"after {images}": partial(after, images=images) for images in AFTER if images <= plan.train_images}
     told |= {f"s to {objective:g}": partial(seconds_to, objective=objective) for objective in REACHED}

@@ -6,36 +6,29 @@ it their iteration does not solve the nonnegative problem at all.
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from jobs.benchmarks.problems import Problem
+from jobs.benchmarks.problems import Problem, load_tensors, save_tensors
+from jobs.pynsm import CHANNELS, ITERATIONS, RATE, TAU, PynsmTraining, convolution, similarity_matching
 from jobs.reporting import Report
-from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.config import ConfigError, DynamicsConfig, PlasticityConfig
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.files import write_whole
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.seeding import seeded
 
-CHANNELS, KERNEL = 50, 6
-RATE, TAU = 0.05, 0.1
-"""The authors' ρ and τ'. One of their steps is one of ours at η = 4ρ/K and τ = 2τ'."""
+KERNEL = 6
+"""Side of the example's patches."""
 
-AUTHORS_ITERATIONS = 40
 SAFE_STEP = 0.2
 """Of their iteration, below 2/λmax up to λmax = 10: at larger rates than the published ones M comes near it."""
 
@@ -85,23 +78,11 @@ class State:
             weight = nn.Conv2d(in_channels, CHANNELS, KERNEL, bias=False).weight
         return cls(weight.detach().clone(), torch.eye(CHANNELS))
 
-    def authors(self, step: float = 1.0, iterations: int = AUTHORS_ITERATIONS, tau: float = TAU) -> Any:
+    def authors(self, step: float = 1.0, iterations: int = ITERATIONS, tau: float = TAU) -> Any:
         """Their module with these weights."""
-        import pynsm
-
-        encoder = nn.Conv2d(self.feedforward.shape[1], CHANNELS, KERNEL, bias=False)
-        model = pynsm.SimilarityMatching(
-            encoder=encoder,
-            out_channels=CHANNELS,
-            tau=tau,
-            iteration_projection=F.relu,
-            iteration_lr=step,
-            max_iterations=iterations,
+        return similarity_matching(
+            convolution(self.feedforward), self.lateral, step=step, iterations=iterations, tau=tau
         )
-        with torch.no_grad():
-            encoder.weight.copy_(self.feedforward)
-            model.competitor.weight.copy_(self.lateral)
-        return model
 
     def own(self, dynamics: DynamicsConfig | None = None, rates: Rates = PUBLISHED) -> SimilarityMatchingConv2d:
         """Our layer with these weights."""
@@ -152,6 +133,54 @@ class Lesson:
         return State.initial(self.dataset.in_channels, self.seed)
 
 
+@dataclass(frozen=True)
+class PynsmPlan:
+    """What one call measures."""
+
+    after: tuple[int, ...]
+    images: int
+    train_images: int
+    objective_images: int
+    positions: int
+    batch_size: int
+    rounds: int
+    seed: int
+
+    def lesson(self, dataset: Dataset) -> Lesson:
+        return Lesson(dataset, self.batch_size, self.seed)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, dataset: Dataset) -> PynsmPlan:
+        """Sizes from the options, checked against the data set."""
+        quick, batch_size = options.quick, options.batch_size
+        train_images = options.train_images or (1000 if quick else 20_000)
+        least = max(1, batch_size) * options.rounds
+        positions = (dataset.image_size[0] - KERNEL + 1) * (dataset.image_size[1] - KERNEL + 1)
+        plan = cls(
+            after=tuple(sorted(options.after or ((500, 1000) if quick else (5000, 20_000, 60_000)))),
+            images=options.images or (20 if quick else 200),
+            train_images=train_images,
+            objective_images=5 if quick else 20,
+            positions=options.positions,
+            batch_size=batch_size,
+            rounds=options.rounds,
+            seed=options.seed,
+        )
+        limits = {
+            "after": (plan.after[-1], 1, len(dataset.train_images)),
+            "images": (plan.images, 1, len(dataset.test_images)),
+            "batch-size": (batch_size, 1, len(dataset.train_images)),
+            "train-images": (train_images, least, len(dataset.train_images)),
+            "positions": (plan.positions, 1, positions),
+        }
+        for name, (value, fewest, most) in limits.items():
+            if not fewest <= value <= most:
+                raise ConfigError(f"--{name}: expected {fewest} to {most}, got {value}")
+        if plan.after[0] < 1:
+            raise ConfigError(f"--after: expected positive integers, got {plan.after[0]}")
+        return plan
+
+
 # -- trained weights ---------------------------------------------------------------------------------------------------
 
 
@@ -161,61 +190,39 @@ def trained_states(lesson: Lesson, after: Sequence[int], report: Report) -> dict
     recipe = {"data": name, "seed": lesson.seed, "batch_size": lesson.batch_size, "rate": RATE, "tau": TAU}
     folder = report.run_dir / "problems"
     paths = {count: folder / f"{name}-after-{count}.safetensors" for count in sorted(after)}
-    stored = {count: _load(path, recipe) for count, path in paths.items()}
-    found = {count: state for count, state in stored.items() if state is not None}
-    if len(found) == len(paths):
-        return found
+    stored = {count: load_tensors(path, recipe) for count, path in paths.items()}
+    states = {count: State(**tensors) for count, tensors in stored.items() if tensors is not None}
+    if len(states) == len(paths):
+        return states
     layer = lesson.start().own()
     with report.progress(len(paths)) as step:
         for begin, end in pairwise((0, *paths)):
             step(f"weights after {end} images")
             for batch in lesson.batches(begin, end):
                 layer.partial_fit(batch)
-            found[end] = State(layer.feedforward.clone(), layer.lateral.clone())
-            save = partial(save_file, vars(found[end]), metadata={"recipe": json.dumps(recipe)})
-            write_whole(paths[end], save)
-    return found
-
-
-def _load(path: Path, recipe: dict[str, Any]) -> State | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            if json.loads((file.metadata() or {}).get("recipe", "null")) != recipe:
-                return None
-            return State(file.get_tensor("feedforward"), file.get_tensor("lateral"))
-    except (SafetensorError, json.JSONDecodeError):  # not ours, or damaged: made again
-        return None
+            states[end] = State(layer.feedforward.clone(), layer.lateral.clone())
+            save_tensors(paths[end], vars(states[end]), recipe)
+    return states
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
-class Authors:
-    """Their training loop, as in their example: of their module, at rate ρ."""
-
-    def __init__(self, model: Any, rate: float) -> None:
-        self.model, self.optimiser = model, torch.optim.SGD(model.parameters(), lr=rate)
-
-    def learn(self, batch: Tensor) -> None:
-        y = self.model(batch)
-        loss = self.model.loss(batch, y)
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
+class AuthorsTraining(PynsmTraining):
+    """Their training."""
 
     def state(self) -> State:
-        return State(self.model.encoder.weight.detach(), self.model.competitor.weight.detach())
+        return State(self.feedforward, self.lateral)
 
 
-class Own:
+class OwnTraining:
     """Ours, from all positions of an image or from some, drawn anew for every update."""
 
     def __init__(self, state: State, positions: int | None, rates: Rates) -> None:
         self.layer, self.positions = state.own(LEARNING, rates), positions
 
     def learn(self, batch: Tensor) -> None:
+        """One update on images [B, C, H, W]."""
         if self.positions is None:
             self.layer.partial_fit(batch)
             return
@@ -229,10 +236,10 @@ class Own:
 
 
 def held_out_objective(state: State, images: Tensor) -> float:
-    """Relative similarity-matching objective on images not learnt from, activities solved by one and the same solver.
+    """Relative similarity-matching objective on held-out images, with activities of one and the same solver.
 
-    Whoever learnt the weights: what is judged is what they make of the input once the dynamics are solved. Weights that
-    are not finite have the objective infinity.
+    Both sides' weights are judged by the exact solution of the dynamics. Weights that are not finite have the
+    objective infinity.
     """
     if not (state.feedforward.isfinite().all() and state.lateral.isfinite().all()):
         return torch.inf
