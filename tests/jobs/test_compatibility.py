@@ -125,8 +125,9 @@ def test_an_unfinished_run_of_one_rank_ends_as_the_uninterrupted_one(unfinished:
         Training(assignment, IDENTITY, outbox, torch.device("cpu")).run()
     assert [each.layer for each in outbox.phases if each.phase == "learn"] == [1, 2]
     model = Path("model") / "model.safetensors"
-    # 32 updates in float32: a column that stops an iteration earlier moves a mean over 400 columns or more
-    assert_close(load_file(unfinished / model), load_file(FINISHED / "one_rank" / model), 1e-3)
+    # 32 updates in float32. Where rounding decides, a column stops an iteration earlier: solving all columns to a
+    # tolerance 2 % larger moves 1.3e-3; a batch of other images 0.5.
+    assert_close(load_file(unfinished / model), load_file(FINISHED / "one_rank" / model), 3e-3)
 
 
 @pytest.mark.parametrize("unfinished", ["two_ranks"], indirect=True)
