@@ -9,7 +9,7 @@ from pydantic import Field
 from cluster.mesh import Mesh, MeshConfig
 from cluster.policy import Divergence
 from cluster.redaction import redact
-from cluster.tracking.tracker import TrackingConfig
+from cluster.tracking.config import TrackingConfig
 from simmatch.config import ConfigError, DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
 
 

@@ -10,16 +10,9 @@ from collections.abc import Callable
 from secrets import token_hex
 from typing import Protocol, assert_never
 
-from cluster.checkpoints.checkpoint import (
-    FORMAT,
-    CheckpointError,
-    Cursor,
-    Manifest,
-    Shard,
-    newest_good,
-    read_manifest,
-)
 from cluster.checkpoints.committer import Committer
+from cluster.checkpoints.manifest import CheckpointError, Cursor, Manifest, Shard, read_manifest
+from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig, public
 from cluster.cpus import threads_per_rank, too_few
 from cluster.messages import (
@@ -36,7 +29,7 @@ from cluster.messages import (
 )
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, Restart, Stop
 from cluster.storage import AnyPath
-from cluster.summary import GIVEN_UP_TAG, Record, given_up
+from cluster.summary import GIVEN_UP_TAG, RunRecord, given_up
 from cluster.training import Assignment
 from cluster.worker import Place, Status, stalled
 
@@ -60,15 +53,6 @@ class Group(Protocol):
 
 class Recorder(Protocol):
     """What the controller needs of `cluster.tracking.tracker.Tracker`."""
-
-    @property
-    def run_id(self) -> str | None: ...
-
-    @property
-    def layer_run_ids(self) -> dict[int, str]: ...
-
-    @property
-    def last_step_sent(self) -> dict[int, int]: ...
 
     def metrics(
         self, step: int, values: dict[str, float], layer: int | None = None, time_s: float | None = None
@@ -127,7 +111,7 @@ class Controller:
         manifest = _known(resume)
         self.rate = 1.0 if manifest is None else manifest.rate
         self._images_before = 0 if manifest is None else manifest.cursor.images
-        self.record = Record()
+        self.record = RunRecord()
         self._in_vain = 0
         self._training = self._asked = self._done = False
         self._deadline: float | None = None
@@ -154,7 +138,7 @@ class Controller:
         self._asked = self._training
         return self._training
 
-    def run(self) -> Record:
+    def run(self) -> RunRecord:
         """Train to the end, over as many groups as the policy allows.
 
         Raises
@@ -375,20 +359,13 @@ class Controller:
         self.record.steps = max(self.record.steps, cursor.step)
         shards = self._shards.setdefault(cursor.step, {})
         shards[rank] = written.shard
-        world_size = self.config.checked_mesh().world_size
-        if len(shards) < world_size:
+        if len(shards) < self.config.checked_mesh().world_size:
             return
         manifest = Manifest(
-            format=FORMAT,
             cursor=cursor,
-            seed=self.config.seed,
-            world_size=world_size,
             config=public(self.config),
             layers=written.layers,
             shards=[shards[number] for number in sorted(shards)],
-            mlflow_run_id=self.recorder.run_id,
-            mlflow_layer_run_ids={str(layer): run_id for layer, run_id in self.recorder.layer_run_ids.items()},
-            last_step_sent={str(layer): step for layer, step in self.recorder.last_step_sent.items()},
             rate=self.rate,
             data=self.data,
         )

@@ -12,7 +12,7 @@ import errno
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoints.checkpoint import DamagedError
+from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout
 from cluster.policy import Failure
 from cluster.storage import StorageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cluster.checkpoints.checkpoint import Cursor, LayerState, Shard
+from cluster.checkpoints.manifest import Cursor, LayerState, Shard
 
 Phase = Literal["calibrate", "cache", "learn", "encode", "readout"]
 

@@ -11,8 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from upath import UPath
 
 from cluster.limits import run_with_timeout
 from simmatch import files
-from simmatch.files import Content, make_folder
+from simmatch.files import Content
 
 AnyPath = Path | UPath
 """A folder or file, of this machine or remote."""
@@ -93,39 +92,25 @@ def write_whole(path: AnyPath, content: Content) -> None:
     if isinstance(path, Path):
         files.write_whole(path, content)
         return
-    if not callable(content):
-        whole = content.encode() if isinstance(content, str) else content
-        _remote(path, lambda: path.write_bytes(whole))
-        return
     with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
-        copy = Path(folder) / path.name
-        content(copy)
-        _remote(path, lambda: path.fs.put_file(str(copy), path.path))
+        local = Path(folder) / path.name
+        files.write_whole(local, content)
+        _remote(path, lambda: path.fs.put_file(str(local), path.path))
 
 
-def publish_folder(source: Path, target: AnyPath) -> None:
-    """Bring all files of a folder, which stays, to another place."""
-    for file in sorted(source.rglob("*")):
-        if file.is_file():
-            write_whole(target / file.relative_to(source).as_posix(), partial(shutil.copyfile, file))
+def copy_whole(source: AnyPath, target: AnyPath) -> None:
+    """Copy a file to another place; a copy within an object store is made there.
 
-
-def move_files(source: AnyPath, target: AnyPath, names: Sequence[str]) -> None:
-    """Bring these files to another folder, each whole, one after the other; what else lies there stays.
-
-    In an object store the copies are made there.
+    Raises
+    ------
+    FileNotFoundError, OSError
     """
-    for name in names:
-        place, copy = source / name, target / name
-        if isinstance(place, Path):
-            assert isinstance(copy, Path)
-            make_folder(copy.parent)
-            files.move_whole(place, copy)
-        else:
-            assert not isinstance(copy, Path)
-            _remote(copy, partial(place.fs.copy, place.path, copy.path))
-    with suppress(OSError):
-        remove(source)
+    if isinstance(source, Path):
+        write_whole(target, partial(shutil.copyfile, source))
+    elif isinstance(target, Path):
+        write_whole(target, lambda local: _remote(source, lambda: source.fs.get_file(source.path, str(local))))
+    else:
+        _remote(target, lambda: source.fs.copy(source.path, target.path))
 
 
 def retry(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:
@@ -161,14 +146,12 @@ def read(path: AnyPath) -> bytes:
 
 
 def fetch(path: AnyPath, copies: Callable[[], Path]) -> Path:
-    """The file on this machine: itself where it is local, else a copy in the folder that `copies` gives."""
+    """The file on this machine: itself where it is local, else a copy in the folder that `copies` returns."""
     if isinstance(path, Path):
         return path
-    folder = copies()
-    make_folder(folder)
-    copy = folder / path.name
-    _remote(path, lambda: path.fs.get_file(path.path, str(copy)))
-    return copy
+    local = copies() / path.name
+    copy_whole(path, local)
+    return local
 
 
 def exists(path: AnyPath) -> bool:

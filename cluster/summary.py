@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints.checkpoint import Cursor
+from cluster.checkpoints.manifest import Cursor
 from cluster.config import RunConfig
 from cluster.messages import ReadoutScored
 from cluster.tracking.events import sound
 from cluster.tracking.spool import Spool
-from simmatch.files import write_whole
 
 GIVEN_UP_TAG = "simmatch.given_up"
 """Tag of a run that went back to a checkpoint and on at other rates, see `given_up`."""
@@ -26,13 +24,13 @@ COUNTED = frozenset({"bytes_exchanged", "num_exchanges"})
 
 
 def given_up(cursor: Cursor) -> str:
-    """What a run says, now, of its records after a checkpoint: for people, and for `Record.continue_from`."""
+    """What a run says, now, of its records after a checkpoint: for people, and for `RunRecord.continue_from`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"records before {now} of layer {cursor.layer} after step {cursor.updates}, at higher rates"
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What is known of the run so far; becomes `summary.json`."""
 
     layers: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -74,7 +72,7 @@ class Record:
 
 def summarise(
     config: RunConfig,
-    record: Record,
+    record: RunRecord,
     *,
     status: str,
     seconds: float,
@@ -104,8 +102,3 @@ def summarise(
         "layers": [record.layers.get(index, {}) for index in range(len(config.model.layers))],
     }
     return summary | ({"message": message} if message else {})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, see `simmatch.files`."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")

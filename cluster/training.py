@@ -25,8 +25,10 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cluster.checkpoints.checkpoint import MODEL, Cursor, LayerState, Reader, load_into, read_manifest, write_shard
-from cluster.checkpoints.shard_writer import ShardWriter, Snapshot
+from cluster.checkpoints.committer import MODEL
+from cluster.checkpoints.manifest import Cursor, LayerState, read_manifest
+from cluster.checkpoints.reader import Reader, load_into
+from cluster.checkpoints.shard_writer import ShardWriter, Snapshot, write_shard
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
 from cluster.cpus import all_cpus
@@ -38,7 +40,7 @@ from cluster.mesh import Mesh
 from cluster.messages import LayerMetrics, ModelExported, Progress, ReadoutScored, Reporter, TrainingWarning
 from cluster.redaction import one_line
 from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
-from cluster.storage import AnyPath, publish_folder, retry
+from cluster.storage import AnyPath, copy_whole, retry
 from cluster.watch import Growth, Objective, TrainingFault, Window
 from simmatch.config import LayerConfig
 from simmatch.data.formats import DataError
@@ -48,7 +50,7 @@ from simmatch.geometry import Patches
 from simmatch.labels import one_hot
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
-from simmatch.model import InputConfig, Stack, layer_inputs, pooled, readable, save_model
+from simmatch.model import MODEL_FILES, InputConfig, Stack, layer_inputs, pooled, readable, save_model
 from simmatch.readout import accuracy, decode, fit_readout
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
@@ -168,7 +170,9 @@ class Training:
                 self.config.cluster.stall_timeout_s, f"export to {local}", partial(save_model, self.stack, local)
             )
             if local is not target:
-                retry(lambda: publish_folder(local, target), self.config.checkpoint.patience_s)
+                for file in MODEL_FILES:
+                    copy = partial(copy_whole, local / file, target / file)
+                    retry(copy, self.config.checkpoint.patience_s)
         if token:
             self.report.send(ModelExported(name))
 
@@ -310,7 +314,7 @@ class Training:
             for name, tensor in tensors.items():
                 found.tensors[f"layers.{number}.{name}"] = tensor.to("cpu", copy=number == index)
             reference = usual if number == index else None
-            found.layers.append(LayerState(bound=source.bound.value, ridge=source.bound.ridge, usual=reference))
+            found.layers.append(LayerState(usual=reference))
         return found
 
     # ------------------------------------------------------------------------------------------- encoding

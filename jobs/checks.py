@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.checkpoints.checkpoint import Reader, read_manifest
+from cluster.checkpoints.manifest import read_manifest
+from cluster.checkpoints.reader import Reader
 from cluster.config import RunConfig
 from cluster.storage import AnyPath
 from cluster.training import check_data, source_of

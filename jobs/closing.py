@@ -12,15 +12,17 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.redaction import one_line
-from cluster.summary import Record, summarise, write_json
+from cluster.summary import RunRecord, summarise
 from cluster.text import count
-from cluster.tracking.tracker import Status, Tracker
+from cluster.tracking.tracker import RunStatus, Tracker
 from jobs import figures
 from jobs.mirror import Mirror
 from jobs.recording import facts, send_records
 from jobs.reporting import Table
 from jobs.run_directory import Start
 from simmatch.data.sources import Dataset, to_unit
+from simmatch.documents import dump_json
+from simmatch.files import write_whole
 from simmatch.model import load_model
 
 FIGURE_IMAGES = 1000
@@ -28,10 +30,10 @@ METRICS = ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What became of a run: its status, the program's exit status, and why in a line where it did not finish."""
 
-    status: Status
+    status: RunStatus
     code: int
     message: str | None = None
 
@@ -53,7 +55,7 @@ class Closing:
         self._model: Path | None = None
         self._summary: dict[str, Any] = {}
 
-    def look(self, record: Record) -> None:
+    def look(self, record: RunRecord) -> None:
         """Figures of the exported model and of the training; those that cannot be drawn are left out."""
         try:
             self._model = self.mirror.fetch_model()
@@ -61,7 +63,7 @@ class Closing:
         except Exception as error:  # whatever it is, the run has finished
             self.tell(f"figures are left out: {type(error).__name__}: {one_line(error)}")
 
-    def _draw(self, model: Path, record: Record) -> None:
+    def _draw(self, model: Path, record: RunRecord) -> None:
         folder = self.start.run_dir / "figures"
         stack = load_model(model)
         images = to_unit(self.dataset.test_images[:FIGURE_IMAGES], stack.dtype)
@@ -73,7 +75,7 @@ class Closing:
         figures.training_curves(record.curves, folder / "training-curves.png")
         self.tracker.figure(folder / "training-curves.png")
 
-    def record(self, config: RunConfig, record: Record, outcome: Outcome, seconds: float) -> dict[str, Any]:
+    def record(self, config: RunConfig, record: RunRecord, outcome: RunOutcome, seconds: float) -> dict[str, Any]:
         """Truthful records, whatever happened; returns the summary."""
         tracker = self.tracker
         self._summary = summarise(
@@ -102,7 +104,7 @@ class Closing:
     def _write(self, **more: Any) -> None:
         self._summary |= more
         try:
-            write_json(self.start.run_dir / "summary.json", self._summary)
+            write_whole(self.start.run_dir / "summary.json", dump_json(self._summary))
         except OSError as error:  # what was learnt is in the checkpoints
             self.tell(f"summary.json is not written: {error}")
 

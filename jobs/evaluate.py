@@ -25,7 +25,7 @@ from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.tracking.spool import SpoolBusyError
-from cluster.tracking.tracker import Status, Tracker
+from cluster.tracking.tracker import RunStatus, Tracker
 from jobs.ending import Ending
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read
@@ -315,7 +315,7 @@ def _one_of_each(material: Material) -> torch.Tensor:
     return material.test.images[first]
 
 
-def _status(name: str) -> Status:
+def _status(name: str) -> RunStatus:
     return "FINISHED" if name == "FINISHED" else "KILLED" if name == "KILLED" else "FAILED"
 
 

@@ -17,6 +17,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.redaction import one_line
@@ -24,7 +25,7 @@ from jobs.program import run_program
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.sources import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
-from simmatch.files import make_folder, move_whole
+from simmatch.files import make_folder, write_whole
 
 CONNECT_TIMEOUT_S = 10.0
 """A server that has not answered by then counts as out of reach."""
@@ -69,7 +70,7 @@ def fetch(name: str, root: Path) -> None:
     ways: list[tuple[str, Callable[[str, Path], None]]] = [("download", _from_network), ("package", _from_package)]
     failures = []
     for label, way in ways:
-        # below `root`, so that moving a file into place is a rename
+        # below `root`, where there is room for a data set
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
             try:
                 way(name, Path(temporary))
@@ -78,7 +79,7 @@ def fetch(name: str, root: Path) -> None:
                 failures.append(f"{label}: {error}")
                 print(f"{label} did not work: {one_line(error)}", flush=True)
                 continue
-            _move_into_place(Path(temporary), root)
+            _copy_into_place(Path(temporary), root)
             return
     package = DATASETS[name].package
     install = f", or install Debian's package {package}" if package else ""
@@ -176,12 +177,10 @@ def _run(command: list[str], folder: str) -> None:
         raise DataError(f"{command[0]} failed: {said[-1]}") from None
 
 
-def _move_into_place(source: Path, target: Path) -> None:
-    """Move every file below `source` to the same place below `target`, each in one step."""
+def _copy_into_place(source: Path, target: Path) -> None:
+    """Copy every file below `source` to the same path below `target`, each whole or not at all."""
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        destination = target / path.relative_to(source)
-        make_folder(destination.parent)
-        move_whole(path, destination)
+        write_whole(target / path.relative_to(source), partial(shutil.copyfile, path))
 
 
 def _summary(dataset: Dataset) -> str:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.tracking.spool import SpoolBusyError
-from cluster.tracking.tracker import Status, Tracker
+from cluster.tracking.tracker import RunStatus, Tracker
 from jobs.ending import Ending
 from jobs.evaluation import finetuning_table as table
 from jobs.evaluation.finetuning import (
@@ -143,7 +143,7 @@ class Finetuning:
         tell = partial(self.console.print, highlight=False, soft_wrap=True, markup=False)
         self.tracker.announce_to(tell)
         started, code = time.monotonic(), FAILED
-        status: Status = "FAILED"
+        status: RunStatus = "FAILED"
         try:
             contests = self._pretrain()
             self._choose(contests)

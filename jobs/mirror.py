@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.storage import AnyPath, exists, fetch, is_local, publish_folder, read, retry, write_whole
+from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, read, retry, write_whole
 from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Spool
 from simmatch.model import MODEL_FILES
 
@@ -108,4 +108,5 @@ class Mirror:
             return
         retry(self.push, self._patience_s)
         if (self.work / "figures").exists():
-            publish_folder(self.work / "figures", self.destination / "figures")
+            for figure in sorted((self.work / "figures").iterdir()):
+                copy_whole(figure, self.destination / "figures" / figure.name)

@@ -18,18 +18,18 @@ from types import FrameType
 
 from rich.console import Console
 
-from cluster.checkpoints.checkpoint import CheckpointError, read_manifest
+from cluster.checkpoints.manifest import CheckpointError, read_manifest
 from cluster.config import RunConfig, public
 from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.redaction import Redactor, one_line
 from cluster.storage import is_local
-from cluster.summary import Record
+from cluster.summary import RunRecord
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.spool import SPOOL_NAME, SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from cluster.training import source_of
 from jobs.checks import check, check_checkpoint
-from jobs.closing import Closing, Outcome, lines_of, table_of
+from jobs.closing import Closing, RunOutcome, lines_of, table_of
 from jobs.display import JobDisplay, MakeDisplay, RunDisplay
 from jobs.ending import asking_to_end, status_of
 from jobs.mirror import Mirror
@@ -126,7 +126,7 @@ class Job:
         self.closing = Closing(start, dataset, tracker, self.mirror, self._tell)
         self.started = time.monotonic()
         self.data = dataset.digest()
-        self.record = Record()
+        self.record = RunRecord()
         self._controller: Controller | None = None
         self._signum: int | None = None
         self._over = self._bringing = self._away = False
@@ -145,19 +145,19 @@ class Job:
         except OSError as error:
             print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
             return BAD_INPUT
-        outcome = Outcome("FAILED", 1)
+        outcome = RunOutcome("FAILED", 1)
         try:
             self._watch_signals()
             with self._make_display(self.console, self._hide) as display:
                 outcome = self._attempt(display)
         except Interrupted as error:
-            outcome = Outcome("KILLED", status_of(error.signum), str(error))
+            outcome = RunOutcome("KILLED", status_of(error.signum), str(error))
         finally:
             self._over = True
             self._close(outcome)
         return outcome.code
 
-    def _attempt(self, display: JobDisplay) -> Outcome:
+    def _attempt(self, display: JobDisplay) -> RunOutcome:
         """Train, and say what became of it; from here on a signal only cuts waits short."""
         self.tracker.announce_to(display.note)
         display.note(self.start.note)
@@ -167,15 +167,15 @@ class Job:
             self._train(display)
             display.note("drawing figures")
             self.closing.look(self.record)
-            return Outcome("FINISHED", 0)
+            return RunOutcome("FINISHED", 0)
         except (RunFailed, ConfigError, OSError) as error:
             self._over = True
-            return Outcome("FAILED", BAD_INPUT if isinstance(error, ConfigError) else 1, self._hide(str(error)))
+            return RunOutcome("FAILED", BAD_INPUT if isinstance(error, ConfigError) else 1, self._hide(str(error)))
         except RunStopped as error:
             self._over = True
             assert self._signum is not None
             why = f"{Interrupted(self._signum)}; {error}"
-            return Outcome("KILLED", status_of(self._signum), self._hide(why))
+            return RunOutcome("KILLED", status_of(self._signum), self._hide(why))
 
     def _train(self, display: JobDisplay) -> None:
         group = self.config.cluster
@@ -215,8 +215,8 @@ class Job:
         except OSError as error:
             display.note(f"config.yaml is not written: {error}")
 
-    def _close(self, outcome: Outcome) -> None:
-        """Record, show, and only then wait: for Ray, and for MLflow."""
+    def _close(self, outcome: RunOutcome) -> None:
+        """RunRecord, show, and only then wait: for Ray, and for MLflow."""
         try:
             summary = self.closing.record(self.config, self.record, outcome, time.monotonic() - self.started)
             if outcome.message is not None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.redaction import redact
-from cluster.tracking.tracker import Tracker, sync_command
-from cluster.tracking.uri import sqlite_uri
+from cluster.tracking.config import sqlite_uri, sync_command
+from cluster.tracking.tracker import Tracker
 
 MODEL = "model: "
 """Begins the note of a model that cannot be logged."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints.checkpoint import MANIFEST, CheckpointError, Reader, newest_good, read_manifest
+from cluster.checkpoints.manifest import MANIFEST, CheckpointError, read_manifest
+from cluster.checkpoints.reader import Reader, newest_good
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, exists, find, locate, read
 from simmatch.config import ConfigError, parse

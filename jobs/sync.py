@@ -14,13 +14,13 @@ from rich.console import Console
 
 from cluster.redaction import one_line, redact
 from cluster.text import count
+from cluster.tracking.config import URI_VARIABLE, check_uri, recorded_uri
 from cluster.tracking.events import checked
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.mlflow_sink import PARENT
 from cluster.tracking.sender import Sender
 from cluster.tracking.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
-from cluster.tracking.tracker import make_sender, uri_of_record
-from cluster.tracking.uri import URI_VARIABLE, check_uri
+from cluster.tracking.tracker import make_sender
 from jobs.display import ProgressBars
 from jobs.ending import Ending
 from jobs.program import run_program
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_dir = local_folder("RUN_DIR", options.run_dir, Path()).absolute()
         spool = Spool(run_dir / SPOOL_NAME)
         start, ended = _look_through(spool)
-        uri = check_uri(options.uri or uri_of_record(start, run_dir))
+        uri = check_uri(options.uri or recorded_uri(start["uri"], run_dir))
         spool.open()
     except (ConfigError, SpoolBusyError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -74,6 +74,11 @@ def dump_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=Dumper, sort_keys=False)
 
 
+def dump_json(values: Any) -> str:
+    """Plain values as JSON text for a file, keys in their order."""
+    return json.dumps(values, indent=1) + "\n"
+
+
 def load_json(text: str | bytes) -> Any:
     """Plain values of a JSON text.
 

@@ -1,7 +1,8 @@
-"""Files that are whole or absent whatever happens meanwhile, and still there after the power failed.
+"""Files that are whole or absent whatever happens meanwhile, and still there after a power failure.
 
-A file's content and its name reach the disk separately: the first by a sync of the file, the second by one of its
-folder. `cluster.storage` does the same for object stores.
+Every file that this project writes whole goes through `write_whole`. A file's content and its name reach the disk
+separately: the first by a sync of the file, the second by a sync of its folder. `cluster.storage` does the same for
+object stores.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 Content = bytes | str | Callable[[Path], object]
-"""What a file is to hold, text as UTF-8; or what writes it, called with the name that it has until it is whole."""
+"""What a file is to hold, text as UTF-8; or a function that writes it, called with its temporary path."""
 
 PARTIAL = ".partial"
-"""Ends the name of a file that is not whole yet."""
+"""Suffix of a file that is not whole yet."""
 
 
 def write_whole(path: Path, content: Content) -> None:
-    """Write a file, and its folder where there is none; on the disk under its name when this returns.
+    """Write a file, and its folder where there is none; it is on the disk, under its name, when this returns.
 
     Raises
     ------
@@ -35,21 +36,16 @@ def write_whole(path: Path, content: Content) -> None:
         else:
             with partial.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
-        move_whole(partial, path)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def move_whole(source: Path, target: Path) -> None:
-    """Give a file its place, which may hold one already, on the same file system; its content is on the disk before."""
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
-    source.replace(target)
-    sync_folder(target.parent)
-
-
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing; on the disk when this returns."""
+    """Make a folder and those above it that are missing; they are on the disk when this returns."""
     try:
         folder.mkdir()
     except FileNotFoundError:
@@ -63,7 +59,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the file system can."""
+    """Bring the names in a folder to the disk, on file systems that support it."""
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # a folder that may be written and not listed
@@ -71,7 +67,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call
             raise
     finally:
         os.close(opened)

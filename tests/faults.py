@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cluster.checkpoints.checkpoint import MANIFEST, Shard, folder_of
+from cluster.checkpoints.manifest import MANIFEST, Shard, folder_of
 from cluster.inputs import LayerInputs
 from cluster.storage import AnyPath, find
 from cluster.training import Training

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cluster.checkpoints.checkpoint
+import cluster.checkpoints.manifest
 import cluster.group
 from jobs.pretrain import main
 from jobs.program import run_program
@@ -25,16 +25,16 @@ COMMITS = 2
 
 def crash_in_commit() -> None:
     """Half a manifest, and the process is gone."""
-    real, done = cluster.checkpoints.checkpoint.write_whole, []
+    real, done = cluster.checkpoints.manifest.write_whole, []
 
-    def write(path: Any, content: bytes) -> None:
+    def write(path: Any, content: str) -> None:
         done.append(path)
         if len(done) == COMMITS:
-            Path(f"{path}.partial").write_bytes(content[: len(content) // 2])
+            Path(f"{path}.partial").write_text(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, content)
 
-    cluster.checkpoints.checkpoint.write_whole = write
+    cluster.checkpoints.manifest.write_whole = write
 
 
 if __name__ == "__main__":

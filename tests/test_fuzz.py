@@ -21,18 +21,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.checkpoints.checkpoint import (
-    FORMAT,
-    MANIFEST,
-    CheckpointError,
-    Cursor,
-    LayerState,
-    Manifest,
-    Reader,
-    commit,
-    read_manifest,
-    write_shard,
-)
+from cluster.checkpoints.committer import commit
+from cluster.checkpoints.manifest import MANIFEST, CheckpointError, Cursor, LayerState, Manifest, read_manifest
+from cluster.checkpoints.reader import Reader
+from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
@@ -194,12 +186,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
         tensors = {"w": torch.arange(6.0)[rows.start : rows.stop, None]}
         shards.append(write_shard(folder, rank, 2, tensors, {"w": rows}))
     manifest = Manifest(
-        format=FORMAT,
         cursor=Cursor(step=4, layer=0, updates=4),
-        seed=0,
-        world_size=2,
         config={"name": "x", "mesh": {"channel": 2}},
-        layers=[LayerState(bound=2.0, ridge=1e-6)],
+        layers=[LayerState(usual=2.0)],
         shards=shards,
     )
     commit(folder, manifest)

@@ -1,22 +1,85 @@
-"""Commits checkpoints beside the controller's rounds: a store that is slow or hangs keeps nobody from being polled."""
+"""Commits checkpoints, publishes the model and deletes old checkpoints, in a thread of the controller's process.
+
+A store that is slow or hangs does not keep the controller from polling its ranks.
+"""
 
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.checkpoints.checkpoint import Manifest, commit, folder_of, prune, publish_model
-from cluster.storage import AnyPath, retry
+from cluster.checkpoints.manifest import MANIFEST, Manifest, folder_of, write_manifest
+from cluster.storage import AnyPath, copy_whole, exists, find, remove, retry, size_bytes
+from simmatch.model import MODEL_FILES
+
+MODEL = "model"
+"""Folder of the exported model."""
+MODEL_OF_A_GROUP = re.compile(rf"{MODEL}-[0-9a-f]{{8}}")
+"""Folders of models that are not published, by the token of their group; a person's own folders do not match."""
+
+
+def commit(folder: AnyPath, manifest: Manifest) -> None:
+    """Write the manifest, which commits the checkpoint, once every shard is visible here as its rank wrote it.
+
+    Shards of an abandoned group may lie in the same folder; no manifest names them, and they are deleted with it.
+
+    Raises
+    ------
+    OSError
+        A shard is not there, because the rank that wrote it reaches another folder under the same name; or the disk or
+        the object store did not take the manifest.
+    """
+    for shard in manifest.shards:
+        size = size_bytes(folder / shard.file)
+        if size is None or shard.size_bytes not in (None, size):
+            difference = f"expected {shard.size_bytes} bytes of rank {shard.rank}, got {size or 'nothing'}"
+            raise OSError(f"{folder / shard.file}: {difference}; does every node reach the same run directory?")
+    write_manifest(folder, manifest)
+
+
+def publish_model(run_dir: AnyPath, name: str) -> None:
+    """Copy the model that one group has written to folder `name` into `model`, and remove the folders of all groups.
+
+    Raises
+    ------
+    OSError
+        It is not there, or the disk or the object store did not take it.
+    """
+    for file in MODEL_FILES:
+        if size_bytes(run_dir / name / file) is None:
+            raise OSError(f"{run_dir / name / file}: expected the model of rank 0, got nothing")
+    for file in MODEL_FILES:
+        copy_whole(run_dir / name / file, run_dir / MODEL / file)
+    with suppress(OSError):
+        for left in find(run_dir, f"{MODEL}-*"):
+            if MODEL_OF_A_GROUP.fullmatch(left.name):
+                remove(left)
+
+
+def prune(run_dir: AnyPath, keep: int, step: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, and uncommitted folders before them.
+
+    Later ones belong to an attempt that had gone further, and was perhaps abandoned because they are damaged: they
+    neither count nor are deleted; training will write them again.
+    """
+    newest = folder_of(run_dir, step).name
+    folders = [folder for folder in find(run_dir / "checkpoints", "step-*") if folder.name <= newest]
+    committed = [folder for folder in folders if exists(folder / MANIFEST)]
+    if len(committed) > keep:
+        for folder in folders[: folders.index(committed[-keep])]:
+            remove(folder)
 
 
 @dataclass(frozen=True)
 class Committed:
-    """What became of a checkpoint that all ranks have written, or, without a step, of the exported model.
+    """The outcome for a checkpoint that all ranks have written, or, without a step, for the exported model.
 
-    `why` it is none, or None where it is one.
+    why: the error; None on success.
     """
 
     step: int | None
@@ -24,14 +87,14 @@ class Committed:
 
 
 class Committer:
-    """Writes manifests in the order they come and deletes what is old; gives the model its place.
+    """Writes manifests in order and deletes old checkpoints; publishes the model.
 
     Parameters
     ----------
     run_dir: the run's folder.
-    keep: newest checkpoints kept.
-    before: called before each commit, for what has to be safe by then; where it raises OSError, there is no commit.
-    patience_s: how long an object store that is away is asked again.
+    keep: number of newest checkpoints kept.
+    before: called before each commit, for what has to be stored by then; if it raises OSError, there is no commit.
+    patience_s: how long an object store that does not answer is asked again.
     """
 
     def __init__(
@@ -52,15 +115,15 @@ class Committer:
             self._thread.start()
 
     def settled(self, limit_s: float) -> list[Committed]:
-        """What is known since the last call; waits at most `limit_s` for each that is still open."""
-        found = []
+        """Outcomes since the last call; waits at most `limit_s` for each that is still open."""
+        outcomes = []
         while self._open:
             try:
-                found.append(self._outcomes.get(timeout=limit_s))
+                outcomes.append(self._outcomes.get(timeout=limit_s))
             except queue.Empty:
                 break
             self._open -= 1
-        return found
+        return outcomes
 
     def _run(self) -> None:
         while True:
@@ -68,7 +131,7 @@ class Committer:
             step, why = None if isinstance(due, str) else due.cursor.step, None
             try:
                 retry(partial(self._commit, due), self._patience_s)
-            except OSError as error:  # full, gone or away: that costs checkpoints, not the run
+            except OSError as error:  # a full disk or a lost store costs checkpoints, not the run
                 why = " ".join(str(error).split())
             if why is None and step is not None:
                 self._prune(step)
@@ -85,4 +148,4 @@ class Committer:
         try:
             prune(self._run_dir, self._keep, step)
         except OSError:
-            return  # what could not be deleted now is deleted after a later commit
+            return  # tried again after the next commit

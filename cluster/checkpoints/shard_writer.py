@@ -1,24 +1,63 @@
-"""Checkpoints off the training path: a thread writes, training goes on.
+"""Writes a rank's shards of checkpoints, in a thread beside training.
 
-The training thread pays for a copy of its rows. Nothing is exchanged here: that all ranks have written is known to the
-controller, which hears of every shard.
+The training thread only pays for a copy of its rows. Nothing is exchanged between ranks here: the controller, which is
+told of every shard, knows when all ranks have written theirs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.checkpoints.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
+from cluster.checkpoints.manifest import Cursor, LayerState, Shard, folder_of
 from cluster.messages import Reporter, ShardFailed, ShardWritten
-from cluster.storage import AnyPath, StorageError, retry
+from cluster.storage import AnyPath, StorageError, retry, write_whole
 from simmatch.sharding.rows import Rows
 
 WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
+
+
+def write_shard(
+    folder: AnyPath, rank: int, world_size: int, tensors: dict[str, Tensor], rows: dict[str, Rows], token: str = ""
+) -> Shard:
+    """Write one rank's tensors, whole or not at all; `rows` names those that are row ranges of a larger tensor.
+
+    token: of the group that writes. A rank of an abandoned group may still run; it never touches a later group's files.
+
+    Raises
+    ------
+    OSError
+        The disk, or the object store, did not take it.
+    """
+    name = f"rank-{rank}-of-{world_size}{f'-{token}' if token else ''}.safetensors"
+    written: list[tuple[str, int]] = []
+
+    def save(file: Path) -> None:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
+        with file.open("rb") as content:
+            written.append((hashlib.file_digest(content, "sha256").hexdigest(), file.stat().st_size))
+
+    try:
+        write_whole(folder / name, save)
+    except SafetensorError as error:  # which the library raises on a full disk
+        raise OSError(f"{folder / name}: {error}") from error
+    ((digest, size_bytes),) = written
+    return Shard(
+        rank=rank,
+        file=name,
+        sha256=digest,
+        size_bytes=size_bytes,
+        rows={name: [part.start, part.stop] for name, part in rows.items()},
+        shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
+    )
 
 
 @dataclass(frozen=True, eq=False)

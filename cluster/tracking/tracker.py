@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import sys
 import threading
 import time
@@ -26,15 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.redaction import HIDDEN, Redactor, redact
+from cluster.redaction import Redactor, redact
+from cluster.tracking.config import TrackingConfig, resolve_uri
 from cluster.tracking.events import sound
 from cluster.tracking.mlflow_session import mlflow_settings, open_sink
 from cluster.tracking.mlflow_sink import PARENT, LogModel
 from cluster.tracking.sender import STALLED_S, Sender
-from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Event, Spool
+from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Spool
 from cluster.tracking.spool_writer import SpoolWriter
-from cluster.tracking.uri import URI_VARIABLE, check_uri, sqlite_uri
-from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
 
 HURRY_S = 2.0
 """Once told to hurry, what is being sent gets so long to end: a store on this machine needs less."""
@@ -43,26 +41,7 @@ POLL_S = 0.1
 START_S = 60.0
 """Longest wait for the first record to be on the disk."""
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class TrackingConfig(Frozen):
-    """Where a run's parameters, metrics, figures and model are recorded."""
-
-    enabled: bool = True
-    """Send to MLflow. The spool is written either way."""
-
-    uri: str | None = None
-    """MLflow's tracking URI. None: `$MLFLOW_TRACKING_URI`, then `mlflow.db` (SQLite) beside the run directory."""
-
-    experiment: str = "simmatch"
-    """Name of the MLflow experiment, made if it does not exist."""
-
-    timeout_s: PositiveFloat = 10.0
-    """Longest wait for one answer of the server."""
-
-    flush_s: NonNegativeFloat = 60.0
-    """Longest wait, at the end of the job, for what is not sent yet."""
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker:
@@ -216,7 +195,7 @@ class Tracker:
         """
         self._append("model", path=self._portable(path), input_shape=list(input_shape), key=_digest(path))
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: RunStatus) -> None:
         """The end of the run and of its layers'; on the disk when this returns, unless that takes `timeout_s`."""
         self._append("finish", status=status)
         self._writer.flush(self.config.timeout_s)
@@ -325,42 +304,6 @@ def make_sender(
         stalled_s=stalled_s,
         safe_bytes=safe_bytes,
     )
-
-
-def sync_command(run_dir: Path, uri: str) -> str:
-    """The command that sends to a server what a run has left."""
-    known = (os.environ.get(URI_VARIABLE), default_uri(run_dir))
-    named = [] if uri in known else ["--uri", redact(uri)]
-    return shlex.join(["python", "-m", "jobs.sync", str(run_dir), *named])
-
-
-def uri_of_record(start: Event, run_dir: Path) -> str:
-    """The tracking URI that a spool's first event names, with its password, where this environment names it as well.
-
-    Whoever can write to a run directory could otherwise have the environment's credentials sent to a server of his, and
-    that server, or a data base of his, say where on this machine artifacts are put.
-
-    Raises
-    ------
-    ConfigError
-        It is neither the environment's nor the data base beside the run directory.
-    """
-    recorded, hide = str(start["uri"]), Redactor(os.environ)
-    for uri in (os.environ.get(URI_VARIABLE), default_uri(run_dir)):
-        if uri and hide(check_uri(uri)) == recorded:
-            return uri
-    password = " with its password" if HIDDEN in recorded else ""
-    raise ConfigError(f"--uri: expected {recorded}{password} here or in ${URI_VARIABLE}: a record alone is not trusted")
-
-
-def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
-    """The tracking URI in force: the configured one, the environment's, or a SQLite file beside `run_dir`."""
-    return check_uri(config.uri or os.environ.get(URI_VARIABLE) or default_uri(run_dir))
-
-
-def default_uri(run_dir: Path) -> str:
-    """A SQLite file beside the run directory."""
-    return sqlite_uri(run_dir.absolute().parent / "mlflow.db")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from cluster.tracking.tracker import TrackingConfig
+from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.interface import Shape
 from jobs.options import override
 from simmatch.config import (

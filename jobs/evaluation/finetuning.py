@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cluster.tracking.tracker import TrackingConfig
+from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, train
 from jobs.evaluation.finetuning_start import Start, StartConfig, pretrain
 from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import pytest
@@ -56,10 +56,6 @@ class Watcher:
     pids: of all ranks that there were, in order of their groups.
     times: of the notes.
     """
-
-    run_id = None
-    layer_run_ids: ClassVar[dict[int, str]] = {}
-    last_step_sent: ClassVar[dict[int, int]] = {}
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoints.checkpoint import (
+from cluster.checkpoints.committer import commit, prune
+from cluster.checkpoints.manifest import (
     FORMAT,
     MANIFEST,
     CheckpointError,
@@ -25,16 +26,12 @@ from cluster.checkpoints.checkpoint import (
     DamagedError,
     LayerState,
     Manifest,
-    Reader,
     Shard,
-    commit,
     folder_of,
-    load_into,
-    newest_good,
-    prune,
     read_manifest,
-    write_shard,
 )
+from cluster.checkpoints.reader import Reader, load_into, newest_good
+from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, ShardWritten
 from cluster.training import Assignment, Stopped, Training
@@ -71,12 +68,9 @@ def write(folder: Path, world_size: int, step: int = 12) -> Manifest:
         replicated = REPLICATED if rank == 0 else {}
         shards.append(write_shard(folder, rank, world_size, own | replicated, dict.fromkeys(own, rows)))
     manifest = Manifest(
-        format=FORMAT,
         cursor=Cursor(step=step, layer=0, updates=step),
-        seed=3,
-        world_size=world_size,
         config={"name": "test"},
-        layers=[LayerState(bound=2.5, ridge=1e-6)],
+        layers=[LayerState(usual=2.5)],
         shards=shards,
     )
     commit(folder, manifest)
@@ -169,7 +163,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypat
         path.write_bytes(b"half of a shard")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("cluster.checkpoints.checkpoint.save_file", full)
+    monkeypatch.setattr("cluster.checkpoints.shard_writer.save_file", full)
     with pytest.raises(OSError, match=r"rank-0-of-1.safetensors: I/O error: No space left on device"):
         write(tmp_path / "step", 1)
     assert list((tmp_path / "step").iterdir()) == []
@@ -327,6 +321,18 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, damage: Callable
     assert "\n" not in message
 
 
+def test_a_manifest_of_format_2_is_read_without_its_retired_keys(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 2)
+    edit_manifest(
+        tmp_path, format=2, seed=3, world_size=2, mlflow_run_id=None, mlflow_layer_run_ids={"0": "run"},
+        last_step_sent={"0": 10}, layers=[{"bound": 2.5, "ridge": 1e-6, "usual": 2.5}],
+    )  # fmt: skip
+    assert read_manifest(tmp_path) == manifest
+    edit_manifest(tmp_path, sign=False, seed=4)
+    with pytest.raises(CheckpointError, match="sha256 is another"):
+        read_manifest(tmp_path)
+
+
 def test_a_shard_that_the_manifest_forgets_is_missed(tmp_path: Path) -> None:
     """A manifest of one shard of two is whole in itself; the rows are not."""
     manifest = write(tmp_path, 2)
@@ -398,10 +404,7 @@ def commit_all(config: RunConfig, run_dir: Path, messages: list[list[Message]]) 
         assert all(other.layers == written[0].layers for other in written)
         shards: list[Shard] = [other.shard for other in written]
         manifest = Manifest(
-            format=FORMAT,
             cursor=cursor,
-            seed=config.seed,
-            world_size=len(shards),
             config=config.model_dump(mode="json"),
             layers=written[0].layers,
             shards=shards,
@@ -464,9 +467,10 @@ def test_resuming_repeats_every_bit_on_one_rank(ranks: Any, alone: Reference, tm
     for name, tensor in exported(tmp_path / "run").items():
         assert torch.equal(tensor, expected[name]), name
     assert metrics_of(messages[0]).items() <= alone.metrics.items()
-    written = [(message.cursor, message.layers) for message in of_type(messages[0], ShardWritten)]
+    written = [(message.cursor, message.layers, [message.shard]) for message in of_type(messages[0], ShardWritten)]
     later = [cursor for cursor in alone.cursors if cursor.step > step]  # it did not begin again
-    assert written == [(cursor, read_manifest(folder_of(alone.run_dir, cursor.step)).layers) for cursor in later]
+    manifests = [read_manifest(folder_of(alone.run_dir, cursor.step)) for cursor in later]
+    assert written == [(manifest.cursor, manifest.layers, manifest.shards) for manifest in manifests]
 
 
 @pytest.mark.parametrize("step", [8, 16])

@@ -10,20 +10,12 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from cluster.checkpoints.checkpoint import (
-    MANIFEST,
-    Cursor,
-    LayerState,
-    Manifest,
-    Shard,
-    folder_of,
-    newest_good,
-    read_manifest,
-)
+from cluster.checkpoints.manifest import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, read_manifest
+from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.group import GroupFailure
@@ -40,11 +32,12 @@ from cluster.messages import (
     TrainingWarning,
 )
 from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
-from cluster.summary import Record, summarise, write_json
+from cluster.summary import RunRecord, summarise
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
 from cluster.worker import Outbox, Place, Status
 from simmatch.config import ConfigError
+from simmatch.documents import dump_json
 from simmatch.files import write_whole
 
 Round = list[list[Message]] | Failure | Callable[[], Failure]
@@ -88,10 +81,6 @@ class ScriptedGroup:
 
 class Recorded:
     """A recorder that keeps what it is given."""
-
-    run_id = "run-1"
-    layer_run_ids: ClassVar = {0: "run-2", 1: "run-3"}
-    last_step_sent: ClassVar = {0: 10, 1: 5}
 
     def __init__(self) -> None:
         self.rows: list[tuple[int | None, int, dict[str, float]]] = []
@@ -155,7 +144,7 @@ def shard_written(run_dir: Path, rank: int, step: int, layer: int = 0, world_siz
         shapes={"w": [5]},
     )
     cursor = Cursor(step=step, layer=layer, updates=step, images=20 * step)
-    return ShardWritten(cursor, shard, [LayerState(bound=2.0, ridge=1e-6)])
+    return ShardWritten(cursor, shard, [LayerState(usual=2.0)])
 
 
 def both_shards(run_dir: Path, step: int) -> list[list[Message]]:
@@ -295,10 +284,7 @@ def test_a_checkpoint_is_committed_when_the_last_shard_is_there(scene: MakeScene
     manifest = read_manifest(folder)
     assert [shard.rank for shard in manifest.shards] == [0, 1]
     assert manifest.cursor == Cursor(step=4, layer=0, updates=4, images=80)
-    assert (manifest.world_size, manifest.seed, manifest.mlflow_run_id) == (2, 0, "run-1")
-    assert manifest.mlflow_layer_run_ids == {"0": "run-2", "1": "run-3"}
-    assert manifest.last_step_sent == {"0": 10, "1": 5}
-    assert manifest.layers == [LayerState(bound=2.0, ridge=1e-6)]
+    assert manifest.layers == [LayerState(usual=2.0)]
     assert RunConfig.model_validate_json(json.dumps(manifest.config)) == playing.config
     playing.round([], [shard_written(tmp_path, 1, 8)])
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
@@ -716,7 +702,7 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
     for count, known in ((3, 1), (5, 3)):  # what a later process takes over: killed soon after, and at the end
         run_dir = tmp_path / f"{count} rows"
         spool_of(run_dir, *rows[:3], tag, *rows[3:count])
-        later = Record()
+        later = RunRecord()
         later.continue_from(run_dir / SPOOL_NAME)
         assert [(step, values["objective"]) for step, values in later.curves[0]] == expected[:known]
     failing = scene(first, [DIVERGED], divergence="lower_rate")
@@ -738,7 +724,7 @@ def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene
     assert [group.assignment.config.mesh.channel for group in playing.groups] == [2, 2, 1]
     assert playing.groups[-1].assignment.resume == folder_of(tmp_path, 4)
     assert playing.controller.config.mesh.channel == 1
-    assert read_manifest(folder_of(tmp_path, 8)).world_size == 1
+    assert len(read_manifest(folder_of(tmp_path, 8)).shards) == 1
     assert playing.recorder.all_tags[-1] == {
         "restarts": "2",
         "simmatch.world_size": "1",
@@ -884,7 +870,7 @@ def test_a_continued_run_takes_over_what_was_recorded(scene: MakeScene, tmp_path
     assert record.num_exchanges == 40.0 + 5.0
 
 
-def record_of_a_run() -> Record:
+def record_of_a_run() -> RunRecord:
     """10 updates of layer 0 and 12 of layer 1, as digits_config has them."""
     layers = {
         index: {
@@ -896,7 +882,7 @@ def record_of_a_run() -> Record:
         }
         for index in range(2)
     }
-    return Record(
+    return RunRecord(
         layers=layers,
         curves={0: [(5, layers[0]), (10, layers[0])], 1: [(5, layers[1]), (12, layers[1])]},
         readout=ReadoutScored("ridge", 100, accuracy=0.9, accuracy_decode=0.8),
@@ -928,7 +914,7 @@ def test_the_summary_holds_what_is_promised(digits_config: Callable[..., RunConf
     }
     assert expected.items() <= summary.items()
     assert "message" not in summary
-    write_json(tmp_path / "summary.json", summary)
+    write_whole(tmp_path / "summary.json", dump_json(summary))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
@@ -940,7 +926,7 @@ def test_the_summary_names_the_readout_as_probe(digits_config: Callable[..., Run
 
 
 def test_the_summary_of_a_run_that_failed_early(digits_config: Callable[..., RunConfig]) -> None:
-    summary = summarise(digits_config(2), Record(), status="FAILED", seconds=0.0, run_id=None, message="rank 1 died")
+    summary = summarise(digits_config(2), RunRecord(), status="FAILED", seconds=0.0, run_id=None, message="rank 1 died")
     assert (summary["status"], summary["message"], summary["accuracy"], summary["steps"]) == (
         "FAILED",
         "rank 1 died",

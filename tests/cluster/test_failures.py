@@ -15,7 +15,7 @@ import ray.exceptions as rx
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoints.checkpoint import DamagedError
+from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_store
 from cluster.failures import classify
 from cluster.policy import Failure

@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.checkpoints.checkpoint import newest_good
+from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, locate, read
 from cluster.tracking.spool import SPOOL_NAME, Spool

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.checkpoints.checkpoint import folder_of
+from cluster.checkpoints.manifest import folder_of
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics
 from cluster.watch import TrainingFault

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -96,10 +96,6 @@ def learning(statuses: list[Status]) -> bool:
 
 class Quiet:
     """Recorder and display of a run that nobody watches."""
-
-    run_id = None
-    layer_run_ids: ClassVar = {}
-    last_step_sent: ClassVar = {}
 
     def __init__(self) -> None:
         self.rows: list[tuple[int | None, int]] = []

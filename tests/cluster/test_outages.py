@@ -22,9 +22,10 @@ import cluster.notices
 import cluster.tracking.mlflow_model
 import cluster.tracking.sender
 import jobs.sync
+from cluster.tracking.config import TrackingConfig
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.spool import SPOOL_NAME, Spool
-from cluster.tracking.tracker import Status, Tracker, TrackingConfig
+from cluster.tracking.tracker import RunStatus, Tracker
 from tests.outages import Outage, Proxy, mlflow_server
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -130,7 +131,7 @@ def record(tracker: Tracker, first: int = 1, count: int = RECORDS) -> None:
         tracker.metrics(step, {"images_per_second": 100.0})
 
 
-def end(tracker: Tracker, status: Status = "FINISHED") -> int:
+def end(tracker: Tracker, status: RunStatus = "FINISHED") -> int:
     """What comes at the end of a run; returns what is left to send."""
     figure_and_model(tracker)
     tracker.finish(status)

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoints.checkpoint import FORMAT, Manifest, commit, folder_of
+from cluster.checkpoints.committer import commit
+from cluster.checkpoints.manifest import Manifest, folder_of
 from cluster.config import RunConfig
 from cluster.inputs import LayerInputs
+from cluster.messages import Message, ShardWritten
 from cluster.training import Assignment, Training
 from cluster.watch import TrainingFault
 from cluster.worker import Outbox
@@ -21,7 +23,7 @@ from simmatch.config import parse
 from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange
-from tests.exchanges import results
+from tests.exchanges import of_type, results
 
 ConfigMaker = Callable[..., RunConfig]
 RunMaker = Callable[..., RunConfig]
@@ -54,13 +56,13 @@ def with_positions(digits_config: ConfigMaker) -> RunMaker:
     return make
 
 
-def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[dict[str, Any]]:
+def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[Message]:
     outbox = Outbox()
     Training(Assignment(config, run_dir, exchange.rank, resume=resume), exchange, outbox, torch.device("cpu")).run()
-    return outbox.events
+    return outbox.messages
 
 
-def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[dict[str, Any]]]:
+def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[Message]]:
     run_dir.mkdir(parents=True)
     return results(ranks(train, config.checked_mesh().world_size, config, run_dir, resume))
 
@@ -69,17 +71,14 @@ def exported(run_dir: Path) -> dict[str, Tensor]:
     return load_file(run_dir / "model" / "model.safetensors")
 
 
-def commit_step(config: RunConfig, run_dir: Path, events: list[list[dict[str, Any]]], step: int) -> Path:
+def commit_step(config: RunConfig, run_dir: Path, messages: list[list[Message]], step: int) -> Path:
     """The manifest of one checkpoint, as the controller writes it from what all ranks have reported."""
-    told = [event for own in events for event in own if event["kind"] == "shard" and event["cursor"].step == step]
+    parts = [part for own in messages for part in of_type(own, ShardWritten) if part.cursor.step == step]
     manifest = Manifest(
-        format=FORMAT,
-        cursor=told[0]["cursor"],
-        seed=config.seed,
-        world_size=len(told),
+        cursor=parts[0].cursor,
         config=config.model_dump(mode="json"),
-        layers=told[0]["layers"],
-        shards=[event["shard"] for event in told],
+        layers=parts[0].layers,
+        shards=[part.shard for part in parts],
     )
     commit(folder_of(run_dir, step), manifest)
     return folder_of(run_dir, step)
@@ -90,9 +89,9 @@ def alone(ranks: Any, with_positions: RunMaker, tmp_path_factory: pytest.TempPat
     """The run on one rank, with its checkpoints of steps 4 (layer 0) and 8 (layer 1) committed."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     config = with_positions(1)
-    events = run(ranks, config, run_dir)
+    messages = run(ranks, config, run_dir)
     for step in (4, 8):
-        commit_step(config, run_dir, events, step)
+        commit_step(config, run_dir, messages, step)
     return run_dir
 
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.checkpoints.checkpoint import Cursor, LayerState, Shard, folder_of, write_shard
-from cluster.checkpoints.shard_writer import ShardWriter, Snapshot
+from cluster.checkpoints.manifest import Cursor, LayerState, Shard, folder_of
+from cluster.checkpoints.shard_writer import ShardWriter, Snapshot, write_shard
 from cluster.messages import ShardFailed, ShardWritten
 from cluster.storage import StorageError
 from cluster.worker import Outbox
 from simmatch.sharding.rows import Rows
 from tests.exchanges import of_type
 
-LAYERS = [LayerState(bound=2.0, ridge=1e-6)]
+LAYERS = [LayerState(usual=2.0)]
 
 
 def cursor(step: int) -> Cursor:

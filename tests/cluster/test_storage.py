@@ -14,32 +14,27 @@ import pytest
 import torch
 
 import cluster.storage
-from cluster.checkpoints.checkpoint import (
-    FORMAT,
+from cluster.checkpoints.committer import Committed, Committer, commit, prune, publish_model
+from cluster.checkpoints.manifest import (
     MANIFEST,
     CheckpointError,
     Cursor,
     LayerState,
     Manifest,
-    Reader,
-    commit,
     folder_of,
-    newest_good,
-    prune,
-    publish_model,
     read_manifest,
-    write_shard,
 )
-from cluster.checkpoints.committer import Committed, Committer
+from cluster.checkpoints.reader import Reader, newest_good
+from cluster.checkpoints.shard_writer import write_shard
 from cluster.storage import (
     AnyPath,
     StorageError,
+    copy_whole,
     exists,
     fetch,
     find,
     is_local,
     locate,
-    publish_folder,
     read,
     remove,
     retry,
@@ -77,12 +72,9 @@ def write(run_dir: AnyPath, step: int, world_size: int = 2, token: str = "") -> 
 
 def manifest_of(step: int, world_size: int, shards: list) -> Manifest:  # type: ignore[type-arg]
     return Manifest(
-        format=FORMAT,
         cursor=Cursor(step=step, layer=0, updates=step),
-        seed=0,
-        world_size=world_size,
         config={},
-        layers=[LayerState(bound=2.0, ridge=1e-6)],
+        layers=[LayerState(usual=2.0)],
         shards=shards,
     )
 
@@ -135,14 +127,18 @@ def test_files_and_folders(place: AnyPath, tmp_path: Path) -> None:
         read(place / "b" / "two")
 
 
-def test_a_folder_goes_where_it_belongs(place: AnyPath, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "deep").mkdir(parents=True)
-    (source / "one").write_bytes(b"1")
-    (source / "deep" / "two").write_bytes(b"2")
-    publish_folder(source, place)
-    assert (read(place / "one"), read(place / "deep" / "two")) == (b"1", b"2")
-    assert (source / "one").exists()
+def test_a_file_is_copied_to_and_from_any_place(place: AnyPath, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"1")
+    copy_whole(tmp_path / "source", place / "deep" / "one")
+    copy_whole(place / "deep" / "one", place / "two")
+    copy_whole(place / "two", tmp_path / "copies" / "two")
+    assert (read(place / "deep" / "one"), read(place / "two")) == (b"1", b"1")
+    assert [path.name for path in (tmp_path / "copies").iterdir()] == ["two"]
+    assert (tmp_path / "copies" / "two").read_bytes() == b"1"
+    assert (tmp_path / "source").exists()
+    with pytest.raises(FileNotFoundError, match="missing"):
+        copy_whole(place / "missing", tmp_path / "copies" / "missing")
+    assert [path.name for path in (tmp_path / "copies").iterdir()] == ["two"]
 
 
 @pytest.mark.parametrize("replaces", [True, False])

@@ -28,12 +28,12 @@ import cluster.tracking.mlflow_model
 import cluster.tracking.sender
 from cluster.notices import TELL_AFTER_S, Notices
 from cluster.redaction import redact
+from cluster.tracking.config import TrackingConfig, check_uri, resolve_uri, sqlite_uri
 from cluster.tracking.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
 from cluster.tracking.mlflow_sink import TRUNCATED, _shorten
 from cluster.tracking.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
 from cluster.tracking.spool import Event, Progress, Spool, SpoolBusyError
-from cluster.tracking.tracker import Tracker, TrackingConfig, flatten, resolve_uri
-from cluster.tracking.uri import check_uri, sqlite_uri
+from cluster.tracking.tracker import Tracker, flatten
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
 

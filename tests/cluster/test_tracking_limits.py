@@ -21,10 +21,11 @@ import pytest
 
 import cluster.tracking.spool
 import cluster.tracking.spool_writer
+from cluster.tracking.config import TrackingConfig
 from cluster.tracking.sender import MOST_STALLED, Sender
 from cluster.tracking.spool import Event, Progress, Spool
 from cluster.tracking.spool_writer import LOST_TAG
-from cluster.tracking.tracker import Tracker, TrackingConfig
+from cluster.tracking.tracker import Tracker
 from tests.outages import Outage, Proxy
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,26 +16,26 @@ import pytest
 import torch
 
 import jobs.sync
-from cluster.checkpoints.checkpoint import (
+from cluster.checkpoints.committer import commit
+from cluster.checkpoints.manifest import (
     DIGEST,
-    FORMAT,
     MANIFEST,
     CheckpointError,
     Cursor,
     LayerState,
     Manifest,
-    Reader,
-    _digest,
-    commit,
+    digest_of,
     read_manifest,
-    write_shard,
 )
-from cluster.summary import Record
+from cluster.checkpoints.reader import Reader
+from cluster.checkpoints.shard_writer import write_shard
+from cluster.summary import RunRecord
+from cluster.tracking.config import TrackingConfig
 from cluster.tracking.events import MOST_LAYERS, checked, open_inside
 from cluster.tracking.mlflow_sink import MlflowSink, _folder_name
 from cluster.tracking.sender import RejectedError
 from cluster.tracking.spool import LONGEST_LINE_BYTES, Event, Progress, Spool
-from cluster.tracking.tracker import Tracker, TrackingConfig
+from cluster.tracking.tracker import Tracker
 from simmatch.config import ConfigError
 from simmatch.files import PARTIAL, write_whole
 from simmatch.sharding.rows import Rows
@@ -243,7 +243,7 @@ def test_records_that_are_none_are_not_taken_over(tmp_path: Path) -> None:
     sound = METRICS | {"values": {"objective": 0.5, "bytes_exchanged": 1, "num_exchanges": 2}}
     strange = [METRICS, sound | {"layer": {}}, sound | {"values": 3}, sound | {"step": "x"}, sound]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in strange))
-    record = Record()
+    record = RunRecord()
     record.continue_from(tmp_path / "events.jsonl")
     assert record.curves == {0: [(1, {"objective": 0.5, "bytes_exchanged": 1.0, "num_exchanges": 2.0})]}
 
@@ -262,7 +262,7 @@ def test_records_that_are_none_are_not_taken_over(tmp_path: Path) -> None:
         ({}, {"rows": {}}),
         ({}, {"shapes": {"other": [6]}, "rows": {"other": [0, 6]}}),
         ({"cursor": {"step": -1, "layer": 0, "updates": 1}}, {}),
-        ({"layers": [{"bound": "2", "ridge": 0.0}]}, {}),
+        ({"layers": [{"usual": "2"}]}, {}),
         ({"rate": 1e9}, {}),
     ],
 )
@@ -271,14 +271,14 @@ def test_a_manifest_that_names_something_else(tmp_path: Path, changes: Event, sh
     folder = tmp_path / "checkpoints" / "step-00000004"
     written = write_shard(folder, 0, 1, {"w": torch.arange(6.0)}, {"w": Rows.all(6)})
     manifest = Manifest(
-        format=FORMAT, cursor=Cursor(step=4, layer=0, updates=4), seed=0, world_size=1, config={},
-        layers=[LayerState(bound=2.0, ridge=1e-6)], shards=[written],
+        cursor=Cursor(step=4, layer=0, updates=4), config={},
+        layers=[LayerState(usual=2.0)], shards=[written],
     )  # fmt: skip
     commit(folder, manifest)
     assert Reader(folder, read_manifest(folder)).rows("w", Rows.all(6)).tolist() == [0, 1, 2, 3, 4, 5]
     values: dict[str, Any] = manifest.model_dump(mode="json") | changes
     values["shards"][0] |= shard
-    (folder / MANIFEST).write_text(json.dumps({DIGEST: _digest(values), **values}))
+    (folder / MANIFEST).write_text(json.dumps({DIGEST: digest_of(values), **values}))
     with pytest.raises(CheckpointError) as caught:
         Reader(folder, read_manifest(folder)).rows("w", Rows.all(6))
     assert "\n" not in str(caught.value)
@@ -289,7 +289,7 @@ def test_a_shard_that_is_a_link_or_a_pipe_is_damaged(tmp_path: Path) -> None:
     folder = tmp_path / "step"
     written = write_shard(folder, 0, 1, {"w": torch.arange(6.0)}, {"w": Rows.all(6)})
     manifest = Manifest(
-        format=FORMAT, cursor=Cursor(step=4, layer=0, updates=4), seed=0, world_size=1, config={}, layers=[],
+        cursor=Cursor(step=4, layer=0, updates=4), config={}, layers=[],
         shards=[written],
     )  # fmt: skip
     (folder / written.file).rename(tmp_path / "elsewhere")

@@ -25,7 +25,7 @@ from cluster.config import RunConfig
 from cluster.controller import RunFailed, RunStopped
 from cluster.messages import ReadoutScored
 from cluster.storage import StorageError
-from cluster.summary import Record
+from cluster.summary import RunRecord
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.tracker import Tracker
 from jobs.closing import Closing, lines_of
@@ -47,10 +47,10 @@ class Scripted:
     """A controller whose ranks have done everything by the time that `deed` is done."""
 
     def __init__(self, config: RunConfig, deed: Deed, trains: bool) -> None:
-        self.config, self.record, self.finished = config, Record(), False
+        self.config, self.record, self.finished = config, RunRecord(), False
         self._deed, self._trains = deed, trains
 
-    def run(self) -> Record:
+    def run(self) -> RunRecord:
         self.record.layers[0], self.record.steps = LAYER, 87
         self.record.readout = ReadoutScored("ridge", 100, accuracy=0.9)
         self._deed(self)
@@ -139,7 +139,7 @@ def test_a_signal_ends_the_wait_for_mlflow(
 MOMENTS = {
     "figures": (Closing, "_draw"),
     "records": (Tracker, "finish"),
-    "summary": (jobs.closing, "write_json"),
+    "summary": (jobs.closing, "write_whole"),
     "leaving the cluster": (jobs.pretrain, "shut_down_ray"),
     "the wait": (Tracker, "close"),
 }
@@ -318,7 +318,7 @@ def test_what_comes_after_learning_costs_no_run(
 
     monkeypatch.setattr(Closing, "_draw", fail)
     if isinstance(error, OSError):
-        monkeypatch.setattr(jobs.closing, "write_json", fail)
+        monkeypatch.setattr(jobs.closing, "write_whole", fail)
     job = make_job()
     assert job.run() == 0
     out = capsys.readouterr().out

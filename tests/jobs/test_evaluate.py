@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from cluster.tracking.tracker import Tracker, TrackingConfig
+from cluster.tracking.config import TrackingConfig
+from cluster.tracking.tracker import Tracker
 from jobs.evaluate import main
 from jobs.evaluation.config import read
 from jobs.evaluation.features import StackFeatures

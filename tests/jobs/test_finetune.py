@@ -12,7 +12,8 @@ import pytest
 import torch
 from scipy import stats
 
-from cluster.tracking.tracker import Tracker, TrackingConfig
+from cluster.tracking.config import TrackingConfig
+from cluster.tracking.tracker import Tracker
 from jobs import finetune
 from jobs.evaluation import finetuning, finetuning_table
 from jobs.evaluation.finetuning import STARTS, Contest, FinetuneConfig, Outcome, Outcomes, Settings, StartName

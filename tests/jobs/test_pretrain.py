@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 import jobs.pretrain
-from cluster.checkpoints.checkpoint import Reader, newest_good, read_manifest
+from cluster.checkpoints.manifest import read_manifest
+from cluster.checkpoints.reader import Reader, newest_good
 from cluster.config import RunConfig
 from cluster.cpus import allowed_cpus
 from jobs.run_directory import choose
@@ -175,8 +176,7 @@ def test_the_newest_checkpoint_holds_the_exported_model(finished: Ended) -> None
     folder = newest_good(finished.run_dir, pytest.fail)
     assert folder is not None
     manifest = read_manifest(folder)
-    assert (manifest.world_size, manifest.cursor.step, manifest.cursor.layer) == (2, 116, 1)
-    assert manifest.mlflow_run_id == finished.summary["mlflow_run_id"]
+    assert (len(manifest.shards), manifest.cursor.step, manifest.cursor.layer) == (2, 116, 1)
     Reader(folder, manifest).verify()
     parts = [load_file(folder / shard.file) for shard in manifest.shards]
     exported = load_file(finished.run_dir / "model" / "model.safetensors")

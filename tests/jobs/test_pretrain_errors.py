@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import jobs.pretrain
-from cluster.checkpoints.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, write_shard
+from cluster.checkpoints.committer import commit
+from cluster.checkpoints.manifest import FORMAT, Cursor, LayerState, Manifest
+from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
 from simmatch.data.sources import Dataset
 from simmatch.sharding.rows import split_rows
@@ -208,12 +210,9 @@ def write_checkpoint(folder: Path, config: RunConfig, channels: int = 16, data: 
         name = "layers.0.feedforward"
         shards.append(write_shard(folder, rank, 2, {name: torch.zeros(rows.count, 1, 3, 3)}, {name: rows}))
     manifest = Manifest(
-        format=FORMAT,
         cursor=Cursor(step=20, layer=0, updates=20),
-        seed=0,
-        world_size=2,
         config=config.model_dump(mode="json"),
-        layers=[LayerState(bound=1.0, ridge=0.0)],
+        layers=[LayerState(usual=1.0)],
         shards=shards,
         data=data,
     )

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import jobs
-from cluster.checkpoints.checkpoint import folder_of, newest_good
+from cluster.checkpoints.manifest import folder_of
+from cluster.checkpoints.reader import newest_good
 from jobs.ending import Ending
 from jobs.ray_session import own_signals
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from cluster.tracking.config import TrackingConfig
 from cluster.tracking.mlflow_model import ModelLogger
-from cluster.tracking.tracker import Tracker, TrackingConfig
+from cluster.tracking.tracker import Tracker
 from jobs.recording import facts, said
 from tests.outages import Outage, Proxy
 

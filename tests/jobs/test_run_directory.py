@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
-from cluster.checkpoints.checkpoint import FORMAT, Cursor, LayerState, Manifest, commit, folder_of, write_shard
+from cluster.checkpoints.committer import commit
+from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of
+from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
 from jobs.run_directory import Start, as_begun, choose, default_root
 from simmatch.config import ConfigError
@@ -65,10 +67,10 @@ def leave(run_dir: Path, config: RunConfig, status: str | None = None, steps: tu
         shard = write_shard(folder, 0, 1, tensors, {"layers.0.feedforward": Rows.all(16)})
         cursor = Cursor(step=step, layer=0, updates=step)
         values = config.model_dump(mode="json")
-        states = [LayerState(bound=1.0, ridge=0.0)]
+        states = [LayerState(usual=1.0)]
         commit(
             folder,
-            Manifest(format=FORMAT, cursor=cursor, seed=0, world_size=1, config=values, layers=states, shards=[shard]),
+            Manifest(cursor=cursor, config=values, layers=states, shards=[shard]),
         )
     return run_dir
 

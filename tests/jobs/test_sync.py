@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import jobs.sync
+from cluster.tracking.config import TrackingConfig
 from cluster.tracking.spool import Spool
-from cluster.tracking.tracker import Tracker, TrackingConfig, make_sender
+from cluster.tracking.tracker import Tracker, make_sender
 from jobs.sync import main
 from tests.outages import Outage, Proxy
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from simmatch.files import PARTIAL, make_folder, move_whole, sync_folder, write_whole
+from simmatch.files import PARTIAL, make_folder, sync_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,14 +84,6 @@ def test_what_cannot_be_written_leaves_what_was_there(
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_file_that_is_whole_already_is_moved(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
-    (tmp_path / "a").write_bytes(b"1")
-    (tmp_path / "b").mkdir()
-    move_whole(tmp_path / "a", tmp_path / "b" / "c")
-    assert calls == [("sync", "a"), ("name", "b/c"), ("sync", "b")]
-    assert (tmp_path / "b" / "c").read_bytes() == b"1"
-
-
 @pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.EIO, True)])
 def test_a_file_system_that_syncs_no_folders(
     number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,12 +106,11 @@ def test_there_is_one_way_to_write_a_file() -> None:
     )
     allowed = {
         ("simmatch/files.py", 'partial.open("xb")'),
-        ("cluster/storage.py", "path.write_bytes(whole)"),  # an object store takes whole files only
         (
             "cluster/tracking/mlflow_sink.py",
             "named.write_bytes(source.read(LARGEST_ARTIFACT))",
         ),  # temporary
-        ("cluster/tracking/spool.py", 'self.path.open("a+b", buffering=0)'),  # grows line by line
+        # line by line
         ("jobs/reporting.py", 'self.path.open("a", encoding="utf-8")'),
         ("jobs/program.py", 'open(os.devnull, "w")'),
         ("jobs/benchmarks/memory.py", 'Path("/proc/self/clear_refs").write_text("5")'),

@@ -1,0 +1,119 @@
+"""The configuration of tracking, and which MLflow tracking URI is in force; checked before anything starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from importlib.metadata import entry_points
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from cluster.redaction import HIDDEN, Redactor, redact
+from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+
+
+class TrackingConfig(Frozen):
+    """Where a run's parameters, metrics, figures and model are recorded."""
+
+    enabled: bool = True
+    """Send to MLflow. The spool is written either way."""
+
+    uri: str | None = None
+    """MLflow's tracking URI. None: `$MLFLOW_TRACKING_URI`, then `mlflow.db` (SQLite) beside the run directory."""
+
+    experiment: str = "simmatch"
+    """Name of the MLflow experiment, made if it does not exist."""
+
+    timeout_s: PositiveFloat = 10.0
+    """Longest wait for one answer of the server."""
+
+    flush_s: NonNegativeFloat = 60.0
+    """Longest wait, at the end of the job, for what is not sent yet."""
+
+
+def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
+    """The tracking URI in force: the configured one, the environment's, or a SQLite file beside `run_dir`."""
+    return check_uri(config.uri or os.environ.get(URI_VARIABLE) or default_uri(run_dir))
+
+
+def default_uri(run_dir: Path) -> str:
+    """The URI of a SQLite file beside the run directory."""
+    return sqlite_uri(run_dir.absolute().parent / "mlflow.db")
+
+
+def recorded_uri(recorded: str, run_dir: Path) -> str:
+    """The tracking URI `recorded` in a spool's first event, with its password, if this environment names it as well.
+
+    Whoever can write to a run directory could otherwise have the environment's credentials sent to his own server, and
+    that server, or a data base of his, could name the folder of this machine that artifacts are written to.
+
+    Raises
+    ------
+    ConfigError
+        It is neither the environment's nor the data base beside the run directory.
+    """
+    hide = Redactor(os.environ)
+    for uri in (os.environ.get(URI_VARIABLE), default_uri(run_dir)):
+        if uri and hide(check_uri(uri)) == recorded:
+            return uri
+    password = " with its password" if HIDDEN in recorded else ""
+    raise ConfigError(f"--uri: expected {recorded}{password} here or in ${URI_VARIABLE}: a record alone is not trusted")
+
+
+def sync_command(run_dir: Path, uri: str) -> str:
+    """The command that sends the events that a run has not sent yet to a server."""
+    known = (os.environ.get(URI_VARIABLE), default_uri(run_dir))
+    options = [] if uri in known else ["--uri", redact(uri)]
+    return shlex.join(["python", "-m", "jobs.sync", str(run_dir), *options])
+
+
+def check_uri(uri: str) -> str:
+    """Refuse a URI that MLflow could never reach; a SQLite path becomes absolute.
+
+    Raises
+    ------
+    ConfigError
+        Names `tracking.uri`, what was expected and what was given.
+    """
+    scheme = uri.partition(":")[0].partition("+")[0].lower()
+    plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
+    if scheme not in {*SCHEMES, *plugins} - {"file"}:
+        raise _uri_error(f"a URI of scheme {', '.join(SCHEMES)}", uri)
+    if scheme in ("http", "https") and not _has_host(uri):
+        raise _uri_error(f"{scheme}://HOST[:PORT]", uri)
+    if scheme == "sqlite":
+        head, slashes, path = uri.partition(":///")
+        if not slashes or not path:
+            raise _uri_error("sqlite:///PATH", uri)
+        return f"{head}:///{_in_uri(Path.cwd()) / path}"
+    return uri
+
+
+def sqlite_uri(path: Path) -> str:
+    """URI of a SQLite database in this file.
+
+    >>> sqlite_uri(Path("/runs/50%?/mlflow.db"))
+    'sqlite:////runs/50%25%3F/mlflow.db'
+    """
+    return f"sqlite:///{_in_uri(path.absolute())}"
+
+
+def _in_uri(path: Path) -> Path:
+    """Quote the characters that mean something in a URI; SQLAlchemy unquotes them."""
+    return Path(re.sub("[%?#]", lambda match: quote(match[0]), str(path)))
+
+
+def _uri_error(expected: str, uri: str) -> ConfigError:
+    return ConfigError(f"tracking.uri: expected {expected}, got {redact(uri)!r}")
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
