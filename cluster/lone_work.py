@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from cluster.messages import Reporter
-from cluster.sharding import of_every_rank
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.state import of_every_rank
 
 
 class _Work(threading.Thread):

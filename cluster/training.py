@@ -1,4 +1,4 @@
-"""The program that every rank runs: layer after layer, learn on the own rows, then encode for the layer above.
+"""The program that every rank runs: `simmatch.fit` with checkpoints, a way to stop, reports and an export.
 
 Phases of communication, all through the injected exchange:
 
@@ -14,46 +14,37 @@ from __future__ import annotations
 
 import socket
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from einops import reduce
 from torch import Tensor
 
 from cluster.checkpoints.committer import MODEL
-from cluster.checkpoints.manifest import Cursor, LayerState, read_manifest
-from cluster.checkpoints.reader import Reader, load_into
-from cluster.checkpoints.shard_writer import ShardWriter, Snapshot, write_shard
+from cluster.checkpoints.manifest import Cursor, read_manifest
+from cluster.checkpoints.reader import Reader
+from cluster.checkpoints.shard_writer import ShardWriter, write_shard
+from cluster.checkpoints.state import restore_layer, take_snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
-from cluster.cpus import all_cpus
-from cluster.features import FeatureStore
-from cluster.inputs import LayerInputs
 from cluster.limits import run_with_timeout
 from cluster.lone_work import lone_work
-from cluster.mesh import Mesh
-from cluster.messages import LayerMetrics, ModelExported, Progress, ReadoutScored, Reporter, TrainingWarning
-from cluster.redaction import one_line
-from cluster.sharding import SHARDED, gather_layer, replicated_state, shard_state, sum_over_ranks, take_rows
+from cluster.messages import LayerMetrics, ModelExported, Progress, Reporter
+from cluster.read_out import read_out
 from cluster.storage import AnyPath, copy_whole, retry
 from cluster.watch import Growth, Objective, TrainingFault, Window
-from simmatch.config import LayerConfig
 from simmatch.data.formats import DataError
-from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset
-from simmatch.geometry import Patches
-from simmatch.labels import one_hot
+from simmatch.features import FeatureStore
+from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.measurement import measure
-from simmatch.model import MODEL_FILES, InputConfig, Stack, layer_inputs, pooled, readable, save_model
-from simmatch.readout import accuracy, decode, fit_readout
+from simmatch.model import MODEL_FILES, Stack, readable, save_model
+from simmatch.observer import Observer, Phase, Update
 from simmatch.sharding.exchange import IDENTITY, Exchange
-from simmatch.sharding.rows import split_rows
+from simmatch.sharding.state import of_every_rank
 from simmatch.solvers.bound import SharedFault
 
 PART_OF_LIMITS = 0.25
@@ -86,12 +77,6 @@ class Stopped(Exception):
     """The controller asked; everything learnt so far is in a checkpoint, on all ranks of the same step."""
 
 
-def source_of(dataset: Dataset) -> InputConfig:
-    """Shape and classes of a data set's images."""
-    height, width = dataset.image_size
-    return InputConfig(in_channels=dataset.in_channels, height=height, width=width, num_classes=dataset.num_classes)
-
-
 def check_data(dataset: Dataset, expected: str | None) -> None:
     """Refuse a data set that is not the one with this digest; None accepts any.
 
@@ -106,12 +91,12 @@ def check_data(dataset: Dataset, expected: str | None) -> None:
         raise DataError(f"{dataset.name} on {host}: expected the data of this run, {expected}, got {found}: {counts}")
 
 
-class Training:
+class Training(Observer):
     """One rank's run.
 
     Parameters
     ----------
-    assignment: configuration and place.
+    assignment: what to do, and where.
     exchange: the way to the other ranks.
     report: the way to the controller.
     device: where tensors live.
@@ -119,39 +104,57 @@ class Training:
 
     def __init__(self, assignment: Assignment, exchange: Exchange, report: Reporter, device: torch.device) -> None:
         self.assignment, self.exchange, self.report, self.device = assignment, exchange, report, device
-        self.config = assignment.config
-        self.dtype = getattr(torch, self.config.dtype)
-        self.coordinates = Mesh.from_config(self.config.mesh).coordinates(assignment.rank)
-        self.dataset = load_dataset(self.config.data)
+        self.config = config = assignment.config
+        self.dataset = load_dataset(config.data)
         check_data(self.dataset, assignment.data)
-        self.source = source_of(self.dataset)
-        self.stack = Stack(self.config.model, self.source, seed=self.config.seed, dtype=self.dtype, device=device)
-        self.reader: Reader | None = None
-        if assignment.resume is not None:
-            self.reader = self._reader(assignment.resume)
-        self.step = 0
-        self.images = 0 if self.reader is None else self.reader.manifest.cursor.images
+        dtype = getattr(torch, config.dtype)
+        self.stack = Stack(config.model, self.dataset.source, seed=config.seed, dtype=dtype, device=device)
+        self.reader = None if assignment.resume is None else self._reader(assignment.resume)
+        done = None if self.reader is None else self.reader.manifest.cursor
+        self.step, self.images = 0, 0 if done is None else done.images
+        self.trainer = Trainer(
+            self.stack,
+            self.dataset.train_images,
+            self.dataset.train_labels,
+            exchange=exchange,
+            observer=self,
+            settled=0 if done is None else done.layer,
+            encode_batch=config.encode_batch,
+            encode_last=True,
+            cache=config.cache_features,
+            measure_every=config.log_every,
+        )
+        self._features: dict[int, list[Tensor]] = {index: [] for index in config.model.feature_layers()}
         self.writer = ShardWriter(
             assignment.run_dir,
             assignment.rank,
             exchange.world_size,
             report,
-            patience_s=self.config.checkpoint.patience_s,
+            patience_s=config.checkpoint.patience_s,
             write=partial(write_shard, token=assignment.token),
         )
 
     def run(self) -> None:
         """Everything: learn and encode layer by layer, export, read out."""
-        train, test = self._store(self.dataset.train_images), self._store(self.dataset.test_images)
-        scores: list[Tensor] = []
-        for index, config in enumerate(self.config.model.layers):
-            layer = self._layer(index, config)
-            self._learn(index, config, layer, train)
-            gather_layer(layer, self.stack.layer(index))
-            self._encode(index, train, test, scores)
+        self.trainer.fit()
         # first: what was learnt is worth more than how well it reads
-        self._lone_work(self._export if self.assignment.rank == 0 else None, self.exchange)
-        self._read_out(train, test, scores)
+        self.lone_work(self._export if self.assignment.rank == 0 else None)
+        parts = (torch.cat(blocks, dim=1) for blocks in zip(*self._features.values(), strict=True))
+        read_out(
+            self.config.probe,
+            self.stack,
+            self.dataset,
+            self.trainer.store.gather_parts(parts),
+            FeatureStore(
+                self.dataset.test_images,
+                self.exchange,
+                batch=self.config.encode_batch,
+                dtype=self.stack.dtype,
+                device=self.device,
+            ),
+            report=self.report,
+            long_work=partial(self._lone_work, exchange=IDENTITY),
+        )
         self.writer.close()
 
     def _reader(self, folder: AnyPath) -> Reader:
@@ -159,7 +162,7 @@ class Training:
         return Reader(folder, retry(lambda: read_manifest(folder), patience_s), patience_s=patience_s)
 
     def _export(self) -> None:
-        """The model, under a name of this group alone: which group's it is that is published, the controller knows."""
+        """The model, in a folder of this group alone; the controller knows whose model is published."""
         token = self.assignment.token
         name = f"{MODEL}-{token}" if token else MODEL
         target = self.assignment.run_dir / name
@@ -176,112 +179,25 @@ class Training:
         if token:
             self.report.send(ModelExported(name))
 
-    def _store(self, images: Tensor) -> FeatureStore:
-        model = self.config.model
-        return FeatureStore(
-            images,
-            self.exchange,
-            batch=self.config.encode_batch,
-            dtype=self.dtype,
-            device=self.device,
-            kept={
-                index: partial(readable, config=model.layers[index], pool=model.feature_pool)
-                for index in model.feature_layers()
-            },
-        )
+    # ------------------------------------------------------------------------------------------- the observer's part
 
-    # ------------------------------------------------------------------------------------------- a layer
+    def restore(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        if self.reader is not None:
+            restore_layer(layer, index, self.reader)
+        self.step += int(layer.updates)
 
-    def _layer(self, index: int, config: LayerConfig) -> SimilarityMatchingConv2d:
-        """This rank's shard of a layer: fresh, or as the checkpoint has it."""
-        channels, size = layer_inputs(self.config.model, self.source)[index]
-        rows = split_rows(config.out_channels, self.config.mesh.channel)[self.coordinates.channel]
-        layer = SimilarityMatchingConv2d.from_config(
-            config,
-            channels,
-            size,
-            num_classes=self.source.num_classes,
-            seed=self.config.seed + index,
-            dtype=self.dtype,
-            device=self.device,
-            rows=rows,
-            exchange=self.exchange,
-        )
-        if self.reader is not None and index < len(self.reader.manifest.layers):
-            prefix = f"layers.{index}"
-            for name, target in replicated_state(layer).items():
-                load_into(target, self.reader.whole(f"{prefix}.{name}"), name, self.reader.folder)
-            for name, target in shard_state(layer).items():
-                load_into(target, self.reader.rows(f"{prefix}.{name}", rows), name, self.reader.folder)
-        return layer
+    def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        states = [] if self.reader is None else self.reader.manifest.layers
+        self._growth = Growth(index, states[index].usual if index < len(states) else None)
+        self._window = Window(index, self.exchange, self.writer)
+        self._objective = Objective(index, layer, self.report)
+        self._latest: LayerMetrics | None = None
 
-    def _learn(self, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d, train: FeatureStore) -> None:
-        """All updates of one layer that are not done yet."""
-        learn, log_every = config.train, self.config.log_every
-        batches = Batches(
-            train.count, learn.batch_size, epochs=learn.epochs, seed=self.config.seed, images=learn.images
-        )
-        total, start = len(batches), int(layer.updates)
-        self.step += start
-        if start == total:
-            return
-        cache = self.config.cache_features
-        inputs = LayerInputs(
-            index,
-            config,
-            layer,
-            train,
-            stack=self.stack,
-            report=self.report,
-            cache=cache,
-            lone_work=partial(self._lone_work, exchange=self.exchange),
-        )
-        window, growth = Window(index, self.exchange, self.writer), Growth(index, self._usual(index))
-        watched = Objective(index, layer, self.report)
-        latest: LayerMetrics | None = None
-        for update in range(start, total):
-            chosen = batches[update]
-            labels = self.dataset.train_labels[chosen].to(self.device) if config.supervised else None
-            patches, solution = self.update(index, layer, inputs, chosen, labels)
-            self.step += 1
-            growth.check(update, layer.bound.value)
-            self.images += len(chosen)
-            window.count(len(chosen))
-            due = (update + 1) % log_every == 0
-            if due or update + 1 == total:
-                latest = window.close(layer, measure(layer, patches, solution, labels), self.images)
-                watched.check(latest.objective)
-                self.report.send(latest)
-            self.report.progress(Progress("learn", update + 1, total, layer=index, step=self.step, metrics=latest))
-            stop = due and self._all_stop()
-            needed = update + 1 == total or stop
-            if needed or self.step % self.config.checkpoint.every_steps == 0:
-                self._save(index, layer, growth.usual, needed=needed)
-            if stop:
-                self.writer.close()
-                raise Stopped
-
-    def _lone_work(self, work: Callable[[], None] | None, exchange: Exchange) -> None:
-        """Work of one rank of those that meet in the exchange, see `lone_work`."""
-        limits = self.config.cluster
-        pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
-        lone_work(work, exchange, self.report, device=self.device, pause_s=pause_s)
-
-    def _all_stop(self) -> bool:
-        """Whether any rank has been asked to stop: one gathered value, so that all find the same at the same step."""
-        asked = torch.zeros(self.exchange.world_size, 1, device=self.device)
-        asked[self.exchange.rank] = float(self.report.stopping)
-        self.exchange.all_gather(asked).wait()
-        return bool(asked.any())
-
-    def update(
-        self, index: int, layer: SimilarityMatchingConv2d, inputs: LayerInputs, chosen: Tensor, labels: Tensor | None
-    ) -> tuple[Patches, Any]:
-        """One update of one layer."""
+    @contextmanager
+    def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
         step = int(layer.updates) + 1  # all ranks name the same step, whoever noticed first
         try:
-            patches = inputs.batch(chosen)
-            return patches, layer.partial_fit(patches, labels)
+            yield
         except PeerTimeout:
             raise
         except Exception as fault:
@@ -289,107 +205,50 @@ class Training:
             diverged = isinstance(fault, SharedFault) and fault.kind.startswith("non-finite")
             raise TrainingFault(f"layer {index}, step {step}: {what}", diverged=diverged) from fault
 
-    def _usual(self, index: int) -> float | None:
-        """The bound that a layer's growth was measured from before the checkpoint."""
-        states = [] if self.reader is None else self.reader.manifest.layers
-        return states[index].usual if index < len(states) else None
+    def updated(self, update: Update) -> None:
+        index, number = update.index, update.number
+        self.step += 1
+        self.images += update.images
+        self._growth.check(number - 1, update.layer.bound.value)
+        self._window.count(update.images)
+        if update.measurement is not None:
+            self._latest = self._window.close(update.layer, update.measurement, self.images)
+            self._objective.check(self._latest.objective)
+            self.report.send(self._latest)
+        progress = Progress("learn", number, update.total, layer=index, step=self.step, metrics=self._latest)
+        self.report.progress(progress)
+        stop = number % self.config.log_every == 0 and self._all_stop()
+        needed = number == update.total or stop
+        if needed or self.step % self.config.checkpoint.every_steps == 0:
+            self._save(update, needed=needed)
+        if stop:
+            self.writer.close()
+            raise Stopped
 
-    def _save(self, index: int, layer: SimilarityMatchingConv2d, usual: float | None, *, needed: bool) -> None:
+    def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:
+        if index in self._features:
+            model = self.config.model
+            self._features[index].append(readable(passed, model.layers[index], model.feature_pool))
+
+    def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
+        self.report.progress(Progress(phase, done, total, layer=layer, images_per_second=images_per_second))
+
+    def lone_work(self, work: Callable[[], None] | None) -> None:
+        self._lone_work(work, self.exchange)
+
+    def _lone_work(self, work: Callable[[], None] | None, exchange: Exchange) -> None:
+        """Work of one rank of those that meet in the exchange, see `cluster.lone_work`."""
+        limits = self.config.cluster
+        pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
+        lone_work(work, exchange, self.report, device=self.device, pause_s=pause_s)
+
+    def _all_stop(self) -> bool:
+        """Whether any rank has been asked to stop: one gathered value, so that all stop at the same step."""
+        asked = torch.full((1,), float(self.report.stopping), device=self.device)
+        return bool(of_every_rank(asked, self.exchange).any())
+
+    def _save(self, update: Update, *, needed: bool) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
-        cursor = Cursor(step=self.step, layer=index, updates=int(layer.updates), images=self.images)
-        self.writer.submit(cursor, partial(self._snapshot, index, layer, usual), needed=needed)
-
-    def _snapshot(self, index: int, layer: SimilarityMatchingConv2d, usual: float | None) -> Snapshot:
-        """All layers so far. What may change while it is written, the layer that learns, is copied."""
-        found = Snapshot({}, {}, [])
-        for number in range(index + 1):
-            source = layer if number == index else self.stack.layer(number)
-            rows = split_rows(source.out_channels, self.config.mesh.channel)[self.coordinates.channel]
-            tensors = {name: getattr(source, name) for name in SHARDED}
-            if number < index:
-                tensors = {name: take_rows(tensor, rows) for name, tensor in tensors.items()}
-            found.rows.update(dict.fromkeys((f"layers.{number}.{name}" for name in tensors), rows))
-            if self.assignment.rank == 0:
-                tensors |= replicated_state(source)
-            for name, tensor in tensors.items():
-                found.tensors[f"layers.{number}.{name}"] = tensor.to("cpu", copy=number == index)
-            reference = usual if number == index else None
-            found.layers.append(LayerState(usual=reference))
-        return found
-
-    # ------------------------------------------------------------------------------------------- encoding
-
-    def _encode(self, index: int, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
-        """Replace the images of both stores by the pooled, label-free activity of layer `index`.
-
-        On the way the label weights settle to the length of label-free activity, once, and read the test images.
-        """
-        layer, config = self.stack.layer(index), self.config.model.layers[index]
-        last = index == len(self.stack.layers) - 1
-        settled = self.reader is not None and index < self.reader.manifest.cursor.layer  # before it was written
-        done, total, started = 0, train.count + test.count, time.monotonic()
-
-        def seen(count: int) -> None:
-            nonlocal done
-            done += count
-            rate = done / (time.monotonic() - started)
-            self.report.progress(Progress("encode", done, total, layer=index, images_per_second=rate))
-
-        yz = torch.zeros_like(layer.label)
-        zz = yz.new_zeros(layer.num_classes, layer.num_classes)
-
-        def learn_label(x: Tensor, images: slice) -> Tensor:
-            activities = layer(x)
-            if config.supervised and not settled:
-                z = one_hot(self.dataset.train_labels[images], layer.num_classes, layer.label)
-                yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
-                zz.add_(z @ z.T)
-            return pooled(activities, config)
-
-        def read_label(x: Tensor, _: slice) -> Tensor:
-            activities = layer(x)
-            if config.supervised and last:
-                scores.append(decode(reduce(activities, "b k h w -> b k", "mean"), layer.label))
-            return pooled(activities, config)
-
-        train.advance(learn_label, seen)
-        if config.supervised and not settled:
-            layer.settle_label(sum_over_ranks(yz, self.exchange), sum_over_ranks(zz, self.exchange))
-        test.advance(read_label, seen)
-
-    def _read_out(self, train: FeatureStore, test: FeatureStore, scores: list[Tensor]) -> None:
-        """Accuracy of the readouts on the test images, by rank 0 while the others wait; of those that can be made."""
-        probe = self.config.probe
-        count = min(probe.train_images or train.count, train.count)
-        self.report.progress(Progress("readout", 0, 1))
-        results: dict[str, float] = {}
-        if scores:
-            found = torch.cat(list(test.gather_parts(scores)))
-            results["accuracy_decode"] = accuracy(found.cpu(), self.dataset.test_labels)
-        train_features, test_features = self._collect(train, count), self._collect(test, test.count)
-        if train_features is not None and test_features is not None:
-
-            def fit() -> None:
-                with all_cpus():
-                    readout = fit_readout(probe.readout, train_features, self.dataset.train_labels[:count])
-                    score = readout.score(test_features.numpy(), self.dataset.test_labels.numpy())
-                    results["accuracy"] = float(score)
-
-            try:
-                self._lone_work(fit, IDENTITY)
-            except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
-                why = f"{type(error).__name__}: {error}"
-                self.report.send(TrainingWarning(f"the {probe.readout} readout is left out: {one_line(why)}"))
-            self.report.send(ReadoutScored(probe.readout, count, **results))
-        self.report.progress(Progress("readout", 1, 1))
-
-    def _collect(self, store: FeatureStore, count: int) -> Tensor | None:
-        """Features [count, F] on rank 0; the other ranks only contribute."""
-        parts, seen = [], 0
-        for part in store.features():
-            seen += len(part)
-            if self.assignment.rank == 0:
-                parts.append(part.cpu())
-            if seen >= count:
-                break
-        return torch.cat(parts)[:count] if parts else None
+        cursor = Cursor(step=self.step, layer=update.index, updates=update.number, images=self.images)
+        take = partial(take_snapshot, self.stack, update.index, update.layer, self._growth.usual)
+        self.writer.submit(cursor, take, needed=needed)

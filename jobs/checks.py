@@ -6,7 +6,7 @@ from cluster.checkpoints.manifest import read_manifest
 from cluster.checkpoints.reader import Reader
 from cluster.config import RunConfig
 from cluster.storage import AnyPath
-from cluster.training import check_data, source_of
+from cluster.training import check_data
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
 from simmatch.data.order import steps_per_epoch
@@ -25,7 +25,7 @@ def check(config: RunConfig) -> Dataset:
     """
     config.checked_mesh()
     dataset = load_dataset(config.data)
-    inputs = layer_inputs(config.model, source_of(dataset))
+    inputs = layer_inputs(config.model, dataset.source)
     for index, layer in enumerate(config.model.layers):
         channels, size = inputs[index]
         height, width = PatchConfig.of_layer(layer, channels, size).map_size(size)

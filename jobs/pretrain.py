@@ -27,7 +27,6 @@ from cluster.summary import RunRecord
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.spool import SPOOL_NAME, SpoolBusyError
 from cluster.tracking.tracker import Tracker
-from cluster.training import source_of
 from jobs.checks import check, check_checkpoint
 from jobs.closing import Closing, RunOutcome, lines_of, table_of
 from jobs.display import JobDisplay, MakeDisplay, RunDisplay
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
         config = parse(RunConfig, override(read_yaml(Path(options.config)), options.set))
         dataset = check(config)
         if options.dry_run:
-            print_plan(console, config, source_of(dataset), len(dataset.train_images))
+            print_plan(console, config, dataset.source, len(dataset.train_images))
             return 0
         start = as_begun(choose(config, options.run_dir, options.resume))
         config = start.config

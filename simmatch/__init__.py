@@ -2,8 +2,10 @@
 
 from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
 from simmatch.encoder import feedforward_encoder
+from simmatch.fit import Trainer, fit_stack
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack, load_model, save_model
+from simmatch.observer import Observer, Update
 from simmatch.plasticity import Statistics
 from simmatch.solvers.dynamics import Solution
 from simmatch.solvers.quadratic import ConvergenceWarning, solve
@@ -14,12 +16,16 @@ __all__ = [
     "DynamicsConfig",
     "LayerConfig",
     "ModelConfig",
+    "Observer",
     "PlasticityConfig",
     "SimilarityMatchingConv2d",
     "Solution",
     "Stack",
     "Statistics",
+    "Trainer",
+    "Update",
     "feedforward_encoder",
+    "fit_stack",
     "load_model",
     "save_model",
     "solve",

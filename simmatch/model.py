@@ -40,6 +40,12 @@ class InputConfig(Frozen):
     width: PositiveInt
     num_classes: PositiveInt
 
+    @classmethod
+    def of(cls, images: Tensor, num_classes: int) -> InputConfig:
+        """For images [N, C, H, W]."""
+        channels, height, width = images.shape[1:]
+        return cls(in_channels=channels, height=height, width=width, num_classes=num_classes)
+
     @property
     def image_size(self) -> tuple[int, int]:
         return self.height, self.width
@@ -117,7 +123,7 @@ class Stack(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.config, self.source = model, source
+        self.config, self.source, self.seed = model, source, seed
         self.layers = nn.ModuleList(
             SimilarityMatchingConv2d.from_config(
                 config,

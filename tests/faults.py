@@ -11,19 +11,18 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from cluster.checkpoints.manifest import MANIFEST, Shard, folder_of
-from cluster.inputs import LayerInputs
 from cluster.storage import AnyPath, find
 from cluster.training import Training
 from cluster.worker import Worker
-from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
 
 HOLD_S = 60.0
@@ -48,7 +47,7 @@ Kind = Literal[
 nan …       a NaN in the last own row of W, M or V, before the update
 explode     the own rows of W a million times too large, before the update
 exception   the rank's statistics raise, in the middle of the update; elsewhere the rank raises on the spot
-error       the rank's next batch raises, outside of what the ranks tell each other
+error       the rank's next update raises before its batch is made, outside of what the ranks tell each other
 kill        the process ends, by SIGKILL
 hold        the training thread stays away for `HOLD_S`
 stop        the process stands still, by SIGSTOP
@@ -118,20 +117,22 @@ class FaultyTraining(Training):
         self._real_write, self._writes_lost = self.writer._write, 0
         self.writer._write = self._write_shard  # type: ignore[method-assign]
 
-    def update(
-        self, index: int, layer: SimilarityMatchingConv2d, inputs: LayerInputs, chosen: Tensor, labels: Tensor | None
-    ) -> tuple[Patches, Any]:
-        for plan in self._due("update", index, int(layer.updates) + 1):
-            if plan.kind in OF_A_LAYER:
-                inject(plan.kind, layer, inputs)
-            else:
+    @contextmanager
+    def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
+        plans = self._due("update", index, int(layer.updates) + 1)
+        for plan in plans:
+            if plan.kind not in OF_A_LAYER:
                 self._strike(plan)
-        return super().update(index, layer, inputs, chosen, labels)
+        with super().updating(index, layer):
+            for plan in plans:
+                if plan.kind in OF_A_LAYER:
+                    inject(plan.kind, layer)
+            yield
 
-    def _encode(self, index: int, *arguments: Any) -> None:
+    def learnt(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         for plan in self._due("encode", index, 0):
             self._strike(plan)
-        super()._encode(index, *arguments)
+        super().learnt(index, layer)
 
     def _write_shard(self, folder: AnyPath, *arguments: Any) -> Shard:
         """What `write_shard` does; a plan strikes when half a file lies there."""
@@ -202,10 +203,10 @@ def wait_for(path: AnyPath, limit_s: float) -> None:
         time.sleep(0.02)
 
 
-def inject(kind: Kind, layer: SimilarityMatchingConv2d, inputs: LayerInputs) -> None:
-    """Let one rank's layer, or its batches, suffer one fault now."""
+def inject(kind: Kind, layer: SimilarityMatchingConv2d) -> None:
+    """Let one rank's layer, or the making of its batch, suffer one fault now."""
     if kind == "error":
-        inputs.batch = _raise  # type: ignore[method-assign]
+        raise InjectedError("injected")
     elif kind == "exception":
         layer._statistics = _raise  # type: ignore[method-assign]
     elif kind == "explode":

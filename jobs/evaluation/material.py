@@ -59,10 +59,9 @@ class Material:
         count = len(dataset.train_images)
         if held_out >= count:
             raise ConfigError(f"held_out: expected less than the {count} training images, got {held_out}")
-        height, width = dataset.image_size
         every = Labelled(to_unit(dataset.train_images, torch.float32), dataset.train_labels)
         return cls(
-            InputConfig(in_channels=dataset.in_channels, height=height, width=width, num_classes=dataset.num_classes),
+            dataset.source,
             every.take(slice(0, count - held_out)),
             every.take(slice(count - held_out, count)),
             Labelled(to_unit(dataset.test_images, torch.float32), dataset.test_labels),

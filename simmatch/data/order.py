@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from simmatch.seeding import seeded
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = None) -> Tensor:
@@ -14,7 +14,7 @@ def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = 
     A permutation of `range(num_images)`, or its first `images` entries.
     """
     count = _images_per_epoch(num_images, images)
-    order = torch.randperm(num_images, generator=_generator("order", seed, epoch), device="cpu")
+    order = torch.randperm(num_images, generator=seeded("order", seed, epoch), device="cpu")
     return order[:count].clone()
 
 
@@ -76,7 +76,7 @@ def stratified_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """
     if per_class < 1:
         raise ValueError(f"expected per_class of at least 1, got {per_class}")
-    shuffled = torch.randperm(len(labels), generator=_generator("subset", seed), device="cpu")
+    shuffled = torch.randperm(len(labels), generator=seeded("subset", seed), device="cpu")
     chosen = []
     labels = labels.cpu()
     for label in sorted(set(labels.tolist())):
@@ -91,9 +91,3 @@ def _images_per_epoch(num_images: int, images: int | None) -> int:
     if images is not None and not 0 < images <= num_images:
         raise ValueError(f"expected 1 to {num_images} images per epoch, got {images}")
     return num_images if images is None else images
-
-
-def _generator(purpose: str, *numbers: int) -> torch.Generator:
-    """A generator of its own for each purpose and numbers, far from those of neighbouring numbers."""
-    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))

@@ -23,6 +23,7 @@ from torch import Tensor
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError, read_cifar_batch, read_idx
 from simmatch.extras import extra
+from simmatch.model import InputConfig
 
 
 class DataNotFoundError(DataError):
@@ -75,6 +76,11 @@ class Dataset:
         for tensor in tensors:
             found.update(tensor.contiguous().numpy().data)
         return found.hexdigest()[:16]
+
+    @property
+    def source(self) -> InputConfig:
+        """Shape and classes of the images."""
+        return InputConfig.of(self.train_images, self.num_classes)
 
     @property
     def in_channels(self) -> int:

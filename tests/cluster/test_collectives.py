@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster import collectives
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, join_group, open_store
-from cluster.features import gather_images, own_part
+from simmatch.features import gather_images, own_part
 from simmatch.sharding.exchange import Exchange, IdentityExchange
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import results
@@ -365,7 +365,7 @@ def test_row_ranges_as_gathered(ranks: Any) -> None:
 
 
 def gather_whole(exchange: Exchange) -> Tensor:
-    from cluster.sharding import gather_rows, take_rows
+    from simmatch.sharding.state import gather_rows, take_rows
 
     rows = split_rows(10, exchange.world_size)[exchange.rank]
     assert rows.padded == 4

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-import cluster.training
+import cluster.read_out
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.group import GroupFailure, WorkerGroup, lease_s
@@ -448,7 +448,7 @@ class Patient(Training):
             return slow
 
         SimilarityMatchingConv2d.calibrate = longer(SimilarityMatchingConv2d.calibrate)  # type: ignore[method-assign]
-        cluster.training.fit_readout = longer(cluster.training.fit_readout)
+        cluster.read_out.fit_readout = longer(cluster.read_out.fit_readout)
         super().run()
 
 

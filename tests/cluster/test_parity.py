@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, ReadoutScored, TrainingWarning
-from cluster.sharding import gather_rows, replicated_state, shard_state
 from cluster.training import Assignment
 from cluster.watch import TrainingFault
 from cluster.worker import Outbox
@@ -26,6 +25,7 @@ from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange, Handle, IdentityExchange
 from simmatch.sharding.rows import split_rows
+from simmatch.sharding.state import gather_rows, replicated_state, shard_state
 from tests.exchanges import of_type, results
 from tests.faults import FaultPlan, faulty_training
 from tests.reference import nnls_columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,14 +14,13 @@ from torch import Tensor
 from cluster.checkpoints.committer import commit
 from cluster.checkpoints.manifest import Manifest, folder_of
 from cluster.config import RunConfig
-from cluster.inputs import LayerInputs
 from cluster.messages import Message, ShardWritten
 from cluster.training import Assignment, Training
 from cluster.watch import TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import parse
+from simmatch.features import LayerInputs
 from simmatch.geometry import Patches
-from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from tests.exchanges import of_type, results
 
@@ -136,21 +135,21 @@ def test_all_positions_drawn_are_all_positions(
     assert (exported(alone)[name] - exported(tmp_path / "whole")[name]).norm() > 1e-3
 
 
-class Spy(Training):
-    """Notes what every update learnt from, and what the same images give before and after it."""
+class Spy(LayerInputs):
+    """Notes what every update learns from; the same images give the same patches before it, and others after it."""
 
-    seen: list[tuple[int, Patches]]
+    batches: ClassVar[list[Patches]] = []
+    latest: tuple[Tensor, Tensor] | None = None
 
-    def update(
-        self, index: int, layer: SimilarityMatchingConv2d, inputs: LayerInputs, chosen: Tensor, labels: Tensor | None
-    ) -> tuple[Patches, Any]:
-        before = matrix_of(inputs.batch(chosen))
-        patches, solution = super().update(index, layer, inputs, chosen, labels)
-        assert solution.y.shape[1] == patches.batch_size * patches.positions
-        assert torch.equal(matrix_of(patches), before)
-        assert not torch.equal(matrix_of(inputs.batch(chosen)), before)
-        self.seen.append((index, patches))
-        return patches, solution
+    def batch(self, chosen: Tensor) -> Patches:
+        patches = super().batch(chosen)
+        assert torch.equal(matrix_of(super().batch(chosen)), matrix_of(patches))
+        if self.latest is not None:
+            before, matrix = self.latest
+            assert not torch.equal(matrix_of(super().batch(before)), matrix)
+        self.latest = chosen, matrix_of(patches)
+        self.batches.append(patches)
+        return patches
 
 
 def matrix_of(patches: Patches) -> Tensor:
@@ -158,16 +157,16 @@ def matrix_of(patches: Patches) -> Tensor:
     return patches.matrix
 
 
-def test_every_update_draws_anew(with_positions: RunMaker, tmp_path: Path) -> None:
+def test_every_update_draws_anew(with_positions: RunMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 updates of 20 images in layer 0, 2 epochs of 4 updates in layer 1."""
-    training = Spy(Assignment(with_positions(1), tmp_path, 0), IDENTITY, Outbox(), torch.device("cpu"))
-    training.seen = []
-    with torch.no_grad():
-        training.run()
-    assert [index for index, _ in training.seen] == [0] * 5 + [1] * 8
-    for index, patches in training.seen:
+    monkeypatch.setattr("simmatch.fit.LayerInputs", Spy)
+    monkeypatch.setattr(Spy, "batches", [])
+    train(IDENTITY, with_positions(1), tmp_path)
+    for number, patches in enumerate(Spy.batches):
+        index = int(number >= 5)
         assert (patches.batch_size, patches.positions) == (20, (7, 4)[index])
         assert matrix_of(patches).shape == ((140, 9), (80, 90))[index]
+    assert len(Spy.batches) == 13
 
 
 def test_positions_that_a_map_lacks_stop_training(with_positions: RunMaker, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_an_interrupted_wait_leaves_a_finished_run_and_one_model(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     job = make_job(f"tracking.uri={uri}", load=load)
     config = job.config
-    save_model(Stack(config.model, jobs.pretrain.source_of(job.dataset), seed=0), job.run_dir / "model")
+    save_model(Stack(config.model, job.dataset.source, seed=0), job.run_dir / "model")
     assert job.run() == 0
     client = MlflowClient(uri, registry_uri=uri)
     [experiment] = [each for each in client.search_experiments() if each.name == "simmatch"]

@@ -12,7 +12,6 @@ import yaml
 from rich.console import Console
 
 from cluster.config import RunConfig
-from cluster.training import source_of
 from jobs.plan import plan_layers, print_plan
 from simmatch.config import parse
 from simmatch.data.sources import Dataset, to_unit
@@ -27,7 +26,7 @@ MakeConfig = Callable[..., RunConfig]
 @pytest.mark.parametrize("channel", [1, 2, 3])
 def test_sizes_are_those_of_the_layers(make_config: MakeConfig, digits: Dataset, channel: int) -> None:
     config = make_config(f"mesh.channel={channel}", "model.layers.0.stride=2", "model.layers.0.pool=3")
-    source = source_of(digits)
+    source = digits.source
     plans = plan_layers(config, source, len(digits.train_images))
     stack = Stack(config.model, source)
     images = to_unit(digits.train_images[:2])
@@ -48,7 +47,7 @@ def test_sizes_are_those_of_the_layers(make_config: MakeConfig, digits: Dataset,
 
 def test_double_precision_holds_and_moves_twice_as_much(make_config: MakeConfig, digits: Dataset) -> None:
     singles, doubles = (
-        plan_layers(make_config(f"dtype={dtype}"), source_of(digits), 1437) for dtype in ("float32", "float64")
+        plan_layers(make_config(f"dtype={dtype}"), digits.source, 1437) for dtype in ("float32", "float64")
     )
     for single, double in zip(singles, doubles, strict=True):
         for name, value in asdict(single).items():
@@ -56,7 +55,7 @@ def test_double_precision_holds_and_moves_twice_as_much(make_config: MakeConfig,
 
 
 def test_nothing_is_cached_where_caching_is_off(make_config: MakeConfig, digits: Dataset) -> None:
-    plans = plan_layers(make_config("cache_features=false", "mesh.channel=1"), source_of(digits), 1437)
+    plans = plan_layers(make_config("cache_features=false", "mesh.channel=1"), digits.source, 1437)
     assert [(plan.cache_bytes, plan.exchange_bytes) for plan in plans] == [(0, 0), (0, 0)]
 
 
@@ -91,7 +90,7 @@ def test_bytes_of_an_iteration_are_those_that_arrive(
         f"model.layers.0.dynamics.exchange={mode}",
         f"model.layers.0.dynamics.exchange_dtype={dtype}",
     )
-    plan = plan_layers(config, source_of(digits), 1437)[0]
+    plan = plan_layers(config, digits.source, 1437)[0]
     images = to_unit(digits.train_images[:3])
 
     def received(iterations: int) -> int:
@@ -117,8 +116,8 @@ def test_bytes_of_an_iteration_are_those_that_arrive(
 def test_bytes_of_an_update_are_those_that_arrive(make_config: MakeConfig, digits: Dataset, channel: int) -> None:
     """Of a supervised layer, whose labels travel too; beside them only the bound of the new M, 4 K values."""
     config = make_config(f"mesh.channel={channel}", "model.layers.1.dynamics.exchange=gather_state")
-    plan = plan_layers(config, source_of(digits), 1437)[1]
-    layer, (channels, extent) = config.model.layers[1], layer_inputs(config.model, source_of(digits))[1]
+    plan = plan_layers(config, digits.source, 1437)[1]
+    layer, (channels, extent) = config.model.layers[1], layer_inputs(config.model, digits.source)[1]
     images, labels = torch.rand(5, channels, *extent), digits.train_labels[:5]
     rows = split_rows(layer.out_channels, channel)
 
@@ -139,7 +138,7 @@ def test_bytes_of_an_update_are_those_that_arrive(make_config: MakeConfig, digit
 
 
 def test_drawn_positions_are_fewer_columns(make_config: MakeConfig, digits: Dataset) -> None:
-    plan = plan_layers(make_config("model.layers.0.train.positions=7"), source_of(digits), 1437)[0]
+    plan = plan_layers(make_config("model.layers.0.train.positions=7"), digits.source, 1437)[0]
     assert plan.columns == 7 * make_config().model.layers[0].train.batch_size
 
 
@@ -147,7 +146,7 @@ def test_drawn_positions_are_fewer_columns(make_config: MakeConfig, digits: Data
 def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, digits: Dataset, terminal: bool) -> None:
     config = make_config("data.root=/" + "long/" * 30)
     out = io.StringIO()
-    print_plan(Console(file=out, width=80, force_terminal=terminal, no_color=True), config, source_of(digits), 1437)
+    print_plan(Console(file=out, width=80, force_terminal=terminal, no_color=True), config, digits.source, 1437)
     text = out.getvalue()
     above, _, below = text.partition("mesh: ")
     if not terminal:  # a log can be read back as it is, and nothing in its table is cut
@@ -162,6 +161,6 @@ def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, di
 def test_a_password_is_not_printed(make_config: MakeConfig, digits: Dataset) -> None:
     out = io.StringIO()
     config = make_config("tracking.uri=https://ada:secret@mlflow.example")
-    print_plan(Console(file=out), config, source_of(digits), 1437)
+    print_plan(Console(file=out), config, digits.source, 1437)
     assert "uri: https://***@mlflow.example\n" in out.getvalue()
     assert "secret" not in out.getvalue()

@@ -1,0 +1,86 @@
+"""How well what was learnt reads: the label weights themselves, and a readout trained on the features, by rank 0."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from cluster.config import ProbeConfig
+from cluster.cpus import all_cpus
+from cluster.messages import Progress, ReadoutScored, Reporter, TrainingWarning
+from cluster.redaction import one_line
+from simmatch.data.sources import Dataset
+from simmatch.features import FeatureStore, first_rows
+from simmatch.model import Stack
+from simmatch.readout import accuracy, fit_readout
+
+
+def read_out(
+    probe: ProbeConfig,
+    stack: Stack,
+    dataset: Dataset,
+    train: Iterable[Tensor],
+    test: FeatureStore,
+    *,
+    report: Reporter,
+    long_work: Callable[[Callable[[], None]], None],
+) -> None:
+    """Report the accuracy of the readouts on the test images, of those that can be made. All ranks together.
+
+    Parameters
+    ----------
+    train: features of the training images, chunk by chunk, whole on every rank.
+    test: the test images.
+    long_work: does what takes long on this rank alone.
+    """
+    results: dict[str, float] = {}
+    keep = test.exchange.rank == 0
+    count = min(probe.train_images or len(dataset.train_images), len(dataset.train_images))
+    test_features, scores = _encode(stack, test, report, keep=keep)
+    report.progress(Progress("readout", 0, 1))
+    train_features = _collect(train, count, keep=keep)
+    if keep:
+        if stack.config.layers[-1].supervised:
+            results["accuracy_decode"] = accuracy(scores, dataset.test_labels)
+
+        def fit() -> None:
+            with all_cpus():
+                readout = fit_readout(probe.readout, train_features, dataset.train_labels[:count])
+                results["accuracy"] = float(readout.score(test_features.numpy(), dataset.test_labels.numpy()))
+
+        try:
+            long_work(fit)
+        except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
+            why = f"{type(error).__name__}: {error}"
+            report.send(TrainingWarning(f"the {probe.readout} readout is left out: {one_line(why)}"))
+        report.send(ReadoutScored(probe.readout, count, **results))
+    report.progress(Progress("readout", 1, 1))
+
+
+def _encode(stack: Stack, images: FeatureStore, report: Reporter, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """Features [N, F] and scores [N, num_classes] (of no classes without labels) of images, where they are kept."""
+    classes = stack.source.num_classes if stack.config.layers[-1].supervised else 0
+    started = time.monotonic()
+
+    def outputs(x: Tensor) -> Tensor:
+        return torch.cat(list(stack.outputs(x).values()), dim=1)
+
+    def told(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        done = 0
+        for part in parts:
+            done += len(part)
+            rate = done / max(time.monotonic() - started, 1e-9)
+            report.progress(Progress("encode", done, images.count, images_per_second=rate))
+            yield part
+
+    values = _collect(told(images.gathered(outputs)), images.count, keep=keep)
+    features = values.shape[1] - classes if keep else 0
+    return values[:, :features], values[:, features:]
+
+
+def _collect(parts: Iterable[Tensor], count: int, *, keep: bool) -> Tensor:
+    """The first `count` rows, where they are kept; the other ranks only contribute."""
+    return first_rows((part.cpu() if keep else part[:, :0] for part in parts), count)

@@ -1,0 +1,264 @@
+"""The one trainer: greedy, layer after layer, with nothing flowing backward.
+
+    for each layer:
+        calibrate   tr C_x, and whitening where it is on, are measured once on the first images
+        learn       one local update per batch; by rows every iteration of the dynamics gathers activities, by columns
+                    (`gather_state`) every update gathers the weights and scatters the statistics
+        finish      the layer's rows are gathered, so that every rank can encode alone
+        encode      the images become the label-free, pooled activity of the layer, the input of the next; V of a
+                    supervised layer settles to the length of that activity
+
+`fit_stack` is the short way in, `Trainer` the whole of it. One process and the ranks of a group run the same code:
+ranks meet in the exchange, and what a rank decides depends on the configuration or on gathered bytes only.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from simmatch.config import LayerConfig, ModelConfig
+from simmatch.data.order import Batches
+from simmatch.features import FeatureStore, LayerInputs
+from simmatch.labels import one_hot
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.measurement import measure
+from simmatch.model import InputConfig, Stack, layer_inputs, pooled
+from simmatch.observer import Observer, Update
+from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.rows import split_rows
+from simmatch.sharding.state import from_rank_zero, gather_layer, sum_over_ranks
+
+MEASURED = ("whitening", "whitening_mean", "input_power")
+"""Buffers that calibration fills, where they exist."""
+
+
+class Trainer:
+    """Teaches a stack, layer after layer.
+
+    Parameters
+    ----------
+    stack: takes what is learnt. Data order, positions and weights are drawn from its seed.
+    images: [N, C, H, W], uint8 or floating-point in [0, 1]; only their number and `images[indices]` are used.
+    labels: [N], classes for the supervised layers, `UNLABELLED` where unknown.
+    exchange: the way to the other ranks, each of which holds a share of the channels. None: one process, in which
+        `solver: auto` chooses what is fastest here.
+    observer: follows what happens.
+    depth: how many layers learn, from the first on; None: all.
+    settled: how many layers, from the first on, have their label weights settled by an earlier run.
+    encode_batch: images per rank that are encoded at a time.
+    encode_last: encode with the last layer too, for an observer that reads `encoded`.
+    to_tolerance: encode by solving to the layer's tolerance, as learning does; False: by the fixed number of
+        iterations of an exported model.
+    cache: keep the encoded input of a layer in every rank's memory while it learns; False: encode each batch anew.
+    measure_every: measure every so many updates of a layer, and its last; None: never.
+
+    Raises
+    ------
+    ValueError
+        Images that the stack was not built for, or labels missing or too few.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        exchange: Exchange | None = None,
+        observer: Observer | None = None,
+        depth: int | None = None,
+        settled: int = 0,
+        encode_batch: int = 500,
+        encode_last: bool = False,
+        to_tolerance: bool = False,
+        cache: bool = True,
+        measure_every: int | None = None,
+    ) -> None:
+        self.stack, self.labels, self.observer = stack, labels, observer or Observer()
+        self.layers = stack.config.layers[:depth]
+        self._check(images)
+        self.exchange, self._alone = exchange or IDENTITY, exchange is None
+        self._settled, self._encode_last, self._to_tolerance = settled, encode_last, to_tolerance
+        self._cache, self._measure_every = cache, measure_every
+        self.device = stack.layer(0).feedforward.device
+        self.store = FeatureStore(images, self.exchange, batch=encode_batch, dtype=stack.dtype, device=self.device)
+
+    def _check(self, images: Tensor) -> None:
+        source = self.stack.source
+        expected = (source.in_channels, source.height, source.width)
+        if images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
+            raise ValueError(f"images: expected [N, {', '.join(map(str, expected))}], got {list(images.shape)}")
+        for index, config in enumerate(self.layers):
+            if config.supervised and self.labels is None:
+                raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
+        if self.labels is not None and self.labels.shape != (len(images),):
+            raise ValueError(f"labels: expected [{len(images)}], one for every image, got {list(self.labels.shape)}")
+
+    @torch.no_grad()
+    def fit(self) -> Stack:
+        """Everything: the stack, all of whose first layers have learnt."""
+        for index, config in enumerate(self.layers):
+            layer = self._layer(index)
+            self.observer.restore(index, layer)
+            self._learn(index, layer)
+            whole = self.stack.layer(index)
+            if layer is whole:
+                layer.recertify()  # codes are those of the exported model
+            else:
+                gather_layer(layer, whole)
+            self.observer.learnt(index, whole)
+            if config.supervised or self._encode_last or index + 1 < len(self.layers):
+                self._encode(index)
+        return self.stack.eval()
+
+    def _layer(self, index: int) -> SimilarityMatchingConv2d:
+        """This rank's rows of a layer, fresh: the stack's own layer where there is but one process."""
+        if self._alone:
+            return self.stack.layer(index)
+        config = self.layers[index]
+        channels, size = layer_inputs(self.stack.config, self.stack.source)[index]
+        return SimilarityMatchingConv2d.from_config(
+            config,
+            channels,
+            size,
+            num_classes=self.stack.source.num_classes,
+            seed=self.stack.seed + index,
+            dtype=self.stack.dtype,
+            device=self.device,
+            rows=split_rows(config.out_channels, self.exchange.world_size)[self.exchange.rank],
+            exchange=self.exchange,
+        )
+
+    # ------------------------------------------------------------------------------------------- learning
+
+    def _learn(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        """All updates of one layer that are not done yet."""
+        config, train = self.layers[index], self.layers[index].train
+        images = None if train.images is None else min(train.images, self.store.count)
+        batches = Batches(self.store.count, train.batch_size, epochs=train.epochs, seed=self.stack.seed, images=images)
+        first = int(layer.updates)
+        if first >= len(batches):
+            return
+        if not layer.calibrated:
+            self._calibrate(index, config, layer)
+        inputs = LayerInputs(
+            layer,
+            self.store,
+            positions=train.positions,
+            below=None if self._cache or index == 0 else partial(self._below, index),
+            on_progress=lambda done: self.observer.progress("cache", done, self.store.count, layer=index),
+        )
+        self.observer.started(index, layer)
+        for update in range(first, len(batches)):
+            chosen = batches[update]
+            labels = self._labels(chosen) if config.supervised else None
+            with self.observer.updating(index, layer):
+                patches = inputs.batch(chosen)
+                solution = layer.partial_fit(patches, labels)
+            number, every = update + 1, self._measure_every
+            due = every is not None and (number % every == 0 or number == len(batches))
+            measurement = measure(layer, patches, solution, labels) if due else None
+            self.observer.updated(Update(index, layer, number, len(batches), len(chosen), measurement))
+
+    def _labels(self, chosen: Tensor | slice) -> Tensor:
+        assert self.labels is not None
+        return self.labels[chosen].to(self.device)
+
+    def _calibrate(self, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d) -> None:
+        """Rank 0 measures the input, with as many threads as everything that is learnt; all ranks take its result."""
+        self.observer.progress("calibrate", 0, 1, layer=index)
+        sample = self.store.first(min(config.whiten_images, self.store.count))
+        work = partial(layer.calibrate, sample, config.whiten_patches)
+        self.observer.lone_work(work if self.exchange.rank == 0 else None)
+        for name in MEASURED:
+            if hasattr(layer, name):
+                target = getattr(layer, name)
+                target.copy_(from_rank_zero(target, self.exchange))
+        self.observer.progress("calibrate", 1, 1, layer=index)
+
+    # ------------------------------------------------------------------------------------------- encoding
+
+    def activities(self, index: int, x: Tensor) -> Tensor:
+        """Label-free activities [B, K, H', W'] of a finished layer for its input."""
+        layer = self.stack.layer(index)
+        activities: Tensor = layer.solve(x).y if self._to_tolerance else layer(x)
+        return activities
+
+    def _below(self, index: int, x: Tensor) -> Tensor:
+        """Input of a layer for images."""
+        for number, config in enumerate(self.layers[:index]):
+            x = pooled(self.activities(number, x), config)
+        return x
+
+    def _encode(self, index: int) -> None:
+        """Advance all images by one layer. On the way V settles to the length of label-free activity, once."""
+        layer, config = self.stack.layer(index), self.layers[index]
+        settling = config.supervised and index >= self._settled
+        yz = torch.zeros_like(layer.label)
+        zz = yz.new_zeros(layer.num_classes, layer.num_classes)
+        started = time.monotonic()
+
+        def encode(x: Tensor, images: slice) -> Tensor:
+            activities = self.activities(index, x)
+            if settling:
+                z = one_hot(self._labels(images), layer.num_classes, layer.label)
+                yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
+                zz.add_(z @ z.T)
+            passed = pooled(activities, config)
+            self.observer.encoded(index, activities, passed)
+            return passed
+
+        def on_progress(done: int) -> None:
+            rate = done / max(time.monotonic() - started, 1e-9)
+            self.observer.progress("encode", done, self.store.count, layer=index, images_per_second=rate)
+
+        self.store.advance(encode, on_progress)
+        if settling:
+            layer.settle_label(sum_over_ranks(yz, self.exchange), sum_over_ranks(zz, self.exchange))
+
+
+def fit_stack(
+    model: ModelConfig,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    observer: Observer | None = None,
+    measure_every: int | None = None,
+) -> Stack:
+    """Build a stack and teach it in this process; see `Trainer` for more.
+
+    Parameters
+    ----------
+    model: the layers, how they learn and what a readout sees.
+    images: [N, C, H, W], uint8 or floating-point in [0, 1].
+    labels: [N], classes 0, 1, … of the images, `UNLABELLED` where unknown; for supervised layers only.
+    seed: of weights, order and drawn positions.
+    observer, measure_every: who follows, and after how many updates a layer is measured.
+
+    Raises
+    ------
+    ValueError
+        Images or labels of another shape, or a supervised layer without labels.
+    ConfigError
+        A layer that does not fit its input.
+
+    Examples
+    --------
+    >>> from simmatch import LayerConfig, ModelConfig
+    >>> layer = LayerConfig(out_channels=8, kernel_size=3, pool=2)
+    >>> stack = fit_stack(ModelConfig(layers=(layer,)), torch.rand(200, 1, 8, 8))
+    >>> stack.features(torch.rand(5, 1, 8, 8)).shape
+    torch.Size([5, 32])
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images: expected [N, C, H, W], got {list(images.shape)}")
+    classes = 1 if labels is None else max(1, int(labels.max()) + 1)
+    stack = Stack(model, InputConfig.of(images, classes), seed=seed, device=device)
+    return Trainer(stack, images, labels, observer=observer, measure_every=measure_every).fit()
