@@ -29,7 +29,7 @@ from cluster.messages import (
 )
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, Restart, Stop
 from cluster.storage import AnyPath
-from cluster.summary import GIVEN_UP_TAG, RunRecord, given_up
+from cluster.summary import ABANDONED_TAG, RunRecord, abandoned
 from cluster.training import Assignment
 from cluster.worker import Place, Status, stalled
 
@@ -191,7 +191,7 @@ class Controller:
         cursor = Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor
         if decision.lower_rate:
             self.record.forget(cursor)
-            tags[GIVEN_UP_TAG] = given_up(cursor)
+            tags[ABANDONED_TAG] = abandoned(cursor)
         self.record.images = max(0, cursor.images - self._images_before)
         again = max(0, self._step - cursor.step)
         self.record.steps_again += again

@@ -14,7 +14,8 @@ from cluster.config import RunConfig
 from cluster.redaction import one_line
 from cluster.summary import RunRecord, summarise
 from cluster.text import count
-from cluster.tracking.tracker import RunStatus, Tracker
+from cluster.tracking.events import RunStatus
+from cluster.tracking.tracker import Tracker
 from jobs import figures
 from jobs.mirror import Mirror
 from jobs.recording import facts, send_records

@@ -24,8 +24,9 @@ from rich.console import Console
 from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
+from cluster.tracking.events import RunStatus
 from cluster.tracking.spool import SpoolBusyError
-from cluster.tracking.tracker import RunStatus, Tracker
+from cluster.tracking.tracker import Tracker
 from jobs.ending import Ending
 from jobs.evaluation import charts, table
 from jobs.evaluation.config import EvaluationConfig, read

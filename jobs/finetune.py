@@ -24,8 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
+from cluster.tracking.events import RunStatus
 from cluster.tracking.spool import SpoolBusyError
-from cluster.tracking.tracker import RunStatus, Tracker
+from cluster.tracking.tracker import Tracker
 from jobs.ending import Ending
 from jobs.evaluation import finetuning_table as table
 from jobs.evaluation.finetuning import (

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, read, retry, write_whole
-from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Spool
+from cluster.tracking.delivery import PROGRESS_NAME
+from cluster.tracking.spool import SPOOL_NAME, Spool
 from simmatch.model import MODEL_FILES
 
 SMALL = ("config.yaml", "summary.json")

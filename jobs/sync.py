@@ -15,12 +15,11 @@ from rich.console import Console
 from cluster.redaction import one_line, redact
 from cluster.text import count
 from cluster.tracking.config import URI_VARIABLE, check_uri, recorded_uri
-from cluster.tracking.events import checked
+from cluster.tracking.events import FinishEvent, StartEvent, Unreadable
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
-from cluster.tracking.mlflow_sink import PARENT
+from cluster.tracking.mlflow_sink import PARENT, make_sender
 from cluster.tracking.sender import Sender
-from cluster.tracking.spool import SPOOL_NAME, Event, Spool, SpoolBusyError
-from cluster.tracking.tracker import make_sender
+from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from jobs.display import ProgressBars
 from jobs.ending import Ending
 from jobs.program import run_program
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_dir = local_folder("RUN_DIR", options.run_dir, Path()).absolute()
         spool = Spool(run_dir / SPOOL_NAME)
         start, ended = _look_through(spool)
-        uri = check_uri(options.uri or recorded_uri(start["uri"], run_dir))
+        uri = check_uri(options.uri or recorded_uri(start.uri, run_dir))
         spool.open()
     except (ConfigError, SpoolBusyError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ending:
             sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported))
-            sender.load()
+            sender.delivery.load()
             _send(sender, options.wait)
             return _report(sender, redact(uri), ended)
     except KeyboardInterrupt:
@@ -56,26 +55,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spool.close()
 
 
-def _look_through(spool: Spool) -> tuple[Event, bool]:
+def _look_through(spool: Spool) -> tuple[StartEvent, bool]:
     """The first event, and whether the last attempt came to an end."""
     if not spool.path.is_file():
         raise ConfigError(f"RUN_DIR: expected a folder with {SPOOL_NAME}, got {spool.path.parent}")
     start, ended = None, False
     for event, _ in spool.read():
         start = start or event
-        if event.get("kind") in ("start", "finish"):
-            ended = event["kind"] == "finish"
-    if start is None or start.get("kind") != "start":
+        if isinstance(event, (StartEvent, FinishEvent)):
+            ended = isinstance(event, FinishEvent)
+    if isinstance(start, Unreadable) and start.kind == "start":
+        raise ConfigError(f"RUN_DIR: {SPOOL_NAME}: {start.reason}")
+    if not isinstance(start, StartEvent):
         raise ConfigError(f"RUN_DIR: expected {SPOOL_NAME} to begin with the start of a run, got {spool.path}")
-    try:
-        return checked(start), ended
-    except ConfigError as error:
-        raise ConfigError(f"RUN_DIR: {SPOOL_NAME}: {error}") from None
+    return start, ended
 
 
 def _send(sender: Sender, wait_s: float) -> None:
     """Send until done, or until nothing was accepted for `wait_s`."""
-    total, done = sender.pending(), 0
+    total, done = sender.delivery.pending(), 0
     with ProgressBars(Console(stderr=True), keep=True) as bars:
 
         def on_sent(sent: int) -> None:
@@ -90,16 +88,17 @@ def _send(sender: Sender, wait_s: float) -> None:
 
 
 def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
-    pending = sender.pending()
-    sent = count(sender.sent - sender.rejected, "event")
-    print(f"{sent} sent to {shown_uri}, run {sender.runs.get(PARENT, 'unknown')}")
-    for note in sender.notes:
+    delivery = sender.delivery
+    pending = delivery.pending()
+    sent = count(delivery.sent - delivery.rejected, "event")
+    print(f"{sent} sent to {shown_uri}, run {delivery.runs.get(PARENT, 'unknown')}")
+    for note in delivery.notes:
         print(f"refused: {note}", file=sys.stderr)
     if pending:
         print(f"error: {count(pending, 'event')} not sent; the latest attempt failed: {sender.reason}", file=sys.stderr)
     elif not ended:
         print("the run recorded no end, so MLflow shows it as running")
-    return 1 if pending or sender.rejected else 0
+    return 1 if pending or delivery.rejected else 0
 
 
 def _parser() -> argparse.ArgumentParser:

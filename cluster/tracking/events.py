@@ -1,21 +1,24 @@
-"""What may stand in a spool, kind by kind, and which files an event may mean.
+"""The events of a run, one frozen class for each kind, and the JSON lines that they become in a spool.
 
-A run directory may have been written to by others: a line is taken for what it says only where it has the fields, types
-and sizes of its kind, and a file only where it lies in the run directory, reached through no link.
+Somebody else may have written to a run directory: a line counts only if it has the fields, types and sizes of its kind,
+and a file only if it lies in the run directory and is reached through no link.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, JsonValue, field_validator
 
-from cluster.tracking.spool import Event
 from simmatch.config import ConfigError, Frozen, PositiveInt, parse
+from simmatch.documents import DocumentError, load_json
 
 MOST_LAYERS = 1000
 MOST_VALUES = 10**8
@@ -24,24 +27,26 @@ LONGEST_NAME, LONGEST_TEXT = 255, 10_000
 LARGEST_ARTIFACT = 2**28
 """Bytes of a file that is sent."""
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
 
-def parts_of(place: str) -> list[str]:
-    """Names on the way from the run directory to a place in it.
+
+def parts_of(path: str) -> list[str]:
+    """Names on the way from the run directory to a path in it.
 
     Raises
     ------
     ValueError
         It lies elsewhere.
     """
-    parts = place.split("/")
+    parts = path.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise ValueError(f"expected a place in the run directory, got {place[:200]!r}")
+        raise ValueError(f"expected a path in the run directory, got {path[:200]!r}")
     return parts
 
 
-def _inside(place: str) -> str:
-    parts_of(place)
-    return place
+def _inside(path: str) -> str:
+    parts_of(path)
+    return path
 
 
 def _plain(name: str) -> str:
@@ -57,25 +62,27 @@ def _short(text: str) -> str:
 
 
 Text = Annotated[InstanceOf[str], AfterValidator(_short)]
-"""May hold half a surrogate pair, as the name of a file that is no UTF-8 does; pydantic's own text may not."""
+"""May hold half a surrogate pair, as a file name that is not UTF-8 does; pydantic's own text may not."""
 Layer = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 Number = Annotated[int, Field(ge=0, lt=2**63)]
 Value = Annotated[float, Field(strict=False)]
-"""`nan` and `inf` stand in a spool as text."""
+"""`nan` and `inf` are stored as text."""
 Inside = Annotated[InstanceOf[str], AfterValidator(_inside)]
 Name = Annotated[InstanceOf[str], AfterValidator(_plain)]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class _Event(Frozen):
-    model_config = ConfigDict(extra="ignore")  # what later versions add
+    model_config = ConfigDict(extra="ignore")  # later versions may add fields
 
     kind: str
     time_ms: Number
 
 
-class Start(_Event):
+class StartEvent(_Event):
     """An attempt begins."""
 
+    kind: Literal["start"] = "start"
     run_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     attempt: PositiveInt
     name: Text
@@ -85,33 +92,46 @@ class Start(_Event):
     tags: dict[Text, JsonValue]
 
 
-class Pairs(_Event):
-    """Parameters or tags, of the run or of a layer."""
-
+class _Pairs(_Event):
     values: dict[Text, JsonValue]
     layer: Layer | None = None
 
 
-class Metrics(_Event):
-    """Numbers at a step."""
+class ParamsEvent(_Pairs):
+    """Parameters of the run, or of a layer."""
 
+    kind: Literal["params"] = "params"
+
+
+class TagsEvent(_Pairs):
+    """Tags of the run, or of a layer."""
+
+    kind: Literal["tags"] = "tags"
+
+
+class MetricsEvent(_Event):
+    """Metrics at a step."""
+
+    kind: Literal["metrics"] = "metrics"
     step: Number
     values: dict[Text, Value]
     layer: Layer | None = None
 
 
-class Artifact(_Event):
-    """A file of the run directory, and what it is called at the server."""
+class ArtifactEvent(_Event):
+    """A file of the run directory, and its name at the server."""
 
+    kind: Literal["artifact"] = "artifact"
     path: Inside
     folder: Inside | None = None
     name: Name
     layer: Layer | None = None
 
 
-class DataSet(_Event):
+class DatasetEvent(_Event):
     """The images of a run."""
 
+    kind: Literal["dataset"] = "dataset"
     name: Text
     source: Text
     digest: Text
@@ -120,13 +140,14 @@ class DataSet(_Event):
     source_type: Text
 
 
-class Model(_Event):
+class ModelEvent(_Event):
     """The folder of the exported model."""
 
+    kind: Literal["model"] = "model"
     path: Inside
     input_shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
     key: Text | None = None
-    """Of one model, however often it is recorded; earlier versions had none."""
+    """The same however often one model is recorded; None in spools of earlier versions."""
 
     @field_validator("input_shape")
     @classmethod
@@ -137,78 +158,117 @@ class Model(_Event):
         return shape
 
 
-class Finish(_Event):
+class FinishEvent(_Event):
     """An attempt ends."""
 
-    status: Literal["FINISHED", "FAILED", "KILLED"]
+    kind: Literal["finish"] = "finish"
+    status: RunStatus
 
 
-KINDS: dict[str, type[_Event]] = {
-    "start": Start,
-    "params": Pairs,
-    "metrics": Metrics,
-    "tags": Pairs,
-    "artifact": Artifact,
-    "dataset": DataSet,
-    "model": Model,
-    "finish": Finish,
+@dataclass(frozen=True)
+class Unreadable:
+    """A line that is no event, as a failing disk or another program may leave: its kind, and what is wrong with it."""
+
+    kind: str
+    reason: str
+
+
+Event = StartEvent | ParamsEvent | MetricsEvent | TagsEvent | ArtifactEvent | DatasetEvent | ModelEvent | FinishEvent
+
+KINDS: dict[str, type[Event]] = {
+    "start": StartEvent,
+    "params": ParamsEvent,
+    "metrics": MetricsEvent,
+    "tags": TagsEvent,
+    "artifact": ArtifactEvent,
+    "dataset": DatasetEvent,
+    "model": ModelEvent,
+    "finish": FinishEvent,
 }
 
 
-def checked(event: Event) -> Event:
-    """A line of a spool as its kind is: only the fields that belong to it, those left out at their defaults.
+def parse_event(values: Mapping[str, Any]) -> Event:
+    """An event from the values of its line.
 
     Raises
     ------
     ConfigError
         One line that names the field, what was expected and what was given.
     """
-    kind = event.get("kind")
+    kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"kind: expected one of {', '.join(KINDS)}, got {str(kind)[:40]!r}")
-    return parse(KINDS[kind], event).model_dump()
+    event: Event = parse(KINDS[kind], values)
+    return event
 
 
-def sound(event: Event, kind: str) -> Event | None:
-    """The same of an event of one kind; None for others, and for what is not as it should be."""
-    if event.get("kind") == kind:
-        with suppress(ConfigError):
-            return checked(event)
-    return None
+def event_of(line: bytes) -> Event | Unreadable:
+    """The event that a line of a spool holds."""
+    try:
+        values = load_json(line)
+    except DocumentError as error:
+        return Unreadable("unreadable", str(error))
+    if not isinstance(values, dict):
+        return Unreadable("unreadable", f"expected a JSON object, got {type(values).__name__}")
+    try:
+        return parse_event(values)
+    except ConfigError as error:
+        return Unreadable(str(values.get("kind")), str(error))
 
 
-def open_inside(run_dir: Path, place: str, most_bytes: int | None = None) -> BinaryIO:
-    """A file of the run directory, opened for reading; no link is followed on the way.
+def line_of(event: Event) -> bytes:
+    """The line of an event. Numbers that JSON cannot express (nan, inf) are written as text."""
+    values = dict(event)
+    try:
+        text = _ENCODER.encode(values)
+    except ValueError:
+        text = _ENCODER.encode(_finite(values))
+    # half a surrogate pair, as in a file name that is not UTF-8, becomes its escape in JSON
+    return text.encode(errors="backslashreplace") + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def open_inside(run_dir: Path, path: str, most_bytes: int | None = None) -> BinaryIO:
+    """Open a file of the run directory for reading, following no link on the way.
 
     Raises
     ------
     ValueError
-        It lies elsewhere, is a link or reached through one, is no file, or is larger than that.
+        It lies elsewhere, is a link or reached through one, is no file, or is larger than `most_bytes`.
     OSError
-        There is none, or it cannot be read.
+        It does not exist, or cannot be read.
     """
-    *folders, name = parts_of(place)
+    *folders, name = parts_of(path)
     opened = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part, flags in [*((folder, os.O_DIRECTORY) for folder in folders), (name, os.O_NONBLOCK)]:
             inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=opened)
             os.close(opened)
             opened = inner
-        found = os.fstat(opened)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"expected a file, got something else at {place!r}")
-        if most_bytes is not None and found.st_size > most_bytes:
-            raise ValueError(f"expected at most {most_bytes} bytes, got {found.st_size} in {place!r}")
+        status = os.fstat(opened)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"expected a file, got something else at {path!r}")
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise ValueError(f"expected at most {most_bytes} bytes, got {status.st_size} in {path!r}")
     except BaseException as error:
         os.close(opened)
-        if isinstance(error, OSError) and _through_a_link(run_dir, place):
+        if isinstance(error, OSError) and _through_a_link(run_dir, path):
             raise ValueError(
-                f"expected a file of the run directory, got {place!r}, which leads through a link"
+                f"expected a file of the run directory, got {path!r}, which leads through a link"
             ) from None
         raise
     return os.fdopen(opened, "rb")
 
 
-def _through_a_link(run_dir: Path, place: str) -> bool:
-    parts = place.split("/")
+def _through_a_link(run_dir: Path, path: str) -> bool:
+    parts = path.split("/")
     return any((run_dir / "/".join(parts[: depth + 1])).is_symlink() for depth in range(len(parts)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cluster.tracking.simmatch_scoring as scoring
-from cluster.tracking.sender import RejectedError
+from cluster.tracking.delivery import RejectedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,9 +28,9 @@ EXAMPLE_BATCH = 2
 
 @dataclass(frozen=True)
 class ModelLogger:
-    """A `cluster.tracking.mlflow_sink.LogModel`.
+    """Logs exported models to a run.
 
-    Called again with the same key, it finishes what it began and makes no second model.
+    Called again with the same key, it completes the model that it began and makes no second one.
     """
 
     load: Callable[[str], nn.Module]
@@ -50,11 +50,11 @@ class ModelLogger:
             folder = Path(temporary) / "model"
             try:
                 _save(self.load(str(path)), folder, input_shape)
-            except OSError:  # a full disk will be empty again
+            except OSError:  # a full disk may have room later
                 raise
             except Exception as error:  # a model that cannot be exported now cannot be later either
                 raise RejectedError(f"{type(error).__name__}: {error}") from error
-            if model is None:  # not before it can be filled: what ends meanwhile leaves none that is pending
+            if model is None:  # only once it can be filled: a job that ends meanwhile leaves no pending model
                 model = client.create_logged_model(
                     run.info.experiment_id,
                     name=self.name,
@@ -67,20 +67,20 @@ class ModelLogger:
         self._link(client, run_id, model.model_id)
 
     def tidy(self, run_id: str, client: MlflowClient) -> None:
-        """Remove models begun for this run that are not among its outputs, once one with the same key is."""
+        """Remove models begun for this run that are not among its outputs, if one with the same key is."""
         run = client.get_run(run_id)
         linked = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
-        found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-        done = {model.tags.get(MODEL_KEY_TAG) for model in found if model.model_id in linked}
-        for model in found:
+        models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+        done = {model.tags.get(MODEL_KEY_TAG) for model in models if model.model_id in linked}
+        for model in models:
             if model.model_id not in linked and model.tags.get(MODEL_KEY_TAG) in done:
                 client.delete_logged_model(model.model_id)
 
     @staticmethod
     def _find(client: MlflowClient, experiment_id: str, run_id: str, key: str, linked: set[str]) -> LoggedModel | None:
-        found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
-        # of several, which a request that came late may have made, the one in use: always the same, or both get linked
-        candidates = sorted(found, key=lambda m: (m.model_id not in linked, m.status != "READY", m.model_id))
+        models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+        # if a request that came late has made a second one, always take the same: the one in use
+        candidates = sorted(models, key=lambda m: (m.model_id not in linked, m.status != "READY", m.model_id))
         return next((model for model in candidates if model.tags.get(MODEL_KEY_TAG) == key), None)
 
     def _link(self, client: MlflowClient, run_id: str, model_id: str) -> None:
@@ -147,6 +147,6 @@ def _save(module: nn.Module, path: Path, input_shape: Sequence[int]) -> None:
             input_example=example,
             serialization_format="pt2",
             code_paths=[scoring.__file__],
-            # named here, or MLflow starts a process of its own to find out
+            # given, because MLflow would start a process to find them
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}"],
         )

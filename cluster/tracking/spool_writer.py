@@ -1,4 +1,4 @@
-"""Writes a spool in a thread of its own: a disk that is slow, full or gone, or a folder that hangs, holds nobody up."""
+"""Writes a spool in a thread of its own: a disk that is slow, full or gone does not hold up its caller."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from cluster.tracking.spool import SPOOL_NAME, Event, Spool
+from cluster.text import count
+from cluster.tracking.events import Event, MetricsEvent, TagsEvent
+from cluster.tracking.spool import SPOOL_NAME, Spool
 
 LOST_TAG = "simmatch.lost_records"
 KEPT_EVENTS = 10_000
-"""Records kept in memory while the disk takes none; of more, the oldest metrics are lost."""
-TELL_AFTER_S = 10.0
-"""A disk that takes nothing for so long is told of."""
+"""Events kept in memory while the disk accepts none; if there are more, the oldest metrics are lost."""
+REPORT_AFTER_S = 10.0
+"""A disk that accepts nothing for so long is reported."""
 
 
 class SpoolWriter:
-    """Appends what it is given, in order; each round of writing ends with a sync.
+    """Appends events in order; each round of writing ends with a sync.
 
     Parameters
     ----------
-    spool: what to write to; open before `start`.
+    spool: open before `start`.
     written: called, in the thread, after every round.
 
     Attributes
     ----------
     error: why the latest round failed; None once one succeeds and nothing was lost.
-    lost: records that the spool will never hold.
-    synced_bytes: of the spool that are on the disk, and so outlive this machine's failure.
+    lost: events that the spool will never hold.
+    synced_bytes: length of the part of the spool that is on the disk, and so survives a failure of this machine.
     """
 
     def __init__(self, spool: Spool, written: Callable[[], None]) -> None:
@@ -38,31 +40,31 @@ class SpoolWriter:
         self.synced_bytes: float = math.inf
         self._spool, self._written = spool, written
         self._waiting: deque[Event] = deque()
-        self._lost_told = self._begun = self._ended = 0
-        self._due = self._closing = self._told = self._refused = self._stuck = False
+        self._lost_recorded = self._begun = self._ended = 0
+        self._due = self._closing = self._reported = self._refused = self._stuck = False
         self._in_hand: Event | None = None
         self._busy_since: float | None = None
-        self._tell: Callable[[str], None] | None = None
+        self._report_to: Callable[[str], None] | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     @property
     def waiting(self) -> int:
-        """Records that are kept in memory, the one that is being written among them."""
+        """Events that are kept in memory, including the one that is being written."""
         return len(self._waiting) + (self._in_hand is not None)
 
     def start(self) -> None:
-        """Begin to write; until then the spool is an earlier process's."""
+        """Begin to write; until then, all of the spool is of earlier processes."""
         self.synced_bytes = 0
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
 
-    def announce_to(self, tell: Callable[[str], None]) -> None:
-        """Where a person is told, in a line, that the disk takes no records, and that it takes them again."""
-        self._tell = tell
+    def announce_to(self, report: Callable[[str], None]) -> None:
+        """Report to `report`, in one line each, that the disk accepts no records, and that it accepts them again."""
+        self._report_to = report
 
     def put(self, event: Event) -> None:
-        """Write this one after those before it; returns at once."""
+        """Queue an event; returns at once."""
         with self._changed:
             self._waiting.append(event)
             self._trim()
@@ -71,7 +73,7 @@ class SpoolWriter:
         self._announce()
 
     def flush(self, limit_s: float) -> bool:
-        """Wait until all so far is on the disk, or the disk has refused it; returns whether it is there."""
+        """Wait until all events so far are on the disk, or refused by it; returns whether they are there."""
         with self._changed:
             if self._thread is None or self._closing:
                 return not self._waiting
@@ -82,7 +84,10 @@ class SpoolWriter:
             return ended and not self._waiting and not self._refused
 
     def close(self, limit_s: float) -> bool:
-        """Write the rest and end; what cannot be written in time is lost. Returns whether the spool can be closed."""
+        """Write the rest and end; events that cannot be written in time are lost.
+
+        Returns whether the spool can be closed: not if its folder hangs.
+        """
         self.flush(limit_s)
         with self._changed:
             self._stuck = self._begun > self._ended
@@ -112,19 +117,19 @@ class SpoolWriter:
                 self._changed.notify_all()
             self._announce()
             self._written()
-        if self._stuck:  # nobody else dared
+        if self._stuck:  # `close` left it open
             self._spool.close()
 
     def _round(self) -> OSError | None:
-        """Write all that waits; returns what the disk says to it."""
+        """Write all queued events; returns the error of the disk, if any."""
         try:
             while (event := self._next()) is not None:
                 self._spool.append(event)
                 self._in_hand = None
-            if self.lost > self._lost_told:
+            if self.lost > self._lost_recorded:
                 lost = self.lost
-                self._spool.append({"kind": "tags", "time_ms": round(1000 * time.time()), "values": {LOST_TAG: lost}})
-                self._lost_told = lost
+                self._spool.append(TagsEvent(time_ms=round(1000 * time.time()), values={LOST_TAG: lost}))
+                self._lost_recorded = lost
             self.synced_bytes = self._spool.sync()
         except OSError as error:
             with self._changed:
@@ -142,20 +147,21 @@ class SpoolWriter:
 
     def _trim(self) -> None:
         while len(self._waiting) > KEPT_EVENTS:
-            oldest = next((i for i, event in enumerate(self._waiting) if event["kind"] == "metrics"), 0)
+            oldest = next((i for i, event in enumerate(self._waiting) if isinstance(event, MetricsEvent)), 0)
             del self._waiting[oldest]
             self.lost += 1
 
     def _announce(self) -> None:
-        """Say once that the disk takes nothing, and once that it does again."""
-        since, tell = self._busy_since, self._tell
-        failing = since is not None and time.monotonic() - since >= TELL_AFTER_S
-        if tell is None or failing == self._told:
+        """Report once that the disk accepts nothing, and once that it does again."""
+        since, report = self._busy_since, self._report_to
+        failing = since is not None and time.monotonic() - since >= REPORT_AFTER_S
+        if report is None or failing == self._reported:
             return
         if failing:
-            self._told = True
+            self._reported = True
             why = "it does not answer" if self.error is None else self.error
-            tell(f"{self._spool.path.parent} takes no records: {why}; the job goes on, {KEPT_EVENTS} at most are kept")
+            folder = self._spool.path.parent
+            report(f"{folder} takes no records: {why}; the job continues and keeps at most {KEPT_EVENTS}")
         elif since is None:
-            self._told = False
-            tell(f"{SPOOL_NAME} is written again" + (f", without {self.lost} records" if self.lost else ""))
+            self._reported = False
+            report(f"{SPOOL_NAME} is written again" + (f", without {count(self.lost, 'record')}" if self.lost else ""))

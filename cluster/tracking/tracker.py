@@ -1,8 +1,10 @@
-"""Tracking, as the controller sees it: every call writes a line to the run's spool and returns at once.
+"""Tracking, as the controller sees it: every call makes an event, queues it for the run's spool and returns at once.
 
-A background thread ships the spool to MLflow (`cluster.tracking.sender`, `cluster.tracking.mlflow_sink`). Training
-never waits for it; a server that is away, slow or gone costs only delay. What was not sent when the job ends is sent by
-`python -m jobs.sync RUN_DIR`. A disk that is full or gone costs records, not the run.
+    Tracker → event (`events`) → line of the spool (`spool_writer`, `spool`)
+            → event, in batches (`delivery`, run by `sender`) → MLflow (`mlflow_sink`)
+
+Training never waits for the server; one that is away or slow only costs delay. Events that are unsent when the job ends
+are sent by `python -m jobs.sync RUN_DIR`. A disk that is full or gone costs records, not the run.
 
 These calls are the controller's, in the job's own process. Ranks train in other processes and never come here: they
 hand events to the controller, see `cluster.messages`.
@@ -13,7 +15,6 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
-import math
 import os
 import sys
 import threading
@@ -21,42 +22,52 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cluster.redaction import Redactor, redact
+from cluster.redaction import Redactor
+from cluster.text import count
 from cluster.tracking.config import TrackingConfig, resolve_uri
-from cluster.tracking.events import sound
-from cluster.tracking.mlflow_session import mlflow_settings, open_sink
-from cluster.tracking.mlflow_sink import PARENT, LogModel
-from cluster.tracking.sender import STALLED_S, Sender
-from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Spool
+from cluster.tracking.events import (
+    ArtifactEvent,
+    DatasetEvent,
+    Event,
+    FinishEvent,
+    MetricsEvent,
+    ModelEvent,
+    ParamsEvent,
+    RunStatus,
+    StartEvent,
+    TagsEvent,
+)
+from cluster.tracking.mlflow_sink import PARENT, make_sender
+from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.tracking.spool_writer import SpoolWriter
 
+if TYPE_CHECKING:
+    from cluster.tracking.mlflow_model import ModelLogger
+
 HURRY_S = 2.0
-"""Once told to hurry, what is being sent gets so long to end: a store on this machine needs less."""
+"""After `hurry`, a request under way may take so long to end; a store on this machine needs less."""
 
 POLL_S = 0.1
 START_S = 60.0
-"""Longest wait for the first record to be on the disk."""
-
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+"""Longest wait for the first event to be on the disk."""
 
 
 class Tracker:
-    """Records one run. Calls append to the spool and return; none raises because of MLflow.
+    """Records one run. Calls queue an event for the spool and return; none raises because of MLflow.
 
     Parameters
     ----------
     run_dir
         The run's folder; the spool and its offset lie in it.
     config
-        Where to send. A URI MLflow cannot have is refused here, before anything starts.
+        Where to send. A URI that MLflow cannot use is refused here, before anything starts.
     log_model
         Logs an exported model, see `cluster.tracking.mlflow_model`; None leaves models out of MLflow.
     held
-        Whether records are sent only once they are where another machine finds them, see `release`.
+        Whether events are sent only once another machine can find them, see `release`.
 
     Raises
     ------
@@ -65,7 +76,7 @@ class Tracker:
     """
 
     def __init__(
-        self, run_dir: Path, config: TrackingConfig, log_model: LogModel | None = None, *, held: bool = False
+        self, run_dir: Path, config: TrackingConfig, log_model: ModelLogger | None = None, *, held: bool = False
     ) -> None:
         self.run_dir = run_dir.absolute()
         self.config = config
@@ -73,9 +84,9 @@ class Tracker:
         self.uri = resolve_uri(config, self.run_dir)
         """Where events go; may hold credentials. `redact` it before showing it."""
         self.seconds = 0.0
-        """That the controller has spent in calls that record something, since `start`."""
+        """Spent by the controller in calls that record something."""
         self.unsent = 0
-        """Records that wait for `jobs.sync`; known once `close` has returned."""
+        """Events left for `jobs.sync`; known once `close` has returned."""
         self._spool = Spool(self.run_dir / SPOOL_NAME)
         self._sender = make_sender(
             self._spool, self.uri, self.run_dir, config.timeout_s, log_model, safe_bytes=self._safe_bytes
@@ -86,7 +97,7 @@ class Tracker:
         self._hurried = False
 
     def start(self, name: str, *, layers: int, tags: Mapping[str, Any] | None = None) -> None:
-        """Open the spool and begin, or, where the spool already holds a run, go on with it.
+        """Open the spool and begin a run, or continue the run that it already holds.
 
         Parameters
         ----------
@@ -100,14 +111,14 @@ class Tracker:
         Raises
         ------
         OSError
-            The run's folder cannot be written. Later on that raises no more, see `problems`.
+            The run's folder cannot be written. Later calls do not raise, see `problems`.
         """
         self._spool.open()
         self._writer.start()
-        starts = [start for event, _ in self._spool.read() if (start := sound(event, "start"))]
+        starts = [event for event, _ in self._spool.read() if isinstance(event, StartEvent)]
         self._append(
-            "start",
-            run_key=starts[0]["run_key"] if starts else uuid.uuid4().hex,
+            StartEvent,
+            run_key=starts[0].run_key if starts else uuid.uuid4().hex,
             attempt=len(starts) + 1,
             name=name,
             experiment=self.config.experiment,
@@ -117,25 +128,25 @@ class Tracker:
         )
         if not self._writer.flush(START_S):
             raise self._writer.error or TimeoutError(f"{self._spool.path}: nothing was written within {START_S:g} s")
-        self._sender.load()
+        self._sender.delivery.load()
         if self.config.enabled:
             self._thread = threading.Thread(target=self._sender.run, name="tracking-sender", daemon=True)
             self._thread.start()
 
     def announce_to(self, tell: Callable[[str], None]) -> None:
-        """Where a person is told that MLflow takes no records, once per reason, and that it takes them again.
+        """Report to `tell` that MLflow accepts no records, once per reason, and that it accepts them again.
 
-        Called from the thread that sends, with lines without credentials; those of the time before come at once.
+        It is called from the thread that sends, with lines without credentials; earlier ones come at once.
         """
         self._sender.notices.listen(tell)
         self._writer.announce_to(tell)
 
     def flush(self, limit_s: float) -> bool:
-        """Wait until all so far is on the disk, or the disk has refused it; returns whether it is there."""
+        """Wait until all events so far are on the disk, or refused by it; returns whether they are there."""
         return self._writer.flush(limit_s)
 
     def release(self, size_bytes: int) -> None:
-        """So much of the spool is where another machine finds it, see `held`."""
+        """Another machine can find so much of the spool, see `held`."""
         self._released_bytes = size_bytes
         self._sender.wake()
 
@@ -143,19 +154,19 @@ class Tracker:
         return min(self._writer.synced_bytes, self._released_bytes)
 
     def params(self, values: Mapping[str, Any], layer: int | None = None) -> None:
-        """Parameters of the run, or of one layer's; nested values get dotted names."""
-        self._append("params", values=dict(flatten(values)), layer=layer)
+        """Parameters of the run, or of a layer; nested values get dotted names."""
+        self._append(ParamsEvent, values=dict(flatten(values)), layer=layer)
 
     def metrics(
         self, step: int, values: Mapping[str, float], layer: int | None = None, time_s: float | None = None
     ) -> None:
         """Metrics at a step; `time_s` is the Unix time they were measured at, now if None."""
         numbers = {key: float(value) for key, value in values.items()}
-        self._append("metrics", time_s, step=int(step), values=numbers, layer=layer)
+        self._append(MetricsEvent, time_s, step=int(step), values=numbers, layer=layer)
 
     def tags(self, values: Mapping[str, Any], layer: int | None = None) -> None:
-        """Facts that may change while the run goes on, such as the world size."""
-        self._append("tags", values=dict(values), layer=layer)
+        """Facts that may change during the run, such as the world size."""
+        self._append(TagsEvent, values=dict(values), layer=layer)
 
     def figure(self, path: Path, layer: int | None = None, name: str | None = None) -> None:
         """An image file, shown under `figures/`; `name` is the file's name there."""
@@ -164,8 +175,8 @@ class Tracker:
     def artifact(
         self, path: Path, folder: str | None = None, *, layer: int | None = None, name: str | None = None
     ) -> None:
-        """A file as it is when it is sent."""
-        self._append("artifact", path=self._portable(path), folder=folder, name=name or path.name, layer=layer)
+        """A file, with the content that it has when it is sent."""
+        self._append(ArtifactEvent, path=self._portable(path), folder=folder, name=name or path.name, layer=layer)
 
     def dataset(
         self,
@@ -179,7 +190,7 @@ class Tracker:
     ) -> None:
         """The data set as an input of the run; `source_type` is MLflow's, such as `local`, `http` or `s3`."""
         self._append(
-            "dataset",
+            DatasetEvent,
             name=name,
             source=source,
             digest=digest,
@@ -191,28 +202,29 @@ class Tracker:
     def model(self, path: Path, input_shape: Sequence[int]) -> None:
         """The exported model's folder, and the shape [C, H, W] of one image; the same weights are logged once.
 
-        After `finish`: tracing a model takes seconds, and a wait that ends meanwhile leaves a run that has ended.
+        Call it after `finish`: tracing a model takes seconds, and if the wait ends meanwhile, the run has ended in
+        MLflow all the same.
         """
-        self._append("model", path=self._portable(path), input_shape=list(input_shape), key=_digest(path))
+        self._append(ModelEvent, path=self._portable(path), input_shape=list(input_shape), key=_digest(path))
 
     def finish(self, status: RunStatus) -> None:
-        """The end of the run and of its layers'; on the disk when this returns, unless that takes `timeout_s`."""
-        self._append("finish", status=status)
+        """The end of the run and of its layers; it is on the disk when this returns, unless that takes `timeout_s`."""
+        self._append(FinishEvent, status=status)
         self._writer.flush(self.config.timeout_s)
 
     def close(self) -> int:
-        """Wait for the rest to be sent; returns how many events are left for `jobs.sync`.
+        """Wait until all events are sent; returns how many are left for `jobs.sync`.
 
-        Takes `flush_s` and one `timeout_s` at most, whatever the server does; after `hurry`, `HURRY_S`. A folder that
-        hangs takes one more `timeout_s`.
+        It takes at most `flush_s` and one `timeout_s`, whatever the server does; after `hurry`, `HURRY_S`. A folder
+        that hangs takes one more `timeout_s`.
         """
         whole = self._writer.close(self.config.timeout_s)
         if self._thread is not None:
             self._sender.close(self.config.flush_s)
             self._wait(self._thread, self.config.flush_s + self.config.timeout_s)
-            self._sender.give_up()
+            self._sender.abandon()
             self._thread = None
-            self.unsent = self._sender.pending() if whole else 0  # a folder that hangs is not asked again
+            self.unsent = self._sender.delivery.pending() if whole else 0  # a folder that hangs is not read again
         if whole:
             self._spool.close()
         return self.unsent
@@ -232,78 +244,46 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the parent run; None until the server has given one."""
-        return self._sender.runs.get(PARENT)
-
-    @property
-    def layer_run_ids(self) -> dict[int, str]:
-        """MLflow's ids of the layers' runs; empty until the server has given them."""
-        return {int(which): run_id for which, run_id in self._sender.runs.items() if which != PARENT}
-
-    @property
-    def last_step_sent(self) -> dict[int, int]:
-        """Layer → last step of its metrics that the server has confirmed."""
-        return dict(self._sender.last_steps)
+        return self._sender.delivery.runs.get(PARENT)
 
     @property
     def reason(self) -> str:
-        """Why records are unsent: what the latest attempt said, without credentials."""
+        """Why events are unsent: the error of the latest attempt, without credentials."""
         return self._sender.reason
 
     @property
     def refused(self) -> tuple[int, list[str]]:
-        """Records that MLflow will never take: how many, and the latest as lines `kind: why`, without credentials."""
-        return self._sender.rejected, list(self._sender.refusals)
+        """Events that MLflow rejected: how many, and the latest as lines `kind: reason`, without credentials."""
+        return self._sender.delivery.rejected, list(self._sender.delivery.refusals)
 
     @property
     def problems(self) -> list[str]:
-        """What the server rejected, what the disk did, and why the latest attempt failed, without credentials."""
-        found = list(self._sender.notes)
+        """Rejected events, faults of the disk, and why the latest attempt failed, without credentials."""
+        lines = list(self._sender.delivery.notes)
         if self.lost:
-            found.append(f"{self.lost} records are lost, {SPOOL_NAME} could not be written: {self._writer.error}")
+            lines.append(f"{count(self.lost, 'record')} lost, {SPOOL_NAME} could not be written: {self._writer.error}")
         elif self._writer.error is not None:
-            found.append(f"{self._writer.waiting} records wait in memory, {SPOOL_NAME}: {self._writer.error}")
-        return [*found, *([self._sender.last_error] if self._sender.last_error else [])]
+            lines.append(f"{count(self._writer.waiting, 'record')} in memory, {SPOOL_NAME}: {self._writer.error}")
+        return [*lines, *([self._sender.last_error] if self._sender.last_error else [])]
 
     @property
     def lost(self) -> int:
-        """Records that neither the spool nor MLflow will ever see: the disk was full, or hung, for too long."""
+        """Events that never reach the spool, because the disk was full, or hung, for too long."""
         return self._writer.lost
 
-    def _append(self, kind: str, time_s: float | None = None, **fields: Any) -> None:
+    def _append(self, kind: type[Event], time_s: float | None = None, **fields: Any) -> None:
         started = time.monotonic()
         time_ms = round(1000 * (time.time() if time_s is None else time_s))
-        if kind != "metrics":  # numbers and names only, and by far the most frequent
+        if kind is not MetricsEvent:  # which holds numbers and names only, and is by far the most frequent
             fields = self._redact.all(fields)
-        self._writer.put({"kind": kind, "time_ms": time_ms, **fields})
+        # checked where it is read: an unsound event is refused there, and must not stop the run here
+        self._writer.put(kind.model_construct(time_ms=time_ms, **fields))
         self.seconds += time.monotonic() - started
 
     def _portable(self, path: Path) -> str:
-        """Relative to the run directory where it lies inside, so that a moved directory can still be sent."""
+        """Relative to the run directory if it lies inside, so that a moved directory can still be sent."""
         path = path.absolute()
         return str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
-
-
-def make_sender(
-    spool: Spool,
-    uri: str,
-    run_dir: Path,
-    timeout_s: float,
-    log_model: LogModel | None,
-    *,
-    stalled_s: float = STALLED_S,
-    safe_bytes: Callable[[], float] = lambda: math.inf,
-) -> Sender:
-    """The sender of a run's spool to one MLflow server."""
-    return Sender(
-        spool,
-        run_dir / PROGRESS_NAME,
-        redact(uri),
-        partial(open_sink, uri, run_dir, log_model),
-        Redactor(os.environ),
-        settings=partial(mlflow_settings, uri, timeout_s),
-        stalled_s=stalled_s,
-        safe_bytes=safe_bytes,
-    )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -325,7 +305,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _digest(folder: Path) -> str:
-    """Of the files of a folder and their names; of a folder that cannot be read, of what can."""
+    """Digest of the files of a folder and their names; files that cannot be read are left out."""
     digest = hashlib.sha256()
     with suppress(OSError):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from jobs.benchmarks.timing import Spread
 from jobs.reporting import Report
@@ -91,8 +92,8 @@ def shares(run_dir: Path) -> Shares:
     summary = json.loads((run_dir / "summary.json").read_text())
     seconds = saving = images = 0.0
     for event, _ in Spool(run_dir / SPOOL_NAME).read():
-        if event.get("kind") == "metrics" and event.get("layer") is not None:
-            values = event["values"]
+        if isinstance(event, MetricsEvent) and event.layer is not None:
+            values = event.values
             took = values["window_s"]
             seconds, saving = seconds + took, saving + took * values["checkpoint_share"]
             images += took * values["images_per_second"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 
 PIDS = re.compile(r"(\d+) on \S+ \(pid (\d+)\)")
@@ -123,4 +124,4 @@ def _lives(pid: int) -> bool:
 def recorded(run_dir: Path) -> list[tuple[int, int]]:
     """(layer, step) of every record of a layer's metrics, in the order of the spool."""
     events = (event for event, _ in Spool(run_dir / SPOOL_NAME).read())
-    return [(e["layer"], e["step"]) for e in events if e.get("kind") == "metrics" and e.get("layer") is not None]
+    return [(e.layer, e.step) for e in events if isinstance(e, MetricsEvent) and e.layer is not None]

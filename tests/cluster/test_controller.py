@@ -33,6 +33,7 @@ from cluster.messages import (
 )
 from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
 from cluster.summary import RunRecord, summarise
+from cluster.tracking.events import MetricsEvent, ParamsEvent, TagsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
 from cluster.worker import Outbox, Place, Status
@@ -845,13 +846,13 @@ def spool_of(run_dir: Path, *rows: tuple[int | None, int, float] | str) -> None:
     spool = Spool(run_dir / SPOOL_NAME).open()
     for number, row in enumerate(rows, 1):
         if isinstance(row, str):
-            spool.append({"kind": "tags", "time_ms": 50, "values": {"simmatch.given_up": row}})
+            spool.append(TagsEvent(time_ms=50, values={"simmatch.given_up": row}))
             continue
         layer, step, objective = row
         values = {"objective": objective, "bytes_exchanged": 1000.0 * number, "num_exchanges": 10.0 * number}
-        spool.append({"kind": "metrics", "time_ms": number, "layer": layer, "step": step, "values": values})
-    spool.append({"kind": "params", "time_ms": 99, "values": {}})
-    spool.append({"kind": "metrics", "time_ms": 99, "layer": None, "step": 22, "values": {"accuracy": 0.9}})
+        spool.append(MetricsEvent(time_ms=number, layer=layer, step=step, values=values))
+    spool.append(ParamsEvent(time_ms=99, values={}))
+    spool.append(MetricsEvent(time_ms=99, step=22, values={"accuracy": 0.9}))
     spool.close()
 
 

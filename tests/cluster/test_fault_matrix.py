@@ -32,6 +32,7 @@ import pytest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, locate, read
+from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from tests.faults import HOLD_S, MOMENTS, FaultPlan, Kind, wait_for
 from tests.object_store import BUCKET, ObjectStore, object_store
@@ -230,7 +231,7 @@ def undisturbed(make_cell: Callable[..., Cell]) -> bytes:
 def recorded(cell: Cell) -> list[tuple[int, int]]:
     """(layer, step) of the metrics in the spool, in its order."""
     events = [event for event, _ in Spool(cell.local(SPOOL_NAME)).read()]
-    return [(e["layer"], e["step"]) for e in events if e["kind"] == "metrics" and e["layer"] is not None]
+    return [(e.layer, e.step) for e in events if isinstance(e, MetricsEvent) and e.layer is not None]
 
 
 def assert_whole(ray: Any, cell: Cell, undisturbed: bytes, restarts: int) -> None:

@@ -18,14 +18,15 @@ from typing import Any
 
 import pytest
 
-import cluster.notices
 import cluster.tracking.mlflow_model
+import cluster.tracking.notices
 import cluster.tracking.sender
 import jobs.sync
 from cluster.tracking.config import TrackingConfig
+from cluster.tracking.events import RunStatus, StartEvent
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.spool import SPOOL_NAME, Spool
-from cluster.tracking.tracker import RunStatus, Tracker
+from cluster.tracking.tracker import Tracker
 from tests.outages import Outage, Proxy, mlflow_server
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -227,7 +228,8 @@ def sync(run_dir: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
     """
     capsys.readouterr()
     start, _ = next(Spool(run_dir / SPOOL_NAME).read())
-    code = jobs.sync.main([str(run_dir), "--uri", start["uri"], *arguments])
+    assert isinstance(start, StartEvent)
+    code = jobs.sync.main([str(run_dir), "--uri", start.uri, *arguments])
     out, err = capsys.readouterr()
     return code, "".join(line for line in out.splitlines(keepends=True) if not line.startswith(("🏃", "🧪"))), err
 
@@ -382,7 +384,7 @@ def test_a_refusal_is_told_once_and_so_is_its_end(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Of two reasons each is told, in the server's words, and MLflow itself says nothing."""
-    monkeypatch.setattr(cluster.notices, "TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(cluster.tracking.notices, "REPORT_AFTER_S", 0.0)
     refused = {401: Outage("error", first=12, count=3, status=401), 403: Outage("error", first=12, count=4, status=403)}
     proxy = outage(*refused.values())
     run_dir = tmp_path / "told"
@@ -394,7 +396,7 @@ def test_a_refusal_is_told_once_and_so_is_its_end(
     assert (end(tracker), tracker.problems) == (0, [])
     assert [line.partition(" at http")[0] for line in lines] == 3 * ["MLflow"]
     for line, status in zip(lines, refused, strict=False):
-        assert f"error code {status} != 200. Response body: 'a planned failure'; the job goes on" in line
+        assert f"error code {status} != 200. Response body: 'a planned failure'; the job continues" in line
     assert lines[2] == f"MLflow at {proxy.uri} takes records again"
     assert in_mlflow(client, "told") == expected(run_dir)
     assert "planned" not in "".join(capfd.readouterr())

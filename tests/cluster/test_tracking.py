@@ -23,16 +23,18 @@ import pytest
 import torch
 from torch import nn
 
-import cluster.notices
 import cluster.tracking.mlflow_model
+import cluster.tracking.notices
 import cluster.tracking.sender
-from cluster.notices import TELL_AFTER_S, Notices
 from cluster.redaction import redact
 from cluster.tracking.config import TrackingConfig, check_uri, resolve_uri, sqlite_uri
+from cluster.tracking.delivery import MOST_DOUBTS, Delivery, RejectedError, RunsLostError, SendProgress
+from cluster.tracking.events import Event, MetricsEvent, StartEvent, TagsEvent, Unreadable, line_of
 from cluster.tracking.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
-from cluster.tracking.mlflow_sink import TRUNCATED, _shorten
-from cluster.tracking.sender import MOST_DOUBTS, RejectedError, RunsLostError, Sender
-from cluster.tracking.spool import Event, Progress, Spool, SpoolBusyError
+from cluster.tracking.mlflow_sink import PARENT, TRUNCATED, _shorten
+from cluster.tracking.notices import REPORT_AFTER_S, Notices
+from cluster.tracking.sender import Sender
+from cluster.tracking.spool import Spool, SpoolBusyError
 from cluster.tracking.tracker import Tracker, flatten
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
@@ -48,9 +50,22 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     spool.close()
 
 
+def event_of(kind: str, number: int) -> Event:
+    """An event of this kind whose time is this number."""
+    if kind == "start":
+        return StartEvent(
+            time_ms=number, run_key="0", attempt=1, name="run", experiment="simmatch", layers=0, uri="here", tags={}
+        )
+    return MetricsEvent(time_ms=number, step=number, values={"objective": 1.0})
+
+
 def fill(spool: Spool, kinds: Sequence[str]) -> None:
     for number, kind in enumerate(kinds):
-        spool.append({"kind": kind, "number": number})
+        if kind == "bad":
+            with spool.path.open("a") as file:
+                file.write('{"kind":"bad"}\n')
+        else:
+            spool.append(event_of(kind, number))
 
 
 # --- the spool -------------------------------------------------------------------------------------------------
@@ -59,11 +74,12 @@ def fill(spool: Spool, kinds: Sequence[str]) -> None:
 def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"kind":"a"}\n{"kind":"b"}\n{"kind":"c", "values"')
-    assert [event["kind"] for event, _ in Spool(path).read()] == ["a", "b"]
+    assert [event.kind for event, _ in Spool(path).read()] == ["a", "b"]
     spool = Spool(path).open()
-    spool.append({"kind": "d"})
+    event = TagsEvent(time_ms=1, values={"d": "é"})
+    spool.append(event)
     spool.close()
-    assert path.read_bytes() == b'{"kind":"a"}\n{"kind":"b"}\n{"kind":"d"}\n'
+    assert path.read_bytes() == b'{"kind":"a"}\n{"kind":"b"}\n' + line_of(event)
 
 
 @pytest.mark.parametrize("length", [0, 65535, 65536, 200_000])
@@ -76,7 +92,7 @@ def test_a_torn_line_of_any_length_is_cut_off(tmp_path: Path, length: int) -> No
 
 
 def test_reading_from_each_offset_gives_the_rest(spool: Spool) -> None:
-    events = [{"kind": "metrics", "step": step, "text": "é\n"} for step in range(5)]
+    events = [MetricsEvent(time_ms=1, step=step, values={"é\n": 0.5 * step}) for step in range(5)]
     for event in events:
         spool.append(event)
     offsets = [0, *(offset for _, offset in spool.read())]
@@ -86,11 +102,13 @@ def test_reading_from_each_offset_gives_the_rest(spool: Spool) -> None:
 
 
 def test_numbers_without_a_json_form_survive(spool: Spool) -> None:
-    spool.append({"values": {"nan": math.nan, "inf": -math.inf, "one": 1.5}})
+    spool.append(MetricsEvent(time_ms=1, step=1, values={"nan": math.nan, "inf": -math.inf, "one": 1.5}))
     [line] = spool.path.read_text().splitlines()
-    values = json.loads(line, parse_constant=pytest.fail)["values"]
-    assert math.isnan(float(values["nan"]))
-    assert (float(values["inf"]), values["one"]) == (-math.inf, 1.5)
+    [(event, _)] = spool.read()
+    assert isinstance(event, MetricsEvent)
+    for values in (json.loads(line, parse_constant=pytest.fail)["values"], event.values):
+        assert math.isnan(float(values["nan"]))
+        assert (float(values["inf"]), values["one"]) == (-math.inf, 1.5)
 
 
 def test_a_spool_has_one_writer(spool: Spool) -> None:
@@ -102,13 +120,13 @@ def test_a_spool_has_one_writer(spool: Spool) -> None:
 
 def test_progress_counts_only_for_its_destination_and_file(tmp_path: Path) -> None:
     path = tmp_path / "events.offset"
-    progress = Progress("https://a", 120, {"parent": "r"})
+    progress = SendProgress("https://a", 120, {"parent": "r"})
     progress.save(path)
-    assert Progress.load(path, "https://a", 120) == progress
-    assert Progress.load(path, "https://b", 120) == Progress("https://b")
-    assert Progress.load(path, "https://a", 119) == Progress("https://a")
+    assert SendProgress.load(path, "https://a", 120) == progress
+    assert SendProgress.load(path, "https://b", 120) == SendProgress("https://b")
+    assert SendProgress.load(path, "https://a", 119) == SendProgress("https://a")
     path.write_text("{half")
-    assert Progress.load(path, "https://a", 120) == Progress("https://a")
+    assert SendProgress.load(path, "https://a", 120) == SendProgress("https://a")
 
 
 # --- the sender ------------------------------------------------------------------------------------------------
@@ -120,19 +138,19 @@ class ScriptedSink:
     def __init__(self, errors: Sequence[Exception] = (), gate: threading.Event | None = None) -> None:
         self.errors = list(errors)
         self.gate = gate
-        self.got: list[Event] = []
+        self.got: list[Event | Unreadable] = []
         self.connects: list[dict[str, str]] = []
 
-    def connect(self, start: Event, runs: dict[str, str]) -> dict[str, str]:
+    def connect(self, start: Event | Unreadable, runs: dict[str, str]) -> dict[str, str]:
         self.connects.append(dict(runs))
         return {"parent": "id"}
 
-    def send(self, events: Sequence[Event]) -> None:
+    def send(self, events: Sequence[Event | Unreadable]) -> None:
         if self.gate is not None:
             assert self.gate.wait(30), "the test never opened the gate"
         if self.errors:
             raise self.errors.pop(0)
-        if any(event["kind"] == "bad" for event in events):
+        if any(isinstance(event, Unreadable) for event in events):
             raise RejectedError("no such kind")
         self.got += events
 
@@ -142,8 +160,8 @@ class ScriptedSink:
 
 
 def send_all(spool: Spool, sink: ScriptedSink, deadline_s: float = 30.0) -> Sender:
-    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened, redact)
-    sender.load()
+    sender = Sender(Delivery(spool, spool.path.with_suffix(".offset"), "here", redact), sink.opened)
+    sender.delivery.load()
     sender.close(deadline_s)
     sender.run()
     return sender
@@ -152,10 +170,10 @@ def send_all(spool: Spool, sink: ScriptedSink, deadline_s: float = 30.0) -> Send
 def test_everything_is_sent_once_and_in_order(spool: Spool) -> None:
     fill(spool, ["start", *["metrics"] * 1200])
     sink = ScriptedSink()
-    assert send_all(spool, sink).pending() == 0
-    assert [event["number"] for event in sink.got] == list(range(1201))
+    assert send_all(spool, sink).delivery.pending() == 0
+    assert [event.time_ms for event in sink.got] == list(range(1201))
     again = ScriptedSink()
-    assert send_all(spool, again).sent == 0
+    assert send_all(spool, again).delivery.sent == 0
     assert again.got == []
     assert again.connects == [{"parent": "id"}]
 
@@ -164,17 +182,17 @@ def test_a_failure_is_retried_from_the_persisted_offset(spool: Spool) -> None:
     fill(spool, ["start", "metrics"])
     sink = ScriptedSink([ConnectionError("refused")])
     sender = send_all(spool, sink)
-    assert [event["number"] for event in sink.got] == [0, 1]
-    assert (sender.pending(), sender.last_error) == (0, None)
+    assert [event.time_ms for event in sink.got] == [0, 1]
+    assert (sender.delivery.pending(), sender.last_error) == (0, None)
 
 
 def test_one_rejected_event_does_not_take_its_neighbours(spool: Spool) -> None:
     fill(spool, ["start", "metrics", "bad", "metrics"])
     sink = ScriptedSink()
     sender = send_all(spool, sink)
-    assert [event["number"] for event in sink.got] == [0, 1, 3]
-    assert (sender.rejected, sender.pending()) == (1, 0)
-    assert sender.notes == ["bad: no such kind"]
+    assert [event.time_ms for event in sink.got] == [0, 1, 3]
+    assert (sender.delivery.rejected, sender.delivery.pending()) == (1, 0)
+    assert sender.delivery.notes == ["bad: no such kind"]
 
 
 @pytest.mark.parametrize(("refusals", "rejected"), [(2 * (MOST_DOUBTS - 1), 0), (2 * MOST_DOUBTS, 1)])
@@ -186,17 +204,17 @@ def test_a_doubtful_refusal_has_to_be_repeated(
     fill(spool, ["start", "metrics"])
     sink = ScriptedSink([RejectedError("404 of a gateway", certain=False)] * refusals)
     sender = send_all(spool, sink)
-    assert [event["number"] for event in sink.got] == list(range(rejected, 2))
-    assert (sender.rejected, len(sender.notes), sender.pending()) == (rejected, rejected, 0)
+    assert [event.time_ms for event in sink.got] == list(range(rejected, 2))
+    assert (sender.delivery.rejected, len(sender.delivery.notes), sender.delivery.pending()) == (rejected, rejected, 0)
 
 
 def test_lost_runs_are_made_anew_and_everything_sent_again(spool: Spool) -> None:
     fill(spool, ["start", "metrics"])
     send_all(spool, ScriptedSink())
-    spool.append({"kind": "metrics", "number": 2})
+    spool.append(event_of("metrics", 2))
     sink = ScriptedSink([RunsLostError("gone")])
-    assert send_all(spool, sink).pending() == 0
-    assert [event["number"] for event in sink.got] == [0, 1, 2]
+    assert send_all(spool, sink).delivery.pending() == 0
+    assert [event.time_ms for event in sink.got] == [0, 1, 2]
     assert sink.connects == [{"parent": "id"}, {}]
 
 
@@ -204,10 +222,10 @@ def test_the_deadline_leaves_the_rest_for_later(spool: Spool) -> None:
     fill(spool, ["start", "metrics"])
     secret = ConnectionError("no answer from https://ada:secret@host/")
     sender = send_all(spool, ScriptedSink([secret] * 100), deadline_s=0.0)
-    assert sender.pending() == 2
+    assert sender.delivery.pending() == 2
     assert sender.last_error == "ConnectionError: no answer from https://***@host/"
     later = ScriptedSink()
-    assert send_all(spool, later).pending() == 0
+    assert send_all(spool, later).delivery.pending() == 0
     assert len(later.got) == 2
 
 
@@ -215,33 +233,33 @@ def test_appending_does_not_wait_for_a_server_that_hangs(spool: Spool) -> None:
     fill(spool, ["start"])
     gate = threading.Event()
     sink = ScriptedSink(gate=gate)
-    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened)
+    sender = Sender(Delivery(spool, spool.path.with_suffix(".offset"), "here"), sink.opened)
     thread = threading.Thread(target=sender.run, daemon=True)
     thread.start()
     for number in range(1, 2000):
-        spool.append({"kind": "metrics", "number": number})
+        spool.append(event_of("metrics", number))
         sender.wake()
     assert sink.got == []  # every append returned while the server had answered nothing
-    assert sender.pending() == 2000
+    assert sender.delivery.pending() == 2000
     gate.set()
     sender.close(30.0)
     thread.join(30.0)
-    assert [event["number"] for event in sink.got] == list(range(2000))
+    assert [event.time_ms for event in sink.got] == list(range(2000))
 
 
 def test_a_failure_is_told_once_per_reason_and_so_is_its_end() -> None:
     now = 0.0
     notices, lines = Notices("here", lambda: now), []
     notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
-    now = TELL_AFTER_S - 1
+    now = REPORT_AFTER_S - 1
     notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
     notices.working()  # nobody has heard of it, so nobody hears that it is over
     notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
-    now += TELL_AFTER_S
+    now += REPORT_AFTER_S
     notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
     notices.listen(lines.append)
     assert lines == [
-        "MLflow at here takes no records: refused by 0x7f00aa11bb22 at /runs/1; the job goes on, they are kept"
+        "MLflow at here takes no records: refused by 0x7f00aa11bb22 at /runs/1; the job continues, they are kept"
     ]
     notices.failing("refused by 0x7f00cc33dd44 at /runs/2")
     notices.failing("403")
@@ -259,15 +277,15 @@ def test_a_listener_that_cannot_hear_is_no_harm(spool: Spool, monkeypatch: pytes
     def broken(line: str) -> None:
         raise BrokenPipeError(line)
 
-    monkeypatch.setattr(cluster.notices, "TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(cluster.tracking.notices, "REPORT_AFTER_S", 0.0)
     fill(spool, ["start", "metrics"])
     sink = ScriptedSink([ConnectionError("refused")])
-    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened)
+    sender = Sender(Delivery(spool, spool.path.with_suffix(".offset"), "here"), sink.opened)
     sender.notices.listen(broken)
-    sender.load()
+    sender.delivery.load()
     sender.close(30.0)
     sender.run()
-    assert (sender.pending(), sink.errors) == (0, [])
+    assert (sender.delivery.pending(), sink.errors) == (0, [])
 
 
 # --- configuration and secrets ---------------------------------------------------------------------------------
@@ -369,7 +387,7 @@ def test_without_mlflow_the_spool_is_written_all_the_same(tmp_path: Path) -> Non
     tracker.start("run", layers=1)
     tracker.metrics(1, {"objective": 1.0})
     assert (tracker.close(), tracker.run_id) == (0, None)
-    assert [event["kind"] for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()] == ["start", "metrics"]
+    assert [event.kind for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()] == ["start", "metrics"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -457,6 +475,11 @@ def client(store: Path, recorded: Tracker) -> Any:
     return MlflowClient(recorded.uri, registry_uri=recorded.uri)
 
 
+def layer_runs(tracker: Tracker) -> dict[int, str]:
+    """MLflow's ids of the layers' runs."""
+    return {int(which): run_id for which, run_id in tracker._sender.delivery.runs.items() if which != PARENT}
+
+
 def history(client: Any, run_id: str, key: str) -> list[tuple[int, int, float]]:
     return sorted((row.step, row.timestamp, row.value) for row in client.get_metric_history(run_id, key))
 
@@ -470,15 +493,15 @@ def test_the_page_of_a_run(recorded: Tracker, client: Any) -> None:
     assert parent.data.tags["simmatch.attempts"] == "1"
     assert parent.data.metrics == {"accuracy": 0.9}
     assert [artifact.path for artifact in client.list_artifacts(recorded.run_id)] == ["config.yaml"]
-    assert sorted(recorded.layer_run_ids) == [0, 1]
-    for layer, run_id in recorded.layer_run_ids.items():
+    assert sorted(layer_runs(recorded)) == [0, 1]
+    for layer, run_id in layer_runs(recorded).items():
         child = client.get_run(run_id)
         assert (child.info.run_name, child.info.status) == (f"layer {layer}", "FINISHED")
         assert child.data.tags["mlflow.parentRunId"] == recorded.run_id
         assert history(client, run_id, "objective") == [(s, 1000 * s, 10.0 * layer - s) for s in (1, 2, 3)]
         assert all(math.isnan(value) for _, _, value in history(client, run_id, "residual"))
-    assert client.get_run(recorded.layer_run_ids[1]).data.params == {"out_channels": "64"}
-    assert [a.path for a in client.list_artifacts(recorded.layer_run_ids[0], "figures")] == ["figures/filters.png"]
+    assert client.get_run(layer_runs(recorded)[1]).data.params == {"out_channels": "64"}
+    assert [a.path for a in client.list_artifacts(layer_runs(recorded)[0], "figures")] == ["figures/filters.png"]
     [used] = parent.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("digits", "0123456789abcdef")
     assert json.loads(used.dataset.profile) == {"num_images": 1797}
@@ -578,11 +601,11 @@ def test_a_replay_from_the_start_stores_nothing_twice(recorded: Tracker, client:
     events = sum(1 for _ in spool.read())
     (recorded.run_dir / "events.offset").unlink()
     replay = Tracker(recorded.run_dir, recorded.config, ModelLogger(toy))
-    replay._sender.load()
-    assert replay._sender.runs == {}
+    replay._sender.delivery.load()
+    assert replay._sender.delivery.runs == {}
     replay._sender.close(60.0)
     replay._sender.run()
-    assert (replay._sender.sent, replay._sender.pending(), replay.problems) == (events, 0, [])
+    assert (replay._sender.delivery.sent, replay._sender.delivery.pending(), replay.problems) == (events, 0, [])
     assert replay.run_id == recorded.run_id
     assert picture() == before
     assert len(client.search_logged_models([client.get_experiment_by_name("recorded").experiment_id])) == 1
@@ -596,7 +619,7 @@ def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client:
     first.metrics(1, {"objective": 1.0}, layer=0)
     first.finish("KILLED")
     assert first.close() == 0
-    assert {client.get_run(run_id).info.status for run_id in first._sender.runs.values()} == {"KILLED"}
+    assert {client.get_run(run_id).info.status for run_id in first._sender.delivery.runs.values()} == {"KILLED"}
     with (tmp_path / "run" / "events.jsonl").open("ab") as spool:
         spool.write(b'{"kind":"metr')  # the crash of a writer
     second = Tracker(tmp_path / "run", config)
@@ -604,12 +627,12 @@ def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client:
     second.params({"seed": 2, "extra": 3})
     second.metrics(2, {"objective": 0.5}, layer=0)
     assert second.close() == 0
-    assert (second.run_id, second.layer_run_ids) == (first.run_id, first.layer_run_ids)
+    assert (second.run_id, layer_runs(second)) == (first.run_id, layer_runs(first))
     run = client.get_run(second.run_id)
     assert (run.info.status, run.data.tags["simmatch.attempts"]) == ("RUNNING", "2")
     assert run.data.params == {"seed": "1", "extra": "3"}
     assert [problem for problem in second.problems if "seed" in problem] == second.problems != []
-    assert [row[0] for row in history(client, second.layer_run_ids[0], "objective")] == [1, 2]
+    assert [row[0] for row in history(client, layer_runs(second)[0], "objective")] == [1, 2]
 
 
 def test_a_run_that_ends_twice_with_the_same_weights_has_one_model(store: Path, tmp_path: Path, client: Any) -> None:
@@ -664,7 +687,7 @@ def test_lines_that_are_no_events_are_noted_and_passed_over(store: Path, tmp_pat
     again.metrics(2, {"good": 2.0})
     again.finish("FINISHED")
     assert again.close() == 0
-    assert again._sender.rejected == len(strange)
+    assert again._sender.delivery.rejected == len(strange)
     run = client.get_run(again.run_id)
     assert (run.info.status, [row[0] for row in history(client, again.run_id, "good")]) == ("FINISHED", [1, 2])
 
@@ -684,13 +707,13 @@ def test_nothing_is_passed_over_while_the_run_is_deleted(
     what: str, store: Path, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told, kept, and sent once the run is back."""
-    monkeypatch.setattr(cluster.notices, "TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(cluster.tracking.notices, "REPORT_AFTER_S", 0.0)
     monkeypatch.setattr(cluster.tracking.sender, "BACKOFF_FIRST_S", 0.02)
     lines: list[str] = []
     tracker = Tracker(tmp_path / "run", config_of(store, f"without {what}"))
     tracker.announce_to(lines.append)
     tracker.start("run", layers=1)
-    wait_until(lambda: tracker._sender.pending() == 0)
+    wait_until(lambda: tracker._sender.delivery.pending() == 0)
     run = client.get_run(tracker.run_id)
     delete = {"run": client.delete_run, "experiment": client.delete_experiment}
     restore = {"run": client.restore_run, "experiment": client.restore_experiment}
@@ -698,7 +721,7 @@ def test_nothing_is_passed_over_while_the_run_is_deleted(
     delete[what](which)
     tracker.metrics(1, {"good": 1.0})
     wait_until(lambda: lines)
-    assert (tracker._sender.pending(), tracker._sender.rejected) == (1, 0)
+    assert (tracker._sender.delivery.pending(), tracker._sender.delivery.rejected) == (1, 0)
     restore[what](which)
     assert (tracker.close(), tracker.problems) == (0, [])
     assert client.get_run(tracker.run_id).data.metrics == {"good": 1.0}
@@ -716,12 +739,12 @@ def test_a_locked_database_is_told(
     tracker = Tracker(tmp_path / "run", config_of(store, "locked"))
     tracker.announce_to(lines.append)
     tracker.start("run", layers=1)
-    wait_until(lambda: tracker._sender.pending() == 0)
+    wait_until(lambda: tracker._sender.delivery.pending() == 0)
     with closing(sqlite3.connect(store / "mlflow.db")) as other:
         other.execute("begin exclusive")
         tracker.metrics(1, {"good": 1.0})
         wait_until(lambda: lines, limit_s=60.0)
-        assert "database is locked; the job goes on" in lines[0]
+        assert "database is locked; the job continues" in lines[0]
     assert (tracker.close(), tracker.problems) == (0, [])
     assert lines[1:] == [f"MLflow at {tracker.uri} takes records again"]
     assert "locked" not in "".join(capfd.readouterr())
@@ -744,8 +767,8 @@ def test_runs_the_server_does_not_know_are_looked_for_again(store: Path, tmp_pat
     tracker.start("run", layers=0)
     tracker.metrics(1, {"accuracy": 0.5})
     assert tracker.close() == 0
-    progress = Progress.load(tmp_path / "run" / "events.offset", redact(tracker.uri), sys.maxsize)
-    stale = Progress(progress.destination, progress.offset, {"parent": "0" * 32})
+    progress = SendProgress.load(tmp_path / "run" / "events.offset", redact(tracker.uri), sys.maxsize)
+    stale = SendProgress(progress.destination, progress.offset, {"parent": "0" * 32})
     stale.save(tmp_path / "run" / "events.offset")
     again = Tracker(tmp_path / "run", config)
     again.start("run", layers=0)

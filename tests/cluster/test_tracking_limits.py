@@ -22,8 +22,10 @@ import pytest
 import cluster.tracking.spool
 import cluster.tracking.spool_writer
 from cluster.tracking.config import TrackingConfig
+from cluster.tracking.delivery import Delivery, SendProgress
+from cluster.tracking.events import Event, MetricsEvent, StartEvent, TagsEvent, Unreadable
 from cluster.tracking.sender import MOST_STALLED, Sender
-from cluster.tracking.spool import Event, Progress, Spool
+from cluster.tracking.spool import Spool
 from cluster.tracking.spool_writer import LOST_TAG
 from cluster.tracking.tracker import Tracker
 from tests.outages import Outage, Proxy
@@ -132,8 +134,12 @@ def test_a_slow_disk_costs_the_controller_nothing(tmp_path: Path, monkeypatch: p
         tracker.metrics(step, {"objective": 1.0})
     assert 0 < tracker.seconds - before < 0.2
     tracker.close()
-    steps = [event.get("step") for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()]
-    assert steps == [None, 0, 1, 2]
+    events = [event for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()]
+    assert [step_of(event) for event in events] == [None, 0, 1, 2]
+
+
+def step_of(event: Event | Unreadable) -> int | None:
+    return event.step if isinstance(event, MetricsEvent) else None
 
 
 class Stuck:
@@ -154,7 +160,7 @@ class Stuck:
 def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records wait in memory, so many at most; a person is told once; when it answers again all is in order."""
     monkeypatch.setattr(cluster.tracking.spool_writer, "KEPT_EVENTS", 10)
-    monkeypatch.setattr(cluster.tracking.spool_writer, "TELL_AFTER_S", 0.1)
+    monkeypatch.setattr(cluster.tracking.spool_writer, "REPORT_AFTER_S", 0.1)
     told: list[str] = []
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False, timeout_s=0.2))
     tracker.start("run", layers=1)
@@ -168,7 +174,7 @@ def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest
         tracker.metrics(step, {"objective": 1.0})
     assert tracker.seconds - before < 0.2
     assert tracker.lost == 20
-    assert told == [f"{tmp_path / 'run'} takes no records: it does not answer; the job goes on, 10 at most are kept"]
+    assert told == [f"{tmp_path / 'run'} takes no records: it does not answer; the job continues and keeps at most 10"]
     started = time.monotonic()
     assert not tracker.flush(0.2)
     assert time.monotonic() - started < 5
@@ -176,8 +182,9 @@ def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest
     assert tracker.flush(20)
     tracker.close()
     events = [event for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()]
-    assert [event.get("step") for event in events] == [None, 0, *range(21, 31), None]
-    assert events[-1]["values"] == {LOST_TAG: 20}
+    assert [step_of(event) for event in events] == [None, 0, *range(21, 31), None]
+    assert isinstance(events[-1], TagsEvent)
+    assert events[-1].values == {LOST_TAG: 20}
     assert told[1:] == ["events.jsonl is written again, without 20 records"]
 
 
@@ -192,9 +199,7 @@ def test_a_folder_that_hangs_to_the_end_is_left(tmp_path: Path, monkeypatch: pyt
     assert tracker.close() == 0
     assert time.monotonic() - started < 5
     assert tracker.lost == 3
-    assert tracker.problems == [
-        "3 records are lost, events.jsonl could not be written: nothing was written within 0.2 s"
-    ]
+    assert tracker.problems == ["3 records lost, events.jsonl could not be written: nothing was written within 0.2 s"]
     stuck.let_go.set()
     assert tracker._writer._thread is not None
     tracker._writer._thread.join(20)
@@ -206,14 +211,14 @@ def test_nothing_is_sent_that_is_not_on_the_disk(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Spool, "sync", lambda spool: 0)
     sink, tracker = StuckSink(stuck=0), Tracker(tmp_path / "run", TrackingConfig(enabled=False))
     tracker.start("run", layers=1)
-    sender = Sender(tracker._spool, tmp_path / "x", "here", sink.opened, safe_bytes=tracker._safe_bytes)
+    sender = Sender(Delivery(tracker._spool, tmp_path / "x", "here", safe_bytes=tracker._safe_bytes), sink.opened)
     sender.close(5.0)
     sender.run()
-    assert (sink.got, sender.pending()) == ([], 1)
+    assert (sink.got, sender.delivery.pending()) == ([], 1)
     monkeypatch.undo()
     tracker.flush(20)
     sender.run()
-    assert (len(sink.got), sender.pending()) == (1, 0)
+    assert (len(sink.got), sender.delivery.pending()) == (1, 0)
     tracker.close()
 
 
@@ -224,13 +229,13 @@ def test_what_another_machine_would_not_find_is_held(tmp_path: Path) -> None:
     start_bytes = tracker._spool.size_bytes()
     tracker.metrics(1, {"objective": 1.0})
     tracker.flush(20)
-    sender = Sender(tracker._spool, tmp_path / "x", "here", sink.opened, safe_bytes=tracker._safe_bytes)
+    sender = Sender(Delivery(tracker._spool, tmp_path / "x", "here", safe_bytes=tracker._safe_bytes), sink.opened)
     for released, kinds in ((0, []), (start_bytes, ["start"]), (tracker._spool.size_bytes(), ["start", "metrics"])):
         tracker.release(released)
         sender.close(5.0)
         sender.run()
-        assert [event["kind"] for event in sink.got] == kinds
-        assert sender.pending() == 2 - len(kinds)
+        assert [event.kind for event in sink.got] == kinds
+        assert sender.delivery.pending() == 2 - len(kinds)
     tracker.close()
 
 
@@ -286,9 +291,9 @@ class StuckSink:
         self.stuck = stuck
         self.attempts = 0
         self.let_go = threading.Event()
-        self.got: list[Event] = []
+        self.got: list[Event | Unreadable] = []
 
-    def connect(self, start: Event, runs: dict[str, str]) -> dict[str, str]:
+    def connect(self, start: Event | Unreadable, runs: dict[str, str]) -> dict[str, str]:
         return {"parent": "id"}
 
     def send(self, events: Any) -> None:
@@ -302,40 +307,47 @@ class StuckSink:
         yield self
 
 
+def numbered(number: int) -> Event:
+    """An event whose time is this number."""
+    return StartEvent(
+        time_ms=number, run_key="0", attempt=1, name="run", experiment="simmatch", layers=0, uri="here", tags={}
+    )
+
+
 @pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Spool]:
     spool = Spool(tmp_path / "events.jsonl").open()
     for number in range(3):
-        spool.append({"kind": "start", "number": number})
+        spool.append(numbered(number))
     yield spool
     spool.close()
 
 
 def test_a_request_that_never_ends_is_given_up(spool: Spool) -> None:
     sink = StuckSink(stuck=1)
-    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened, stalled_s=0.2)
+    sender = Sender(Delivery(spool, spool.path.with_suffix(".offset"), "here"), sink.opened, stalled_s=0.2)
     sender.close(60.0)
     sender.run()
-    assert (sender.pending(), sender.sent, sink.attempts) == (0, 3, 2)
-    spool.append({"kind": "later", "number": 3})
+    assert (sender.delivery.pending(), sender.delivery.sent, sink.attempts) == (0, 3, 2)
+    spool.append(numbered(3))
     progress = spool.path.with_suffix(".offset").read_bytes()
     sink.let_go.set()  # the first attempt wakes up, with its old batch
     [stuck] = sender._stalled
     stuck.join(30)
     assert len(sink.got) == 6
-    assert (sender.sent, sender.pending()) == (3, 1)
+    assert (sender.delivery.sent, sender.delivery.pending()) == (3, 1)
     assert spool.path.with_suffix(".offset").read_bytes() == progress
 
 
 def test_few_threads_hang_at_a_time(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.tracking.sender.BACKOFF_FIRST_S", 0.01)
     sink = StuckSink(stuck=1000)
-    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened, stalled_s=0.04)
+    sender = Sender(Delivery(spool, spool.path.with_suffix(".offset"), "here"), sink.opened, stalled_s=0.04)
     sender.close(2.0)
     sender.run()
     assert sink.attempts == MOST_STALLED
     assert sender.last_error == "TimeoutError: no whole answer within 0.04 s"
-    assert sender.pending() == 3
+    assert sender.delivery.pending() == 3
     sink.let_go.set()
 
 
@@ -354,7 +366,7 @@ def full_disk(path: Path, room_bytes: int = 10) -> Iterator[None]:
 
 
 def numbers(spool: Spool) -> list[int]:
-    return [event["number"] for event, _ in spool.read()]
+    return [event.time_ms for event, _ in spool.read()]
 
 
 def test_an_append_that_failed_leaves_nothing(spool: Spool) -> None:
@@ -362,10 +374,10 @@ def test_an_append_that_failed_leaves_nothing(spool: Spool) -> None:
     with full_disk(spool.path):
         for _ in range(2):
             with pytest.raises(OSError, match=rf"\[Errno {errno.EFBIG}\]"):
-                spool.append({"kind": "metrics", "number": 3})
+                spool.append(numbered(3))
         assert spool.size_bytes() > size, "the system took nothing: the test shows nothing"
         assert numbers(spool) == [0, 1, 2]
-    spool.append({"kind": "metrics", "number": 4})
+    spool.append(numbered(4))
     assert numbers(spool) == [0, 1, 2, 4]
     assert spool.path.read_bytes().count(b"\n") == 4
 
@@ -380,13 +392,13 @@ def test_a_full_disk_costs_nothing_when_it_passes(tmp_path: Path) -> None:
         tracker.metrics(1, {"objective": 1.0})
         tracker.params({"seed": 1})
         assert not tracker.flush(20)
-        assert [problem.partition(":")[0] for problem in tracker.problems] == ["2 records wait in memory, events.jsonl"]
+        assert [problem.partition(":")[0] for problem in tracker.problems] == ["2 records in memory, events.jsonl"]
     tracker.metrics(2, {"objective": 2.0})
     assert tracker.flush(20)
     assert (tracker.problems, tracker.lost) == ([], 0)
     tracker.finish("FINISHED")
     tracker.close()
-    kinds = [(event["kind"], event.get("step")) for event, _ in Spool(path).read()]
+    kinds = [(event.kind, step_of(event)) for event, _ in Spool(path).read()]
     assert kinds == [
         ("start", None), ("metrics", 0), ("metrics", 1), ("params", None), ("metrics", 2), ("finish", None),
     ]  # fmt: skip
@@ -405,14 +417,15 @@ def test_a_disk_full_for_long_costs_the_oldest_metrics(tmp_path: Path, monkeypat
     tracker.tags({"restarts": "1"})
     assert tracker.flush(20)
     assert tracker.lost == 23  # of 33 records 10 were kept
-    assert tracker.problems[0].startswith("23 records are lost, events.jsonl could not be written: ")
+    assert tracker.problems[0].startswith("23 records lost, events.jsonl could not be written: ")
     tracker.close()
     events = [event for event, _ in Spool(path).read()]
-    assert [event["step"] for event in events if event["kind"] == "metrics"] == list(range(23, 30))
-    assert [event["kind"] for event in events if event["kind"] != "metrics"] == [
+    assert [event.step for event in events if isinstance(event, MetricsEvent)] == list(range(23, 30))
+    assert [event.kind for event in events if event.kind != "metrics"] == [
         "start", "params", "finish", "tags", "tags"
     ]  # fmt: skip
-    assert events[-1]["values"] == {LOST_TAG: 23}
+    assert isinstance(events[-1], TagsEvent)
+    assert events[-1].values == {LOST_TAG: 23}
 
 
 def test_a_disk_full_to_the_end_is_told(tmp_path: Path) -> None:
@@ -423,8 +436,8 @@ def test_a_disk_full_to_the_end_is_told(tmp_path: Path) -> None:
         tracker.finish("FINISHED")
         tracker.close()
     assert tracker.lost == 2
-    assert tracker.problems[0].startswith("2 records are lost")
-    assert [event["kind"] for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()] == ["start"]
+    assert tracker.problems[0].startswith("2 records lost")
+    assert [event.kind for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()] == ["start"]
 
 
 def test_a_run_that_cannot_begin_its_record_does_not_begin(tmp_path: Path) -> None:
@@ -437,13 +450,16 @@ def test_a_run_that_cannot_begin_its_record_does_not_begin(tmp_path: Path) -> No
 
 
 def test_sending_goes_on_where_its_progress_cannot_be_kept(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Progress, path: Path) -> None:
+    def full(self: SendProgress, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Progress, "save", full)
+    monkeypatch.setattr(SendProgress, "save", full)
     sink = StuckSink(stuck=0)
-    sender = Sender(spool, spool.path.with_suffix(".offset"), "here", sink.opened)
+    sender = Sender(Delivery(spool, spool.path.with_suffix(".offset"), "here"), sink.opened)
     sender.close(60.0)
     sender.run()
-    assert [event["number"] for event in sink.got] == [0, 1, 2]
-    assert (sender.pending(), sender.notes) == (0, ["events.offset: [Errno 28] No space left on device"])
+    assert [event.time_ms for event in sink.got] == [0, 1, 2]
+    assert (sender.delivery.pending(), sender.delivery.notes) == (
+        0,
+        ["events.offset: [Errno 28] No space left on device"],
+    )

@@ -31,16 +31,18 @@ from cluster.checkpoints.reader import Reader
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.summary import RunRecord
 from cluster.tracking.config import TrackingConfig
-from cluster.tracking.events import MOST_LAYERS, checked, open_inside
+from cluster.tracking.delivery import RejectedError, SendProgress
+from cluster.tracking.events import MOST_LAYERS, event_of, open_inside, parse_event
 from cluster.tracking.mlflow_sink import MlflowSink, _folder_name
-from cluster.tracking.sender import RejectedError
-from cluster.tracking.spool import LONGEST_LINE_BYTES, Event, Progress, Spool
+from cluster.tracking.spool import LONGEST_LINE_BYTES, Spool
 from cluster.tracking.tracker import Tracker
 from simmatch.config import ConfigError
 from simmatch.files import PARTIAL, write_whole
 from simmatch.sharding.rows import Rows
 
-START = {
+Values = dict[str, Any]
+
+START: Values = {
     "kind": "start", "time_ms": 1, "run_key": "0" * 32, "attempt": 1, "name": "run", "experiment": "simmatch",
     "layers": 1, "uri": "http://127.0.0.1:1", "tags": {},
 }  # fmt: skip
@@ -66,17 +68,17 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("event", "changes", "expected"),
     [
-        (ARTIFACT, {"name": "/etc/cron.d/x"}, "name: expected a place in the run directory, got '/etc/cron.d/x'"),
-        (ARTIFACT, {"name": "../x"}, "name: expected a place in the run directory, got '../x'"),
+        (ARTIFACT, {"name": "/etc/cron.d/x"}, "name: expected a path in the run directory, got '/etc/cron.d/x'"),
+        (ARTIFACT, {"name": "../x"}, "name: expected a path in the run directory, got '../x'"),
         (ARTIFACT, {"name": "a/b"}, "name: expected a plain name, got 'a/b'"),
         (ARTIFACT, {"name": "x" * 256}, "name: expected a plain name, got 'xxx"),
         (ARTIFACT, {"name": None}, "name: expected"),
-        (ARTIFACT, {"path": "/etc/passwd"}, "path: expected a place in the run directory, got '/etc/passwd'"),
-        (ARTIFACT, {"path": "file:///etc/passwd"}, "path: expected a place in the run directory, got 'file:///etc"),
-        (ARTIFACT, {"path": "a/../../x"}, "path: expected a place in the run directory"),
-        (ARTIFACT, {"path": "a\0b"}, "path: expected a place in the run directory"),
-        (ARTIFACT, {"folder": "../up"}, "folder: expected a place in the run directory"),
-        (MODEL, {"path": "/srv/model"}, "path: expected a place in the run directory"),
+        (ARTIFACT, {"path": "/etc/passwd"}, "path: expected a path in the run directory, got '/etc/passwd'"),
+        (ARTIFACT, {"path": "file:///etc/passwd"}, "path: expected a path in the run directory, got 'file:///etc"),
+        (ARTIFACT, {"path": "a/../../x"}, "path: expected a path in the run directory"),
+        (ARTIFACT, {"path": "a\0b"}, "path: expected a path in the run directory"),
+        (ARTIFACT, {"folder": "../up"}, "folder: expected a path in the run directory"),
+        (MODEL, {"path": "/srv/model"}, "path: expected a path in the run directory"),
         (MODEL, {"input_shape": [10**6, 10**6, 10**6]}, "input_shape: expected an image of at most"),
         (MODEL, {"input_shape": [1, 2]}, "input_shape: expected"),
         (START, {"run_key": "x' OR ''='"}, "run_key: expected text that matches"),
@@ -93,16 +95,16 @@ def run_dir(tmp_path: Path) -> Path:
         (METRICS, {"kind": ["start"]}, "kind: expected one of start, params"),
     ],
 )
-def test_an_event_that_is_not_of_its_kind_is_one_line(event: Event, changes: Event, expected: str) -> None:
-    assert checked(event)["kind"] == event["kind"]
+def test_an_event_that_is_not_of_its_kind_is_one_line(event: Values, changes: Values, expected: str) -> None:
+    assert parse_event(event).kind == event["kind"]
     with pytest.raises(ConfigError) as caught:
-        checked(event | changes)
+        parse_event(event | changes)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_what_later_versions_add_is_left_out() -> None:
-    assert checked(METRICS | {"more": [1]}) == METRICS
+    assert parse_event(METRICS | {"more": [1]}).model_dump() == METRICS
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def sink_of(run_dir: Path) -> tuple[MlflowSink, Mock, Mock]:
     client, log_model = Mock(), Mock()
     client.get_run.return_value = SimpleNamespace(info=SimpleNamespace(run_id="id"))
     sink = MlflowSink(client, run_dir, None, log_model)
-    sink.connect(START, {"parent": "id", "0": "id-0"})
+    sink.connect(parse_event(START), {"parent": "id", "0": "id-0"})
     return sink, client, log_model
 
 
@@ -154,15 +156,15 @@ def sink_of(run_dir: Path) -> tuple[MlflowSink, Mock, Mock]:
         {"folder": "../../x"},
     ],
 )
-def test_an_artifact_is_neither_read_nor_written_elsewhere(run_dir: Path, tmp_path: Path, changes: Event) -> None:
+def test_an_artifact_is_neither_read_nor_written_elsewhere(run_dir: Path, tmp_path: Path, changes: Values) -> None:
     (run_dir / "link").symlink_to(tmp_path / "secret")
     target = str(tmp_path / "written")
     changes = {key: value.replace("TARGET", target) for key, value in changes.items()}
     sink, client, _ = sink_of(run_dir)
-    sink.send([ARTIFACT])
+    sink.send([parse_event(ARTIFACT)])
     assert client.log_artifact.call_count == 1
     with pytest.raises(RejectedError):
-        sink.send([ARTIFACT | changes])
+        sink.send([event_of(json.dumps(ARTIFACT | changes).encode())])
     assert client.log_artifact.call_count == 1
     assert not (tmp_path / "written").exists()
 
@@ -180,7 +182,7 @@ def test_a_model_is_not_loaded_from_elsewhere(run_dir: Path, tmp_path: Path, lin
         (run_dir / "model").mkdir()
         (run_dir / linked).symlink_to(other / Path(linked).name)
     with pytest.raises(RejectedError, match="leads through a link"):
-        sink.send([MODEL])
+        sink.send([parse_event(MODEL)])
     log_model.assert_not_called()
 
 
@@ -219,9 +221,9 @@ def test_a_line_longer_than_any_of_ours_is_passed_over(tmp_path: Path) -> None:
     lines = [b'{"kind":"a"}', b'{"x":"' + b"y" * (2 * LONGEST_LINE_BYTES) + b'"}', b'{"kind":"b"}']
     (tmp_path / "events.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     found = list(Spool(tmp_path / "events.jsonl").read())
-    assert [event["kind"] for event, _ in found] == ["a", "unreadable", "b"]
+    assert [event.kind for event, _ in found] == ["a", "unreadable", "b"]
     assert found[-1][1] == (tmp_path / "events.jsonl").stat().st_size
-    assert [event["kind"] for event, _ in Spool(tmp_path / "events.jsonl").read(found[1][1])] == ["b"]
+    assert [event.kind for event, _ in Spool(tmp_path / "events.jsonl").read(found[1][1])] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_a_line_longer_than_any_of_ours_is_passed_over(tmp_path: Path) -> None:
 )
 def test_an_offset_of_other_types_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "events.offset").write_text(content)
-    assert Progress.load(tmp_path / "events.offset", "here", 100) == Progress("here")
+    assert SendProgress.load(tmp_path / "events.offset", "here", 100) == SendProgress("here")
 
 
 def test_records_that_are_none_are_not_taken_over(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_records_that_are_none_are_not_taken_over(tmp_path: Path) -> None:
         ({"rate": 1e9}, {}),
     ],
 )
-def test_a_manifest_that_names_something_else(tmp_path: Path, changes: Event, shard: Event) -> None:
+def test_a_manifest_that_names_something_else(tmp_path: Path, changes: Values, shard: Values) -> None:
     """Its digest is right: whoever writes it can compute that."""
     folder = tmp_path / "checkpoints" / "step-00000004"
     written = write_shard(folder, 0, 1, {"w": torch.arange(6.0)}, {"w": Rows.all(6)})

@@ -11,7 +11,8 @@ import yaml
 
 from cluster.config import RunConfig, public
 from cluster.storage import AnyPath, StorageError, locate, read, write_whole
-from cluster.tracking.spool import PROGRESS_NAME, SPOOL_NAME, Spool, SpoolBusyError
+from cluster.tracking.delivery import PROGRESS_NAME
+from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from jobs.mirror import Mirror
 from jobs.run_directory import choose
 from simmatch.config import ConfigError

@@ -11,8 +11,9 @@ import pytest
 
 import jobs.sync
 from cluster.tracking.config import TrackingConfig
+from cluster.tracking.mlflow_sink import make_sender
 from cluster.tracking.spool import Spool
-from cluster.tracking.tracker import Tracker, make_sender
+from cluster.tracking.tracker import Tracker
 from jobs.sync import main
 from tests.outages import Outage, Proxy
 

@@ -1,4 +1,4 @@
-"""What a person hears of tracking while a job runs: once per reason that MLflow takes no records, and when it does."""
+"""Messages to the user about tracking while a job runs: one for each reason of a failure, and one when it is over."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-TELL_AFTER_S = 10.0
-"""A failure that lasts shorter is not told: the next attempt is on its way."""
+REPORT_AFTER_S = 10.0
+"""A shorter failure is not reported: the next attempt follows."""
 SILENCE_S = 30.0
-"""A request without an answer for so long is told of as a failure."""
+"""A request without an answer for so long is reported as a failure."""
 
 # what differs from one failure to the next of the same reason: requests, ids, addresses
 _PASSING = re.compile(r"/\S*|\b(?:0x)?[0-9a-f]{8,}\b")
@@ -37,7 +37,7 @@ class Notices:
         self._refusals: set[str] = set()
 
     def listen(self, tell: Callable[[str], None]) -> None:
-        """From here on `tell` gets each line, and at once those that nobody has heard yet."""
+        """From here on `tell` is called with each line, and at once with those that nobody has heard yet."""
         with self._lock:
             self._tell = tell
             waiting, self._waiting = self._waiting, []
@@ -50,8 +50,8 @@ class Notices:
             now = self._clock()
             if self._failing_since is None:
                 self._failing_since = now
-            if now - self._failing_since >= TELL_AFTER_S and _new(reason, self._failures):
-                self._say(f"MLflow at {self._destination} takes no records: {reason}; the job goes on, they are kept")
+            if now - self._failing_since >= REPORT_AFTER_S and _new(reason, self._failures):
+                self._say(f"MLflow at {self._destination} takes no records: {reason}; the job continues, they are kept")
 
     def working(self) -> None:
         """Something was sent."""
@@ -62,7 +62,7 @@ class Notices:
                 self._say(f"MLflow at {self._destination} takes records again")
 
     def refused(self, notes: Iterable[str]) -> None:
-        """Records will never be in MLflow, and why."""
+        """Events will never be in MLflow; `notes` say why."""
         with self._lock:
             for note in notes:
                 if _new(note, self._refusals):
@@ -72,7 +72,7 @@ class Notices:
         if self._tell is None:
             self._waiting.append(line)
             return
-        with suppress(OSError, ValueError):  # a terminal that is gone, or cannot show it, is no reason to send nothing
+        with suppress(OSError, ValueError):  # a terminal that is gone, or cannot show the line, does not stop sending
             self._tell(line)
 
 
