@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.benchmarks.limits import measure_gemm, measure_memory
+from jobs.benchmarks.efficiency import measure_gemm, measure_memory
 from jobs.benchmarks.problems import Problem, Recipe, error, trained_problem
 from jobs.benchmarks.rivals import RESIDUALS, measure_rivals
 from jobs.benchmarks.timing import alternate
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DynamicsPlan:
     """What one call measures."""
 
     channels: Sequence[int]
@@ -62,7 +62,7 @@ class Plan:
     data: str
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Plan:
+    def of(cls, options: argparse.Namespace) -> DynamicsPlan:
         """Sizes from the options.
 
         150 updates either way: the condition of M settles within 100 to 150 of them, whatever their size (K = 64,
@@ -94,14 +94,14 @@ class Plan:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    plan = Plan.of(options)
+    plan = DynamicsPlan.of(options)
     dataset = load_dataset(DataConfig(name=plan.data))
     problems = _problems(plan, dataset, report)
     for name in options.parts:
         PARTS[name](plan, problems, dataset, report)
 
 
-def _problems(plan: Plan, dataset: Dataset, report: Report) -> list[Problem]:
+def _problems(plan: DynamicsPlan, dataset: Dataset, report: Report) -> list[Problem]:
     problems: list[Problem] = []
     with report.progress(len(plan.channels)) as step:
         for channels in plan.channels:
@@ -135,7 +135,7 @@ def configuration(solver: str, residual: float, problem: Problem) -> DynamicsCon
 
 
 def iterations_per_column(solver: Dynamics, problem: Problem) -> Tensor:
-    """Iterations of each of the first columns, found by solving each alone: none depends on its batch mates."""
+    """Iterations of each of the first columns, solved one by one: none depends on the other columns of its batch."""
     counts = []
     for column in range(min(SAMPLED_COLUMNS, problem.drive.shape[1])):
         drive = problem.drive[:, column : column + 1].contiguous()
@@ -143,7 +143,7 @@ def iterations_per_column(solver: Dynamics, problem: Problem) -> Tensor:
     return torch.tensor(counts, dtype=torch.float64)
 
 
-def measure_solvers(problems: list[Problem], plan: Plan, report: Report) -> None:
+def measure_solvers(problems: list[Problem], plan: DynamicsPlan, report: Report) -> None:
     """Every solver on every problem: iterations, columns/s, verified residual and error."""
     rows: list[Row] = []
     with report.progress(len(problems) * (len(RESIDUALS) + 1)) as step:
@@ -152,10 +152,10 @@ def measure_solvers(problems: list[Problem], plan: Plan, report: Report) -> None
             exact = problem.first(plan.exact_columns).exact()
             for residual in RESIDUALS:
                 step(f"K = {problem.channels}: {len(solver_names())} solvers to {residual:g}")
-                found = compare_solvers(problem, exact, residual, plan.rounds)
-                for row in found:
+                compared = compare_solvers(problem, exact, residual, plan.rounds)
+                for row in compared:
                     report.row(kind="solver", **row)
-                rows += found
+                rows += compared
     columns = {
         "K": "channels", "solver": "solver", "residual": "tolerance", "reached": "residual", "error": "error",
         "iterations": "num_iters", "mean": "iterations_mean", "of reference": "iterations_ratio",
@@ -230,15 +230,15 @@ def _slopes(rows: list[Row], report: Report) -> None:
             seconds = [1.0 / row["columns_per_second"] for row in chosen]
             counts = [float(row["iterations_mean"]) for row in chosen]
             each = [taken / count for taken, count in zip(seconds, counts, strict=True)]
-            found = {
+            exponents = {
                 "solver": name,
                 "tolerance": residual,
                 "slope": slope(sizes, seconds),
                 "slope_iterations": slope(sizes, counts),
                 "slope_iteration_seconds": slope(sizes, each),
             }
-            report.row(kind="slope", channels=sizes, **found)
-            table.append(list(found.values()))
+            report.row(kind="slope", channels=sizes, **exponents)
+            table.append(list(exponents.values()))
     report.table(
         "Growth with K: exponent of time per column = of iterations + of time per iteration and column",
         ["solver", "residual", "time per column", "iterations", "time per iteration"],
@@ -267,7 +267,7 @@ def _draw_solvers(rows: list[Row], report: Report) -> None:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
 
 
-PARTS: dict[str, Callable[[Plan, list[Problem], Dataset, Report], None]] = {
+PARTS: dict[str, Callable[[DynamicsPlan, list[Problem], Dataset, Report], None]] = {
     "solvers": lambda plan, problems, _, report: measure_solvers(problems, plan, report),
     "gemm": lambda plan, problems, _, report: measure_gemm(problems, plan.rounds, plan.gemm_round_s, report),
     "rivals": lambda plan, problems, _, report: measure_rivals(problems, plan.rival_columns, plan.rounds, report),

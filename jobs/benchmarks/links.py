@@ -4,7 +4,7 @@
 
 Each end sends through a token bucket (`tc … tbf`), so both directions are limited on their own, as on a real link.
 Needs root and Debian's package iproute2. Nothing is ever made outside of the two namespaces, and removing them removes
-everything.
+everything. What the link carries is measured by a plain TCP transfer, and by the shortest exchange.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from jobs.benchmarks.processes import Host
+import torch
+
+from jobs.benchmarks.processes import Host, Member, RankGroup
 from jobs.reporting import MissingError
 
 INTERFACE = "link0"
@@ -48,7 +52,7 @@ class Link:
     Attributes
     ----------
     namespaces: their names, unique on this machine.
-    hosts: where the ranks of a `Group` run.
+    hosts: where the ranks of a `RankGroup` run.
 
     Raises
     ------
@@ -129,7 +133,7 @@ def _remove(name: str) -> None:
 
 
 @contextmanager
-def ended_by_signal() -> Iterator[None]:
+def exits_on_sigterm() -> Iterator[None]:
     """SIGTERM ends this block as an exception, so that what it made is removed: by default it would be left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
@@ -143,3 +147,64 @@ def ended_by_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# -- what the link carries ---------------------------------------------------------------------------------------------
+
+
+def measure_link(group: RankGroup, num_bytes: int, *, repeats: int = 20) -> tuple[list[float], float]:
+    """What the link under a group of two carries.
+
+    Returns
+    -------
+    Bits per second of a plain TCP transfer of so many bytes, from rank 0 and from rank 1; and the seconds of an
+    exchange of one value, the least of `repeats`.
+    """
+    addresses = [host.address for host in group.hosts]
+    rates = []
+    for sender in range(2):
+        answers = group.ask(transfer, sender, addresses[1 - sender], num_bytes)
+        rates.append(next(rate for rate in answers if rate is not None))
+    return rates, max(group.ask(exchange_seconds, repeats))
+
+
+def transfer(member: Member, sender: int, address: str, num_bytes: int) -> float | None:
+    """One rank sends, the other listens at its address and returns the bits per second that came."""
+    port = torch.zeros(2, 1, dtype=torch.int64)
+    if member.exchange.rank == sender:
+        member.exchange.all_gather(port).wait()
+        with socket.create_connection((address, int(port[1 - sender]))) as connection:
+            connection.sendall(memoryview(bytearray(num_bytes)))
+            connection.recv(1)  # stays until all has come
+        return None
+    with socket.create_server((address, 0)) as listener:
+        port[member.exchange.rank] = listener.getsockname()[1]
+        member.exchange.all_gather(port).wait()
+        connection, _ = listener.accept()
+        with connection:
+            return _receive(connection, num_bytes)
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> float:
+    """Bits per second from the first byte on; what came with it is not counted."""
+    buffer = bytearray(1 << 18)
+    first = got = connection.recv_into(buffer)
+    start = time.perf_counter()
+    while got < num_bytes:
+        came = connection.recv_into(buffer)
+        if came == 0:
+            raise ConnectionError(f"expected {num_bytes} bytes, got {got}")
+        got += came
+    return (got - first) * 8 / (time.perf_counter() - start)
+
+
+def exchange_seconds(member: Member, repeats: int) -> float:
+    """Seconds of an exchange of one value."""
+    value = torch.zeros(member.exchange.world_size, 1)
+    return min(_timed(member, value) for _ in range(repeats))
+
+
+def _timed(member: Member, value: torch.Tensor) -> float:
+    start = time.perf_counter()
+    member.exchange.all_gather(value).wait()
+    return time.perf_counter() - start

@@ -19,11 +19,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from jobs.benchmarks.links import Link, ended_by_signal
-from jobs.benchmarks.processes import Group
-from jobs.benchmarks.scaling import listed, sample, trained
-from jobs.benchmarks.transfers import measure
-from jobs.benchmarks.updates import BASELINE, Compared, affordable, compare, hold, modes
+from jobs.benchmarks.links import Link, exits_on_sigterm, measure_link
+from jobs.benchmarks.processes import RankGroup
+from jobs.benchmarks.updates import (
+    BASELINE,
+    Comparison,
+    compare,
+    images_within,
+    joined,
+    keep_inputs,
+    modes,
+    sample,
+    trained,
+)
 from jobs.reporting import Report
 from simmatch.config import ConfigError, DynamicsConfig
 
@@ -46,10 +54,10 @@ TRANSFER_S, TRANSFER_BYTES = 0.5, 1 << 28
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark beside the common ones; `--threads` is per rank here, 1 by default."""
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
-    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help=f"default: {listed(CHANNELS)}")
-    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"images; default: {listed(BATCHES)}")
+    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help=f"default: {joined(CHANNELS)}")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"images; default: {joined(BATCHES)}")
     parser.add_argument(
-        "--rates", type=float, nargs="+", metavar="R", help=f"limits in Mbit/s, one run each (default: {listed(RATES)})"
+        "--rates", type=float, nargs="+", metavar="R", help=f"limits in Mbit/s, one run each (default: {joined(RATES)})"
     )
     parser.add_argument(
         "--delay", type=float, default=0.0, metavar="MS", help="one way, in milliseconds; needs netem (default: 0)"
@@ -65,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """A link as asked for and as found: nominal bits per second (None: unlimited), and what `measure` found."""
+class LinkSpeed:
+    """A link: nominal bits per second (None: unlimited), and what `measure_link` measured."""
 
     rate: float | None
     measured: list[float]
@@ -78,21 +86,21 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Result:
+class LinkResult:
     """All ways to make one update over one link: `batch` images were asked for, `images` measured."""
 
-    speed: Speed
+    speed: LinkSpeed
     channels: int
     batch: int
     images: int
     columns: int
-    compared: Compared
+    compared: Comparison
 
     def fields(self, way: str) -> dict[str, Any]:
         """A way's part of a row; `wire_s`: what the busier direction carries, in seconds at the nominal rate."""
-        found = self.compared.fields(way, PLAIN)
+        values = self.compared.fields(way, PLAIN)
         rate = self.speed.rate
-        return found | {"wire_s": None if rate is None else max(found["bytes_per_rank"]) * 8 / rate}
+        return values | {"wire_s": None if rate is None else max(values["bytes_per_rank"]) * 8 / rate}
 
     @property
     def best(self) -> str:
@@ -102,14 +110,14 @@ class Result:
 
 def ways(tolerance: float) -> dict[str, DynamicsConfig]:
     """The plain way first, then every other mode, and the short format of those that have one."""
-    found = modes(tolerance)
-    plain = found.pop(BASELINE).model_copy(update={"solver": "accelerated", "exchange_dtype": None})
+    others = modes(tolerance)
+    plain = others.pop(BASELINE).model_copy(update={"solver": "accelerated", "exchange_dtype": None})
     shorter = {
         f"{mode}, {SHORT}": config.model_copy(update={"exchange_dtype": SHORT})
-        for mode, config in {BASELINE: plain, **found}.items()
+        for mode, config in {BASELINE: plain, **others}.items()
         if mode in SHORTENED
     }
-    return {PLAIN: plain} | found | shorter
+    return {PLAIN: plain} | others | shorter
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
@@ -126,12 +134,12 @@ def run(options: argparse.Namespace, report: Report) -> None:
     channels, batches = _sizes(options)
     rates = [None, *(megabits * 1e6 for megabits in options.rates or RATES)]
     images = sample(options.data, max(batches), options.seed)
-    results: list[Result] = []
+    results: list[LinkResult] = []
     steps = len(channels) * (1 + len(rates) * len(batches))
     with (
-        ended_by_signal(),
+        exits_on_sigterm(),
         Link() as link,
-        Group(link.hosts, threads=options.threads or 1) as group,
+        RankGroup(link.hosts, threads=options.threads or 1) as group,
         report.progress(steps) as step,
     ):
         weights = {}
@@ -152,7 +160,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
             for count in channels:
                 for result in _measure(group, speed, weights[count], images, options, step):
                     results.append(result)
-                    _tell(result, options, report)
+                    _write_rows(result, options, report)
     _table(results, report)
     with report.figure("network", width=3.0 + 1.2 * len(ways(1e-2)), height=1.0 + 2.6 * len(results)) as figure:
         draw(figure, results)
@@ -168,7 +176,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, values in {"--channels": options.channels or [2], "--batches": options.batches or [1]}.items():
         least = 2 if name == "--channels" else 1
         if min(values) < least:
-            raise ConfigError(f"{name}: expected integers of at least {least}, got {listed(values)}")
+            raise ConfigError(f"{name}: expected integers of at least {least}, got {joined(values)}")
     if min(options.rates or RATES) < 1:
         raise ConfigError(f"--rates: expected at least 1 Mbit/s, got {min(options.rates):g}")
     if not 0 <= options.delay < 1e4:
@@ -178,25 +186,25 @@ def _check(options: argparse.Namespace) -> None:
     modes(options.tolerance)
 
 
-def _speed(group: Group, rate: float | None) -> Speed:
+def _speed(group: RankGroup, rate: float | None) -> LinkSpeed:
     size = TRANSFER_BYTES if rate is None else int(rate / 8 * TRANSFER_S)
-    return Speed(rate, *measure(group, size))
+    return LinkSpeed(rate, *measure_link(group, size))
 
 
 def _measure(
-    group: Group,
-    speed: Speed,
+    group: RankGroup,
+    speed: LinkSpeed,
     weights: dict[str, Tensor],
     images: Tensor,
     options: argparse.Namespace,
     step: Callable[[str], None],
-) -> Iterator[Result]:
+) -> Iterator[LinkResult]:
     """All batches of one width over one link. A batch that is cut to one already measured is left out."""
     channels, columns = len(weights["feedforward"]), images.shape[2] * images.shape[3]
-    group.ask(hold, weights, images)
+    group.ask(keep_inputs, weights, images)
     configs = ways(options.tolerance)
     limit_s = options.update_seconds or (QUICK_UPDATE_SECONDS if options.quick else UPDATE_SECONDS)
-    most = affordable(group, configs[PLAIN], seed=options.seed, limit_s=limit_s)
+    most = images_within(group, configs[PLAIN], seed=options.seed, limit_s=limit_s)
     before = 0
     for batch in _sizes(options)[1]:
         count = min(batch, most)
@@ -206,14 +214,14 @@ def _measure(
             continue
         before = count
         chosen = {way: (group, config) for way, config in configs.items()}
-        found = compare(chosen, batch=count, seed=options.seed, rounds=options.rounds, min_s=0.0)
-        yield Result(speed, channels, batch, count, count * columns, found)
+        comparison = compare(chosen, batch=count, seed=options.seed, rounds=options.rounds, min_s=0.0)
+        yield LinkResult(speed, channels, batch, count, count * columns, comparison)
 
 
-# ------------------------------------------------------------------------------------------- what is told
+# -- rows, tables, figures ---------------------------------------------------------------------------------------------
 
 
-def _tell(result: Result, options: argparse.Namespace, report: Report) -> None:
+def _write_rows(result: LinkResult, options: argparse.Namespace, report: Report) -> None:
     """A row for every way, and one for the best of them."""
     where = {
         "link": result.speed.name,
@@ -234,13 +242,13 @@ def _tell(result: Result, options: argparse.Namespace, report: Report) -> None:
     report.row(kind="best", **where, way=result.best, ratio=ratio, target=target, reached=reached)
 
 
-def _table(results: list[Result], report: Report) -> None:
+def _table(results: list[LinkResult], report: Report) -> None:
     for result in results:
         rows = []
         for way in result.compared.candidates:
-            found = result.fields(way)
+            values = result.fields(way)
             rows.append(
-                [way, *(found[name] for name in ("seconds", "wire_s", "ratio", "exchanges", "bytes", "waiting"))]
+                [way, *(values[name] for name in ("seconds", "wire_s", "ratio", "exchanges", "bytes", "waiting"))]
             )
         images = f"{result.images} images" + (f" (cut from {result.batch})" if result.images < result.batch else "")
         measured = " and ".join(f"{rate / 1e6:,.0f}" for rate in result.speed.measured)
@@ -248,7 +256,7 @@ def _table(results: list[Result], report: Report) -> None:
         report.table(title, ["way", "s/update", "s on the wire", "ratio", "exchanges", "bytes", "waiting"], rows)
 
 
-def draw(figure: Figure, results: list[Result]) -> None:
+def draw(figure: Figure, results: list[LinkResult]) -> None:
     """Seconds per update, a panel per link and batch; black marks: what the bytes alone take at the link's rate."""
     panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for axes, result in zip(panels, results, strict=True):
@@ -257,10 +265,10 @@ def draw(figure: Figure, results: list[Result]) -> None:
         places = np.arange(len(names))
         axes.bar(places, seconds, color="#9ecae1")
         for place, way, taken in zip(places, names, seconds, strict=True):
-            found = result.fields(way)
-            axes.text(place, taken, f"{found['ratio']:.2f}×", ha="center", va="bottom", fontsize=8)
-            if found["wire_s"] is not None:
-                axes.plot([place - 0.4, place + 0.4], [found["wire_s"]] * 2, color="black")
+            values = result.fields(way)
+            axes.text(place, taken, f"{values['ratio']:.2f}×", ha="center", va="bottom", fontsize=8)
+            if values["wire_s"] is not None:
+                axes.plot([place - 0.4, place + 0.4], [values["wire_s"]] * 2, color="black")
         axes.set_xticks(places, [way.replace(", ", "\n") for way in names], fontsize=8)
         axes.set_ylabel("seconds per update")
         axes.margins(y=0.15)

@@ -62,16 +62,16 @@ def run(options: argparse.Namespace, report: Report) -> None:
     short = () if options.config else SHORT
     config = options.config or str(CONFIGS / ("digits.yaml" if options.quick else "fashion_mnist.yaml"))
     assignments = [*(() if options.quick else short), f"checkpoint.every_steps={options.every}", *options.set]
-    found: dict[str, list[Shares]] = {OFF: [], HANGING: []}
+    by_way: dict[str, list[Shares]] = {OFF: [], HANGING: []}
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent, report.progress(2 * options.rounds) as step:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         ways = {OFF: ["tracking.enabled=false"], HANGING: [f"tracking.uri={uri}", "tracking.flush_s=0"]}
         for number in range(options.rounds):
             for way, more in ways.items():
                 step(f"round {number + 1}, {way}")
-                found[way].append(measure(config, [*assignments, *more]))
-                report.row(kind="run", way=way, round=number + 1, **vars(found[way][-1]))
-    _tell(report, found)
+                by_way[way].append(measure(config, [*assignments, *more]))
+                report.row(kind="run", way=way, round=number + 1, **vars(by_way[way][-1]))
+    _report_shares(report, by_way)
 
 
 def measure(config: str, assignments: list[str]) -> Shares:
@@ -100,14 +100,14 @@ def shares(run_dir: Path) -> Shares:
     return Shares(saving / seconds, summary["tracking_share"], images / seconds)
 
 
-def _tell(report: Report, found: dict[str, list[Shares]]) -> None:
+def _report_shares(report: Report, by_way: dict[str, list[Shares]]) -> None:
     rows: list[list[Any]] = []
     for name, target in TARGETS.items():
-        for way, each in found.items():
+        for way, each in by_way.items():
             spread = Spread.of([getattr(one, name) for one in each])
             report.row(kind="share", figure=name, way=way, target=target, **spread.fields(name))
             rows.append([name.replace("_", " "), way, *(f"{100 * v:.3f} %" for v in vars(spread).values()), target])
-    ratios = [b.images_per_second / a.images_per_second for a, b in zip(found[OFF], found[HANGING], strict=True)]
+    ratios = [b.images_per_second / a.images_per_second for a, b in zip(by_way[OFF], by_way[HANGING], strict=True)]
     spread = Spread.of(ratios)
     report.row(kind="speed", **spread.fields("speed_ratio"))
     rows.append(["images per second", f"{HANGING} / {OFF}", *(f"{value:.3f}" for value in vars(spread).values()), 1.0])

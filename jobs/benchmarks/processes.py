@@ -1,12 +1,12 @@
-"""Ranks as processes that stay alive, asleep until they are asked: several groups can take turns on one machine.
+"""Ranks as processes that stay alive and sleep between requests: several groups can take turns on one machine.
 
-A process is started once, possibly behind a command that places it elsewhere (`ip netns exec NAME`), meets the other
+A process is started once, possibly by a command that runs it elsewhere (`ip netns exec NAME`), meets the other
 ranks of its group by `cluster.collectives`, and then runs one program after another:
 
     program(member, *arguments) → answer
 
-While it is not asked it is blocked on a pipe and costs nothing. Programs are functions of a module that both sides
-import. A process whose pipe is closed ends, so none outlives the one that started it.
+Between requests it is blocked on a pipe and uses no CPU. Programs are functions of a module that both sides import. A
+process whose pipe is closed exits, so none outlives the one that started it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from cluster.collectives import connect_store, join_group, open_store
 from cluster.network import LOOPBACK, interface_of
 from simmatch.sharding.exchange import IDENTITY, Exchange
 
-LEAVE_S = 5.0
-"""How long a process that was told to leave may take before it is killed."""
+EXIT_S = 5.0
+"""How long a process may take to exit once its pipe is closed; then it is killed."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -54,8 +54,8 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Seat:
-    """What a process is told first: its place in the group, its threads and the longest wait for another rank."""
+class ProcessStart:
+    """The first message to a process: its rank in the group, its threads and the longest wait for another rank."""
 
     rank: int
     world_size: int
@@ -66,7 +66,7 @@ class Seat:
 
 @dataclass
 class Member:
-    """A rank as its programs see it: the way to the others, and whatever programs keep for the next one."""
+    """A rank as its programs see it: the way to the others, and what programs keep for the next one."""
 
     exchange: Exchange
     kept: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class RankFailed(RuntimeError):
     """A process of a group raised, died or did not answer in time; the message names the rank."""
 
 
-class Group:
+class RankGroup:
     """Processes that run the same programs side by side. A context manager: none is left afterwards.
 
     Parameters
@@ -95,7 +95,7 @@ class Group:
 
     Examples
     --------
-    >>> with Group([Host(), Host()], threads=1) as group:  # doctest: +SKIP
+    >>> with RankGroup([Host(), Host()], threads=1) as group:  # doctest: +SKIP
     ...     group.ask(program, 3)  # [answer of rank 0, answer of rank 1]
     """
 
@@ -104,16 +104,16 @@ class Group:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
 
-    def __enter__(self) -> Group:
+    def __enter__(self) -> RankGroup:
         try:
             self._start()
-        except BaseException:  # an interruption included: nobody else will end them
+        except BaseException:  # KeyboardInterrupt too: nothing else would end them
             self._end(0.0)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._end(LEAVE_S if kind is None else 0.0)
+        self._end(EXIT_S if kind is None else 0.0)
 
     def ask(self, program: Callable[..., Any], *arguments: Any, limit_s: float = 600.0) -> list[Any]:
         """Run program(member, *arguments) on every rank. Returns their answers.
@@ -134,7 +134,7 @@ class Group:
             self._pipes.append(ours)
             with theirs:
                 self.processes.append(_launch(host, theirs.fileno(), self.threads))
-            seat = Seat(rank, len(self.hosts), self.threads, host.address, self.timeout_s)
+            seat = ProcessStart(rank, len(self.hosts), self.threads, host.address, self.timeout_s)
             self._send(rank, pickle.dumps(seat))
         if len(self.hosts) > 1:
             (port,) = self._collect(range(1), self.timeout_s)
@@ -146,15 +146,15 @@ class Group:
         try:
             self._pipes[rank].send_bytes(message)
         except (BrokenPipeError, ConnectionResetError):
-            self._collect([rank], LEAVE_S)  # raises what it said last, or that it said nothing
+            self._collect([rank], EXIT_S)  # raises its last message, or that it sent none
             raise RankFailed(self._of(rank, "has ended")) from None
 
     def _collect(self, ranks: Sequence[int], limit_s: float) -> list[Any]:
         """One message of each of these ranks."""
-        found: dict[int, Any] = {}
+        answers: dict[int, Any] = {}
         deadline = time.monotonic() + limit_s
-        while len(found) < len(ranks):
-            missing = {self._pipes[rank]: rank for rank in ranks if rank not in found}
+        while len(answers) < len(ranks):
+            missing = {self._pipes[rank]: rank for rank in ranks if rank not in answers}
             ready = wait(list(missing), max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = min(missing.values())
@@ -163,18 +163,18 @@ class Group:
                 assert isinstance(pipe, Connection)
                 rank = missing[pipe]
                 try:
-                    found[rank] = pickle.loads(pipe.recv_bytes())
+                    answers[rank] = pickle.loads(pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    raise RankFailed(self._of(rank, "ended without a word")) from None
-                if isinstance(found[rank], Raised):
-                    raise RankFailed(self._of(rank, found[rank].text)) from RuntimeError(found[rank].trace)
-        return [found[rank] for rank in ranks]
+                    raise RankFailed(self._of(rank, "ended without an answer")) from None
+                if isinstance(answers[rank], Raised):
+                    raise RankFailed(self._of(rank, answers[rank].text)) from RuntimeError(answers[rank].trace)
+        return [answers[rank] for rank in ranks]
 
     def _of(self, rank: int, what: str) -> str:
         return f"rank {rank} of {len(self.hosts)} {what}"
 
     def _end(self, patience_s: float) -> None:
-        """Close the pipes, which tells those that are not busy to leave; kill those that have not in so long."""
+        """Close the pipes, at which idle processes exit; kill those that have not exited in so long."""
         for pipe in self._pipes:
             pipe.close()
         deadline = time.monotonic() + patience_s
@@ -192,7 +192,7 @@ def _launch(host: Host, pipe: int, threads: int) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a host without a name server is nothing to warn of
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warning about a host without a name server
     program = f"from jobs.benchmarks.processes import serve; serve({pipe})"
     return subprocess.Popen(
         [*host.command, sys.executable, "-c", program],
@@ -211,11 +211,11 @@ def _has_descriptor(stream: Any) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------- in the process
+# -- in the process ----------------------------------------------------------------------------------------------------
 
 
 def serve(descriptor: int) -> None:
-    """The life of a rank: meet the others, answer until the pipe closes."""
+    """Run a rank: join the group, then answer requests until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(descriptor)
     try:
@@ -231,11 +231,11 @@ def serve(descriptor: int) -> None:
         with suppress(OSError):
             lines = str(error).splitlines() or [""]
             pipe.send_bytes(pickle.dumps(Raised(f"raised {type(error).__name__}: {lines[0]}", traceback.format_exc())))
-    os._exit(0)  # a group that others have left is never cleaned up: its destructors may wait for the missing
+    os._exit(0)  # no cleanup of the process group: its destructors may wait for ranks that are gone
 
 
 def _meet(pipe: Connection) -> Member:
-    seat: Seat = pickle.loads(pipe.recv_bytes())
+    seat: ProcessStart = pickle.loads(pipe.recv_bytes())
     torch.set_num_threads(seat.threads)
     if seat.world_size == 1:
         return Member(IDENTITY)

@@ -127,8 +127,8 @@ def encode(state: State, images: Tensor, problem: Problem, exact: Tensor, residu
         return state.own(DynamicsConfig(tolerance=tolerance, max_iterations=MAX_ITERATIONS, ridge=0.0))
 
     row: Row = {"largest_eigenvalue": problem.largest, "condition": problem.condition, "tolerance": residual}
-    found = side_by_side(model, own(residual), images, problem, exact, plan, [own(residual * s) for s in CLOSER])
-    return row | found | {"pynsm_iterations": needed}
+    measured = side_by_side(model, own(residual), images, problem, exact, plan, [own(residual * s) for s in CLOSER])
+    return row | measured | {"pynsm_iterations": needed}
 
 
 def side_by_side(
@@ -199,8 +199,8 @@ def measure_fixed(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[Row
                 )
             )
             model = state.authors(size, ITERATIONS)
-            found = side_by_side(model, layer, images, problem, problem.exact(), plan)
-            rows.append({"after": after, "iterations": ITERATIONS} | found)
+            measured = side_by_side(model, layer, images, problem, problem.exact(), plan)
+            rows.append({"after": after, "iterations": ITERATIONS} | measured)
             report.row(kind="fixed", **rows[-1])
     report.table(
         f"Encoding with exactly {ITERATIONS} float32 projected-gradient iterations",

@@ -29,10 +29,10 @@ RATES = (PUBLISHED, Rates(lr=0.02, tau=1.0), Rates(lr=0.1, tau=1.0), Rates(lr=0.
 """Tried by both sides."""
 
 MARKS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 400, 600)
-"""Batches after which the objective is looked at, a round of the clock each."""
+"""Batches after which the objective is computed; the batches between two of them are a timed round."""
 
 AFTER = (1000, 5000, 20_000)
-"""Images after which the best objective of each side is told, and below `REACHED` the fewest seconds."""
+"""Images after which the best objective of each side is reported, and below `REACHED` the fewest seconds."""
 
 REACHED = (0.1, 0.014)
 
@@ -47,7 +47,7 @@ Curve = list[tuple[int, float, float, float]]
 
 
 def edges(train_images: int, batch_size: int) -> list[int]:
-    """Images after which the learners are compared: the marks, what is told, and the end, in whole batches before it.
+    """Images after which both sides are compared: marks, reported numbers and the end, in whole batches before it.
 
     >>> edges(1050, 100)
     [0, 100, 200, 300, 400, 500, 700, 1000, 1050]
@@ -58,12 +58,12 @@ def edges(train_images: int, batch_size: int) -> list[int]:
 
 def learners(start: State, positions: int) -> dict[Key, AuthorsTraining | OwnTraining]:
     """Everyone who is timed, from the same state."""
-    found: dict[Key, AuthorsTraining | OwnTraining] = {}
+    sides: dict[Key, AuthorsTraining | OwnTraining] = {}
     for rates in RATES:
-        found["pynsm", rates] = AuthorsTraining(start.authors(rates.step, tau=rates.authors_tau), rates.authors_rate)
-        found["simmatch", rates] = OwnTraining(start, None, rates)
-        found[SOME, rates] = OwnTraining(start, positions, rates)
-    return found
+        sides["pynsm", rates] = AuthorsTraining(start.authors(rates.step, tau=rates.authors_tau), rates.authors_rate)
+        sides["simmatch", rates] = OwnTraining(start, None, rates)
+        sides[SOME, rates] = OwnTraining(start, positions, rates)
+    return sides
 
 
 def measure_training(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[Row]:
@@ -109,9 +109,9 @@ def learn(plan: PynsmPlan, dataset: Dataset, report: Report) -> tuple[dict[Key, 
             after_round=look,  # the first time before anything was learnt
         )
     curves = {}
-    for key, found in states.items():
+    for key, by_mark in states.items():
         seconds = accumulate(timings.seconds[_name(*key)], initial=0.0)
-        curves[key] = [(*where, *state) for where, state in zip(zip(marks, seconds, strict=True), found, strict=True)]
+        curves[key] = [(*where, *state) for where, state in zip(zip(marks, seconds, strict=True), by_mark, strict=True)]
     return curves, timings
 
 
@@ -152,19 +152,19 @@ def after(curve: Curve, images: int) -> float:
 
 
 def seconds_to(curve: Curve, objective: float) -> float:
-    """Seconds of learning until the objective was first found to be that low; infinity for never."""
-    return next((seconds for _, seconds, found, _ in curve if found <= objective), torch.inf)
+    """Seconds of learning until the objective was first that low; infinity if it never was."""
+    return next((seconds for _, seconds, reached, _ in curve if reached <= objective), torch.inf)
 
 
 def _tables(rows: list[Row], curves: dict[Key, Curve], plan: PynsmPlan, report: Report) -> None:
     """All learners at all rates, and each side at the rates that are best for each figure."""
-    told = {f"after {images}": partial(after, images=images) for images in AFTER if images <= plan.train_images}
-    told |= {f"s to {objective:g}": partial(seconds_to, objective=objective) for objective in REACHED}
+    summaries = {f"after {images}": partial(after, images=images) for images in AFTER if images <= plan.train_images}
+    summaries |= {f"s to {objective:g}": partial(seconds_to, objective=objective) for objective in REACHED}
     report.table(
         f"Training on {plan.train_images} images: objective held out and seconds of learning, at every rate",
-        ["", "η", "τ", *told, "in the end", "images/s", "λmax", "×, whole run", "×, median round", "min", "max"],
+        ["", "η", "τ", *summaries, "in the end", "images/s", "λmax", "×, whole run", "×, median round", "min", "max"],
         [
-            [row["trainer"], row["lr"], row["tau"], *(figure(curve) for figure in told.values())]
+            [row["trainer"], row["lr"], row["tau"], *(figure(curve) for figure in summaries.values())]
             + [row[key] for key in ("objective", "images_per_second", "largest_eigenvalue", "speedup_total",
                                     "speedup", "speedup_min", "speedup_max")]
             for row, curve in zip(rows, curves.values(), strict=True)
@@ -173,7 +173,7 @@ def _tables(rows: list[Row], curves: dict[Key, Curve], plan: PynsmPlan, report: 
     best = []
     for trainer in dict.fromkeys(name for name, _ in curves):
         own = {rates: curve for (name, rates), curve in curves.items() if name == trainer}
-        for what, figure in told.items():
+        for what, figure in summaries.items():
             rates = min(own, key=lambda rates: figure(own[rates]))
             best.append({"trainer": trainer, "figure": what, "value": figure(own[rates])} | _fields((trainer, rates)))
             report.row(kind="best", **best[-1])

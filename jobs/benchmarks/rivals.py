@@ -130,12 +130,12 @@ def measure_rivals(problems: list[Problem], columns: int, rounds: int, report: R
         for problem in problems:
             few = problem.first(columns)
             step(f"K = {problem.channels}: scipy.optimize.nnls")
-            found = [against_nnls(problem, few, rounds)]
+            compared = [against_nnls(problem, few, rounds)]
             step(f"K = {problem.channels}: coordinate descent of scikit-learn")
-            found += [against_descent(problem, few, residual, rounds) for residual in RESIDUALS]
-            for row in found:
+            compared += [against_descent(problem, few, residual, rounds) for residual in RESIDUALS]
+            for row in compared:
                 report.row(kind="rival", **row)
-            rows += found
+            rows += compared
     report.table(
         "Independent solvers at equal residual (columns/s)",
         ["K", "rival", "residual", "theirs", "their error", "ours", "our error", "times faster", "min", "max"],

@@ -16,34 +16,87 @@ one rank can learn from in that time. Rows and figures say how many there were.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from jobs.benchmarks.cells import BEST_TARGET, Cell, alone, baseline, draw_map, draw_ratios
-from jobs.benchmarks.problems import Recipe
-from jobs.benchmarks.processes import Group, Host
-from jobs.benchmarks.updates import BASELINE, affordable, compare, hold, modes, train
+from jobs.benchmarks.processes import Host, RankGroup
+from jobs.benchmarks.updates import (
+    BASELINE,
+    Comparison,
+    compare,
+    exchanges,
+    images_within,
+    joined,
+    keep_inputs,
+    modes,
+    sample,
+    trained,
+)
 from jobs.reporting import Report
-from simmatch.config import ConfigError, DataConfig
-from simmatch.data.order import epoch_order
-from simmatch.data.sources import load_dataset, to_unit
+from simmatch.config import ConfigError, DynamicsConfig
 
 CHANNELS, BATCHES, UPDATE_SECONDS = (64, 128, 256, 512, 1024, 2048), (1, 8, 128), 4.0
 QUICK_CHANNELS, QUICK_BATCHES, QUICK_UPDATE_SECONDS = (64, 256), (8,), 0.5
 
-TRAIN_UPDATES, TRAIN_IMAGES, TRAIN_LOAD = 40, 16, 8192
-"""Updates of the weights before anything is measured, and the images of each: as many as there are, or fewer so that
-images × channels stay below the last."""
+TARGETS = {512: 0.75, 1024: 0.85}
+"""K → ratio that `every_iteration` should reach."""
+
+BEST_TARGET = 0.95
+"""Ratio that the best mode of a cell should reach."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One square of the map: `batch` images were asked for, `images` measured."""
+
+    channels: int
+    batch: int
+    images: int
+    columns: int
+    compared: Comparison
+
+    @property
+    def fastest(self) -> str:
+        """The fastest way of one rank."""
+        lone = [way for way in self.compared.timings.seconds if way not in exchanges()]
+        return min(lone, key=lambda way: self.compared.timings.spread(way).median)
+
+    def worth(self, mode: str) -> float:
+        """Seconds of one rank's fastest way over seconds of a mode."""
+        return self.compared.timings.speedup(mode, self.fastest).median
+
+    @property
+    def best(self) -> str:
+        """The mode that is worth most."""
+        return max(exchanges(), key=self.worth)
+
+    def target(self, mode: str) -> float | None:
+        """The ratio asked of a mode at this width, if any."""
+        return TARGETS.get(self.channels) if mode == BASELINE else None
+
+
+def alone(solver: str) -> str:
+    """Name of one rank's way with a solver."""
+    return f"one rank, {solver}"
+
+
+def baseline(way: str, configs: Mapping[str, DynamicsConfig]) -> str:
+    """One rank's way with the solver of a mode; of one rank's ways, itself."""
+    return alone(configs[way].solver) if way in configs else way
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark beside the common ones."""
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
     parser.add_argument("--ranks", type=int, default=2, metavar="G", help="shards (default: 2)")
-    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help=f"default: {listed(CHANNELS)}")
-    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"images; default: {listed(BATCHES)}")
+    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help=f"default: {joined(CHANNELS)}")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"images; default: {joined(BATCHES)}")
     parser.add_argument("--tolerance", type=float, default=1e-2, metavar="R", help="residual to reach (default: 0.01)")
     parser.add_argument(
         "--update-seconds",
@@ -66,14 +119,14 @@ def run(options: argparse.Namespace, report: Report) -> None:
     channels = options.channels or (QUICK_CHANNELS if options.quick else CHANNELS)
     batches = sorted(options.batches or (QUICK_BATCHES if options.quick else BATCHES))
     images = sample(options.data, max(batches), options.seed)
-    one = Group([Host()], threads=threads)
-    many = Group([Host()] * options.ranks, threads=threads // options.ranks)
+    one = RankGroup([Host()], threads=threads)
+    many = RankGroup([Host()] * options.ranks, threads=threads // options.ranks)
     cells: list[Cell] = []
     with one, many, report.progress(len(channels) * (len(batches) + 1)) as step:
         for count in channels:
             for cell in _row_of_cells((one, many), count, batches, images, options, step):
                 cells.append(cell)
-                _tell(cell, threads, options, report)
+                _write_rows(cell, threads, options, report)
     _table(cells, options.tolerance, report)
     with report.figure("map", width=2.0 + 2.2 * len(batches), height=1.5 + 0.7 * len(channels)) as figure:
         draw_map(figure, cells)
@@ -81,27 +134,11 @@ def run(options: argparse.Namespace, report: Report) -> None:
         draw_ratios(figure, cells, modes(options.tolerance))
 
 
-def sample(name: str, count: int, seed: int) -> Tensor:
-    """The first training images in the order of the first epoch: [count, C, H, W] in [0, 1]."""
-    stored = load_dataset(DataConfig(name=name)).train_images
-    if count > len(stored):
-        raise ConfigError(f"--batches: expected at most {len(stored)} images of {name}, got {count}")
-    return to_unit(stored[epoch_order(len(stored), seed=seed, epoch=0, images=count)])
-
-
-def trained(group: Group, data: str, channels: int, seed: int) -> dict[str, Tensor]:
-    """Weights of a layer that has learnt a little, see `jobs.benchmarks.problems`; every rank learns them all."""
-    batch = max(1, min(TRAIN_IMAGES, TRAIN_LOAD // channels))
-    recipe = Recipe(data, channels, TRAIN_UPDATES * batch, batch, columns=0, seed=seed)
-    weights: dict[str, Tensor] = group.ask(train, recipe, sample(data, recipe.images, seed))[0]
-    return weights
-
-
 def _checked_threads(options: argparse.Namespace) -> int:
     """Threads of one rank, which the shards divide among them."""
     for name, values in {"--channels": options.channels or [1], "--batches": options.batches or [1]}.items():
         if min(values) < 1:
-            raise ConfigError(f"{name}: expected integers of at least 1, got {listed(values)}")
+            raise ConfigError(f"{name}: expected integers of at least 1, got {joined(values)}")
     if options.ranks < 2:
         raise ConfigError(f"--ranks: expected at least 2, got {options.ranks}")
     if options.channels and min(options.channels) < options.ranks:
@@ -116,7 +153,7 @@ def _checked_threads(options: argparse.Namespace) -> int:
 
 
 def _row_of_cells(
-    sides: tuple[Group, Group],
+    sides: tuple[RankGroup, RankGroup],
     channels: int,
     batches: list[int],
     images: Tensor,
@@ -126,13 +163,13 @@ def _row_of_cells(
     """All batches of one width, one rank against many. A batch that is cut to one already measured is left out."""
     one, many = sides
     configs = modes(options.tolerance)
-    lone = {alone(found.solver): found.model_copy(update={"exchange": BASELINE}) for found in configs.values()}
+    lone = {alone(config.solver): config.model_copy(update={"exchange": BASELINE}) for config in configs.values()}
     step(f"K = {channels}: learning weights")
     weights = trained(one, options.data, channels, options.seed)
     for group in sides:
-        group.ask(hold, weights, images)
+        group.ask(keep_inputs, weights, images)
     limit_s = options.update_seconds or (QUICK_UPDATE_SECONDS if options.quick else UPDATE_SECONDS)
-    most = affordable(one, configs[BASELINE], seed=options.seed, limit_s=limit_s)
+    most = images_within(one, configs[BASELINE], seed=options.seed, limit_s=limit_s)
     columns, before = images.shape[2] * images.shape[3], 0
     for batch in batches:
         count = min(batch, most)
@@ -142,16 +179,16 @@ def _row_of_cells(
         before = count
         ways = {way: (one, config) for way, config in lone.items()}
         ways |= {mode: (many, config) for mode, config in configs.items()}
-        found = compare(
+        comparison = compare(
             ways, batch=count, seed=options.seed, rounds=options.rounds, min_s=0.05 if options.quick else 0.3
         )
-        yield Cell(channels, batch, count, count * columns, found)
+        yield Cell(channels, batch, count, count * columns, comparison)
 
 
-# ------------------------------------------------------------------------------------------- what is told
+# -- rows, tables, figures ---------------------------------------------------------------------------------------------
 
 
-def _tell(cell: Cell, threads: int, options: argparse.Namespace, report: Report) -> None:
+def _write_rows(cell: Cell, threads: int, options: argparse.Namespace, report: Report) -> None:
     """A row for every way, and one for the best of the modes."""
     where = {
         "channels": cell.channels,
@@ -192,9 +229,9 @@ def _table(cells: list[Cell], tolerance: float, report: Report) -> None:
     configs = modes(tolerance)
     for cell in cells:
         for way in cell.compared.candidates:
-            found = cell.compared.fields(way, baseline(way, configs))
-            ratios = [found["seconds"], found["ratio"], cell.target(way), cell.worth(way)]
-            counts = [found[name] for name in ("exchanges", "bytes", "waiting")]
+            values = cell.compared.fields(way, baseline(way, configs))
+            ratios = [values["seconds"], values["ratio"], cell.target(way), cell.worth(way)]
+            counts = [values[name] for name in ("exchanges", "bytes", "waiting")]
             rows.append([f"{cell.channels} · {_images(cell)} · {way}", *ratios, *counts])
     columns = ["K · images · way", "s/update", "ratio", "target", "to fastest", "exchanges", "bytes", "waiting"]
     report.table("one update: shards against one rank with the same threads", columns, rows)
@@ -204,6 +241,51 @@ def _images(cell: Cell) -> str:
     return f"{cell.images}" if cell.images == cell.batch else f"{cell.images} (of {cell.batch})"
 
 
-def listed(values: Sequence[float]) -> str:
-    """Numbers for a message: `64 128`."""
-    return " ".join(f"{value:g}" for value in values)
+def draw_map(figure: Figure, cells: list[Cell]) -> None:
+    """Which mode wins where: K × batch, colour for the winner, its ratio as text."""
+    modes = exchanges()
+    widths, batches = sorted({cell.channels for cell in cells}), sorted({cell.batch for cell in cells})
+    winners = np.full((len(widths), len(batches)), np.nan)
+    axes = figure.subplots()
+    for cell in cells:
+        row, column = widths.index(cell.channels), batches.index(cell.batch)
+        winners[row, column] = modes.index(cell.best)
+        text = f"{cell.worth(cell.best):.2f}\n{cell.best}"
+        if cell.images < cell.batch:
+            text += f"\nat {cell.images} of them"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8)
+    colours = ListedColormap(["#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc", "#d9d9d9"][: len(modes)])
+    axes.imshow(winners, cmap=colours, vmin=-0.5, vmax=len(modes) - 0.5, aspect="auto", origin="lower")
+    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    axes.set_yticks(range(len(widths)), [str(width) for width in widths])
+    axes.set_xlabel("images per update")
+    axes.set_ylabel("channels K")
+    axes.set_title("fastest exchange mode\nspeed relative to one rank's fastest way", fontsize=9)
+
+
+def draw_ratios(figure: Figure, cells: list[Cell], configs: Mapping[str, DynamicsConfig]) -> None:
+    """LinkSpeed relative to one rank with the same solver against K: a panel per batch, a line per mode, bars from the
+    least round to the greatest."""
+    batches = sorted({cell.batch for cell in cells})
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    for axes, batch in zip(panels, batches, strict=True):
+        chosen = sorted((cell for cell in cells if cell.batch == batch), key=lambda cell: cell.channels)
+        widths = [cell.channels for cell in chosen]
+        for mode in exchanges():
+            spreads = [cell.compared.timings.speedup(mode, baseline(mode, configs)) for cell in chosen]
+            middle = [spread.median for spread in spreads]
+            below = [spread.median - spread.min for spread in spreads]
+            above = [spread.max - spread.median for spread in spreads]
+            axes.errorbar(widths, middle, yerr=[below, above], marker="o", capsize=2, label=mode)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.axhline(BEST_TARGET, color="grey", linestyle=":", linewidth=0.8)
+        for width, target in TARGETS.items():
+            if width in widths:
+                axes.plot([width], [target], marker="_", markersize=18, color="grey")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.set_title(f"{batch} images per update", fontsize=9)
+        axes.set_xlabel("channels K")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("speed relative to one rank, same solver")
+    panels[0].legend(fontsize=8)

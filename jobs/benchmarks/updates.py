@@ -8,7 +8,7 @@ outside of the measured seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, get_args
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.problems import Recipe
-from jobs.benchmarks.processes import Group, Member
+from jobs.benchmarks.processes import Member, RankGroup
 from jobs.benchmarks.timing import Timings, alternate
-from simmatch.config import DynamicsConfig, parse
+from simmatch.config import ConfigError, DataConfig, DynamicsConfig, parse
+from simmatch.data.order import epoch_order
+from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.rows import split_rows
 
@@ -28,6 +30,11 @@ KERNEL, PADDING = 5, 2
 
 BASELINE = "every_iteration"
 """The exchange that all others are compared with; on one rank there is nothing to exchange."""
+
+
+TRAIN_UPDATES, TRAIN_IMAGES, TRAIN_LOAD = 40, 16, 8192
+"""Updates of the weights before anything is measured, and the images of each: as many as there are, or fewer so that
+images × channels stay below the last."""
 
 
 def exchanges() -> tuple[str, ...]:
@@ -43,15 +50,15 @@ def modes(tolerance: float) -> dict[str, DynamicsConfig]:
     ConfigError
         A tolerance below 0.
     """
-    found = {}
+    configs = {}
     for mode in exchanges():
         config = parse(DynamicsConfig, {"exchange": mode, "tolerance": tolerance})
         solver = config.solver_on("cpu", alone=mode == "gather_state")
-        found[mode] = config.model_copy(update={"solver": solver})
-    return found
+        configs[mode] = config.model_copy(update={"solver": solver})
+    return configs
 
 
-# ------------------------------------------------------------------------------------------- in the processes
+# -- in the processes --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Bench:
+class LayerUnderTest:
     """A rank's shard of a layer, the state that every update starts from, and the batch that it sees."""
 
     layer: SimilarityMatchingConv2d
@@ -90,12 +97,12 @@ def train(member: Member, recipe: Recipe, images: Tensor) -> dict[str, Tensor]:
     return {"feedforward": layer.feedforward, "lateral": layer.lateral, "perron": layer.perron}
 
 
-def hold(member: Member, weights: dict[str, Tensor], images: Tensor) -> None:
+def keep_inputs(member: Member, weights: dict[str, Tensor], images: Tensor) -> None:
     """Keep full weights, and images for all batches, for the layers to come."""
     member.kept["weights"], member.kept["images"] = weights, images
 
 
-def seat(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed: int) -> None:
+def set_up(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed: int) -> None:
     """Build this rank's shard of the held weights, to learn from the first `batch` held images."""
     weights, images = member.kept["weights"], member.kept["images"]
     layer = _build(member, len(weights["feedforward"]), images.shape[1], dynamics, seed)
@@ -105,12 +112,12 @@ def seat(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed: 
     layer.perron.copy_(weights["perron"])
     layer.recertify()
     state = {key: value.clone() for key, value in layer.state_dict().items()}
-    member.kept[name] = Bench(layer, state, images[:batch])
+    member.kept[name] = LayerUnderTest(layer, state, images[:batch])
 
 
 def update(member: Member, name: str) -> Sample:
-    """One update from the seated state."""
-    bench: Bench = member.kept[name]
+    """One update from the state that was set up."""
+    bench: LayerUnderTest = member.kept[name]
     exchange = member.exchange
     bench.layer.load_state_dict(bench.state)
     _ = bench.layer.bound  # certified by all ranks together, as an update leaves it
@@ -129,14 +136,14 @@ def update(member: Member, name: str) -> Sample:
     )
 
 
-def learnt(member: Member, name: str) -> Tensor:
+def weight_change(member: Member, name: str) -> Tensor:
     """What the last update changed in the own rows of W: [K_g, C, k, k]."""
-    bench: Bench = member.kept[name]
+    bench: LayerUnderTest = member.kept[name]
     return bench.layer.feedforward - bench.state["feedforward"]
 
 
-def clear(member: Member, name: str) -> None:
-    """Forget a seated layer."""
+def discard(member: Member, name: str) -> None:
+    """Forget a layer that was set up."""
     del member.kept[name]
 
 
@@ -157,7 +164,7 @@ def _build(
     )
 
 
-# ------------------------------------------------------------------------------------------- beside them
+# -- in the caller -----------------------------------------------------------------------------------------------------
 
 
 SETTLE_S = 0.02
@@ -175,7 +182,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.total = 0.0
-        self.last: Group | None = None
+        self.last: RankGroup | None = None
 
     def __call__(self) -> float:
         return self.total
@@ -191,7 +198,7 @@ class Candidate:
     """
 
     name: str
-    group: Group
+    group: RankGroup
     dynamics: DynamicsConfig
     watch: Stopwatch
     samples: list[list[Sample]] = field(default_factory=list)
@@ -201,9 +208,9 @@ class Candidate:
         if self.watch.last is not self.group:
             time.sleep(SETTLE_S)
             self.watch.last = self.group
-        found: list[Sample] = self.group.ask(update, self.name)
-        self.samples.append(found)
-        self.watch.total += max(sample.seconds for sample in found)
+        samples: list[Sample] = self.group.ask(update, self.name)
+        self.samples.append(samples)
+        self.watch.total += max(sample.seconds for sample in samples)
 
     def fields(self) -> dict[str, Any]:
         """Counts of one update, and what the seconds went into, for a row.
@@ -211,8 +218,8 @@ class Candidate:
         `counts_repeat`: whether all updates had the same numbers of exchanges and bytes, as they should.
         """
         last = self.samples[-1]
-        counts = {tuple((sample.exchanges, sample.bytes) for sample in found) for found in self.samples}
-        shares = [median(sample.waited_s / sample.seconds for sample in found) for found in self.samples[1:]]
+        counts = {tuple((sample.exchanges, sample.bytes) for sample in samples) for samples in self.samples}
+        shares = [median(sample.waited_s / sample.seconds for sample in samples) for samples in self.samples[1:]]
         return {
             "exchanges": last[0].exchanges,
             "bytes_per_rank": [sample.bytes for sample in last],
@@ -225,7 +232,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """Candidates that took turns at the same update.
 
     Attributes
@@ -251,24 +258,45 @@ class Compared:
 
 
 def compare(
-    ways: Mapping[str, tuple[Group, DynamicsConfig]], *, batch: int, seed: int, rounds: int, min_s: float
-) -> Compared:
+    ways: Mapping[str, tuple[RankGroup, DynamicsConfig]], *, batch: int, seed: int, rounds: int, min_s: float
+) -> Comparison:
     """Let several ways make the same update in turns, round by round. The groups must hold the same weights."""
     watch = Stopwatch()
     candidates = {name: Candidate(name, group, dynamics, watch) for name, (group, dynamics) in ways.items()}
     for candidate in candidates.values():
-        candidate.group.ask(seat, candidate.name, candidate.dynamics, batch, seed)
+        candidate.group.ask(set_up, candidate.name, candidate.dynamics, batch, seed)
     timings = alternate(candidates, rounds, min_s=min_s, clock=watch)
     change = {}
     for candidate in candidates.values():
-        change[candidate.name] = torch.cat(candidate.group.ask(learnt, candidate.name))
-        candidate.group.ask(clear, candidate.name)
-    return Compared(timings, candidates, change)
+        change[candidate.name] = torch.cat(candidate.group.ask(weight_change, candidate.name))
+        candidate.group.ask(discard, candidate.name)
+    return Comparison(timings, candidates, change)
 
 
-def affordable(group: Group, dynamics: DynamicsConfig, *, seed: int, limit_s: float) -> int:
+def images_within(group: RankGroup, dynamics: DynamicsConfig, *, seed: int, limit_s: float) -> int:
     """How many images an update may have for one way to make it in `limit_s`, judged by an update of one image."""
-    group.ask(seat, "one image", dynamics, 1, seed)
+    group.ask(set_up, "one image", dynamics, 1, seed)
     taken = min(max(sample.seconds for sample in group.ask(update, "one image")) for _ in range(3))
-    group.ask(clear, "one image")
+    group.ask(discard, "one image")
     return max(1, int(limit_s / taken))
+
+
+def sample(name: str, count: int, seed: int) -> Tensor:
+    """The first training images in the order of the first epoch: [count, C, H, W] in [0, 1]."""
+    stored = load_dataset(DataConfig(name=name)).train_images
+    if count > len(stored):
+        raise ConfigError(f"--batches: expected at most {len(stored)} images of {name}, got {count}")
+    return to_unit(stored[epoch_order(len(stored), seed=seed, epoch=0, images=count)])
+
+
+def trained(group: RankGroup, data: str, channels: int, seed: int) -> dict[str, Tensor]:
+    """Weights of a layer after a short training, see `jobs.benchmarks.problems`; every rank trains the whole layer."""
+    batch = max(1, min(TRAIN_IMAGES, TRAIN_LOAD // channels))
+    recipe = Recipe(data, channels, TRAIN_UPDATES * batch, batch, columns=0, seed=seed)
+    weights: dict[str, Tensor] = group.ask(train, recipe, sample(data, recipe.images, seed))[0]
+    return weights
+
+
+def joined(values: Sequence[float]) -> str:
+    """Numbers for a message: `64 128`."""
+    return " ".join(f"{value:g}" for value in values)

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from jobs.benchmark import BAD_INPUT, SUBCOMMANDS, main
 from jobs.benchmarks.dynamics import configuration, iterations_per_column, slope, solver_names
-from jobs.benchmarks.limits import step_memory
-from jobs.benchmarks.memory import peak_allocated_bytes, peak_resident_bytes
+from jobs.benchmarks.efficiency import peak_allocated_bytes, peak_resident_bytes, step_memory
 from jobs.benchmarks.problems import Problem, Recipe, trained_problem
 from jobs.benchmarks.pynsm_training import RATES, edges
 from jobs.benchmarks.rivals import LeastSquares, nnls, tuned_descent
@@ -368,7 +367,7 @@ def test_gpu_benchmark_runs_dry_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command that a card gets, as far as a CPU can follow: residuals are those asked for, nothing fails."""
-    monkeypatch.setattr("jobs.benchmarks.gpu.load_dataset", pictures)
+    monkeypatch.setattr("jobs.benchmarks.gpu_layer.load_dataset", pictures)
     arguments = ["gpu", "--device", "cpu", "--quick", "--parts", "rates", "columns", "wide"]
     assert main([*arguments, "--run-dir", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

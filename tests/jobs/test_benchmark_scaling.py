@@ -16,12 +16,12 @@ import torch
 from matplotlib.figure import Figure
 
 from jobs.benchmark import main
-from jobs.benchmarks.cells import Cell, draw_map, draw_ratios
-from jobs.benchmarks.links import NAMESPACES, Link, ended_by_signal
+from jobs.benchmarks.links import NAMESPACES, Link, exits_on_sigterm
 from jobs.benchmarks.network import PLAIN, ways
-from jobs.benchmarks.processes import Group, Host, Member, RankFailed
+from jobs.benchmarks.processes import Host, Member, RankFailed, RankGroup
+from jobs.benchmarks.scaling import Cell, draw_map, draw_ratios
 from jobs.benchmarks.timing import Timings
-from jobs.benchmarks.updates import Compared, exchanges, modes
+from jobs.benchmarks.updates import Comparison, exchanges, modes
 from jobs.reporting import MissingError
 from simmatch.solvers.block import TAIL
 
@@ -159,8 +159,8 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def synthetic(seconds: dict[str, float]) -> Compared:
-    return Compared(Timings({way: [taken] * 5 for way, taken in seconds.items()}), {}, {})
+def synthetic(seconds: dict[str, float]) -> Comparison:
+    return Comparison(Timings({way: [taken] * 5 for way, taken in seconds.items()}), {}, {})
 
 
 def test_map_shows_the_fastest_mode() -> None:
@@ -207,11 +207,11 @@ def raise_on_rank_1(member: Member) -> None:
 
 
 def test_a_failure_in_a_namespace_names_its_rank_and_leaves_nothing(namespaces: None) -> None:
-    group = Group([], threads=1)
+    group = RankGroup([], threads=1)
 
     def fail() -> None:
         nonlocal group
-        with Link() as link, Group(link.hosts, threads=1) as group:
+        with Link() as link, RankGroup(link.hosts, threads=1) as group:
             assert all(process.poll() is None for process in group.processes)
             assert len(namespaces_of(os.getpid())) == 2
             group.ask(raise_on_rank_1)
@@ -225,7 +225,10 @@ def test_a_failure_in_a_namespace_names_its_rank_and_leaves_nothing(namespaces: 
 
 
 def test_a_rank_that_cannot_start() -> None:
-    with pytest.raises(RankFailed, match=r"^rank 0 of 1 ended without a word$"), Group([Host(("false",))], threads=1):
+    with (
+        pytest.raises(RankFailed, match=r"^rank 0 of 1 ended without an answer$"),
+        RankGroup([Host(("false",))], threads=1),
+    ):
         pytest.fail("it has started")
     assert left_behind() == []
 
@@ -307,7 +310,7 @@ def test_namespaces_are_removed_on_sigterm(namespaces: None) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def terminated() -> None:
-        with ended_by_signal(), Link() as link:
+        with exits_on_sigterm(), Link() as link:
             assert all((NAMESPACES / name).exists() for name in link.namespaces)
             signal.raise_signal(signal.SIGTERM)
             pytest.fail("nothing came of the signal")

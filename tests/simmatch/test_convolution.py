@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import simmatch.convolution
-from jobs.benchmarks.memory import peak_allocated_bytes
+from jobs.benchmarks.efficiency import peak_allocated_bytes
 from simmatch.config import DynamicsConfig
 from simmatch.convolution import Convolution
 from simmatch.layer import SimilarityMatchingConv2d

@@ -1,0 +1,177 @@
+"""One layer on a GPU: updates in a row, and encoding; and what every part of the GPU benchmark shares."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jobs.benchmarks.timing import Spread, Timings, alternate
+from jobs.reporting import Report
+from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
+from simmatch.data.order import batch_indices
+from simmatch.data.sources import Dataset, load_dataset, to_unit
+from simmatch.geometry import draw_positions
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.seeding import seeded
+from simmatch.sharding.exchange import IdentityExchange
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """What one call measures, and on what."""
+
+    device: torch.device
+    root: str | None
+    channels: tuple[int, ...]
+    wide: tuple[int, ...]
+    values: int
+    updates: int
+    images: int
+    rounds: int
+    seed: int
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> GpuPlan:
+        quick = options.quick
+        return cls(
+            device=torch.device(options.device),
+            root=options.root,
+            channels=tuple(options.channels or ((32,) if quick else (64, 128, 256, 512))),
+            wide=tuple(options.wide or ((32,) if quick else (256, 1024, 2048))),
+            values=2**15 if quick else 2**26,
+            updates=5 if quick else 500,
+            images=40 if quick else 60_000,
+            rounds=options.rounds,
+            seed=options.seed,
+        )
+
+    def dataset(self, name: str) -> Dataset:
+        return load_dataset(DataConfig(name=name, root=self.root))
+
+    def now(self) -> float:
+        """Seconds, when the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self, candidates: dict[str, Callable[[], object]]) -> Timings:
+        return alternate(candidates, self.rounds, clock=self.now)
+
+
+def batch(dataset: Dataset, update: int, size: int, plan: GpuPlan) -> Tensor:
+    """Images of one update, on the device."""
+    count = len(dataset.train_images)
+    steps = count // size
+    chosen = batch_indices(update % steps, num_images=count, batch_size=size, seed=plan.seed, epoch=update // steps)
+    return to_unit(dataset.train_images[chosen].to(plan.device))
+
+
+# -- updates and encoding ----------------------------------------------------------------------------------------------
+
+
+def measure_updates(plan: GpuPlan, report: Report) -> None:
+    """Updates in a row: K = 128, 7 × 7, batches of 100 images × 196 positions, input and a look at the residual too."""
+    dataset = plan.dataset("fashion_mnist")
+    modes: dict[str, Row] = {
+        "alone": {},
+        "gather_state": {"dynamics": DynamicsConfig(exchange="gather_state"), "exchange": IdentityExchange()},
+        "every_iteration": {"exchange": IdentityExchange()},
+    }
+    for name, changes in modes.items():
+        layer = first_layer(plan, **changes)
+        updates = max(5, plan.updates // (20 if name == "every_iteration" else 1))
+
+        def some(first: int, count: int, layer: SimilarityMatchingConv2d = layer) -> None:
+            for update in range(first, first + count):
+                learn_once(layer, dataset, update, plan)
+
+        some(0, min(20, updates))
+        seconds = []
+        for part in range(5):
+            started = plan.now()
+            some(20 + part * (updates // 5), updates // 5)
+            seconds.append((plan.now() - started) / (updates // 5))
+        row: Row = Spread.of(seconds).fields("seconds_per_update")
+        started = plan.now()
+        for update in range(20):
+            draw(dataset, update, plan)
+        row["seconds_of_input"] = (plan.now() - started) / 20
+        if plan.device.type == "cuda":
+            once = partial(learn_once, layer, dataset, 1, plan)
+            row |= {"waits": synchronisations(once), "profile": profile(once)}
+        report.row(kind="updates", mode=name, updates=updates, **row)
+
+
+def first_layer(plan: GpuPlan, **changes: Any) -> SimilarityMatchingConv2d:
+    """128 channels of 7 × 7 on grey images."""
+    rates = PlasticityConfig(lr=0.1, lr_decay_steps=100)
+    return SimilarityMatchingConv2d(1, 128, 7, normalize="contrast", plasticity=rates, **changes).to(plan.device)
+
+
+def learn_once(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, plan: GpuPlan) -> None:
+    """One batch, as a job has it: images and positions drawn on the host; the residual looked at every tenth time."""
+    images, positions = draw(dataset, update, plan)
+    solution = layer.partial_fit(layer.prepare(images, positions))
+    if update % 10 == 0:
+        float(solution.residual.mean())
+
+
+def draw(dataset: Dataset, update: int, plan: GpuPlan) -> tuple[Tensor, Tensor]:
+    """100 images on the device and 196 positions of each."""
+    positions = draw_positions(196, 100, (22, 22), seeded("positions", plan.seed, update))
+    return batch(dataset, update, 100, plan), positions
+
+
+def synchronisations(action: Callable[[], object]) -> dict[str, int]:
+    """How often the host waits for the device, and where."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            action()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return dict(Counter(f"{one.filename.rpartition('/')[2]}:{one.lineno}" for one in caught).most_common())
+
+
+def profile(action: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """(kernel, calls, microseconds) of one call, the longest first; the time of all of them last."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
+        action()
+        torch.cuda.synchronize()
+    rows = [(event.key[:60], event.count, event.self_device_time_total) for event in recorded.key_averages()]
+    rows.sort(key=lambda row: -row[2])
+    return [*rows[:12], ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
+
+
+def measure_encoding(plan: GpuPlan, report: Report) -> None:
+    """60,000 images, K = 128, 7 × 7, stride 1: to residual 1e-2, and with the fixed iterations of evaluation."""
+    dataset, layer = plan.dataset("fashion_mnist"), first_layer(plan)
+    for update in range(150 if plan.device.type == "cuda" else 2):
+        layer.partial_fit(batch(dataset, update, 20, plan))
+    images = dataset.train_images[: plan.images].to(plan.device)
+
+    def encode(fixed: bool) -> None:
+        for part in torch.split(images, 2000):
+            x = to_unit(part)
+            F.adaptive_avg_pool2d(layer(x) if fixed else layer.solve(x).y, 4)
+
+    timings = plan.timed({"to 1e-2": partial(encode, False), "fixed iterations": partial(encode, True)})
+    for way in timings.seconds:
+        columns = plan.images * 22 * 22
+        report.row(kind="encode", way=way, images=plan.images, columns=columns, **timings.spread(way).fields("seconds"))
