@@ -425,6 +425,7 @@ def test_onnx_computes_the_activities() -> None:
             torch.testing.assert_close(torch.from_numpy(value), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself: others in each version
 @pytest.mark.parametrize("normalize", ["contrast", "none"])
 def test_a_compiled_layer_computes_the_same(normalize: str) -> None:
     """Nine values a patch and nine channels: patches are written out."""
