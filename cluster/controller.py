@@ -14,16 +14,22 @@ from cluster.checkpoints.committer import Committer
 from cluster.checkpoints.manifest import CheckpointError, Cursor, Manifest, Shard, read_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig, public
-from cluster.cpus import threads_per_rank, too_few
+from cluster.cpus import oversubscribed, threads_per_rank
+from cluster.failures import group_failure
 from cluster.messages import (
+    GroupStarted,
     LayerMetrics,
     Message,
     ModelExported,
+    Note,
     OfTheRun,
     Progress,
+    RankInfo,
+    RankStatus,
     ReadoutScored,
     ShardFailed,
     ShardWritten,
+    StartingPoint,
     Traceback,
     TrainingWarning,
 )
@@ -31,7 +37,6 @@ from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy,
 from cluster.storage import AnyPath
 from cluster.summary import ABANDONED_TAG, RunRecord, abandoned
 from cluster.training import Assignment
-from cluster.worker import Place, Status, stalled
 
 SETTLE_S = 1.0
 """Longest pause of a round for a commit: a disk takes milliseconds, and what takes longer goes on beside the rounds."""
@@ -40,11 +45,11 @@ SETTLE_S = 1.0
 class Group(Protocol):
     """What the controller needs of `cluster.group.WorkerGroup`."""
 
-    places: list[Place]
+    ranks: list[RankInfo]
 
     def start(self) -> None: ...
 
-    def poll(self) -> list[Status]: ...
+    def poll(self) -> list[RankStatus]: ...
 
     def stop(self) -> None: ...
 
@@ -66,7 +71,7 @@ class Display(Protocol):
 
     def progress(self, latest: Progress) -> None: ...
 
-    def note(self, text: str) -> None: ...
+    def note(self, note: Note) -> None: ...
 
 
 class RunStopped(RuntimeError):
@@ -197,7 +202,8 @@ class Controller:
         self.record.steps_again += again
         origin += f", {again} updates again" if again else ""
         pause = f" in {decision.after_s:g} s" if decision.after_s else ""
-        self.display.note(f"{failure.message}; starting a new group{how} from {origin}{pause}")
+        text = f"{failure.message}; starting a new group{how} from {origin}{pause}"
+        self.display.note(StartingPoint(cursor.step, text))
         self.recorder.tags(tags)
         time.sleep(decision.after_s)
 
@@ -223,8 +229,8 @@ class Controller:
         self._step = self._settled = 0 if manifest is None else manifest.cursor.step
         try:
             group.start()
-            self.display.note("ranks: " + ", ".join(f"{p.rank} on {p.host} (pid {p.pid})" for p in group.places))
-            self._share_cpus(group.places)
+            self.display.note(GroupStarted(tuple(group.ranks)))
+            self._share_cpus(group.ranks)
             self._training, self._progress, self._shown = True, None, 0
             while True:
                 self._ask_to_stop(group)
@@ -239,14 +245,14 @@ class Controller:
             self._training = False
             group.end()
 
-    def _share_cpus(self, places: list[Place]) -> None:
+    def _share_cpus(self, ranks: list[RankInfo]) -> None:
         """Threads are counted once, by the first group: another count would change the last bits."""
         if self.config.cluster.threads_per_rank is None:
-            cluster = self.config.cluster.model_copy(update={"threads_per_rank": threads_per_rank(places)})
+            cluster = self.config.cluster.model_copy(update={"threads_per_rank": threads_per_rank(ranks)})
             self.config = self.config.model_copy(update={"cluster": cluster})
             self.settle(self.config)
         assert self.config.cluster.threads_per_rank is not None
-        for line in too_few(places, self.config.cluster.threads_per_rank):
+        for line in oversubscribed(ranks, self.config.cluster.threads_per_rank):
             self.display.note(line)
 
     def _ask_to_stop(self, group: Group) -> None:
@@ -277,14 +283,9 @@ class Controller:
         self._progress = statuses[0].progress
         self._step = max([self._step, *(phase.step for phase in statuses[0].phases if phase.step is not None)])
         self.record.steps = max(self.record.steps, self._step)
-        failures = [status.failure for status in statuses if status.failure is not None]
-        if failures:
-            # a fault of the program explains the peers that were lost through it
-            failure = min(failures, key=lambda failure: failure.retryable)
-            return False, self._name_missing(failure, statuses) if failure.retryable else failure
-        stall = stalled(statuses, self.config.cluster.stall_timeout_s)
-        if stall is not None:
-            return False, stall
+        failure = group_failure(statuses, self.config.cluster.stall_timeout_s)
+        if failure is not None:
+            return False, failure
         done = all(status.done for status in statuses)
         if done and any(status.stopped for status in statuses):
             raise RunStopped(self._newest())
@@ -295,15 +296,6 @@ class Controller:
         if self._saved is not None:
             return f"the newest checkpoint is of step {self._saved}"
         return "no checkpoint was written" if self.resume is None else f"the newest checkpoint is {self.resume.name}"
-
-    @staticmethod
-    def _name_missing(failure: Failure, statuses: list[Status]) -> Failure:
-        """A rank that waited in vain knows only itself; the one that has started the fewest exchanges is missing."""
-        least = min(status.num_exchanges for status in statuses)
-        behind = [str(status.rank) for status in statuses if status.num_exchanges == least]
-        if len(behind) == len(statuses):
-            return failure
-        return Failure(f"{failure.message}; missing: rank {', '.join(behind)} at exchange {least}", failure.retryable)
 
     # ----------------------------------------------------------------------------------------- messages
 

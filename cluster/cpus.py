@@ -6,18 +6,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from cluster.worker import Place
+from cluster.messages import RankInfo
+from cluster.text import count
 
 
 def allowed_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: of its affinity and of its control groups' quotas, whole ones, at least 1.
+    """Whole CPUs that this process may use, by its affinity and its control groups' quotas; at least 1.
 
-    A container or pod that is given 4 of 64 CPUs sees all 64 in `os.cpu_count`.
+    A container or pod with 4 of 64 CPUs sees all 64 in `os.cpu_count`.
 
     root: where `proc` and `sys` are mounted.
     """
@@ -37,10 +36,10 @@ def _quotas(root: Path) -> Iterator[float]:
             continue
         # inside a container the name may be the host's, and what limits the container lies at the mount itself
         folder = mount / os.path.normpath(name).lstrip("/")
-        for place in (folder, *folder.parents):
+        for group in (folder, *folder.parents):
             with suppress(OSError, ValueError, ZeroDivisionError):
-                yield _quota(place, v2=not controllers)
-            if place == mount:
+                yield _quota(group, v2=not controllers)
+            if group == mount:
                 break
 
 
@@ -55,32 +54,34 @@ def _quota(folder: Path, *, v2: bool) -> float:
     return int(quota) / int(period)
 
 
-def threads_per_rank(places: Sequence[Place]) -> int:
-    """Threads for every rank: the CPUs of the host that has fewest for each of its ranks."""
-    return max(1, min(cpus // ranks for cpus, ranks in _hosts(places).values()))
+def threads_per_rank(ranks: Sequence[RankInfo]) -> int:
+    """Threads for every rank: the CPUs per rank of the host that has the fewest."""
+    return max(1, min(cpus // of_host for cpus, of_host in _hosts(ranks).values()))
 
 
-def too_few(places: Sequence[Place], threads: int) -> list[str]:
+def oversubscribed(ranks: Sequence[RankInfo], threads: int) -> list[str]:
     """A line for every host that allows fewer CPUs than its ranks have threads."""
     return [
-        f"{host} allows {cpus} CPUs, fewer than cluster.threads_per_rank={threads} for {ranks} ranks: slower, same bits"
-        for host, (cpus, ranks) in _hosts(places).items()
-        if cpus < ranks * threads
+        f"{host} allows {count(cpus, 'CPU')}, fewer than cluster.threads_per_rank={threads} for "
+        f"{count(of_host, 'rank')}: slower, same bits"
+        for host, (cpus, of_host) in _hosts(ranks).items()
+        if cpus < of_host * threads
     ]
 
 
-def _hosts(places: Sequence[Place]) -> dict[str, tuple[int, int]]:
-    """Host → its CPUs and its ranks."""
-    found: dict[str, tuple[int, int]] = {}
-    for place in places:
-        cpus, ranks = found.get(f"{place.host} ({place.address})", (place.cpus, 0))
-        found[f"{place.host} ({place.address})"] = min(cpus, place.cpus), ranks + 1
-    return found
+def _hosts(ranks: Sequence[RankInfo]) -> dict[str, tuple[int, int]]:
+    """Host → its CPUs and how many of the ranks it has."""
+    hosts: dict[str, tuple[int, int]] = {}
+    for rank in ranks:
+        name = f"{rank.host} ({rank.address})"
+        cpus, of_host = hosts.get(name, (rank.cpus, 0))
+        hosts[name] = min(cpus, rank.cpus), of_host + 1
+    return hosts
 
 
 @contextmanager
 def all_cpus() -> Iterator[None]:
-    """Every CPU that this process may use, for work whose last bits nothing depends on."""
+    """Use every CPU that this process may use, for work on whose last bits nothing depends."""
     from threadpoolctl import threadpool_limits
 
     before, count = torch.get_num_threads(), allowed_cpus()

@@ -1,23 +1,26 @@
-"""What an error means for a run: `classify` tells losses, after which a new group may fare better, from faults.
+"""Why a group cannot go on: `classify` reads one error, `group_failure` the status of all ranks.
 
-A loss is a rank, a node or a link that is gone: Ray says so by type, gloo, nccl and torch's store by type and text. A
-fault would happen again: a configuration, a program, memory that does not suffice. In doubt it is a fault, since a
-wrong restart costs more than a clear end.
+A failure is retryable where a rank, a node or a link is gone: Ray reports it by type, gloo, nccl and torch's store by
+type and text. Any other would happen again: a configuration, a program, memory that does not suffice. What is unknown
+counts as one of these, since a wrong restart costs more than a clear end.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout
+from cluster.messages import RankStatus
 from cluster.policy import Failure
 from cluster.storage import StorageError
 
-LOST_IN_RAY = frozenset(
+RETRYABLE_IN_RAY = frozenset(
     {
         "RayActorError",  # ActorDiedError, ActorUnavailableError
         "WorkerCrashedError",
@@ -27,7 +30,7 @@ LOST_IN_RAY = frozenset(
         "GetTimeoutError",
         "RpcError",
         "RaySystemError",
-        "OutOfMemoryError",  # of a machine, whose largest process Ray has killed: perhaps not by our doing
+        "OutOfMemoryError",  # of a machine: Ray has killed its largest process, which need not be the cause
         "OutOfDiskError",
         "ObjectStoreFullError",
         "ActorPlacementGroupRemoved",
@@ -36,9 +39,9 @@ LOST_IN_RAY = frozenset(
         "TaskUnschedulableError",
     }
 )
-"""Ray's errors, by name so that a rank without Ray need not import it; what derives from them counts as they do."""
+"""Ray's errors with their subclasses, by name so that a rank need not import Ray."""
 
-LOST_ERRNOS = frozenset(
+RETRYABLE_ERRNOS = frozenset(
     {
         errno.ECONNRESET,
         errno.ECONNREFUSED,
@@ -54,7 +57,7 @@ LOST_ERRNOS = frozenset(
     }
 )
 
-LOST_TEXTS = (
+RETRYABLE_TEXTS = (
     "connection reset by peer",
     "connection closed by peer",
     "connection refused",
@@ -79,14 +82,14 @@ LOST_TEXTS = (
     "device unavailable",
     "devices unavailable",
 )
-"""In the text, in lower case, of a RuntimeError: gloo and CUDA have no types for these."""
+"""Parts of the lower-case text of a RuntimeError: gloo and CUDA have no types for these."""
 
-FAULT_TEXTS = ("ncclinvalidusage", "ncclinvalidargument", "invalidauthtoken")
-"""In the text of what is a loss by its type."""
+FATAL_TEXTS = ("ncclinvalidusage", "ncclinvalidargument", "invalidauthtoken")
+"""Parts of the text of errors whose type is retryable."""
 
 
 def classify(error: BaseException) -> Failure:
-    """What an error, with those that it was raised from, means for the run. The message is one line.
+    """What an error, with those it was raised from, means for the run. The message is one line.
 
     >>> classify(ConnectionResetError("by peer"))
     Failure(message='ConnectionResetError: by peer', retryable=True, fits=None, diverged=False)
@@ -96,52 +99,99 @@ def classify(error: BaseException) -> Failure:
     ray = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "ray.exceptions"}
     cause = getattr(error, "cause", None)
     if "RayTaskError" in ray and isinstance(cause, BaseException):
-        return classify(cause)  # what the actor's own code has raised
+        return classify(cause)  # what the actor's own code raised
     if "RayTaskError" in ray or getattr(error, "actor_init_failed", False):
-        # a program that cannot be loaded on its node, or fails before it is asked for anything: so would the next
+        # a program that cannot be loaded on its node, or whose constructor fails, would fail again
         return Failure(_last_line(error), retryable=False)
     if ray:
-        return Failure(_sentence(error), retryable=bool(ray & LOST_IN_RAY) and not _is_fault(error))
+        return Failure(_sentence(error), retryable=bool(ray & RETRYABLE_IN_RAY) and not _is_fatal(error))
     diverged = bool(getattr(error, "diverged", False))
-    return Failure(_sentence(error), retryable=not diverged and any(map(_is_loss, _chain(error))), diverged=diverged)
+    return Failure(
+        _sentence(error), retryable=not diverged and any(map(_is_retryable, _chain(error))), diverged=diverged
+    )
+
+
+def group_failure(statuses: Sequence[RankStatus], stall_timeout_s: float) -> Failure | None:
+    """Why the group cannot go on, or None while it can."""
+    failures = [status.failure for status in statuses if status.failure is not None]
+    if not failures:
+        return stalled(statuses, stall_timeout_s)
+    failure = min(failures, key=lambda failure: failure.retryable)  # a fault of the program explains lost peers
+    return _name_missing(failure, statuses) if failure.retryable else failure
+
+
+def stalled(statuses: Sequence[RankStatus], limit_s: float) -> Failure | None:
+    """A retryable failure where a rank that is not done has been idle for longer than the limit, else None.
+
+    It names the idle ranks that have started the fewest exchanges: the others wait for them. No exchange times out for
+    a rank that is alone, or for ranks that are all stuck outside of one.
+    """
+    idle = [status for status in statuses if not status.done and status.idle_s > limit_s]
+    if not idle:
+        return None
+    least = min(status.num_exchanges for status in idle)
+    culprits = [status for status in idle if status.num_exchanges == least]
+    latest = culprits[0].progress
+    layer = "" if latest is None or latest.layer is None else f"layer {latest.layer}, "
+    phase = "start" if latest is None else f"{layer}{latest.phase} {latest.done}/{latest.total}"
+    names = named([status.rank for status in culprits])
+    return Failure(f"{names}: no progress for {limit_s:g} s ({phase}, exchange {least})", retryable=True)
+
+
+def _name_missing(failure: Failure, statuses: Sequence[RankStatus]) -> Failure:
+    """A rank whose exchange timed out knows only itself: the ranks that have started the fewest are missing."""
+    least = min(status.num_exchanges for status in statuses)
+    behind = [status.rank for status in statuses if status.num_exchanges == least]
+    if len(behind) == len(statuses):
+        return failure
+    return replace(failure, message=f"{failure.message}; missing: {named(behind)} at exchange {least}")
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks by number, for a message.
+
+    >>> named([1]), named([0, 2])
+    ('rank 1', 'ranks 0, 2')
+    """
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
     """The error and those it was raised from, each once."""
-    found = [error]
-    while (cause := found[-1].__cause__) is not None and cause not in found:
-        found.append(cause)
-    return found
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
-def _is_loss(error: BaseException) -> bool:
+def _is_retryable(error: BaseException) -> bool:
     text = str(error).lower()
-    if isinstance(error, torch.OutOfMemoryError) or _is_fault(error):
+    if isinstance(error, torch.OutOfMemoryError) or _is_fatal(error):
         return False
     if isinstance(error, DamagedError | StorageError):
-        return True  # a new group looks again for what can be read
+        return True  # a new group looks again for a checkpoint that can be read
     if isinstance(error, PeerTimeout | dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError):
         return True
     if isinstance(error, OSError):
-        return isinstance(error, ConnectionError | TimeoutError) or error.errno in LOST_ERRNOS
-    return isinstance(error, RuntimeError) and any(lost in text for lost in LOST_TEXTS)
+        return isinstance(error, ConnectionError | TimeoutError) or error.errno in RETRYABLE_ERRNOS
+    return isinstance(error, RuntimeError) and any(part in text for part in RETRYABLE_TEXTS)
 
 
-def _is_fault(error: BaseException) -> bool:
+def _is_fatal(error: BaseException) -> bool:
     text = str(error).lower()
-    return any(fault in text for fault in FAULT_TEXTS)
+    return any(part in text for part in FATAL_TEXTS)
 
 
 def _sentence(error: BaseException) -> str:
-    """Type and text in one line; Ray's indented particulars (class, actor id) are left out."""
+    """Type and text in one line, without Ray's indented details (class, actor id)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("\t", "  "))]
     if isinstance(error, PeerTimeout):
-        return lines[0]  # names its rank and says what it waited for
+        return lines[0]  # names the rank and what it waited for
     text = " ".join(lines).partition(" Some common causes include")[0]  # Ray's guesses
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _last_line(error: BaseException) -> str:
-    """Of a traceback as text, where the error stands."""
+    """The last line of a traceback, which holds the error."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

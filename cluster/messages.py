@@ -1,4 +1,8 @@
-"""What a rank reports to the controller while it works: one frozen class for each kind of message."""
+"""Messages between the ranks, the controller and the display: one frozen class for each kind.
+
+A rank describes itself once (`RankInfo`), then sends a `Message` for whatever has to be kept; its answer to a poll
+(`RankStatus`) carries them with its `Progress`. The controller shows `Progress` and a `Note`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard
+from cluster.policy import Failure
 
 Phase = Literal["calibrate", "cache", "learn", "encode", "readout"]
 
@@ -129,6 +134,81 @@ OfTheRun = LayerMetrics | TrainingWarning | ModelExported | ReadoutScored
 """Messages that every rank may send; the controller takes rank 0's."""
 
 Message = OfOneRank | OfTheRun
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank runs.
+
+    Attributes
+    ----------
+    cpus: how many its process may use.
+    run_dir_error: why it cannot use the run directory, see `cluster.shared_folder`; empty where it can.
+    """
+
+    rank: int
+    host: str
+    address: str
+    pid: int
+    cpus: int
+    run_dir_error: str = ""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """A rank's answer to a poll.
+
+    Attributes
+    ----------
+    phases: the latest progress of each phase so far, in order; the last is the present phase.
+    messages: those sent since the poll before.
+    num_exchanges: exchanges started; the others wait for the rank that has started the fewest.
+    stopped: it is done because it was asked to stop, and its shard is written.
+    idle_s: since a poll last found that its training thread had moved: started or ended an exchange, sent a message or
+        reported progress. A rank that waits in an exchange is idle as well; see `cluster.failures.stalled`.
+    """
+
+    rank: int
+    done: bool
+    failure: Failure | None
+    phases: list[Progress]
+    messages: list[Message]
+    num_exchanges: int
+    stopped: bool = False
+    idle_s: float = 0.0
+
+    @property
+    def progress(self) -> Progress | None:
+        """Of the present phase; None before the first."""
+        return self.phases[-1] if self.phases else None
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The next group starts from the checkpoint of `step`, or from the beginning (0); `text` says why."""
+
+    step: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class GroupStarted:
+    """All ranks of a group have met and begin to train."""
+
+    ranks: tuple[RankInfo, ...]
+
+    def __str__(self) -> str:
+        return "ranks: " + ", ".join(f"{rank.rank} on {rank.host} (pid {rank.pid})" for rank in self.ranks)
+
+
+Note = str | StartingPoint | GroupStarted
+"""Something to show to a person, who reads `str(note)`; a program that watches a job reads the fields."""
 
 
 class Reporter(Protocol):

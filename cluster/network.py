@@ -1,5 +1,5 @@
-"""Which network interface the exchanges use, loopback unless ranks sit on several machines or the user names one; and
-whether the head of Ray's cluster is there."""
+"""Which network interface the exchanges use: loopback unless ranks run on several machines or the user names one; and
+whether the head of Ray's cluster answers."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ LOOPBACK = "127.0.0.1"
 
 
 def interface_of(name: str | None, address: str) -> tuple[str, str]:
-    """Name and IPv4 address of the interface `name`, or where that is None of the one that has `address`.
+    """Name and IPv4 address of the interface `name`, or, where that is None, of the one that has `address`.
 
-    Of several addresses of the interface `name` it is `address`, or the first where that is not among them.
+    Where the interface has several addresses, `address` is returned if it is among them, else the first.
 
     Raises
     ------
     ValueError
         No such interface here, or none with an IPv4 address.
     """
-    found = [
+    interfaces = [
         (interface, entry.address)
         for interface, entries in psutil.net_if_addrs().items()
         for entry in entries
         if entry.family == socket.AF_INET
     ]
-    fitting = [place for place in found if (place[1] == address if name is None else place[0] == name)]
+    fitting = [(own, at) for own, at in interfaces if (at == address if name is None else own == name)]
     if fitting:
-        return min(fitting, key=lambda place: place[1] != address)
+        return min(fitting, key=lambda pair: pair[1] != address)
     wanted = f"an interface with address {address}" if name is None else f"the interface {name}"
-    known = ", ".join(f"{interface} ({own})" for interface, own in sorted(found))
-    raise ValueError(f"cluster.interface: expected {wanted} on {socket.gethostname()}, found {known}")
+    known = ", ".join(f"{interface} ({own})" for interface, own in sorted(interfaces))
+    raise ValueError(f"cluster.interface: expected {wanted} on {socket.gethostname()}, got {known}")
 
 
 def use_interface(name: str) -> None:
-    """What gloo and nccl read when a group is made: there is no argument for it.
+    """Set the environment variables that gloo and nccl read when a group is made: there is no argument for it.
 
-    What an administrator has set stays. Of several addresses both take the interface's first.
+    Values that an administrator has set stay. Both libraries take the interface's first address.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign eth1 would mean eth10 too
 
 
-class Head:
-    """The head of Ray's cluster, watched by its port.
+class RayHead:
+    """Whether the head of Ray's cluster accepts connections.
 
-    Without it a driver cannot go on: every question to it waits, and Ray ends the process, without a word to its
-    caller, after RAY_gcs_rpc_server_reconnect_timeout_s (60 s). So it is noticed here before.
+    A driver cannot continue without it: every call to it waits, and Ray ends the process, without an exception, after
+    RAY_gcs_rpc_server_reconnect_timeout_s (60 s). This notices it earlier.
 
     Parameters
     ----------
@@ -58,28 +58,28 @@ class Head:
     """
 
     ASK_EVERY_S = 1.0
-    """Pause between two questions, and the longest that one may take."""
+    """Pause between two attempts, and the longest that one may take."""
 
     def __init__(self, address: str, limit_s: float) -> None:
         self.address, self.limit_s = address, limit_s
         self._asked = self._answered = time.monotonic()
 
     def silent_s(self) -> float:
-        """Seconds since it last took a connection; 0 while it does, and while it need not be asked again yet."""
+        """Seconds since it last accepted a connection; 0 while it does, and until the next attempt is due."""
         now = time.monotonic()
         if now - self._asked >= self.ASK_EVERY_S or self._asked > self._answered:
             self._asked = now
-            if takes_connections(self.address, self.ASK_EVERY_S):
+            if accepts_connections(self.address, self.ASK_EVERY_S):
                 self._answered = now
         return max(0.0, self._asked - self._answered)
 
     @property
     def lost(self) -> bool:
-        """Whether it has been silent for longer than the limit. Asks it, where that is due."""
+        """Whether it has been silent for longer than the limit. Makes an attempt if one is due."""
         return self.silent_s() > self.limit_s
 
 
-def takes_connections(address: str, timeout_s: float) -> bool:
+def accepts_connections(address: str, timeout_s: float) -> bool:
     """Whether something listens at host:port."""
     host, _, port = address.rpartition(":")
     try:

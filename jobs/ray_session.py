@@ -17,7 +17,7 @@ from typing import Any
 from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.limits import run_with_timeout
-from cluster.network import takes_connections
+from cluster.network import accepts_connections
 from jobs.ending import asking_to_end
 from simmatch.config import ConfigError
 
@@ -87,7 +87,7 @@ def _joined(address: str, limit_s: float) -> str:
     place = _place(address)
     mode = None
     if place is not None:
-        if not takes_connections(place, CONNECT_S):
+        if not accepts_connections(place, CONNECT_S):
             raise RunFailed(f"{where}, found nobody who takes a connection within {CONNECT_S:g} s")
         mode = _mode(place, where, CONNECT_S + limit_s)
         if mode is not None:
@@ -119,7 +119,7 @@ def _place(address: str) -> str | None:
             found = (folder / "ray" / "ray_current_cluster").read_text().strip()
         except (OSError, ValueError):
             return None
-        return found if ADDRESS.fullmatch(found) and takes_connections(found, CONNECT_S) else None
+        return found if ADDRESS.fullmatch(found) and accepts_connections(found, CONNECT_S) else None
     match = ADDRESS.fullmatch(address)
     if match is None or not 0 < int(match[1]) <= HIGHEST_PORT:
         raise ConfigError(

@@ -25,6 +25,8 @@ from cluster.messages import (
     ModelExported,
     Phase,
     Progress,
+    RankInfo,
+    RankStatus,
     ReadoutScored,
     ShardFailed,
     ShardWritten,
@@ -36,7 +38,7 @@ from cluster.summary import RunRecord, summarise
 from cluster.tracking.events import MetricsEvent, ParamsEvent, TagsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
-from cluster.worker import Outbox, Place, Status
+from cluster.worker import Outbox
 from simmatch.config import ConfigError
 from simmatch.documents import dump_json
 from simmatch.files import write_whole
@@ -53,7 +55,7 @@ class ScriptedGroup:
 
     def __init__(self, assignment: Assignment, rounds: list[Round], start: BaseException | None = None) -> None:
         self.assignment, self.rounds, self.failure = assignment, list(rounds), start
-        self.places: list[Place] = []
+        self.ranks: list[RankInfo] = []
         self.calls: list[str] = []
         self.cpus = 8
 
@@ -61,9 +63,9 @@ class ScriptedGroup:
         self.calls.append("start")
         if self.failure is not None:
             raise self.failure
-        self.places = [Place(rank, "node", "127.0.0.1", 6 + rank, self.cpus) for rank in range(2)]
+        self.ranks = [RankInfo(rank, "node", "127.0.0.1", 6 + rank, self.cpus) for rank in range(2)]
 
-    def poll(self) -> list[Status]:
+    def poll(self) -> list[RankStatus]:
         self.calls.append("poll")
         done = not self.rounds
         messages = [[], []] if done else self.rounds.pop(0)
@@ -118,8 +120,8 @@ def status(
     failure: Failure | None = None,
     progress: Progress | None = None,
     stopped: bool = False,
-) -> Status:
-    return Status(rank, done, failure, [progress] if progress else [], messages, num_exchanges=0, stopped=stopped)
+) -> RankStatus:
+    return RankStatus(rank, done, failure, [progress] if progress else [], messages, num_exchanges=0, stopped=stopped)
 
 
 def metrics_of(
@@ -248,7 +250,7 @@ def test_phases_that_end_between_two_polls_are_shown(scene: MakeScene) -> None:
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
     outbox, shown = Outbox(), playing.display.progressed
-    group.poll = lambda: [Status(0, False, None, list(outbox.phases), [], num_exchanges=0)]  # type: ignore[method-assign]
+    group.poll = lambda: [RankStatus(0, False, None, list(outbox.phases), [], num_exchanges=0)]  # type: ignore[method-assign]
     steps: list[tuple[Phase, int, int]]
     steps = [("learn", 2, 0), ("learn", 8, 0), ("encode", 4, 0), ("learn", 1, 1), ("learn", 3, 1)]
     for phase, done, layer in steps:
@@ -382,7 +384,7 @@ class AskedGroup(ScriptedGroup):
         self.phase, self.obedient = phase, obedient
         self.controller: Controller | None = None
 
-    def poll(self) -> list[Status]:
+    def poll(self) -> list[RankStatus]:
         self.calls.append("poll")
         if self.calls.count("poll") == 3:
             assert self.controller is not None
@@ -427,7 +429,7 @@ class EndedLayer(AskedGroup):
         super().__init__(assignment, "encode")
         self.fate = fate
 
-    def poll(self) -> list[Status]:
+    def poll(self) -> list[RankStatus]:
         found = super().poll()
         phases = [Progress("learn", 5, 5, layer=0, step=5), Progress("encode", 0, 1, layer=0)]
         told: list[list[Message]] = [[], []]
@@ -545,15 +547,15 @@ def test_attempts_in_vain_follow_more_and_more_slowly() -> None:
         (1, 1, Restart(1, 0.0)),
         (4, 2, Restart(3, 0.0)),  # room again: as many as before
         (1, None, Restart(3, 0.0)),  # never shrinks: waits for the node
-        (1, 2, Stop("no place; cluster.min_shards=2")),
-        (0, 1, Stop("no place; cluster.min_shards=1")),
+        (1, 2, Stop("no room; cluster.min_shards=2")),
+        (0, 1, Stop("no room; cluster.min_shards=1")),
     ],
 )
 def test_a_group_shrinks_to_what_fits_and_no_further(
     fits: int, min_shards: int | None, expected: Restart | Stop
 ) -> None:
     policy = FailurePolicy(max_restarts=2, min_shards=min_shards)
-    assert policy.decide(Failure("no place", retryable=True, fits=fits), 0, 3) == expected
+    assert policy.decide(Failure("no room", retryable=True, fits=fits), 0, 3) == expected
 
 
 def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
@@ -718,7 +720,7 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
 
 def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:
     before = [both_shards(tmp_path, 4), LOST]
-    no_place = GroupFailure(Failure("no place for 2 ranks", retryable=True, fits=1))
+    no_place = GroupFailure(Failure("no room for 2 ranks", retryable=True, fits=1))
     after = [[[shard_written(tmp_path, 0, 8, world_size=1)]]]
     playing = scene(before, no_place, after, min_shards=1)
     playing.controller.run()
@@ -961,4 +963,4 @@ def test_ranks_that_do_not_move_are_a_loss(scene: MakeScene, tmp_path: Path) -> 
     assert not done
     assert failure is not None
     assert failure.retryable
-    assert failure.message.startswith(f"rank 0, 1 has not moved for {limit_s:g} s")
+    assert failure.message.startswith(f"ranks 0, 1: no progress for {limit_s:g} s")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from cluster.cpus import all_cpus, allowed_cpus, threads_per_rank, too_few
-from cluster.worker import Place
+from cluster.cpus import all_cpus, allowed_cpus, oversubscribed, threads_per_rank
+from cluster.messages import RankInfo
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +66,8 @@ def test_affinity_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert allowed_cpus(tmp_path / "no such system") == 2
 
 
-def places(*hosts: tuple[str, int]) -> list[Place]:
-    return [Place(rank, host, f"10.0.0.{host}", 7, cpus) for rank, (host, cpus) in enumerate(hosts)]
+def on_hosts(*hosts: tuple[str, int]) -> list[RankInfo]:
+    return [RankInfo(rank, host, f"10.0.0.{host}", 7, cpus) for rank, (host, cpus) in enumerate(hosts)]
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def places(*hosts: tuple[str, int]) -> list[Place]:
     ],
 )
 def test_the_smallest_allocation_decides(hosts: list[tuple[str, int]], expected: int) -> None:
-    assert threads_per_rank(places(*hosts)) == expected
+    assert threads_per_rank(on_hosts(*hosts)) == expected
 
 
 def test_a_host_that_allows_fewer_is_named() -> None:
-    assert too_few(places(("1", 8), ("2", 6), ("2", 6)), 3) == []
-    (line,) = too_few(places(("1", 8), ("2", 6), ("2", 6)), 4)
+    assert oversubscribed(on_hosts(("1", 8), ("2", 6), ("2", 6)), 3) == []
+    (line,) = oversubscribed(on_hosts(("1", 8), ("2", 6), ("2", 6)), 4)
     assert line == "2 (10.0.0.2) allows 6 CPUs, fewer than cluster.threads_per_rank=4 for 2 ranks: slower, same bits"
 
 

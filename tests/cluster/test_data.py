@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from cluster.config import RunConfig
+from cluster.messages import RankStatus
 from cluster.training import Assignment, load_dataset
-from cluster.worker import Status, Worker
+from cluster.worker import Worker
 from simmatch.data.sources import Dataset
 
 
-def ended(config: RunConfig, run_dir: Path, data: str | None) -> Status:
+def ended(config: RunConfig, run_dir: Path, data: str | None) -> RankStatus:
     """Rank 0 of a run of one layer and one update, once it has ended."""
     worker = Worker(Assignment(config, run_dir, 0, data=data))
     worker.begin(1)

@@ -181,18 +181,18 @@ def test_what_gloo_says_of_a_lost_peer_is_a_loss(ranks: Any, how: str) -> None:
     """It has no type of its own for it: the text is all there is."""
     kind, _, text = ranks(lose_a_peer, 2, how, exchange_timeout_s=2.0)[0].partition("|")
     assert kind == "RuntimeError"
-    assert classify(RuntimeError(text)).lost, text
+    assert classify(RuntimeError(text)).retryable, text
 
 
 def test_what_the_store_says_when_nobody_comes_is_a_loss() -> None:
     store, port = open_store(LOOPBACK, 0.5)
     with pytest.raises(dist.DistStoreError) as caught:
         store.get("never set")
-    assert classify(caught.value).lost
+    assert classify(caught.value).retryable
     other = connect_store(LOOPBACK, port, 0.5)
     with pytest.raises(dist.DistStoreError) as caught:
         other.wait(["never set"], timedelta(seconds=0.2))
-    assert classify(caught.value).lost
+    assert classify(caught.value).retryable
 
 
 def test_a_store_that_nobody_holds_is_a_loss() -> None:
@@ -200,7 +200,7 @@ def test_a_store_that_nobody_holds_is_a_loss() -> None:
         port = taken.getsockname()[1]
     with pytest.raises(dist.DistNetworkError) as caught:
         connect_store(LOOPBACK, port, 0.5)
-    assert classify(caught.value).lost
+    assert classify(caught.value).retryable
 
 
 def leave_with_the_store(exchange: TorchExchange) -> str:
@@ -223,4 +223,4 @@ def test_what_a_store_says_that_died_is_a_loss(ranks: Any) -> None:
     if isinstance(told, str):
         kind, _, text = told.partition("|")
         told = getattr(dist, kind, RuntimeError)(text)
-    assert classify(told).lost, told  # an exception where the store was gone while the rank still joined
+    assert classify(told).retryable, told  # an exception where the store was gone while the rank still joined

@@ -22,11 +22,12 @@ import torch
 import cluster.read_out
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
+from cluster.failures import stalled
 from cluster.group import GroupFailure, WorkerGroup, lease_s
-from cluster.messages import Progress
+from cluster.messages import Progress, RankStatus
 from cluster.policy import Failure
 from cluster.training import Assignment, Training
-from cluster.worker import Status, Worker, stalled
+from cluster.worker import Worker
 from simmatch.config import ConfigError
 from simmatch.layer import SimilarityMatchingConv2d
 from tests.cluster.actors import assert_gone, limits, nothing_reserved, train
@@ -76,10 +77,10 @@ def started(config: RunConfig, run_dir: Path, worker: type[Worker] = Worker) -> 
     finally:
         group.end()
         group.end()
-        assert_gone([place.pid for place in group.places])
+        assert_gone([rank.pid for rank in group.ranks])
 
 
-def poll_until(group: WorkerGroup, reached: Callable[[list[Status]], bool]) -> list[Status]:
+def poll_until(group: WorkerGroup, reached: Callable[[list[RankStatus]], bool]) -> list[RankStatus]:
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         statuses = group.poll()
@@ -89,7 +90,7 @@ def poll_until(group: WorkerGroup, reached: Callable[[list[Status]], bool]) -> l
     pytest.fail(f"not reached within {LIMIT_S:g} s: {statuses}")
 
 
-def learning(statuses: list[Status]) -> bool:
+def learning(statuses: list[RankStatus]) -> bool:
     """All ranks have exchanged something: training is under way."""
     return all(status.num_exchanges > 20 for status in statuses)
 
@@ -166,7 +167,7 @@ HELD = faulty_worker(FaultPlan(rank=0, layer=0, step=4, kind="hold"))
 def test_a_killed_actor_is_named(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
     with started(digits_config(2, cluster=limits()), tmp_path, HELD) as group:
         poll_until(group, learning)
-        pid = group.places[1].pid
+        pid = group.ranks[1].pid
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(GroupFailure) as caught:
             poll_until(group, lambda _: False)
@@ -181,7 +182,7 @@ def test_a_stopped_actor_is_named_within_the_heartbeat(ray: Any, digits_config: 
     config = digits_config(2, cluster=limits(heartbeat_s=heartbeat_s))
     with started(config, tmp_path, HELD) as group:
         poll_until(group, learning)
-        pid = group.places[1].pid
+        pid = group.ranks[1].pid
         os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
         with pytest.raises(GroupFailure) as caught:
@@ -251,7 +252,7 @@ def test_a_busy_cluster_is_waited_for_and_then_named(ray: Any, digits_config: Co
     assert blocker.wait(20)
     group = WorkerGroup(Assignment(digits_config(2, cluster=limits(start_timeout_s=1.0)), tmp_path, 0))
     try:
-        with pytest.raises(GroupFailure, match=r"no place for 2 ranks .* within 1 s; free now: .*1\.0") as caught:
+        with pytest.raises(GroupFailure, match=r"no room for 2 ranks .* within 1 s; free now: .*1\.0") as caught:
             group.start()
     finally:
         group.end()
@@ -277,7 +278,7 @@ def test_a_run_directory_that_is_not_shared_is_refused(ray: Any, digits_config: 
     with pytest.raises(ConfigError) as caught:
         controller.run()
     assert str(caught.value) == (
-        f"--run-dir: expected a place that all nodes share, got {tmp_path}: "
+        f"--run-dir: expected a folder that all nodes share, got {tmp_path}: "
         f"rank 1 on {socket.gethostname()} does not find there what this job has written"
     )
     assert (quiet.rows, quiet.notes) == ([], [])
@@ -398,7 +399,7 @@ def test_a_lone_rank_that_is_stuck_is_noticed(ray: Any, digits_config: ConfigMak
     failure = stalled(statuses, limit_s)
     assert failure is not None
     assert failure.retryable
-    assert failure.message == "rank 0 has not moved for 2 s (layer 0, learn 3/10, exchange 0)"
+    assert failure.message == "rank 0: no progress for 2 s (layer 0, learn 3/10, exchange 0)"
     assert limit_s <= statuses[0].idle_s < limit_s + 5.0
     assert waited_s < 30.0
 
@@ -410,26 +411,26 @@ def test_a_stuck_rank_is_told_from_those_that_wait_for_it(ray: Any, digits_confi
         statuses = poll_until(group, lambda statuses: all(status.idle_s > 1.0 for status in statuses))
     failure = stalled(statuses, 1.0)
     assert failure is not None
-    assert failure.message.startswith("rank 0 has not moved for 1 s (layer 0, ")
+    assert failure.message.startswith("rank 0: no progress for 1 s (layer 0, ")
     assert stalled(statuses, 100.0) is None
 
 
-def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -> Status:
+def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -> RankStatus:
     progress = Progress("learn", 3, 10, layer=1)
-    return Status(rank, done, None, [progress], [], num_exchanges, idle_s=idle_s)
+    return RankStatus(rank, done, None, [progress], [], num_exchanges, idle_s=idle_s)
 
 
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [
         ([still(0, 1.0, 5), still(1, 1.0, 5)], None),
-        ([still(0, 9.0, 5), still(1, 1.0, 5)], "rank 0 has not moved for 8 s (layer 1, learn 3/10, exchange 5)"),
-        ([still(0, 9.0, 5), still(1, 9.0, 4)], "rank 1 has not moved for 8 s (layer 1, learn 3/10, exchange 4)"),
-        ([still(0, 9.0, 5), still(1, 9.0, 5)], "rank 0, 1 has not moved for 8 s (layer 1, learn 3/10, exchange 5)"),
+        ([still(0, 9.0, 5), still(1, 1.0, 5)], "rank 0: no progress for 8 s (layer 1, learn 3/10, exchange 5)"),
+        ([still(0, 9.0, 5), still(1, 9.0, 4)], "rank 1: no progress for 8 s (layer 1, learn 3/10, exchange 4)"),
+        ([still(0, 9.0, 5), still(1, 9.0, 5)], "ranks 0, 1: no progress for 8 s (layer 1, learn 3/10, exchange 5)"),
         ([still(0, 9.0, 5, done=True), still(1, 1.0, 5)], None),
     ],
 )
-def test_who_holds_up_the_rest(statuses: list[Status], expected: str | None) -> None:
+def test_who_holds_up_the_rest(statuses: list[RankStatus], expected: str | None) -> None:
     found = stalled(statuses, 8.0)
     assert found == (None if expected is None else Failure(expected, retryable=True))
 
@@ -485,7 +486,7 @@ def test_ranks_that_nobody_asks_any_more_end_by_themselves(
             poll_until(group, learning)
             time.sleep(0.5)
         asked = time.monotonic()
-        assert_gone([place.pid for place in group.places], limit_s=12.0 + 8.0)
+        assert_gone([rank.pid for rank in group.ranks], limit_s=12.0 + 8.0)
         assert time.monotonic() - asked > 12.0 - 2.0
         with pytest.raises(GroupFailure, match="was lost"):
             group.poll()

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from cluster.limits import run_with_timeout
-from cluster.network import Head, takes_connections
+from cluster.network import RayHead, accepts_connections
 
 
 def test_a_call_within_its_limit_gives_its_result() -> None:
@@ -34,7 +34,7 @@ def test_a_call_without_an_end_is_named_at_its_limit() -> None:
 def test_a_head_is_lost_once_it_has_been_silent_for_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Head, "ASK_EVERY_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        head = Head(f"127.0.0.1:{listener.getsockname()[1]}", limit_s=0.5)
+        head = RayHead(f"127.0.0.1:{listener.getsockname()[1]}", limit_s=0.5)
         for _ in range(20):
             assert not head.lost
             time.sleep(0.05)
@@ -50,7 +50,7 @@ def test_a_head_that_comes_back_in_time_is_not_lost(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Head, "ASK_EVERY_S", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    head = Head(f"127.0.0.1:{port}", limit_s=30.0)
+    head = RayHead(f"127.0.0.1:{port}", limit_s=30.0)
     deadline = time.monotonic() + 10.0
     while head.silent_s() == 0.0 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -62,6 +62,6 @@ def test_a_head_that_comes_back_in_time_is_not_lost(monkeypatch: pytest.MonkeyPa
 def test_nobody_takes_a_connection_where_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        assert takes_connections(address, 1.0)
-    assert not takes_connections(address, 1.0)
-    assert not takes_connections("no-such-host.invalid:1", 1.0)
+        assert accepts_connections(address, 1.0)
+    assert not accepts_connections(address, 1.0)
+    assert not accepts_connections("no-such-host.invalid:1", 1.0)

@@ -181,7 +181,7 @@ def test_where_it_does_not_the_run_goes_on_with_the_shards_that_fit(
     scene.figures(record_property)
     lost, shrunk = scene.watcher.restarts()
     assert "rank 1 (pid " in lost
-    assert "no place for 2 ranks" in shrunk
+    assert "no room for 2 ranks" in shrunk
     assert "1 rank more than there is room for" in shrunk
     assert f"starting a new group of 1 from step-{CHECKPOINT:08d}" in shrunk
     assert (record.restarts, record.steps, scene.controller.config.mesh.channel) == (2, 22, 1)
@@ -197,7 +197,7 @@ def test_a_run_that_may_not_shrink_ends_and_says_what_is_missing(
         scene.controller.run()
     ended_s = time.monotonic() - scene.removed
     message = str(caught.value)
-    assert message.startswith("no place for 2 ranks of {'CPU': 1.0} within 10 s; free now: {'CPU': 1.0}; nodes: ")
+    assert message.startswith("no room for 2 ranks of {'CPU': 1.0} within 10 s; free now: {'CPU': 1.0}; nodes: ")
     assert "127.0.0.1 with 0 CPU" in message
     assert "127.0.0.1 with 1 CPU" in message
     assert message.endswith("1 rank more than there is room for; cluster.max_restarts=2 without a new checkpoint")

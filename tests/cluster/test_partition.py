@@ -258,7 +258,7 @@ def test_a_link_that_stays_cut_costs_a_shard(
     record_property("again_s", round(again_s, 2))
     assert named_s < HEARTBEAT_S + 3.0
     assert f"rank {rank} (pid {pid} on " in driver.text()
-    assert "no place for 2 ranks" in driver.text()
+    assert "no room for 2 ranks" in driver.text()
     summary = driver.summary()
     assert (summary["status"], summary["steps"], summary["world_size"]) == ("FINISHED", STEPS, 1)
     assert_parity(tmp_path / "run", tmp_path / "undisturbed")

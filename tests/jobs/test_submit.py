@@ -289,7 +289,7 @@ def test_a_failure_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
     code, status, logs = cluster.submit(f"{begin}; {run}; status=$?; kill $!; exit $status")
     assert (code, status) == (1, "FAILED"), logs
     [error] = [line for line in logs.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: no place for 2 ranks")
+    assert error.startswith("error: no room for 2 ranks")
     assert "within 1 s" in error
     assert "'CPU': 1.0" in error.split("free now: ")[1]
     assert "Traceback" not in logs
