@@ -106,9 +106,8 @@ def classify(error: BaseException) -> Failure:
     if ray:
         return Failure(_sentence(error), retryable=bool(ray & RETRYABLE_IN_RAY) and not _is_fatal(error))
     diverged = bool(getattr(error, "diverged", False))
-    return Failure(
-        _sentence(error), retryable=not diverged and any(map(_is_retryable, _chain(error))), diverged=diverged
-    )
+    retryable = not diverged and any(map(_is_retryable, _chain(error)))
+    return Failure(_sentence(error), retryable=retryable, diverged=diverged)
 
 
 def group_failure(statuses: Sequence[RankStatus], stall_timeout_s: float) -> Failure | None:

@@ -146,9 +146,8 @@ class WorkerGroup:
                     f"mesh: expected a cluster with at least {amount * self.world_size:g} {kind} "
                     f"for {ranks}, got one with {total.get(kind, 0.0):g}"
                 )
-        self._placement = self._ask(
-            "create a placement group", lambda: placement_group([bundle] * self.world_size, strategy="PACK")
-        )
+        place = partial(placement_group, [bundle] * self.world_size, strategy="PACK")
+        self._placement = self._ask("create a placement group", place)
         limit_s = self.config.start_timeout_s
         if not self._ask("reserve resources", partial(self._placement.wait, limit_s), limit_s):
             free = self._ask("report its resources", ray.available_resources)

@@ -153,7 +153,7 @@ class Worker:
         )
 
     def _idle_s(self) -> float:
-        """See `RankStatus`. Compares from poll to poll what the training thread counts anyway, so it costs it nothing."""
+        """See `RankStatus`. Compares what the training thread counts anyway, so it costs that thread nothing."""
         exchange, outbox = self._exchange, self._outbox
         mark = (exchange.num_exchanges, getattr(exchange, "num_completed", 0), outbox.beats, len(outbox.messages))
         now = time.monotonic()

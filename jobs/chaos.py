@@ -1,11 +1,11 @@
-"""Kill at random through a real run, and see whether it ends as if nothing had happened: `python -m jobs.chaos`.
+"""Disturb a real training run at random, and check that it ends as if nothing had happened: `python -m jobs.chaos`.
 
-First the run undisturbed, then the same run over and over while ranks and drivers are killed, stopped and asked to end;
-the command is given again whenever the driver has died. Prints one JSON object per strike and per run, a table, and
-draws a timeline. In the end the weights are compared with those of the undisturbed run, bit by bit.
+First one undisturbed run, then the same run again and again while its ranks and drivers are killed, suspended and asked
+to end; a driver that has ended is started again. Prints one JSON object per strike and per run and a table, and draws a
+timeline. The weights at the end of each run are compared with those of the undisturbed run, bit by bit.
 
-Exit status: 0 all survived and all alike, 1 something was lost, 2 bad input (one line, nothing started), 130, 143 or
-129: told to end (Ctrl-C, SIGTERM, a closed terminal).
+Exit status: 0 every run survived and ended with the same weights and records, 1 one did not, 2 bad input (one line,
+nothing started), 130, 143 or 129: interrupted (Ctrl-C, SIGTERM, a closed terminal).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,27 +30,27 @@ from jobs.options import override, read_yaml
 from jobs.program import run_program
 from jobs.reporting import Report
 from jobs.run_directory import default_root, local_folder
-from jobs.soak.strikes import ENDS_DRIVER, STRIKES, Strike
-from jobs.soak.telling import summary, timeline
-from jobs.soak.watched import Watched, recorded
+from jobs.watched_job import ENDS_DRIVER, STRIKES, Strike, WatchedJob, recorded
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
 from simmatch.documents import load_json
 
 BAD_INPUT = 2
 DEFAULT = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
-SURVIVE = ("cluster.max_restarts=1000", "cluster.heartbeat_s=5")
-"""Overrides before the user's own: strikes may follow one another faster than checkpoints."""
+LIMITS = ("cluster.max_restarts=1000", "cluster.heartbeat_s=5")
+"""Overrides before the user's own: there may be more strikes than checkpoints."""
 
 GAP_S = (45.0, 90.0)
 LONGEST_RECOVERY_S = 300.0
 LISTEN_S = 0.1
+MARKERS = "xov^sD"
+"""Of the kinds of strikes in a timeline."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run. Returns the exit status."""
     options = _parser().parse_args(arguments)
-    assignments = [*SURVIVE, *options.set]
+    assignments = [*LIMITS, *options.set]
     try:
         if not 0 < options.gap[0] <= options.gap[1]:
             raise ConfigError(f"--gap: expected two rising numbers of seconds above 0, got {options.gap}")
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("interrupted; the rows so far are kept", file=sys.stderr)
             return ending.status
         finally:
-            chaos.leave()
+            chaos.end()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,10 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     parser.add_argument("--minutes", type=float, default=20.0, metavar="M", help="strike for so long (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what strikes when (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the choice of strikes and times (default: 0)"
+    )
     parser.add_argument(
         "--gap", type=float, nargs=2, default=list(GAP_S), metavar=("MIN", "MAX"),
-        help="seconds between working again and the next strike (default: 45 90)",
+        help="seconds from a recovery to the next strike (default: 45 90)",
     )  # fmt: skip
     parser.add_argument(
         "--kinds", nargs="+", choices=sorted(STRIKES), default=sorted(STRIKES), help="what strikes (default: all)"
@@ -93,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Chaos:
-    """Strikes at a job, time and again.
+    """Runs a job again and again and strikes it.
 
     Parameters
     ----------
-    command: arguments of `jobs.pretrain` but for the run directory.
+    command: arguments of `jobs.pretrain` without the run directory.
     """
 
     def __init__(
@@ -105,19 +108,19 @@ class Chaos:
     ) -> None:
         self.command, self.config, self.run_dir, self.report, self.rng = command, config, run_dir, report, rng
         self.strikes: list[Strike] = []
-        self.lost: list[str] = []
-        self._job: Watched | None = None
+        self.problems: list[str] = []
+        self._job: WatchedJob | None = None
         self._runs = 0
         self._open: Strike | None = None
         self._due: float | None = None
 
-    def leave(self) -> None:
-        """End what still runs."""
+    def end(self) -> None:
+        """End a job that still runs."""
         if self._job is not None:
-            self._job.leave()
+            self._job.end()
 
     def undisturbed(self) -> None:
-        """The run to compare with; one that is there already serves again."""
+        """The run to compare with; one that has finished before is used again."""
         folder = self.run_dir / "undisturbed"
         if not _finished(folder, self.config):
             self.report.note(f"the undisturbed run, in {folder}")
@@ -125,37 +128,38 @@ class Chaos:
             while not job.listen(LISTEN_S):
                 pass
             if job.process.returncode != 0:
-                raise SystemExit("\n".join([*job.said, "error: the undisturbed run failed"]))
+                raise SystemExit("\n".join([*job.lines, "error: the undisturbed run failed"]))
         summary = json.loads((folder / "summary.json").read_text())
         self.report.row(kind="undisturbed", seconds=summary["seconds"], steps=summary["steps"])
 
     def run(self, seconds: float, gap_s: tuple[float, float], kinds: Sequence[str]) -> int:
-        """Disturbed runs until the time is over; the last one is let go to its end."""
+        """Disturbed runs until the time is over; the last one runs to its end. Returns the exit status."""
         self._gap_s, self._kinds = gap_s, kinds
         with ProgressBars(self.report.console) as bars:
             begun = time.monotonic()
             self._deadline = begun + seconds
-            while time.monotonic() < self._deadline and not self.lost:
+            while time.monotonic() < self._deadline and not self.problems:
                 self._runs += 1
 
-                def watch(job: Watched) -> None:
+                def watch(job: WatchedJob) -> None:
                     doing = f"run {self._runs}, update {job.step}, {count(len(self.strikes), 'strike')}"
                     bars.update("seconds", time.monotonic() - begun, seconds, details=doing)
 
                 self._one(watch)
-        summary(self.report, f"{count(self._runs, 'run')} of {self.config.name}: working again after", self.strikes)
-        self.report.note("\n".join(self.lost) or "every run ended with the weights and records of the undisturbed one")
+        print_table(self.report, f"{count(self._runs, 'run')} of {self.config.name}: seconds to recover", self.strikes)
+        verdict = "every run ended with the weights and records of the undisturbed one"
+        self.report.note("\n".join(self.problems) or verdict)
         self.report.note(f"rows, timelines: {self.run_dir}")
-        return 1 if self.lost else 0
+        return 1 if self.problems else 0
 
-    def _one(self, watch: Callable[[Watched], None]) -> None:
+    def _one(self, watch: Callable[[WatchedJob], None]) -> None:
         """One disturbed run, from its start to its end."""
         folder = next(path for number in counting(1) if not (path := self.run_dir / f"disturbed-{number}").exists())
         job, begun, first = self._start(folder), time.monotonic(), len(self.strikes)
         self._open, self._due = None, None
         while True:
             ended = job.listen(LISTEN_S)
-            self._settle(job)
+            self._note_recovery(job)
             if ended:
                 if self._open is None or job.process.returncode != ENDS_DRIVER.get(self._open.kind):
                     break
@@ -163,21 +167,21 @@ class Chaos:
             watch(job)
             if self._open is not None:
                 if time.time() - self._open.time > LONGEST_RECOVERY_S:
-                    self.lost.append(f"strike {self._open.number}: no recovery within {LONGEST_RECOVERY_S:g} s")
-                    job.leave()
+                    self.problems.append(f"strike {self._open.number}: no recovery within {LONGEST_RECOVERY_S:g} s")
+                    job.end()
                     break
             elif job.working_since is not None and job.pids:
-                self._perhaps_strike(job)
+                self._strike_if_due(job)
         if self._open is not None and job.process.returncode == 0:  # nothing was left to do for a new group
             self._survived(self._open)
-        self._look(job, folder, self.strikes[first:], time.monotonic() - begun)
+        self._check(job, folder, self.strikes[first:], time.monotonic() - begun)
 
-    def _settle(self, job: Watched) -> None:
-        """Whether the job has recovered from what struck it last."""
+    def _note_recovery(self, job: WatchedJob) -> None:
+        """Note a recovery from the latest strike."""
         strike = self._open
         if strike is not None and job.working_since is not None and job.working_since > strike.time:
             strike.recovered_s = job.working_since - strike.time
-            strike.again = max(0, strike.step - job.origin)
+            strike.again = max(0, strike.step - job.start_step)
             self._survived(strike)
             self._open, self._due = None, None
 
@@ -185,8 +189,8 @@ class Chaos:
         strike.survived = True
         self.report.row(kind="strike", **strike.fields())
 
-    def _perhaps_strike(self, job: Watched) -> None:
-        """Strike, once the pause that was drawn is over."""
+    def _strike_if_due(self, job: WatchedJob) -> None:
+        """Strike once the pause that was drawn is over."""
         now = time.monotonic()
         self._due = self._due if self._due is not None else now + self.rng.uniform(*self._gap_s)
         if self._due < now < self._deadline:
@@ -196,38 +200,74 @@ class Chaos:
             self.report.note(f"run {self._runs}, update {job.step}: {kind}")
             STRIKES[kind](job, self.rng)
 
-    def _start(self, folder: Path, *more: str) -> Watched:
-        self._job = Watched([*self.command, "--run-dir", str(folder), *more])
+    def _start(self, folder: Path, *more: str) -> WatchedJob:
+        self._job = WatchedJob([*self.command, "--run-dir", str(folder), *more])
         return self._job
 
-    def _look(self, job: Watched, folder: Path, strikes: Sequence[Strike], seconds: float) -> None:
-        """Whether a run came to what the undisturbed one came to."""
+    def _check(self, job: WatchedJob, folder: Path, strikes: Sequence[Strike], seconds: float) -> None:
+        """Whether a run has ended with the result of the undisturbed one."""
         reference = self.run_dir / "undisturbed"
         finished = job.process.returncode == 0
-        names = [path / "model" / "model.safetensors" for path in (reference, folder)]
-        found = {
+        weights = [path / "model" / "model.safetensors" for path in (reference, folder)]
+        checks = {
             "finished": finished,
-            "same_weights": finished and names[0].read_bytes() == names[1].read_bytes(),
+            "same_weights": finished and weights[0].read_bytes() == weights[1].read_bytes(),
             "same_records": finished and recorded(reference) == recorded(folder),
         }
         orphans = job.orphans()
         self.report.row(
-            kind="run", disturbed_run=self._runs, strikes=len(strikes), seconds=seconds, orphans=orphans, **found
+            kind="run", disturbed_run=self._runs, strikes=len(strikes), seconds=seconds, orphans=orphans, **checks
         )
-        self.lost += [f"run {self._runs}: not {what.replace('_', ' ')}" for what, fine in found.items() if not fine]
-        self.lost += [f"run {self._runs}: processes {orphans} outlived it"] if orphans else []
+        failed = [name.replace("_", " ") for name, passed in checks.items() if not passed]
+        self.problems += [f"run {self._runs}: not {name}" for name in failed]
+        self.problems += [f"run {self._runs}: processes {orphans} outlived it"] if orphans else []
         if not finished:
-            self.report.note("\n".join(job.said))
-        timeline(self.report, folder.name, job.trace, strikes)
+            self.report.note("\n".join(job.lines))
+        draw_timeline(self.report, folder.name, job.trace, strikes)
 
 
 def _finished(folder: Path, config: RunConfig) -> bool:
-    """Whether this run has been done, with this configuration."""
+    """Whether a run with this configuration has finished there."""
     try:
         status = load_json((folder / "summary.json").read_bytes())["status"]
         return bool(status == "FINISHED" and read_yaml(folder / "config.yaml") == public(config))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def draw_timeline(report: Report, name: str, trace: Sequence[tuple[float, int]], strikes: Sequence[Strike]) -> None:
+    """Updates done over the seconds of one run, with its strikes: `figures/<name>.png`."""
+    start = trace[0][0] if trace else 0.0
+    with report.figure(name) as figure:
+        axes = figure.subplots()
+        axes.plot([at - start for at, _ in trace], [step for _, step in trace], color="black", lw=1)
+        for number, kind in enumerate(sorted({strike.kind for strike in strikes})):
+            points = [(strike.time - start, strike.step) for strike in strikes if strike.kind == kind]
+            axes.plot(*zip(*points, strict=True), MARKERS[number % len(MARKERS)], label=kind, ms=7)
+        axes.set(xlabel="seconds", ylabel="updates done", title=f"{name}: {count(len(strikes), 'strike')}")
+        if strikes:
+            axes.legend()
+
+
+def print_table(report: Report, title: str, strikes: Sequence[Strike]) -> None:
+    """Strikes by kind and all together: how many were survived, seconds to recover, updates done again."""
+    rows = []
+    for kind in [*sorted({strike.kind for strike in strikes}), "all"]:
+        these = [strike for strike in strikes if kind in ("all", strike.kind)]
+        seconds = [strike.recovered_s for strike in these if strike.recovered_s is not None]
+        again = [strike.again for strike in these if strike.again is not None]
+        values = {
+            "strikes": len(these),
+            "survived": sum(strike.survived for strike in these),
+            "median_s": statistics.median(seconds) if seconds else None,
+            "worst_s": max(seconds, default=None),
+            "median_again": statistics.median(again) if again else None,
+            "worst_again": max(again, default=None),
+        }
+        report.row(kind="summary", struck_by=kind, **values)
+        rows.append([kind, *values.values()])
+    columns = ("strike", "number", "survived", "median, s", "worst, s", "updates again, median", "worst")
+    report.table(title, columns, rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
-from cluster.messages import Progress
+from cluster.messages import Note, Progress
 from cluster.text import size
 
 LINE_EVERY_S = 5.0
@@ -155,9 +155,9 @@ class ProgressBars:
         if work is not None and work.bar is not None:
             self._bars.remove_task(work.bar)
 
-    def note(self, text: str) -> None:
+    def note(self, text: object) -> None:
         """A line to read, above the bars."""
-        self._print(self._hide(text))
+        self._print(self._hide(str(text)))
 
     def _print(self, text: str) -> None:
         self.console.print(without_control(text), markup=False, highlight=False, soft_wrap=True)
@@ -236,8 +236,8 @@ class JobDisplay(Protocol):
     def progress(self, latest: Progress) -> None:
         """How far the present phase is; the same may come again and again."""
 
-    def note(self, text: str) -> None:
-        """A line to read."""
+    def note(self, note: Note) -> None:
+        """Something to read."""
 
 
 MakeDisplay = Callable[[Console, Callable[[str], str]], JobDisplay]

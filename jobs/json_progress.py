@@ -1,5 +1,7 @@
-"""`python -m jobs.json_progress …` is `python -m jobs.pretrain …` whose progress and notes go to standard output as
-JSON lines, each with its Unix time: for programs that watch a job, such as `jobs.chaos`.
+"""Progress of a training run for programs that watch it, such as `jobs.chaos`.
+
+`python -m jobs.json_progress …` is `python -m jobs.pretrain …` that writes progress and notes to standard output as
+JSON lines: `{"time": Unix time, "type": class of the message, …its fields}`. `read_line` reads one of them.
 """
 
 from __future__ import annotations
@@ -7,20 +9,52 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import get_args
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
-from cluster.messages import Progress
-from jobs.pretrain import main
+from cluster.messages import GroupStarted, Note, Progress, StartingPoint
 from jobs.program import run_program
 
 
+@dataclass(frozen=True)
+class Text:
+    """A note without fields of its own."""
+
+    text: str
+
+
+Shown = Progress | StartingPoint | GroupStarted | Text
+
+READERS = {shown.__name__: TypeAdapter(shown) for shown in get_args(Shown)}
+
+
+def write_line(message: Shown) -> str:
+    """A message as one line, with the present time; fields that are None are left out."""
+    fields = {name: value for name, value in asdict(message).items() if value is not None}
+    return json.dumps({"time": time.time(), "type": type(message).__name__} | fields)
+
+
+def read_line(line: str) -> tuple[float, Shown]:
+    """When a message was written, in Unix time, and the message.
+
+    Raises
+    ------
+    ValueError
+        The line holds no such message.
+    """
+    fields = json.loads(line)
+    if not isinstance(fields, dict) or fields.get("type") not in READERS or "time" not in fields:
+        raise ValueError(f"expected a message of type {', '.join(READERS)}, got {line!r}")
+    written = float(fields.pop("time"))
+    return written, READERS[fields.pop("type")].validate_python(fields)
+
+
 class JsonDisplay:
-    """One JSON object per line: `{"time", "note"}` or `{"time", "phase", "done", "total", …}`; repetitions are left
-    out."""
+    """Messages as lines on standard output; progress that is repeated is left out."""
 
     def __init__(self, _: Console, hide: Callable[[str], str]) -> None:
         self._hide = hide
@@ -35,16 +69,21 @@ class JsonDisplay:
     def progress(self, latest: Progress) -> None:
         if latest != self._last:
             self._last = latest
-            self._write({name: value for name, value in asdict(latest).items() if value is not None})
+            print(write_line(latest), flush=True)
 
-    def note(self, text: str) -> None:
-        self._last = None  # a new group begins anew, even where it says the same
-        self._write({"note": self._hide(text)})
-
-    @staticmethod
-    def _write(values: dict[str, Any]) -> None:
-        print(json.dumps({"time": time.time(), **values}), flush=True)
+    def note(self, note: Note) -> None:
+        self._last = None  # a new group's first progress is written even where it repeats the last one
+        match note:
+            case GroupStarted():
+                shown: Shown = note
+            case StartingPoint(text=text):
+                shown = replace(note, text=self._hide(text))
+            case str():
+                shown = Text(self._hide(note))
+        print(write_line(shown), flush=True)
 
 
 if __name__ == "__main__":
+    from jobs.pretrain import main  # a program that only reads lines need not import it
+
     run_program(partial(main, make_display=JsonDisplay))

@@ -21,9 +21,11 @@ from rich.console import Console
 from cluster.checkpoints.manifest import CheckpointError, read_manifest
 from cluster.config import RunConfig, public
 from cluster.controller import Controller, RunFailed, RunStopped
+from cluster.messages import StartingPoint
 from cluster.redaction import Redactor, one_line
 from cluster.storage import is_local
 from cluster.summary import RunRecord
+from cluster.text import count
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.spool import SPOOL_NAME, SpoolBusyError
 from cluster.tracking.tracker import Tracker
@@ -159,11 +161,13 @@ class Job:
     def _attempt(self, display: JobDisplay) -> RunOutcome:
         """Train, and say what became of it; from here on a signal only cuts waits short."""
         self.tracker.announce_to(display.note)
-        display.note(self.start.note)
-        if self.dataset.skipped:
-            display.note(f"{self.dataset.skipped} damaged images are left out (data.damaged: skip)")
         try:
-            self._train(display)
+            resume = self.start.resume
+            start_step = 0 if resume is None else read_manifest(resume).cursor.step
+            display.note(StartingPoint(start_step, self.start.note))
+            if self.dataset.skipped:
+                display.note(f"{count(self.dataset.skipped, 'damaged image')} left out (data.damaged: skip)")
+            self._train(display, start_step)
             display.note("drawing figures")
             self.closing.look(self.record)
             return RunOutcome("FINISHED", 0)
@@ -176,27 +180,25 @@ class Job:
             why = f"{Interrupted(self._signum)}; {error}"
             return RunOutcome("KILLED", status_of(self._signum), self._hide(why))
 
-    def _train(self, display: JobDisplay) -> None:
+    def _train(self, display: JobDisplay, start_step: int) -> None:
         group = self.config.cluster
         address = start_ray(self.config.checked_mesh().world_size * group.cpus_per_rank, group.start_timeout_s)
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
         display.note(f"ray: {address}; mesh: {self.config.checked_mesh()}; device: {self.config.device}")
-        resume = self.start.resume
         controller = Controller(
             self.config,
             self.start.destination,
             WorkerGroup,
             self.tracker,
             display,
-            resume=resume,
+            resume=self.start.resume,
             before_commit=self.mirror.push,
             data=self.data,
             settle=partial(self._settle, display),
         )
         self._controller, self.record = controller, controller.record
-        if resume is not None:
-            self.record.steps = read_manifest(resume).cursor.step
+        self.record.steps = start_step
         self.record.continue_from(self.run_dir / SPOOL_NAME)
         try:
             controller.run()

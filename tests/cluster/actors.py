@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import RunConfig
-from cluster.messages import Progress
+from cluster.messages import GroupStarted, Note, Progress
 from cluster.training import Assignment, Training
 from cluster.worker import Outbox
 from simmatch.sharding.exchange import Exchange
@@ -79,11 +78,11 @@ class Watcher:
             self._deeds.remove(entry)
             entry[1]()
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+    def note(self, note: Note) -> None:
+        self.notes.append(str(note))
         self.times.append(time.monotonic())
-        if text.startswith("ranks: "):
-            self.pids += [int(pid) for pid in re.findall(r"\(pid (\d+)\)", text)]
+        if isinstance(note, GroupStarted):
+            self.pids += [rank.pid for rank in note.ranks]
 
     def committed(self, step: int) -> bool:
         return (self.run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()

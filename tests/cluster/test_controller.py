@@ -23,6 +23,7 @@ from cluster.messages import (
     LayerMetrics,
     Message,
     ModelExported,
+    Note,
     Phase,
     Progress,
     RankInfo,
@@ -108,8 +109,8 @@ class Shown:
     def progress(self, latest: Progress) -> None:
         self.progressed.append(latest)
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+    def note(self, note: Note) -> None:
+        self.notes.append(str(note))
 
 
 def status(

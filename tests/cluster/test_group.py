@@ -24,7 +24,7 @@ from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.failures import stalled
 from cluster.group import GroupFailure, WorkerGroup, lease_s
-from cluster.messages import Progress, RankStatus
+from cluster.messages import GroupStarted, Note, Progress, RankStatus
 from cluster.policy import Failure
 from cluster.training import Assignment, Training
 from cluster.worker import Worker
@@ -111,9 +111,9 @@ class Quiet:
 
     def progress(self, latest: Progress) -> None: ...
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        if text.startswith("ranks: "):
+    def note(self, note: Note) -> None:
+        self.notes.append(str(note))
+        if isinstance(note, GroupStarted):
             self.began = time.monotonic()
 
 

@@ -32,7 +32,7 @@ def test_a_call_without_an_end_is_named_at_its_limit() -> None:
 
 
 def test_a_head_is_lost_once_it_has_been_silent_for_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Head, "ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(RayHead, "ASK_EVERY_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         head = RayHead(f"127.0.0.1:{listener.getsockname()[1]}", limit_s=0.5)
         for _ in range(20):
@@ -47,7 +47,7 @@ def test_a_head_is_lost_once_it_has_been_silent_for_its_limit(monkeypatch: pytes
 
 
 def test_a_head_that_comes_back_in_time_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Head, "ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(RayHead, "ASK_EVERY_S", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     head = RayHead(f"127.0.0.1:{port}", limit_s=30.0)

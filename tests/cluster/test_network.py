@@ -58,9 +58,9 @@ def test_a_missing_interface_is_named_with_all_that_there_are() -> None:
     known = (
         r"eth1 \(10\.0\.0\.1\), eth1 \(10\.0\.0\.2\), eth1 \(10\.0\.0\.3\), eth10 \(10\.1\.0\.1\), lo \(127\.0\.0\.1\)$"
     )
-    with pytest.raises(ValueError, match=rf"expected the interface eth2 on .*, found {known}"):
+    with pytest.raises(ValueError, match=rf"expected the interface eth2 on .*, got {known}"):
         interface_of("eth2", "10.0.0.1")
-    with pytest.raises(ValueError, match=rf"expected an interface with address 10\.9\.9\.9 on .*, found {known}"):
+    with pytest.raises(ValueError, match=rf"expected an interface with address 10\.9\.9\.9 on .*, got {known}"):
         interface_of(None, "10.9.9.9")
 
 

@@ -75,9 +75,7 @@ def test_a_node_without_permission_to_write(tmp_path: Path, monkeypatch: pytest.
     assert check_copies(tmp_path, "token", nonce, [why]) == [why]
 
 
-def test_a_worker_describes_whether_it_can_use_the_run_directory(
-    digits_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_worker_reports_whether_it_can_use_it(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     nonce = write_nonce(tmp_path, "token")
     ranks = [
         Worker(Assignment(digits_config(2), run_dir, rank, token="token")).describe("127.0.0.1")

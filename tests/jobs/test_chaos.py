@@ -5,62 +5,97 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from cluster.messages import GroupStarted, Progress, RankInfo, StartingPoint
 from jobs.chaos import main
-from jobs.soak.strikes import ENDS_DRIVER, STRIKES
-from jobs.soak.watched import Watched
-
-RANKS = "ranks: 0 on node (pid 71), 1 on node (pid 72)"
+from jobs.json_progress import JsonDisplay, Shown, Text, read_line, write_line
+from jobs.watched_job import ENDS_DRIVER, STRIKES, WatchedJob
 
 
 @pytest.fixture
-def job() -> Watched:
-    """A job that has not said anything yet."""
-    found = Watched.__new__(Watched)
-    found.pids, found.every_pid, found.said, found.trace = {}, set(), [], []
-    found.step = found.origin = 0
-    found.working_since = None
-    return found
+def job(monkeypatch: pytest.MonkeyPatch) -> WatchedJob:
+    """A job that has not reported anything yet."""
+    monkeypatch.setattr(WatchedJob, "start", lambda _: None)
+    return WatchedJob([])
 
 
-def say(job: Watched, *lines: dict | str) -> None:  # type: ignore[type-arg]
-    for line in lines:
-        job._hear(line if isinstance(line, str) else json.dumps(line))
+def started(*pids: int) -> GroupStarted:
+    return GroupStarted(tuple(RankInfo(rank, "node", "127.0.0.1", pid, 2) for rank, pid in enumerate(pids)))
 
 
-def test_a_job_works_once_its_ranks_tell_something(job: Watched) -> None:
-    say(job, {"time": 10.0, "note": "a new run in /x"}, {"time": 12.0, "note": RANKS})
-    assert (job.pids, job.working_since) == ({0: 71, 1: 72}, None)
-    say(job, {"time": 13.0, "phase": "learn", "done": 1, "total": 9, "step": 41})
-    assert (job.working_since, job.step, job.trace) == (13.0, 41, [(13.0, 41)])
-    say(job, {"time": 14.0, "phase": "encode", "done": 1, "total": 9})  # no update, so no step
-    assert (job.working_since, job.step) == (13.0, 41)
+def report(job: WatchedJob, *messages: tuple[float, Shown]) -> None:
+    """Give the job messages of these times, as lines."""
+    for when, message in messages:
+        job._take_in(json.dumps(json.loads(write_line(message)) | {"time": when}))
+
+
+LEARN = Progress("learn", 1, 9, layer=0, step=41)
 
 
 @pytest.mark.parametrize(
-    ("note", "origin"),
-    [
-        ("rank 1 (pid 72 on node) was lost: killed; starting a new group from step-00000040, 3 updates again", 40),
-        ("rank 1 (pid 72 on node) was lost: killed; starting a new group from the beginning, 3 updates again", 0),
-        ("continuing the unfinished run in /x, from step-00000040", 40),
-        ("continuing the unfinished run in /x, no checkpoint: from the beginning", 0),
-    ],
+    "message",
+    [LEARN, Progress("readout", 0, 1), started(71, 72), StartingPoint(40, "goes on"), Text("a {note}\nof two lines")],
 )
-def test_a_job_that_begins_again_does_not_work_until_its_new_ranks_do(job: Watched, note: str, origin: int) -> None:
-    say(job, {"time": 1.0, "note": RANKS}, {"time": 2.0, "phase": "learn", "done": 1, "total": 9, "step": 43})
-    say(job, {"time": 3.0, "note": note})
-    assert (job.pids, job.working_since, job.origin) == ({}, None, origin)
-    say(job, {"time": 4.0, "note": RANKS.replace("7", "8")}, {"time": 5.0, "phase": "learn", "done": 2, "total": 9})
+def test_a_message_comes_back_from_its_line(message: Shown) -> None:
+    before = time.time()
+    line = write_line(message)
+    assert "\n" not in line
+    when, again = read_line(line)
+    assert again == message
+    assert before <= when <= time.time()
+
+
+@pytest.mark.parametrize(
+    "line", ["", "Traceback", "7", '{"time": 1}', '{"time": 1, "type": "Unknown"}', '{"type": "Text"}']
+)
+def test_a_line_that_is_no_message_is_an_error(line: str) -> None:
+    with pytest.raises(ValueError, match=r"Expecting value|expected a message of type Progress, StartingPoint"):
+        read_line(line)
+
+
+def test_a_field_of_the_wrong_type_is_an_error() -> None:
+    with pytest.raises(ValueError, match="total"):
+        read_line('{"time": 1, "type": "Progress", "phase": "learn", "done": 1}')
+
+
+def test_progress_that_is_repeated_is_written_once_for_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    display = JsonDisplay(Console(), lambda text: text.replace("secret", "***"))
+    display.progress(LEARN)
+    display.progress(LEARN)
+    display.note("a secret")
+    display.note(StartingPoint(40, "from a secret"))
+    display.progress(LEARN)
+    lines = [read_line(line)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [LEARN, Text("a ***"), StartingPoint(40, "from a ***"), LEARN]
+
+
+def test_a_job_works_once_its_ranks_report_progress(job: WatchedJob) -> None:
+    report(job, (10.0, Text("a new run in /x")), (12.0, started(71, 72)))
+    assert (job.pids, job.working_since) == ({0: 71, 1: 72}, None)
+    report(job, (13.0, LEARN))
+    assert (job.working_since, job.step, job.trace) == (13.0, 41, [(13.0, 41)])
+    report(job, (14.0, Progress("encode", 1, 9, layer=0)))  # no update, so no step
+    assert (job.working_since, job.step) == (13.0, 41)
+
+
+@pytest.mark.parametrize("step", [40, 0])
+def test_a_job_that_starts_again_does_not_work_until_its_new_ranks_do(job: WatchedJob, step: int) -> None:
+    report(job, (1.0, started(71, 72)), (2.0, Progress("learn", 1, 9, step=43)))
+    report(job, (3.0, StartingPoint(step, "rank 1 was lost; starting a new group")))
+    assert (job.pids, job.working_since, job.start_step) == ({}, None, step)
+    report(job, (4.0, started(81, 82)), (5.0, Progress("learn", 2, 9)))
     assert (job.pids, job.working_since) == ({0: 81, 1: 82}, 5.0)
     assert job.every_pid == {71, 72, 81, 82}
 
 
-def test_lines_that_are_none_of_ours_are_kept_for_people(job: Watched) -> None:
-    say(job, "error: mesh: no\n")
-    assert job.said == ["error: mesh: no"]
+def test_lines_that_are_no_messages_are_kept_for_people(job: WatchedJob) -> None:
+    job._take_in("error: mesh: no\n")
+    assert job.lines == ["error: mesh: no"]
 
 
 def test_every_strike_at_a_driver_knows_its_status() -> None:
