@@ -368,13 +368,13 @@ class Controller:
         """Hear what became of checkpoints that are being committed."""
         for outcome in self._committer.settled(limit_s):
             if outcome.step is None:
-                self._model_lost = outcome.why
+                self._model_lost = outcome.reason
                 continue
             self._settled = max(self._settled, outcome.step)
-            if outcome.why is None:
+            if outcome.reason is None:
                 self._in_vain, self._saved = 0, outcome.step
             else:
-                self.display.note(f"the checkpoint of step {outcome.step} is left out: {outcome.why}")
+                self.display.note(f"the checkpoint of step {outcome.step} is left out: {outcome.reason}")
 
 
 def _known(checkpoint: AnyPath | None) -> Manifest | None:

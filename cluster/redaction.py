@@ -1,4 +1,4 @@
-"""What must not be shown or stored: credentials in URIs and headers, and the values of the environment's secrets."""
+"""Hides what must not be shown or stored: credentials in URIs and headers, and secrets of the environment."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from simmatch.documents import shortened
 
 HIDDEN = "***"
 SHORTEST = 6
-"""Characters of a secret that is looked for in texts; a shorter one is in too many words."""
+"""Characters of the shortest secret that is hidden; a shorter one occurs in too many words."""
 
 LONGEST_LINE = 2000
-"""Characters of a fault's line."""
+"""Characters of the line of an error."""
 
 LARGEST_FILE = 65536
-"""Bytes of a file that a variable names as the place of a secret."""
+"""Bytes of a file that a variable names as holding a secret."""
 
 _WORDS = "password|passwd|pwd|passphrase|token|secret|key|credentials?|sig|signature|sas|auth"
 _NAMES = (
@@ -56,21 +56,22 @@ def redact(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """A fault in one line, as it may be shown and stored."""
+    """An error in one line, fit to be shown and stored."""
     return shortened(Redactor(os.environ)(str(error)), LONGEST_LINE)
 
 
 class Redactor:
     """Hides credentials of URIs, and every secret of an environment, wherever they stand in a text.
 
-    The environment is looked at anew for every text: Ray's token, say, is made after most else. What was a secret once
-    stays one.
+    The environment is read again for every text, since some secrets, such as Ray's token, are set late. A value that
+    was a secret once is hidden from then on.
 
     Parameters
     ----------
     environment
-        Names and values. A variable is a secret if its name says so, such as `MLFLOW_TRACKING_PASSWORD`; the place of
-        one if it is called `…_TOKEN_FILE`, say. A password in any variable's URI is a secret too.
+        Names and values. A variable is a secret if its name says so, as `MLFLOW_TRACKING_PASSWORD` does; it names a
+        file that holds one if it is called, for example, `…_TOKEN_FILE`. A password in the URI of any variable is a
+        secret too.
 
     >>> Redactor({"MLFLOW_TRACKING_TOKEN": "opensesame"})("refused: opensesame")
     'refused: ***'
@@ -87,23 +88,23 @@ class Redactor:
         return self._hide(text)
 
     def all(self, value: Any) -> Any:
-        """The same for every text in nested values; names stay as they are.
+        """The same for every text in nested values; keys are kept.
 
-        What is neither text, number, mapping nor list becomes text.
+        Values of other types than numbers, mappings and lists become text.
         """
         self._look()
         return self._hide_all(value)
 
     def _look(self) -> None:
-        """Take in what has changed in the environment."""
-        found = set(self._secrets)
+        """Read what has changed in the environment."""
+        secrets = set(self._secrets)
         for name in list(self._environment):  # another thread may change it meanwhile
             value = self._environment.get(name, "")
             if self._seen.get(name) != value:
                 self._seen[name] = value
-                found |= set(_secrets_of(name, value))
-        if len(found) > len(self._secrets):
-            self._secrets = sorted(found, key=len, reverse=True)  # longest first: one secret may hold another
+                secrets |= set(_secrets_of(name, value))
+        if len(secrets) > len(self._secrets):
+            self._secrets = sorted(secrets, key=len, reverse=True)  # longest first: one secret may hold another
 
     def _hide(self, text: str) -> str:
         for secret in self._secrets:
@@ -122,19 +123,19 @@ class Redactor:
 
 def _secrets_of(name: str, value: str) -> set[str]:
     """Texts to hide because of one variable."""
-    texts = [unquote(found[1]) for found in _PASSWORD.finditer(value)]
+    texts = [unquote(match[1]) for match in _PASSWORD.finditer(value)]
     if name == "HOME":
-        texts += _content(f"{value}/.ray/auth_token")  # where Ray looks if no variable says otherwise
+        texts += _content(f"{value}/.ray/auth_token")  # where Ray looks by default
     if _SECRET_NAME.search(name) and not _HARMLESS_NAME.search(name):
         if _PLACE_NAME.search(name) or value.startswith("/"):
             texts += _content(value)
         if not _PLACE_NAME.search(name):
-            texts += [value, *(found[1] for found in _FIELD.finditer(value))]
+            texts += [value, *(match[1] for match in _FIELD.finditer(value))]
     return {form for text in texts for form in _forms(text) if len(form) >= SHORTEST}
 
 
 def _content(path: str) -> list[str]:
-    """What a file holds, where it is one that may hold a secret."""
+    """The beginning of a file, if it is a regular file that can be read."""
     try:
         if not Path(path).is_file():
             return []
@@ -145,7 +146,7 @@ def _content(path: str) -> list[str]:
 
 
 def _forms(text: str) -> Iterator[str]:
-    """How a secret may stand in a text: as it is, quoted for a URI, escaped in JSON or by `repr`, line by line."""
+    """Forms of a secret in a text: as it is, quoted for a URI, escaped in JSON or by `repr`, line by line."""
     text = text.strip()
     yield from (text, " ".join(text.split()), quote(text, safe=""), quote(text), quote_plus(text))
     yield from (json.dumps(text)[1:-1], repr(text)[1:-1])

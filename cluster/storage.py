@@ -1,8 +1,8 @@
 """Files by URI: folders of this machine and object stores (`s3://bucket/prefix`, `gs://…`) behind the same few calls.
 
-universal_pathlib and fsspec know the protocols; s3fs is the extra `simmatch[s3]`. Here is what a run needs on top:
-files that are whole or absent, one kind of error, and an end to every wait. Credentials and endpoints come from the
-environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, … or the provider's own files), never from a URI.
+universal_pathlib and fsspec know the protocols; s3fs is the extra `simmatch[s3]`. This module adds what a run needs:
+files that are whole or absent, one class of errors, and a time-out for every wait. Credentials and endpoints come from
+the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, … or the provider's own files), never from a URI.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ AnyPath = Path | UPath
 """A folder or file, of this machine or remote."""
 
 CONNECT_S, ANSWER_S, ATTEMPTS = 5, 30, 3
-"""Of one request to an object store: waits for a connection and for an answer, and how often it is made."""
+"""Of one request to an object store: longest waits for a connection and for an answer, and number of attempts."""
 
 LIMIT_S = 600.0
-"""Longest wait for a whole file to go or come, however slowly it moves."""
+"""Longest wait for the transfer of a whole file."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Between attempts."""
@@ -39,11 +39,11 @@ T = TypeVar("T")
 
 
 class StorageError(OSError):
-    """A remote place did not do what was asked; the message names it."""
+    """A remote file system failed; the message names the path."""
 
 
 def locate(place: str | os.PathLike[str]) -> AnyPath:
-    """The path that a URI or a local name means; local ones come back absolute. Nothing is looked up.
+    """The path of a URI or a local name; local ones become absolute. Nothing is looked up.
 
     >>> locate("s3://bucket/runs/digits").name
     'digits'
@@ -61,7 +61,7 @@ def locate(place: str | os.PathLike[str]) -> AnyPath:
         return Path(rest).absolute()
     if "@" in rest.partition("/")[0] or "?" in rest:
         raise ValueError(f"a URI without credentials or options, got one of protocol {protocol} that holds some")
-    options: dict[str, Any] = {"use_listings_cache": False}  # others write there too
+    options: dict[str, Any] = {"use_listings_cache": False}  # others write there as well
     if protocol in ("s3", "s3a"):
         retries = {"max_attempts": ATTEMPTS - 1}
         options["config_kwargs"] = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": retries}
@@ -114,9 +114,9 @@ def copy_whole(source: AnyPath, target: AnyPath) -> None:
 
 
 def retry(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:
-    """What a call returns; while a remote place fails, it is made again, for about `limit_s`.
+    """The result of a call, which is repeated for about `limit_s` while a remote file system fails.
 
-    failing: told of every failure before the next attempt.
+    failing: called with every failure before the next attempt.
 
     Raises
     ------
@@ -155,12 +155,12 @@ def fetch(path: AnyPath, copies: Callable[[], Path]) -> Path:
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether there is such a file, or a folder with something in it."""
+    """Whether there is such a file, or such a folder that is not empty."""
     return path.exists() if isinstance(path, Path) else bool(_remote(path, path.exists))
 
 
 def size_bytes(path: AnyPath) -> int | None:
-    """Length of a file; None where there is none."""
+    """Length of a file; None if it does not exist."""
     try:
         return path.stat().st_size if isinstance(path, Path) else int(_remote(path, lambda: path.fs.size(path.path)))
     except FileNotFoundError:
@@ -168,14 +168,14 @@ def size_bytes(path: AnyPath) -> int | None:
 
 
 def find(folder: AnyPath, pattern: str) -> list[AnyPath]:
-    """Paths below a folder that match, in the order of their names; none where there is no such folder."""
+    """Paths below a folder that match, sorted by name; none if there is no such folder."""
     if isinstance(folder, Path):
         return sorted(folder.glob(pattern))
     return sorted(_remote(folder, lambda: list(folder.glob(pattern))), key=str)
 
 
 def remove(path: AnyPath) -> None:
-    """Remove a file, or a folder with all that it holds; nothing where it is gone already."""
+    """Remove a file, or a folder with its content; does nothing if it is gone already."""
     if isinstance(path, Path):
         if path.is_dir():
             shutil.rmtree(path)
@@ -186,7 +186,7 @@ def remove(path: AnyPath) -> None:
 
 
 def _remote(path: UPath, call: Callable[[], T]) -> T:
-    """What a call to a remote file system returns; its many kinds of errors become one, and it ends in time."""
+    """The result of a call to a remote file system; its many kinds of errors become one, and it ends in time."""
     try:
         return run_with_timeout(LIMIT_S, str(path), call)
     except TimeoutError as error:

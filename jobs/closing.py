@@ -1,6 +1,6 @@
 """The end of a run: figures, records, the summary and the table; only then the wait for MLflow.
 
-Whatever becomes of that wait, what was learnt, and how well, is on the disk and was shown.
+However that wait ends, the model and its accuracy are on the disk and have been shown.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from cluster.tracking.events import RunStatus
 from cluster.tracking.tracker import Tracker
 from jobs import figures
 from jobs.mirror import Mirror
-from jobs.recording import facts, send_records
+from jobs.recording import outcome_fields, send_records
 from jobs.reporting import Table
-from jobs.run_directory import Start
+from jobs.run_directory import RunStart
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.documents import dump_json
 from simmatch.files import write_whole
@@ -32,7 +32,7 @@ METRICS = ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged"
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What became of a run: its status, the program's exit status, and why in a line where it did not finish."""
+    """How a run ended: its status, the program's exit status, and one line why, unless it finished."""
 
     status: RunStatus
     code: int
@@ -40,29 +40,29 @@ class RunOutcome:
 
 
 class Closing:
-    """What is done once a run has ended, step by step. Nothing here raises because of a disk, a store or a server.
+    """The steps after a run has ended. None of them raises because of a disk, a store or a server.
 
     Parameters
     ----------
     start: where the run's files are.
     tracker, mirror: where its records go.
-    tell: shows a line.
+    report: shows a line.
     """
 
     def __init__(
-        self, start: Start, dataset: Dataset, tracker: Tracker, mirror: Mirror, tell: Callable[[str], None]
+        self, start: RunStart, dataset: Dataset, tracker: Tracker, mirror: Mirror, report: Callable[[str], None]
     ) -> None:
-        self.start, self.dataset, self.tracker, self.mirror, self.tell = start, dataset, tracker, mirror, tell
+        self.start, self.dataset, self.tracker, self.mirror, self.report = start, dataset, tracker, mirror, report
         self._model: Path | None = None
         self._summary: dict[str, Any] = {}
 
-    def look(self, record: RunRecord) -> None:
-        """Figures of the exported model and of the training; those that cannot be drawn are left out."""
+    def draw_figures(self, record: RunRecord) -> None:
+        """Draw figures of the exported model and of training; those that cannot be drawn are left out."""
         try:
             self._model = self.mirror.fetch_model()
             self._draw(self._model, record)
-        except Exception as error:  # whatever it is, the run has finished
-            self.tell(f"figures are left out: {type(error).__name__}: {one_line(error)}")
+        except Exception as error:  # whatever goes wrong here, the run has finished
+            self.report(f"figures are left out: {type(error).__name__}: {one_line(error)}")
 
     def _draw(self, model: Path, record: RunRecord) -> None:
         folder = self.start.run_dir / "figures"
@@ -77,7 +77,7 @@ class Closing:
         self.tracker.figure(folder / "training-curves.png")
 
     def record(self, config: RunConfig, record: RunRecord, outcome: RunOutcome, seconds: float) -> dict[str, Any]:
-        """Truthful records, whatever happened; returns the summary."""
+        """Record how the run ended; returns the summary."""
         tracker = self.tracker
         self._summary = summarise(
             config,
@@ -99,15 +99,15 @@ class Closing:
 
     def wait(self) -> None:
         """Wait for MLflow, and complete the summary."""
-        send_records(self.tracker, self.tell)
-        self._write(**facts(self.tracker))
+        send_records(self.tracker, self.report)
+        self._write(**outcome_fields(self.tracker))
 
     def _write(self, **more: Any) -> None:
         self._summary |= more
         try:
             write_whole(self.start.run_dir / "summary.json", dump_json(self._summary))
-        except OSError as error:  # what was learnt is in the checkpoints
-            self.tell(f"summary.json is not written: {error}")
+        except OSError as error:  # the weights are in the checkpoints
+            self.report(f"summary.json is not written: {error}")
 
 
 def table_of(name: str, summary: dict[str, Any]) -> Table:
@@ -129,7 +129,7 @@ def table_of(name: str, summary: dict[str, Any]) -> Table:
 
 
 def lines_of(summary: dict[str, Any]) -> list[str]:
-    """The accuracies of a summary, those that there are."""
+    """The accuracies of a summary, one line each."""
     readout, decode = summary["accuracy"], summary["accuracy_decode"]
     lines = []
     if readout is not None:

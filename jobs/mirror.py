@@ -1,8 +1,8 @@
-"""The folder on this machine in which a run with a remote directory keeps what is written bit by bit.
+"""The local working folder of a run whose run directory is in an object store.
 
-A spool grows line by line, an object store takes whole files only. So records are written here and brought to the run
-directory before every checkpoint is committed, and at the end: a machine that continues from a checkpoint finds all
-that was recorded up to it. Checkpoints and the model do not pass through here: ranks write them where they belong.
+A spool grows line by line, but an object store only takes whole files. So records are written to the working folder and
+copied to the run directory before every checkpoint is committed, and at the end: a machine that continues from a
+checkpoint then has all records up to it. Checkpoints and the model do not pass through here: ranks write them directly.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ SMALL = ("config.yaml", "summary.json")
 
 
 class Mirror:
-    """Keeps a run directory and the working folder of this machine alike; nothing to do where they are one.
+    """Keeps a run directory and the working folder of this machine alike; does nothing if they are the same.
 
     Parameters
     ----------
     destination: the run directory.
-    work: the folder of this machine.
-    patience_s: how long a place that is away is asked again, once training is over.
-    flush: called before records are brought, for those that are not in their file yet.
-    pushed: told how many bytes of the spool another machine would find.
+    work: the working folder.
+    patience_s: how long a store that does not answer is asked again, once training is over.
+    flush: called before records are copied, to write those that are still in memory.
+    pushed: called with the number of bytes of the spool that another machine can read.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Mirror:
         self._lock = threading.Lock()
 
     def pull(self) -> None:
-        """Begin with the records of the run directory, unless those here are the same and more.
+        """Copy the records of the run directory here, unless those here begin with them.
 
         Raises
         ------
         SpoolBusyError
-            Another process works here.
+            Another process uses the working folder.
         OSError
             The run directory does not answer.
         """
@@ -66,12 +66,12 @@ class Mirror:
         write_whole(spool, theirs)
         (self.work / PROGRESS_NAME).unlink(missing_ok=True)
         if exists(self.destination / PROGRESS_NAME):
-            fetch(self.destination / PROGRESS_NAME, lambda: self.work)
+            copy_whole(self.destination / PROGRESS_NAME, self.work / PROGRESS_NAME)
 
     def push(self) -> None:
-        """Bring the records to the run directory, all that there are when this is called.
+        """Copy all records so far to the run directory.
 
-        The offset goes last: it must not be ahead of its spool.
+        The offset is copied last: it must not be ahead of its spool.
 
         Raises
         ------
@@ -104,7 +104,7 @@ class Mirror:
         return folder
 
     def close(self) -> None:
-        """Bring what is left, figures too; raises as `push` does."""
+        """Copy the rest, with the figures; raises as `push` does."""
         if not self.remote:
             return
         retry(self.push, self._patience_s)

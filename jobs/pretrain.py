@@ -39,7 +39,7 @@ from jobs.plan import print_plan
 from jobs.program import run_program
 from jobs.ray_session import shut_down_ray, start_ray
 from jobs.reporting import git_commit
-from jobs.run_directory import Start, as_begun, choose
+from jobs.run_directory import RunStart, as_begun, choose
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset
@@ -110,7 +110,7 @@ class Job:
         self,
         config: RunConfig,
         dataset: Dataset,
-        start: Start,
+        start: RunStart,
         tracker: Tracker,
         console: Console,
         make_display: MakeDisplay = RunDisplay,
@@ -169,7 +169,7 @@ class Job:
                 display.note(f"{count(self.dataset.skipped, 'damaged image')} left out (data.damaged: skip)")
             self._train(display, start_step)
             display.note("drawing figures")
-            self.closing.look(self.record)
+            self.closing.draw_figures(self.record)
             return RunOutcome("FINISHED", 0)
         except (RunFailed, ConfigError, OSError) as error:
             self._over = True

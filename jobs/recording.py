@@ -1,44 +1,81 @@
-"""The wait for MLflow at the end of every job; then it is said where records are, how many are not there, and why."""
+"""The end of every job: it records its status, waits for MLflow, and reports which records have arrived."""
 
 from __future__ import annotations
 
 import shlex
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.redaction import redact
+from rich.console import Console
+
+from cluster.controller import RunFailed
+from cluster.redaction import one_line, redact
+from cluster.text import count
 from cluster.tracking.config import sqlite_uri, sync_command
+from cluster.tracking.events import RunStatus
 from cluster.tracking.tracker import Tracker
+from jobs.ending import Ending
+from simmatch.config import ConfigError
 
+FAILED, BAD_INPUT = 1, 2
 MODEL = "model: "
-"""Begins the note of a model that cannot be logged."""
+"""Prefix of the note of a model that cannot be logged."""
 
 
-def send_records(tracker: Tracker, tell: Callable[[str], None]) -> None:
-    """Wait until MLflow has everything, for as long as that may take, and say what it has not. The end of every job."""
+def run_recorded(work: Callable[[], None], tracker: Tracker, console: Console, ending: Ending) -> int:
+    """Do the work of a comparison and record how it ended; returns the exit status.
+
+    Every result is kept as soon as it is known, so the same command continues after an interruption.
+    """
+    report = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    tracker.announce_to(report)
+    started, code = time.monotonic(), FAILED
+    status: RunStatus = "FAILED"
+    try:
+        work()
+        status, code = "FINISHED", 0
+    except KeyboardInterrupt:
+        print("interrupted; all results so far are kept, the same command continues", file=sys.stderr)
+        status, code = "KILLED", ending.status
+    except (RunFailed, ConfigError) as error:
+        print(f"error: {one_line(error)}; all results so far are kept", file=sys.stderr)
+        code = BAD_INPUT if isinstance(error, ConfigError) else FAILED
+    finally:
+        ending.instead = tracker.hurry
+        tracker.metrics(0, {"seconds": time.monotonic() - started})
+        tracker.finish(status)
+        send_records(tracker, report)
+    return code
+
+
+def send_records(tracker: Tracker, report: Callable[[str], None]) -> None:
+    """Close the tracker, which waits for MLflow, and report the outcome."""
     if tracker.config.enabled:
         limit_s = tracker.config.flush_s + tracker.config.timeout_s
-        tell(f"sending records to MLflow, for at most {limit_s:g} s; Ctrl-C ends the wait")
+        report(f"sending records to MLflow, for at most {limit_s:g} s; Ctrl-C ends the wait")
     tracker.close()
-    for line in said(tracker):
-        tell(line)
+    for line in outcome_lines(tracker):
+        report(line)
 
 
-def said(tracker: Tracker) -> list[str]:
-    """Lines for a person, once the tracker is closed."""
+def outcome_lines(tracker: Tracker) -> list[str]:
+    """What became of the records, for a person; once the tracker is closed."""
     lines = []
     number, latest = tracker.refused
     models = [note.removeprefix(MODEL) for note in latest if note.startswith(MODEL)]
     others = [note for note in latest if not note.startswith(MODEL)]
     if tracker.lost:
-        lines.append(f"{tracker.lost} records are lost: {tracker.run_dir} was full, or hung")
+        lines.append(f"{count(tracker.lost, 'record')} lost: {tracker.run_dir} was full, or hung")
     if others:
-        lines.append(f"MLflow has refused {number - len(models)} records, the latest: {others[-1]}")
-    lines += [f"the model is not in MLflow: {why}" for why in models]
+        lines.append(f"{count(number - len(models), 'record')} refused by MLflow, the latest: {others[-1]}")
+    lines += [f"the model is not in MLflow: {reason}" for reason in models]
     if tracker.unsent:
         lines.append(
-            f"{tracker.unsent} records have not reached MLflow, the latest attempt said: {tracker.reason}; "
+            f"{count(tracker.unsent, 'record')} not sent to MLflow; the latest attempt failed: {tracker.reason}; "
             f"send them with: {sync_command(tracker.run_dir, tracker.uri)}"
         )
     elif tracker.run_id is not None:
@@ -46,7 +83,7 @@ def said(tracker: Tracker) -> list[str]:
     return lines
 
 
-def facts(tracker: Tracker) -> dict[str, Any]:
+def outcome_fields(tracker: Tracker) -> dict[str, Any]:
     """The same for `summary.json`."""
     number, latest = tracker.refused
     return {
@@ -60,7 +97,7 @@ def facts(tracker: Tracker) -> dict[str, Any]:
 
 
 def _where(uri: str) -> str:
-    """How to look at what is in a store: a server has a page; `make ui` opens the database in `runs`."""
+    """How to look at the records of a store: a server has a page; `make ui` opens the data base in `runs`."""
     if not uri.startswith("sqlite:"):
         return redact(uri)
     if uri == sqlite_uri(Path("runs") / "mlflow.db"):

@@ -1,7 +1,7 @@
-"""Where a run's files go, and whether it starts afresh or continues.
+"""Where a run's files go, and whether it begins or continues.
 
-A run directory is a folder or a URI such as s3://bucket/runs/digits; then a folder of this machine, below
-`runs/remote`, keeps what is written bit by bit (`jobs.mirror`).
+A run directory is a folder or a URI such as s3://bucket/runs/digits. A URI has a working folder on this machine, below
+`runs/remote`, for files that grow (`jobs.mirror`).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ FREE = (
     "encode_batch",
     "cache_features",
 )
-"""Keys that may differ between a run and its continuation: they change where and how, not what is learnt."""
+"""Keys that may differ between a run and its continuation: they change where and how it learns, not what."""
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """A run directory, and the checkpoint to continue from if there is one.
 
     Attributes
     ----------
     destination: the run directory, a folder or a URI.
-    config: what runs: as given, but where it leaves out what has another default since, as the run that goes on has it.
-    run_dir: the folder of this machine: the run directory itself where it is one.
+    config: as given; keys that it leaves out and whose default has changed since are those of the run it continues.
+    run_dir: the folder of this machine: the run directory itself, or the working folder of a URI.
     """
 
     destination: AnyPath
@@ -61,7 +61,7 @@ class Start:
 
 
 def local_folder(option: str, given: str | None, default: Path) -> Path:
-    """A folder of this machine, for jobs that write nowhere else.
+    """A folder of this machine, for jobs that write to no other place.
 
     Raises
     ------
@@ -85,30 +85,30 @@ def in_throw_away_copy() -> bool:
     return "runtime_resources" in Path.cwd().parts and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
+def choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
     """Decide where to run.
 
     Parameters
     ----------
     run_dir: the user's folder or URI, or None for `runs/<name>`.
     resume: `auto` continues an unfinished run of this configuration and starts a numbered new one beside a finished
-        one; `never` starts anew; anything else is a run or a checkpoint to begin with. Only an unfinished run goes on
-        itself, where no other `run_dir` is given; else a new run begins from its newest checkpoint.
+        one; `never` starts a new run; anything else is a run or a checkpoint to begin with. An unfinished run is
+        continued itself if no other `run_dir` is given; otherwise a new run begins from its newest checkpoint.
 
     Raises
     ------
     ConfigError
-        A relative folder inside a Ray job's copy, a place that does not answer, an unfinished run of another
+        A relative folder inside a Ray job's copy, a store that does not answer, an unfinished run of another
         configuration, or a checkpoint that does not fit.
     """
     try:
         return _choose(config, run_dir, resume)
     except OSError as error:
         options = "--run-dir" if resume in ("auto", "never") else "--run-dir, --resume"
-        raise ConfigError(f"{options}: expected a place that answers, got {error}") from None
+        raise ConfigError(f"{options}: expected a store that answers, got {error}") from None
 
 
-def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
+def _choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
     if run_dir is not None and in_throw_away_copy() and "://" not in run_dir and not Path(run_dir).is_absolute():
         raise ConfigError(
             f"--run-dir: expected an absolute path inside a Ray job, whose working directory is a copy that is "
@@ -129,7 +129,7 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
         if not exists(candidate / "config.yaml"):
             if isinstance(candidate, Path) and candidate.exists() and not candidate.is_dir():
                 raise ConfigError(f"--run-dir: expected a folder, got the file {candidate}")
-            return Start(candidate, None, f"a new run in {candidate}", config)
+            return RunStart(candidate, None, f"a new run in {candidate}", config)
         if resume == "never" or _status(candidate) == "FINISHED":
             continue
         same, notes = _check_same(config, candidate)
@@ -137,26 +137,26 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> Start:
     raise AssertionError("unreachable: the numbers do not end")
 
 
-def as_begun(start: Start) -> Start:
-    """The same with the threads that the run has counted when it began, where they are left open.
+def as_begun(start: RunStart) -> RunStart:
+    """The same with the threads per rank of the run that it continues, if the configuration leaves them open.
 
-    Another number changes the last bits of what it goes on to learn, and is told of. Taken from the checkpoint, else
-    from the run's `config.yaml`.
+    They come from the checkpoint, or from the run's `config.yaml`. Another number changes the last bits of the result,
+    which the note then says.
     """
     given, threads = start.config.cluster.threads_per_rank, None
     try:
-        with suppress(ConfigError, DocumentError, FileNotFoundError):  # such as a new run's, which is not there yet
+        with suppress(ConfigError, DocumentError, FileNotFoundError):  # a new run has none yet
             begun = None if start.resume is None else read_manifest(start.resume).config
             threads = parse(
                 RunConfig, begun or load_yaml(read(start.destination / "config.yaml"))
             ).cluster.threads_per_rank
     except OSError as error:
-        raise ConfigError(f"--run-dir: expected a place that answers, got {error}") from None
+        raise ConfigError(f"--run-dir: expected a store that answers, got {error}") from None
     if threads is None or given == threads:
         return start
     if given is not None:
-        told = f"cluster.threads_per_rank is {given}, it was {threads}: the last bits will be others"
-        return replace(start, note=f"{start.note}\n{told}")
+        change = f"cluster.threads_per_rank is {given}, it was {threads}: the last bits will differ"
+        return replace(start, note=f"{start.note}\n{change}")
     cluster = start.config.cluster.model_copy(update={"threads_per_rank": threads})
     return replace(start, config=start.config.model_copy(update={"cluster": cluster}))
 
@@ -169,9 +169,9 @@ def _located(option: str, place: str) -> AnyPath:
 
 
 def _check_place(base: AnyPath) -> None:
-    """Refuse a folder that could not be made, before anything else is."""
+    """Refuse a folder that could not be created, before anything is."""
     if not isinstance(base, Path):
-        exists(base)  # an answer is enough: what may be written there shows when the configuration is
+        exists(base)  # an answer is enough: whether it can be written to shows with the first file
         return
     try:
         existing = next(path for path in (base, *base.parents) if path.exists())
@@ -191,7 +191,7 @@ def _numbered(base: AnyPath) -> Iterator[AnyPath]:
         number += 1
 
 
-def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> Start:
+def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> RunStart:
     """A new run at `base` from the checkpoint `source`, or from the newest sound one of the run `source`."""
     notes: list[str] = []
     checkpoint = source
@@ -208,7 +208,7 @@ def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> Start:
     if checkpoint is source:
         Reader(source, manifest).verify()
     fresh = next(path for path in _numbered(base) if not exists(path / "config.yaml"))
-    return Start(fresh, checkpoint, "\n".join([*notes, f"a new run in {fresh} from {checkpoint}"]), config)
+    return RunStart(fresh, checkpoint, "\n".join([*notes, f"a new run in {fresh} from {checkpoint}"]), config)
 
 
 def _same_place(one: AnyPath, other: AnyPath) -> bool:
@@ -217,11 +217,11 @@ def _same_place(one: AnyPath, other: AnyPath) -> bool:
     return str(one).rstrip("/") == str(other).rstrip("/")
 
 
-def _continued(config: RunConfig, run_dir: AnyPath, words: str, notes: list[str]) -> Start:
-    """From the newest checkpoint that is sound; the note tells of damaged ones, after what is to be told already."""
+def _continued(config: RunConfig, run_dir: AnyPath, words: str, notes: list[str]) -> RunStart:
+    """From the newest sound checkpoint; the note also names damaged ones."""
     checkpoint = newest_good(run_dir, notes.append)
     origin = "no checkpoint: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
-    return Start(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]), config)
+    return RunStart(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]), config)
 
 
 def _status(run_dir: AnyPath) -> str | None:
@@ -233,27 +233,27 @@ def _status(run_dir: AnyPath) -> str | None:
 
 
 def _check_same(config: RunConfig, run_dir: AnyPath) -> tuple[RunConfig, list[str]]:
-    """Refuse to continue a run of another configuration; returns what goes on, and what is to be told.
+    """Refuse to continue a run of another configuration; returns the configuration to continue with, and notes.
 
-    Where `config.yaml` is no configuration any more, the newest checkpoint's manifest tells it.
+    If `config.yaml` is damaged, the configuration of the newest checkpoint takes its place.
     """
     path = run_dir / "config.yaml"
     try:
         other = load_yaml(read(path))
-        found = type(other).__name__
+        content = type(other).__name__
     except DocumentError as error:
-        other, found = None, str(error)
+        other, content = None, str(error)
     if not isinstance(other, dict):
         for manifest in reversed(find(run_dir / "checkpoints", f"step-*/{MANIFEST}")):
             with suppress(CheckpointError):
                 same = _check_differences(config, read_manifest(manifest.parent).config, manifest.parent)
-                return same, [f"{path} is damaged ({found}): the configuration is that of {manifest.parent.name}"]
-        raise ConfigError(f"--resume: expected the configuration of a run in {path} or in a checkpoint, got {found}")
+                return same, [f"{path} is damaged ({content}): the configuration is that of {manifest.parent.name}"]
+        raise ConfigError(f"--resume: expected the configuration of a run in {path} or in a checkpoint, got {content}")
     return _check_differences(config, other, run_dir), []
 
 
 def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> RunConfig:
-    """Refuse to continue a run whose configuration would have learnt something else; returns what goes on."""
+    """Refuse to continue a run that learns something else; returns the configuration to continue with."""
     if not isinstance(other, dict):
         raise ConfigError(f"--resume: expected the configuration of a run in {where}, got {type(other).__name__}")
     theirs = dict(_flat(_with_defaults(other)))
@@ -266,13 +266,13 @@ def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> RunConf
         parts = "; ".join(f"{key}: expected {expected}, got {given}" for key, expected, given in pairs)
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ConfigError(
-            f"--resume: {where} was made by another configuration: {parts}{more}; use --resume never or --run-dir"
+            f"--resume: {where} belongs to another configuration: {parts}{more}; use --resume never or --run-dir"
         )
     return config
 
 
 def _with_recorded_tau(config: RunConfig, recorded: dict[str, Any]) -> RunConfig:
-    """Where a layer leaves τ to the default, the recorded run's: in earlier versions the default was 0.5."""
+    """Take τ from the recorded run where a layer leaves it to the default, which was 0.5 in earlier versions."""
     layers = list(config.model.layers)
     for index, layer in enumerate(layers):
         tau = recorded.get(f"model.layers.{index}.plasticity.tau")
@@ -283,7 +283,7 @@ def _with_recorded_tau(config: RunConfig, recorded: dict[str, Any]) -> RunConfig
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of an earlier version, its missing keys filled in; as it is where that cannot be done."""
+    """A configuration of an earlier version with its missing keys filled in; unchanged if it is invalid."""
     try:
         filled: dict[str, Any] = parse(RunConfig, values).model_dump(mode="json")
     except ConfigError:

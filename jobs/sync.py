@@ -28,14 +28,14 @@ from simmatch.config import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 with everything sent, 1 if something is left or refused, 2 for a wrong call, 130, 143
-    or 129 where it was told to end.
+    """Returns the exit status: 0 if everything is sent, 1 if events are left or refused, 2 for a wrong call; 130, 143
+    or 129 after a signal.
     """
     options = _parser().parse_args(arguments)
     try:
         run_dir = local_folder("RUN_DIR", options.run_dir, Path()).absolute()
         spool = Spool(run_dir / SPOOL_NAME)
-        start, ended = _look_through(spool)
+        start, ended = _inspect(spool)
         uri = check_uri(options.uri or recorded_uri(start.uri, run_dir))
         spool.open()
     except (ConfigError, SpoolBusyError, OSError) as error:
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spool.close()
 
 
-def _look_through(spool: Spool) -> tuple[StartEvent, bool]:
-    """The first event, and whether the last attempt came to an end."""
+def _inspect(spool: Spool) -> tuple[StartEvent, bool]:
+    """The first event, and whether the end of the run is recorded."""
     if not spool.path.is_file():
         raise ConfigError(f"RUN_DIR: expected a folder with {SPOOL_NAME}, got {spool.path.parent}")
     start, ended = None, False
@@ -72,7 +72,7 @@ def _look_through(spool: Spool) -> tuple[StartEvent, bool]:
 
 
 def _send(sender: Sender, wait_s: float) -> None:
-    """Send until done, or until nothing was accepted for `wait_s`."""
+    """Send until done, or until no event was accepted for `wait_s`."""
     total, done = sender.delivery.pending(), 0
     with ProgressBars(Console(stderr=True), keep=True) as bars:
 
@@ -97,7 +97,7 @@ def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
     if pending:
         print(f"error: {count(pending, 'event')} not sent; the latest attempt failed: {sender.reason}", file=sys.stderr)
     elif not ended:
-        print("the run recorded no end, so MLflow shows it as running")
+        print("the end of the run is not recorded, so MLflow shows it as running")
     return 1 if pending or delivery.rejected else 0
 
 
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"MLflow's tracking URI (default: the job's, where ${URI_VARIABLE} or the default names it as well)",
     )
     parser.add_argument(
-        "--wait", type=float, default=60.0, metavar="S", help="give up after so long without success (default: 60)"
+        "--wait", type=float, default=60.0, metavar="S", help="stop after so long without success (default: 60)"
     )
     parser.add_argument(
         "--timeout", type=float, default=10.0, metavar="S", help="longest wait for one answer (default: 10)"

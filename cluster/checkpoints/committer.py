@@ -79,11 +79,11 @@ def prune(run_dir: AnyPath, keep: int, step: int) -> None:
 class Committed:
     """The outcome for a checkpoint that all ranks have written, or, without a step, for the exported model.
 
-    why: the error; None on success.
+    reason: the error; None on success.
     """
 
     step: int | None
-    why: str | None = None
+    reason: str | None = None
 
 
 class Committer:
@@ -128,14 +128,14 @@ class Committer:
     def _run(self) -> None:
         while True:
             due = self._due.get()
-            step, why = None if isinstance(due, str) else due.cursor.step, None
+            step, reason = None if isinstance(due, str) else due.cursor.step, None
             try:
                 retry(partial(self._commit, due), self._patience_s)
             except OSError as error:  # a full disk or a lost store costs checkpoints, not the run
-                why = " ".join(str(error).split())
-            if why is None and step is not None:
+                reason = " ".join(str(error).split())
+            if reason is None and step is not None:
                 self._prune(step)
-            self._outcomes.put(Committed(step, why))
+            self._outcomes.put(Committed(step, reason))
 
     def _commit(self, due: Manifest | str) -> None:
         if isinstance(due, str):

@@ -62,7 +62,7 @@ def write_shard(
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What a rank's shard holds; nobody changes the tensors.
+    """The content of a rank's shard; nobody changes the tensors.
 
     Attributes
     ----------
@@ -78,19 +78,19 @@ class Snapshot:
 class ShardWriter:
     """Writes one rank's shards, one at a time, and reports each.
 
-    A disk that is full or gone costs checkpoints, not the run: what could not be written is reported as
-    `ShardFailed`, and so is a checkpoint that is due while the one before it is still not written. An object store
-    that is away is asked again for as long as `patience_s`; meanwhile training does not wait for it.
+    A disk that is full or gone costs checkpoints, not the run: a shard that cannot be written is reported as
+    `ShardFailed`, and so is one that is due while the one before it is still not written. An object store that does not
+    answer is asked again for `patience_s`; training does not wait for it meanwhile.
 
     Parameters
     ----------
     run_dir: the run's folder; rank, world_size: whose shards these are.
-    patience_s: longest that training waits for the checkpoint before; a store that hangs is waited for once.
+    patience_s: longest wait of training for the previous checkpoint; for a store that hangs it waits once.
     write: writes a shard; tests replace it.
 
     Attributes
     ----------
-    seconds: that the training thread has spent here.
+    seconds: spent here by the training thread.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class ShardWriter:
         self._hangs = self._failing = False
 
     def submit(self, cursor: Cursor, take: Callable[[], Snapshot], *, needed: bool = False) -> None:
-        """Write the snapshot that `take` gives now, as the checkpoint of `cursor`.
+        """Write the snapshot that `take` returns now, as the checkpoint of `cursor`.
 
-        needed: wait for the one before, though its store hangs or is away: no other will follow soon.
+        needed: wait for the previous one even if its store hangs or does not answer, for no other will follow soon.
 
         Raises
         ------
         Exception
-            What an earlier write has failed with, unless it was the disk's fault.
+            The error of an earlier write, unless the disk or the store raised it.
         """
         started = time.monotonic()
         try:
@@ -129,8 +129,8 @@ class ShardWriter:
                 self._thread = threading.Thread(target=self._run, args=(cursor, take()), name="shards", daemon=True)
                 self._thread.start()
             else:
-                why = ": its store is away" if self._failing else f" after {self._patience_s:g} s"
-                self._lost(cursor, f"the one before it is not written{why}")
+                reason = ": its store does not answer" if self._failing else f" after {self._patience_s:g} s"
+                self._lost(cursor, f"the one before it is not written{reason}")
         finally:
             self.seconds += time.monotonic() - started
 
@@ -144,7 +144,7 @@ class ShardWriter:
             self.seconds += time.monotonic() - started
 
     def _finish(self, limit_s: float) -> bool:
-        """Whether nothing is being written any more."""
+        """Wait for the present write; returns whether it has ended."""
         if self._thread is not None:
             self._thread.join(limit_s)
             self._hangs = self._thread.is_alive()
@@ -174,5 +174,5 @@ class ShardWriter:
     def _note_failing(self, _: StorageError) -> None:
         self._failing = True
 
-    def _lost(self, cursor: Cursor, why: str) -> None:
-        self._report.send(ShardFailed(cursor.step, why))
+    def _lost(self, cursor: Cursor, reason: str) -> None:
+        self._report.send(ShardFailed(cursor.step, reason))

@@ -182,7 +182,7 @@ def test_no_checkpoint_without_its_shards(place: AnyPath, fault: str) -> None:
         write_whole(folder / shard.file, whole[:-1])
     committer = Committer(place, keep=1)
     committer.submit(manifest_of(8, 1, [shard]))
-    ((step, why),) = [(outcome.step, outcome.why) for outcome in committer.settled(60.0)]
+    ((step, why),) = [(outcome.step, outcome.reason) for outcome in committer.settled(60.0)]
     assert step == 8
     assert why is not None
     found = "nothing" if fault == "missing" else str(len(whole) - 1)
@@ -373,8 +373,8 @@ def test_what_cannot_be_committed_is_told(tmp_path: Path) -> None:
     committer.submit(manifest_of(4, 1, []))
     (outcome,) = committer.settled(60.0)
     assert outcome.step == 4
-    assert outcome.why is not None
-    assert "step-00000004" in outcome.why
+    assert outcome.reason is not None
+    assert "step-00000004" in outcome.reason
 
 
 def test_a_checkpoint_is_absent_until_its_manifest_is_there(place: AnyPath) -> None:

@@ -148,7 +148,7 @@ def test_a_run_directory_by_uri(
     assert not (tmp_path / "runs").exists()  # choosing makes nothing
     write_whole(place / "config.yaml", yaml.safe_dump(public(make_config())).encode())
     assert "continuing the unfinished run in s3://" in choose(make_config(), str(place), "auto").note
-    with pytest.raises(ConfigError, match="was made by another configuration: seed: expected 0, got 1"):
+    with pytest.raises(ConfigError, match="belongs to another configuration: seed: expected 0, got 1"):
         choose(make_config("seed=1"), str(place), "auto")
     write_whole(place / "summary.json", b'{"status": "FINISHED"}')
     assert str(choose(make_config(), str(place), "auto").destination) == f"{place}-2"
@@ -173,7 +173,7 @@ def test_a_store_that_does_not_answer(
 ) -> None:
     store.stop()
     try:
-        with pytest.raises(ConfigError, match=r"^--run-dir: expected a place that answers, got s3://"):
+        with pytest.raises(ConfigError, match=r"^--run-dir: expected a store that answers, got s3://"):
             choose(make_config(), str(place), "auto")
     finally:
         store.start()

@@ -223,7 +223,7 @@ def write_checkpoint(folder: Path, config: RunConfig, channels: int = 16, data: 
 def test_a_checkpoint_of_another_shape(refuse: Refuse, tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
     other = make_config("model.layers.0.out_channels=32")
     message = refuse("--resume", write_checkpoint(tmp_path / "step", other, 32))
-    assert f"{tmp_path / 'step'} was made by another configuration" in message
+    assert f"{tmp_path / 'step'} belongs to another configuration" in message
     assert "model.layers.0.out_channels: expected 32, got 16" in message
 
 

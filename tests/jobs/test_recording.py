@@ -1,4 +1,4 @@
-"""What jobs say at their end of records in MLflow: one line each for what is there, what is not, and what sends it."""
+"""The report at the end of a job: which records are in MLflow, which are not, and how to send them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from cluster.tracking.config import TrackingConfig
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.tracker import Tracker
-from jobs.recording import facts, said
+from jobs.recording import outcome_fields, outcome_lines
 from tests.outages import Outage, Proxy
 
 
@@ -37,9 +37,9 @@ def test_a_server_that_never_took_a_record(status: int, tmp_path: Path, monkeypa
     proxy = Proxy(0, Outage("error", status=status))
     tracker = ended(tmp_path / "a run", TrackingConfig(uri=proxy.uri, flush_s=0.5, timeout_s=1.0))
     proxy.close()
-    [line] = said(tracker)
+    [line] = outcome_lines(tracker)
     found = re.fullmatch(
-        r"(\d+) records have not reached MLflow, the latest attempt said: (.*); "
+        r"(\d+) records not sent to MLflow; the latest attempt failed: (.*); "
         r"send them with: python -m jobs\.sync (.*)",
         line,
     )
@@ -47,7 +47,7 @@ def test_a_server_that_never_took_a_record(status: int, tmp_path: Path, monkeypa
     assert int(found[1]) == (tmp_path / "a run" / "events.jsonl").read_bytes().count(b"\n") == 3
     assert f"error code {status} != 200. Response body: 'a planned failure'" in found[2]
     assert shlex.split(found[3])[0] == str(tmp_path / "a run")
-    assert facts(tracker) == {
+    assert outcome_fields(tracker) == {
         "mlflow_run_id": None, "lost_records": 0, "unsent_records": 3, "unsent_reason": found[2],
         "refused_records": 0, "refusals": [],
     }  # fmt: skip
@@ -62,8 +62,8 @@ def test_what_is_in_the_store_of_this_checkout_and_a_model_that_is_not(
     monkeypatch.chdir(tmp_path)
     tracker = ended(Path("runs") / "a", TrackingConfig(), load=no_model)
     why = "ValueError: expected m1 and m2 to have the same dtype"
-    assert said(tracker) == [f"the model is not in MLflow: {why}", f"MLflow run: {tracker.run_id} (make ui)"]
-    assert facts(tracker) == {
+    assert outcome_lines(tracker) == [f"the model is not in MLflow: {why}", f"MLflow run: {tracker.run_id} (make ui)"]
+    assert outcome_fields(tracker) == {
         "mlflow_run_id": tracker.run_id, "lost_records": 0, "unsent_records": 0, "unsent_reason": None,
         "refused_records": 1, "refusals": [f"model: {why}"],
     }  # fmt: skip
@@ -82,4 +82,4 @@ def test_where_a_run_is_looked_at(uri: str, shown: str, tmp_path: Path, monkeypa
     """`make ui` is of the local store only."""
     tracker = Tracker(tmp_path, TrackingConfig(uri=uri))
     monkeypatch.setattr(Tracker, "run_id", "1234")
-    assert said(tracker) == [f"MLflow run: 1234 ({shown})"]
+    assert outcome_lines(tracker) == [f"MLflow run: 1234 ({shown})"]

@@ -14,7 +14,7 @@ from cluster.checkpoints.committer import commit
 from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
-from jobs.run_directory import Start, as_begun, choose, default_root
+from jobs.run_directory import RunStart, as_begun, choose, default_root
 from simmatch.config import ConfigError
 from simmatch.sharding.rows import Rows
 
@@ -46,7 +46,7 @@ def test_threads_are_those_that_the_run_began_with(work: Path, make_config: Make
     assert threads() == 3
     assert not any("threads_per_rank" in note for note in notes)
     assert threads("cluster.threads_per_rank=5") == 5
-    assert notes[-1].endswith("\ncluster.threads_per_rank is 5, it was 3: the last bits will be others")
+    assert notes[-1].endswith("\ncluster.threads_per_rank is 5, it was 3: the last bits will differ")
     leave(work / "other", make_config("cluster.threads_per_rank=7"), "FINISHED", steps=(4,))
     assert threads(run_dir="new", resume="other") == 7
     assert threads(run_dir="new", resume="other/checkpoints/step-00000004") == 7
@@ -77,7 +77,7 @@ def leave(run_dir: Path, config: RunConfig, status: str | None = None, steps: tu
 
 def test_a_new_run_goes_below_runs_and_makes_nothing(work: Path, make_config: MakeConfig) -> None:
     run_dir = work / "runs" / "digits"
-    assert choose(make_config(), None, "auto") == Start(run_dir, None, f"a new run in {run_dir}", make_config())
+    assert choose(make_config(), None, "auto") == RunStart(run_dir, None, f"a new run in {run_dir}", make_config())
     assert choose(make_config(), "elsewhere/x", "auto").run_dir == work / "elsewhere" / "x"
     assert list(work.iterdir()) == []
 
@@ -126,7 +126,7 @@ def test_another_configuration_is_refused_and_named(work: Path, make_config: Mak
     with pytest.raises(ConfigError) as caught:
         choose(other, "r", "auto")
     assert str(caught.value) == (
-        f"--resume: {work / 'r'} was made by another configuration: "
+        f"--resume: {work / 'r'} belongs to another configuration: "
         "model.layers.0.plasticity.lr: expected 0.1, got 0.05; model.layers.1.pool: expected None, got 1; "
         "seed: expected 0, got 3; use --resume never or --run-dir"
     )
@@ -224,7 +224,7 @@ def test_a_checkpoint_tells_the_configuration_where_its_file_is_damaged(
     assert first.startswith(f"{work / 'r' / 'config.yaml'} is damaged (")
     assert first.endswith("): the configuration is that of step-00000020")
     assert last == f"continuing the unfinished run in {work / 'r'}, from step-00000020"
-    with pytest.raises(ConfigError, match=r"step-00000020 was made by another configuration: seed: expected 0, got 1"):
+    with pytest.raises(ConfigError, match=r"step-00000020 belongs to another configuration: seed: expected 0, got 1"):
         choose(make_config("seed=1"), "r", "auto")
 
 
