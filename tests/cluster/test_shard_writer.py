@@ -165,7 +165,7 @@ def test_a_store_that_is_away_is_asked_again_and_training_does_not_wait(tmp_path
         time.sleep(0.01)
     writing.submit(cursor(8), snapshot)
     assert writing.seconds < 5
-    assert outbox.messages == [ShardFailed(8, "the one before it is not written: its store is away")]
+    assert outbox.messages == [ShardFailed(8, "the one before it is not written: its store does not answer")]
     threading.Timer(0.3, back.set).start()
     writing.submit(cursor(10), snapshot, needed=True)
     writing.close()

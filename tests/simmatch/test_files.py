@@ -113,7 +113,7 @@ def test_there_is_one_way_to_write_a_file() -> None:
         # line by line
         ("jobs/reporting.py", 'self.path.open("a", encoding="utf-8")'),
         ("jobs/program.py", 'open(os.devnull, "w")'),
-        ("jobs/benchmarks/memory.py", 'Path("/proc/self/clear_refs").write_text("5")'),
+        ("jobs/benchmarks/efficiency.py", 'Path("/proc/self/clear_refs").write_text("5")'),
     }
     found = [
         (path.relative_to(ROOT).as_posix(), line.strip())
