@@ -1,11 +1,10 @@
 """Compare similarity matching with backpropagation and other local learners: `python -m jobs.evaluate`.
 
-One command, one table: accuracy at every label budget, parameters and operations, corrupted and unseen images. What a
-row gave with a seed is kept in the run directory; a second call of the same configuration goes on where the first
-stopped.
+One command, one table: accuracy at every label budget, parameters and operations, corrupted images and another data
+set. The results of each row and seed are kept in the run directory; the same command continues from there.
 
-Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130, 143 or 129: told to end (Ctrl-C,
-SIGTERM, a closed terminal).
+Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started); 130, 143 or 129 after Ctrl-C, SIGTERM or a
+closed terminal.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from rich.console import Console
 
@@ -27,21 +26,19 @@ from cluster.redaction import one_line
 from cluster.tracking.events import RunStatus
 from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
+from jobs.display import ProgressBars
 from jobs.ending import Ending
-from jobs.evaluation import charts, table
+from jobs.evaluation import charts, tables
 from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
-from jobs.evaluation.identity import SETTINGS, identity
 from jobs.evaluation.lenet import LEAST_SIDE
 from jobs.evaluation.material import Material, digest_of
-from jobs.evaluation.measuring import Outcome, Unit, load, perform
-from jobs.evaluation.record import begin
-from jobs.evaluation.results import Store
-from jobs.evaluation.rows import Choices, Row, only, rows_of
-from jobs.evaluation.side_by_side import side_by_side
-from jobs.evaluation.summaries import Summary, summarise
-from jobs.evaluation.together import threads_of
-from jobs.evaluation.watch import Watch, watching
+from jobs.evaluation.ray_units import run_side_by_side
+from jobs.evaluation.results import ResultStore, estimates
+from jobs.evaluation.resume import SETTINGS, begin, identity
+from jobs.evaluation.rows import ChosenSettings, Row, only, rows_of
+from jobs.evaluation.threads import limited_threads
+from jobs.evaluation.units import Unit, UnitResult, load, run_unit
 from jobs.options import at_least, read_yaml
 from jobs.program import run_program
 from jobs.ray_session import shut_down_ray
@@ -57,16 +54,15 @@ FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
 RESULTS, TABLE = "results", "table.md"
 DESCRIPTION = "mlflow.note.content"
-"""The tag that MLflow's page shows as a run's description, set as markdown."""
-FILE_WIDTH = 160
+"""The tag that MLflow's page shows as a run's description, as Markdown."""
+ALL = "rows × seeds"
+"""Name of the bar for all of the work."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run. Returns the exit status."""
     options = _parser().parse_args(arguments)
     console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
     try:
         config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
         material, other = load(config)
@@ -80,11 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.report:
             if not any((run_dir / RESULTS).glob("*.json")):
                 raise ConfigError(f"--report: expected results in {run_dir / RESULTS}, found none")
-            Report(config, rows, material, run_dir, console).show()
+            show(config, rows, material, run_dir, console)
             return 0
         tracker = Tracker(run_dir, config.tracking)
-        crew = Crew(options.workers, options.threads or max(1, allowed_cpus() // options.workers))
-        job = Evaluation(config, rows, material, tracker, console, crew, digest_of(material, other))
+        threads = options.threads or max(1, allowed_cpus() // options.workers)
+        job = Evaluation(config, rows, material, tracker, console)
         params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})
         begin(tracker, values, params, config.data.name, material, other)
     except SpoolBusyError as error:
@@ -93,8 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    with Ending() as ending, threads_of(crew.threads):
-        return job.run(ending)
+    with Ending() as ending, limited_threads(threads):
+        return job.run(ending, options.workers, threads, digest_of(material, other))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="measure and show only these rows (default: all)")
     parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
     parser.add_argument("--quick", action="store_true", help="the same rows on fewer images: minutes, rougher figures")
-    parser.add_argument("--report", action="store_true", help="show what is known so far, measure nothing")
+    parser.add_argument("--report", action="store_true", help="show the results so far, measure nothing")
     parser.add_argument(
         "--workers",
         type=at_least(1),
@@ -128,16 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True)
-class Crew:
-    """Units measured at a time, and the threads of each."""
-
-    workers: int
-    threads: int
-
-
 def check(config: EvaluationConfig, material: Material) -> None:
-    """What can be wrong before anything learns.
+    """Check what can be checked before anything learns.
 
     Raises
     ------
@@ -166,147 +154,141 @@ def check(config: EvaluationConfig, material: Material) -> None:
                 raise ConfigError(f"stacks.{name}.{error}") from None
 
 
-class Report:
-    """What is known of rows, for a person."""
-
-    def __init__(
-        self, config: EvaluationConfig, rows: list[Row], material: Material, run_dir: Path, console: Console
-    ) -> None:
-        self.config, self.rows, self.material, self.run_dir, self.console = config, rows, material, run_dir, console
-        self.store = Store(run_dir / RESULTS)
-
-    def show(self) -> tuple[list[Summary], list[Path]]:
-        """The table on the terminal, as markdown and as figures; returns what it is made of, and the figures."""
-        names = [view for row in self.rows for view in row.views]
-        known = [self.store.load(name, seed) for name in names for seed in self.config.seeds]
-        summaries = summarise([each for each in known if each is not None])
-        for each in (table.accuracy_table, table.kernel_table, table.cost_table, table.robustness_table):
-            self.console.print(each(summaries))
-        write_whole(self.run_dir / TABLE, table.markdown(summaries))
-        folder = self.run_dir / "figures"
-        charts.label_efficiency(summaries, folder / "label-efficiency.png")
-        charts.corruption_bars(summaries, folder / "corruptions.png")
-        draw_corruptions(_one_of_each(self.material), folder / "corrupted-images.png")
-        self.console.print(f"table, figures, results: {self.run_dir}", highlight=False, soft_wrap=True)
-        drawn = [folder / f"{name}.png" for name in ("label-efficiency", "corruptions", "corrupted-images")]
-        return summaries, drawn
+def show(
+    config: EvaluationConfig, rows: list[Row], material: Material, run_dir: Path, console: Console
+) -> tuple[pd.DataFrame, list[Path]]:
+    """The known results on the terminal, as Markdown and as figures; returns their estimates and the figures' paths."""
+    store = ResultStore(run_dir / RESULTS)
+    known = [store.load(view, seed) for row in rows for view in row.views for seed in config.seeds]
+    values = estimates([result for result in known if result is not None])
+    shown = tables.comparison_tables(values)
+    for table in shown:
+        table.show(console)
+    write_whole(run_dir / TABLE, tables.markdown(shown))
+    names = ("label-efficiency", "corruptions", "corrupted-images")
+    paths = [run_dir / "figures" / f"{name}.png" for name in names]
+    charts.label_efficiency(values, paths[0])
+    charts.corruption_bars(values, paths[1])
+    draw_corruptions(_one_of_each(material), paths[2])
+    console.print(f"table, figures, results: {run_dir}", highlight=False, soft_wrap=True)
+    return values, paths
 
 
 class Evaluation:
-    """All rows with all seeds: measured where they are not known yet, kept, shown and recorded."""
+    """Measures every row with every seed, unless its results are known already; keeps, shows and records them."""
 
     def __init__(
-        self,
-        config: EvaluationConfig,
-        rows: list[Row],
-        material: Material,
-        tracker: Tracker,
-        console: Console,
-        crew: Crew,
-        data: str,
+        self, config: EvaluationConfig, rows: list[Row], material: Material, tracker: Tracker, console: Console
     ) -> None:
-        self.config, self.rows, self.material, self.crew, self.data = config, rows, material, crew, data
+        self.config, self.rows, self.material = config, rows, material
         self.tracker, self.console, self.run_dir = tracker, console, tracker.run_dir
-        self.report = Report(config, rows, material, self.run_dir, console)
-        self.store = self.report.store
-        self.choices = Choices(self.run_dir / SETTINGS)
-        self.skipped: dict[str, str] = {}
+        self.store = ResultStore(self.run_dir / RESULTS)
+        self.settings = ChosenSettings(self.run_dir / SETTINGS)
+        self.left_out: dict[str, str] = {}
 
-    def run(self, ending: Ending) -> int:
-        """Measure what is not known yet, print, record. Returns the exit status."""
+    def run(self, ending: Ending, workers: int, threads: int, digest: str) -> int:
+        """Measure what is not known yet, print, record. Returns the exit status.
+
+        Parameters
+        ----------
+        workers: units measured at the same time; threads: of each.
+        digest: of the data, see `digest_of`.
+        """
         tell = partial(self.console.print, highlight=False, soft_wrap=True, markup=False)
         self.tracker.announce_to(tell)
-        started, status, code = time.monotonic(), "FAILED", FAILED
+        started, code = time.monotonic(), FAILED
+        status: RunStatus = "FAILED"
         try:
-            self._measure(self.crew)
+            self._measure(workers, threads, digest)
             self._show()
             status, code = "FINISHED", 0
         except KeyboardInterrupt:
-            print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
+            print("interrupted; all results so far are kept, the same command continues", file=sys.stderr)
             status, code = "KILLED", ending.status
         except (RunFailed, ConfigError) as error:
-            print(f"error: {one_line(error)}; what is known so far is kept", file=sys.stderr)
+            print(f"error: {one_line(error)}; all results so far are kept", file=sys.stderr)
             code = BAD_INPUT if isinstance(error, ConfigError) else FAILED
         finally:
             ending.instead = self.tracker.hurry
             self.tracker.metrics(0, {"seconds": time.monotonic() - started})
-            self.tracker.finish(_status(status))
+            self.tracker.finish(status)
             send_records(self.tracker, tell)
         return code
 
     def _missing(self) -> list[Unit]:
-        """What is to be done, seed by seed, so that the first whole table is there early."""
-        found = []
+        """What is to be done, seed by seed, so that a whole table of one seed is there early."""
+        units: list[Unit] = []
         for seed in self.config.seeds:
             for row in self.rows:
                 if all(self.store.load(view, seed) is not None for view in row.views):
                     continue
-                settings = Unit(row.name, None)
-                if self.choices.known(row.name) is None and settings not in found:
-                    found.append(settings)
-                found.append(Unit(row.name, seed))
-        return found
+                choice = Unit(row.name, None)
+                if self.settings.known(row.name) is None and choice not in units:
+                    units.append(choice)
+                units.append(Unit(row.name, seed))
+        return units
 
-    def _measure(self, crew: Crew) -> None:
-        """Do what is missing, and keep what comes of it."""
+    def _measure(self, workers: int, threads: int, digest: str) -> None:
+        """Do what is missing, and keep its results."""
         units = self._missing()
-        alone = crew.workers == 1 or not units
-        with watching(self.console, len(units)) as watch:
+        alone = workers == 1 or not units
+        with ProgressBars(self.console) as bars:
+            bars.update(ALL, 0, len(units))
             if alone:
-                work = self._in_turn(units, watch)
+                work = self._one_after_the_other(units, bars)
             else:
-                work = side_by_side(
-                    self.config,
-                    units,
-                    self.choices,
-                    watch,
-                    workers=crew.workers,
-                    threads=crew.threads,
-                    data=self.data,
+                work = run_side_by_side(
+                    self.config, units, self.settings, bars, workers=workers, threads=threads, digest=digest
                 )
             try:
-                for unit, outcome in work:
-                    self._keep(unit, outcome, watch)
+                for done, (unit, outcome) in enumerate(work, 1):
+                    bars.update(ALL, done, len(units))
+                    self._keep(unit, outcome, bars)
             finally:
                 if not alone:
                     shut_down_ray()
 
-    def _in_turn(self, units: list[Unit], watch: Watch) -> Iterator[tuple[Unit, Outcome]]:
-        """One after the other, in this process."""
+    def _one_after_the_other(self, units: list[Unit], bars: ProgressBars) -> Iterator[tuple[Unit, UnitResult]]:
+        """In this process."""
         for unit in units:
-            if unit.row not in self.skipped:
-                draw, chosen = unit.seed == self.config.seeds[0], self.choices.known(unit.row)
-                yield unit, perform(self.rows, unit, chosen, self.material, partial(watch.tell, str(unit)), draw=draw)
-                watch.ended(str(unit))
+            if unit.row in self.left_out:
+                continue
+            name = str(unit)
 
-    def _keep(self, unit: Unit, outcome: Outcome, watch: Watch) -> None:
+            def on_progress(what: str, done: int, total: int, name: str = name) -> None:
+                bars.update(name, done, total, text=f"{name}: {what}")
+
+            draw, chosen = unit.seed == self.config.seeds[0], self.settings.known(unit.row)
+            yield unit, run_unit(self.rows, unit, chosen, self.material, on_progress, draw=draw)
+            bars.remove(name)
+
+    def _keep(self, unit: Unit, outcome: UnitResult, bars: ProgressBars) -> None:
         """Settings, results and figures of a unit."""
-        watch.done()
         if outcome.missing is not None:
-            self.skipped[unit.row] = outcome.missing
-            watch.note(f"{unit.row} is left out: {outcome.missing}")
+            self.left_out[unit.row] = outcome.missing
+            bars.note(f"{unit.row} is left out: {outcome.missing}")
         elif unit.seed is None:
-            self.choices.keep(unit.row, outcome.chosen)
-            watch.note(f"{unit}: {outcome.chosen} · {outcome.seconds:.0f} s")
+            self.settings.keep(unit.row, outcome.chosen)
+            bars.note(f"{unit}: {outcome.chosen} · {outcome.seconds:.0f} s")
         for name, content in outcome.figures.items():  # before results: a unit with results is not done again
             path = self.run_dir / "figures" / name
             write_whole(path, content)
             self.tracker.figure(path)
         for result in outcome.results:
             self.store.save(result)
-            found = {"nearest column of V": result.decode} if result.decode is not None else result.accuracy
-            best = " ".join(f"{budget}: {value:.3f}" for budget, value in found.items())
-            watch.note(f"{result.row}, seed {result.seed}: {best} · {outcome.seconds:.0f} s")
+            accuracy = {"nearest column of V": result.decode} if result.decode is not None else result.accuracy
+            words = " ".join(f"{budget}: {value:.3f}" for budget, value in accuracy.items())
+            bars.note(f"{result.row}, seed {result.seed}: {words} · {outcome.seconds:.0f} s")
 
     def _show(self) -> None:
-        """The table for a person, and in MLflow."""
-        summaries, drawn = self.report.show()
-        for path in drawn:
+        """The tables for a person, and in MLflow."""
+        values, figures = show(self.config, self.rows, self.material, self.run_dir, self.console)
+        for path in figures:
             self.tracker.figure(path)
         self.tracker.artifact(self.run_dir / TABLE)
-        self.tracker.tags({DESCRIPTION: table.description(summaries)})
-        self.tracker.metrics(0, table.metrics(summaries))
-        for name, why in self.skipped.items():
+        self.tracker.tags({DESCRIPTION: tables.markdown(tables.accuracy_tables(values))})
+        self.tracker.metrics(0, tables.metrics(values))
+        for name, why in self.left_out.items():
             self.console.print(f"left out: {name}: {why}", highlight=False, soft_wrap=True)
 
 
@@ -314,10 +296,6 @@ def _one_of_each(material: Material) -> torch.Tensor:
     """The first test image of every class: [classes, C, H, W]."""
     first = [int((material.test.labels == each).nonzero()[0]) for each in torch.unique(material.test.labels)]
     return material.test.images[first]
-
-
-def _status(name: str) -> RunStatus:
-    return "FINISHED" if name == "FINISHED" else "KILLED" if name == "KILLED" else "FAILED"
 
 
 if __name__ == "__main__":

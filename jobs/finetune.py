@@ -1,11 +1,11 @@
 """Compare LeNets whose convolutions start from similarity matching with random ones: `python -m jobs.finetune`.
 
-One command, one table per network: test accuracy at every label budget from random weights, from random or learnt
-weights that stay frozen, and fine-tuned from learnt ones; paired differences with 95 % intervals; a figure. Everything
-found is kept in the run directory at once; a second call of the same configuration goes on where the first stopped.
+One command, one table for each network: test accuracy at every label budget from random weights, from random or learnt
+weights that stay frozen, and fine-tuned from learnt ones; paired differences with 95 % intervals; a figure. Results are
+kept in the run directory as they come; the same command continues from there.
 
-Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started), 130, 143 or 129: told to end (Ctrl-C,
-SIGTERM, a closed terminal; trainings that have begun come to their end first).
+Exit status: 0 finished, 1 failed, 2 bad input (one line, nothing started); 130, 143 or 129 after Ctrl-C, SIGTERM or a
+closed terminal (trainings that have begun are finished first).
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.tracking.events import RunStatus
 from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
+from jobs.display import ProgressBars
 from jobs.ending import Ending
-from jobs.evaluation import finetuning_table as table
+from jobs.evaluation import finetuning_tables as tables
 from jobs.evaluation.finetuning import (
     FREE,
     STARTS,
-    Contest,
+    ChosenStartSettings,
     FinetuneConfig,
-    Outcome,
-    Outcomes,
-    Settings,
     StartName,
+    StartResult,
+    StartResultStore,
+    Trial,
     check,
     read,
 )
-from jobs.evaluation.identity import SETTINGS, begun, filled, kept, same
 from jobs.evaluation.material import Material
-from jobs.evaluation.record import begin
-from jobs.evaluation.together import together
+from jobs.evaluation.resume import SETTINGS, begin, check_same, has_results, read_identity, with_defaults
+from jobs.evaluation.tables import markdown
+from jobs.evaluation.threads import run_in_threads
 from jobs.options import at_least, read_yaml
 from jobs.program import run_program
 from jobs.recording import send_records
+from jobs.reporting import save_figure
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
@@ -56,19 +56,16 @@ from simmatch.files import write_whole
 
 FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
-FILE_WIDTH = 200
 
 T = TypeVar("T")
 Task = tuple[str, Callable[[], T]]
-"""What is done, in words, and what does it."""
+"""A description of some work, and a function that does it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run. Returns the exit status."""
     options = _parser().parse_args(arguments)
     console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
     try:
         config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
         material = Material.of(load_dataset(config.data), config.held_out)
@@ -112,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def identity(run_dir: Path, config: FinetuneConfig) -> dict[str, Any]:
-    """What results of the directory depend on, to be written by `jobs.evaluation.record.begin`.
+    """What the results of the directory depend on, to be written by `jobs.evaluation.resume.begin`.
 
     Raises
     ------
@@ -120,13 +117,13 @@ def identity(run_dir: Path, config: FinetuneConfig) -> dict[str, Any]:
         The directory cannot be read, or holds results of another configuration; names what differs.
     """
     values = config.comparable()
-    if begun(run_dir):
-        same(run_dir, values, filled(config, FREE, kept(run_dir)))
+    if has_results(run_dir):
+        check_same(run_dir, values, with_defaults(config, FREE, read_identity(run_dir)))
     return values
 
 
 class Finetuning:
-    """All networks, budgets, seeds and starts, and what is shown of them.
+    """Trains every network from every start with every budget and seed; shows and records the comparison.
 
     threads: tasks that run at the same time.
     """
@@ -136,22 +133,22 @@ class Finetuning:
     ) -> None:
         self.config, self.material, self.tracker = config, material, tracker
         self.console, self.threads, self.run_dir = console, threads, tracker.run_dir
-        self.outcomes = Outcomes(self.run_dir / "results")
-        self.settings = Settings(self.run_dir / SETTINGS)
+        self.results = StartResultStore(self.run_dir / "results")
+        self.settings = ChosenStartSettings(self.run_dir / SETTINGS)
 
     def run(self, ending: Ending) -> int:
-        """Find what is not known yet, print, record. Returns the exit status."""
+        """Train what has no result yet, print, record. Returns the exit status."""
         tell = partial(self.console.print, highlight=False, soft_wrap=True, markup=False)
         self.tracker.announce_to(tell)
         started, code = time.monotonic(), FAILED
         status: RunStatus = "FAILED"
         try:
-            contests = self._pretrain()
-            self._choose(contests)
-            self._show(contests, self._compare(contests))
+            trials = self._pretrain()
+            self._choose(trials)
+            self._show(trials, self._compare(trials))
             status, code = "FINISHED", 0
         except KeyboardInterrupt:
-            print("interrupted; what is known so far is kept, the same command goes on", file=sys.stderr)
+            print("interrupted; all results so far are kept, the same command continues", file=sys.stderr)
             status, code = "KILLED", ending.status
         finally:
             ending.instead = self.tracker.hurry
@@ -160,18 +157,18 @@ class Finetuning:
             send_records(self.tracker, tell)
         return code
 
-    def _pretrain(self) -> dict[tuple[str, int], Contest]:
+    def _pretrain(self) -> dict[tuple[str, int], Trial]:
         """Similarity matching for every network and seed."""
         most = max(budget.seeds for budget in self.config.budgets)
         keys = [(network, seed) for network in self.config.networks for seed in range(most)]
-        tasks: list[Task[tuple[tuple[str, int], Contest]]] = []
+        tasks: list[Task[tuple[tuple[str, int], Trial]]] = []
         for network, seed in keys:
             path = self.run_dir / "filters" / f"{network}-{seed}.safetensors"
-            make = partial(Contest.of, self.config, network, seed, self.material, path)
+            make = partial(Trial.of, self.config, network, seed, self.material, path)
             tasks.append((f"similarity matching: {network}, seed {seed}", partial(_keyed, (network, seed), make)))
         return dict(self._each("similarity matching", tasks))
 
-    def _choose(self, contests: dict[tuple[str, int], Contest]) -> None:
+    def _choose(self, trials: dict[tuple[str, int], Trial]) -> None:
         """Settings for every network, budget and start that has none yet."""
         tasks: list[Task[tuple[tuple[str, int, StartName, int], list[float]]]] = []
         wanted: dict[tuple[str, int, StartName], int] = {}
@@ -183,19 +180,19 @@ class Finetuning:
                     key = (network, budget.labels, start)
                     wanted[key] = min(self.config.tuning_seeds, budget.seeds)
                     for seed in range(wanted[key]):
-                        make = partial(contests[network, seed].tune, budget.labels, start)
-                        words = f"settings: {network}, {budget.labels} labels, {table.WORDS[start]}, seed {seed}"
+                        make = partial(trials[network, seed].tune, budget.labels, start)
+                        words = f"settings: {network}, {budget.labels} labels, {tables.WORDS[start]}, seed {seed}"
                         tasks.append((words, partial(_keyed, (*key, seed), make)))
-        found: dict[tuple[str, int, StartName], dict[int, list[float]]] = {}
+        held_out: dict[tuple[str, int, StartName], dict[int, list[float]]] = {}
         for (network, labels, start, seed), accuracies in self._each("settings", tasks):
             key = (network, labels, start)
-            by_seed = found.setdefault(key, {})
+            by_seed = held_out.setdefault(key, {})
             by_seed[seed] = accuracies
             if len(by_seed) == wanted[key]:
                 self.settings.choose(*key, list(by_seed.values()))
 
-    def _compare(self, contests: dict[tuple[str, int], Contest]) -> list[Outcome]:
-        """Train and read the test images; in the order of the tables."""
+    def _compare(self, trials: dict[tuple[str, int], Trial]) -> list[StartResult]:
+        """Train, and measure on the test images; results are in the order of the tables."""
         keys = [
             (network, budget.labels, seed, start)
             for network in self.config.networks
@@ -203,56 +200,51 @@ class Finetuning:
             for seed in range(budget.seeds)
             for start in STARTS
         ]
-        found = {key: self.outcomes.load(*key) for key in keys}
-        tasks: list[Task[Outcome]] = []
-        for key in (key for key, outcome in found.items() if outcome is None):
+        results = {key: self.results.load(*key) for key in keys}
+        tasks: list[Task[StartResult]] = []
+        for key in (key for key, result in results.items() if result is None):
             network, labels, seed, start = key
             settings = self.settings.chosen(network, labels, start)
             assert settings is not None
-            words = f"{network}, {labels} labels, {table.WORDS[start]}, seed {seed}"
-            tasks.append((words, partial(contests[network, seed].outcome, labels, start, settings)))
-        for outcome in self._each("comparison", tasks):
-            self.outcomes.save(outcome)
-            found[outcome.network, outcome.labels, outcome.seed, outcome.start] = outcome
-        return [outcome for outcome in found.values() if outcome is not None]
+            words = f"{network}, {labels} labels, {tables.WORDS[start]}, seed {seed}"
+            tasks.append((words, partial(trials[network, seed].result, labels, start, settings)))
+        for result in self._each("comparison", tasks):
+            self.results.save(result)
+            results[result.network, result.labels, result.seed, result.start] = result
+        return [result for result in results.values() if result is not None]
 
     def _each(self, name: str, tasks: Sequence[Task[T]]) -> Iterator[T]:
-        """Results of the tasks as they come, several at a time; a line at the end where nobody sees the bar."""
+        """Results of the tasks as they come, several at a time; a line at the end."""
         if not tasks:
             return
         started = time.monotonic()
-        columns = (
-            TextColumn("{task.description:<72}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        hidden = not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
-            shown = bar.add_task(escape(name), total=len(tasks))
-            for place, result in together([work for _, work in tasks], self.threads):
+        with ProgressBars(self.console) as bars:
+            bars.update(name, 0, len(tasks))
+            for done, (index, result) in enumerate(run_in_threads([work for _, work in tasks], self.threads), 1):
                 yield result
-                bar.update(shown, advance=1, description=escape(tasks[place][0]))
+                bars.update(name, done, len(tasks), text=tasks[index][0])
         seconds = time.monotonic() - started
         self.console.print(f"{name}: {len(tasks)} done · {seconds:.0f} s", highlight=False)
 
-    def _show(self, contests: dict[tuple[str, int], Contest], outcomes: list[Outcome]) -> None:
-        """The tables on the terminal, as markdown, the figure, all in MLflow."""
-        lines, networks = table.lines_of(outcomes), self.config.networks
-        agreements = {
-            network: [each.start.agreements for (name, _), each in contests.items() if name == network]
-            for network in networks
-        }
-        for each in (*table.accuracy_tables(lines, networks), table.agreement_table(agreements)):
-            self.console.print(each)
-        text = self.run_dir / "table.md"
-        write_whole(text, table.markdown(lines, networks, agreements))
-        path = self.run_dir / "figures" / "differences.png"
-        table.draw(lines, path)
-        self.tracker.figure(path)
+    def _show(self, trials: dict[tuple[str, int], Trial], results: list[StartResult]) -> None:
+        """The tables on the terminal, as Markdown, the figure, all in MLflow."""
+        known = tables.estimates(results)
+        agreement = tables.agreement_estimates(
+            {
+                network: [trial.pretrained.agreements for (name, _), trial in trials.items() if name == network]
+                for network in self.config.networks
+            }
+        )
+        shown = [*tables.accuracy_tables(known, self.config.networks), tables.agreement_table(agreement)]
+        for table in shown:
+            table.show(self.console)
+        text, figure = self.run_dir / "table.md", self.run_dir / "figures" / "differences.png"
+        write_whole(text, markdown(shown))
+        save_figure(tables.difference_figure(known), figure)
+        self.tracker.figure(figure)
         self.tracker.artifact(text)
         self.tracker.artifact(self.run_dir / SETTINGS)
-        self.tracker.metrics(0, table.metrics(lines, agreements))
+        self.tracker.metrics(0, tables.metrics(known, agreement))
         self.console.print(f"table, figure, results: {self.run_dir}", highlight=False, soft_wrap=True)
 
 

@@ -19,8 +19,6 @@ from simmatch.extras import extra
 from simmatch.geometry import covariance
 
 ReadoutName = Literal["ridge", "logistic", "knn"]
-READOUTS: tuple[str, ...] = get_args(ReadoutName)
-
 
 LOGISTIC_STRENGTH = 40.0
 """C of the logistic readout times the number of images: the data term's weight per unit of penalty. Chosen on 5,000
@@ -67,17 +65,17 @@ class Ridge:
 
     def __init__(self, features: Tensor, labels: Tensor, penalty: float = RIDGE) -> None:
         count, size = features.shape
-        self.classes, found = torch.unique(labels, return_inverse=True)
+        self.classes, indices = torch.unique(labels, return_inverse=True)
         if len(self.classes) < 2:
             raise ValueError(f"ridge: expected labels of at least 2 classes, got {self.classes.tolist()}")
-        targets = 2.0 * F.one_hot(found, len(self.classes)).double() - 1.0
+        targets = 2.0 * F.one_hot(indices, len(self.classes)).double() - 1.0
         self.bias = targets.mean(dim=0)
         targets -= self.bias
         if count < size:
             self._mean, deviation = features.double().mean(dim=0), features.double().std(dim=0, correction=0)
             self._deviation = torch.where(deviation > 0, deviation, 1.0)
             scaled = (features.double() - self._mean) / self._deviation
-            self.matrix = scaled.T @ _solved(scaled @ scaled.T / count, targets / count, penalty)
+            self.matrix = scaled.T @ solve_ridge(scaled @ scaled.T / count, targets / count, penalty)
         else:
             self._mean, gram = covariance(features)
             deviation = gram.diagonal().sqrt()
@@ -87,7 +85,7 @@ class Ridge:
                 right += part.double().T @ target  # centred targets: the mean needs no subtraction
             gram /= self._deviation[:, None]
             gram /= self._deviation
-            self.matrix = _solved(gram, right / self._deviation[:, None] / count, penalty)
+            self.matrix = solve_ridge(gram, right / self._deviation[:, None] / count, penalty)
 
     def scores(self, features: Tensor) -> Tensor:
         """[N, classes]."""
@@ -96,16 +94,16 @@ class Ridge:
 
     def predict(self, features: NDArray[Any]) -> NDArray[Any]:
         """Labels [N]."""
-        found: NDArray[Any] = self.classes[self.scores(torch.from_numpy(features)).argmax(dim=1)].numpy()
-        return found
+        predicted: NDArray[Any] = self.classes[self.scores(torch.from_numpy(features)).argmax(dim=1)].numpy()
+        return predicted
 
     def score(self, features: NDArray[Any], labels: NDArray[Any]) -> float:
         """Accuracy."""
         return float(np.mean(self.predict(features) == labels))
 
 
-def _solved(matrix: Tensor, right: Tensor, penalty: float) -> Tensor:
-    """(matrix + penalty I)⁻¹ right; writes to the matrix."""
+def solve_ridge(matrix: Tensor, right: Tensor, penalty: float) -> Tensor:
+    """(matrix + penalty I)⁻¹ right for a symmetric positive semidefinite matrix, which is overwritten."""
     matrix.diagonal().add_(penalty)
     return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 
@@ -135,7 +133,7 @@ def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Any:
         "knn": lambda: KNeighborsClassifier(n_neighbors=10, metric="cosine"),
     }
     if name not in makers:
-        raise ValueError(f"readout: expected one of {', '.join(READOUTS)}, got {name!r}")
+        raise ValueError(f"readout: expected one of {', '.join(get_args(ReadoutName))}, got {name!r}")
     model = make_pipeline(StandardScaler(), makers[name]())
     return model.fit(features.cpu().numpy(), labels.cpu().numpy())
 

@@ -91,7 +91,7 @@ CANDIDATES: Mapping[Kind, tuple[TrainSettings, ...]] = {
         TrainSettings(lr=6e-3, batch_size=128, epochs=4, least_steps=1000),
     ),
 }
-"""Settings worth trying, found on held-out images of Fashion-MNIST."""
+"""Settings worth trying, chosen on held-out images of Fashion-MNIST."""
 
 
 def candidates(per_class: int | None) -> tuple[TrainSettings, ...]:
@@ -169,12 +169,12 @@ def compare(
     make_net: a new network with the same initial weights at every call.
     learn: the images and labels of a budget; `held_out`: others.
     """
-    found = []
+    accuracies = []
     for each in settings:
         net = make_net()
         train(net, learn.images, learn.labels, each, seed, frozen)
-        found.append(accuracy(predict(net, held_out.images), held_out.labels))
-    return found
+        accuracies.append(accuracy(predict(net, held_out.images), held_out.labels))
+    return accuracies
 
 
 def tune(
@@ -191,8 +191,8 @@ def tune(
 
     share: of their steps after which settings are compared, each under a schedule of that length.
     """
-    found = compare(make_net, learn, held_out, [each.shortened(share) for each in settings], seed, frozen=frozen)
-    return settings[found.index(max(found))]
+    accuracies = compare(make_net, learn, held_out, [each.shortened(share) for each in settings], seed, frozen=frozen)
+    return settings[accuracies.index(max(accuracies))]
 
 
 def batches(num_images: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from einops import rearrange
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.evaluation.summaries import CLEAN, Estimate, Summary, labels_per_class
+from jobs.evaluation.results import CLEAN, by_row, key_rank, of_measure
 from jobs.reporting import save_figure
 from simmatch.model import Stack, pooled
 
@@ -44,14 +45,14 @@ CHANNELS = 16
 COLUMNS = 8
 
 
-def label_efficiency(summaries: Sequence[Summary], path: Path) -> None:
+def label_efficiency(known: pd.DataFrame, path: Path) -> None:
     """Test accuracy against labels per class, a line a row."""
-    save_figure(label_efficiency_figure(summaries), path)
+    save_figure(label_efficiency_figure(known), path)
 
 
-def corruption_bars(summaries: Sequence[Summary], path: Path) -> None:
+def corruption_bars(known: pd.DataFrame, path: Path) -> None:
     """Test accuracy under each corruption, a bar a row."""
-    save_figure(corruption_figure(summaries), path)
+    save_figure(corruption_figure(known), path)
 
 
 def activation_maps(stack: Stack, image: Tensor, path: Path) -> None:
@@ -68,23 +69,24 @@ def _label(row: str) -> str:
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
-def label_efficiency_figure(summaries: Sequence[Summary]) -> Figure:
-    """Means with their spreads over seeds; the legend in the order in which lines end.
+def label_efficiency_figure(known: pd.DataFrame) -> Figure:
+    """Means with standard deviations over seeds; the legend in the order in which lines end.
 
-    Rows stand side by side at a budget, a little apart, so that error bars do not hide each other.
+    Rows are drawn side by side at a budget, a little apart, so that error bars do not hide each other.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_yscale("function", functions=(_by_error, _from_error))
-    drawn = [summary for summary in summaries if summary.accuracy]
-    places = _places({budget for summary in drawn for budget in summary.accuracy})
-    for index, summary in enumerate(drawn):
-        apart = APART ** (index - (len(drawn) - 1) / 2)
+    accuracy = of_measure(known, "accuracy")
+    rows, places = accuracy.index.unique("row"), _places(accuracy.index.unique("key"))
+    for index, row in enumerate(rows):
+        line = accuracy.xs(row, level="row")
+        apart = APART ** (index - (len(rows) - 1) / 2)
         axes.errorbar(
-            [places[budget] * apart for budget in summary.accuracy],
-            [known.mean for known in summary.accuracy.values()],
-            yerr=_spreads(summary.accuracy.values()),
+            [places[budget] * apart for budget in line.index],
+            line["mean"],
+            yerr=line["std"],
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
@@ -97,15 +99,14 @@ def label_efficiency_figure(summaries: Sequence[Summary]) -> Figure:
     _ticks(axes, places)
     axes.set_xlabel("labels per class (log scale; 'all' is one step further, whatever its number)")
     axes.set_ylabel("test accuracy (log scale of the error)")
-    spread = _spread_words([each for summary in drawn for each in summary.accuracy.values()])
-    axes.set_title(f"Test accuracy against labels per class{spread}", fontsize=10)
+    axes.set_title(f"Test accuracy against labels per class{_error_bar_words(accuracy)}", fontsize=10)
     axes.grid(alpha=0.3)
-    ends = [list(summary.accuracy.values())[-1].mean for summary in drawn]
-    order = sorted(range(len(drawn)), key=lambda index: -ends[index])
+    ends = accuracy["mean"].groupby("row", sort=False).last()
+    order = sorted(range(len(rows)), key=lambda index: -ends.iloc[index])
     if order:
         figure.legend(
             [axes.containers[index][0] for index in order],
-            [_label(drawn[index].row) for index in order],
+            [_label(rows[index]) for index in order],
             loc="outside right upper",
             fontsize=9,
             handlelength=4,
@@ -134,38 +135,36 @@ def _from_error(place: Floats) -> Floats:
     return 1.0 + LEAST_ERROR - np.power(10.0, -place)
 
 
-def _places(budgets: set[str]) -> dict[str, float]:
+def _places(budgets: Iterable[str]) -> dict[str, float]:
     """Budget → place on the axis: its number; 'all', whose number a chart does not know, one step further."""
-    numbers = sorted(labels_per_class(budget) for budget in budgets if budget.isdecimal())
+    places = {budget: key_rank(budget) for budget in sorted(budgets, key=key_rank)}
+    numbers = [place for place in places.values() if place < math.inf]
     step = numbers[-1] / numbers[-2] if len(numbers) > 1 else 10.0
     beyond = numbers[-1] * step if numbers else 1.0
-    return {
-        budget: labels_per_class(budget) if budget.isdecimal() else beyond
-        for budget in sorted(budgets, key=labels_per_class)
-    }
+    return {budget: min(place, beyond) for budget, place in places.items()}
 
 
 # -- corruptions -------------------------------------------------------------------------------------------------------
 
 
-def corruption_figure(summaries: Sequence[Summary]) -> Figure:
-    """Clean images at the left, then every corruption; of many rows those that `spread_out` takes."""
-    known = [summary for summary in summaries if summary.corrupted is not None]
-    shown = spread_out(known)
-    names = list(dict.fromkeys(name for summary in shown for name in summary.corruptions))
-    groups = sorted(names, key=lambda name: name != CLEAN)
+def corruption_figure(known: pd.DataFrame) -> Figure:
+    """Clean images at the left, then every corruption; if there are many rows, those that `spread_out` takes."""
+    corrupted = by_row(known, "corrupted")["mean"]
+    shown = spread_out(corrupted)
+    corruptions = of_measure(known, "corruptions")
+    corruptions = corruptions[corruptions.index.get_level_values("row").isin(shown)]
+    groups = sorted(corruptions.index.unique("key"), key=lambda name: name != CLEAN)
     figure = Figure(figsize=(max(7.0, 0.95 * len(groups)), 5), layout="constrained")
     axes = figure.subplots()
     width = 0.84 / max(len(shown), 1)
-    for index, summary in enumerate(shown):
-        places = [group + (index - (len(shown) - 1) / 2) * width for group in range(len(groups))]
-        found = [summary.corruptions.get(group) for group in groups]
+    for index, row in enumerate(shown):
+        bars = corruptions.xs(row, level="row").reindex(groups)
         axes.bar(
-            places,
-            [math.nan if each is None else each.mean for each in found],
+            [group + (index - (len(shown) - 1) / 2) * width for group in range(len(groups))],
+            bars["mean"],
             width,
-            yerr=_spreads(found),
-            label=_label(summary.row),
+            yerr=bars["std"],
+            label=_label(row),
             color=COLOURS[index],
             error_kw={"linewidth": 0.8},
         )
@@ -177,36 +176,30 @@ def corruption_figure(summaries: Sequence[Summary]) -> Figure:
     axes.set_axisbelow(True)
     if CLEAN in groups:
         axes.axvline(0.5, color="0.6", linewidth=0.8)
-    some = (
-        f"; {len(shown)} of {len(known)} rows, the least and the most robust among them"
-        if len(shown) < len(known)
-        else ""
-    )
-    spread = _spread_words([each for summary in shown for each in summary.corruptions.values()])
-    figure.suptitle(f"Test accuracy under corruption{spread}{some}", fontsize=10)
+    some = f"; {len(shown)} of {len(corrupted)} rows, from the least to the most robust"
+    some = some if len(shown) < len(corrupted) else ""
+    figure.suptitle(f"Test accuracy under corruption{_error_bar_words(corruptions)}{some}", fontsize=10)
     if shown:
         figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
-def spread_out(summaries: Sequence[Summary]) -> list[Summary]:
-    """At most `BARS` rows, in their order: the first, and of the others the best, the worst and even ranks between."""
-    if len(summaries) <= BARS:
-        return list(summaries)
-    ranked = sorted(summaries[1:], key=lambda each: each.corrupted.mean if each.corrupted else 0.0)
-    chosen = [summaries[0], *(ranked[round(rank * (len(ranked) - 1) / (BARS - 2))] for rank in range(BARS - 1))]
-    return [summary for summary in summaries if summary in chosen]
+def spread_out(corrupted: pd.Series) -> list[str]:
+    """At most `BARS` rows, in their order: the first, and of the others the best, the worst and even ranks between.
+
+    corrupted: mean accuracy under corruption, by row.
+    """
+    rows = list(corrupted.index)
+    if len(rows) <= BARS:
+        return rows
+    ranked = list(corrupted.iloc[1:].sort_values(kind="stable").index)
+    chosen = {rows[0], *(ranked[round(rank * (len(ranked) - 1) / (BARS - 2))] for rank in range(BARS - 1))}
+    return [row for row in rows if row in chosen]
 
 
-def _spreads(found: Iterable[Estimate | None]) -> list[float]:
-    """Half lengths of error bars; NaN, which draws none, where nothing is known."""
-    return [math.nan if each is None or each.spread is None else each.spread for each in found]
-
-
-def _spread_words(found: Iterable[Estimate]) -> str:
-    """What error bars are, where some are drawn."""
-    known = any(each.spread is not None for each in found)
-    return "; error bars: standard deviation over seeds" if known else ""
+def _error_bar_words(drawn: pd.DataFrame) -> str:
+    """What error bars are, if some are drawn."""
+    return "; error bars: standard deviation over seeds" if drawn["std"].notna().any() else ""
 
 
 # -- activity ----------------------------------------------------------------------------------------------------------
@@ -223,13 +216,15 @@ def activation_figure(stack: Stack, image: Tensor) -> Figure:
     expected = [stack.source.in_channels, *stack.source.image_size]
     if list(image.shape) != expected:
         raise ValueError(f"image: expected [C, H, W] = {expected}, got {list(image.shape)}")
-    found = layer_activities(stack, image)
-    heights = [1.9 if y[0].numel() == 1 else 0.7 + 1.05 * math.ceil(min(CHANNELS, len(y)) / COLUMNS) for y in found]
+    activities = layer_activities(stack, image)
+    heights = [
+        1.9 if y[0].numel() == 1 else 0.7 + 1.05 * math.ceil(min(CHANNELS, len(y)) / COLUMNS) for y in activities
+    ]
     figure = Figure(figsize=(11, sum(heights) + 0.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4), squeeze=False).flat
     _show_image(left.subplots(), image)
-    parts = right.subfigures(len(found), 1, height_ratios=heights, squeeze=False)
-    for index, (part, y) in enumerate(zip(parts.flat, found, strict=True)):
+    parts = right.subfigures(len(activities), 1, height_ratios=heights, squeeze=False)
+    for index, (part, y) in enumerate(zip(parts.flat, activities, strict=True)):
         channels, height, width = y.shape
         active = 100 * float((y > 0).double().mean())
         if height * width == 1:
@@ -247,12 +242,12 @@ def activation_figure(stack: Stack, image: Tensor) -> Figure:
 def layer_activities(stack: Stack, image: Tensor) -> list[Tensor]:
     """Label-free activities [K, H', W'] of every layer for an image [C, H, W], before pooling."""
     x = image.unsqueeze(0).to(stack.layer(0).feedforward)
-    found = []
+    activities = []
     for index, config in enumerate(stack.config.layers):
         y = stack.layer(index)(x)
-        found.append(y[0].cpu().float())
+        activities.append(y[0].cpu().float())
         x = pooled(y, config)
-    return found
+    return activities
 
 
 def most_active(y: Tensor) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from cluster.tracking.config import TrackingConfig
-from jobs.evaluation.interface import Shape
+from jobs.evaluation.learners import Shape
 from jobs.options import override
 from simmatch.config import (
     ConfigError,
@@ -26,7 +26,7 @@ Overrides = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class ShapeConfig(Frozen):
-    """Geometry of the learners that similarity matching is compared with; see `jobs.evaluation.interface.Shape`."""
+    """Geometry of the learners that similarity matching is compared with; see `jobs.evaluation.learners.Shape`."""
 
     channels: PositiveInt
     kernel_size: PositiveInt

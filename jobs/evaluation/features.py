@@ -1,40 +1,37 @@
-"""One row of features without backpropagated labels: learn, encode, read out at every budget, on shifted data too.
+"""A row of features learnt without backpropagation: learn, encode, read out at every budget and on other images.
 
-All learners of features take this path, similarity matching as its rivals: the same images in the same order, the same
-pooling, the same readout, the same choice of settings on held-out images.
+All learners of features take this path, similarity matching and its rivals: the same images in the same order, the same
+pooling, the same readouts, the same choice of settings on held-out images.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from jobs.evaluation.config import CANDIDATES
-from jobs.evaluation.interface import Cost, Learner, Shape
-from jobs.evaluation.kernel_readout import LANDMARKS, PENALTIES, WIDTHS, Kernel, choose_kernel
-from jobs.evaluation.material import Material, corrupted, resized, with_outliers
+from jobs.evaluation.kernel_readout import LANDMARKS, PENALTIES, WIDTHS, KernelReadout, choose_kernel
+from jobs.evaluation.learners import Cost, FeatureLearner, OnProgress, no_progress
+from jobs.evaluation.material import Material, resized, with_outliers
 from jobs.evaluation.readouts import (
     LOGISTIC_PENALTIES,
-    Linear,
+    LinearReadout,
     Scaling,
-    accuracy_of,
     choose,
     choose_ridge,
     logistic_path,
     neighbours_accuracy,
 )
-from jobs.evaluation.results import Result, budget_name
-from jobs.evaluation.stacks import BATCH, Seen, StackLearner, unseen
+from jobs.evaluation.results import RowResult, budget_name
+from jobs.evaluation.robustness import transfer_accuracy, under_corruption
+from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ModelConfig
 from simmatch.data.order import stratified_subset
 from simmatch.model import InputConfig
+from simmatch.readout import accuracy
 
 TUNING_SUBSETS = 4
 """Label subsets of a small budget by which settings are judged."""
@@ -43,30 +40,11 @@ FEW = 2000
 """Labelled images up to which a kernel readout is cheap enough for every seed."""
 
 
-class Features(Protocol):
-    """A learner as the evaluation sees it: blocks of features, one a layer, that rows put side by side."""
-
-    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
-        """Learn the first `depth` blocks, or all; labels are for supervised layers."""
-
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Features [N, F] of each block, and class scores where the learner itself decides."""
-
-    def cost(self, depth: int) -> Cost:
-        """Of the first `depth` blocks."""
-
-    def seconds(self, depth: int) -> tuple[float, float]:
-        """That learning took, and encoding what was encoded last; of the first `depth` blocks."""
-
-    def active(self) -> list[float]:
-        """Share of nonzero activities per block over the images encoded last; empty where nobody counts."""
-
-
 class StackFeatures:
-    """A similarity-matching stack; a block a layer, averaged down to maps of `pool`."""
+    """A similarity-matching stack; a block for each layer, averaged down to maps of `pool`."""
 
-    def __init__(self, config: ModelConfig, source: InputConfig, pool: int, seed: int, seen: Seen) -> None:
-        self.learner = StackLearner(config, source, seed, seen, pool=pool)
+    def __init__(self, config: ModelConfig, source: InputConfig, pool: int, seed: int, on_progress: OnProgress) -> None:
+        self.learner = StackLearner(config, source, seed, on_progress, pool=pool)
 
     def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
         self.learner.fit(images, labels, depth)
@@ -84,62 +62,9 @@ class StackFeatures:
         return self.learner.active_fraction
 
 
-class PooledFeatures:
-    """A rival: one block, its maps average-pooled."""
-
-    def __init__(self, learner: Learner, shape: Shape, image_size: tuple[int, int], seen: Seen) -> None:
-        self.learner, self.shape, self.image_size, self.seen = learner, shape, image_size, seen
-        self._active: list[float] = []
-        self._fit_seconds = self._encode_seconds = 0.0
-
-    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
-        started = time.monotonic()
-        self.learner.fit(images)
-        self._fit_seconds = time.monotonic() - started
-
-    @torch.no_grad()
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        features, active, started = [], 0.0, time.monotonic()
-        for x in torch.split(images, BATCH):
-            maps = self.learner.maps(x)
-            active += float((maps > 0).double().mean()) * len(x) / len(images)
-            features.append(rearrange(F.adaptive_avg_pool2d(maps, self.shape.pool), "b k h w -> b (k h w)"))
-            self.seen("encode", len(features) * BATCH, len(images))
-        self._active, self._encode_seconds = [active], time.monotonic() - started
-        return [torch.cat(features)], None
-
-    def cost(self, depth: int) -> Cost:
-        return self.learner.cost(self.image_size)
-
-    def seconds(self, depth: int) -> tuple[float, float]:
-        return self._fit_seconds, self._encode_seconds
-
-    def active(self) -> list[float]:
-        return self._active
-
-
-class Pixels:
-    """No learner at all: the images themselves."""
-
-    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
-        pass
-
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        return [rearrange(images, "b c h w -> b (c h w)")], None
-
-    def cost(self, depth: int) -> Cost:
-        return Cost(0, 0, 0)
-
-    def seconds(self, depth: int) -> tuple[float, float]:
-        return 0.0, 0.0
-
-    def active(self) -> list[float]:
-        return []
-
-
 @dataclass(frozen=True)
-class View:
-    """A row of the table: blocks of a learner side by side, each divided by its mean over the training images.
+class FeatureView:
+    """A line of the table: blocks of a learner side by side, each divided by its mean over the training images.
 
     Attributes
     ----------
@@ -155,7 +80,7 @@ class View:
         return max(self.blocks) + 1
 
     def scales(self, blocks: list[Tensor]) -> list[float]:
-        """Mean of each block that is looked at; 1 for a silent one."""
+        """Mean of each block of the view; 1 if it is 0."""
         return [float(blocks[index].mean()) or 1.0 for index in self.blocks]
 
     def of(self, blocks: list[Tensor], scales: list[float]) -> Tensor:
@@ -163,35 +88,40 @@ class View:
         parts = [blocks[index] / scale for index, scale in zip(self.blocks, scales, strict=True)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
+    def of_parts(self, *parts: list[Tensor]) -> list[Tensor]:
+        """[N, F] of each part; the scales are those of the first, the training images."""
+        scales = self.scales(parts[0])
+        return [self.of(blocks, scales) for blocks in parts]
+
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """A learner with its rows: how it is made, and the settings to choose from.
+    """A learner with its views, and the settings to choose from.
 
     Attributes
     ----------
-    views: settings are chosen by what all of them give.
-    settings: a word on each.
-    make: (settings' index, seed, seen) → a fresh learner.
-    decoding: the row of what the learner itself decides, beside those of its views; None where it decides nothing.
-    definition: what it is made of, as plain values.
+    views: settings are chosen by the accuracies of all of them.
+    settings: a description of each.
+    make: (index of the settings, seed, on_progress) → a new learner.
+    decoding: the line of the table for what the learner itself decides; None if it decides nothing.
+    definition: what the row is made of, as plain values.
     """
 
     name: str
-    views: tuple[View, ...]
+    views: tuple[FeatureView, ...]
     settings: tuple[str, ...]
-    make: Callable[[int, int, Seen], Features]
+    make: Callable[[int, int, OnProgress], FeatureLearner]
     decoding: str | None = None
     definition: object = None
 
     @property
     def depth(self) -> int:
-        """Blocks that the views look at; others are learnt for what they decide themselves."""
+        """Blocks that the views use; others are learnt for `decoding`."""
         return max(view.depth for view in self.views)
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurementPlan:
     """What is measured; see `jobs.evaluation.config.EvaluationConfig`."""
 
     budgets: tuple[int | None, ...]
@@ -202,7 +132,9 @@ class Plan:
     candidates: int = CANDIDATES
 
 
-def tune(row: FeatureRow, material: Material, plan: Plan, seed: int, seen: Seen = unseen) -> int:
+def tune(
+    row: FeatureRow, material: Material, plan: MeasurementPlan, seed: int, on_progress: OnProgress = no_progress
+) -> int:
     """Index of the settings that do best on held-out images after learning from the first `tuning_images`.
 
     Judged by the accuracies of its views' ridge readouts with all labels of those images and with the two smallest
@@ -215,37 +147,36 @@ def tune(row: FeatureRow, material: Material, plan: Plan, seed: int, seen: Seen 
     few = [budget for budget in plan.budgets[:2] if budget is not None and budget <= least]
     judged = [(torch.arange(len(train)), 1.0)]
     for budget in few:
-        drawn = (stratified_subset(train.labels, budget, seed + place) for place in range(TUNING_SUBSETS))
-        judged += [(subset, 1 / TUNING_SUBSETS) for subset in drawn]
+        subsets = (stratified_subset(train.labels, budget, seed + number) for number in range(TUNING_SUBSETS))
+        judged += [(subset, 1 / TUNING_SUBSETS) for subset in subsets]
     best, chosen = -1.0, 0
     for index, words in enumerate(row.settings):
-        seen(f"try {words}", index, len(row.settings))
-        learner = row.make(index, seed, unseen)
+        on_progress(f"try {words}", index, len(row.settings))
+        learner = row.make(index, seed, no_progress)
         learner.fit(train.images, train.labels, row.depth)
         blocks, held_out = learner.outputs(train.images)[0], learner.outputs(material.held_out.images)[0]
         right = 0.0
         for view in row.views:
-            scales = view.scales(blocks)
-            features, others = view.of(blocks, scales), view.of(held_out, scales)
+            features, others = view.of_parts(blocks, held_out)
             for subset, weight in judged:
                 labelled = features[subset], train.labels[subset]
-                right += (
-                    weight * choose_ridge(labelled, (others, material.held_out.labels), material.source.num_classes)[1]
-                )
+                _, share = choose_ridge(labelled, (others, material.held_out.labels), material.source.num_classes)
+                right += weight * share
         if right > best:
             best, chosen = right, index
     return chosen
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A row's readout of all labels, to be used on other images."""
+class FittedView:
+    """A view with its readout of all labels, to be used on other images."""
 
-    view: View
+    view: FeatureView
     scales: list[float]
-    readout: Linear
+    readout: LinearReadout
 
     def scores(self, blocks: list[Tensor]) -> Tensor:
+        """[N, classes]."""
         return self.readout.scores(self.view.of(blocks, self.scales))
 
 
@@ -253,27 +184,27 @@ def evaluate(
     row: FeatureRow,
     chosen: int,
     material: Material,
-    plan: Plan,
+    plan: MeasurementPlan,
     seed: int,
-    seen: Seen = unseen,
+    on_progress: OnProgress = no_progress,
     *,
     every_readout: bool = True,
-) -> tuple[list[Result], Features, list[Reading]]:
+) -> tuple[list[RowResult], FeatureLearner, list[FittedView]]:
     """Learn with one seed and read out at every budget: a result and a readout for each view, and the learner.
 
     A learner that decides by itself adds a result, the last one, of all its blocks.
 
-    every_readout: besides ridge, which every budget gets, and a kernel where labelled images are few, a kernel for the
-    rest, logistic regression and nearest neighbours.
+    every_readout: besides ridge, which every budget gets, and a kernel readout if labelled images are few, a kernel
+    readout of the other budgets, logistic regression and nearest neighbours.
     """
-    learner = row.make(chosen, seed, seen)
+    learner = row.make(chosen, seed, on_progress)
     learner.fit(material.train.images, material.train.labels)
     train, held_out = learner.outputs(material.train.images)[0], learner.outputs(material.held_out.images)[0]
     test, scores = learner.outputs(material.test.images)
 
-    def result_of(name: str, features: int, depth: int) -> Result:
+    def result_of(name: str, features: int, depth: int) -> RowResult:
         cost, (fit_seconds, encode_seconds) = learner.cost(depth), learner.seconds(depth)
-        return Result(
+        return RowResult(
             row=name,
             seed=seed,
             settings=row.settings[chosen],
@@ -286,127 +217,108 @@ def evaluate(
             active_fraction=learner.active()[:depth],
         )
 
-    results, readings = [], []
+    results, fitted = [], []
     for view in row.views:
-        seen(f"read out {view.name}", 0, 1)
-        scales = view.scales(train)
-        parts = [view.of(blocks, scales) for blocks in (train, held_out, test)]
+        on_progress(f"read out {view.name}", 0, 1)
+        parts = view.of_parts(train, held_out, test)
         result = result_of(view.name, parts[0].shape[1], view.depth)
         most = len(material.train) if every_readout else FEW
-        readout = _at_budgets(result, parts, material, plan.budgets, seed, most)
+        readout = _at_budgets(result, parts, material, plan.budgets, most)
         if every_readout:
             _other_readouts(result, parts, material, readout.scaling)
         results.append(result)
-        readings.append(Reading(view, scales, readout))
+        fitted.append(FittedView(view, view.scales(train), readout))
     if row.decoding is not None:
         assert scores is not None
         results.append(result_of(row.decoding, test[-1].shape[1], len(test)))
-        results[-1].decode = accuracy_of(scores, material.test.labels)
-    return results, learner, readings
+        results[-1].decode = accuracy(scores, material.test.labels)
+    return results, learner, fitted
 
 
 def _at_budgets(
-    result: Result, parts: list[Tensor], material: Material, budgets: tuple[int | None, ...], seed: int, most: int
-) -> Linear:
+    result: RowResult, parts: list[Tensor], material: Material, budgets: tuple[int | None, ...], most: int
+) -> LinearReadout:
     """Fill in accuracies from the features of train, held-out and test images; the linear readout of all labels.
 
-    most: labelled images that a kernel readout is given. Where it needs landmarks it takes width and penalty of the
-    budget before, for a search would take minutes.
+    most: labelled images that a kernel readout is given. If it needs landmarks it takes the width and penalty of the
+    budget before, because a search would take minutes.
     """
     train, test, classes = parts[0], parts[2], material.source.num_classes
     held_out = parts[1], material.held_out.labels
-    kernel: Kernel | None = None
+    kernel: KernelReadout | None = None
     for budget in budgets:
-        name, index = budget_name(budget), material.labelled(budget, seed)
+        name, index = budget_name(budget), material.labelled(budget, result.seed)
         labelled = train[index], material.train.labels[index]
         readout, result.held_out[name] = choose_ridge(labelled, held_out, classes)
-        result.accuracy[name] = accuracy_of(readout.scores(test), material.test.labels)
+        result.accuracy[name] = accuracy(readout.scores(test), material.test.labels)
         if len(index) <= most:
             widths: Sequence[float] = WIDTHS
             penalties: Sequence[float] = PENALTIES
-            scaling = readout.scaling
             if kernel is not None and len(index) > LANDMARKS:
                 widths, penalties = (kernel.width,), (kernel.penalty,)
             kernel, result.held_out[f"kernel {name}"] = choose_kernel(
-                labelled, held_out, classes, scaling, widths=widths, penalties=penalties
+                labelled, held_out, classes, readout.scaling, widths=widths, penalties=penalties
             )
-            result.kernel[name] = accuracy_of(kernel.scores(test), material.test.labels)
+            result.kernel[name] = accuracy(kernel.scores(test), material.test.labels)
     result.parameters_readout = readout.parameters
     return readout
 
 
-def _other_readouts(result: Result, parts: list[Tensor], material: Material, scaling: Scaling) -> None:
-    """Fill in what logistic regression and nearest neighbours make of all labels."""
+def _other_readouts(result: RowResult, parts: list[Tensor], material: Material, scaling: Scaling) -> None:
+    """Fill in the accuracies of logistic regression and nearest neighbours with all labels."""
     train, held_out, test = parts
     classes = material.source.num_classes
     if classes > 2:
         path = logistic_path(train, material.train.labels, classes, scaling, penalties=LOGISTIC_PENALTIES)
         logistic, result.held_out["logistic"] = choose(path, (held_out, material.held_out.labels))
-        result.logistic = accuracy_of(logistic.scores(test), material.test.labels)
+        result.logistic = accuracy(logistic.scores(test), material.test.labels)
     result.neighbours = neighbours_accuracy((train, material.train.labels), (test, material.test.labels), classes)
 
 
-def under_corruption(
-    learner: Features, readings: list[Reading], material: Material, count: int
+def corrupted_accuracy(
+    learner: FeatureLearner, fitted: list[FittedView], material: Material, count: int
 ) -> list[dict[str, float]]:
-    """Accuracy of each reading under each corruption, and under none: `clean`."""
-    images = {"clean": material.test.take(slice(0, count))} | corrupted(material.test, count, seed=0)
-    found: list[dict[str, float]] = [{} for _ in readings]
-    for name, each in images.items():
-        blocks = learner.outputs(each.images)[0]
-        for values, reading in zip(found, readings, strict=True):
-            values[name] = accuracy_of(reading.scores(blocks), each.labels)
-    return found
+    """`under_corruption` for each fitted view."""
+
+    def scores_of(images: Tensor) -> list[Tensor]:
+        blocks = learner.outputs(images)[0]
+        return [view.scores(blocks) for view in fitted]
+
+    return under_corruption(scores_of, material, count)
 
 
 def transferred(
-    learner: Features,
-    views: tuple[View, ...],
+    learner: FeatureLearner,
+    views: tuple[FeatureView, ...],
     other: Material,
     source: InputConfig,
     budgets: tuple[int | None, ...],
     seed: int,
 ) -> list[dict[str, float]]:
-    """Test accuracy on a data set that the learner has not seen, by readouts trained on its labels; for each view.
-
-    Budgets that a class cannot fill are left out.
-    """
+    """`transfer_accuracy` for each view."""
     blocks = [learner.outputs(resized(part.images, source))[0] for part in (other.train, other.held_out, other.test)]
-    least = int(torch.bincount(other.train.labels).min())
-    found = []
-    for view in views:
-        scales = view.scales(blocks[0])
-        train, held_out, test = (view.of(each, scales) for each in blocks)
-        values: dict[str, float] = {}
-        for budget in (each for each in budgets if each is None or each <= least):
-            index = other.labelled(budget, seed)
-            readout, _ = choose_ridge(
-                (train[index], other.train.labels[index]), (held_out, other.held_out.labels), other.source.num_classes
-            )
-            values[budget_name(budget)] = accuracy_of(readout.scores(test), other.test.labels)
-        found.append(values)
-    return found
+    return [transfer_accuracy(view.of_parts(*blocks), other, budgets, seed) for view in views]
 
 
-def with_noise(row: FeatureRow, chosen: int, material: Material, plan: Plan, seed: int) -> list[dict[str, float]]:
-    """Test accuracy after learning, and reading out, from images of which a share is noise; '0' for none; per view.
+def with_noise(
+    row: FeatureRow, chosen: int, material: Material, plan: MeasurementPlan, seed: int
+) -> list[dict[str, float]]:
+    """Share of noise among the training images → test accuracy after learning and reading out, for each view.
 
-    The first `outlier_images` training images, noise keeping the label of the image that it replaces; the penalty is
-    chosen on as many held-out images as there are test images.
+    The first `outlier_images` training images, noise keeping the label of the image that it replaces; share 0 is
+    included. The penalty is chosen on as many held-out images as there are test images.
     """
     train = material.train.take(slice(0, plan.outlier_images))
     held_out, test = (each.take(slice(0, plan.corrupted_images or None)) for each in (material.held_out, material.test))
-    found: list[dict[str, float]] = [{} for _ in row.views]
+    accuracies: list[dict[str, float]] = [{} for _ in row.views]
     for share in (0.0, *plan.outlier_shares):
         images = with_outliers(train.images, share, seed)
-        learner = row.make(chosen, seed, unseen)
+        learner = row.make(chosen, seed, no_progress)
         learner.fit(images, train.labels, row.depth)
         blocks = [learner.outputs(each)[0] for each in (images, held_out.images, test.images)]
-        for values, view in zip(found, row.views, strict=True):
-            scales = view.scales(blocks[0])
-            parts = [view.of(each, scales) for each in blocks]
-            readout, _ = choose_ridge(
-                (parts[0], train.labels), (parts[1], held_out.labels), material.source.num_classes
-            )
-            values[f"{share:g}"] = accuracy_of(readout.scores(parts[2]), test.labels)
-    return found
+        for values, view in zip(accuracies, row.views, strict=True):
+            parts = view.of_parts(*blocks)
+            labelled = parts[0], train.labels
+            readout, _ = choose_ridge(labelled, (parts[1], held_out.labels), material.source.num_classes)
+            values[f"{share:g}"] = accuracy(readout.scores(parts[2]), test.labels)
+    return accuracies

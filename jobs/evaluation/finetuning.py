@@ -3,8 +3,8 @@
 One network is trained from four starts, which differ in its convolutions alone:
 
     random          drawn (He et al. 2015), all weights trained
-    random_frozen   drawn and left so, dense layers trained
-    nsm_frozen      learnt without labels by similarity matching (`finetuning_start`) and left so
+    random_frozen   drawn and not changed, dense layers trained
+    nsm_frozen      learnt without labels by similarity matching (`finetuning_start`), not changed afterwards
     nsm             the same, fine-tuned with the rest
 
 With one seed all starts share the labelled images, the initial dense weights, and the order of the batches. Settings
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, train
-from jobs.evaluation.finetuning_start import Start, StartConfig, pretrain
+from jobs.evaluation.finetuning_start import PretrainedFilters, StartConfig, pretrain
 from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
 from jobs.evaluation.material import Material
 from jobs.options import override
@@ -114,7 +114,7 @@ def read(values: dict[str, Any], assignments: list[str], *, quick: bool) -> Fine
 
 
 def check(config: FinetuneConfig, material: Material) -> None:
-    """What can be wrong before anything learns.
+    """Check what can be checked before anything learns.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def check(config: FinetuneConfig, material: Material) -> None:
         raise ConfigError(f"data: expected images of at least {LEAST_SIDE} × {LEAST_SIDE}, got {height} × {width}")
 
 
-class Outcome(BaseModel):
+class StartResult(BaseModel):
     """One network, budget, seed and start."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -150,43 +150,45 @@ class Outcome(BaseModel):
     """On the test images, read once."""
 
 
-class Outcomes:
-    """Outcomes of a run, a file each, on the disk as soon as they are known."""
+class StartResultStore:
+    """The results of a run directory, a file for each network, budget, seed and start."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self, network: str, labels: int, seed: int, start: StartName) -> Outcome | None:
-        """What is known already; None for nothing, or for a file that holds something else."""
+    def load(self, network: str, labels: int, seed: int, start: StartName) -> StartResult | None:
+        """The known result; None if there is no file, or it holds something else."""
         try:
-            found = Outcome.model_validate_json(self._path(network, labels, seed, start).read_text())
+            result = StartResult.model_validate_json(self._path(network, labels, seed, start).read_text())
         except (FileNotFoundError, ValidationError):
             return None
-        same = (found.network, found.labels, found.seed, found.start) == (network, labels, seed, start)
-        return found if same else None
+        same = (result.network, result.labels, result.seed, result.start) == (network, labels, seed, start)
+        return result if same else None
 
-    def save(self, found: Outcome) -> None:
-        path = self._path(found.network, found.labels, found.seed, found.start)
-        write_whole(path, json.dumps(found.model_dump(), indent=1))
+    def save(self, result: StartResult) -> None:
+        """Write the file, whole or not at all."""
+        path = self._path(result.network, result.labels, result.seed, result.start)
+        write_whole(path, json.dumps(result.model_dump(), indent=1))
 
     def _path(self, network: str, labels: int, seed: int, start: StartName) -> Path:
         return self.folder / f"{network}-{labels}-{seed}-{start}.json"
 
 
-class Settings:
+class ChosenStartSettings:
     """Candidates chosen so far, in one file: by network, budget and start."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            known = load_json(path.read_bytes())
+            values = load_json(path.read_bytes())
         except (FileNotFoundError, DocumentError):
-            known = {}
-        self._known: dict[str, dict[str, Any]] = known if isinstance(known, dict) else {}
+            values = {}
+        self._values: dict[str, dict[str, Any]] = values if isinstance(values, dict) else {}
 
     def chosen(self, network: str, labels: int, start: StartName) -> int | None:
-        found = self._known.get(f"{network}/{labels}/{start}")
-        return None if found is None else int(found["chosen"])
+        """Index of the chosen candidate; None if none is chosen yet."""
+        choice = self._values.get(f"{network}/{labels}/{start}")
+        return None if choice is None else int(choice["chosen"])
 
     def choose(self, network: str, labels: int, start: StartName, held_out: Sequence[Sequence[float]]) -> int:
         """The candidate with the highest mean; of equals the first.
@@ -195,43 +197,43 @@ class Settings:
         """
         means = [fmean(values) for values in zip(*held_out, strict=True)]
         best = means.index(max(means))
-        self._known[f"{network}/{labels}/{start}"] = {"chosen": best, "held_out": means, "seeds": len(held_out)}
-        write_whole(self.path, json.dumps(self._known, indent=1))
+        self._values[f"{network}/{labels}/{start}"] = {"chosen": best, "held_out": means, "seeds": len(held_out)}
+        write_whole(self.path, json.dumps(self._values, indent=1))
         return best
 
 
 @dataclass(frozen=True, eq=False)
-class Contest:
+class Trial:
     """One network with one seed, ready to be trained from any start at any budget.
 
     Attributes
     ----------
     channels: maps of its convolutions.
-    start: what similarity matching learnt with this seed.
+    pretrained: filters that similarity matching has learnt with this seed.
     """
 
     network: str
     channels: tuple[int, int]
     seed: int
-    start: Start
+    pretrained: PretrainedFilters
     material: Material
 
     @classmethod
-    def of(cls, config: FinetuneConfig, network: str, seed: int, material: Material, path: Path) -> Contest:
-        """With weights from similarity matching: those kept at `path`, or learnt now and kept there."""
+    def of(cls, config: FinetuneConfig, network: str, seed: int, material: Material, path: Path) -> Trial:
+        """With filters from similarity matching: those kept at `path`, or learnt now and kept there."""
         channels = config.networks[network]
-        start = Start.load(path)
-        if start is None:
+        pretrained = PretrainedFilters.load(path)
+        if pretrained is None:
             net = random_net(channels, seed, material)
-            start = pretrain(net, material.train.images, config.layers, seed)
-            start.save(path)
-        return cls(network, channels, seed, start, material)
+            pretrained = pretrain(net, material.train.images, config.layers, seed)
+            pretrained.save(path)
+        return cls(network, channels, seed, pretrained, material)
 
     def net(self, start: StartName) -> LeNet:
         """The network before training; the same at every call."""
         net = random_net(self.channels, self.seed, self.material)
         if is_pretrained(start):
-            initialise(net, self.start.filters)
+            initialise(net, self.pretrained.filters)
         return net
 
     def tune(self, labels: int, start: StartName) -> list[float]:
@@ -252,10 +254,10 @@ class Contest:
         train(net, learn.images, learn.labels, candidates(labels)[settings], self.seed, is_frozen(start))
         return net
 
-    def outcome(self, labels: int, start: StartName, settings: int) -> Outcome:
+    def result(self, labels: int, start: StartName, settings: int) -> StartResult:
         """Train, and read the test images once."""
         net, test = self.trained(labels, start, settings), self.material.test
-        return Outcome(
+        return StartResult(
             network=self.network,
             labels=labels,
             seed=self.seed,

@@ -68,8 +68,8 @@ class StartConfig(Frozen):
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """What similarity matching gives a network to start from.
+class PretrainedFilters:
+    """Initial weights of a network's convolutions, from similarity matching.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Start:
     agreements: tuple[Agreement, ...]
 
     def save(self, path: Path) -> None:
-        """Written whole or not at all."""
+        """Write the file, whole or not at all."""
         tensors = {
             f"{index}.{name}": values.contiguous()
             for index, filters in enumerate(self.filters)
@@ -91,8 +91,8 @@ class Start:
         write_whole(path, lambda file: save_file(tensors, file, metadata))
 
     @classmethod
-    def load(cls, path: Path) -> Start | None:
-        """What was saved; None for nothing, or for a file of something else."""
+    def load(cls, path: Path) -> PretrainedFilters | None:
+        """What was saved; None if there is no file, or it holds something else."""
         try:
             with safe_open(path, "pt") as file:
                 known = json.loads((file.metadata() or {}).get("agreements", "[]"))
@@ -103,7 +103,7 @@ class Start:
 
 
 @torch.no_grad()
-def pretrain(net: LeNet, images: Tensor, layers: Sequence[StartConfig], seed: int) -> Start:
+def pretrain(net: LeNet, images: Tensor, layers: Sequence[StartConfig], seed: int) -> PretrainedFilters:
     """Learn initial weights for both convolutions and put them into the network.
 
     Parameters
@@ -120,12 +120,12 @@ def pretrain(net: LeNet, images: Tensor, layers: Sequence[StartConfig], seed: in
     for config, convolution in zip(layers, net.convolutions, strict=True):
         assert isinstance(convolution, nn.Conv2d)
         layer = learn(config, convolution, x, seed)
-        found = feedforward_filter(layer, x)
-        agreements.append(agreement(found, layer, x[:AGREEMENT_IMAGES]))
-        filters.append((found.weight * config.gain, found.bias * config.gain))
+        plain = feedforward_filter(layer, x)
+        agreements.append(agreement(plain, layer, x[:AGREEMENT_IMAGES]))
+        filters.append((plain.weight * config.gain, plain.bias * config.gain))
         initialise(net, filters)
         x = stage(convolution, x)
-    return Start(tuple(filters), tuple(agreements))
+    return PretrainedFilters(tuple(filters), tuple(agreements))
 
 
 def learn(config: StartConfig, convolution: nn.Conv2d, x: Tensor, seed: int) -> SimilarityMatchingConv2d:

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.evaluation.readouts import ROWS, Scaling, accuracy_of, check_labels
+from jobs.evaluation.readouts import ROWS, Scaling
+from simmatch.labels import check_labels
+from simmatch.readout import accuracy, solve_ridge
 from simmatch.seeding import seeded
 
 WIDTHS = (0.5, 1.0, 2.0)
@@ -42,7 +44,7 @@ RESIDUAL, ITERATIONS = 1e-4, 50
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelReadout:
     """A kernel readout: scores = k(f, landmarks) A + t̄.
 
     Attributes
@@ -79,8 +81,8 @@ def gaussian(first: Tensor, second: Tensor, rate: float) -> Tensor:
 
 def median_distance(scaled: Tensor) -> float:
     """Median of ‖a_i − a_j‖², i < j, of the first images of a [N, F]; 1 where all are equal."""
-    found = torch.pdist(scaled[:MEDIAN_IMAGES]).square()
-    return (float(found.median()) if len(found) else 0.0) or 1.0
+    squares = torch.pdist(scaled[:MEDIAN_IMAGES]).square()
+    return (float(squares.median()) if len(squares) else 0.0) or 1.0
 
 
 def kernel_path(
@@ -91,7 +93,7 @@ def kernel_path(
     *,
     penalties: Sequence[float] = PENALTIES,
     most: int = LANDMARKS,
-) -> list[Kernel]:
+) -> list[KernelReadout]:
     """Kernel readouts of labelled (features [N, F], labels [N]), one for every penalty.
 
     Parameters
@@ -105,7 +107,7 @@ def kernel_path(
         A label out of range, or no images.
     """
     features, labels = labelled
-    check_labels(labels, num_classes)
+    check_labels(labels, num_classes, len(features))
     count, exact = len(features), len(features) <= most
     order = torch.arange(count) if exact else torch.randperm(count, generator=seeded("landmarks", 0))[:most]
     landmarks = scaling(features[order])
@@ -121,7 +123,7 @@ def kernel_path(
             into.copy_(gaussian(scaling(part), landmarks, rate))
         solutions = _by_gradients(kernel, square, targets - bias, penalties)
     return [
-        Kernel(scaling, landmarks, rate, matrix, bias, width, penalty)
+        KernelReadout(scaling, landmarks, rate, matrix, bias, width, penalty)
         for matrix, penalty in zip(solutions, penalties, strict=True)
     ]
 
@@ -130,8 +132,7 @@ def _by_factor(square: Tensor, targets: Tensor, penalties: Sequence[float]) -> l
     """(K + ν)⁻¹ t, a factorisation each; overwrites K."""
     solutions, before = [], 0.0
     for penalty in penalties:
-        square.diagonal().add_(penalty - before)
-        solutions.append(torch.cholesky_solve(targets, torch.linalg.cholesky(square)))
+        solutions.append(solve_ridge(square, targets, penalty - before))
         before = penalty
     return solutions
 
@@ -202,13 +203,13 @@ def _transposed_times(kernel: Tensor, right: Tensor) -> Tensor:
 
 
 def _solve(upper: Tensor, right: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.solve_triangular(upper, right, upper=True)
-    return found
+    solution: Tensor = torch.linalg.solve_triangular(upper, right, upper=True)
+    return solution
 
 
 def _solve_transposed(upper: Tensor, right: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.solve_triangular(upper.mT, right, upper=False)
-    return found
+    solution: Tensor = torch.linalg.solve_triangular(upper.mT, right, upper=False)
+    return solution
 
 
 def choose_kernel(
@@ -220,19 +221,19 @@ def choose_kernel(
     widths: Sequence[float] = WIDTHS,
     penalties: Sequence[float] = PENALTIES,
     most: int = LANDMARKS,
-) -> tuple[Kernel, float]:
+) -> tuple[KernelReadout, float]:
     """The kernel readout that is best on held-out (features, labels), and its accuracy there; of equals the first.
 
     Parameters as in `kernel_path`.
     """
-    best: tuple[Kernel, float] | None = None
+    best: tuple[KernelReadout, float] | None = None
     for width in widths:
         path = kernel_path(labelled, num_classes, scaling, width, penalties=penalties, most=most)
         # the kernels of held-out images once for all penalties
         matrices = torch.cat([each.matrix for each in path], dim=1)
         joint = replace(path[0], matrix=matrices, bias=path[0].bias.repeat(len(path))).scores(held_out[0])
         for each, part in zip(path, joint.chunk(len(path), dim=1), strict=True):
-            right = accuracy_of(part, held_out[1])
+            right = accuracy(part, held_out[1])
             if best is None or right > best[1]:
                 best = each, right
     assert best is not None

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.evaluation.interface import Cost
+from jobs.evaluation.learners import Cost
 from simmatch.geometry import PatchConfig, inverse_contrast
 from simmatch.seeding import seeded
 
@@ -37,7 +37,7 @@ Filters = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LeNetSizes:
     """Sizes of the convolutional part.
 
     Attributes
@@ -53,13 +53,13 @@ class Plan:
     pooled: bool
 
     @classmethod
-    def of(cls, image_size: tuple[int, int]) -> Plan:
+    def of(cls, image_size: tuple[int, int]) -> LeNetSizes:
         """Sizes for images of a height and width.
 
-        >>> Plan.of((28, 28))
-        Plan(kernel_size=5, first=(28, 28), second=(10, 10), pooled=True)
-        >>> Plan.of((8, 8))
-        Plan(kernel_size=3, first=(8, 8), second=(2, 2), pooled=False)
+        >>> LeNetSizes.of((28, 28))
+        LeNetSizes(kernel_size=5, first=(28, 28), second=(10, 10), pooled=True)
+        >>> LeNetSizes.of((8, 8))
+        LeNetSizes(kernel_size=3, first=(8, 8), second=(2, 2), pooled=False)
 
         Raises
         ------
@@ -105,12 +105,12 @@ class ContrastConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, K, H', W']."""
         filters = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
-        found = F.conv2d(x, filters, padding=self.patch.padding)
-        return torch.addcmul(self.bias.view(-1, 1, 1), found, inverse_contrast(x, self.patch))
+        products = F.conv2d(x, filters, padding=self.patch.padding)
+        return torch.addcmul(self.bias.view(-1, 1, 1), products, inverse_contrast(x, self.patch))
 
 
 class LeNet(nn.Module):
-    """LeNet-5 and its wider sisters.
+    """LeNet-5, with any number of maps.
 
     Parameters
     ----------
@@ -138,15 +138,15 @@ class LeNet(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.plan = Plan.of(image_size)
-        kernel, padding = self.plan.kernel_size, self.plan.kernel_size // 2
+        self.sizes = LeNetSizes.of(image_size)
+        kernel, padding = self.sizes.kernel_size, self.sizes.kernel_size // 2
         first = (
             ContrastConv2d(in_channels, channels[0], kernel, padding)
             if contrast
             else nn.Conv2d(in_channels, channels[0], kernel, padding=padding)
         )
         self.convolutions = nn.ModuleList([first, nn.Conv2d(*channels, kernel)])
-        widths = (channels[1] * math.prod(self.plan.last), *DENSE, num_classes)
+        widths = (channels[1] * math.prod(self.sizes.last), *DENSE, num_classes)
         self.dense = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         for index, layer in enumerate([*self.convolutions, *self.dense]):
             _draw(layer, seeded("lenet", seed, index), small=contrast)
@@ -157,7 +157,7 @@ class LeNet(nn.Module):
         first, second = self.convolutions
         maps = F.relu(F.max_pool2d(first(images), 2))
         maps = second(maps)
-        return F.relu(F.max_pool2d(maps, 2) if self.plan.pooled else maps).flatten(1)
+        return F.relu(F.max_pool2d(maps, 2) if self.sizes.pooled else maps).flatten(1)
 
     def classify(self, features: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features [B, F] → scores [B, num_classes]; `drop` is applied to what every dense layer sees."""
@@ -176,7 +176,7 @@ class LeNet(nn.Module):
 
         Neither pooling nor contrast normalisation is counted, as for the other learners.
         """
-        first, second = math.prod(self.plan.first), math.prod(self.plan.second)
+        first, second = math.prod(self.sizes.first), math.prod(self.sizes.second)
         products = [layer.weight.numel() for layer in (*self.convolutions, *self.dense)]
         operations = products[0] * first + products[1] * second + sum(products[2:])
         trained = sum(values.numel() for values in (self.dense if frozen else self).parameters())

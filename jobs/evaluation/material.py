@@ -32,7 +32,7 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What all rows learn from and are judged by.
+    """The images that all rows learn from and are tested on.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class Material:
 
 
 def digest_of(material: Material, unseen: Material | None) -> str:
-    """Names all data that results depend on."""
+    """Digest of all data that results depend on."""
     return material.digest if unseen is None else f"{material.digest}+{unseen.digest}"
 
 
@@ -86,8 +86,8 @@ def resized(images: Tensor, source: InputConfig) -> Tensor:
         images = images.mean(dim=1, keepdim=True).expand(-1, source.in_channels, -1, -1)
     if images.shape[2:] == source.image_size:
         return images
-    found = F.interpolate(images, source.image_size, mode="bilinear", antialias=True, align_corners=False)
-    return found.clamp(0.0, 1.0)
+    scaled = F.interpolate(images, source.image_size, mode="bilinear", antialias=True, align_corners=False)
+    return scaled.clamp(0.0, 1.0)
 
 
 def with_outliers(images: Tensor, share: float, seed: int) -> Tensor:

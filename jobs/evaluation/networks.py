@@ -15,14 +15,16 @@ from typing import TypeVar
 import torch
 
 from jobs.evaluation.backprop import TrainSettings, candidates, encode, predict, train, tune
-from jobs.evaluation.features import Plan
+from jobs.evaluation.features import MeasurementPlan
+from jobs.evaluation.learners import OnProgress, no_progress
 from jobs.evaluation.lenet import DENSE, LeNet
-from jobs.evaluation.material import Labelled, Material, corrupted, resized, with_outliers
-from jobs.evaluation.readouts import accuracy_of, choose_ridge, neighbours_accuracy
-from jobs.evaluation.results import Result, budget_name
-from jobs.evaluation.stacks import Seen, unseen
-from jobs.evaluation.together import together
+from jobs.evaluation.material import Labelled, Material, resized, with_outliers
+from jobs.evaluation.readouts import neighbours_accuracy
+from jobs.evaluation.results import RowResult, budget_name
+from jobs.evaluation.robustness import transfer_accuracy, under_corruption
+from jobs.evaluation.threads import run_in_threads
 from simmatch.model import InputConfig
+from simmatch.readout import accuracy
 
 T = TypeVar("T")
 
@@ -55,14 +57,16 @@ class Network:
             seed=seed,
         )
 
-    def tune(self, material: Material, plan: Plan, seed: int, seen: Seen = unseen) -> dict[str, int]:
+    def tune(
+        self, material: Material, plan: MeasurementPlan, seed: int, on_progress: OnProgress = no_progress
+    ) -> dict[str, int]:
         """Budget → index of the settings that do best on held-out images."""
 
-        def best(budget: int | None) -> int:
+        def choose(budget: int | None) -> int:
             settings = candidates(budget)[: plan.candidates]
             if len(settings) == 1:
                 return 0
-            found = tune(
+            best = tune(
                 lambda: self.make(material.source, seed),
                 material.train.take(material.labelled(budget, seed)),
                 material.held_out,
@@ -70,25 +74,25 @@ class Network:
                 seed,
                 share=TUNING_SHARE if budget is None else 1.0,
             )
-            return settings.index(found)
+            return settings.index(best)
 
-        return self._by_budget(best, plan, "try settings", seen)
+        return self._by_budget(choose, plan, "try settings", on_progress)
 
     def evaluate(
         self,
         chosen: Mapping[str, int],
         material: Material,
-        plan: Plan,
+        plan: MeasurementPlan,
         seed: int,
-        seen: Seen = unseen,
+        on_progress: OnProgress = no_progress,
         *,
         every_readout: bool = True,
-    ) -> tuple[Result, LeNet]:
-        """One network per budget; the result, and the network that learnt from all labels.
+    ) -> tuple[RowResult, LeNet]:
+        """Train one network per budget; the result, and the network that learnt from all labels.
 
-        Its seconds are those of one thread, while others learn from fewer labels beside it.
+        Its seconds are those of one thread, while others learn from fewer labels at the same time.
 
-        every_readout: nearest neighbours of what its convolutions give, too.
+        every_readout: also measure nearest neighbours of the convolutions' output.
         """
 
         def learnt(budget: int | None) -> tuple[LeNet, float]:
@@ -97,13 +101,13 @@ class Network:
             net = self._learn(images, self.settings(chosen, budget), material, seed)
             return net, time.monotonic() - started
 
-        found = self._by_budget(learnt, plan, "learn", seen)
-        net, seconds = found["all"]
+        trained = self._by_budget(learnt, plan, "learn", on_progress)
+        net, seconds = trained["all"]
         started = time.monotonic()
         scores = predict(net, material.test.images)
         rate = len(material.test) / max(time.monotonic() - started, 1e-9)
         cost = net.cost()
-        result = Result(
+        result = RowResult(
             row=self.name,
             seed=seed,
             settings=" ".join(f"{name}: {index}" for name, index in chosen.items()),
@@ -114,10 +118,10 @@ class Network:
             fit_seconds=seconds,
             images_per_second=rate,
         )
-        for name, (each, _) in found.items():
-            result.held_out[name] = accuracy_of(predict(each, material.held_out.images), material.held_out.labels)
-            result.accuracy[name] = accuracy_of(predict(each, material.test.images), material.test.labels)
-        result.accuracy["all"] = accuracy_of(scores, material.test.labels)
+        for name, (each, _) in trained.items():
+            result.held_out[name] = accuracy(predict(each, material.held_out.images), material.held_out.labels)
+            result.accuracy[name] = accuracy(predict(each, material.test.images), material.test.labels)
+        result.accuracy["all"] = accuracy(scores, material.test.labels)
         if every_readout:
             result.neighbours = neighbours_accuracy(
                 (encode(net, material.train.images), material.train.labels),
@@ -126,17 +130,20 @@ class Network:
             )
         return result, net
 
-    def _by_budget(self, work: Callable[[int | None], T], plan: Plan, words: str, seen: Seen) -> dict[str, T]:
-        """Budget → what the work gives, several at a time, the longest first."""
+    def _by_budget(
+        self, work: Callable[[int | None], T], plan: MeasurementPlan, words: str, on_progress: OnProgress
+    ) -> dict[str, T]:
+        """Budget → the result of the work, several at a time, the longest first."""
         longest_first = plan.budgets[::-1]
-        found: dict[int, T] = {}
-        for place, value in together([partial(work, each) for each in longest_first], torch.get_num_threads()):
-            found[place] = value
-            seen(f"{words}, by labels per class", len(found), len(plan.budgets))
-        return {budget_name(longest_first[place]): found[place] for place in sorted(found, reverse=True)}
+        values: dict[int, T] = {}
+        tasks = [partial(work, budget) for budget in longest_first]
+        for index, value in run_in_threads(tasks, torch.get_num_threads()):
+            values[index] = value
+            on_progress(f"{words}, by labels per class", len(values), len(plan.budgets))
+        return {budget_name(longest_first[index]): values[index] for index in sorted(values, reverse=True)}
 
     def settings(self, chosen: Mapping[str, int], budget: int | None) -> TrainSettings:
-        """The settings that were chosen for a budget."""
+        """The settings chosen for a budget."""
         return candidates(budget)[chosen[budget_name(budget)]]
 
     def _learn(self, images: Labelled, settings: TrainSettings, material: Material, seed: int) -> LeNet:
@@ -144,8 +151,10 @@ class Network:
         train(net, images.images, images.labels, settings, seed)
         return net
 
-    def with_noise(self, chosen: Mapping[str, int], material: Material, plan: Plan, seed: int) -> dict[str, float]:
-        """As `jobs.evaluation.features.with_noise`: noise keeps the label of the image that it replaces."""
+    def with_noise(
+        self, chosen: Mapping[str, int], material: Material, plan: MeasurementPlan, seed: int
+    ) -> dict[str, float]:
+        """As `jobs.evaluation.features.with_noise`."""
         part = material.train.take(slice(0, plan.outlier_images))
         test = material.test.take(slice(0, plan.corrupted_images or None))
         shares = (0.0, *plan.outlier_shares)
@@ -153,36 +162,24 @@ class Network:
         def among(share: float) -> float:
             images = Labelled(with_outliers(part.images, share, seed), part.labels)
             net = self._learn(images, self.settings(chosen, None), material, seed)
-            return accuracy_of(predict(net, test.images), test.labels)
+            return accuracy(predict(net, test.images), test.labels)
 
-        found = dict(together([partial(among, share) for share in shares], torch.get_num_threads()))
-        return {f"{share:g}": found[place] for place, share in enumerate(shares)}
+        values = dict(run_in_threads([partial(among, share) for share in shares], torch.get_num_threads()))
+        return {f"{share:g}": values[index] for index, share in enumerate(shares)}
 
 
-def under_corruption(net: LeNet, material: Material, count: int) -> dict[str, float]:
-    """Accuracy under each corruption, and under none: `clean`."""
-    images = {"clean": material.test.take(slice(0, count))} | corrupted(material.test, count, seed=0)
-    return {name: accuracy_of(predict(net, each.images), each.labels) for name, each in images.items()}
+def corrupted_accuracy(net: LeNet, material: Material, count: int) -> dict[str, float]:
+    """`under_corruption` of a network."""
+    [values] = under_corruption(lambda images: [predict(net, images)], material, count)
+    return values
 
 
 def transferred(
     net: LeNet, other: Material, source: InputConfig, budgets: tuple[int | None, ...], seed: int
 ) -> dict[str, float]:
-    """Test accuracy on a data set that the network has not seen, by readouts of its convolutions' output."""
-    train_features, held_out, test = (
-        encode(net, resized(part.images, source)) for part in (other.train, other.held_out, other.test)
-    )
-    least = int(torch.bincount(other.train.labels).min())
-    found = {}
-    for budget in (each for each in budgets if each is None or each <= least):
-        index = other.labelled(budget, seed)
-        readout, _ = choose_ridge(
-            (train_features[index], other.train.labels[index]),
-            (held_out, other.held_out.labels),
-            other.source.num_classes,
-        )
-        found[budget_name(budget)] = accuracy_of(readout.scores(test), other.test.labels)
-    return found
+    """`transfer_accuracy` of the output of a network's convolutions."""
+    parts = [encode(net, resized(part.images, source)) for part in (other.train, other.held_out, other.test)]
+    return transfer_accuracy(parts, other, budgets, seed)
 
 
 NETWORKS: Mapping[str, Network] = MappingProxyType(

@@ -2,11 +2,11 @@
 
 Features are pooled, nonnegative activities. A readout first raises them to a power (1, or ½, which keeps a few large
 activities from deciding), subtracts the mean of its training images and divides by one number, so that the mean squared
-norm is 1. Power and penalty are chosen on held-out images; the test images are read once, by what was chosen.
+norm is 1. Power and penalty are chosen on held-out images; the test images are read once, by the chosen readout.
 
-Linear solves min over A of ⟨‖Aφ − t‖²⟩ + λ‖A‖², t = ±1 targets centred, ⟨·⟩ the mean over labelled images, from sums
-alone where images outnumber features, else by the kernel matrix of the images. Source: Hoerl & Kennard (1970). Logistic
-regression is read beside it where labels are many: there it is the better linear readout, and costs most.
+The ridge readout minimises ⟨‖Aφ − t‖²⟩ + λ‖A‖² over A, t = ±1 targets centred, ⟨·⟩ the mean over labelled images, from
+sums alone where images outnumber features, else by the kernel matrix of the images. Source: Hoerl & Kennard (1970).
+Logistic regression is read beside it where labels are many: there it is the better linear readout, and costs most.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+
+from simmatch.labels import check_labels
+from simmatch.readout import accuracy, solve_ridge
 
 POWERS = (1.0, 0.5)
 """Exponents that features may be raised to."""
@@ -62,7 +65,7 @@ def raised(features: Tensor, power: float) -> Tensor:
 
 
 def scaling_of(features: Tensor, power: float) -> Scaling:
-    """The scaling that features [N, F] ask for."""
+    """The scaling of features [N, F] to mean 0 and mean squared norm 1."""
     values = raised(features, power)
     mean = values.mean(dim=0)
     squared = float((values - mean).square().sum(dim=1).mean())
@@ -70,7 +73,7 @@ def scaling_of(features: Tensor, power: float) -> Scaling:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearReadout:
     """A linear readout: scores = φ(f) A + b.
 
     Attributes
@@ -95,7 +98,7 @@ class Linear:
 
 def ridge_path(
     features: Tensor, labels: Tensor, num_classes: int, *, power: float = 1.0, penalties: Sequence[float] = PENALTIES
-) -> list[Linear]:
+) -> list[LinearReadout]:
     """Linear readouts of features [N, F] and labels [N], one for every penalty.
 
     Raises
@@ -103,28 +106,16 @@ def ridge_path(
     ValueError
         A label out of range, or no images.
     """
-    check_labels(labels, num_classes)
+    check_labels(labels, num_classes, len(features))
     scaling = scaling_of(features, power)
     targets = F.one_hot(labels, num_classes).to(features.dtype)
     bias = targets.mean(dim=0)
     centred = targets - bias
     solve = _by_kernel if len(features) <= features.shape[1] else _by_sums
     return [
-        Linear(scaling, matrix, bias, penalty)
+        LinearReadout(scaling, matrix, bias, penalty)
         for matrix, penalty in zip(solve(features, centred, scaling, penalties), penalties, strict=True)
     ]
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels out of range, or none.
-
-    Raises
-    ------
-    ValueError
-        Says which are expected.
-    """
-    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(f"labels: expected classes 0 to {num_classes - 1}, got {labels.tolist()[:5]} …")
 
 
 def _by_sums(features: Tensor, targets: Tensor, scaling: Scaling, penalties: Sequence[float]) -> list[Tensor]:
@@ -135,12 +126,7 @@ def _by_sums(features: Tensor, targets: Tensor, scaling: Scaling, penalties: Seq
         scaled = scaling(part)
         gram.addmm_(scaled.T, scaled, alpha=1 / count)
         right.addmm_(scaled.T, target, alpha=1 / count)
-    solutions = []
-    for penalty in penalties:
-        shifted = gram.clone()
-        shifted.diagonal().add_(penalty)
-        solutions.append(torch.cholesky_solve(right, torch.linalg.cholesky(shifted)))
-    return solutions
+    return [solve_ridge(gram.clone(), right, penalty) for penalty in penalties]
 
 
 def _by_kernel(features: Tensor, targets: Tensor, scaling: Scaling, penalties: Sequence[float]) -> list[Tensor]:
@@ -157,7 +143,7 @@ def _by_kernel(features: Tensor, targets: Tensor, scaling: Scaling, penalties: S
 
 def logistic_path(
     features: Tensor, labels: Tensor, num_classes: int, scaling: Scaling, *, penalties: Sequence[float]
-) -> list[Linear]:
+) -> list[LinearReadout]:
     """Logistic readouts of features [N, F] and labels [N], one for every penalty, each begun where the last ended.
 
     Multinomial, by scikit-learn's L-BFGS. A class without images is never answered.
@@ -167,13 +153,13 @@ def logistic_path(
     ValueError
         A label out of range, or images of fewer than three classes.
     """
-    check_labels(labels, num_classes)
+    check_labels(labels, num_classes, len(features))
     present = torch.unique(labels)
     if len(present) < 3:
         raise ValueError(f"labels: expected at least 3 classes, got {present.tolist()}")
     scaled, targets = scaling(features).numpy(), labels.numpy()
     model = LogisticRegression(max_iter=LOGISTIC_ITERATIONS, tol=1e-5, warm_start=True)
-    found = []
+    readouts = []
     for penalty in penalties:
         model.set_params(C=1 / (penalty * len(labels)))
         with warnings.catch_warnings():
@@ -183,11 +169,11 @@ def logistic_path(
         bias = features.new_full((num_classes,), -math.inf)
         matrix[:, present] = torch.from_numpy(model.coef_.T).to(features.dtype)
         bias[present] = torch.from_numpy(model.intercept_).to(features.dtype)
-        found.append(Linear(scaling, matrix, bias, penalty))
-    return found
+        readouts.append(LinearReadout(scaling, matrix, bias, penalty))
+    return readouts
 
 
-def choose(readouts: Iterable[Linear], held_out: tuple[Tensor, Tensor]) -> tuple[Linear, float]:
+def choose(readouts: Iterable[LinearReadout], held_out: tuple[Tensor, Tensor]) -> tuple[LinearReadout, float]:
     """The readout that is best on held-out (features, labels), and its accuracy there; of equals the stronger penalty.
 
     Raises
@@ -195,21 +181,16 @@ def choose(readouts: Iterable[Linear], held_out: tuple[Tensor, Tensor]) -> tuple
     ValueError
         No readouts.
     """
-    judged = [(accuracy_of(each.scores(held_out[0]), held_out[1]), each) for each in readouts]
+    judged = [(accuracy(each.scores(held_out[0]), held_out[1]), each) for each in readouts]
     right, best = max(judged, key=lambda pair: (pair[0], pair[1].penalty))
     return best, right
 
 
 def choose_ridge(
     labelled: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], num_classes: int
-) -> tuple[Linear, float]:
+) -> tuple[LinearReadout, float]:
     """The ridge readout of labelled (features, labels) that is best on held-out images, and its accuracy there."""
     return choose(chain.from_iterable(ridge_path(*labelled, num_classes, power=power) for power in POWERS), held_out)
-
-
-def accuracy_of(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows of scores [N, classes] whose argmax is the label."""
-    return float((scores.argmax(dim=1) == labels).double().mean())
 
 
 def neighbours_accuracy(

@@ -1,18 +1,44 @@
-"""What one row gave with one seed, on the disk as soon as it is known: an interrupted evaluation goes on from there."""
+"""Results of a comparison: a file for each row and seed on disk, one long table in memory.
+
+A file is written as soon as its result is known, so an interrupted comparison continues from there. Tables, charts and
+MLflow metrics all read `estimates`: mean, standard deviation and count over seeds.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from simmatch.files import write_whole
 
+CLEAN = "clean"
+"""Key of `RowResult.corruptions` for the images without a corruption."""
 
-class Result(BaseModel):
-    """One row with one seed. Budgets are labels per class, 'all' for all of them; accuracies are on the test images."""
+COSTS = (
+    "fit_seconds",
+    "images_per_second",
+    "parameters_trained",
+    "parameters_inference",
+    "parameters_readout",
+    "operations",
+)
+"""Fields of a result that are not accuracies and that every row has."""
+
+MEASURES = ("accuracy", "kernel", "logistic", "decode", "neighbours", "corruptions", "transfer", "outliers")
+"""Fields of a result that are test accuracies."""
+
+DERIVED = ("active_fraction", "corrupted", "relative")
+"""The other measures of `long_table`."""
+
+
+class RowResult(BaseModel):
+    """One row with one seed. Budgets are labels per class, or 'all'; accuracies are on the test images."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -22,7 +48,7 @@ class Result(BaseModel):
     """The candidate that was chosen on held-out images."""
 
     features: int
-    """Values that the readout sees."""
+    """Length of the feature vector that the readout sees."""
 
     parameters_trained: int
     parameters_inference: int
@@ -32,35 +58,35 @@ class Result(BaseModel):
 
     fit_seconds: float
     images_per_second: float
-    """Encoded; as learning, by the layers that the row looks at and those below."""
+    """Encoding rate. This and `fit_seconds` count the layers that the row uses and those below."""
 
     active_fraction: list[float] = []
     """Per layer."""
 
     held_out: dict[str, float] = {}
-    """Budget → accuracy on the held-out images, by which settings and penalties were chosen; `logistic`,
-    `kernel <budget>` likewise."""
+    """Budget → accuracy on the held-out images, by which settings and penalties were chosen; also under `logistic` and
+    `kernel <budget>`."""
 
     accuracy: dict[str, float] = {}
-    """Budget → test accuracy: of a ridge readout, or of the network itself."""
+    """Budget → accuracy of a ridge readout, or of the network itself."""
 
     kernel: dict[str, float] = {}
-    """Budget → test accuracy of a kernel readout."""
+    """Budget → accuracy of a kernel readout."""
 
     logistic: float | None = None
-    """Of a logistic readout of all labels."""
+    """Accuracy of a logistic readout with all labels."""
 
     decode: float | None = None
-    """Nearest column of V: no trained classifier."""
+    """Accuracy of the nearest column of V: no trained classifier."""
 
     neighbours: float | None = None
-    """Vote of ten nearest training images."""
+    """Accuracy of the vote of the ten nearest training images."""
 
     corruptions: dict[str, float] = {}
-    """Corruption → accuracy on the first test images; `clean` on the same without one."""
+    """Corruption → accuracy on the first test images; `clean`: on the same images without a corruption."""
 
     transfer: dict[str, float] = {}
-    """Budget → accuracy on the data set not seen while learning."""
+    """Budget → accuracy on the data set that the row has not learnt from."""
 
     outliers: dict[str, float] = {}
     """Share of noise among the training images → accuracy."""
@@ -74,8 +100,20 @@ def budget_name(budget: int | None) -> str:
     return "all" if budget is None else str(budget)
 
 
-class Store:
-    """Results of a run, a file each."""
+def key_rank(key: str) -> float:
+    """A number to sort budgets and shares by: 'all' and names come last, and keep their order.
+
+    >>> sorted(["all", "100", "50"], key=key_rank)
+    ['50', '100', 'all']
+    """
+    try:
+        return float(key)
+    except ValueError:
+        return math.inf
+
+
+class ResultStore:
+    """The results of a run directory, a file for each row and seed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,14 +121,80 @@ class Store:
     def path(self, row: str, seed: int) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', row)}-{seed}.json"
 
-    def load(self, row: str, seed: int) -> Result | None:
-        """What is known already; None for nothing, or for a file that does not hold a result."""
+    def load(self, row: str, seed: int) -> RowResult | None:
+        """The result of this row and seed; None if there is no file, or it holds something else."""
         try:
-            found = Result.model_validate_json(self.path(row, seed).read_text())
+            result = RowResult.model_validate_json(self.path(row, seed).read_text())
         except (FileNotFoundError, ValidationError):
             return None
-        return found if (found.row, found.seed) == (row, seed) else None
+        return result if (result.row, result.seed) == (row, seed) else None
 
-    def save(self, result: Result) -> None:
-        """Written whole or not at all."""
+    def save(self, result: RowResult) -> None:
+        """Write the file, whole or not at all."""
         write_whole(self.path(result.row, result.seed), json.dumps(result.model_dump(), indent=1))
+
+
+def long_table(results: Sequence[RowResult]) -> pd.DataFrame:
+    """One line for each value: columns row, seed, measure, key, value.
+
+    `measure` is the name of a field of `RowResult`; `key` is the budget, corruption, share of noise or layer, '' for a
+    single number. Two measures are derived: `corrupted`, the mean accuracy over the corruptions of a seed, and
+    `relative`, that mean over the accuracy on clean images.
+
+    Raises
+    ------
+    ValueError
+        Two results of the same row and seed.
+    """
+    seen: set[tuple[str, int]] = set()
+    for result in results:
+        if (result.row, result.seed) in seen:
+            raise ValueError(f"results: expected one per row and seed, got two of '{result.row}', seed {result.seed}")
+        seen.add((result.row, result.seed))
+    lines = [
+        (result.row, result.seed, measure, key, float(value))
+        for result in results
+        for measure, key, value in _values(result)
+    ]
+    return pd.DataFrame(lines, columns=["row", "seed", "measure", "key", "value"])
+
+
+def _values(result: RowResult) -> Iterator[tuple[str, str, float]]:
+    """(measure, key, value) for every number of a result."""
+    for measure in (*COSTS, *MEASURES):
+        values = getattr(result, measure)
+        if isinstance(values, dict):
+            yield from ((measure, key, value) for key, value in values.items())
+        elif values is not None:
+            yield measure, "", values
+    yield from (("active_fraction", str(layer), value) for layer, value in enumerate(result.active_fraction))
+    shifted = [value for name, value in result.corruptions.items() if name != CLEAN]
+    if shifted:
+        corrupted = math.fsum(shifted) / len(shifted)
+        yield "corrupted", "", corrupted
+        if clean := result.corruptions.get(CLEAN):
+            yield "relative", "", corrupted / clean
+
+
+def estimates(results: Sequence[RowResult]) -> pd.DataFrame:
+    """Mean, sample standard deviation (NaN for one seed) and count over seeds, indexed by (row, measure, key).
+
+    Rows are in the order in which they first appear in the results, measures in the order of `long_table`, keys that
+    are numbers or budgets rise, and other keys keep their order.
+    """
+    table = long_table(results)
+    known = table.groupby(["row", "measure", "key"], sort=False)["value"].agg(["mean", "std", "count"])
+    rows = {row: place for place, row in enumerate(table["row"].unique())}
+    measures = {measure: place for place, measure in enumerate((*COSTS, *MEASURES, *DERIVED))}
+    order = sorted(known.index, key=lambda at: (rows[at[0]], measures[at[1]], key_rank(at[2])))
+    return known.reindex(pd.MultiIndex.from_tuples(order, names=known.index.names)) if order else known
+
+
+def of_measure(known: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """The estimates of one measure, indexed by (row, key)."""
+    return known[known.index.get_level_values("measure") == measure].droplevel("measure")
+
+
+def by_row(known: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """The estimates of a measure that has one value for each row, indexed by row."""
+    return of_measure(known, measure).droplevel("key")

@@ -1,6 +1,6 @@
-"""The rows of an evaluation: what is made of a configuration, and how one row meets one seed.
+"""The rows of a comparison, made from its configuration, and what is measured of a row with one seed.
 
-To add a rival write one class (`jobs.evaluation.interface.Learner`) and one entry of `jobs.evaluation.rivals.RIVALS`; a
+To add a rival write one class (`jobs.evaluation.learners.Learner`) and one entry of `jobs.evaluation.rivals.RIVALS`; a
 similarity-matching stack is an entry of the configuration.
 """
 
@@ -14,12 +14,12 @@ from typing import Protocol
 from jobs.evaluation import features, networks
 from jobs.evaluation.backprop import CANDIDATES
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.features import FeatureRow, Features, Pixels, Plan, PooledFeatures, StackFeatures, View
+from jobs.evaluation.features import FeatureRow, FeatureView, MeasurementPlan, StackFeatures
+from jobs.evaluation.learners import FeatureLearner, OnProgress, Pixels, PooledFeatures
 from jobs.evaluation.material import Material
 from jobs.evaluation.networks import NETWORKS, Network
-from jobs.evaluation.results import Result
+from jobs.evaluation.results import RowResult
 from jobs.evaluation.rivals import RIVALS
-from jobs.evaluation.stacks import Seen
 from simmatch.config import ConfigError, ModelConfig
 from simmatch.documents import DocumentError, load_json
 from simmatch.files import write_whole
@@ -35,17 +35,17 @@ class Row(Protocol):
 
     @property
     def definition(self) -> object:
-        """What it is made of, as plain values: results of another definition are not of this row."""
+        """What the row is made of, as plain values: results of another definition do not belong to it."""
 
-    def tune(self, seen: Seen) -> object:
-        """Choose settings on held-out images; what is chosen can be written as JSON."""
+    def tune(self, on_progress: OnProgress) -> object:
+        """Choose settings on held-out images; returns a value that JSON can hold."""
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The rows of the table that it fills."""
+        """The lines of the table that it fills."""
 
-    def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
-        """Everything that is measured with one seed, a result for each view; the learner, for figures.
+    def run(self, chosen: object, seed: int, on_progress: OnProgress) -> tuple[list[RowResult], FeatureLearner | None]:
+        """Measure with one seed: a result for each view, and the learner, for figures.
 
         What takes long and varies little is measured with the first seed only: a kernel readout of many labels,
         logistic regression, nearest neighbours, corruptions, noise.
@@ -72,28 +72,30 @@ class FeatureRun:
         own = () if self.row.decoding is None else (self.row.decoding,)
         return (*(view.name for view in self.row.views), *own)
 
-    def tune(self, seen: Seen) -> object:
-        return features.tune(self.row, self.material, self.plan, self.config.seeds[0], seen)
+    def tune(self, on_progress: OnProgress) -> object:
+        return features.tune(self.row, self.material, self.plan, self.config.seeds[0], on_progress)
 
-    def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
+    def run(self, chosen: object, seed: int, on_progress: OnProgress) -> tuple[list[RowResult], FeatureLearner | None]:
         assert isinstance(chosen, int)
         plan, material, row = self.plan, self.material, self.row
         first = seed == self.config.seeds[0]
-        results, learner, readings = features.evaluate(row, chosen, material, plan, seed, seen, every_readout=first)
+        results, learner, fitted = features.evaluate(
+            row, chosen, material, plan, seed, on_progress, every_readout=first
+        )
+        measured: dict[str, list[dict[str, float]]] = {}
         if self.other is not None:
-            found = features.transferred(learner, row.views, self.other, material.source, plan.budgets, seed)
-            for result, values in zip(results, found, strict=False):  # the last may be what a learner decides itself
-                result.transfer = values
+            measured["transfer"] = features.transferred(
+                learner, row.views, self.other, material.source, plan.budgets, seed
+            )
         if plan.corrupted_images and first:
-            seen("corrupted images", 0, 1)
-            found = features.under_corruption(learner, readings, material, plan.corrupted_images)
-            for result, values in zip(results, found, strict=False):
-                result.corruptions = values
+            on_progress("corrupted images", 0, 1)
+            measured["corruptions"] = features.corrupted_accuracy(learner, fitted, material, plan.corrupted_images)
         if plan.outlier_images and first:
-            seen("learn among noise", 0, 1)
-            found = features.with_noise(row, chosen, material, plan, seed)
-            for result, values in zip(results, found, strict=False):
-                result.outliers = values
+            on_progress("learn from images with noise", 0, 1)
+            measured["outliers"] = features.with_noise(row, chosen, material, plan, seed)
+        for measure, by_view in measured.items():
+            for result, values in zip(results, by_view, strict=False):  # the last result may be the learner's own
+                setattr(result, measure, values)
         return results, learner
 
 
@@ -118,25 +120,25 @@ class NetworkRun:
     def views(self) -> tuple[str, ...]:
         return (self.network.name,)
 
-    def tune(self, seen: Seen) -> object:
-        return self.network.tune(self.material, self.plan, self.config.seeds[0], seen)
+    def tune(self, on_progress: OnProgress) -> object:
+        return self.network.tune(self.material, self.plan, self.config.seeds[0], on_progress)
 
-    def run(self, chosen: object, seed: int, seen: Seen) -> tuple[list[Result], Features | None]:
+    def run(self, chosen: object, seed: int, on_progress: OnProgress) -> tuple[list[RowResult], FeatureLearner | None]:
         assert isinstance(chosen, dict)
         plan, material = self.plan, self.material
         first = seed == self.config.seeds[0]
-        result, net = self.network.evaluate(chosen, material, plan, seed, seen, every_readout=first)
+        result, net = self.network.evaluate(chosen, material, plan, seed, on_progress, every_readout=first)
         if self.other is not None:
             result.transfer = networks.transferred(net, self.other, material.source, plan.budgets, seed)
         if plan.corrupted_images and first:
-            result.corruptions = networks.under_corruption(net, material, plan.corrupted_images)
+            result.corruptions = networks.corrupted_accuracy(net, material, plan.corrupted_images)
         if plan.outlier_images and first:
             result.outliers = self.network.with_noise(chosen, material, plan, seed)
         return [result], None
 
 
-def plan_of(config: EvaluationConfig) -> Plan:
-    return Plan(
+def plan_of(config: EvaluationConfig) -> MeasurementPlan:
+    return MeasurementPlan(
         config.all_budgets(),
         config.tuning_images,
         config.corrupted_images,
@@ -154,25 +156,25 @@ def rows_of(config: EvaluationConfig, material: Material, other: Material | None
     ConfigError
         A rival or a network that does not exist, or two rows of one name.
     """
-    found: list[Row] = [
+    rows: list[Row] = [
         FeatureRun(row, config, material, other) for row in (*_stacks(config, material), *_rivals(config, material))
     ]
     for name in config.networks:
         if name not in NETWORKS:
             raise ConfigError(f"networks: expected some of {', '.join(NETWORKS)}, got {name!r}")
-        found.append(NetworkRun(NETWORKS[name], config, material, other))
-    names = [name for row in found for name in sorted({row.name, *row.views})]
+        rows.append(NetworkRun(NETWORKS[name], config, material, other))
+    names = [name for row in rows for name in sorted({row.name, *row.views})]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"stacks: expected rows whose names differ from all others, got {name!r} twice")
-    return found
+    return rows
 
 
 def only(rows: list[Row], names: Collection[str]) -> list[Row]:
     """The rows of these names, in the order of the table.
 
-    A stack is named as itself or as one of the rows that it fills: these are measured together, so that what is found
-    does not depend on which others were asked for.
+    A stack is named as itself or as one of the lines that it fills: these are measured together, so that results do not
+    depend on which others were asked for.
 
     Raises
     ------
@@ -190,55 +192,61 @@ def only(rows: list[Row], names: Collection[str]) -> list[Row]:
 def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
     for name, row in config.stacks.items():
         words = tuple(" ".join(each) or "as configured" for each in (row.candidates or ((),))[: config.candidates])
-        views = tuple(View(view, blocks) for view, blocks in row.rows.items())
+        views = tuple(FeatureView(view, blocks) for view, blocks in row.rows.items())
         decoding = f"{name}_decode" if row.model.layers[-1].supervised else None
         make = _stack_maker(row.models(), row.pool or config.shape.pool, material)
         yield FeatureRow(name, views, words, make, decoding, row.model_dump(mode="json", exclude_defaults=True))
 
 
-def _stack_maker(models: list[ModelConfig], pool: int, material: Material) -> Callable[[int, int, Seen], Features]:
-    return lambda index, seed, seen: StackFeatures(models[index], material.source, pool, seed, seen)
+def _stack_maker(
+    models: list[ModelConfig], pool: int, material: Material
+) -> Callable[[int, int, OnProgress], FeatureLearner]:
+    return lambda index, seed, on_progress: StackFeatures(models[index], material.source, pool, seed, on_progress)
 
 
 def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
     for name in config.rivals:
         if name == PIXELS:
-            yield FeatureRow(PIXELS, (View(PIXELS),), ("the images themselves",), lambda index, seed, seen: Pixels())
+            yield FeatureRow(
+                PIXELS, (FeatureView(PIXELS),), ("the images themselves",), lambda index, seed, on_progress: Pixels()
+            )
         elif name in RIVALS:
             candidates = RIVALS[name].candidates[: config.candidates]
             make, definition = _rival_maker(name, config, material), [repr(each) for each in candidates]
-            yield FeatureRow(name, (View(name),), tuple(map(str, candidates)), make, definition=definition)
+            yield FeatureRow(name, (FeatureView(name),), tuple(map(str, candidates)), make, definition=definition)
         else:
             raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")
 
 
-def _rival_maker(name: str, config: EvaluationConfig, material: Material) -> Callable[[int, int, Seen], Features]:
+def _rival_maker(
+    name: str, config: EvaluationConfig, material: Material
+) -> Callable[[int, int, OnProgress], FeatureLearner]:
     rival, shape, size = RIVALS[name], config.shape.shape(), material.source.image_size
 
-    def make(index: int, seed: int, seen: Seen) -> Features:
-        return PooledFeatures(rival(shape, rival.candidates[index], seed), shape, size, seen)
+    def make(index: int, seed: int, on_progress: OnProgress) -> FeatureLearner:
+        return PooledFeatures(rival(shape, rival.candidates[index], seed), shape, size, on_progress)
 
     return make
 
 
-class Choices:
-    """Settings chosen so far, in a file of the run directory."""
+class ChosenSettings:
+    """The settings chosen so far, in a file of the run directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def known(self, row: str) -> object:
-        """A row's settings; None for a row that has none yet."""
+        """A row's settings; None if there are none yet."""
         return self._read().get(row)
 
     def keep(self, row: str, chosen: object) -> None:
-        """Written whole or not at all."""
+        """Write the file, whole or not at all."""
         values = self._read() | {row: chosen}
         write_whole(self.path, json.dumps(values, indent=1))
 
     def _read(self) -> dict[str, object]:
         try:
-            found = load_json(self.path.read_bytes())
+            values = load_json(self.path.read_bytes())
         except (FileNotFoundError, DocumentError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return values if isinstance(values, dict) else {}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from jobs.evaluation.interface import Cost
+from jobs.evaluation.learners import Cost
 from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations
 from simmatch.config import ModelConfig
 from simmatch.data.order import epoch_order, steps_per_epoch

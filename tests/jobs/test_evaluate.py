@@ -22,10 +22,10 @@ from cluster.tracking.tracker import Tracker
 from jobs.evaluate import main
 from jobs.evaluation.config import read
 from jobs.evaluation.features import StackFeatures
-from jobs.evaluation.identity import identity, keep
 from jobs.evaluation.material import Labelled, Material
+from jobs.evaluation.ray_units import _prepared
+from jobs.evaluation.resume import identity, write_identity
 from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
-from jobs.evaluation.side_by_side import _prepared
 from jobs.options import read_yaml
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError
@@ -180,12 +180,12 @@ import os, sys
 from pathlib import Path
 
 from jobs.evaluate import main
-from jobs.evaluation import side_by_side
+from jobs.evaluation import ray_units
 
 marks = Path(sys.argv[1])
 
 
-class Dying(side_by_side.Board):
+class Dying(ray_units.ProgressBoard):
     def read(self):
         if not list(marks.iterdir()):
             (marks / str(os.getpid())).touch()
@@ -193,15 +193,15 @@ class Dying(side_by_side.Board):
         return super().read()
 
 
-side_by_side.Board = Dying
+ray_units.ProgressBoard = Dying
 sys.exit(main(sys.argv[2:]))
 """
-"""An evaluation whose board of progress ends its process once."""
+"""An evaluation whose progress board ends its process once."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_lost_board_of_progress_ends_no_run(tmp_path: Path) -> None:
+def test_a_lost_progress_board_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     marks, folder = tmp_path / "marks", tmp_path / "run"
     marks.mkdir()
@@ -248,7 +248,7 @@ def test_sigterm_keeps_what_is_known(workers: str, tmp_path: Path) -> None:
         process.terminate()
         _, err = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert "interrupted; what is known so far is kept, the same command goes on" in err
+    assert "interrupted; all results so far are kept, the same command continues" in err
     assert "Traceback" not in err
     assert row in json.loads((folder / "settings.json").read_text())
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -312,7 +312,7 @@ def test_what_an_earlier_version_did_not_know_is_at_its_default(tmp_path: Path) 
     config = read(read_yaml(CONFIG), ["outlier_images=10000", "candidates=4"], quick=False)
     values = identity(tmp_path, config, [])
     del values["outlier_images"], values["candidates"], values["first_seed"], values["rows"]
-    keep(tmp_path, values)
+    write_identity(tmp_path, values)
     (tmp_path / "settings.json").write_text("{}")
     assert identity(tmp_path, config, []) == identity(tmp_path / "new", config, [])
     other = read(read_yaml(CONFIG), ["outlier_images=500", "candidates=1"], quick=False)
@@ -324,7 +324,7 @@ def test_rows_are_added_to_those_that_are_known(tmp_path: Path, digits: Dataset)
     config = read(read_yaml(CONFIG), [], quick=False)
     rows = {row.name: row for row in rows_of(config, Material.of(digits, 150), None)}
     for names in (["nsm", "lenet"], ["kmeans"]):
-        keep(tmp_path, identity(tmp_path, config, [rows[name] for name in names]))
+        write_identity(tmp_path, identity(tmp_path, config, [rows[name] for name in names]))
         (tmp_path / "settings.json").write_text("{}")
     assert set(identity(tmp_path, config, [])["rows"]) == {"nsm", "lenet", "kmeans"}
 

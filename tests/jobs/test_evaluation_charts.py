@@ -1,4 +1,4 @@
-"""What charts draw is what the summaries say; what they show of a stack is what its layers give."""
+"""Charts draw the estimates; maps of a stack are the activities of its layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -25,15 +26,14 @@ from jobs.evaluation.charts import (
     layer_activities,
     spread_out,
 )
-from jobs.evaluation.results import Result
-from jobs.evaluation.summaries import Summary, summarise
+from jobs.evaluation.results import RowResult, by_row, estimates, of_measure
 from simmatch.config import ModelConfig, parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import InputConfig, Stack
 
 
-def result(row: str, seed: int = 0, **fields) -> Result:
-    return Result(
+def result(row: str, seed: int = 0, **fields) -> RowResult:
+    return RowResult(
         row=row,
         seed=seed,
         settings="",
@@ -47,10 +47,10 @@ def result(row: str, seed: int = 0, **fields) -> Result:
     )
 
 
-def rows(count: int, seeds: int = 3) -> list[Summary]:
+def rows(count: int, seeds: int = 3) -> pd.DataFrame:
     """Rows of made-up accuracies; row i is the better the larger i, under corruption i · 7 mod 16 says how good."""
     budgets = ("10", "50", "100", "1000", "all")
-    return summarise(
+    return estimates(
         [
             result(
                 f"row {index}",
@@ -62,6 +62,11 @@ def rows(count: int, seeds: int = 3) -> list[Summary]:
             for seed in range(seeds)
         ]
     )
+
+
+def lines_of(known: pd.DataFrame, measure: str) -> list[pd.DataFrame]:
+    """The estimates of a measure, row by row."""
+    return [line for _, line in of_measure(known, measure).groupby("row", sort=False)]
 
 
 def spread(path: Path) -> float:
@@ -83,16 +88,16 @@ def half_lengths(container: ErrorbarContainer) -> list[float]:
 
 
 @pytest.mark.parametrize("count", [1, 16])
-def test_lines_are_the_summaries(count: int) -> None:
-    summaries = rows(count)
-    figure = label_efficiency_figure(summaries)
+def test_lines_are_the_estimates(count: int) -> None:
+    known = rows(count)
+    figure = label_efficiency_figure(known)
     [axes] = figure.axes
     assert len(axes.containers) == count
     places = np.array([10, 50, 100, 1000, 10_000])
-    for container, summary in zip(axes.containers, summaries, strict=True):
+    for container, line in zip(axes.containers, lines_of(known, "accuracy"), strict=True):
         x, y = container[0].get_data()
-        assert list(y) == [known.mean for known in summary.accuracy.values()]
-        assert half_lengths(container) == pytest.approx([known.spread for known in summary.accuracy.values()])
+        assert list(y) == list(line["mean"])
+        assert half_lengths(container) == pytest.approx(list(line["std"]))
         assert np.abs(np.log(x.astype(float) / places)).max() < 16 / 2 * math.log(APART) + 1e-9
     assert axes.get_xscale() == "log"
     assert list(axes.get_xticks()) == list(places)
@@ -116,11 +121,11 @@ def test_rows_can_be_told_apart_and_are_named_from_the_best_to_the_worst() -> No
 def test_higher_is_better_and_all_is_in_sight() -> None:
     """An accuracy of 1, of 0, and a spread that reaches past 1 are drawn, the better the higher."""
     values = [0.0, 0.1, 0.5, 0.9, 0.99, 1.0]
-    summaries = summarise(
+    known = estimates(
         [result("a", seed, accuracy={str(10**i): v for i, v in enumerate(values)}) for seed in range(2)]
         + [result("b", seed, accuracy={"1": 0.8 + 0.2 * seed}) for seed in range(2)]
     )
-    figure = label_efficiency_figure(summaries)
+    figure = label_efficiency_figure(known)
     figure.draw_without_rendering()
     [axes] = figure.axes
     places = axes.transAxes.inverted().transform(axes.transData.transform(axes.containers[0][0].get_xydata()))
@@ -140,7 +145,7 @@ def test_a_budget_that_a_row_lacks() -> None:
         result("b", 1, accuracy={"10": 0.5}),
         result("c"),
     ]
-    [axes] = label_efficiency_figure(summarise(found)).axes
+    [axes] = label_efficiency_figure(estimates(found)).axes
     first, second = axes.containers
     assert list(second[0].get_ydata()) == [0.45, 0.8]
     assert half_lengths(first) == []
@@ -152,11 +157,11 @@ def test_a_budget_that_a_row_lacks() -> None:
     ("accuracy", "ticks"), [({"all": 0.5}, {"all": 1.0}), ({"5": 0.5, "all": 0.6}, {"5": 5.0, "all": 50.0}), ({}, {})]
 )
 def test_few_budgets_or_none(tmp_path: Path, accuracy: dict[str, float], ticks: dict[str, float]) -> None:
-    summaries = summarise([result("a", accuracy=accuracy)])
-    [axes] = label_efficiency_figure(summaries).axes
+    known = estimates([result("a", accuracy=accuracy)])
+    [axes] = label_efficiency_figure(known).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == list(ticks)
     assert list(axes.get_xticks()) == list(ticks.values())
-    label_efficiency(summaries, tmp_path / "labels.png")
+    label_efficiency(known, tmp_path / "labels.png")
     assert spread(tmp_path / "labels.png") > 0.01
 
 
@@ -167,17 +172,15 @@ def bars(axes: Axes) -> list[BarContainer]:
     return [container for container in axes.containers if isinstance(container, BarContainer)]
 
 
-def test_bars_are_the_summaries() -> None:
+def test_bars_are_the_estimates() -> None:
     """One bar a row in each group, beside each other around the group's tick, none over another."""
-    summaries = rows(4)
-    figure = corruption_figure(summaries)
+    known = rows(4)
+    figure = corruption_figure(known)
     [axes] = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["clean", "fog", "shot noise"]
-    for container, summary in zip(bars(axes), summaries, strict=True):
-        assert [bar.get_height() for bar in container] == [known.mean for known in summary.corruptions.values()]
-        assert half_lengths(container.errorbar) == pytest.approx(
-            [known.spread for known in summary.corruptions.values()]
-        )
+    for container, line in zip(bars(axes), lines_of(known, "corruptions"), strict=True):
+        assert [bar.get_height() for bar in container] == list(line["mean"])
+        assert half_lengths(container.errorbar) == pytest.approx(list(line["std"]))
     for group in range(3):
         places = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in (each[group] for each in bars(axes))]
         assert all(left[1] <= right[0] + 1e-9 for left, right in pairwise(places))
@@ -199,7 +202,7 @@ def test_error_bars_are_explained_where_there_are_any(seeds: int) -> None:
 
 def test_clean_is_left_wherever_it_comes_and_may_be_missing() -> None:
     found = [result("a", corruptions={"fog": 0.5, "clean": 0.9}), result("b", corruptions={"shear": 0.4}), result("c")]
-    [axes] = corruption_figure(summarise(found)).axes
+    [axes] = corruption_figure(estimates(found)).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["clean", "fog", "shear"]
     heights = [[bar.get_height() for bar in container] for container in bars(axes)]
     assert heights == [
@@ -210,7 +213,7 @@ def test_clean_is_left_wherever_it_comes_and_may_be_missing() -> None:
 
 def test_of_many_rows_the_first_and_even_ranks_of_the_others() -> None:
     """By fog, row i of 16 has rank 7 i mod 16; of ranks 1 to 15, the others', five are even: 1, 4 or 5, 8, …, 15."""
-    shown = [int(summary.row.split()[1]) for summary in spread_out(rows(16))]
+    shown = [int(row.split()[1]) for row in spread_out(by_row(rows(16), "corrupted")["mean"])]
     assert len(shown) == 6
     assert shown == sorted(shown)
     assert shown[0] == 0
@@ -221,24 +224,24 @@ def test_of_many_rows_the_first_and_even_ranks_of_the_others() -> None:
     figure = corruption_figure(rows(16))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"row {index}" for index in shown]
     assert "6 of 16 rows" in figure.get_suptitle()
-    assert spread_out(rows(6)) == rows(6)
+    assert spread_out(by_row(rows(6), "corrupted")["mean"]) == [f"row {index}" for index in range(6)]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_charts_are_pictures(tmp_path: Path) -> None:
-    strange = summarise([result("_a $x^2$ (α = 3)", accuracy={"10": 0.5}, corruptions={"clean": 0.5, "fog": 0.1})])
-    for name, summaries in {"many": rows(16), "strange": strange}.items():
-        label_efficiency(summaries, tmp_path / f"{name}-labels.png")
-        corruption_bars(summaries, tmp_path / f"{name}-bars.png")
+    strange = estimates([result("_a $x^2$ (α = 3)", accuracy={"10": 0.5}, corruptions={"clean": 0.5, "fog": 0.1})])
+    for name, known in {"many": rows(16), "strange": strange}.items():
+        label_efficiency(known, tmp_path / f"{name}-labels.png")
+        corruption_bars(known, tmp_path / f"{name}-bars.png")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 4
     assert all(spread(path) > 0.03 for path in tmp_path.iterdir())
     assert "a \\$x^2\\$" in label_efficiency_figure(strange).legends[0].get_texts()[0].get_text()
 
 
 def test_nothing_was_corrupted(tmp_path: Path) -> None:
-    corruption_bars(summarise([result("a", accuracy={"all": 0.5})]), tmp_path / "bars.png")
+    corruption_bars(estimates([result("a", accuracy={"all": 0.5})]), tmp_path / "bars.png")
     assert spread(tmp_path / "bars.png") > 0.01
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from jobs.evaluation import features
-from jobs.evaluation.features import FeatureRow, Pixels, Plan, View
+from jobs.evaluation.features import FeatureRow, FeatureView, MeasurementPlan
+from jobs.evaluation.learners import Pixels
 from jobs.evaluation.material import Labelled, Material
 from jobs.evaluation.networks import NETWORKS
 from simmatch.data.sources import Dataset
 from simmatch.seeding import seeded
 
-PLAN = Plan((5, None), tuning_images=200, corrupted_images=0, outlier_shares=(0.5,), outlier_images=100)
+PLAN = MeasurementPlan((5, None), tuning_images=200, corrupted_images=0, outlier_shares=(0.5,), outlier_images=100)
 
 
 class Blurred(Pixels):
@@ -29,7 +30,7 @@ class Blurred(Pixels):
         return [block.mean(dim=1, keepdim=True) if self.index == 0 else block for block in blocks], scores
 
 
-ROW = FeatureRow("row", (View("row"),), ("useless", "useful"), lambda index, seed, seen: Blurred(index))
+ROW = FeatureRow("row", (FeatureView("row"),), ("useless", "useful"), lambda index, seed, seen: Blurred(index))
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_settings_are_chosen_without_test_images(material: Material) -> None:
     nothing: Any = None
     blind = replace(material, test=nothing)
     assert features.tune(ROW, blind, PLAN, seed=0) == 1
-    chosen = NETWORKS["lenet"].tune(blind, Plan((5,), 100, 0, (), 0), seed=0)
+    chosen = NETWORKS["lenet"].tune(blind, MeasurementPlan((5,), 100, 0, (), 0), seed=0)
     assert set(chosen) == {"5"}
 
 

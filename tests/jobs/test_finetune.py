@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,20 @@ from scipy import stats
 from cluster.tracking.config import TrackingConfig
 from cluster.tracking.tracker import Tracker
 from jobs import finetune
-from jobs.evaluation import finetuning, finetuning_table
-from jobs.evaluation.finetuning import STARTS, Contest, FinetuneConfig, Outcome, Outcomes, Settings, StartName
-from jobs.evaluation.finetuning_start import Start
-from jobs.evaluation.finetuning_table import Difference, lines_of
-from jobs.evaluation.identity import begun, keep
+from jobs.evaluation import finetuning, finetuning_tables
+from jobs.evaluation.finetuning import (
+    STARTS,
+    ChosenStartSettings,
+    FinetuneConfig,
+    StartName,
+    StartResult,
+    StartResultStore,
+    Trial,
+)
+from jobs.evaluation.finetuning_start import PretrainedFilters
+from jobs.evaluation.finetuning_tables import estimates, paired_difference
 from jobs.evaluation.material import Material
+from jobs.evaluation.resume import has_results, write_identity
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
 from simmatch.data.sources import load_dataset
@@ -51,10 +61,10 @@ def config() -> FinetuneConfig:
 
 
 @pytest.fixture(scope="module")
-def contest(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> Contest:
+def trial(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     material = Material.of(load_dataset(config.data), config.held_out)
     path = tmp_path_factory.mktemp("filters") / "lenet-0.safetensors"
-    return Contest.of(config, "lenet", 0, material, path)
+    return Trial.of(config, "lenet", 0, material, path)
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +78,21 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- pairs -------------------------------------------------------------------------------------------------------------
 
 
-def test_starts_differ_in_their_convolutions_alone(contest: Contest) -> None:
-    nets = {start: contest.net(start) for start in STARTS}
+def test_starts_differ_in_their_convolutions_alone(trial: Trial) -> None:
+    nets = {start: trial.net(start) for start in STARTS}
     for start, net in nets.items():
         for name, values in net.dense.state_dict().items():
             assert torch.equal(values, nets["random"].dense.state_dict()[name]), (start, name)
         for index, convolution in enumerate(net.convolutions):
             learnt = start in ("nsm", "nsm_frozen")
-            expected = contest.start.filters[index][0] if learnt else nets["random"].convolutions[index].weight
+            expected = trial.pretrained.filters[index][0] if learnt else nets["random"].convolutions[index].weight
             assert torch.equal(convolution.weight, expected), (start, index)
     assert not torch.equal(nets["nsm"].convolutions[0].weight, nets["random"].convolutions[0].weight)
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_frozen_convolutions_stay_and_others_move(contest: Contest, start: StartName) -> None:
-    before, after = contest.net(start), contest.trained(3, start, 0)
+def test_frozen_convolutions_stay_and_others_move(trial: Trial, start: StartName) -> None:
+    before, after = trial.net(start), trial.trained(3, start, 0)
     frozen = start.endswith("frozen")
     for old, new in zip(before.convolutions, after.convolutions, strict=True):
         assert torch.equal(old.weight, new.weight) == frozen
@@ -90,92 +100,99 @@ def test_frozen_convolutions_stay_and_others_move(contest: Contest, start: Start
 
 
 def test_starts_are_the_same_when_made_again_and_when_read_again(
-    config: FinetuneConfig, contest: Contest, tmp_path: Path
+    config: FinetuneConfig, trial: Trial, tmp_path: Path
 ) -> None:
-    again = Contest.of(config, "lenet", 0, contest.material, tmp_path / "lenet-0.safetensors")
-    kept = Start.load(tmp_path / "lenet-0.safetensors")
+    again = Trial.of(config, "lenet", 0, trial.material, tmp_path / "lenet-0.safetensors")
+    kept = PretrainedFilters.load(tmp_path / "lenet-0.safetensors")
     assert kept is not None
-    for found in (again.start, kept):
-        for mine, theirs in zip(found.filters, contest.start.filters, strict=True):
+    for found in (again.pretrained, kept):
+        for mine, theirs in zip(found.filters, trial.pretrained.filters, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
-        assert found.agreements == contest.start.agreements
-    other = Contest.of(config, "lenet", 1, contest.material, tmp_path / "lenet-1.safetensors")
-    assert not torch.equal(other.start.filters[0][0], contest.start.filters[0][0])
+        assert found.agreements == trial.pretrained.agreements
+    other = Trial.of(config, "lenet", 1, trial.material, tmp_path / "lenet-1.safetensors")
+    assert not torch.equal(other.pretrained.filters[0][0], trial.pretrained.filters[0][0])
 
 
 def test_a_file_of_something_else_is_no_start(tmp_path: Path) -> None:
-    assert Start.load(tmp_path / "none") is None
+    assert PretrainedFilters.load(tmp_path / "none") is None
     (tmp_path / "torn").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
-    assert Start.load(tmp_path / "torn") is None
+    assert PretrainedFilters.load(tmp_path / "torn") is None
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_students_for_pairs() -> None:
+    """d̄ ± t(0.975, 4) s / √5; the quantile is a table's, not the library's that computes the interval."""
     first, second = [0.71, 0.75, 0.69, 0.74, 0.78], [0.70, 0.72, 0.70, 0.71, 0.73]
-    found = Difference.of(first, second)
-    oracle = stats.ttest_rel(first, second).confidence_interval(0.95)
-    assert found.half is not None
-    assert found.mean - found.half == pytest.approx(100 * oracle.low)
-    assert found.mean + found.half == pytest.approx(100 * oracle.high)
-    assert found.count == 5
+    mean, half = paired_difference(first, second)
+    differences = [1.0, 3.0, -1.0, 3.0, 5.0]
+    assert mean == pytest.approx(statistics.fmean(differences))
+    assert half == pytest.approx(2.776445105 * statistics.stdev(differences) / math.sqrt(5))
+    oracle = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((oracle.low, oracle.high))
+
+
+def test_equal_differences_have_an_interval_of_length_zero() -> None:
+    assert paired_difference([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]) == pytest.approx((10.0, 0.0))
 
 
 def test_one_seed_has_no_interval_and_pairs_must_match() -> None:
-    assert Difference.of([0.5], [0.25]) == Difference(25.0, None, 1)
+    assert paired_difference([0.5], [0.25]) == pytest.approx((25.0, math.nan), nan_ok=True)
     with pytest.raises(ValueError, match="as many seeds of both"):
-        Difference.of([0.5, 0.6], [0.5])
+        paired_difference([0.5, 0.6], [0.5])
     with pytest.raises(ValueError, match="at least one"):
-        Difference.of([], [])
+        paired_difference([], [])
 
 
-def outcome(seed: int, start: StartName, accuracy: float) -> Outcome:
-    return Outcome(network="net", labels=10, seed=seed, start=start, settings=0, accuracy=accuracy)
+def result(seed: int, start: StartName, accuracy: float) -> StartResult:
+    return StartResult(network="net", labels=10, seed=seed, start=start, settings=0, accuracy=accuracy)
 
 
 def test_only_seeds_that_all_starts_have_are_compared() -> None:
-    found = [outcome(seed, start, 0.5 + 0.1 * seed) for start in STARTS for seed in (0, 1)]
-    found.append(outcome(2, "random", 0.0))
-    (line,) = lines_of(found)
-    assert line.accuracy["random"] == pytest.approx([0.5, 0.6])
-    assert {each.count for each in line.differences.values()} == {2}
-    assert lines_of([outcome(0, "nsm", 0.5)]) == []
+    results = [result(seed, start, 0.5 + 0.1 * seed) for start in STARTS for seed in (0, 1)]
+    results.append(result(2, "random", 0.0))
+    known = estimates(results)
+    assert list(known.index) == [("net", 10, start) for start in STARTS]
+    random = known.loc[("net", 10, "random")]
+    assert (random["mean"], random["std"]) == pytest.approx((0.55, 0.1 / math.sqrt(2)))
+    assert set(known["count"]) == {2}
+    assert estimates([result(0, "nsm", 0.5)]).empty
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
 def test_settings_are_those_of_the_highest_mean(tmp_path: Path) -> None:
-    settings = Settings(tmp_path / "settings.json")
+    settings = ChosenStartSettings(tmp_path / "settings.json")
     assert settings.chosen("net", 10, "nsm") is None
     assert settings.choose("net", 10, "nsm", [[0.5, 0.9, 0.6], [0.5, 0.3, 0.7]]) == 2
     assert settings.choose("net", 10, "random", [[0.5, 0.5]]) == 0
-    again = Settings(tmp_path / "settings.json")
+    again = ChosenStartSettings(tmp_path / "settings.json")
     assert (again.chosen("net", 10, "nsm"), again.chosen("net", 10, "random")) == (2, 0)
 
 
-def test_an_outcome_that_cannot_be_read_is_measured_again(tmp_path: Path) -> None:
-    outcomes = Outcomes(tmp_path)
-    outcomes.save(outcome(0, "nsm", 0.5))
-    assert outcomes.load("net", 10, 0, "nsm") == outcome(0, "nsm", 0.5)
+def test_a_result_that_cannot_be_read_is_measured_again(tmp_path: Path) -> None:
+    store = StartResultStore(tmp_path)
+    store.save(result(0, "nsm", 0.5))
+    assert store.load("net", 10, 0, "nsm") == result(0, "nsm", 0.5)
     (file,) = tmp_path.glob("*.json")
     file.rename(tmp_path / "net-10-1-nsm.json")
-    assert outcomes.load("net", 10, 1, "nsm") is None
+    assert store.load("net", 10, 1, "nsm") is None
     file.write_text("{")
-    assert outcomes.load("net", 10, 0, "nsm") is None
+    assert store.load("net", 10, 0, "nsm") is None
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def outcomes_of(run_dir: Path) -> dict[str, Any]:
+def results_of(run_dir: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in (run_dir / "results").glob("*.json")}
 
 
 @pytest.mark.slow
-def test_every_start_has_its_outcome_table_and_figure(run_dir: Path) -> None:
-    found = outcomes_of(run_dir)
+def test_every_start_has_its_result_table_and_figure(run_dir: Path) -> None:
+    found = results_of(run_dir)
     assert sorted(found) == sorted(f"lenet-3-{seed}-{start}" for seed in (0, 1) for start in STARTS)
     assert all(0.1 < each["accuracy"] < 1 for each in found.values())
     text = (run_dir / "table.md").read_text()
@@ -187,44 +204,44 @@ def test_every_start_has_its_outcome_table_and_figure(run_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_call_trains_only_what_is_missing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = outcomes_of(run_dir)
+    before = results_of(run_dir)
     (run_dir / "results" / "lenet-3-1-nsm.json").unlink()
     trained: list[StartName] = []
-    whole = Contest.outcome
+    whole = Trial.result
 
-    def counted(self: Contest, labels: int, start: StartName, settings: int) -> Outcome:
+    def counted(self: Trial, labels: int, start: StartName, settings: int) -> StartResult:
         trained.append(start)
         return whole(self, labels, start, settings)
 
-    monkeypatch.setattr(Contest, "outcome", counted)
-    monkeypatch.setattr(Contest, "tune", lambda *_: pytest.fail("settings were known"))
+    monkeypatch.setattr(Trial, "result", counted)
+    monkeypatch.setattr(Trial, "tune", lambda *_: pytest.fail("settings were known"))
     monkeypatch.setattr(finetuning, "pretrain", lambda *_: pytest.fail("filters were known"))
     assert finetune.main(arguments(run_dir)) == 0
     assert trained == ["nsm"]
-    assert outcomes_of(run_dir) == before
+    assert results_of(run_dir) == before
 
 
 @pytest.mark.slow
 def test_an_interrupted_call_keeps_what_it_found(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = outcomes_of(run_dir)
+    before = results_of(run_dir)
     for name in ("lenet-3-0-nsm", "lenet-3-1-nsm"):
         (run_dir / "results" / f"{name}.json").unlink()
-    whole = Contest.outcome
+    whole = Trial.result
 
-    def interrupted(self: Contest, labels: int, start: StartName, settings: int) -> Outcome:
+    def interrupted(self: Trial, labels: int, start: StartName, settings: int) -> StartResult:
         if self.seed == 1:
             raise KeyboardInterrupt
         return whole(self, labels, start, settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Contest, "outcome", interrupted)
+        patch.setattr(Trial, "result", interrupted)
         assert finetune.main(arguments(run_dir)) == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert "lenet-3-1-nsm" not in outcomes_of(run_dir)
+    assert "the same command continues" in capsys.readouterr().err
+    assert "lenet-3-1-nsm" not in results_of(run_dir)
     assert finetune.main(arguments(run_dir)) == 0
-    assert outcomes_of(run_dir) == before
+    assert results_of(run_dir) == before
 
 
 @pytest.mark.slow
@@ -265,7 +282,7 @@ def test_threads_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_keys_that_a_folder_does_not_know_count_at_their_defaults(config: FinetuneConfig, tmp_path: Path) -> None:
     values = config.comparable()
-    keep(tmp_path, {key: value for key, value in values.items() if key != "tuning_seeds"})
+    write_identity(tmp_path, {key: value for key, value in values.items() if key != "tuning_seeds"})
     (tmp_path / "settings.json").write_text("{}")
     assert finetune.identity(tmp_path, config.model_copy(update={"tuning_seeds": 2}))["tuning_seeds"] == 2
     with pytest.raises(ConfigError, match=r"which differs in tuning_seeds$"):
@@ -286,7 +303,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "exists", denied)
     with pytest.raises(ConfigError, match=r"^--run-dir: expected a folder that can be read, got .*Permission denied"):
-        begun(tmp_path)
+        has_results(tmp_path)
 
 
 def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,30 +322,30 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path, capsys: pytest.
 def test_sigterm_is_an_interruption(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = outcomes_of(run_dir)
+    before = results_of(run_dir)
     for seed in (0, 1):
         (run_dir / "results" / f"lenet-3-{seed}-nsm.json").unlink()
-    whole = Contest.outcome
+    whole = Trial.result
 
-    def ended(self: Contest, labels: int, start: StartName, settings: int) -> Outcome:
+    def ended(self: Trial, labels: int, start: StartName, settings: int) -> StartResult:
         os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, labels, start, settings)
 
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(Contest, "outcome", ended)
+        patch.setattr(Trial, "result", ended)
         assert finetune.main(arguments(run_dir)) == 143
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert finetune.main(arguments(run_dir)) == 0
-    assert outcomes_of(run_dir) == before
+    assert results_of(run_dir) == before
 
 
 def test_the_chart_shows_every_network_and_start() -> None:
-    found = [outcome(seed, start, 0.5 + 0.01 * seed) for start in STARTS for seed in (0, 1)]
-    figure = finetuning_table.difference_figure(lines_of(found))
+    results = [result(seed, start, 0.5 + 0.01 * seed) for start in STARTS for seed in (0, 1)]
+    figure = finetuning_tables.difference_figure(estimates(results))
     (axes,) = figure.axes
     assert axes.get_title() == "net"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        finetuning_table.WORDS[start] for start in STARTS if start != "random"
+        finetuning_tables.WORDS[start] for start in STARTS if start != "random"
     ]

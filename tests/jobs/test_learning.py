@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jobs.evaluation.features import Features, Pixels, PooledFeatures, StackFeatures
-from jobs.evaluation.interface import Shape
+from jobs.evaluation.learners import Shape
 from jobs.evaluation.material import Material
 from jobs.evaluation.readouts import accuracy_of, choose_ridge
 from jobs.evaluation.rivals import RIVALS

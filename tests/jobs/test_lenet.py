@@ -24,7 +24,7 @@ from jobs.evaluation.backprop import (
     train,
     tune,
 )
-from jobs.evaluation.lenet import ContrastConv2d, LeNet, Plan, initialise
+from jobs.evaluation.lenet import ContrastConv2d, LeNet, LeNetSizes, initialise
 from jobs.evaluation.material import Labelled
 from simmatch.data.order import stratified_subset
 from simmatch.data.sources import Dataset, to_unit
@@ -87,7 +87,7 @@ def test_sizes_are_derived(image_size: tuple[int, int], contrast: bool) -> None:
 @pytest.mark.parametrize("image_size", [(7, 8), (28, 7), (1, 1)])
 def test_images_too_small_are_refused(image_size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"expected at least 8 × 8, got {image_size[0]} × {image_size[1]}"):
-        Plan.of(image_size)
+        LeNetSizes.of(image_size)
 
 
 def test_pooling_before_relu_is_the_textbook_network() -> None:

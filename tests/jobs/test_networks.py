@@ -7,12 +7,12 @@ import torch
 
 from jobs.evaluation import networks
 from jobs.evaluation.backprop import TrainSettings
-from jobs.evaluation.features import Plan
+from jobs.evaluation.features import MeasurementPlan
 from jobs.evaluation.material import Material
 from jobs.evaluation.networks import NETWORKS
 from simmatch.data.sources import Dataset
 
-PLAN = Plan((5, None), tuning_images=100, corrupted_images=20, outlier_shares=(0.5,), outlier_images=100)
+PLAN = MeasurementPlan((5, None), tuning_images=100, corrupted_images=20, outlier_shares=(0.5,), outlier_images=100)
 USELESS, USEFUL = TrainSettings(lr=1e-7, least_steps=20, epochs=1), TrainSettings(lr=3e-3, least_steps=80, epochs=3)
 
 
@@ -50,7 +50,7 @@ def test_a_result_for_every_budget(material: Material) -> None:
 
 
 def test_noise_in_half_of_the_images_costs_accuracy(material: Material) -> None:
-    plan = Plan((None,), 100, 0, (0.9,), 300)
+    plan = MeasurementPlan((None,), 100, 0, (0.9,), 300)
     found = NETWORKS["lenet"].with_noise({"all": 1}, material, plan, seed=0)
     assert set(found) == {"0", "0.9"}
     assert found["0"] > found["0.9"] + 0.2

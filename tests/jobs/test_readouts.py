@@ -16,7 +16,6 @@ from jobs.evaluation import kernel_readout
 from jobs.evaluation.kernel_readout import choose_kernel, kernel_path
 from jobs.evaluation.readouts import (
     PENALTIES,
-    accuracy_of,
     choose,
     choose_ridge,
     logistic_path,
@@ -25,6 +24,7 @@ from jobs.evaluation.readouts import (
     scaling_of,
 )
 from simmatch.data.sources import Dataset, to_unit
+from simmatch.readout import accuracy
 
 
 def problem(images: int, size: int = 30, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -55,12 +55,12 @@ def test_the_choice_is_the_best_on_held_out_images() -> None:
     train, held_out = problem(40), problem(300)
     readout, right = choose_ridge(train, held_out, 4)
     every = [
-        accuracy_of(each.scores(held_out[0]), held_out[1])
+        accuracy(each.scores(held_out[0]), held_out[1])
         for power in (1.0, 0.5)
         for each in ridge_path(*train, 4, power=power)
     ]
     assert right == max(every) > min(every)
-    assert right == accuracy_of(readout.scores(held_out[0]), held_out[1])
+    assert right == accuracy(readout.scores(held_out[0]), held_out[1])
     assert readout.penalty in PENALTIES
     assert readout.parameters == 30 * 4 + 4
 
@@ -73,7 +73,7 @@ def test_of_equals_the_stronger_penalty_is_taken() -> None:
 
 
 def test_a_label_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected classes 0 to 3"):
+    with pytest.raises(ValueError, match="expected classes 0 … 3 or -1, got 4"):
         ridge_path(torch.ones(2, 3), torch.tensor([0, 4]), 4)
 
 
@@ -103,7 +103,7 @@ def test_a_logistic_readout_never_answers_a_class_without_images() -> None:
     readout = logistic_path(features, labels + 1, 5, scaling_of(features, 1.0), penalties=(1e-3,))[0]
     answers = readout.scores(features).argmax(dim=1)
     assert set(answers.tolist()) == {1, 2, 3}
-    assert accuracy_of(readout.scores(features), labels + 1) > 0.8
+    assert accuracy(readout.scores(features), labels + 1) > 0.8
 
 
 def test_a_logistic_readout_asks_for_three_classes() -> None:
@@ -115,7 +115,7 @@ def test_of_readouts_the_best_on_held_out_images_is_chosen() -> None:
     train, held_out = problem(40), problem(300)
     path = ridge_path(*train, 4)
     best, right = choose(path, held_out)
-    assert right == max(accuracy_of(each.scores(held_out[0]), held_out[1]) for each in path)
+    assert right == max(accuracy(each.scores(held_out[0]), held_out[1]) for each in path)
     assert any(best is each for each in path)
 
 
@@ -158,10 +158,10 @@ def test_a_kernel_readout_stands_equal_images() -> None:
     twice, both = features.repeat(3, 1), labels.repeat(3)
     for most in (200, 60):
         for each in kernel_path((twice.float(), both), 4, scaling_of(twice.float(), 1.0), 1.0, most=most):
-            assert accuracy_of(each.scores(features.float()), labels) > 0.9
+            assert accuracy(each.scores(features.float()), labels) > 0.9
     same = torch.ones(5, 3)
     alone = kernel_path((same, torch.zeros(5, dtype=torch.int64)), 2, scaling_of(same, 1.0), 1.0)
-    assert all(accuracy_of(each.scores(same), torch.zeros(5, dtype=torch.int64)) == 1.0 for each in alone)
+    assert all(accuracy(each.scores(same), torch.zeros(5, dtype=torch.int64)) == 1.0 for each in alone)
 
 
 def test_an_unfinished_kernel_readout_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +176,9 @@ def test_the_kernel_is_chosen_on_held_out_images() -> None:
     scaling = scaling_of(train[0], 0.5)
     readout, right = choose_kernel(train, held_out, 4, scaling)
     paths = [kernel_path(train, 4, scaling, width) for width in kernel_readout.WIDTHS]
-    every = [accuracy_of(each.scores(held_out[0]), held_out[1]) for path in paths for each in path]
+    every = [accuracy(each.scores(held_out[0]), held_out[1]) for path in paths for each in path]
     assert right == max(every) > min(every)
-    assert right == accuracy_of(readout.scores(held_out[0]), held_out[1])
+    assert right == accuracy(readout.scores(held_out[0]), held_out[1])
     assert readout.width in kernel_readout.WIDTHS
 
 
@@ -188,9 +188,9 @@ def test_a_kernel_reads_what_no_plane_divides() -> None:
     corners = torch.randint(2, (200, 2), generator=generator).double()
     labels = (corners[:, 0] != corners[:, 1]).long()
     features = corners + 0.3 * torch.rand((200, 2), generator=generator, dtype=torch.float64)
-    assert accuracy_of(ridge_path(features, labels, 2)[0].scores(features), labels) < 0.8
+    assert accuracy(ridge_path(features, labels, 2)[0].scores(features), labels) < 0.8
     readout, right = choose_kernel((features, labels), (features, labels), 2, scaling_of(features, 1.0))
-    assert right == accuracy_of(readout.scores(features), labels) == 1.0
+    assert right == accuracy(readout.scores(features), labels) == 1.0
 
 
 def test_neighbours_vote_as_scikit_learns(digits: Dataset) -> None:

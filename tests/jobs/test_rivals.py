@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.evaluation.interface import Shape
+from jobs.evaluation.learners import Shape
 from jobs.evaluation.rivals import RIVALS, Rival, autoencoder, nmf, patches, pynsm
 from jobs.evaluation.rivals.autoencoder import Autoencoder, AutoencoderSettings, Coder
 from jobs.evaluation.rivals.hebbian_wta import HebbianSettings, HebbianWTA, soft_competition

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.readout import READOUTS, Ridge, accuracy, decode, fit_readout
+from simmatch.readout import ReadoutName, Ridge, accuracy, decode, fit_readout
 from simmatch.seeding import seeded
 
 
@@ -28,7 +29,7 @@ def test_decode_names_the_nearest_column() -> None:
     assert accuracy(decode(activity, label), (nearest + 1) % 5) == 0.0
 
 
-@pytest.mark.parametrize("name", READOUTS)
+@pytest.mark.parametrize("name", get_args(ReadoutName))
 def test_a_readout_learns_what_can_be_read(name: str) -> None:
     generator = seeded("readout")
     labels = torch.arange(300) % 3

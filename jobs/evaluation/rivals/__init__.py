@@ -1,4 +1,4 @@
-"""Learners of features that similarity matching is compared with; all satisfy `jobs.evaluation.interface.Learner`.
+"""Learners of features that similarity matching is compared with; all satisfy `jobs.evaluation.learners.Learner`.
 
 To add one write a class with four `candidates` for its settings, and an entry of `RIVALS`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
-from jobs.evaluation.interface import Learner, Shape
+from jobs.evaluation.learners import Learner, Shape
 from jobs.evaluation.rivals.autoencoder import Autoencoder
 from jobs.evaluation.rivals.hebbian_wta import HebbianWTA
 from jobs.evaluation.rivals.kmeans import KMeans

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from jobs.evaluation.interface import Cost, Shape
+from jobs.evaluation.learners import Cost, Shape
 from jobs.evaluation.rivals.patches import Affine, Preprocessing, View, encoded, fitted
 from simmatch.seeding import seeded
 
@@ -32,7 +32,7 @@ class Learnt:
 
 
 class Convolutional(ABC, Generic[SettingsT]):
-    """A `jobs.evaluation.interface.Learner` whose codes are `activity(filters · x̃ + offset)`.
+    """A `jobs.evaluation.learners.Learner` whose codes are `activity(filters · x̃ + offset)`.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jobs.evaluation.interface import Cost, Shape
+from jobs.evaluation.learners import Cost, Shape
 from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
 from jobs.evaluation.rivals.patches import PATCHES, Preprocessing, View, draw_seed, encoded, fitted
 from jobs.evaluation.rivals.visits import enough_passes

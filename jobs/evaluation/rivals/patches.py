@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from jobs.evaluation.interface import Shape
+from jobs.evaluation.learners import Shape
 from simmatch.geometry import PatchConfig, Whitening, drive, explicit, prepare, sample_patches, zca
 
 PATCHES = 200_000

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from jobs.evaluation.interface import Cost
+from jobs.evaluation.learners import Cost
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
 from jobs.evaluation.rivals.patches import Preprocessing, View, fitted

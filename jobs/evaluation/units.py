@@ -1,7 +1,7 @@
-"""A unit of an evaluation: settings chosen for a row, or the row measured with one seed; in any process.
+"""Units of work of a comparison: choose the settings of a row, or measure the row with one seed.
 
-What a unit gives can be sent from process to process, figures as the bytes of their files: nothing is shared but the
-configuration, so units may run side by side (`jobs.evaluation.side_by_side`).
+A `UnitResult` can be sent between processes, figures as the bytes of their files. Units share nothing but the
+configuration, so they may run side by side (`jobs.evaluation.ray_units`).
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from tempfile import TemporaryDirectory
 
 from jobs.evaluation import charts
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.features import Features, StackFeatures
+from jobs.evaluation.features import StackFeatures
+from jobs.evaluation.learners import FeatureLearner, OnProgress
 from jobs.evaluation.material import Material
-from jobs.evaluation.results import Result
+from jobs.evaluation.results import RowResult
 from jobs.evaluation.rows import Row
-from jobs.evaluation.stacks import Seen
 from jobs.figures import filters
 from jobs.reporting import MissingError
 from simmatch.data.sources import load_dataset
 from simmatch.model import Stack
 
 FIGURE_IMAGES = 500
-"""Test images whose activities filters are ordered and scaled by."""
+"""Test images by whose activities filters are ordered and scaled."""
 
-UNSEEN_HELD_OUT = 10
-"""One in so many training images of the unseen data set is held out."""
+HELD_OUT_SHARE = 10
+"""One in so many training images of the second data set is held out."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is done at a time.
+    """One piece of work.
 
     Attributes
     ----------
     row: its name.
-    seed: to measure with; None: choose the row's settings.
+    seed: measure the row with this seed; None: choose the row's settings.
     """
 
     row: str
@@ -49,61 +49,63 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a unit gives.
+class UnitResult:
+    """The result of a unit.
 
     Attributes
     ----------
-    chosen: settings, as `Row.tune` returns them; None where it measured.
-    results: one for each row of the table that the row fills.
+    chosen: settings, as `Row.tune` returns them; None if the unit measures.
+    results: one for each line of the table that the row fills.
     figures: file name → PNG.
-    missing: what the row needs and does not have; it has no results then.
+    missing: what the row needs and this machine lacks; there are no results then.
     """
 
     chosen: object = None
-    results: list[Result] = field(default_factory=list)
+    results: list[RowResult] = field(default_factory=list)
     figures: dict[str, bytes] = field(default_factory=dict)
     missing: str | None = None
     seconds: float = 0.0
 
 
 def load(config: EvaluationConfig) -> tuple[Material, Material | None]:
-    """The images of an evaluation, and those of the unseen data set.
+    """The images of an evaluation, and those of the data set that nothing learns from.
 
     Raises
     ------
     ConfigError, DataError
-        Images that are not there, or too few of them.
+        Images that do not exist, or too few of them.
     """
     material = Material.of(load_dataset(config.data), config.held_out)
     if config.unseen is None:
         return material, None
     dataset = load_dataset(config.unseen)
-    return material, Material.of(dataset, max(1, len(dataset.train_images) // UNSEEN_HELD_OUT))
+    return material, Material.of(dataset, max(1, len(dataset.train_images) // HELD_OUT_SHARE))
 
 
-def perform(rows: Sequence[Row], unit: Unit, chosen: object, material: Material, seen: Seen, *, draw: bool) -> Outcome:
-    """Do what a unit says.
+def run_unit(
+    rows: Sequence[Row], unit: Unit, chosen: object, material: Material, on_progress: OnProgress, *, draw: bool
+) -> UnitResult:
+    """Do the work of a unit.
 
     Parameters
     ----------
     chosen: the row's settings, for a unit that measures.
-    draw: filters, and an image's way through the layers, of a stack.
+    draw: for a stack, the filters, and an image's activities in every layer.
     """
     started = time.monotonic()
     [row] = [each for each in rows if each.name == unit.row]
     try:
         if unit.seed is None:
-            return Outcome(chosen=row.tune(seen), seconds=time.monotonic() - started)
-        results, learner = row.run(chosen, unit.seed, seen)
+            return UnitResult(chosen=row.tune(on_progress), seconds=time.monotonic() - started)
+        results, learner = row.run(chosen, unit.seed, on_progress)
     except MissingError as error:
-        return Outcome(missing=str(error))
+        return UnitResult(missing=str(error))
     figures = _figures(row.name, learner, material) if draw else {}
-    return Outcome(results=results, figures=figures, seconds=time.monotonic() - started)
+    return UnitResult(results=results, figures=figures, seconds=time.monotonic() - started)
 
 
-def _figures(name: str, learner: Features | None, material: Material) -> dict[str, bytes]:
-    """Filters of every layer, and an image's way through them."""
+def _figures(name: str, learner: FeatureLearner | None, material: Material) -> dict[str, bytes]:
+    """Filters of every layer, and an image's activities in it."""
     if not isinstance(learner, StackFeatures):
         return {}
     stack: Stack = learner.learner.stack
