@@ -205,7 +205,7 @@ def difference_figure(known: pd.DataFrame) -> Figure:
         axes.set_title(network.replace("$", r"\$"), fontsize=10)
         axes.set_xlabel("labels per class")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test accuracy less that from random weights, points")
+    panels[0].set_ylabel("test accuracy minus that from random weights, percentage points")
     if len(networks):
         panels[0].legend(fontsize=9, frameon=False)
     figure.suptitle("Starts of the convolutions: paired differences, 95 % intervals over seeds", fontsize=10)

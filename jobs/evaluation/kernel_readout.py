@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.evaluation.readouts import ROWS, Scaling
-from simmatch.labels import check_labels
+from simmatch.labels import one_hot
 from simmatch.readout import accuracy, solve_ridge
 from simmatch.seeding import seeded
 
@@ -104,15 +103,14 @@ def kernel_path(
     Raises
     ------
     ValueError
-        A label out of range, or no images.
+        A label out of range.
     """
     features, labels = labelled
-    check_labels(labels, num_classes, len(features))
     count, exact = len(features), len(features) <= most
     order = torch.arange(count) if exact else torch.randperm(count, generator=seeded("landmarks", 0))[:most]
     landmarks = scaling(features[order])
     rate = width / median_distance(landmarks)
-    targets = F.one_hot(labels, num_classes).to(features.dtype)
+    targets = one_hot(labels, num_classes, features).T
     bias = targets.mean(dim=0)
     square = gaussian(landmarks, landmarks, rate).fill_diagonal_(1.0)
     if exact:

@@ -23,7 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from simmatch.labels import check_labels
+from simmatch.labels import check_labels, one_hot
 from simmatch.readout import accuracy, solve_ridge
 
 POWERS = (1.0, 0.5)
@@ -104,11 +104,10 @@ def ridge_path(
     Raises
     ------
     ValueError
-        A label out of range, or no images.
+        A label out of range.
     """
-    check_labels(labels, num_classes, len(features))
     scaling = scaling_of(features, power)
-    targets = F.one_hot(labels, num_classes).to(features.dtype)
+    targets = one_hot(labels, num_classes, features).T
     bias = targets.mean(dim=0)
     centred = targets - bias
     solve = _by_kernel if len(features) <= features.shape[1] else _by_sums

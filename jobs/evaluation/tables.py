@@ -56,6 +56,8 @@ def _cells(known: pd.DataFrame, form: Callable[[float, float], str], name: str =
 def _by_key(known: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Accuracies of a measure, a column for each key."""
     some = of_measure(known, measure)
+    if some.empty:
+        return pd.DataFrame()
     keys = sorted(some.index.unique("key"), key=key_rank)
     return _cells(some, accuracy_cell).unstack("key", sort=False)[keys]
 
@@ -133,7 +135,7 @@ def shift_tables(known: pd.DataFrame) -> list[Table]:
 
 def comparison_tables(known: pd.DataFrame) -> list[Table]:
     """Every table that has a value."""
-    return [*accuracy_tables(known), *cost_tables(known), *shift_tables(known)]
+    return [] if known.empty else [*accuracy_tables(known), *cost_tables(known), *shift_tables(known)]
 
 
 def markdown(tables: Iterable[Table]) -> str:

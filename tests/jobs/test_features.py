@@ -30,7 +30,7 @@ class Blurred(Pixels):
         return [block.mean(dim=1, keepdim=True) if self.index == 0 else block for block in blocks], scores
 
 
-ROW = FeatureRow("row", (FeatureView("row"),), ("useless", "useful"), lambda index, seed, seen: Blurred(index))
+ROW = FeatureRow("row", (FeatureView("row"),), ("useless", "useful"), lambda index, seed, _: Blurred(index))
 
 
 @pytest.fixture

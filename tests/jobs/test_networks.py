@@ -41,7 +41,7 @@ def test_a_result_for_every_budget(material: Material) -> None:
     assert result.neighbours > 0.8
     again, _ = network.evaluate(chosen, material, PLAN, seed=0)
     assert again.accuracy == result.accuracy
-    under = networks.under_corruption(net, material, 100)
+    under = networks.corrupted_accuracy(net, material, 100)
     assert len(under) == 16
     assert sum(under.values()) / 16 < under["clean"]
     read = networks.transferred(net, material, material.source, (5, 10_000, None), seed=0)
