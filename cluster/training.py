@@ -44,8 +44,8 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import MODEL_FILES, Stack, readable, save_model
 from simmatch.observer import Observer, Phase, Update
 from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.state import of_every_rank
-from simmatch.solvers.bound import SharedFault
 
 PART_OF_LIMITS = 0.25
 """Pause between two signs of life in long work, over the limit on an exchange and on standing still."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simmatch.geometry import PatchConfig, Patches, Whitening
 from simmatch.plasticity import Statistics, Weights
 
 DTYPES = (torch.float32, torch.float64)
@@ -33,6 +34,14 @@ def check_images(x: Any, in_channels: int, weights: Tensor) -> None:
             "images: expected a tensor without gradient, for a layer learns without any, got one that requires it "
             "(detach it, or call the layer under torch.no_grad())"
         )
+
+
+def check_patches(patches: Patches, config: PatchConfig, whitening: Whitening | None) -> None:
+    """Raise ValueError unless a layer of these patches, with the tensors of this whitening, prepared them."""
+    theirs = patches.whitening
+    same = theirs is None if whitening is None else theirs is not None and theirs.matrix is whitening.matrix
+    if not same or patches.config != config:
+        raise ValueError(f"patches: expected some that this layer prepared, with {config}, got {patches.config}")
 
 
 def check_some(images: int) -> None:

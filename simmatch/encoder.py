@@ -177,7 +177,7 @@ def _draw(layer: SimilarityMatchingConv2d, images: Tensor) -> Tensor:
 def _empty_response(layer: SimilarityMatchingConv2d) -> Tensor:
     """y*(v = 0), [K]."""
     nothing = layer.feedforward.new_zeros(1, layer.patch.patch_size)
-    return true_activities(layer, Patches(None, None, nothing, (1, 1), whitened=not layer.whiten)).squeeze(1)
+    return true_activities(layer, layer.explicit_patches(nothing, whitened=False)).squeeze(1)
 
 
 @torch.no_grad()

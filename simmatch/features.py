@@ -158,7 +158,7 @@ class LayerInputs:
         """Patches of the images with these indices, the same on every rank; of drawn positions, if so configured."""
         if self._cache is not None:
             features = self._cache[chosen.to(self._cache.device)]
-            return Patches(None, None, features, (1, 1)) if features.ndim == 2 else self._prepare(features)
+            return self._layer.explicit_patches(features) if features.ndim == 2 else self._prepare(features)
         if self._below is None:
             return self._prepare(self._store.images(chosen))
         exchange = self._store.exchange

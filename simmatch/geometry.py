@@ -82,11 +82,25 @@ class PatchConfig:
 
 
 @dataclass(frozen=True)
+class Whitening:
+    """Π [P, P], symmetric, and μ [P] of x̃ = Π (x_normalised − μ)."""
+
+    matrix: Tensor
+    mean: Tensor
+
+    @property
+    def offset(self) -> Tensor:
+        """Π μ, [P]."""
+        return self.matrix @ self.mean
+
+
+@dataclass(frozen=True)
 class Patches:
     """Input of a layer, ready for drives and statistics: images with their contrast, or explicit patches.
 
     Attributes
     ----------
+    config, whitening: of the layer that prepared them.
     images: [B, C, H, W], or None where `matrix` is used.
     inverse_scale: [B, 1, H', W'], 1/s of each patch, or None for 1.
     matrix: [N, P], the patches themselves, where the kernel covers the map (N = B) or only some positions of each
@@ -95,10 +109,12 @@ class Patches:
     whitened: whether `matrix` holds x̃; else it is still to be whitened, which drives and statistics fold.
     """
 
-    images: Tensor | None
-    inverse_scale: Tensor | None
-    matrix: Tensor | None
+    config: PatchConfig
+    whitening: Whitening | None
     map_size: tuple[int, int]
+    images: Tensor | None = None
+    inverse_scale: Tensor | None = None
+    matrix: Tensor | None = None
     whitened: bool = True
 
     @property
@@ -123,19 +139,6 @@ class Patches:
         return replace(self, images=self.images[chosen], inverse_scale=scale)
 
 
-@dataclass(frozen=True)
-class Whitening:
-    """Π [P, P], symmetric, and μ [P] of x̃ = Π (x_normalised − μ)."""
-
-    matrix: Tensor
-    mean: Tensor
-
-    @property
-    def offset(self) -> Tensor:
-        """Π μ, [P]."""
-        return self.matrix @ self.mean
-
-
 def prepare(
     images: Tensor, config: PatchConfig, whitening: Whitening | None = None, positions: Tensor | None = None
 ) -> Patches:
@@ -149,11 +152,14 @@ def prepare(
     if positions is not None:
         positions = positions.to(images.device)
         batch = torch.arange(len(images), device=images.device).repeat_interleave(positions.shape[1])
-        found = transform(config.convolution.gather(images, batch, positions.flatten()), config)
-        return Patches(None, None, found, (1, positions.shape[1]), whitened=whitening is None)
+        matrix = transform(config.convolution.gather(images, batch, positions.flatten()), config)
+        map_size = (1, positions.shape[1])
+        return Patches(config, whitening, map_size, matrix=matrix, whitened=whitening is None)
     if map_size == (1, 1) and config.padding == 0 and images.shape[2:] == (config.kernel_size,) * 2:
-        return Patches(None, None, transform(rearrange(images, "b c h w -> b (c h w)"), config, whitening), map_size)
-    return Patches(images, inverse_contrast(images, config) if config.contrast else None, None, map_size)
+        matrix = transform(rearrange(images, "b c h w -> b (c h w)"), config, whitening)
+        return Patches(config, whitening, map_size, matrix=matrix)
+    scale = inverse_contrast(images, config) if config.contrast else None
+    return Patches(config, whitening, map_size, images=images, inverse_scale=scale)
 
 
 def draw_positions(count: int, batch_size: int, map_size: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -202,10 +208,9 @@ def transform(patches: Tensor, config: PatchConfig, whitening: Whitening | None 
     return patches
 
 
-def explicit(
-    patches: Patches, config: PatchConfig, whitening: Whitening | None = None, *, images: int | None = None
-) -> Tensor:
+def explicit(patches: Patches, *, images: int | None = None) -> Tensor:
     """x̃ of the first `images` images (None: all) as a matrix [N', P]; for looks at a few images, not for learning."""
+    config, whitening = patches.config, patches.whitening
     chosen = patches.of_images(slice(images))
     if chosen.matrix is not None:
         found = chosen.matrix
@@ -216,7 +221,7 @@ def explicit(
     return found if whitening is None or already else (found - whitening.mean) @ whitening.matrix.T
 
 
-def drive(patches: Patches, feedforward: Tensor, config: PatchConfig, whitening: Whitening | None = None) -> Tensor:
+def drive(patches: Patches, feedforward: Tensor) -> Tensor:
     """W x̃ for every patch.
 
     Parameters
@@ -230,7 +235,7 @@ def drive(patches: Patches, feedforward: Tensor, config: PatchConfig, whitening:
     weight = rearrange(feedforward, "k c h w -> k (c h w)")
     if patches.matrix is not None and patches.whitened:
         return weight @ patches.matrix.T
-    offset = None
+    config, whitening, offset = patches.config, patches.whitening, None
     if whitening is not None:
         offset = -(weight @ whitening.offset)
         weight = weight @ whitening.matrix
@@ -243,8 +248,9 @@ def drive(patches: Patches, feedforward: Tensor, config: PatchConfig, whitening:
     return config.convolution.forward(patches.images, weight.reshape(feedforward.shape), patches.inverse_scale, offset)
 
 
-def correlate(patches: Patches, y: Tensor, config: PatchConfig, whitening: Whitening | None = None) -> Tensor:
+def correlate(patches: Patches, y: Tensor) -> Tensor:
     """Σ over columns of y x̃ᵀ: y [K_g, N] → [K_g, C, k, k]."""
+    config, whitening = patches.config, patches.whitening
     shape = (y.shape[0], config.in_channels, config.kernel_size, config.kernel_size)
     if patches.matrix is not None:
         product = y @ patches.matrix
@@ -253,8 +259,8 @@ def correlate(patches: Patches, y: Tensor, config: PatchConfig, whitening: White
         total = y.sum(dim=1, keepdim=True)
     else:
         assert patches.images is not None
-        found = config.convolution.weight_gradient(patches.images, y, patches.inverse_scale)
-        product, total = found[:, :-1], found[:, -1:]
+        gradient = config.convolution.weight_gradient(patches.images, y, patches.inverse_scale)
+        product, total = gradient[:, :-1], gradient[:, -1:]
         if config.contrast:
             product = product - product.mean(dim=1, keepdim=True)
     if whitening is not None:

@@ -27,14 +27,16 @@ def check_labels(labels: Any, num_classes: int, images: int) -> None:
         raise ValueError(f"labels: expected classes 0 … {num_classes - 1} or {UNLABELLED}, got {worst}")
 
 
-def one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
+def one_hot(labels: Tensor, num_classes: int, like: Tensor, *, images: int | None = None) -> Tensor:
     """z [num_classes, B] of labels [B], on the device and in the dtype of `like`: zero columns where unlabelled.
+
+    images: B, if it is known.
 
     Raises
     ------
     ValueError
-        Labels that are not integers in 0 … num_classes − 1 or `UNLABELLED`.
+        Labels that are not integers [B] in 0 … num_classes − 1 or `UNLABELLED`.
     """
-    check_labels(labels, num_classes, len(labels))
+    check_labels(labels, num_classes, len(labels) if images is None else images)
     classes = torch.arange(num_classes, device=like.device)
     return (rearrange(labels.to(classes), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(like.dtype)

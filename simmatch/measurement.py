@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from simmatch.geometry import Patches
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.columns import split_columns
+from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.gathered_state import gather_columns
 from simmatch.solvers.dynamics import Solution
-
-if TYPE_CHECKING:
-    from simmatch.layer import SimilarityMatchingConv2d
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,17 @@ def measure(
 
     Where columns are split, an exchange brings the first of them together, about `columns`, for the objective.
     """
-    across = layer.sharing.across
+    exchange = layer.sharing.column_exchange
     total = patches.batch_size * patches.positions
     first = min(total, max(1, columns // patches.positions) * patches.positions)  # whole images
-    counts = [max(0, min(part.stop, first) - part.start) for part in split_columns(total, across.world_size)]
+    counts = [max(0, min(part.stop, first) - part.start) for part in split_columns(total, exchange.world_size)]
     singles = [
         float(solution.residual.amax()) if solution.residual.numel() else 0.0,
         float(solution.num_iters),
         float((solution.y > 0).sum()) / (layer.out_channels * total),
     ]
-    y, gathered = gather_columns(solution.y[:, : counts[across.rank]], singles, counts, across)
+    own = solution.y[:, : counts[exchange.rank]]
+    y, gathered = gather_columns(own, singles, counts, exchange, LocalFault(exchange))
     residual, num_iters, active = gathered.T
     return Measurement(
         objective=layer.objective(patches, y, labels, columns=columns),

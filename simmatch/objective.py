@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simmatch.batch import Batch
 from simmatch.config import PlasticityConfig
+from simmatch.geometry import explicit
 from simmatch.plasticity import Statistics, start_share
 
 FORGOTTEN = 0.1
@@ -42,6 +44,15 @@ def similarity_objective(x: Tensor, y: Tensor, z: Tensor | None = None, alpha: f
     reference = _squared_gram(source)
     value = reference - 2 * _squared_cross(target, source) + _squared_gram(target)
     return value / reference.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def batch_objective(batch: Batch, y: Tensor, alpha: float, *, columns: int) -> float:
+    """`similarity_objective` on the first images of a batch, at least one and about `columns` columns; y: [K, N]."""
+    positions = batch.patches.positions
+    images = min(batch.patches.batch_size, max(1, columns // positions))
+    z = None if batch.z is None else batch.z[:, :images].repeat_interleave(positions, dim=1)
+    x = explicit(batch.patches, images=images)
+    return float(similarity_objective(x, y[:, : images * positions], z, alpha))
 
 
 def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> bool:

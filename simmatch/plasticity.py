@@ -25,6 +25,7 @@ from einops import einsum
 from torch import Tensor
 
 from simmatch.config import PlasticityConfig
+from simmatch.seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,47 @@ class Weights:
     feedforward: Tensor
     lateral: Tensor
     label: Tensor
+
+
+def draw_filter(seed: int, channel: int, draw: int, like: Tensor) -> Tensor:
+    """A row [C, k, k] of W, like the rows of `like` [K_g, C, k, k]: Gaussian of expected norm 1.
+
+    draw: 0 at birth, the count of updates at a revival. The same on any number of shards.
+    """
+    generator, shape = seeded("feedforward", seed, channel, draw), like.shape[1:]
+    row = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (row / math.sqrt(shape.numel())).to(like)
+
+
+def dead_channels(silent: Tensor, inhibition: Tensor, config: PlasticityConfig) -> Tensor:
+    """[K_g], true for channels that were silent for too long, or have forgotten all activity.
+
+    The second happens to a channel that is silent for one batch where η/τ = 1.
+
+    Parameters
+    ----------
+    silent: [K_g], updates in a row in which the channel was silent.
+    inhibition: [K_g], M_ii: 0 inhibits nothing.
+    """
+    return (silent >= config.dead_after) | (inhibition <= 0)
+
+
+def settled_label(label: Tensor, yz: Tensor, zz: Tensor) -> Tensor:
+    """V at the length of label-free activity: g V with g = ⟨C, V⟩ / ⟨V, V⟩, C the class means.
+
+    While labels drive the activities V grows with them, and would be too long for the label-free activity that decoding
+    compares it with. One number g moves: the least-squares length. The class means themselves decode worse (see
+    `LOG.md`).
+
+    Parameters
+    ----------
+    label: [K, num_classes], V of all channels.
+    yz: [K, num_classes]; zz: [num_classes, num_classes]: sums as in `Statistics`, over label-free activities.
+        Classes without images count for nothing.
+    """
+    means = yz / zz.diagonal().clamp(min=1.0)
+    known = label * (zz.diagonal() > 0)
+    return label * ((means * known).sum() / known.square().sum().clamp(min=torch.finfo(label.dtype).tiny))
 
 
 def learning_rate(config: PlasticityConfig, update: int) -> float:

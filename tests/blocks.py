@@ -10,6 +10,8 @@ from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, join_rows, split_rows
 from simmatch.solvers.block import Blocks, BlockTile, iterate_block
 from simmatch.solvers.bound import certify_afresh
+from simmatch.solvers.dynamics import course
+from tests.exchanges import held
 
 
 def solve_blocks(
@@ -34,8 +36,8 @@ def solve_blocks(
             where = waiting.pop(0)
             tile = BlockTile(rows, where.stop - where.start, exchange, own_drive, config)
             own = None if start is None else start[rows.start : rows.stop, where]
-            tile.start(own_drive[:, where], blocks, config, fault, own)
-            generator = iterate_block(tile, blocks, config, exchange, fault)
+            tile.start(own_drive[:, where], blocks, config, own)
+            generator = course(tile, iterate_block(tile, blocks, config, exchange), exchange, held(fault, exchange))
             running.append((where, tile, generator, next(generator)))
         where, tile, generator, handle = running.pop(0)
         handle.wait()

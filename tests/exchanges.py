@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.faults import LocalFault
+
 T = TypeVar("T")
 
 TIMEOUT_S = 20.0
@@ -117,6 +120,15 @@ class ThreadExchange:
         self.bytes_exchanged += slice_bytes * (self.world_size - 1)
         self.board.post(page, self.rank, own)
         return page
+
+
+def held(error: Exception | None, exchange: Exchange) -> LocalFault:
+    """A fault that holds this exception of its owner, if any; an owner alone raises it."""
+    fault = LocalFault(exchange)
+    with fault:
+        if error is not None:
+            raise error
+    return fault
 
 
 def run_owners(

@@ -208,7 +208,7 @@ def inject(kind: Kind, layer: SimilarityMatchingConv2d) -> None:
     if kind == "error":
         raise InjectedError("injected")
     elif kind == "exception":
-        layer._statistics = _raise  # type: ignore[method-assign]
+        layer._learnt = _raise  # type: ignore[method-assign]
     elif kind == "explode":
         with torch.no_grad():
             layer.feedforward *= 1e6

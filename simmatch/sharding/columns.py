@@ -15,7 +15,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor
 
-from simmatch.geometry import PatchConfig, Patches
+from simmatch.batch import Batch
+from simmatch.geometry import Patches
 
 
 @dataclass(frozen=True)
@@ -38,38 +39,36 @@ def split_columns(total: int, parts: int) -> list[Columns]:
 
 
 @dataclass(frozen=True)
-class Touched:
-    """The part of a batch that a range of columns touches: images, and of a single image the rows of its map.
+class BatchPart:
+    """The part of a batch that holds a range of columns: some images, or some rows of the map of a single one.
 
     Attributes
     ----------
-    patches: of this part only.
-    images: which images of the batch they are.
+    batch: this part only.
     inside: the range among this part's columns. The other columns' drive may be wrong; their activity is zero.
     """
 
-    patches: Patches
-    images: slice
+    batch: Batch
     inside: slice
 
     @classmethod
-    def by(cls, columns: Columns, patches: Patches, config: PatchConfig) -> Touched:
-        """The part of a batch that `columns` touch; some image where they are none."""
-        first = min(columns.start // patches.positions, patches.batch_size - 1)
-        images = slice(first, max(first + 1, -(-columns.stop // patches.positions)))
-        start, chosen = columns.start - first * patches.positions, patches.of_images(images)
-        if chosen.batch_size == 1 and columns.count > 0:
-            chosen, before = crop(chosen, start, start + columns.count, config)
-            start -= before
-        return cls(chosen, images, slice(start, start + columns.count))
+    def covering(cls, columns: Columns, batch: Batch) -> BatchPart:
+        """The part of a batch that holds `columns`; some image where they are none."""
+        positions = batch.patches.positions
+        first = min(columns.start // positions, batch.patches.batch_size - 1)
+        part = batch.of_images(slice(first, max(first + 1, -(-columns.stop // positions))))
+        start = columns.start - first * positions
+        if part.patches.batch_size == 1 and columns.count > 0:
+            cropped, before = crop(part.patches, start, start + columns.count)
+            part, start = Batch(cropped, part.z), start - before
+        return cls(part, slice(start, start + columns.count))
 
     def with_zeros(self, y: Tensor) -> Tensor:
         """Activities [K, n] of the range → of all columns of this part, zero outside the range."""
-        total = self.patches.batch_size * self.patches.positions
-        return F.pad(y, (self.inside.start, total - self.inside.stop))
+        return F.pad(y, (self.inside.start, self.batch.columns - self.inside.stop))
 
 
-def crop(patches: Patches, start: int, stop: int, config: PatchConfig) -> tuple[Patches, int]:
+def crop(patches: Patches, start: int, stop: int) -> tuple[Patches, int]:
     """Part of a single image's patches that holds columns `start` … `stop` − 1: whole rows of its map.
 
     Returns
@@ -77,6 +76,7 @@ def crop(patches: Patches, start: int, stop: int, config: PatchConfig) -> tuple[
     The part, and how many columns come before it. On its outermost rows zero padding may stand in for the image, but
     never on a row of the columns asked for.
     """
+    config = patches.config
     if patches.matrix is not None:
         return replace(patches, matrix=patches.matrix[start:stop], map_size=(1, stop - start)), start
     if patches.images is None or config.padding >= config.kernel_size:

@@ -6,8 +6,8 @@ Where columns are split, an update moves two buffers of equal slices, one slice 
     statistics  rows of Σ y xᵀ, Σ y yᵀ, Σ y zᵀ           all-to-all, then summed by the rows' owner in the order of
                                                          ranks: a reduce-scatter whose result repeats bit by bit
 
-Together 2 K (K + P) values, a little more with labels and padding. Behind every slice rides its owner's mark: an
-exception or a non-finite value of one owner is raised by all, at the same exchange.
+Together 2 K (K + P) values, a little more with labels and padding. Behind every slice rides its owner's status: a
+fault of one owner is raised by all, at the same exchange (`simmatch.sharding.faults`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from torch import Tensor
 
 from simmatch.plasticity import Statistics, Weights
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.faults import LocalFault, raise_shared, status_of
 from simmatch.sharding.rows import Rows, join_rows, split_rows
-from simmatch.solvers.bound import SharedFault, raise_shared
-
-HEALTHY, EXCEPTION, NON_FINITE = 0.0, 1.0, 2.0
-"""Marks that ride behind a slice."""
 
 
 class Slices:
@@ -42,28 +39,9 @@ class Slices:
         self.singles = self.flat[:, height * width :]
 
     @property
-    def marks(self) -> Tensor:
+    def statuses(self) -> Tensor:
         """[G], the last single value of every slice."""
         return self.singles[:, -1]
-
-
-def mark_of(fault: Exception | None) -> float:
-    """An owner of all channels who solves alone meets a `SharedFault` only where values are not finite."""
-    if fault is None:
-        return HEALTHY
-    return NON_FINITE if isinstance(fault, SharedFault) else EXCEPTION
-
-
-def mark_if_not_finite(marks: Tensor, values: Tensor) -> None:
-    """Set `marks`, a view, where `values` has NaN or infinity anywhere; one pass, no wait for a device."""
-    least, largest = values.aminmax()
-    marks.masked_fill_(~(least.isfinite() & largest.isfinite()), NON_FINITE)
-
-
-def raise_marked(marks: Tensor, what: str, fault: Exception | None = None) -> None:
-    """Raise on all owners what the marks [G] say; `fault` is this owner's own exception, if any."""
-    raise_shared(marks == EXCEPTION, "exception", fault)
-    raise_shared(marks == NON_FINITE, f"non-finite {what}", fault)
 
 
 class GatheredState:
@@ -93,25 +71,24 @@ class GatheredState:
         widths = self.widths[: 3 if label else 2]
         buffer, rank = self._slices(sum(widths), own.lateral), self.exchange.rank
         _fill(buffer.table[rank], [own.feedforward.flatten(1), own.lateral, own.label], widths)
-        buffer.marks[rank] = HEALTHY
-        mark_if_not_finite(buffer.marks[rank], buffer.table[rank])
+        buffer.statuses[rank] = status_of(buffer.table[rank])
         self.exchange.all_gather(buffer.flat).wait()
-        raise_marked(buffer.marks, "weights")
+        raise_shared(buffer.statuses, "weights")
         feedforward, lateral, *rest = (
             join_rows(part, self.rows.total) for part in torch.split(buffer.table, widths, dim=2)
         )
         whole_label = rest[0] if label else lateral.new_zeros(self.rows.total, self.widths[2])
         return Weights(feedforward.view(-1, *self.filters), lateral, whole_label)
 
-    def statistics(self, sums: Statistics | None, like: Tensor, fault: Exception | None = None) -> Statistics:
+    def statistics(self, sums: Statistics | None, like: Tensor, fault: LocalFault) -> Statistics:
         """Sums over own columns for all K rows → sums over all columns for own rows.
 
         Parameters
         ----------
         sums: yx [K, C, k, k], yy [K, K], yz [K, num_classes] over own columns; zz and count, which take no activities,
-            over the whole batch already: every owner knows them. None only with a fault.
+            over the whole batch already: every owner knows them. None where the fault holds an exception.
         like: a tensor of their dtype and device.
-        fault: this owner's exception, if it has one; then all owners raise.
+        fault: holds this owner's exception, if it has one.
 
         Raises
         ------
@@ -119,15 +96,15 @@ class GatheredState:
             On all owners, where one has a fault or sums that are not finite.
         """
         sent, received = (self._slices(sum(self.widths), like) for _ in range(2))
-        sent.marks.fill_(mark_of(fault))
         if sums is not None:
             tensors = [sums.yx.flatten(1), sums.yy, sums.yz]
             for table, part in zip(sent.table, self._parts, strict=True):
                 _fill(table, [tensor[part.start : part.stop] for tensor in tensors], self.widths)
-            mark_if_not_finite(sent.marks, sent.table)  # every owner hears of what any of them would get
+            sent.statuses.copy_(status_of(sent.table))  # every owner hears of what any of them would get
+        fault.mark(sent.statuses)
         self.exchange.all_to_all(received.flat, sent.flat).wait()
-        raise_marked(received.marks, "activities or statistics", fault)
-        assert sums is not None  # else this owner's own mark has been raised
+        fault.raise_shared(received.statuses, "activities or statistics")
+        assert sums is not None  # else this owner's own status has been raised
         total = received.table[0, : self.rows.count]
         for other in received.table[1:, : self.rows.count]:
             total += other
@@ -135,14 +112,14 @@ class GatheredState:
         return Statistics(yx.view(-1, *self.filters), yy, yz, sums.zz, sums.count)
 
     def _slices(self, width: int, like: Tensor) -> Slices:
-        """Slices of the padded rows with one mark."""
+        """Slices of the padded rows with a status."""
         return Slices(self.exchange.world_size, self.rows.padded, width, 1, like)
 
 
 def _fill(table: Tensor, tensors: Sequence[Tensor], widths: Sequence[int]) -> None:
     """Write rows of tensors side by side into the first rows of a table [padded, Σ widths]."""
-    for place, tensor in zip(torch.split(table, list(widths), dim=1), tensors, strict=False):
-        place[: tensor.shape[0]] = tensor
+    for target, tensor in zip(torch.split(table, list(widths), dim=1), tensors, strict=False):
+        target[: tensor.shape[0]] = tensor
 
 
 def gather_columns(
@@ -150,7 +127,7 @@ def gather_columns(
     singles: Sequence[float],
     counts: Sequence[int],
     exchange: Exchange,
-    fault: Exception | None = None,
+    fault: LocalFault,
 ) -> tuple[Tensor, Tensor]:
     """Columns of every owner side by side, and single values of every owner.
 
@@ -159,7 +136,7 @@ def gather_columns(
     values: [h, n], own columns.
     singles: s numbers of this owner.
     counts: n of every owner.
-    fault: this owner's exception, if it has one; then all owners raise.
+    fault: holds this owner's exception, if it has one.
 
     Returns
     -------
@@ -172,8 +149,9 @@ def gather_columns(
     """
     slices = Slices(exchange.world_size, values.shape[0], max(counts), len(singles) + 1, values)
     slices.table[exchange.rank, :, : values.shape[1]] = values
-    slices.singles[exchange.rank] = values.new_tensor([*singles, mark_of(fault)])
+    slices.singles[exchange.rank] = values.new_tensor([*singles, 0.0])
+    fault.mark(slices.statuses[exchange.rank])
     exchange.all_gather(slices.flat).wait()
-    raise_marked(slices.marks, "activities", fault)
+    fault.raise_shared(slices.statuses, "activities")
     joined = torch.cat([table[:, :count] for table, count in zip(slices.table, counts, strict=True)], dim=1)
     return joined, slices.singles[:, :-1]

@@ -11,65 +11,70 @@ One owner runs the same code with nothing to move.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from simmatch.batch import Batch, batch_drive, batch_statistics, with_totals
 from simmatch.config import DynamicsConfig
-from simmatch.geometry import Patches
 from simmatch.plasticity import Statistics, Weights
-from simmatch.sharding.columns import Columns, Touched, split_columns
+from simmatch.sharding.columns import BatchPart, Columns, split_columns
 from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.gathered_state import GatheredState, gather_columns
 from simmatch.sharding.rows import Rows
 from simmatch.solvers.bound import Bound
 from simmatch.solvers.dynamics import Dynamics, Solution
 
-if TYPE_CHECKING:
-    from simmatch.layer import SimilarityMatchingConv2d
+
+@dataclass(frozen=True)
+class OwnState:
+    """What an owner brings to the solution of a batch.
+
+    Attributes
+    ----------
+    weights: own rows.
+    bound: of λmax(M).
+    alpha: α; None where labels do not act on the activities.
+    """
+
+    weights: Weights
+    bound: Bound
+    alpha: Tensor | None
 
 
 class RowSharing:
     """Every owner holds all columns of its own rows.
 
+    Parameters
+    ----------
+    alone: whether there will never be other owners, so that `solver: auto` may choose what cannot be shared.
+
     Attributes
     ----------
-    across: the owners that columns are split over: none but this one.
-
-    alone: whether there will never be other owners, so that `solver: auto` may choose what cannot be shared.
+    column_exchange: the way to the owners that columns are split over: none but this one.
     """
 
-    across: Exchange = IDENTITY
+    column_exchange: Exchange = IDENTITY
 
     def __init__(self, dynamics: DynamicsConfig, rows: Rows, exchange: Exchange, *, alone: bool = False) -> None:
         self._rows, self._solver, self._alone = rows, Dynamics(dynamics, rows, exchange), alone
 
-    def solve(
-        self, layer: SimilarityMatchingConv2d, patches: Patches, labels: Tensor | None, *, fixed: bool = False
-    ) -> Solution:
+    def solve(self, batch: Batch, state: OwnState, fault: LocalFault, *, fixed: bool = False) -> Solution:
         """Columns of all owners: y [K, N], residual [N]. An exception met here reaches all owners."""
-        own_drive = layer.lateral.new_zeros(self._rows.count, patches.batch_size * patches.positions)
-        fault: Exception | None = None
-        try:
-            layer.check_batch(patches.batch_size, labels)
-            own_drive = layer.drive(patches, labels)
-        except Exception as error:
-            fault = error
-        return self._solver.solve(
-            own_drive, layer.lateral, layer.bound, fixed=fixed, fault=fault, alone=self._alone or None
-        )
+        lateral = state.weights.lateral
+        drive = lateral.new_zeros(self._rows.count, batch.columns)
+        with fault:
+            drive = batch_drive(batch, state.weights, state.alpha)
+        return self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=fault, alone=self._alone or None)
 
-    def learn(
-        self, layer: SimilarityMatchingConv2d, patches: Patches, labels: Tensor | None
-    ) -> tuple[Solution, Statistics | None, Exception | None]:
-        """The columns' solution, and the statistics of own rows or the exception that kept this owner from them."""
-        solution = self.solve(layer, patches, labels)
-        try:
-            return solution, layer._statistics(patches, solution.y, labels, self._rows), None
-        except Exception as error:
-            return solution, None, error
+    def learn(self, batch: Batch, state: OwnState, fault: LocalFault) -> tuple[Solution, Statistics | None]:
+        """The columns' solution, and the statistics of own rows; None if the fault now holds why there are none."""
+        solution, statistics = self.solve(batch, state, fault), None
+        with fault:
+            statistics = batch_statistics(batch, solution.y, self._rows, state.weights.label.shape[1])
+        return solution, statistics
 
 
 class ColumnSharing:
@@ -77,7 +82,7 @@ class ColumnSharing:
 
     Attributes
     ----------
-    across: the owners that columns are split over.
+    column_exchange: the way to the owners that columns are split over.
     """
 
     def __init__(
@@ -88,83 +93,55 @@ class ColumnSharing:
         filters: tuple[int, int, int],
         num_classes: int,
     ) -> None:
-        self.across = exchange
-        self._all_rows = Rows.all(rows.total)
+        self.column_exchange = exchange
+        self._all_rows, self._num_classes = Rows.all(rows.total), num_classes
         self._solver = Dynamics(dynamics, self._all_rows)
         self._state = GatheredState(rows, exchange, filters, num_classes)
 
-    def solve(
-        self, layer: SimilarityMatchingConv2d, patches: Patches, labels: Tensor | None, *, fixed: bool = False
-    ) -> Solution:
+    def solve(self, batch: Batch, state: OwnState, fault: LocalFault, *, fixed: bool = False) -> Solution:
         """Columns of all owners: y [K, N], residual [N]; they are gathered, which learning does not need."""
-        bound, weights = layer.bound, self._weights(layer)
-        columns = self._columns(patches)
-        own, fault = _unsolved(layer, columns), None
+        weights = self._weights(state)
+        shares = split_columns(batch.columns, self.column_exchange.world_size)
+        columns = shares[self.column_exchange.rank]
+        own = _unsolved(weights, columns)
         if columns.total == 0:
             return own
-        try:
-            layer.check_batch(patches.batch_size, labels)
-            own = self._solve(layer, Touched.by(columns, patches, layer.patch), labels, weights, bound, fixed=fixed)
-        except Exception as error:
-            fault = error
+        with fault:
+            own = self._solve(BatchPart.covering(columns, batch), weights, state, fixed=fixed)
         values = torch.cat([own.y, own.residual.unsqueeze(0)])
-        counts = [part.count for part in split_columns(columns.total, self.across.world_size)]
-        joined, singles = gather_columns(values, [own.num_iters], counts, self.across, fault)
+        counts = [share.count for share in shares]
+        joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, fault)
         return Solution(joined[:-1], int(singles.amax()), joined[-1])
 
-    def learn(
-        self, layer: SimilarityMatchingConv2d, patches: Patches, labels: Tensor | None
-    ) -> tuple[Solution, Statistics | None, Exception | None]:
+    def learn(self, batch: Batch, state: OwnState, fault: LocalFault) -> tuple[Solution, Statistics | None]:
         """Own columns' solution, y [K, n] and residual [n], and the statistics of own rows over all columns.
 
-        What goes wrong on an owner is raised here by all of them.
+        An exception met here is raised here by all owners.
         """
-        bound, weights = layer.bound, self._weights(layer)
-        columns = self._columns(patches)
-        solution, sums, fault = _unsolved(layer, columns), None, None
-        try:
-            layer.check_batch(patches.batch_size, labels)
-            touched = Touched.by(columns, patches, layer.patch)
-            solution = self._solve(layer, touched, labels, weights, bound)
-            y, own_labels = touched.with_zeros(solution.y), _of(labels, touched)
-            sums = layer._statistics(touched.patches, y, own_labels, self._all_rows)
-            zz, count = layer._totals(patches, labels)
-            sums = replace(sums, zz=zz, count=count)
-        except Exception as error:
-            fault = error
-        return solution, self._state.statistics(sums, layer.lateral, fault), None
+        weights = self._weights(state)
+        columns = split_columns(batch.columns, self.column_exchange.world_size)[self.column_exchange.rank]
+        solution, sums = _unsolved(weights, columns), None
+        with fault:
+            part = BatchPart.covering(columns, batch)
+            solution = self._solve(part, weights, state)
+            sums = batch_statistics(part.batch, part.with_zeros(solution.y), self._all_rows, self._num_classes)
+            sums = with_totals(sums, batch)
+        return solution, self._state.statistics(sums, weights.lateral, fault)
 
-    def _weights(self, layer: SimilarityMatchingConv2d) -> Weights:
-        return self._state.weights(layer.weights, label=layer.label_gain > 0)
+    def _weights(self, state: OwnState) -> Weights:
+        return self._state.weights(state.weights, label=state.alpha is not None)
 
-    def _columns(self, patches: Patches) -> Columns:
-        total = patches.batch_size * patches.positions
-        return split_columns(total, self.across.world_size)[self.across.rank]
-
-    def _solve(
-        self,
-        layer: SimilarityMatchingConv2d,
-        touched: Touched,
-        labels: Tensor | None,
-        weights: Weights,
-        bound: Bound,
-        *,
-        fixed: bool = False,
-    ) -> Solution:
+    def _solve(self, part: BatchPart, weights: Weights, state: OwnState, *, fixed: bool = False) -> Solution:
         """Own columns: y [K, n], residual [n]."""
-        drive = layer.drive(touched.patches, _of(labels, touched), weights)[:, touched.inside]
+        drive = batch_drive(part.batch, weights, state.alpha)[:, part.inside]
         if drive.shape[1] == 0:
             return Solution(drive, 0, drive.new_zeros(0))
-        return self._solver.solve(drive, weights.lateral, bound, fixed=fixed, alone=True)
+        return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed, alone=True)
 
 
-def _of(labels: Tensor | None, touched: Touched) -> Tensor | None:
-    return None if labels is None else labels[touched.images]
-
-
-def _unsolved(layer: SimilarityMatchingConv2d, columns: Columns) -> Solution:
-    """Stands in for the solution of an owner that could not find one: it is sent along, and then all raise."""
-    zeros = layer.lateral.new_zeros(layer.out_channels + 1, columns.count)
+def _unsolved(weights: Weights, columns: Columns) -> Solution:
+    """Stands in for the solution of an owner that failed to find one: it is sent along, and then all raise."""
+    zeros = weights.lateral.new_zeros(weights.lateral.shape[1] + 1, columns.count)
     return Solution(zeros[:-1], 0, zeros[-1])
 
 

@@ -33,7 +33,6 @@ by function value.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +40,16 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import Exchange, Handle
+from simmatch.sharding.faults import raise_shared
 from simmatch.sharding.packing import Packing
 from simmatch.sharding.rows import Rows, split_rows
-from simmatch.solvers.bound import Bound, raise_shared
+from simmatch.solvers.bound import Bound
+from simmatch.solvers.tile import NOT_FINITE_RESULT, Steps
 
 TAIL = 4
 """Rows that ride behind an owner's activities, its parts of: [0] residual; [1] rise of the energy; [2] δᵀMδ and
-[3] δᵀM_ggδ of the step to the candidate. At the first exchange [0] is max|d| and [1] max(d, 0), or −1 for an
-exception."""
+[3] δᵀM_ggδ of the step to the candidate. At the first exchange [0] is max|d| and [1] max(d, 0). [0] is also the owner's
+status, see `simmatch.sharding.faults`."""
 
 INNER_MOMENTUM = 0.7
 """β of the inner iterations: of 0.5, 0.7 and k/(k + 3) the best or within 5 % of it at 4 and at 8 iterations."""
@@ -84,7 +85,7 @@ class Blocks:
 
     @classmethod
     def from_lateral(cls, lateral: Tensor, bound: Bound, rows: Rows, world_size: int = 1) -> Blocks:
-        """Arrange own rows [K_g, K] of M. No value of theirs raises here: what is not finite is told to all later."""
+        """Arrange own rows [K_g, K] of M. Values that are not finite raise later, on all owners."""
         own = lateral.clone()
         own.diagonal(offset=rows.start).add_(bound.ridge)
         slices = lateral.new_zeros(rows.count, world_size, rows.padded + TAIL)
@@ -154,7 +155,6 @@ class BlockTile:
         drive: Tensor,
         blocks: Blocks,
         config: DynamicsConfig,
-        fault: Exception | None,
         own: Tensor | None = None,
     ) -> None:
         """First iterate: a block step from y = 0, whose gradient is −d, or the own rows [K_g, n] of a warm start.
@@ -181,8 +181,6 @@ class BlockTile:
         torch.amax(torch.abs(drive, out=self.w), dim=0, out=largest)
         largest.add_(blocks.matrix.sum() * 0.0)
         torch.amax(torch.clamp(drive, min=0.0, out=self.w), dim=0, out=highest)
-        if fault is not None:
-            highest.fill_(-1.0)
 
     def send(self, exchange: Exchange) -> Handle:
         return exchange.all_gather(self.incoming if self.packing is None else self.packing.buffer)
@@ -274,17 +272,13 @@ class BlockTile:
             self.packing.pack(self.rank, self.next.sub_(y))
 
 
-def iterate_block(
-    tile: BlockTile, blocks: Blocks, config: DynamicsConfig, exchange: Exchange, fault: Exception | None
-) -> Generator[Handle, None, tuple[int, Tensor]]:
-    """The dynamics of one started tile; yields every exchange it starts, returns (block steps, residual [n]).
+def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, exchange: Exchange) -> Steps:
+    """The dynamics of one tile whose first iterate has been exchanged.
 
-    The solution is `tile.gathered`, its residual exactly that of the returned y.
+    Yields every exchange that it starts, returns (block steps, residual [n]). The solution is `tile.gathered`, its
+    residual exactly that of the returned y.
     """
-    yield tile.send(exchange)
     tails = tile.tails
-    raise_shared((tails[:, 1] < 0).any(dim=1), "exception", fault)
-    raise_shared(~tails[:, 0].isfinite().all(dim=1), "non-finite values in the drive or the lateral weights")
     scale = tails[:, 0].amax(dim=0)
     torch.mul(scale, ROUNDING * torch.finfo(scale.dtype).eps, out=tile.margin)
     scale.masked_fill_(scale == 0, 1.0)  # no drive: y = 0 is exact, 0/0 = 0
@@ -319,7 +313,7 @@ def iterate_block(
 
 def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gathered tails [G, TAIL, n] → relative residual [n] and, per column, whether the energy rose."""
-    raise_shared(~tails[:, 0].isfinite().all(dim=1), "non-finite activities")
+    raise_shared(tails[:, 0], NOT_FINITE_RESULT)
     return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
 
 

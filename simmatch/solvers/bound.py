@@ -1,7 +1,7 @@
 """The lateral matrix M as the dynamics need it: a certified bound of its largest eigenvalue.
 
 Every owner of channels holds its rows of M. `certify` costs two matrix–vector products and two small gathers, in
-which all owners learn the same bound from the same bytes, and whether any of them is in trouble.
+which all owners learn the same bound from the same bytes, and of any fault.
 
 The bound is a function of M and of the vector that it starts from, and of nothing else: whoever holds both, a copy or
 a loaded layer, has the same bound in every bit, and no bound outlives the M that it is of.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.rows import Rows, join_rows
 
 PERRON_FLOOR = 1e-2
@@ -24,38 +25,6 @@ PERRON_FLOOR = 1e-2
 TIGHT = 1.2
 """What the bound may be over a lower bound of λmax(|M|) before another round is made. Learning stays below, so one
 round is made an update; a vector that knows nothing of M is above."""
-
-EXCEPTION, UNHEALTHY = -1.0, -2.0
-"""Marks that an owner in trouble sends in place of its channels' flags."""
-
-
-class SharedFault(RuntimeError):
-    """Something went wrong on at least one owner; raised by all owners at the same exchange.
-
-    Attributes
-    ----------
-    kind: what went wrong.
-    ranks: the owners that reported it.
-    """
-
-    def __init__(self, kind: str, ranks: list[int]) -> None:
-        self.kind, self.ranks = kind, ranks
-        names = ", ".join(str(rank) for rank in ranks)
-        super().__init__(f"{kind} on rank{'s' if len(ranks) > 1 else ''} {names}")
-
-    def __reduce__(self) -> tuple[type[SharedFault], tuple[str, list[int]]]:
-        return type(self), (self.kind, self.ranks)
-
-
-def raise_shared(flagged: Tensor, kind: str, cause: Exception | None = None) -> None:
-    """Raise `SharedFault` where `flagged` [G] has a true entry; `cause` is this owner's own exception, if any.
-
-    An owner of all channels has nobody to tell: its exception is raised as it is.
-    """
-    if bool(flagged.any()):
-        if cause is not None and flagged.numel() == 1:
-            raise cause
-        raise SharedFault(kind, torch.nonzero(flagged).flatten().tolist()) from cause
 
 
 @dataclass(frozen=True)
@@ -76,32 +45,10 @@ class Bound:
     flagged: Tensor
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A bound, and how to tell the M that it is of.
-
-    Attributes
-    ----------
-    lateral, version, norm: the tensor, how often it had been written to, and ‖M‖_F: some writes count for no version.
-    """
-
-    bound: Bound
-    lateral: Tensor
-    version: int
-    norm: float
-
-    @classmethod
-    def of(cls, bound: Bound, lateral: Tensor) -> Kept:
-        return cls(bound, lateral, _version(lateral), float(torch.linalg.vector_norm(lateral)))
-
-    def holds(self, lateral: Tensor) -> bool:
-        """Whether this is that tensor, not written to since."""
-        known = lateral is self.lateral and _version(lateral) == self.version
-        return known and float(torch.linalg.vector_norm(lateral)) == self.norm
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def fingerprint(lateral: Tensor) -> tuple[int, float]:
+    """Tells whether M has been written to: the number of writes that torch counted, and ‖M‖_F for those it did not."""
+    version = 0 if lateral.is_inference() else lateral._version
+    return version, float(torch.linalg.vector_norm(lateral))
 
 
 def certify(
@@ -112,8 +59,7 @@ def certify(
     ridge: float,
     exchange: Exchange = IDENTITY,
     flagged: Tensor | None = None,
-    healthy: bool = True,
-    fault: Exception | None = None,
+    fault: LocalFault | None = None,
     tight: float = TIGHT,
 ) -> Bound:
     """Bound λmax(M) from rounds of two matrix–vector products, each followed by a gather of at most 3 K values.
@@ -126,27 +72,28 @@ def certify(
     lateral: [K_g, K], this owner's rows of M. Signed entries are allowed: λmax(M) ≤ ρ(|M|).
     perron: [K], v, equal on all owners; any will do, for it is floored.
     ridge: ε relative to the mean of M's diagonal.
-    flagged: [K_g], a mark for own channels that all owners are to learn (the layer marks dead ones).
-    healthy: false where this owner's other weights are not finite; then all owners raise.
-    fault: this owner's exception, if it has one; then all owners raise.
+    flagged: [K_g], 1 for own channels of which all owners are to learn (dead ones), else 0; NaN where this owner's
+        feedforward or label weights are not finite.
+    fault: holds this owner's exception, if it has one.
 
     Raises
     ------
     SharedFault
-        An owner has a fault or non-finite rows.
+        An owner has a fault or non-finite weights.
     """
-    marks = lateral.new_zeros(rows.count) if flagged is None else flagged
+    own_flags = lateral.new_zeros(rows.count) if flagged is None else flagged
+    fault = fault or LocalFault(exchange)
     magnitudes, start = lateral.abs(), _floored(perron)
-    bound, lower = _round(magnitudes, start, rows, ridge, exchange, marks, _trouble(healthy, fault), fault)
-    learnt = bound.flagged
+    first, lower = _round(magnitudes, start, rows, ridge, exchange, own_flags, fault)
+    bound = first
     for _ in range(100):
         if bound.value <= tight * lower:
             break
         previous = bound.value
-        bound, lower = _round(magnitudes, bound.perron, rows, ridge, exchange, torch.zeros_like(marks))
+        bound, lower = _round(magnitudes, bound.perron, rows, ridge, exchange, torch.zeros_like(own_flags), fault)
         if bound.value >= 0.999 * previous:
             break
-    return replace(bound, flagged=learnt)
+    return replace(bound, flagged=first.flagged)
 
 
 def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, exchange: Exchange = IDENTITY) -> Bound:
@@ -164,13 +111,6 @@ def traced_bound(lateral: Tensor, perron: Tensor, *, ridge: float) -> tuple[Tens
     return value * _rounding(lateral) + epsilon, epsilon
 
 
-def _trouble(healthy: bool, fault: Exception | None) -> float | None:
-    """The mark that an owner sends in place of its channels' flags, if any."""
-    if fault is not None:
-        return EXCEPTION
-    return None if healthy else UNHEALTHY
-
-
 def _round(
     magnitudes: Tensor,
     perron: Tensor,
@@ -178,8 +118,7 @@ def _round(
     ridge: float,
     exchange: Exchange,
     flagged: Tensor,
-    trouble: float | None = None,
-    fault: Exception | None = None,
+    fault: LocalFault,
 ) -> tuple[Bound, float]:
     """A bound of λmax(M) + ε from the own rows of |M|, and a lower bound of λmax(|M|) + ε.
 
@@ -188,19 +127,16 @@ def _round(
     least counts.
     """
     gathered = magnitudes.new_zeros(exchange.world_size, 3, rows.padded)
-    product, diagonal, marks = gathered[exchange.rank]
-    if trouble is not None:
-        marks.fill_(trouble)
-    else:
-        product[: rows.count] = magnitudes @ perron
-        diagonal[: rows.count] = magnitudes.diagonal(offset=rows.start)
-        marks[: rows.count] = flagged
+    product, diagonal, flags = gathered[exchange.rank]
+    product[: rows.count] = magnitudes @ perron
+    diagonal[: rows.count] = magnitudes.diagonal(offset=rows.start)
+    flags[: rows.count] = flagged
+    fault.mark(flags)
     exchange.all_gather(gathered).wait()
-    told = gathered.cpu()  # a few values: a device would be waited for at every look
-    raise_shared((told[:, 2] == EXCEPTION).any(dim=1), "exception", fault)
-    raise_shared((told[:, 2] == UNHEALTHY).any(dim=1), "non-finite feedforward or label weights")
-    raise_shared(~told[:, :2].isfinite().all(dim=2).all(dim=1), "non-finite lateral weights")
-    product, diagonal, marks = join_rows(told, rows.total, dim=1)
+    received = gathered.cpu()  # a few values: a device would be waited for at every look
+    fault.raise_shared(received[:, 2], "feedforward or label weights")
+    fault.raise_shared(received[:, :2], "lateral weights")
+    product, diagonal, flags = join_rows(received, rows.total, dim=1)
     second = _floored(product)
 
     gathered = magnitudes.new_zeros(exchange.world_size, rows.padded)
@@ -212,7 +148,7 @@ def _round(
     epsilon = ridge * float(diagonal.mean())
     lower = _dot(second, third) / _dot(second, second)
     bound = Bound(
-        value * _rounding(magnitudes) + epsilon, epsilon, _floored(third).to(perron), (marks > 0).to(perron.device)
+        value * _rounding(magnitudes) + epsilon, epsilon, _floored(third).to(perron), (flags > 0).to(perron.device)
     )
     return bound, lower + epsilon
 

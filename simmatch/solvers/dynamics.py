@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,22 +39,20 @@ from torch import Tensor
 from simmatch import kernels
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import IDENTITY, Exchange, Handle
+from simmatch.sharding.faults import LocalFault, SharedFault, raise_shared, status_of
 from simmatch.sharding.rows import Rows, join_rows
 from simmatch.solvers.block import Blocks, BlockTile, iterate_block
-from simmatch.solvers.bound import Bound, raise_shared
+from simmatch.solvers.bound import Bound
 from simmatch.solvers.pool import Pool
-from simmatch.solvers.tile import SOLVERS, Folded, Tile, iterate
+from simmatch.solvers.tile import NOT_FINITE_INPUT, NOT_FINITE_RESULT, SOLVERS, Folded, Steps, Tile, iterate
 
 if TYPE_CHECKING:
     from simmatch.solvers.coordinate import CoordinateDescent
 
-NOT_FINITE_INPUT = "non-finite values in the drive or the lateral weights"
-NOT_FINITE_RESULT = "non-finite activities"
-
-Steps = Generator[Handle, None, tuple[int, Tensor]]
-"""The course of one tile: every exchange it starts, and in the end (iterations, residual [n])."""
-
 TileT = TypeVar("TileT", Tile, BlockTile)
+
+Begin = Callable[[Tensor, Tensor | None], tuple[Tile | BlockTile, Steps]]
+"""(own drive [K_g, n], own start or None) → a started tile, and its steps after the first exchange."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Dynamics:
         bound: Bound,
         *,
         fixed: bool = False,
-        fault: Exception | None = None,
+        fault: LocalFault | None = None,
         start: Tensor | None = None,
         alone: bool | None = None,
     ) -> Solution:
@@ -112,7 +110,7 @@ class Dynamics:
         lateral: [K_g, K], own rows of M.
         bound: certified bound of λmax(M), the same on all owners.
         fixed: run exactly `encode_iterations` iterations, as in evaluation.
-        fault: this owner's exception, if it has one; then all owners raise.
+        fault: holds this owner's exception, if it has one; the drive then means nothing.
         start: [K, N], y ≥ 0 of all channels to start from, such as the activities of the same images before an
             update. None: y = 0.
         alone: whether nothing is ever exchanged here, whatever the number of shards, so that `solver: auto` may
@@ -131,34 +129,32 @@ class Dynamics:
         if alone is None:
             alone = config.exchange == "gather_state"
         if alone and (kernel := kernels.select(config, drive)) is not None:
-            return self._by_kernel(kernel, drive, lateral, bound, config, fault, start)
+            return self._by_kernel(kernel, drive, lateral, bound, config, start)
         solver = config.solver_on(drive.device.type, alone=alone)
         if solver == "coordinate_descent":
-            return self._by_column(drive, lateral, bound, fault, start)
+            return self._by_column(drive, lateral, bound, start)
         config = config.model_copy(update={"solver": solver})
         columns = drive.shape[1]
         y = drive.new_empty(self.rows.total, columns)
         residual = drive.new_zeros(columns)
         num_iters = 0
-        for where, gathered, (iterations, reached) in self._run(drive, lateral, bound, config, fault, start):
+        fault = fault or LocalFault(self.exchange)
+        begin = self._stepper(lateral, bound, config)
+        for where, gathered, (iterations, reached) in self._run(begin, drive, config, fault, start):
             y[:, where] = join_rows(gathered, self.rows.total)
             residual[where] = reached
             num_iters = max(num_iters, iterations)
         return Solution(y, num_iters, residual)
 
-    def _by_column(
-        self, drive: Tensor, lateral: Tensor, bound: Bound, fault: Exception | None, start: Tensor | None
-    ) -> Solution:
+    def _by_column(self, drive: Tensor, lateral: Tensor, bound: Bound, start: Tensor | None) -> Solution:
         """Coordinate descent, all channels being here."""
-        if fault is not None:
-            raise fault
         if drive.device.type != "cpu":
             missing = kernels.supports("coordinate_descent", self.rows.total, drive.dtype, self.config.tolerance)
             why = missing or "no kernel for this device"
             raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent ({why})")
         if drive.shape[1] == 0:
             return Solution(drive.clone(), 0, drive.new_zeros(0))
-        raise_shared(_non_finite(drive) | _non_finite(lateral), NOT_FINITE_INPUT)
+        raise_shared(status_of(drive, lateral), NOT_FINITE_INPUT)
         if self._coordinates is None:
             from simmatch.solvers.coordinate import CoordinateDescent  # imports numba, which the other solvers need not
 
@@ -171,7 +167,7 @@ class Dynamics:
             max_iterations=self.config.max_iterations,
             start=start,
         )
-        raise_shared(_non_finite(y) | _non_finite(residual), NOT_FINITE_RESULT)
+        raise_shared(status_of(y, residual), NOT_FINITE_RESULT)
         return Solution(y, num_iters, residual)
 
     @staticmethod
@@ -181,37 +177,27 @@ class Dynamics:
         lateral: Tensor,
         bound: Bound,
         config: DynamicsConfig,
-        fault: Exception | None,
         start: Tensor | None,
     ) -> Solution:
         """A kernel of the device, all channels being here; waits for the device once, at the end."""
-        if fault is not None:
-            raise fault
         if drive.shape[1] == 0:
             return Solution(drive.clone(), 0, drive.new_zeros(0))
         drive, system = drive.contiguous(), kernels.System(lateral, bound.ridge, bound.value)
-        found = kernels.solve(kernel, drive.T, system, config, None if start is None else start.T)
-        worst, num_iters = torch.stack([found.residual.amax(), found.iterations.amax().to(drive.dtype)]).tolist()
+        result = kernels.solve(kernel, drive.T, system, config, None if start is None else start.T)
+        worst, num_iters = torch.stack([result.residual.amax(), result.iterations.amax().to(drive.dtype)]).tolist()
         if not math.isfinite(worst):
-            raise_shared(_non_finite(drive) | _non_finite(lateral), NOT_FINITE_INPUT)
-            raise_shared(torch.tensor([True]), NOT_FINITE_RESULT)
-        return Solution(found.y.T, int(num_iters), found.residual)
+            raise_shared(status_of(drive, lateral), NOT_FINITE_INPUT)
+            raise SharedFault(f"non-finite {NOT_FINITE_RESULT}", [0])
+        return Solution(result.y.T, int(num_iters), result.residual)
 
     def _run(
-        self,
-        drive: Tensor,
-        lateral: Tensor,
-        bound: Bound,
-        config: DynamicsConfig,
-        fault: Exception | None,
-        start: Tensor | None,
+        self, begin: Begin, drive: Tensor, config: DynamicsConfig, fault: LocalFault, start: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, tuple[int, Tensor]]]:
         """(columns, their activities [G, K_pad, n], (iterations, residual)) of one tile after the other.
 
         A few tiles advance in turn, so that one computes while another's exchange is under way. Which tile advances
         when depends on gathered bytes only, so all owners start the same exchanges in the same order.
         """
-        begin = self._stepper(lateral, bound, config, fault)
         width = config.columns_per_tile(self.rows.total, drive.device.type)
         waiting = deque(slice(first, min(first + width, drive.shape[1])) for first in range(0, drive.shape[1], width))
         in_flight = config.tiles_in_flight if self.exchange.asynchronous else 1
@@ -221,6 +207,7 @@ class Dynamics:
                 where = waiting.popleft()
                 own = None if start is None else start[self.rows.start : self.rows.stop, where]
                 tile, steps = begin(drive[:, where], own)
+                steps = course(tile, steps, self.exchange, fault)
                 running.append((where, tile, steps, next(steps)))
             where, tile, steps, handle = running.popleft()
             handle.wait()
@@ -230,26 +217,24 @@ class Dynamics:
                 yield where, tile.gathered, stop.value
                 self._tiles.give(self._key(type(tile), tile.drive, config), tile)
 
-    def _stepper(
-        self, lateral: Tensor, bound: Bound, config: DynamicsConfig, fault: Exception | None
-    ) -> Callable[[Tensor, Tensor | None], tuple[Tile | BlockTile, Steps]]:
-        """(own drive [K_g, n], own start or None) → a started tile and its steps, as the configuration has them."""
+    def _stepper(self, lateral: Tensor, bound: Bound, config: DynamicsConfig) -> Begin:
+        """What starts a tile, by the configuration."""
         rows, exchange = self.rows, self.exchange
         if config.exchange == "block":
             blocks = Blocks.from_lateral(lateral, bound, rows, exchange.world_size)
 
             def begin_block(drive: Tensor, start: Tensor | None) -> tuple[BlockTile, Steps]:
                 tile = self._borrow(BlockTile, drive, config)
-                tile.start(drive, blocks, config, fault, start)
-                return tile, iterate_block(tile, blocks, config, exchange, fault)
+                tile.start(drive, blocks, config, start)
+                return tile, iterate_block(tile, blocks, config, exchange)
 
             return begin_block
         folded = Folded.from_lateral(lateral, bound, config, rows, exchange.world_size)
 
         def begin(drive: Tensor, start: Tensor | None) -> tuple[Tile, Steps]:
             tile = self._borrow(Tile, drive, config)
-            tile.start(drive, folded, fault, start)
-            return tile, iterate(tile, folded, config, exchange, fault)
+            tile.start(drive, folded, start)
+            return tile, iterate(tile, folded, config, exchange)
 
         return begin
 
@@ -264,9 +249,12 @@ class Dynamics:
         return kind, config.exchange_dtype, like.shape[1], like.dtype, like.device
 
 
-def _non_finite(values: Tensor) -> Tensor:
-    """Whether some value is NaN or infinite: [1], in one pass that copies nothing."""
-    return ~torch.stack(values.aminmax()).isfinite().all().reshape(1)
+def course(tile: Tile | BlockTile, steps: Steps, exchange: Exchange, fault: LocalFault) -> Steps:
+    """The first exchange of a started tile, by which all owners learn of each other's faults, and then its steps."""
+    fault.mark(tile.tails[exchange.rank, 0])
+    yield tile.send(exchange)
+    fault.raise_shared(tile.tails[:, 0], NOT_FINITE_INPUT)
+    return (yield from steps)
 
 
 def unrolled(

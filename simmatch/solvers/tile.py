@@ -15,13 +15,20 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import Exchange, Handle
+from simmatch.sharding.faults import raise_shared
 from simmatch.sharding.packing import Packing
 from simmatch.sharding.rows import Rows, split_rows
-from simmatch.solvers.bound import Bound, raise_shared
+from simmatch.solvers.bound import Bound
 
 TAIL = 2
-"""Rows that ride behind an owner's activities: [0] residual, or max|d| at the first exchange; [1] restart test,
-or 1 for an exception at the first exchange."""
+"""Rows that ride behind an owner's activities: [0] residual, or max|d| at the first exchange; [1] restart test.
+[0] is also the owner's status, see `simmatch.sharding.faults`."""
+
+NOT_FINITE_INPUT = "values in the drive or the lateral weights"
+NOT_FINITE_RESULT = "activities"
+
+Steps = Generator[Handle, None, tuple[int, Tensor]]
+"""The course of one tile: every exchange that it starts, and in the end (iterations, residual [n])."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class Tile:
         self.last_tails = like.new_zeros(exchange.world_size, TAIL, columns)
         self.k, self.weight = like.new_empty(2, columns)
 
-    def start(self, drive: Tensor, folded: Folded, fault: Exception | None, y: Tensor | None = None) -> None:
+    def start(self, drive: Tensor, folded: Folded, y: Tensor | None = None) -> None:
         """First iterate, from own y [K_g, n] or from 0, and in the tail max|d|, or NaN where d or M is not finite."""
         torch.mul(drive, folded.step, out=self.bias)
         if y is None:
@@ -119,7 +126,6 @@ class Tile:
         self.k.fill_(1.0)
         torch.amax(torch.abs(drive, out=self.scratch), dim=0, out=self.tail[0])
         self.tail[0].add_(folded.matrix.sum() * 0.0)
-        self.tail[1] = float(fault is not None)
 
     def measure(self, folded: Folded, out: Tensor) -> None:
         """Own part of s · residual of y into `out` [n], given w = A Y + s d; leaves y − w in `scratch`."""
@@ -167,14 +173,12 @@ class Tile:
             self.activities.add_(self.packing.body).clamp_(min=0.0)
 
 
-def iterate(
-    tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchange, fault: Exception | None
-) -> Generator[Handle, None, tuple[int, Tensor]]:
-    """The dynamics of one started tile; yields every exchange it starts, returns (iterations, residual [n])."""
-    yield tile.send(exchange)
+def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchange) -> Steps:
+    """The dynamics of one tile whose first iterate has been exchanged.
+
+    Yields every exchange that it starts, returns (iterations, residual [n]).
+    """
     tile.receive()
-    raise_shared((tile.tails[:, 1] > 0).any(dim=1), "exception", fault)
-    raise_shared(~tile.tails[:, 0].isfinite().all(dim=1), "non-finite values in the drive or the lateral weights")
     scale = tile.tails[:, 0].amax(dim=0) * folded.step
     scale.masked_fill_(scale == 0, 1.0)  # no drive: y = 0 is exact, 0/0 = 0
 
@@ -207,7 +211,7 @@ def iterate(
 
 def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gathered tails [G, TAIL, n] → relative residual [n] and, per column, whether momentum led uphill."""
-    raise_shared(~tails[:, 0].isfinite().all(dim=1), "non-finite activities")
+    raise_shared(tails[:, 0], NOT_FINITE_RESULT)
     return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
 
 

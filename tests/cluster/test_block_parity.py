@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import IDENTITY, Exchange, Handle
-from simmatch.solvers.bound import SharedFault
+from simmatch.sharding.faults import SharedFault
 from tests.blocks import solve_blocks
 from tests.exchanges import results
 from tests.reference import nnls_columns, random_drive, random_lateral, relative_residual

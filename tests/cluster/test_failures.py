@@ -22,7 +22,7 @@ from cluster.policy import Failure
 from cluster.storage import StorageError
 from cluster.watch import TrainingFault
 from simmatch.config import ConfigError
-from simmatch.solvers.bound import SharedFault
+from simmatch.sharding.faults import SharedFault
 
 LOOPBACK = "127.0.0.1"
 

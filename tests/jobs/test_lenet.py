@@ -108,7 +108,7 @@ def test_contrast_convolution_is_a_product_with_explicit_patches(channels: int, 
     images[0] = 0.7
     images[1] *= 0.05
     patches = prepare(images, layer.patch)
-    matrix = explicit(patches, layer.patch)
+    matrix = explicit(patches)
     expected = (matrix @ layer.weight.flatten(1).T + layer.bias).unflatten(0, (3, *patches.map_size)).movedim(-1, 1)
     found = layer(images)
     torch.testing.assert_close(found, expected)

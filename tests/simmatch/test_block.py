@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import IDENTITY
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.packing import Packing
 from simmatch.sharding.rows import Rows, split_rows
 from simmatch.solvers.block import Blocks, BlockTile, bound_of_block, iterate_block
-from simmatch.solvers.bound import SharedFault, certify_afresh
+from simmatch.solvers.bound import certify_afresh
 from tests.blocks import solve_blocks
 from tests.exchanges import results, run_owners
 from tests.reference import nnls_columns, random_drive, random_lateral, relative_residual
@@ -223,7 +224,7 @@ def test_an_energy_that_rises_is_reverted(kind: str) -> None:
         lines = lateral[own.start : own.stop]
         blocks = Blocks.from_lateral(lines, certify_afresh(lateral, Rows.all(lateral.shape[0]), ridge=0), own, 2)
         tile = BlockTile(own, columns.shape[1], exchange, lateral, config())
-        tile.start(columns[own.start : own.stop], blocks, config(), None)
+        tile.start(columns[own.start : own.stop], blocks, config())
         count = 0
         for handle in iterate_block(tile, blocks, config(tolerance=0.0, max_iterations=60), exchange, None):
             handle.wait()

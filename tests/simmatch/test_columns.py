@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simmatch.batch import Batch
 from simmatch.geometry import PatchConfig, correlate, draw_positions, drive, prepare
-from simmatch.sharding.columns import Touched, split_columns
+from simmatch.sharding.columns import BatchPart, split_columns
 
 
 @given(total=st.integers(1, 10_000), parts=st.integers(1, 40))
@@ -47,13 +48,13 @@ def test_parts_give_the_drive_and_sums_of_the_whole(config: PatchConfig, images:
     y = torch.rand(5, total, generator=generator, dtype=torch.float64)
     drives, sums = [], torch.zeros_like(weight)
     for columns in split_columns(total, parts):
-        touched = Touched.by(columns, patches, config)
-        drives.append(drive(touched.patches, weight, config)[:, touched.inside])
-        own = touched.with_zeros(y[:, columns.start : columns.stop])
-        assert own.shape[1] == touched.patches.batch_size * touched.patches.positions
-        sums += correlate(touched.patches, own, config)
-    torch.testing.assert_close(torch.cat(drives, dim=1), drive(patches, weight, config), rtol=0, atol=1e-13)
-    torch.testing.assert_close(sums, correlate(patches, y, config), rtol=0, atol=1e-12)
+        part = BatchPart.covering(columns, Batch(patches))
+        drives.append(drive(part.batch.patches, weight)[:, part.inside])
+        own = part.with_zeros(y[:, columns.start : columns.stop])
+        assert own.shape[1] == part.batch.columns
+        sums += correlate(part.batch.patches, own)
+    torch.testing.assert_close(torch.cat(drives, dim=1), drive(patches, weight), rtol=0, atol=1e-13)
+    torch.testing.assert_close(sums, correlate(patches, y), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 12])
@@ -66,14 +67,16 @@ def test_drawn_positions_split_alike(images: int, parts: int) -> None:
     weight = torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64)
     found = []
     for columns in split_columns(images * 5, parts):
-        touched = Touched.by(columns, patches, config)
-        found.append(drive(touched.patches, weight, config)[:, touched.inside])
-    torch.testing.assert_close(torch.cat(found, dim=1), drive(patches, weight, config), rtol=0, atol=1e-13)
+        part = BatchPart.covering(columns, Batch(patches))
+        found.append(drive(part.batch.patches, weight)[:, part.inside])
+    torch.testing.assert_close(torch.cat(found, dim=1), drive(patches, weight), rtol=0, atol=1e-13)
 
 
 def test_a_range_of_one_image_needs_few_rows_of_it() -> None:
     """Eight owners of one image of 32 × 32 with a 5 × 5 kernel: 4 rows of the map, and padding's margin of 2 around."""
     config = PatchConfig(1, 5, 1, 2)
     patches = prepare(torch.rand(1, 1, 32, 32), config)
-    computed = [Touched.by(columns, patches, config).patches.map_size for columns in split_columns(1024, 8)]
+    computed = [
+        BatchPart.covering(columns, Batch(patches)).batch.patches.map_size for columns in split_columns(1024, 8)
+    ]
     assert computed == [(6, 32), *[(8, 32)] * 6, (6, 32)]

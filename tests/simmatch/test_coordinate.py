@@ -13,8 +13,9 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import Rows, split_rows
-from simmatch.solvers.bound import SharedFault, certify_afresh
+from simmatch.solvers.bound import certify_afresh
 from simmatch.solvers.coordinate import CHUNK, LANES, CoordinateDescent
 from simmatch.solvers.dynamics import Dynamics
 from simmatch.solvers.quadratic import ConvergenceWarning, solve
@@ -227,13 +228,6 @@ def test_values_that_are_not_finite_are_refused(where: str, value: float) -> Non
     (columns if where == "drive" else lateral)[2, 1] = value
     with pytest.raises(SharedFault, match="non-finite values in the drive or the lateral weights"):
         Dynamics(BY_COLUMN, Rows.all(6)).solve(columns, lateral, bound)
-
-
-def test_a_fault_met_before_is_raised_as_it_is() -> None:
-    columns, lateral = problem(6, 4)
-    bound = certify_afresh(lateral, Rows.all(6), ridge=0)
-    with pytest.raises(KeyError, match="the drive"):
-        Dynamics(BY_COLUMN, Rows.all(6)).solve(columns, lateral, bound, fault=KeyError("the drive"))
 
 
 def test_indefinite_lateral_ends() -> None:

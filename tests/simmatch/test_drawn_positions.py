@@ -87,13 +87,13 @@ def test_drives_and_statistics_equal_explicit_patches(contrast: bool, whiten: bo
     """Products of length 18 and 20 in float64, of numbers below 100."""
     case = Case(contrast=contrast, whiten=whiten, stride=stride, padding=padding)
     assert (case.patches.batch_size, case.patches.positions) == (IMAGES, POSITIONS)
-    found = drive(case.patches, case.feedforward, case.config, case.whitening)
+    found = drive(case.patches, case.feedforward)
     torch.testing.assert_close(found, case.feedforward.flatten(1) @ case.explicit.T, rtol=1e-10, atol=1e-10)
     y = torch.rand(6, IMAGES * POSITIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = correlate(case.patches, y, case.config, case.whitening).flatten(1)
+    found = correlate(case.patches, y).flatten(1)
     torch.testing.assert_close(found, y @ case.explicit, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        explicit(case.patches, case.config, case.whitening, images=2),
+        explicit(case.patches, images=2),
         case.explicit[: 2 * POSITIONS],
         rtol=1e-10,
         atol=1e-10,

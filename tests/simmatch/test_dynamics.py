@@ -168,7 +168,7 @@ def test_fixed_step_reproduces_pynsm(seed: int) -> None:
     expected = authors(images).transpose(0, 1).flatten(1)  # b k h w → k (b h w)
 
     patch = PatchConfig(2, size)
-    columns = drive(prepare(images, patch), feedforward, patch)
+    columns = drive(prepare(images, patch), feedforward)
     config = DynamicsConfig(solver="projected_gradient", step=1.0, tolerance=0, max_iterations=40, ridge=0)
     # the same 40 operations in float64; at condition 20 they have not converged, so the count matters
     torch.testing.assert_close(solve(columns, lateral, config).y, expected, rtol=1e-10, atol=1e-10)

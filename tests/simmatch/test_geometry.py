@@ -62,7 +62,7 @@ VARIANTS = pytest.mark.parametrize(("contrast", "whiten"), [(False, False), (Tru
 def test_drive_equals_explicit_patches(shape: tuple[int, ...], contrast: bool, whiten: bool) -> None:
     case = Case(shape, contrast=contrast, whiten=whiten)
     expected = case.feedforward.flatten(1) @ case.explicit.T
-    found = drive(case.patches, case.feedforward, case.config, case.whitening)
+    found = drive(case.patches, case.feedforward)
     # sums of at most P = 50 products of numbers below 100 in float64: 50 · 100² · 1e-16 = 5e-11
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -73,7 +73,7 @@ def test_correlate_equals_explicit_patches(shape: tuple[int, ...], contrast: boo
     columns = case.explicit.shape[0]
     y = torch.randn(3, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = (y @ case.explicit).reshape(3, *case.feedforward.shape[1:])
-    found = correlate(case.patches, y, case.config, case.whitening)
+    found = correlate(case.patches, y)
     # sums over at most 4 · 121 columns
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -85,8 +85,8 @@ def test_no_images_make_no_columns(contrast: bool, whiten: bool) -> None:
     for channels in (5, 20):  # the library's convolution, and patches written out
         patches = prepare(case.images[:0], case.config, case.whitening)
         weight = torch.zeros(channels, 2, 3, 3, dtype=torch.float64)
-        assert drive(patches, weight, case.config, case.whitening).shape == (channels, 0)
-        sums = correlate(patches, torch.zeros(channels, 0, dtype=torch.float64), case.config, case.whitening)
+        assert drive(patches, weight).shape == (channels, 0)
+        sums = correlate(patches, torch.zeros(channels, 0, dtype=torch.float64))
         assert torch.equal(sums, weight)
 
 
@@ -102,9 +102,7 @@ def test_contrast_does_not_see_brightness_and_gain() -> None:
     """x → 3x + 7 changes nothing where the deviation exceeds the floor: J removes 7, 1/s removes 3."""
     case = Case((2, 3, 2, 0, 9, 9), contrast=True, whiten=False)
     images = case.images[2:]
-    plain, moved = (
-        drive(prepare(values, case.config), case.feedforward, case.config) for values in (images, 3.0 * images + 7.0)
-    )
+    plain, moved = (drive(prepare(values, case.config), case.feedforward) for values in (images, 3.0 * images + 7.0))
     # a variance near 1 is taken from squares near 80: 80 · 1e-16, and a little more for the sums
     torch.testing.assert_close(moved, plain, rtol=1e-10, atol=1e-10)
 
@@ -115,8 +113,8 @@ def test_float32_stays_near_float64() -> None:
     images = 3.0 + 0.3 * torch.rand(3, 1, 9, 9, generator=generator, dtype=torch.float64)
     config = PatchConfig(1, 4, 1, 0, True, 0.01)
     feedforward = torch.randn(4, 1, 4, 4, generator=generator, dtype=torch.float64) / 4
-    exact = drive(prepare(images, config), feedforward, config)
-    single = drive(prepare(images.float(), config), feedforward.float(), config)
+    exact = drive(prepare(images, config), feedforward)
+    single = drive(prepare(images.float(), config), feedforward.float())
     assert (single.double() - exact).abs().amax() <= 1e-3 * exact.abs().amax()
 
 
@@ -209,7 +207,7 @@ def test_columns_run_over_images_then_rows_then_columns() -> None:
     images = torch.zeros(2, 1, 4, 5, dtype=torch.float64)
     images[1, 0, 2, 3] = 1.0
     config = PatchConfig(1, 2)
-    columns = drive(prepare(images, config), torch.ones(1, 1, 2, 2, dtype=torch.float64), config)[0]
+    columns = drive(prepare(images, config), torch.ones(1, 1, 2, 2, dtype=torch.float64))[0]
     seen = [(image, row, col) for image, row, col in product(range(2), range(3), range(4)) if _sees(image, row, col)]
     assert torch.nonzero(columns).flatten().tolist() == [image * 12 + row * 4 + col for image, row, col in seen]
 

@@ -19,8 +19,9 @@ from torch.optim.swa_utils import AveragedModel
 from simmatch.config import DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Outputs, Stack
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import Rows, split_rows
-from simmatch.solvers.bound import SharedFault, certify_afresh
+from simmatch.solvers.bound import certify_afresh
 from simmatch.solvers.coordinate import CHUNK, CoordinateDescent
 from simmatch.solvers.quadratic import solve
 from tests.exchanges import ThreadExchange, results, run_owners
@@ -153,6 +154,7 @@ def test_a_change_of_format_and_back_bounds_the_rounded_m() -> None:
     layer = layer_of(5, largest=7.0)
     layer.float().double()
     top = float(torch.linalg.eigvalsh(layer.lateral)[-1])
+    layer.certify()
     assert top <= layer.bound.value <= 1.2 * top
 
 
@@ -174,6 +176,7 @@ def test_a_vector_that_knows_nothing_of_m_bounds_it_within_a_fifth() -> None:
     layer.lateral.copy_(lateral)
     layer.perron.fill_(1.0)
     layer.perron[:2] = 0.01
+    layer.certify()
     assert 170.0 <= layer.bound.value <= 1.2 * 170.0
     # a row of small couplings to many others, as an approximate vector hides it
     hub = torch.eye(200, dtype=torch.float64)
@@ -183,6 +186,7 @@ def test_a_vector_that_knows_nothing_of_m_bounds_it_within_a_fifth() -> None:
         wide = SimilarityMatchingConv2d(1, 200, 3, dtype=torch.float64)
         wide.lateral.copy_(hub)
         wide.perron.copy_(start)
+        wide.certify()
         assert top <= wide.bound.value <= 1.2 * top * (1 + 1e-6)
 
 
@@ -192,6 +196,7 @@ def test_any_vector_bounds(start: list[float]) -> None:
     layer = layer_of(7, largest=20.0)
     layer.load_state_dict({"perron": torch.tensor(start)}, strict=False)
     top = float(torch.linalg.eigvalsh(layer.lateral)[-1])
+    layer.certify()
     assert top <= layer.bound.value <= 1.2 * top
 
 
@@ -200,7 +205,7 @@ def test_a_bound_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(8, largest=2.0)
     layer.load_state_dict(state_of(layer))
     layer(images(1))
-    monkeypatch.setattr(SimilarityMatchingConv2d, "_certify", lambda _self: pytest.fail("again"))
+    monkeypatch.setattr(SimilarityMatchingConv2d, "certify", lambda _self: pytest.fail("again"))
     layer(images(1))
 
 
@@ -237,7 +242,7 @@ def test_rows_that_one_owner_wrote_to_are_refused_by_all(mode: str, write: Calla
         return said
 
     found = results(run_owners(2, program))
-    assert all("call recertify() on all owners" in message for message in found[1])
+    assert all("call certify() or recertify() on all owners" in message for message in found[1])
 
 
 @pytest.mark.parametrize("mode", ["every_iteration", "block", "gather_state"])
@@ -626,4 +631,5 @@ def test_a_layer_lives_in_inference_mode() -> None:
         layer.partial_fit(X)
         before = layer.bound.value
         layer.lateral.mul_(40.0)
+        layer.certify()
         assert layer.bound.value > 10 * before

@@ -16,8 +16,9 @@ from simmatch import kernels
 from simmatch.config import DynamicsConfig
 from simmatch.kernels import reference
 from simmatch.kernels.system import System
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import Rows
-from simmatch.solvers.bound import SharedFault, certify_afresh
+from simmatch.solvers.bound import certify_afresh
 from simmatch.solvers.dynamics import Dynamics
 from tests.reference import random_drive, random_lateral
 
@@ -237,5 +238,3 @@ def test_what_is_not_finite_is_raised(scripted: list[str]) -> None:
     dynamics = Dynamics(DynamicsConfig(), Rows.all(32))
     with pytest.raises(SharedFault, match="non-finite values in the drive"):
         dynamics.solve(drive, lateral, bound, alone=True)
-    with pytest.raises(RuntimeError, match="told"):
-        dynamics.solve(drive, lateral, bound, alone=True, fault=RuntimeError("told"))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.config import DynamicsConfig, LayerConfig, PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.labels import UNLABELLED
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import split_rows
-from simmatch.solvers.bound import SharedFault
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.reference import nnls_columns, normalised, patch_matrix, random_lateral
 
@@ -98,6 +98,77 @@ def test_labels_out_of_range_are_named_and_change_nothing(worst: int, label_gain
     for name, value in zip(BUFFERS, before, strict=True):
         assert torch.equal(layer.get_buffer(name), value)
     assert layer.updates == 0
+
+
+def test_patches_of_another_layer_are_refused() -> None:
+    """Equal shapes, another normalisation or whitening: silently wrong numbers otherwise."""
+    images = torch.rand(4, 1, 6, 6)
+    plain, contrast = SimilarityMatchingConv2d(1, 4, 3), SimilarityMatchingConv2d(1, 4, 3, normalize="contrast")
+    white, other = (SimilarityMatchingConv2d(1, 4, 3, whiten=True) for _ in range(2))
+    for layer, stranger in ((plain, contrast), (contrast, plain), (white, other), (white, plain), (plain, white)):
+        patches = stranger.prepare(images)
+        for call in (layer, layer.solve, layer.partial_fit, layer.drive):
+            with pytest.raises(ValueError, match="^patches: expected some that this layer prepared, with PatchConfig"):
+                call(patches)
+        assert layer.updates == 0
+    white.calibrate(images)
+    white.partial_fit(white.prepare(images))
+
+
+def test_a_parent_applies_a_function_to_its_layers() -> None:
+    """`torch.nn.Module.apply` calls the layers' own: nothing of theirs may stand in its way."""
+    layer = SimilarityMatchingConv2d(1, 4, 3)
+    visited: list[torch.nn.Module] = []
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3), torch.nn.Sequential(layer, torch.nn.ReLU()))
+    assert network.apply(visited.append) is network
+    assert layer in visited
+    assert layer.apply(lambda module: module.eval()) is layer
+    assert not layer.training
+
+
+def test_a_layer_is_built_from_its_configuration() -> None:
+    """As by the constructor, argument by argument; a layer that is not supervised has no classes."""
+    options: dict[str, Any] = {
+        "stride": 2,
+        "padding": 1,
+        "normalize": "contrast",
+        "contrast_floor": 0.2,
+        "whiten": True,
+        "whiten_ridge": 0.3,
+        "label_gain": 0.7,
+        "dynamics": DynamicsConfig(tolerance=0.5),
+        "plasticity": PlasticityConfig(lr=0.05),
+    }
+    config = LayerConfig(out_channels=5, kernel_size=3, supervised=True, **options)
+    layer = SimilarityMatchingConv2d.from_config(config, 2, (9, 8), num_classes=4, seed=3, dtype=torch.float64)
+    expected = SimilarityMatchingConv2d(2, 5, 3, num_classes=4, seed=3, dtype=torch.float64, **options)
+    assert layer.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in layer.state_dict().items())
+    for name in ("patch", "dynamics", "plasticity", "label_gain", "whiten_ridge", "num_classes", "seed"):
+        assert getattr(layer, name) == getattr(expected, name)
+    dense = LayerConfig(out_channels=5, kernel_size="full")
+    assert SimilarityMatchingConv2d.from_config(dense, 2, (7, 7), num_classes=4).label.shape == (5, 0)
+    assert SimilarityMatchingConv2d.from_config(dense, 2, (7, 7)).patch.kernel_size == 7
+    with pytest.raises(ValueError, match="^kernel_size: expected a number for an input of 7 × 8, got 'full'$"):
+        SimilarityMatchingConv2d.from_config(dense, 2, (7, 8))
+    with pytest.raises(ValueError, match="^kernel_size: expected at most 2 for images of 2 × 2 with padding 0, got 3$"):
+        SimilarityMatchingConv2d.from_config(LayerConfig(out_channels=5, kernel_size=3), 2, (2, 2))
+
+
+def test_a_bound_is_read_only_where_it_is_that_of_m() -> None:
+    layer = SimilarityMatchingConv2d(1, 4, 3)
+    with pytest.raises(RuntimeError, match=r"call certify\(\) or recertify\(\) on all owners"):
+        _ = layer.bound
+    layer(torch.rand(2, 1, 5, 5))
+    before = layer.bound.value
+    layer.lateral.mul_(3.0)
+    with pytest.raises(RuntimeError, match="lateral: expected the rows that a bound was last certified of"):
+        _ = layer.bound
+    layer.certify()
+    assert layer.bound.value == pytest.approx(3 * before, rel=1e-5)
+    layer.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match="no bound yet"):
+        _ = layer.bound
 
 
 # -- its parts ---------------------------------------------------------------------------------------------------------

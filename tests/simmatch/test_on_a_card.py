@@ -15,7 +15,7 @@ from simmatch.kernels import reference
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.precision import exact_float32
 from simmatch.sharding.exchange import IdentityExchange
-from simmatch.solvers.bound import SharedFault
+from simmatch.sharding.faults import SharedFault
 from tests.reference import random_drive, random_lateral
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")

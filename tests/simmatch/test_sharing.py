@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement, measure
+from simmatch.sharding import sharing
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import split_rows
-from simmatch.solvers.bound import SharedFault
 from tests.exchanges import ThreadExchange, results, run_owners
 
 CHANNELS = 10  # on 3 owners 4, 3, 3
@@ -232,8 +234,23 @@ def fail(*_: Any, **__: Any) -> Any:
     raise InjectedError("injected")
 
 
-def damage(layer: SimilarityMatchingConv2d, kind: str, images: Tensor, labels: Tensor) -> None:
-    """Let this owner alone meet trouble at one phase of its next update."""
+FUNCTIONS = ("batch_drive", "batch_statistics", "with_totals")
+
+
+def fail_in_this_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A function that sharing calls fails for the owner of this thread alone."""
+    original, guilty = getattr(sharing, name), threading.get_ident()
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        return (fail if threading.get_ident() == guilty else original)(*arguments, **options)
+
+    monkeypatch.setattr(sharing, name, function)
+
+
+def damage(
+    layer: SimilarityMatchingConv2d, kind: str, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let this owner alone fail at one phase of its next update."""
     if kind in WEIGHTS:
         layer.get_buffer(kind)[-1].view(-1)[0] = torch.nan
     elif kind == "images":
@@ -243,14 +260,16 @@ def damage(layer: SimilarityMatchingConv2d, kind: str, images: Tensor, labels: T
     elif kind == "solver":
         layer.sharing._solver.solve = fail
     elif kind == "learn":
-        layer._learnt = fail
+        layer._learnt = fail  # type: ignore[method-assign]
     else:
-        setattr(layer, kind, fail)
+        fail_in_this_thread(monkeypatch, kind)
 
 
 @pytest.mark.parametrize(("guilty", "size"), [(0, 4), (2, 1)])
-@pytest.mark.parametrize("kind", [*WEIGHTS, "images", "labels", "drive", "solver", "_statistics", "_totals", "learn"])
-def test_a_fault_of_one_owner_is_raised_by_all(kind: str, guilty: int, size: int, digits: Dataset) -> None:
+@pytest.mark.parametrize("kind", [*WEIGHTS, "images", "labels", "solver", "learn", *FUNCTIONS])
+def test_a_fault_of_one_owner_is_raised_by_all(
+    kind: str, guilty: int, size: int, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At every phase of an update: nobody waits for ever, and nobody learns from it."""
     work = batches(digits, "supervised", size)
 
@@ -260,7 +279,7 @@ def test_a_fault_of_one_owner_is_raised_by_all(kind: str, guilty: int, size: int
         layer.partial_fit(*work[0])
         images, labels = (part.clone() for part in work[1] if part is not None)
         if exchange.rank == guilty:
-            damage(layer, kind, images, labels)
+            damage(layer, kind, images, labels, monkeypatch)
         patches = layer.prepare(images)
         before = {name: layer.get_buffer(name).clone() for name in WEIGHTS}
         try:
@@ -299,9 +318,9 @@ def test_a_fault_while_looking_is_raised_by_all(digits: Dataset) -> None:
     assert results(run_owners(3, program)) == [[[1], [1]]] * 3
 
 
-def test_one_owner_raises_its_own_exception(digits: Dataset) -> None:
+def test_one_owner_raises_its_own_exception(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     images, _ = batches(digits, "conv", 2)[0]
     layer = SimilarityMatchingConv2d(1, CHANNELS, 3, dynamics=DynamicsConfig(exchange="gather_state"))
-    layer._statistics = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(sharing, "batch_statistics", fail)
     with pytest.raises(InjectedError, match="injected"):
         layer.partial_fit(images.float())

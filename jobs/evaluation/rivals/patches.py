@@ -78,7 +78,7 @@ class Affine:
 
     def columns(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] → [R, N], columns in the order 'b h w'."""
-        return drive(prepare(images, self.config), self.weight, self.config).add_(self.offset.unsqueeze(1))
+        return drive(prepare(images, self.config), self.weight).add_(self.offset.unsqueeze(1))
 
     def operations(self, image_size: tuple[int, int]) -> int:
         """Multiply–adds of the products with the filters, for one image; what is done once per patch is not counted."""
@@ -127,7 +127,7 @@ class View:
 
     def all(self, images: Tensor) -> Tensor:
         """x̃ of all patches, [N, P], rows in the order 'b h w'; for a few images."""
-        return explicit(prepare(images, self.config, self.whitening), self.config, self.whitening)
+        return explicit(prepare(images, self.config, self.whitening))
 
     def _whitened(self, patches: Tensor) -> Tensor:
         if self.whitening is None:
