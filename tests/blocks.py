@@ -11,7 +11,15 @@ from simmatch.sharding.rows import Rows, join_rows, split_rows
 from simmatch.solvers.block import Blocks, BlockTile, iterate_block
 from simmatch.solvers.bound import certify_afresh
 from simmatch.solvers.dynamics import course
+from simmatch.solvers.tile import Steps
 from tests.exchanges import held
+
+
+def steps_of(
+    tile: BlockTile, blocks: Blocks, config: DynamicsConfig, exchange: Exchange, fault: Exception | None = None
+) -> Steps:
+    """All exchanges of a started tile, the first one included."""
+    return course(tile, iterate_block(tile, blocks, config, exchange), exchange, held(fault, exchange))
 
 
 def solve_blocks(
@@ -37,7 +45,7 @@ def solve_blocks(
             tile = BlockTile(rows, where.stop - where.start, exchange, own_drive, config)
             own = None if start is None else start[rows.start : rows.stop, where]
             tile.start(own_drive[:, where], blocks, config, own)
-            generator = course(tile, iterate_block(tile, blocks, config, exchange), exchange, held(fault, exchange))
+            generator = steps_of(tile, blocks, config, exchange, fault)
             running.append((where, tile, generator, next(generator)))
         where, tile, generator, handle = running.pop(0)
         handle.wait()

@@ -18,9 +18,9 @@ from simmatch.sharding.exchange import IDENTITY
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.packing import Packing
 from simmatch.sharding.rows import Rows, split_rows
-from simmatch.solvers.block import Blocks, BlockTile, bound_of_block, iterate_block
+from simmatch.solvers.block import Blocks, BlockTile, bound_of_block
 from simmatch.solvers.bound import certify_afresh
-from tests.blocks import solve_blocks
+from tests.blocks import solve_blocks, steps_of
 from tests.exchanges import results, run_owners
 from tests.reference import nnls_columns, random_drive, random_lateral, relative_residual
 
@@ -226,7 +226,7 @@ def test_an_energy_that_rises_is_reverted(kind: str) -> None:
         tile = BlockTile(own, columns.shape[1], exchange, lateral, config())
         tile.start(columns[own.start : own.stop], blocks, config())
         count = 0
-        for handle in iterate_block(tile, blocks, config(tolerance=0.0, max_iterations=60), exchange, None):
+        for handle in steps_of(tile, blocks, config(tolerance=0.0, max_iterations=60), exchange):
             handle.wait()
             tails = tile.tails[:, 1].sum(dim=0)
             count += int((tails > 0).sum())
@@ -450,8 +450,8 @@ def test_no_buffer_is_allocated_per_step(exchange_dtype: str | None) -> None:
     with CountAllocations(8 * 64) as counter:
         torch.ones(8, 64)
         assert counter.count == 1
-        tile.start(columns, blocks, settings_, None)
-        assert sum(1 for _ in iterate_block(tile, blocks, settings_, IDENTITY, None)) == 11
+        tile.start(columns, blocks, settings_)
+        assert sum(1 for _ in steps_of(tile, blocks, settings_, IDENTITY)) == 11
     assert counter.count == 1
 
 
@@ -461,8 +461,8 @@ def test_a_tile_that_met_a_fault_serves_again() -> None:
     blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0), rows)
 
     def run(tile: BlockTile, drive: Tensor) -> Tensor:
-        tile.start(drive, blocks, wanted, None)
-        for handle in iterate_block(tile, blocks, wanted, IDENTITY, None):
+        tile.start(drive, blocks, wanted)
+        for handle in steps_of(tile, blocks, wanted, IDENTITY):
             handle.wait()
         return tile.gathered[0, :8].clone()
 

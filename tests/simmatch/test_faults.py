@@ -52,9 +52,9 @@ def test_all_owners_raise_and_the_guilty_one_knows_why(error: Exception, kind: s
 
 
 def test_an_exception_comes_before_values_that_are_not_finite() -> None:
-    with pytest.raises(SharedFault, match="^exception on ranks 1, 3$"):
+    with pytest.raises(SharedFault, match=r"^exception on ranks 1, 3$"):
         raise_shared(torch.tensor([math.nan, -math.inf, 0.0, -math.inf]), "weights")
-    with pytest.raises(SharedFault, match="^non-finite weights on ranks 0, 2$"):
+    with pytest.raises(SharedFault, match=r"^non-finite weights on ranks 0, 2$"):
         raise_shared(torch.tensor([[0.0, math.nan], [1.0, 1.0], [math.inf, 3.0]]), "weights")
     raise_shared(torch.tensor([0.0, 1e30]), "weights")
 

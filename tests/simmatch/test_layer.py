@@ -108,7 +108,7 @@ def test_patches_of_another_layer_are_refused() -> None:
     for layer, stranger in ((plain, contrast), (contrast, plain), (white, other), (white, plain), (plain, white)):
         patches = stranger.prepare(images)
         for call in (layer, layer.solve, layer.partial_fit, layer.drive):
-            with pytest.raises(ValueError, match="^patches: expected some that this layer prepared, with PatchConfig"):
+            with pytest.raises(ValueError, match=r"^patches: expected some that this layer prepared, with PatchConfig"):
                 call(patches)
         assert layer.updates == 0
     white.calibrate(images)
@@ -149,9 +149,11 @@ def test_a_layer_is_built_from_its_configuration() -> None:
     dense = LayerConfig(out_channels=5, kernel_size="full")
     assert SimilarityMatchingConv2d.from_config(dense, 2, (7, 7), num_classes=4).label.shape == (5, 0)
     assert SimilarityMatchingConv2d.from_config(dense, 2, (7, 7)).patch.kernel_size == 7
-    with pytest.raises(ValueError, match="^kernel_size: expected a number for an input of 7 × 8, got 'full'$"):
+    with pytest.raises(ValueError, match=r"^kernel_size: expected a number for an input of 7 × 8, got 'full'$"):
         SimilarityMatchingConv2d.from_config(dense, 2, (7, 8))
-    with pytest.raises(ValueError, match="^kernel_size: expected at most 2 for images of 2 × 2 with padding 0, got 3$"):
+    with pytest.raises(
+        ValueError, match=r"^kernel_size: expected at most 2 for images of 2 × 2 with padding 0, got 3$"
+    ):
         SimilarityMatchingConv2d.from_config(LayerConfig(out_channels=5, kernel_size=3), 2, (2, 2))
 
 
