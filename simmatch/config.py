@@ -6,9 +6,7 @@ one of them and raises a `ConfigError` whose single line names the key, what was
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -21,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from simmatch.documents import quoted, shortened
+from simmatch.validation import one_line
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -303,9 +301,6 @@ class DataConfig(Frozen):
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-MOST_FAULTS = 20
-"""In one message."""
-
 
 def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Validate a plain mapping as `cls`.
@@ -318,86 +313,4 @@ def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        lines = _merged([_describe(cls, fault) for fault in faults[:MOST_FAULTS]])
-        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
-        raise ConfigError("; ".join([*lines, *more])) from None
-
-
-def _merged(lines: list[str]) -> list[str]:
-    """One line per key where a value fits none of several alternatives: 'expected an integer or 'full', got …'."""
-    merged: dict[tuple[str, str], str] = {}
-    for line in lines:
-        key, _, rest = line.partition(": expected ")
-        expected, _, given = rest.rpartition(", got ")
-        place = (key, given)
-        merged[place] = f"{merged[place]} or {expected}" if place in merged and expected else expected or line
-    return [f"{key}: expected {text}, got {given}" if given else text for (key, given), text in merged.items()]
-
-
-WORDING = {
-    "^Input should be ": "",
-    "^(String|Tuple|List) should (match|have)": r"\1 to \2",
-    "^Tuple to have at least": "a list of at least",
-    "^String to match pattern": "text that matches",
-    " after validation, not 0": "",
-    "a valid integer": "an integer",
-    "a valid ": "a ",
-}
-"""Patterns in pydantic's messages, and what stands there in ours after 'expected'."""
-
-
-def _describe(cls: type[BaseModel], fault: Any) -> str:
-    """One fault of pydantic's in our words: key, expectation, value given."""
-    # pydantic puts the member of a union it tried ('int', 'literal[...]') into the location: not a key of the user's
-    given, kind = fault.get("input"), fault["type"]
-    unknown = fault["loc"][-1:] if kind == "extra_forbidden" else ()  # it may look like nothing that we know
-    around = fault["loc"][: len(fault["loc"]) - len(unknown)]
-    location = [*(part for part in around if isinstance(part, int) or _is_key(str(part))), *unknown]
-    key = ".".join(map(_shown, location)) or "configuration"
-    if kind == "extra_forbidden":
-        known = sorted(_known_keys(cls, location[:-1]))
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        return f"{key}: unknown key; expected one of {', '.join(known)}; got '{_shown(location[-1])}'{hint}"
-    if kind == "missing":
-        return f"{key}: expected a value, got nothing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{key}: {shortened(message)}"
-    for pydantics, ours in WORDING.items():
-        message = re.sub(pydantics, ours, message)
-    return f"{key}: expected {message}, got {quoted(given)}"
-
-
-def _shown(part: Any) -> str:
-    """A key as it can be printed on one line."""
-    return shortened(str(part))
-
-
-def _is_key(part: str) -> bool:
-    return part.isidentifier() and part not in {"int", "float", "str", "bool", "none"}
-
-
-def _known_keys(cls: type[BaseModel], path: list[Any]) -> Iterator[str]:
-    """The keys that `cls` knows at a dotted path."""
-    for part in path:
-        if isinstance(part, int):
-            continue
-        field = cls.model_fields.get(str(part))
-        inner = _inner_model(field.annotation) if field else None
-        if inner is None:
-            return
-        cls = inner
-    yield from cls.model_fields
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    """The configuration class inside an annotation such as `tuple[LayerConfig, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        inner = _inner_model(argument)
-        if inner is not None:
-            return inner
-    return None
+        raise ConfigError(one_line(cls, error)) from None

@@ -1,0 +1,102 @@
+"""What pydantic finds wrong with a configuration, in our words: `key: expected …, got …`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from simmatch.documents import quoted, shortened
+
+MOST_FAULTS = 20
+"""In one message."""
+
+
+def one_line(cls: type[BaseModel], error: ValidationError) -> str:
+    """All faults of values that are no `cls`, on one line."""
+    faults = error.errors(include_url=False)
+    lines = _merged([_describe(cls, fault) for fault in faults[:MOST_FAULTS]])
+    more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+    return "; ".join([*lines, *more])
+
+
+def _merged(lines: list[str]) -> list[str]:
+    """One line per key where a value fits none of several alternatives: 'expected an integer or 'full', got …'."""
+    merged: dict[tuple[str, str], str] = {}
+    for line in lines:
+        key, _, rest = line.partition(": expected ")
+        expected, _, given = rest.rpartition(", got ")
+        fault = (key, given)
+        merged[fault] = f"{merged[fault]} or {expected}" if fault in merged and expected else expected or line
+    return [f"{key}: expected {text}, got {given}" if given else text for (key, given), text in merged.items()]
+
+
+WORDING = {
+    "^Input should be ": "",
+    "^(String|Tuple|List) should (match|have)": r"\1 to \2",
+    "^Tuple to have at least": "a list of at least",
+    "^String to match pattern": "text that matches",
+    " after validation, not 0": "",
+    "a valid integer": "an integer",
+    "a valid ": "a ",
+}
+"""Patterns in pydantic's messages, and what stands there in ours after 'expected'."""
+
+
+def _describe(cls: type[BaseModel], fault: Any) -> str:
+    """One fault of pydantic's in our words: key, expectation, value given."""
+    # pydantic puts the member of a union it tried ('int', 'literal[...]') into the location: not a key of the user's
+    given, kind = fault.get("input"), fault["type"]
+    unknown = fault["loc"][-1:] if kind == "extra_forbidden" else ()  # it may look like nothing that we know
+    around = fault["loc"][: len(fault["loc"]) - len(unknown)]
+    location = [*(part for part in around if isinstance(part, int) or _is_key(str(part))), *unknown]
+    key = ".".join(map(_shown, location)) or "configuration"
+    if kind == "extra_forbidden":
+        known = sorted(_known_keys(cls, location[:-1]))
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        return f"{key}: unknown key; expected one of {', '.join(known)}; got '{_shown(location[-1])}'{hint}"
+    if kind == "missing":
+        return f"{key}: expected a value, got nothing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {shortened(message)}"
+    for pydantics, ours in WORDING.items():
+        message = re.sub(pydantics, ours, message)
+    return f"{key}: expected {message}, got {quoted(given)}"
+
+
+def _shown(part: Any) -> str:
+    """A key as it can be printed on one line."""
+    return shortened(str(part))
+
+
+def _is_key(part: str) -> bool:
+    return part.isidentifier() and part not in {"int", "float", "str", "bool", "none"}
+
+
+def _known_keys(cls: type[BaseModel], path: list[Any]) -> Iterator[str]:
+    """The keys that `cls` knows at a dotted path."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = cls.model_fields.get(str(part))
+        inner = _inner_model(field.annotation) if field else None
+        if inner is None:
+            return
+        cls = inner
+    yield from cls.model_fields
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The configuration class inside an annotation such as `tuple[LayerConfig, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        inner = _inner_model(argument)
+        if inner is not None:
+            return inner
+    return None
