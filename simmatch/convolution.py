@@ -86,14 +86,14 @@ class Convolution:
             return result
         bias = offset if scale is None else None
         for chunk in self._chunks(images, channels):
-            found = F.conv2d(chunk.images, weight, bias, self.stride)
+            maps_of_chunk = F.conv2d(chunk.images, weight, bias, self.stride)
             target = maps[chunk.batch, :, chunk.rows]
             if scale is None:
-                target.copy_(found)
+                target.copy_(maps_of_chunk)
             elif offset is None:
-                torch.mul(found, scale[chunk.batch, :, chunk.rows], out=target)
+                torch.mul(maps_of_chunk, scale[chunk.batch, :, chunk.rows], out=target)
             else:
-                torch.addcmul(offset.view(-1, 1, 1), found, scale[chunk.batch, :, chunk.rows], out=target)
+                torch.addcmul(offset.view(-1, 1, 1), maps_of_chunk, scale[chunk.batch, :, chunk.rows], out=target)
         return result
 
     def weight_gradient(self, images: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
@@ -148,18 +148,18 @@ class Convolution:
         """
         padded = self._pad(images)
         _, channels, height, width = padded.shape
-        across = self.extent(images.shape[3])
-        corner = position // across * (self.stride * width) + position % across * self.stride
+        columns = self.extent(images.shape[3])
+        corner = position // columns * (self.stride * width) + position % columns * self.stride
         corner = corner + batch * (channels * height * width)
         kernel = torch.arange(self.kernel_size, device=images.device)
         channel = torch.arange(channels, device=images.device) * (height * width)
         inside = rearrange(channel, "c -> c 1 1") + rearrange(kernel * width, "i -> i 1") + kernel
         inside = inside.flatten()
-        found = images.new_empty(len(corner), len(inside))
+        patches = images.new_empty(len(corner), len(inside))
         rows = max(1, _budget(images) // len(inside))
-        for part, target in zip(torch.split(corner, rows), torch.split(found, rows), strict=True):
+        for part, target in zip(torch.split(corner, rows), torch.split(patches, rows), strict=True):
             torch.take(padded, part.unsqueeze(1) + inside, out=target)
-        return found
+        return patches
 
     def _windows(self, padded: Tensor) -> Tensor:
         """All patches of padded images as a view: [B, C, h, w] → [B, C, H', W', k, k]."""

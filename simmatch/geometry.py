@@ -185,8 +185,8 @@ def inverse_contrast(images: Tensor, config: PatchConfig) -> Tensor:
     def box(values: Tensor) -> Tensor:  # batch innermost in memory: pooling is vectorised over it
         padded = F.pad(rearrange(values, "b 1 h w -> 1 b h w"), (config.padding,) * 4)
         padded = padded.contiguous(memory_format=torch.channels_last)
-        found = F.avg_pool2d(padded, config.kernel_size, config.stride)
-        return rearrange(found, "1 b h w -> b 1 h w")
+        means = F.avg_pool2d(padded, config.kernel_size, config.stride)
+        return rearrange(means, "1 b h w -> b 1 h w")
 
     if images.shape[0] == 0:  # a rank's share of few images
         return images.new_empty(0, 1, *config.map_size((images.shape[2], images.shape[3])))
@@ -213,12 +213,12 @@ def explicit(patches: Patches, *, images: int | None = None) -> Tensor:
     config, whitening = patches.config, patches.whitening
     chosen = patches.of_images(slice(images))
     if chosen.matrix is not None:
-        found = chosen.matrix
+        matrix = chosen.matrix
     else:
         assert chosen.images is not None
-        found = sample_patches(chosen.images, config, chosen.batch_size * chosen.positions, torch.Generator())
+        matrix = sample_patches(chosen.images, config, chosen.batch_size * chosen.positions, torch.Generator())
     already = patches.matrix is not None and patches.whitened
-    return found if whitening is None or already else (found - whitening.mean) @ whitening.matrix.T
+    return matrix if whitening is None or already else (matrix - whitening.mean) @ whitening.matrix.T
 
 
 def drive(patches: Patches, feedforward: Tensor) -> Tensor:
@@ -290,11 +290,11 @@ COVARIANCE_ROWS = 2048
 def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [P] and covariance [P, P] of rows [N, P], float64: products in the rows' dtype, their sums in float64."""
     mean = rows.mean(dim=0, dtype=torch.float64)
-    found = mean.new_zeros(len(mean), len(mean))
+    total = mean.new_zeros(len(mean), len(mean))
     for part in torch.split(rows, COVARIANCE_ROWS):
         centred = part - mean.to(part.dtype)
-        found += centred.T @ centred
-    return mean, found.div_(len(rows))
+        total += centred.T @ centred
+    return mean, total.div_(len(rows))
 
 
 def zca(patches: Tensor, ridge: float) -> Whitening:
@@ -303,8 +303,8 @@ def zca(patches: Tensor, ridge: float) -> Whitening:
     Π = (C_x + ridge · mean eigenvalue · I)^(-1/2) with C_x the covariance: the identity of the canonical
     correlation objective XᵀC_x⁻¹X, regularised.
     """
-    mean, found = covariance(patches)
-    eigenvalues, vectors = torch.linalg.eigh(found)
+    mean, spread = covariance(patches)
+    eigenvalues, vectors = torch.linalg.eigh(spread)
     # patches that hardly vary are left alone rather than blown up to what their dtype cannot hold
     least = torch.finfo(patches.dtype).eps
     spectrum = (eigenvalues.clamp(min=0.0) + ridge * eigenvalues.mean()).clamp(min=least)

@@ -46,13 +46,13 @@ class SimilarityMatchingConv2d(Synapses):
     num_classes: classes of the label weights V; 0 for none.
     label_gain: variance of a label direction over the mean variance of an input direction, α = label_gain · tr C_x / P,
         so that rescaling the input does not change its meaning.
-    dynamics, plasticity: how activities are found and weights learn.
+    dynamics, plasticity: how activities are solved for, and how weights learn.
     normalize: 'none', or 'contrast' for patches of zero mean and unit deviation.
     contrast_floor: least deviation a patch is divided by.
     whiten, whiten_ridge: ZCA whitening of the patches, regularised; see `calibrate`.
     seed: of the initial weights and of every re-drawn row.
     dtype, device: of all buffers.
-    rows, exchange: the channels held here and the way to the others. Default: all of them, and nobody to exchange with,
+    rows, exchange: the channels held here and the way to the others. Default: all of them, and no exchange,
         which lets `solver: auto` choose what is fastest here. Given an exchange, be it of a single owner, it chooses by
         configuration alone, so that the number of owners changes nothing.
 
@@ -168,7 +168,7 @@ class SimilarityMatchingConv2d(Synapses):
         return prepare(x, self.patch, self._whitening, positions)
 
     def explicit_patches(self, matrix: Tensor, *, whitened: bool = True) -> Patches:
-        """One patch per image, [B, P], as in the `matrix` of prepared patches → `Patches`; whitened unless told not."""
+        """Explicit patches [B, P], one per image, → `Patches`; normalised, and whitened where the layer whitens."""
         return Patches(self.patch, self._whitening, (1, 1), matrix=matrix, whitened=whitened or not self.whiten)
 
     def _patches(self, x: Tensor | Patches) -> Patches:
@@ -285,7 +285,7 @@ class SimilarityMatchingConv2d(Synapses):
         Where columns are split (`exchange: gather_state`) these are own columns only, N of them the range
         `split_columns(…)[rank]`: learning does not need the others. `simmatch.measurement.measure` looks at all.
 
-        A layer that whitens, or has a label gain, calibrates itself on its first batch if nobody did.
+        A layer that whitens, or has a label gain, calibrates itself on its first batch if `calibrate` was not called.
 
         Raises
         ------

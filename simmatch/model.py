@@ -146,9 +146,9 @@ class Stack(nn.Module):
 
     def layer(self, index: int) -> SimilarityMatchingConv2d:
         """Layer `index`; −1 is the last."""
-        found = self.layers[index]
-        assert isinstance(found, SimilarityMatchingConv2d)
-        return found
+        layer = self.layers[index]
+        assert isinstance(layer, SimilarityMatchingConv2d)
+        return layer
 
     def below(self, x: Tensor, index: int) -> Tensor:
         """Input of layer `index`: images [B, C, H, W] through the layers below it, label-free and pooled."""
@@ -257,10 +257,10 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
 
 
 def _copy_checked(target: Tensor, tensors: dict[str, Tensor], key: str) -> None:
-    found = tensors.get(key)
-    if found is None or found.shape != target.shape:
-        given = "nothing" if found is None else str(list(found.shape))
+    tensor = tensors.get(key)
+    if tensor is None or tensor.shape != target.shape:
+        given = "nothing" if tensor is None else str(list(tensor.shape))
         raise ConfigError(f"{key}: expected a tensor of shape {list(target.shape)}, got {given}")
-    if not bool(found.isfinite().all()):
+    if not bool(tensor.isfinite().all()):
         raise ConfigError(f"{key}: expected finite values, got NaN or infinity")
-    target.copy_(found)
+    target.copy_(tensor)

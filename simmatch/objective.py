@@ -70,7 +70,7 @@ def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> b
 
 
 def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str | None:
-    """What to tell a person whose layer has a relative objective above 1 after its start is forgotten, in one line."""
+    """A warning, in one line, for a relative objective above 1 once the start is forgotten; else None."""
     if not above_one or start_share(config, updates) > FORGOTTEN:
         return None
     return (

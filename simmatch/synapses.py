@@ -63,7 +63,7 @@ class Synapses(nn.Module):
     silent: [K_g], updates in a row in which the channel was silent on every column.
     perron: [K], approximate Perron vector of M; with M itself it determines the bound of λmax(M).
     updates, revived: counts of updates and of re-drawn channels.
-    dead_channels: channels of all owners found dead at the last update (and then revived, if so configured).
+    dead_channels: channels of all owners that were dead at the last update (and then revived, if so configured).
     """
 
     feedforward: Tensor

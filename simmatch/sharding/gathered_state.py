@@ -100,7 +100,7 @@ class GatheredState:
             tensors = [sums.yx.flatten(1), sums.yy, sums.yz]
             for table, part in zip(sent.table, self._parts, strict=True):
                 _fill(table, [tensor[part.start : part.stop] for tensor in tensors], self.widths)
-            sent.statuses.copy_(status_of(sent.table))  # every owner hears of what any of them would get
+            sent.statuses.copy_(status_of(sent.table))  # every owner learns of what any of them would get
         fault.mark(sent.statuses)
         self.exchange.all_to_all(received.flat, sent.flat).wait()
         fault.raise_shared(received.statuses, "activities or statistics")

@@ -238,8 +238,8 @@ class BlockTile:
     def learn_curvature(self, tails: Tensor, void: Tensor, risen: Tensor, owners: int) -> None:
         """Largest ρ so far from gathered tails [G, TAIL, n], except where their step is `void`; more where `risen`."""
         along, blockwise = tails[:, 2].sum(dim=0), tails[:, 3].sum(dim=0)
-        found = torch.where(void | (blockwise <= 0), 0.0, along / blockwise)
-        torch.maximum(self.curvature, found.nan_to_num_(0.0), out=self.curvature)
+        met = torch.where(void | (blockwise <= 0), 0.0, along / blockwise)
+        torch.maximum(self.curvature, met.nan_to_num_(0.0), out=self.curvature)
         grown = torch.where(risen, self.curvature * CURVATURE_GROWTH, self.curvature)
         torch.clamp(grown, max=float(owners), out=self.curvature)
 
@@ -294,21 +294,21 @@ def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, excha
         iteration += 1
         yield tile.send(exchange)
         tile.receive()
-        found, risen = _read_tails(tile.tails, scale)
+        reached, risen = _read_tails(tile.tails, scale)
         risen &= ~careful  # a careful step rises by rounding at most, which a repetition would not help
         tile.learn_curvature(tile.tails, revert, risen, exchange.world_size)
         careful, revert = revert, risen
-        residual = torch.where(risen, residual, found)
+        residual = torch.where(risen, residual, reached)
         frozen = _freeze(residual, frozen, config.tolerance)
         tile.judge(revert, frozen)
         if frozen is not None and bool(frozen.all()):
             return iteration, residual
     tile.measure(blocks, tile.last_tails[exchange.rank])
     yield exchange.all_gather(tile.last_tails)
-    found, risen = _read_tails(tile.last_tails, scale)
+    reached, risen = _read_tails(tile.last_tails, scale)
     risen &= ~careful
     tile.judge(risen, None)
-    return iteration, torch.where(risen, residual, found)
+    return iteration, torch.where(risen, residual, reached)
 
 
 def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The dynamics on their own: a nonnegative quadratic program with many right-hand sides, checked before it is solved.
 
-A layer trusts its own weights and records what the solver reached; `solve` takes anybody's, refuses what has no
+A layer trusts its own weights and records what the solver reached; `solve` takes any, refuses what has no
 minimum, and warns when the tolerance was not reached.
 """
 

@@ -186,7 +186,7 @@ def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchan
     decides = config.tolerance > 0 or folded.solver.momentum is not None
     iteration, checked, frozen = 1, False, None
     while True:
-        if checked:  # the tails that came with this y tell of the one before
+        if checked:  # the tails that came with this y belong to the one before
             residual, uphill = _read_tails(tile.tails, scale)
             tile.k.masked_fill_(uphill, 0.0)
             frozen = _freeze(residual, frozen, tile.k, config.tolerance)
