@@ -107,7 +107,7 @@ def test_patches_of_some_images_are_theirs(some: bool) -> None:
     found = prepare(case.images, case.config, case.whitening, positions).of_images(slice(1, 3))
     alone = prepare(case.images[1:3], case.config, case.whitening, positions[1:3] if positions is not None else None)
     assert found.batch_size == alone.batch_size == 2
-    ours, theirs = (drive(part, case.feedforward, case.config, case.whitening) for part in (found, alone))
+    ours, theirs = (drive(part, case.feedforward) for part in (found, alone))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
