@@ -168,7 +168,7 @@ class SimilarityMatchingConv2d(Synapses):
         return prepare(x, self.patch, self._whitening, positions)
 
     def explicit_patches(self, matrix: Tensor, *, whitened: bool = True) -> Patches:
-        """Normalised patches [B, P], one per image, as `Patches`; `whitened` where Π and μ have been applied, if any."""
+        """Normalised patches [B, P], one per image, as `Patches`; `whitened` where Π and μ are applied, if any."""
         return Patches(self.patch, self._whitening, (1, 1), matrix=matrix, whitened=whitened or not self.whiten)
 
     def _patches(self, x: Tensor | Patches) -> Patches:
