@@ -107,15 +107,15 @@ class RunConfig(Frozen):
     tracking: TrackingConfig = TrackingConfig()
 
     divergence: Divergence = "stop"
-    """Where weights or activities are no numbers any more, or explode: end, or go back to the newest checkpoint, once,
-    and on at half of all learning rates. The newest checkpoint is sound either way."""
+    """Where weights or activities become NaN or infinite, or explode: end, or continue once from the newest checkpoint
+    at half of all learning rates. The newest checkpoint is from before either way."""
 
     encode_batch: PositiveInt = 500
     """Images per batch and rank where layers only encode."""
 
     cache_features: bool = True
     """Keep the encoded input of a layer in every rank's memory while the layer learns, instead of encoding each
-    batch again. `--dry-run` tells the size."""
+    batch again. `--dry-run` prints the size."""
 
     log_every: PositiveInt = 10
     """Updates between two records of a layer's metrics."""
@@ -128,6 +128,16 @@ class RunConfig(Frozen):
         if least is not None and least > mesh.channel:
             raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={mesh.channel}, got {least}")
         return mesh
+
+    def at_rate(self, factor: float) -> RunConfig:
+        """The same with all learning rates multiplied."""
+        layers = tuple(
+            layer.model_copy(
+                update={"plasticity": layer.plasticity.model_copy(update={"lr": factor * layer.plasticity.lr})}
+            )
+            for layer in self.model.layers
+        )
+        return self.model_copy(update={"model": self.model.model_copy(update={"layers": layers})})
 
 
 def public(config: RunConfig) -> dict[str, Any]:

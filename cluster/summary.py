@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.checkpoints.manifest import Cursor
 from cluster.config import RunConfig
-from cluster.messages import ReadoutScored
+from cluster.messages import LayerMetrics, ReadoutScored
 from cluster.tracking.events import MetricsEvent, TagsEvent
 from cluster.tracking.spool import Spool
 
@@ -18,6 +18,11 @@ ABANDONED_TAG = "simmatch.given_up"
 """Tag of a run that went back to a checkpoint and continued at lower rates, see `abandoned`."""
 
 ABANDONED = re.compile(r"of layer (\d{1,9}) after step (\d{1,9})")
+
+RATE_TAG = "simmatch.rate"
+"""Tag of a run at lower learning rates: the factor by which they are multiplied."""
+
+RATE = re.compile(r"0\.\d{0,8}[1-9]")
 
 TOTALS = frozenset({"bytes_exchanged", "num_exchanges"})
 """Metrics of a layer that a run which continues counts on from."""
@@ -43,6 +48,31 @@ class RunRecord:
     """Learned from since this process began; those of repeated updates count once."""
     bytes_exchanged: float = 0.0
     num_exchanges: float = 0.0
+    rate: float = 1.0
+    """Factor of the learning rates; below 1 after a divergence."""
+
+    _before: tuple[int, float, float] = (0, 0.0, 0.0)
+
+    def start_group(self, images: int) -> None:
+        """A new group counts its exchanges from 0. `images`: of the run, before this process began."""
+        self._before = images, self.bytes_exchanged, self.num_exchanges
+
+    def add(self, metrics: LayerMetrics) -> dict[str, float] | None:
+        """Take in the metrics of a layer. Returns their values for the tracker; None where they were recorded before.
+
+        Exchanges of earlier groups are added.
+        """
+        images, bytes_exchanged, num_exchanges = self._before
+        self.images = metrics.images - images
+        self.bytes_exchanged = bytes_exchanged + metrics.bytes_exchanged
+        self.num_exchanges = num_exchanges + metrics.num_exchanges
+        totals = {"bytes_exchanged": self.bytes_exchanged, "num_exchanges": self.num_exchanges}
+        values = self.layers[metrics.layer] = metrics.values() | totals
+        curve = self.curves.setdefault(metrics.layer, [])
+        if curve and metrics.update <= curve[-1][0]:
+            return None  # before a restart
+        curve.append((metrics.update, values))
+        return values
 
     def forget(self, cursor: Cursor) -> None:
         """Drop the records after a checkpoint that is continued at lower rates: they will be recorded again."""
@@ -58,8 +88,11 @@ class RunRecord:
         """Take over what earlier attempts of this run have recorded, so that nothing is recorded twice."""
         for event, _ in Spool(spool).read():
             match event:
-                case TagsEvent(values=values) if mark := ABANDONED.search(str(values.get(ABANDONED_TAG))):
-                    self.forget(Cursor(step=0, layer=int(mark[1]), updates=int(mark[2])))
+                case TagsEvent(values=values):
+                    if mark := ABANDONED.search(str(values.get(ABANDONED_TAG))):
+                        self.forget(Cursor(step=0, layer=int(mark[1]), updates=int(mark[2])))
+                    if RATE.fullmatch(rate := str(values.get(RATE_TAG))):
+                        self.rate = min(self.rate, float(rate))
                 case MetricsEvent(layer=int(layer), step=step, values=values) if values.keys() >= TOTALS:
                     self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
                     curve = self.curves.setdefault(layer, [])

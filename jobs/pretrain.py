@@ -195,7 +195,7 @@ class Job:
             resume=self.start.resume,
             before_commit=self.mirror.push,
             data=self.data,
-            settle=partial(self._settle, display),
+            on_config=partial(self._on_config, display),
         )
         self._controller, self.record = controller, controller.record
         self.record.steps = start_step
@@ -209,8 +209,8 @@ class Job:
         finally:
             self._controller, self.config = None, controller.config  # the mesh may have shrunk
 
-    def _settle(self, display: JobDisplay, config: RunConfig) -> None:
-        """What the configuration left open is known; checkpoints hold it as well."""
+    def _on_config(self, display: JobDisplay, config: RunConfig) -> None:
+        """The open values of the configuration are known; checkpoints hold them as well."""
         try:
             self._write_config(config)
         except OSError as error:

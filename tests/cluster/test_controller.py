@@ -159,12 +159,12 @@ def both_shards(run_dir: Path, step: int) -> list[list[Message]]:
 class Scene:
     """A controller of two ranks whose groups play the given scripts, one after another."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, *scripts: Any, resume: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, *scripts: Any, **options: Any) -> None:
         self.config, self.run_dir = config, run_dir
         self.recorder, self.display = Recorded(), Shown()
         self.groups: list[ScriptedGroup] = []
         self._scripts = list(scripts)
-        self.controller = Controller(config, run_dir, self._make, self.recorder, self.display, resume=resume)
+        self.controller = Controller(config, run_dir, self._make, self.recorder, self.display, **options)
 
     def _make(self, assignment: Assignment) -> ScriptedGroup:
         script = self._scripts.pop(0)
@@ -188,13 +188,13 @@ def scene(digits_config: Callable[..., RunConfig], tmp_path: Path) -> MakeScene:
         max_restarts: int = 2,
         min_shards: int | None = None,
         keep: int = 100,
-        resume: Path | None = None,
         divergence: str = "stop",
+        **options: Any,
     ) -> Scene:
         cluster = {"poll_s": 1e-3, "max_restarts": max_restarts, "min_shards": min_shards, "backoff_s": 1e-3}
         checkpoint = {"every_steps": 4, "keep": keep}
         config = digits_config(2, cluster=cluster, checkpoint=checkpoint, divergence=divergence)
-        return Scene(config, tmp_path, *scripts, resume=resume)
+        return Scene(config, tmp_path, *scripts, **options)
 
     return make
 
@@ -321,7 +321,9 @@ def test_a_checkpoint_that_a_rank_could_not_write_is_left_out(scene: MakeScene, 
     playing = scene()
     lost = ShardFailed(4, "[Errno 28] No space left on device")
     playing.round([shard_written(tmp_path, 0, 4)], [lost])
-    assert playing.display.notes == ["rank 1: the checkpoint of step 4 is left out: [Errno 28] No space left on device"]
+    assert playing.display.notes == [
+        "rank 1: the checkpoint of step 4 was not written: [Errno 28] No space left on device"
+    ]
     playing.round(*both_shards(tmp_path, 8))
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
     assert not (folder_of(tmp_path, 4) / MANIFEST).exists()
@@ -339,7 +341,7 @@ def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
         patched.setattr("cluster.checkpoints.committer.commit", full)
         playing.round(*both_shards(tmp_path, 4))
     (note,) = playing.display.notes
-    assert "checkpoint of step 4 is left out" in note
+    assert "checkpoint of step 4 was not written" in note
     assert "No space left on device" in note
     playing.round(*both_shards(tmp_path, 8))
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 8)
@@ -369,7 +371,7 @@ def test_only_the_group_in_force_publishes_its_model(scene: MakeScene, tmp_path:
 
 def test_a_run_whose_model_cannot_be_published_has_not_finished(scene: MakeScene, tmp_path: Path) -> None:
     playing = scene([[[ModelExported("model-elsewhere")], []]])
-    with pytest.raises(RunFailed, match=r"the model is not published: .*model-elsewhere.*; the same command goes on"):
+    with pytest.raises(RunFailed, match=r"the model is not published: .*model-elsewhere.*; run the same command again"):
         playing.controller.run()
     assert not playing.controller.finished  # what cuts off the wait for it decides by that
 
@@ -491,8 +493,8 @@ def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> 
     """8 CPUs for two ranks at the start; the next group is placed on a host that allows 2."""
     saved = [both_shards(tmp_path, step) for step in (4, 8)]
     playing = scene([saved[0], LOST], [saved[1]])
-    settled: list[RunConfig] = []
-    playing.controller.settle = settled.append
+    configs: list[RunConfig] = []
+    playing.controller.on_config = configs.append
     make = playing.controller.make_group
 
     def elsewhere(assignment: Assignment) -> Any:
@@ -503,7 +505,7 @@ def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> 
 
     playing.controller.make_group = elsewhere
     playing.controller.run()
-    assert [config.cluster.threads_per_rank for config in settled] == [4]
+    assert [config.cluster.threads_per_rank for config in configs] == [4]
     assert [group.assignment.config.cluster.threads_per_rank for group in playing.groups] == [None, 4]
     assert [read_manifest(folder_of(tmp_path, step)).config["cluster"]["threads_per_rank"] for step in (4, 8)] == [4, 4]
     (note,) = [note for note in playing.display.notes if "threads_per_rank" in note]
@@ -513,8 +515,7 @@ def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> 
 
 
 def test_every_group_is_told_the_digest_of_the_data(scene: MakeScene, tmp_path: Path) -> None:
-    playing = scene([both_shards(tmp_path, 4), LOST], [])
-    playing.controller.data = "0123456789abcdef"
+    playing = scene([both_shards(tmp_path, 4), LOST], [], data="0123456789abcdef")
     playing.controller.run()
     assert [group.assignment.data for group in playing.groups] == ["0123456789abcdef"] * 2
     assert read_manifest(folder_of(tmp_path, 4)).data == "0123456789abcdef"
@@ -535,7 +536,7 @@ def test_the_policy_restarts_after_a_loss_only_and_so_often() -> None:
     assert isinstance(FailurePolicy(max_restarts=0).decide(LOST, 0, 2), Stop)
 
 
-def test_attempts_in_vain_follow_more_and_more_slowly() -> None:
+def test_pauses_between_failed_restarts_grow() -> None:
     policy = FailurePolicy(max_restarts=100, backoff_s=2.0)
     pauses = [decision.after_s for n in range(9) if isinstance(decision := policy.decide(LOST, n, 2), Restart)]
     assert pauses == [0, 2, 4, 8, 16, 32, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
@@ -587,12 +588,12 @@ def test_updates_that_are_done_again_are_counted(scene: MakeScene, tmp_path: Pat
     group.poll = lambda: told(3)  # type: ignore[method-assign]
     playing.controller.step(group)
     playing.controller._restart(Restart(2, 0.0), LOST)
-    assert "starting a new group from the beginning, 3 updates again" in playing.display.notes[-1]
+    assert "starting a new group from the beginning, 3 updates to repeat" in playing.display.notes[-1]
     playing.round(*both_shards(tmp_path, 8))
     group.poll = lambda: told(13)  # type: ignore[method-assign]
     playing.controller.step(group)
     playing.controller._restart(Restart(2, 0.0), LOST)
-    assert "starting a new group from step-00000008, 5 updates again" in playing.display.notes[-1]
+    assert "starting a new group from step-00000008, 5 updates to repeat" in playing.display.notes[-1]
     record = playing.controller.record
     assert record.steps_again == 8
     assert summarise(playing.config, record, status="FAILED", seconds=1.0, run_id=None)["steps_again"] == 8
@@ -670,9 +671,8 @@ def test_numbers_that_diverge_cost_half_the_rate(scene: MakeScene, tmp_path: Pat
     assert [rates(group) for group in playing.groups] == [[0.1, 0.1], [0.05, 0.05], [0.05, 0.05]]
     assert playing.groups[1].assignment.resume == folder_of(tmp_path, 4)
     assert playing.recorder.all_tags[0].items() >= {"restarts": "1", "simmatch.rate": "0.5"}.items()
-    assert any(
-        "starting a new group at 0.5 of the learning rates from step-00000004" in note for note in playing.display.notes
-    )
+    expected = "starting a new group at 0.5 times the learning rates from step-00000004"
+    assert any(expected in note for note in playing.display.notes)
     assert [read_manifest(folder_of(tmp_path, step)).rate for step in (4, 8)] == [1.0, 0.5]
     again = scene([], resume=folder_of(tmp_path, 8))
     again.controller.run()
@@ -681,6 +681,33 @@ def test_numbers_that_diverge_cost_half_the_rate(scene: MakeScene, tmp_path: Pat
         json.loads((folder_of(tmp_path, 8) / MANIFEST).read_text())["config"]["model"]["layers"][0]["plasticity"]["lr"]
         == 0.1
     )
+
+
+def test_a_lowered_rate_outlives_a_process_that_ends_before_the_next_checkpoint(
+    scene: MakeScene, tmp_path: Path
+) -> None:
+    """The newest checkpoint is from before the divergence; the run's spool holds the rate, which is lowered once."""
+    playing = scene([both_shards(tmp_path, 4), DIVERGED], KeyboardInterrupt(), divergence="lower_rate")
+    with pytest.raises(KeyboardInterrupt):
+        playing.controller.run()
+    spool = Spool(tmp_path / SPOOL_NAME).open()
+    spool.append(TagsEvent(time_ms=1, values=playing.recorder.all_tags[0]))
+    spool.close()
+    again = scene([DIVERGED], resume=folder_of(tmp_path, 4), divergence="lower_rate")
+    again.controller.record.continue_from(tmp_path / SPOOL_NAME)
+    with pytest.raises(RunFailed, match=r"non-finite activities on rank 1$"):
+        again.controller.run()
+    assert rates(again.groups[0]) == [0.05, 0.05]
+
+
+@pytest.mark.parametrize("value", ["0", "0.0", "1", "2", "-0.5", "nan", "inf", "0.5x", ""])
+def test_a_rate_that_the_spool_should_not_hold_is_ignored(tmp_path: Path, value: str) -> None:
+    spool = Spool(tmp_path / SPOOL_NAME).open()
+    spool.append(TagsEvent(time_ms=1, values={"simmatch.rate": value}))
+    spool.close()
+    record = RunRecord()
+    record.continue_from(tmp_path / SPOOL_NAME)
+    assert record.rate == 1.0
 
 
 def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: Path) -> None:
@@ -734,7 +761,7 @@ def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene
         "simmatch.world_size": "1",
         "simmatch.mesh": "data 1 × layer 1 × channel 1",
     }
-    assert any("starting a new group of 1 from step-00000004" in note for note in playing.display.notes)
+    assert any("starting a new group of 1 rank from step-00000004" in note for note in playing.display.notes)
 
 
 def test_a_group_that_does_not_come_up_is_a_loss(scene: MakeScene) -> None:

@@ -301,7 +301,7 @@ def of_a_rank(ray: Any, cell: Cell, undisturbed: bytes, fault: Kind, moment: str
     assert status == 0, shown
     assert_whole(ray, cell, undisturbed, restarts=int(fault in LOST))
     if fault == "disk full":
-        assert "is left out: " in shown
+        assert " was not written: " in shown
         assert "No space left on device" in shown
     else:
         assert re.search(r"rank 1 \(pid \d+ on \S+\) (was lost|did not answer)", shown), shown

@@ -183,7 +183,7 @@ def test_where_it_does_not_the_run_goes_on_with_the_shards_that_fit(
     assert "rank 1 (pid " in lost
     assert "no room for 2 ranks" in shrunk
     assert "1 rank more than there is room for" in shrunk
-    assert f"starting a new group of 1 from step-{CHECKPOINT:08d}" in shrunk
+    assert f"starting a new group of 1 rank from step-{CHECKPOINT:08d}" in shrunk
     assert (record.restarts, record.steps, scene.controller.config.mesh.channel) == (2, 22, 1)
     assert_parity(tmp_path, undisturbed_double)
     assert_gone(scene.watcher.pids)

@@ -240,7 +240,7 @@ def test_a_link_that_stays_cut_costs_a_shard(
         parted.cut()
         cut = time.monotonic()
         named_s = driver.wait_for(lambda: driver.said("starting a new group"))
-        driver.wait_for(lambda: driver.said("starting a new group of 1 from step-"))
+        driver.wait_for(lambda: driver.said("starting a new group of 1 rank from step-"))
         driver.wait_for(lambda: driver.said("ranks: ", times=2))
         again_s = time.monotonic() - cut
         assert driver.finish() == 0, driver.text()
