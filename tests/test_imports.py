@@ -37,7 +37,6 @@ NEVER_IMPORTED = {
     "pytest-timeout", "pytest-xdist",  # pytest finds them
     "onnxscript", "setuptools",  # torch.onnx and pip use them
     "ruff", "mypy", "types-pyyaml", "types-psutil",
-    "pandas",
 }  # fmt: skip
 """Distributions declared for what they do beside being imported."""
 
