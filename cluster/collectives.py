@@ -1,10 +1,10 @@
-"""The exchange between owners of channels, by torch.distributed, and its rendezvous.
+"""The exchange between ranks by torch.distributed, and its rendezvous.
 
 `TorchExchange` implements `simmatch.sharding.exchange.Exchange`: nccl on CUDA, gloo on CPU. One rank uses
 `IdentityExchange`, the same code with nothing to move.
 
 Rendezvous without a port race: rank 0 binds a socket on port 0 of the chosen interface, hands the listening socket
-to torch's store, and only then is the address published.
+to torch's store, and only then publishes the address.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class PeerTimeout(RuntimeError):
-    """An exchange did not complete: some rank is missing, or the time is up."""
+    """An exchange did not complete: a rank is missing, or the time limit is over."""
 
 
 class Pending:
-    """An exchange under way."""
+    """An exchange that has started."""
 
     def __init__(self, work: dist.Work, exchange: TorchExchange) -> None:
         self._work, self._exchange = work, exchange
@@ -71,16 +71,16 @@ class TorchExchange:
         return self._pending(_all_gather(gathered.view(-1), own.view(-1), group=self.group, async_op=True))
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> Handle:
-        """See `Exchange.all_to_all`. Sums of what it brings are the same bits in every run, and name their ranks.
+        """See `Exchange.all_to_all`. Adding what it returns in order of ranks gives the same bits in every run.
 
-        gloo's own reduce-scatter adds in an order that depends on the owner, and takes about twice as long: between
-        three processes of one machine 7 ms for 100,000 float32 values a slice against 4 ms for this and the sum.
+        gloo's reduce-scatter adds in an order that depends on the rank, and takes about twice as long: between three
+        processes of one machine 7 ms for slices of 100,000 float32 values, against 4 ms for this and the sum.
         """
         self._count(sent[0])
         return self._pending(dist.all_to_all_single(received.view(-1), sent.view(-1), group=self.group, async_op=True))
 
     def _count(self, part: Tensor) -> None:
-        """One exchange more, in which such a slice comes from each of the others."""
+        """Count an exchange in which such a slice comes from each of the others."""
         self.num_exchanges += 1
         self.bytes_exchanged += part.nbytes * (self.world_size - 1)
 
@@ -90,7 +90,7 @@ class TorchExchange:
 
 
 def open_store(address: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
-    """Bind the store of a rendezvous on a free port of one interface address. Returns the store and its port."""
+    """Bind the store of a rendezvous to a free port of one interface address. Returns the store and its port."""
     listener = socket.create_server((address, 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore(
@@ -105,14 +105,14 @@ def open_store(address: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
 
 
 def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """Reach the store that rank 0 has bound."""
+    """Connect to the store that rank 0 has bound."""
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
 def join_group(
     store: dist.TCPStore, generation: int, rank: int, world_size: int, device: torch.device, timeout_s: float
 ) -> TorchExchange:
-    """Join the group of one generation. Blocks until all ranks have come, at most `timeout_s`."""
+    """Join the group of one generation. Blocks until all ranks have joined, at most `timeout_s`."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,

@@ -23,8 +23,8 @@ class CheckpointConfig(Frozen):
     """Newest checkpoints kept."""
 
     patience_s: PositiveFloat = 60.0
-    """Shards are written while training goes on. Longest that it waits, when a checkpoint is due, for the one before;
-    after that the new one is left out."""
+    """Shards are written while training continues. Longest wait, when a checkpoint is due, for the one before; after
+    that the new one is skipped."""
 
 
 class ProbeConfig(Frozen):
@@ -34,15 +34,15 @@ class ProbeConfig(Frozen):
     """The readout trained on the features of the training images."""
 
     train_images: PositiveInt | None = None
-    """Labelled images it is trained on, the first so many. None: all."""
+    """The number of labelled images it is trained on, the first of the data set. None: all."""
 
 
 class GroupConfig(Frozen):
     """The Ray actors, their waits and their network."""
 
     threads_per_rank: PositiveInt | None = None
-    """torch threads of an actor; another number changes the last bits. None: counted once, when the run begins, and
-    kept from then on: the CPUs that a host allows (affinity, control groups) divided by its ranks, the fewest of all
+    """torch threads of an actor; another number changes the last bits. None: determined when the run begins, and kept
+    from then on: the CPUs that a host allows (affinity, control groups) divided by its ranks, the smallest over all
     hosts, at least 1."""
 
     cpus_per_rank: PositiveInt = 1
@@ -57,32 +57,32 @@ class GroupConfig(Frozen):
     """Longest wait for actors to be placed, started and joined."""
 
     heartbeat_s: PositiveFloat = 30.0
-    """A rank that does not answer the controller for so long is lost."""
+    """A rank that has not answered the controller for this long is lost."""
 
     collective_timeout_s: PositiveFloat = 120.0
     """Longest wait inside one exchange; longer than the heartbeat, so that the controller is the first to know."""
 
     stall_timeout_s: PositiveFloat = 900.0
-    """A rank whose training thread has not moved for so long (no update, no exchange, no batch encoded, no processor
-    time in a calibration or a readout's fit) is lost, though its process answers."""
+    """A rank whose training thread has made no progress for this long (no update, no exchange, no batch encoded, no
+    processor time in a calibration or in fitting a readout) is lost, even if its process answers."""
 
     poll_s: PositiveFloat = 0.5
     """Pause between two rounds of the controller."""
 
     grace_s: PositiveFloat = 20.0
-    """When the job is told to end (SIGTERM, SIGINT): longest wait for a last checkpoint, which ranks write at the next
+    """When the job is asked to end (SIGTERM, SIGINT): longest wait for a last checkpoint, which ranks write at the next
     `log_every` updates. `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, 3 s unless set on the cluster."""
 
     max_restarts: NonNegativeInt = 3
-    """New groups in a row, after lost ranks, without a new checkpoint between them. A new group continues from the
-    newest checkpoint; while there is progress there is no limit."""
+    """Most new groups in a row, after lost ranks, without a new checkpoint between them. A new group continues from
+    the newest checkpoint; every new checkpoint resets the count."""
 
     backoff_s: PositiveFloat = 1.0
     """Pause before the second new group in a row, twice as long before each further one, a minute at most."""
 
     min_shards: PositiveInt | None = None
-    """Where a node does not come back within `start_timeout_s`: the smallest number of channel shards to go on with.
-    None: wait and try again with as many as before."""
+    """Where a lost node does not come back within `start_timeout_s`: the smallest number of channel shards to continue
+    with. None: wait, and try again with as many as before."""
 
 
 class RunConfig(Frozen):

@@ -23,12 +23,12 @@ from cluster.capacity import room_for, shortage
 from cluster.config import GroupConfig
 from cluster.cpus import threads_per_rank
 from cluster.failures import classify, named
-from cluster.limits import run_with_timeout
 from cluster.messages import RankInfo, RankStatus
 from cluster.network import LOOPBACK, RayHead
 from cluster.policy import Failure
 from cluster.shared_folder import check_copies, write_nonce
 from cluster.text import count
+from cluster.timeouts import run_with_timeout
 from cluster.training import Assignment
 from cluster.worker import Worker
 from simmatch.config import ConfigError

@@ -1,10 +1,10 @@
-"""The mesh: which rank stands where on the parallel axes. Pure arithmetic, checked before a process starts.
+"""The mesh: the coordinates of each rank on the parallel axes. Pure arithmetic, checked before any process starts.
 
     data      replicas of the group: the batch is split, statistics are reduced once per update
     layer     stages of the stack
     channel   shards of a layer's output channels (the innermost axis: neighbours in rank)
 
-Only `channel` may exceed 1 so far; the other axes are named so that ranks and messages need not change with them.
+Only `channel` may exceed 1 so far; the other axes exist so that adding them changes neither ranks nor messages.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Mesh:
         return Coordinates(data=data, layer=layer, channel=channel)
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ConfigError where a layer has fewer channels than there are shards, or a solver that cannot share."""
+        """Raise ConfigError where a layer has fewer channels than shards, or a solver that cannot be sharded."""
         for index, layer in enumerate(model.layers):
             dynamics = layer.dynamics
             if self.channel > 1 and dynamics.solver == "coordinate_descent" and dynamics.exchange != "gather_state":

@@ -1,4 +1,4 @@
-"""What to do when ranks fail: a policy returns decisions, the controller carries them out."""
+"""What to do when a group fails: the policy returns a decision, the controller carries it out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 Divergence = Literal["stop", "lower_rate"]
 
 RATE_FACTOR_AFTER_DIVERGENCE = 0.5
-"""Rates of a run that has diverged, over those before."""
+"""Learning rates after a divergence, over those before."""
 
 LONGEST_PAUSE_S = 60.0
-"""Between two attempts, however many there were."""
+"""Longest pause between two attempts."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Restart:
 
     Attributes
     ----------
-    shards: of the new group; fewer than before where no more fit.
-    lower_rate: learn at `RATE_FACTOR_AFTER_DIVERGENCE` of the rates so far.
+    shards: of the new group; fewer than before where there is room for no more.
+    lower_rate: multiply the learning rates by `RATE_FACTOR_AFTER_DIVERGENCE`.
     """
 
     shards: int
@@ -46,9 +46,9 @@ class Failure:
     Attributes
     ----------
     message: one line for people, naming the rank.
-    retryable: a rank died, hung or was cut off, through no fault of the program: a new group may fare better.
-    fits: ranks that the cluster has room for, where it has none for all of them.
-    diverged: numbers stopped being numbers, or exploded; the same rates would lead there again.
+    retryable: a rank died, hung or was cut off, through no fault of the program: a new group may succeed.
+    fits: number of ranks that the cluster has room for, where that was too few.
+    diverged: values became NaN or infinite, or exploded; the same learning rates would lead there again.
     """
 
     message: str
@@ -63,11 +63,10 @@ class FailurePolicy:
 
     Attributes
     ----------
-    max_restarts: attempts in a row that end without a new checkpoint.
-    min_shards: smallest group that a run may shrink to where no more ranks fit; None: it never shrinks.
-    backoff_s: pause before the second attempt in a row, twice as long before each further one; none before the first.
-    divergence: whether a run whose numbers diverge ends, or goes back to the newest checkpoint, once, and on at lower
-        rates.
+    max_restarts: most restarts in a row without a new checkpoint.
+    min_shards: smallest group that a run may shrink to where there is room for no more ranks; None: it never shrinks.
+    backoff_s: pause before the second restart in a row, doubled for each further one; none before the first.
+    divergence: whether a run that diverges ends, or continues once from the newest checkpoint at lower learning rates.
     """
 
     max_restarts: int
@@ -76,9 +75,9 @@ class FailurePolicy:
     divergence: Divergence = "stop"
 
     def decide(self, failure: Failure, failed_restarts: int, shards: int, *, lowered: bool = False) -> Decision:
-        """What to do after `failed_restarts` restarts without a new checkpoint, in a group of `shards`.
+        """What to do after `failed_restarts` restarts without a new checkpoint, with a group of `shards`.
 
-        lowered: the rates have been lowered before.
+        lowered: the learning rates have been lowered before.
         """
         if failure.diverged and self.divergence == "lower_rate" and not lowered:
             return Restart(shards, 0.0, lower_rate=True)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from upath import UPath
 
-from cluster.limits import run_with_timeout
+from cluster.timeouts import run_with_timeout
 from simmatch import files
 from simmatch.files import Content
 

@@ -30,12 +30,12 @@ from cluster.checkpoints.shard_writer import ShardWriter, write_shard
 from cluster.checkpoints.state import restore_layer, take_snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
-from cluster.limits import run_with_timeout
-from cluster.lone_work import lone_work
 from cluster.messages import LayerMetrics, ModelExported, Progress, Reporter
+from cluster.monitors import GrowthMonitor, MetricsWindow, ObjectiveMonitor, TrainingFault
+from cluster.one_rank import on_one_rank
 from cluster.read_out import read_out
 from cluster.storage import AnyPath, copy_whole, retry
-from cluster.watch import Growth, Objective, TrainingFault, Window
+from cluster.timeouts import run_with_timeout
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.features import FeatureStore
@@ -138,7 +138,7 @@ class Training(Observer):
         """Everything: learn and encode layer by layer, export, read out."""
         self.trainer.fit()
         # first: what was learnt is worth more than how well it reads
-        self.lone_work(self._export if self.assignment.rank == 0 else None)
+        self.on_one_rank(self._export if self.assignment.rank == 0 else None)
         parts = (torch.cat(blocks, dim=1) for blocks in zip(*self._features.values(), strict=True))
         read_out(
             self.config.probe,
@@ -153,7 +153,7 @@ class Training(Observer):
                 device=self.device,
             ),
             report=self.report,
-            long_work=partial(self._lone_work, exchange=IDENTITY),
+            long_work=partial(self._on_one_rank, exchange=IDENTITY),
         )
         self.writer.close()
 
@@ -188,9 +188,9 @@ class Training(Observer):
 
     def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         states = [] if self.reader is None else self.reader.manifest.layers
-        self._growth = Growth(index, states[index].usual if index < len(states) else None)
-        self._window = Window(index, self.exchange, self.writer)
-        self._objective = Objective(index, layer, self.report)
+        self._growth = GrowthMonitor(index, states[index].usual if index < len(states) else None)
+        self._window = MetricsWindow(index, self.exchange, self.writer)
+        self._objective = ObjectiveMonitor(index, layer, self.report)
         self._latest: LayerMetrics | None = None
 
     @contextmanager
@@ -233,14 +233,14 @@ class Training(Observer):
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         self.report.progress(Progress(phase, done, total, layer=layer, images_per_second=images_per_second))
 
-    def lone_work(self, work: Callable[[], None] | None) -> None:
-        self._lone_work(work, self.exchange)
+    def on_one_rank(self, work: Callable[[], None] | None) -> None:
+        self._on_one_rank(work, self.exchange)
 
-    def _lone_work(self, work: Callable[[], None] | None, exchange: Exchange) -> None:
-        """Work of one rank of those that meet in the exchange, see `cluster.lone_work`."""
+    def _on_one_rank(self, work: Callable[[], None] | None, exchange: Exchange) -> None:
+        """Work of one rank of those that meet in the exchange, see `cluster.one_rank`."""
         limits = self.config.cluster
         pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
-        lone_work(work, exchange, self.report, device=self.device, pause_s=pause_s)
+        on_one_rank(work, exchange, self.report, device=self.device, pause_s=pause_s)
 
     def _all_stop(self) -> bool:
         """Whether any rank has been asked to stop: one gathered value, so that all stop at the same step."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
-from cluster.limits import run_with_timeout
 from cluster.network import accepts_connections
+from cluster.timeouts import run_with_timeout
 from jobs.ending import asking_to_end
 from simmatch.config import ConfigError
 

@@ -174,7 +174,7 @@ class Trainer:
         self.observer.progress("calibrate", 0, 1, layer=index)
         sample = self.store.first(min(config.whiten_images, self.store.count))
         work = partial(layer.calibrate, sample, config.whiten_patches)
-        self.observer.lone_work(work if self.exchange.rank == 0 else None)
+        self.observer.on_one_rank(work if self.exchange.rank == 0 else None)
         for name in MEASURED:
             if hasattr(layer, name):
                 target = getattr(layer, name)

@@ -64,7 +64,7 @@ class Observer:
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         """How far a phase other than learning is, in images, or 0 or 1 of 1; the rate where images are encoded."""
 
-    def lone_work(self, work: Callable[[], None] | None) -> None:
+    def on_one_rank(self, work: Callable[[], None] | None) -> None:
         """Do the work of rank 0 while the other ranks, whose `work` is None, wait."""
         if work is not None:
             work()

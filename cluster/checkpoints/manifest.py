@@ -73,7 +73,7 @@ class Cursor(Frozen):
 class LayerState(Frozen):
     """What is recorded of a layer beside its tensors.
 
-    usual: bound that its growth is measured from while it learns, see `cluster.watch.Growth`.
+    usual: bound that its growth is measured from while it learns, see `cluster.monitors.GrowthMonitor`.
     """
 
     usual: NonNegativeFloat | None = None

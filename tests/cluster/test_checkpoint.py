@@ -34,8 +34,8 @@ from cluster.checkpoints.reader import Reader, load_into, newest_good
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, ShardWritten
+from cluster.monitors import GrowthMonitor, TrainingFault
 from cluster.training import Assignment, Stopped, Training
-from cluster.watch import Growth, TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
@@ -503,11 +503,11 @@ def test_growth_is_measured_from_one_reference_over_all_attempts(ranks: Any, alo
     assert usual[0] == usual[1]
     assert usual[0] is not None
     for update, growth in ((20, 1e3), (30, 9e5)):
-        attempt = Growth(1, usual[0])
+        attempt = GrowthMonitor(1, usual[0])
         attempt.check(update, growth * usual[0])
         assert attempt.usual == usual[0]
     with pytest.raises(TrainingFault, match="explode") as caught:
-        Growth(1, usual[0]).check(40, 1.1e6 * usual[0])
+        GrowthMonitor(1, usual[0]).check(40, 1.1e6 * usual[0])
     assert caught.value.diverged
 
 

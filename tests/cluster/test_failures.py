@@ -18,9 +18,9 @@ import torch.distributed as dist
 from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_store
 from cluster.failures import classify
+from cluster.monitors import TrainingFault
 from cluster.policy import Failure
 from cluster.storage import StorageError
-from cluster.watch import TrainingFault
 from simmatch.config import ConfigError
 from simmatch.sharding.faults import SharedFault
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.checkpoints.manifest import folder_of
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics
-from cluster.watch import TrainingFault
+from cluster.monitors import TrainingFault
 from simmatch.config import parse
 from tests.cluster.test_checkpoint import commit_all, exported, run
 from tests.cluster.test_parity import read, run_to_end, train, unchanging

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, ReadoutScored, TrainingWarning
+from cluster.monitors import TrainingFault
 from cluster.training import Assignment
-from cluster.watch import TrainingFault
 from cluster.worker import Outbox
 from simmatch.config import DataConfig, DynamicsConfig, ModelConfig, PlasticityConfig, TrainConfig
 from simmatch.data.sources import load_dataset, to_unit

@@ -1,4 +1,4 @@
-"""Calls that are given a limit, and the watch over the head of a cluster."""
+"""Calls with a time limit, and the check on the head of a cluster."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from cluster.limits import run_with_timeout
 from cluster.network import RayHead, accepts_connections
+from cluster.timeouts import run_with_timeout
 
 
 def test_a_call_within_its_limit_gives_its_result() -> None:
@@ -25,8 +25,8 @@ def test_what_a_call_raises_is_raised() -> None:
 def test_a_call_without_an_end_is_named_at_its_limit() -> None:
     ended = threading.Event()
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"^tell its resources: no answer within 0\.2 s$"):
-        run_with_timeout(0.2, "tell its resources", lambda: ended.wait(30))
+    with pytest.raises(TimeoutError, match=r"^report its resources: no answer within 0\.2 s$"):
+        run_with_timeout(0.2, "report its resources", lambda: ended.wait(30))
     assert 0.2 <= time.monotonic() - began < 5.0
     ended.set()
 

@@ -1,4 +1,4 @@
-"""What a rank watches of its own training: growth of the weights, the objective, time, and a layer's metrics."""
+"""What a rank monitors of its own training: growth of the weights, the objective, and a layer's metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simmatch.objective import diverging
 from simmatch.sharding.exchange import Exchange
 
 EXPLOSION = 1e6
-"""Growth of the bound of λmax(M), since update `SETTLED` of the layer, that is no learning any more."""
+"""Growth of the bound of λmax(M), since update `SETTLED` of the layer, that counts as divergence."""
 
 SETTLED = 10
 
@@ -22,7 +22,7 @@ class TrainingFault(RuntimeError):
 
     Attributes
     ----------
-    diverged: through numbers that are none any more, or exploded.
+    diverged: values became NaN or infinite, or exploded.
     """
 
     def __init__(self, message: str, *, diverged: bool = False) -> None:
@@ -30,11 +30,11 @@ class TrainingFault(RuntimeError):
         super().__init__(message)
 
 
-class Growth:
-    """Watches the bound of λmax(M) of one layer, which all ranks know alike.
+class GrowthMonitor:
+    """Monitors the bound of λmax(M) of one layer, which is the same on all ranks.
 
-    usual: the bound that growth is measured from, once there is one; a checkpoint keeps it, so that an explosion over
-        several attempts is noticed as well.
+    usual: the bound that growth is measured from, once known; checkpoints keep it, so that growth over several
+        attempts is noticed as well.
     """
 
     def __init__(self, layer: int, usual: float | None = None) -> None:
@@ -58,8 +58,8 @@ class Growth:
             )
 
 
-class Objective:
-    """Watches the relative objective of one layer, which all ranks know alike; warns once."""
+class ObjectiveMonitor:
+    """Monitors the relative objective of one layer, which is the same on all ranks; warns once."""
 
     def __init__(self, index: int, layer: SimilarityMatchingConv2d, report: Reporter) -> None:
         self._index, self._layer, self._report, self._warned = index, layer, report, False
@@ -73,7 +73,7 @@ class Objective:
             self._report.send(TrainingWarning(f"layer {self._index}, step {updates}: {complaint}"))
 
 
-class Window:
+class MetricsWindow:
     """The updates of one layer between two metrics: throughput, and the shares of this rank's time spent waiting for
     other ranks and on checkpoints."""
 
@@ -87,7 +87,7 @@ class Window:
     def close(self, layer: SimilarityMatchingConv2d, measurement: Measurement, images: int) -> LayerMetrics:
         """Metrics at the end of this window; the next one begins.
 
-        record: of the latest update; images: see `LayerMetrics`.
+        measurement: of the latest update; images: see `LayerMetrics`.
         """
         exchange, now = self._exchange, time.monotonic()
         seconds = max(now - self._started, 1e-9)

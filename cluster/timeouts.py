@@ -1,4 +1,4 @@
-"""A limit for calls that have none of their own: to Ray when the head of its cluster is gone, to object stores."""
+"""A time limit for calls that have none: to Ray when the head of its cluster is gone, to object stores."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 WAKE_S = 0.1
-"""Pause between two looks at the call: who waits for it moves, as `cluster.lone_work` understands it."""
+"""Pause between two looks at the call, so that a thread that waits counts as moving, see `cluster.one_rank`."""
 
 
 def run_with_timeout(limit_s: float, what: str, call: Callable[[], Result]) -> Result:
-    """The result of a call that is given so many seconds.
+    """The result of a call, if it returns within `limit_s` seconds.
 
-    It runs in a thread, which is left behind when it is late: nothing can end it, and it holds up no exit.
+    It runs in a thread. One that is late is left running: nothing can end it, and it does not delay the program's exit.
 
     Raises
     ------
     TimeoutError
-        `what` did not happen in time.
+        The call has not returned in time; the message begins with `what`.
     BaseException
         What the call raises.
     """

@@ -12,8 +12,8 @@ import torch
 
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
-from cluster.limits import run_with_timeout
-from cluster.lone_work import lone_work
+from cluster.one_rank import on_one_rank
+from cluster.timeouts import run_with_timeout
 from cluster.training import Assignment, Training
 from cluster.worker import Outbox, Worker
 from simmatch.layer import SimilarityMatchingConv2d
@@ -45,7 +45,7 @@ def fail() -> None:
 
 
 def together(exchange: Exchange, work: Callable[[], None]) -> None:
-    lone_work(work if exchange.rank == 0 else None, exchange, Outbox(), device=CPU, pause_s=PAUSE_S)
+    on_one_rank(work if exchange.rank == 0 else None, exchange, Outbox(), device=CPU, pause_s=PAUSE_S)
 
 
 def test_peers_give_up_a_rank_that_stands_still(ranks: Any) -> None:
@@ -59,7 +59,7 @@ def test_peers_wait_for_a_call_that_has_a_limit(ranks: Any) -> None:
 
 def test_what_the_work_raises_is_raised_on_its_rank() -> None:
     with pytest.raises(ValueError, match="no such thing"):
-        lone_work(fail, IDENTITY, Outbox(), device=CPU, pause_s=PAUSE_S)
+        on_one_rank(fail, IDENTITY, Outbox(), device=CPU, pause_s=PAUSE_S)
 
 
 def slowly(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
@@ -100,7 +100,7 @@ class Fit(Training):
         self.exchange, self.report, self.device = exchange, report, device
 
     def run(self) -> None:
-        lone_work(type(self).work, self.exchange, self.report, device=self.device, pause_s=PAUSE_S)
+        on_one_rank(type(self).work, self.exchange, self.report, device=self.device, pause_s=PAUSE_S)
 
 
 @pytest.mark.parametrize(("work", "moves"), [(compute, True), (stand_still, False), (wait, True)])

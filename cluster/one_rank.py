@@ -1,7 +1,7 @@
-"""Work that one rank does while the others wait for it, however long: it beats, and nobody gives it up.
+"""Work that one rank does while the others wait for it, however long it takes.
 
-It runs in a thread of its own, so that the rank's training thread can go on to tell that it is alive. What it calls
-must release the interpreter's lock for long stretches, as torch does, so that the controller's polls are answered.
+It runs in a thread of its own, while the rank's training thread reports that it is alive. What the work calls must
+release the interpreter's lock for long stretches, as torch does, so that the controller's polls are answered.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from simmatch.sharding.state import of_every_rank
 
 
 class _Work(threading.Thread):
-    """A call in a thread, and whether it computes: one that stands still uses no processor time."""
+    """A call in a thread, and whether it makes progress: one that hangs uses no processor time."""
 
     def __init__(self, call: Callable[[], None]) -> None:
-        super().__init__(name="lone-work", daemon=True)
+        super().__init__(name="one-rank", daemon=True)
         self._call = call
         self._clock: int | None = None
         self._used_s = 0.0
@@ -37,7 +37,7 @@ class _Work(threading.Thread):
             self.error = error
 
     def moved(self) -> bool:
-        """Whether it has used processor time since the last call, or is over."""
+        """Whether it has used processor time since the last call, or has ended."""
         if self._clock is None:
             return True
         before = self._used_s
@@ -48,7 +48,7 @@ class _Work(threading.Thread):
         return self._used_s > before
 
 
-def lone_work(
+def on_one_rank(
     work: Callable[[], None] | None,
     exchange: Exchange,
     report: Reporter,
@@ -56,10 +56,10 @@ def lone_work(
     device: torch.device,
     pause_s: float,
 ) -> None:
-    """Do `work` on the one rank that has some; the others pass None. All ranks return when it is done.
+    """Do `work` on one rank; the others pass None. All ranks return when it is done.
 
-    Every `pause_s`, less than any limit on an exchange and on standing still, the ranks exchange one value. Where the
-    work itself stands still its rank starts no further exchange, and is given up as any other would be.
+    Every `pause_s`, which is shorter than the timeouts of an exchange and of a stall, the ranks exchange one value.
+    Where the work hangs, its rank starts no further exchange, and times out as any other would.
 
     Raises
     ------
