@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 Content = bytes | str | Callable[[Path], object]
 """What a file is to hold, text as UTF-8; or a function that writes it, called with its temporary path."""
@@ -71,3 +73,54 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def parts_of(path: str) -> list[str]:
+    """Names on the way from a folder to a path in it.
+
+    Raises
+    ------
+    ValueError
+        It lies elsewhere.
+    """
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ValueError(f"expected a path in the run directory, got {path[:200]!r}")
+    return parts
+
+
+def open_inside(folder: Path, path: str, most_bytes: int | None = None) -> BinaryIO:
+    """Open a file of a folder that others may write to for reading, following no link on the way.
+
+    Raises
+    ------
+    ValueError
+        It lies elsewhere, is a link or reached through one, is no file, or is larger than `most_bytes`.
+    OSError
+        It does not exist, or cannot be read.
+    """
+    *above, name = parts_of(path)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part, flags in [*((part, os.O_DIRECTORY) for part in above), (name, os.O_NONBLOCK)]:
+            inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=opened)
+            os.close(opened)
+            opened = inner
+        status = os.fstat(opened)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"expected a file, got something else at {path!r}")
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise ValueError(f"expected at most {most_bytes} bytes, got {status.st_size} in {path!r}")
+    except BaseException as error:
+        os.close(opened)
+        if isinstance(error, OSError) and _through_a_link(folder, path):
+            raise ValueError(
+                f"expected a file of the run directory, got {path!r}, which leads through a link"
+            ) from None
+        raise
+    return os.fdopen(opened, "rb")
+
+
+def _through_a_link(folder: Path, path: str) -> bool:
+    parts = path.split("/")
+    return any((folder / "/".join(parts[: depth + 1])).is_symlink() for depth in range(len(parts)))

@@ -1,24 +1,21 @@
 """The events of a run, one frozen class for each kind, and the JSON lines that they become in a spool.
 
-Somebody else may have written to a run directory: a line counts only if it has the fields, types and sizes of its kind,
-and a file only if it lies in the run directory and is reached through no link.
+Somebody else may have written to a run directory: a line counts only if it has the fields, types and sizes of its kind.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, JsonValue, field_validator
 
 from simmatch.config import ConfigError, Frozen, PositiveInt, parse
 from simmatch.documents import DocumentError, load_json
+from simmatch.files import parts_of
 
 MOST_LAYERS = 1000
 MOST_VALUES = 10**8
@@ -28,20 +25,6 @@ LARGEST_ARTIFACT = 2**28
 """Bytes of a file that is sent."""
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
-
-
-def parts_of(path: str) -> list[str]:
-    """Names on the way from the run directory to a path in it.
-
-    Raises
-    ------
-    ValueError
-        It lies elsewhere.
-    """
-    parts = path.split("/")
-    if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise ValueError(f"expected a path in the run directory, got {path[:200]!r}")
-    return parts
 
 
 def _inside(path: str) -> str:
@@ -175,16 +158,7 @@ class Unreadable:
 
 Event = StartEvent | ParamsEvent | MetricsEvent | TagsEvent | ArtifactEvent | DatasetEvent | ModelEvent | FinishEvent
 
-KINDS: dict[str, type[Event]] = {
-    "start": StartEvent,
-    "params": ParamsEvent,
-    "metrics": MetricsEvent,
-    "tags": TagsEvent,
-    "artifact": ArtifactEvent,
-    "dataset": DatasetEvent,
-    "model": ModelEvent,
-    "finish": FinishEvent,
-}
+KINDS: dict[str, type[Event]] = {kind.model_fields["kind"].default: kind for kind in get_args(Event)}
 
 
 def parse_event(values: Mapping[str, Any]) -> Event:
@@ -237,38 +211,19 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def open_inside(run_dir: Path, path: str, most_bytes: int | None = None) -> BinaryIO:
-    """Open a file of the run directory for reading, following no link on the way.
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested parameters under dotted names.
 
-    Raises
-    ------
-    ValueError
-        It lies elsewhere, is a link or reached through one, is no file, or is larger than `most_bytes`.
-    OSError
-        It does not exist, or cannot be read.
+    >>> dict(flatten({"layers": [{"pool": 4}, {"pool": None}], "mesh": [2, 1]}))
+    {'layers.0.pool': '4', 'layers.1.pool': 'None', 'mesh': '[2, 1]'}
     """
-    *folders, name = parts_of(path)
-    opened = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for part, flags in [*((folder, os.O_DIRECTORY) for folder in folders), (name, os.O_NONBLOCK)]:
-            inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=opened)
-            os.close(opened)
-            opened = inner
-        status = os.fstat(opened)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"expected a file, got something else at {path!r}")
-        if most_bytes is not None and status.st_size > most_bytes:
-            raise ValueError(f"expected at most {most_bytes} bytes, got {status.st_size} in {path!r}")
-    except BaseException as error:
-        os.close(opened)
-        if isinstance(error, OSError) and _through_a_link(run_dir, path):
-            raise ValueError(
-                f"expected a file of the run directory, got {path!r}, which leads through a link"
-            ) from None
-        raise
-    return os.fdopen(opened, "rb")
-
-
-def _through_a_link(run_dir: Path, path: str) -> bool:
-    parts = path.split("/")
-    return any((run_dir / "/".join(parts[: depth + 1])).is_symlink() for depth in range(len(parts)))
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, (list, tuple)):
+            yield name, json.dumps(value, default=str)
+        else:
+            yield name, str(value)

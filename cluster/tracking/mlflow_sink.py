@@ -32,12 +32,11 @@ from cluster.tracking.events import (
     StartEvent,
     TagsEvent,
     Unreadable,
-    open_inside,
 )
 from cluster.tracking.mlflow_client import artifact_root, mlflow_settings, open_client, translate_errors
 from cluster.tracking.sender import STALLED_S, Sender
 from cluster.tracking.spool import Spool
-from simmatch.files import write_whole
+from simmatch.files import open_inside, write_whole
 from simmatch.model import MODEL_FILES
 
 if TYPE_CHECKING:

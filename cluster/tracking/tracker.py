@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,7 @@ from cluster.tracking.events import (
     RunStatus,
     StartEvent,
     TagsEvent,
+    flatten,
 )
 from cluster.tracking.mlflow_sink import PARENT, make_sender
 from cluster.tracking.spool import SPOOL_NAME, Spool
@@ -168,36 +168,18 @@ class Tracker:
         """Facts that may change during the run, such as the world size."""
         self._append(TagsEvent, values=dict(values), layer=layer)
 
-    def figure(self, path: Path, layer: int | None = None, name: str | None = None) -> None:
-        """An image file, shown under `figures/`; `name` is the file's name there."""
-        self.artifact(path, "figures", layer=layer, name=name)
+    def figure(self, path: Path, layer: int | None = None) -> None:
+        """An image file, shown under `figures/`."""
+        self.artifact(path, "figures", layer=layer)
 
-    def artifact(
-        self, path: Path, folder: str | None = None, *, layer: int | None = None, name: str | None = None
-    ) -> None:
+    def artifact(self, path: Path, folder: str | None = None, *, layer: int | None = None) -> None:
         """A file, with the content that it has when it is sent."""
-        self._append(ArtifactEvent, path=self._portable(path), folder=folder, name=name or path.name, layer=layer)
+        self._append(ArtifactEvent, path=self._portable(path), folder=folder, name=path.name, layer=layer)
 
-    def dataset(
-        self,
-        name: str,
-        *,
-        source: str,
-        digest: str,
-        num_images: int,
-        context: str = "training",
-        source_type: str = "local",
-    ) -> None:
-        """The data set as an input of the run; `source_type` is MLflow's, such as `local`, `http` or `s3`."""
-        self._append(
-            DatasetEvent,
-            name=name,
-            source=source,
-            digest=digest,
-            num_images=num_images,
-            context=context,
-            source_type=source_type,
-        )
+    def dataset(self, name: str, *, source: str, digest: str, num_images: int) -> None:
+        """The training data as an input of the run."""
+        facts: dict[str, Any] = {"source": source, "digest": digest, "num_images": num_images}
+        self._append(DatasetEvent, name=name, **facts, context="training", source_type="local")
 
     def model(self, path: Path, input_shape: Sequence[int]) -> None:
         """The exported model's folder, and the shape [C, H, W] of one image; the same weights are logged once.
@@ -284,24 +266,6 @@ class Tracker:
         """Relative to the run directory if it lies inside, so that a moved directory can still be sent."""
         path = path.absolute()
         return str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested parameters under dotted names.
-
-    >>> dict(flatten({"layers": [{"pool": 4}, {"pool": None}], "mesh": [2, 1]}))
-    {'layers.0.pool': '4', 'layers.1.pool': 'None', 'mesh': '[2, 1]'}
-    """
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-            value = {str(index): item for index, item in enumerate(value)}
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{name}.")
-        elif isinstance(value, (list, tuple)):
-            yield name, json.dumps(value, default=str)
-        else:
-            yield name, str(value)
 
 
 def _digest(folder: Path) -> str:

@@ -140,9 +140,9 @@ def end(tracker: Tracker, status: RunStatus = "FINISHED") -> int:
 
 
 def figure_and_model(tracker: Tracker) -> None:
-    figure = tracker.run_dir / "filters-layer-0.png"
+    figure = tracker.run_dir / "filters.png"
     figure.write_bytes(PNG)
-    tracker.figure(figure, layer=0, name="filters.png")
+    tracker.figure(figure, layer=0)
     tracker.tags({"restarts": "1"})
     tracker.model(tracker.run_dir / "model", (1, 8, 8))
 

@@ -29,13 +29,13 @@ import cluster.tracking.sender
 from cluster.redaction import redact
 from cluster.tracking.config import TrackingConfig, check_uri, resolve_uri, sqlite_uri
 from cluster.tracking.delivery import MOST_DOUBTS, Delivery, RejectedError, RunsLostError, SendProgress
-from cluster.tracking.events import Event, MetricsEvent, StartEvent, TagsEvent, Unreadable, line_of
+from cluster.tracking.events import Event, MetricsEvent, StartEvent, TagsEvent, Unreadable, flatten, line_of
 from cluster.tracking.mlflow_model import MODEL_KEY_TAG, ModelLogger, load_exported
 from cluster.tracking.mlflow_sink import PARENT, TRUNCATED, _shorten
 from cluster.tracking.notices import REPORT_AFTER_S, Notices
 from cluster.tracking.sender import Sender
 from cluster.tracking.spool import Spool, SpoolBusyError
-from cluster.tracking.tracker import Tracker, flatten
+from cluster.tracking.tracker import Tracker
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
 
@@ -449,7 +449,7 @@ def recorded(store: Path) -> Tracker:
     """A finished run of two layers."""
     run_dir = store / "run"
     (run_dir / "figures").mkdir(parents=True)
-    (run_dir / "figures" / "filters-3.png").write_bytes(PNG)
+    (run_dir / "figures" / "filters.png").write_bytes(PNG)
     (run_dir / "config.yaml").write_text("seed: 1\n")
     tracker = Tracker(run_dir, config_of(store, "recorded"), ModelLogger(toy))
     tracker.start("fashion", layers=2, tags={"world_size": 2})
@@ -461,7 +461,7 @@ def recorded(store: Path) -> Tracker:
         for layer in (0, 1):
             tracker.metrics(step, {"objective": 10.0 * layer - step, "residual": math.nan}, layer=layer, time_s=step)
     tracker.metrics(3, {"accuracy": 0.9})
-    tracker.figure(run_dir / "figures" / "filters-3.png", layer=0, name="filters.png")
+    tracker.figure(run_dir / "figures" / "filters.png", layer=0)
     tracker.model(run_dir / "model", (3, 2, 2))
     tracker.finish("FINISHED")
     assert (tracker.close(), tracker.problems) == (0, [])

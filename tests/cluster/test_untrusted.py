@@ -32,12 +32,12 @@ from cluster.checkpoints.shard_writer import write_shard
 from cluster.summary import RunRecord
 from cluster.tracking.config import TrackingConfig
 from cluster.tracking.delivery import RejectedError, SendProgress
-from cluster.tracking.events import MOST_LAYERS, event_of, open_inside, parse_event
+from cluster.tracking.events import MOST_LAYERS, event_of, parse_event
 from cluster.tracking.mlflow_sink import MlflowSink, _folder_name
 from cluster.tracking.spool import LONGEST_LINE_BYTES, Spool
 from cluster.tracking.tracker import Tracker
 from simmatch.config import ConfigError
-from simmatch.files import PARTIAL, write_whole
+from simmatch.files import PARTIAL, open_inside, write_whole
 from simmatch.sharding.rows import Rows
 
 Values = dict[str, Any]
