@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from rich.console import Console
 
-from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
-from cluster.tracking.events import RunStatus
 from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.display import ProgressBars
@@ -42,7 +38,7 @@ from jobs.evaluation.units import Unit, UnitResult, load, run_unit
 from jobs.options import at_least, read_yaml
 from jobs.program import run_program
 from jobs.ray_session import shut_down_ray
-from jobs.recording import send_records
+from jobs.recording import BAD_INPUT, run_recorded
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
@@ -50,7 +46,6 @@ from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
 from simmatch.model import Stack
 
-FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
 RESULTS, TABLE = "results", "table.md"
 DESCRIPTION = "mlflow.note.content"
@@ -194,26 +189,12 @@ class Evaluation:
         workers: units measured at the same time; threads: of each.
         digest: of the data, see `digest_of`.
         """
-        tell = partial(self.console.print, highlight=False, soft_wrap=True, markup=False)
-        self.tracker.announce_to(tell)
-        started, code = time.monotonic(), FAILED
-        status: RunStatus = "FAILED"
-        try:
+
+        def work() -> None:
             self._measure(workers, threads, digest)
             self._show()
-            status, code = "FINISHED", 0
-        except KeyboardInterrupt:
-            print("interrupted; all results so far are kept, the same command continues", file=sys.stderr)
-            status, code = "KILLED", ending.status
-        except (RunFailed, ConfigError) as error:
-            print(f"error: {one_line(error)}; all results so far are kept", file=sys.stderr)
-            code = BAD_INPUT if isinstance(error, ConfigError) else FAILED
-        finally:
-            ending.instead = self.tracker.hurry
-            self.tracker.metrics(0, {"seconds": time.monotonic() - started})
-            self.tracker.finish(status)
-            send_records(self.tracker, tell)
-        return code
+
+        return run_recorded(work, self.tracker, self.console, ending)
 
     def _missing(self) -> list[Unit]:
         """What is to be done, seed by seed, so that a whole table of one seed is there early."""

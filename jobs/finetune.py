@@ -22,7 +22,6 @@ from rich.console import Console
 
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
-from cluster.tracking.events import RunStatus
 from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.display import ProgressBars
@@ -46,7 +45,7 @@ from jobs.evaluation.tables import markdown
 from jobs.evaluation.threads import run_in_threads
 from jobs.options import at_least, read_yaml
 from jobs.program import run_program
-from jobs.recording import send_records
+from jobs.recording import BAD_INPUT, run_recorded
 from jobs.reporting import save_figure
 from jobs.run_directory import default_root, local_folder
 from simmatch.config import ConfigError
@@ -54,7 +53,6 @@ from simmatch.data.formats import DataError
 from simmatch.data.sources import load_dataset
 from simmatch.files import write_whole
 
-FAILED, BAD_INPUT = 1, 2
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
 
 T = TypeVar("T")
@@ -138,24 +136,13 @@ class Finetuning:
 
     def run(self, ending: Ending) -> int:
         """Train what has no result yet, print, record. Returns the exit status."""
-        tell = partial(self.console.print, highlight=False, soft_wrap=True, markup=False)
-        self.tracker.announce_to(tell)
-        started, code = time.monotonic(), FAILED
-        status: RunStatus = "FAILED"
-        try:
+
+        def work() -> None:
             trials = self._pretrain()
             self._choose(trials)
             self._show(trials, self._compare(trials))
-            status, code = "FINISHED", 0
-        except KeyboardInterrupt:
-            print("interrupted; all results so far are kept, the same command continues", file=sys.stderr)
-            status, code = "KILLED", ending.status
-        finally:
-            ending.instead = self.tracker.hurry
-            self.tracker.metrics(0, {"seconds": time.monotonic() - started})
-            self.tracker.finish(status)
-            send_records(self.tracker, tell)
-        return code
+
+        return run_recorded(work, self.tracker, self.console, ending)
 
     def _pretrain(self) -> dict[tuple[str, int], Trial]:
         """Similarity matching for every network and seed."""

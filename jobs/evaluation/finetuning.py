@@ -13,7 +13,6 @@ are chosen on held-out images for every network, budget and start, from the same
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
 from jobs.evaluation.material import Material
 from jobs.options import override
 from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt, parse
-from simmatch.documents import DocumentError, load_json
+from simmatch.documents import DocumentError, dump_json, load_json
 from simmatch.files import write_whole
 from simmatch.readout import accuracy
 
@@ -168,7 +167,7 @@ class StartResultStore:
     def save(self, result: StartResult) -> None:
         """Write the file, whole or not at all."""
         path = self._path(result.network, result.labels, result.seed, result.start)
-        write_whole(path, json.dumps(result.model_dump(), indent=1))
+        write_whole(path, dump_json(result.model_dump()))
 
     def _path(self, network: str, labels: int, seed: int, start: StartName) -> Path:
         return self.folder / f"{network}-{labels}-{seed}-{start}.json"
@@ -198,7 +197,7 @@ class ChosenStartSettings:
         means = [fmean(values) for values in zip(*held_out, strict=True)]
         best = means.index(max(means))
         self._values[f"{network}/{labels}/{start}"] = {"chosen": best, "held_out": means, "seeds": len(held_out)}
-        write_whole(self.path, json.dumps(self._values, indent=1))
+        write_whole(self.path, dump_json(self._values))
         return best
 
 

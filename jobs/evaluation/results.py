@@ -6,7 +6,6 @@ MLflow metrics all read `estimates`: mean, standard deviation and count over see
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from simmatch.documents import dump_json
 from simmatch.files import write_whole
 
 CLEAN = "clean"
@@ -131,7 +131,7 @@ class ResultStore:
 
     def save(self, result: RowResult) -> None:
         """Write the file, whole or not at all."""
-        write_whole(self.path(result.row, result.seed), json.dumps(result.model_dump(), indent=1))
+        write_whole(self.path(result.row, result.seed), dump_json(result.model_dump()))
 
 
 def long_table(results: Sequence[RowResult]) -> pd.DataFrame:

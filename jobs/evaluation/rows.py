@@ -6,7 +6,6 @@ similarity-matching stack is an entry of the configuration.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +20,7 @@ from jobs.evaluation.networks import NETWORKS, Network
 from jobs.evaluation.results import RowResult
 from jobs.evaluation.rivals import RIVALS
 from simmatch.config import ConfigError, ModelConfig
-from simmatch.documents import DocumentError, load_json
+from simmatch.documents import DocumentError, dump_json, load_json
 from simmatch.files import write_whole
 
 PIXELS = "pixels"
@@ -242,7 +241,7 @@ class ChosenSettings:
     def keep(self, row: str, chosen: object) -> None:
         """Write the file, whole or not at all."""
         values = self._read() | {row: chosen}
-        write_whole(self.path, json.dumps(values, indent=1))
+        write_whole(self.path, dump_json(values))
 
     def _read(self) -> dict[str, object]:
         try:
