@@ -90,6 +90,21 @@ def test_direction(package: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize(("folder", "other"), [("benchmarks", "evaluation"), ("evaluation", "benchmarks")])
+def test_benchmarks_and_comparison_share_no_code_but_that_of_jobs(folder: str, other: str) -> None:
+    files = sorted((ROOT / "jobs" / folder).rglob("*.py"))
+    assert len(files) > 5
+    users = [path.name for path in files for module, *_ in imports(path) if module.startswith(f"jobs.{other}")]
+    assert users == []
+
+
+def test_our_stacks_borrow_nothing_from_rivals() -> None:
+    """Only the table of rows knows the rivals."""
+    files = sorted((ROOT / "jobs" / "evaluation").glob("*.py"))
+    users = {path.name for path in files for module, *_ in imports(path) if module.startswith("jobs.evaluation.rivals")}
+    assert users == {"rows.py"}
+
+
 def third_party(package: str) -> dict[str, list[tuple[Path, int, bool]]]:
     """Module of no package of ours → where it is imported, as in `imports`."""
     ours = {*sys.stdlib_module_names, *ALLOWED, "tests"}

@@ -17,7 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from jobs.evaluation.learners import Cost
-from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations
+from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations
 from simmatch.config import ModelConfig
 from simmatch.data.order import epoch_order, steps_per_epoch
 from simmatch.geometry import draw_positions

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.evaluation.features import Features, Pixels, PooledFeatures, StackFeatures
-from jobs.evaluation.learners import Shape
+from jobs.evaluation.features import StackFeatures
+from jobs.evaluation.learners import FeatureLearner, Pixels, PooledFeatures, Shape, no_progress
 from jobs.evaluation.material import Material
-from jobs.evaluation.readouts import accuracy_of, choose_ridge
+from jobs.evaluation.readouts import choose_ridge
 from jobs.evaluation.rivals import RIVALS
-from jobs.evaluation.stacks import StackLearner, unseen
+from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ModelConfig, parse
 from simmatch.data.sources import Dataset
+from simmatch.readout import accuracy
 
 SEEDS = (0, 1, 2)
 SUBSETS = 10
@@ -43,7 +44,7 @@ def conv(channels: int, kernel_size: int, *, padding: int = 0, pool: int | None 
 
 
 def learnt(layers: list[dict[str, Any]], material: Material, pool: int, seed: int) -> StackFeatures:
-    stack = StackFeatures(parse(ModelConfig, {"layers": layers}), material.source, pool, seed, unseen)
+    stack = StackFeatures(parse(ModelConfig, {"layers": layers}), material.source, pool, seed, no_progress)
     stack.fit(material.train.images, material.train.labels)
     return stack
 
@@ -53,7 +54,7 @@ def material(digits: Dataset) -> Material:
     return Material.of(digits, 150)
 
 
-def worth(learner: Features, material: Material, block: int = 0) -> float:
+def worth(learner: FeatureLearner, material: Material, block: int = 0) -> float:
     """Test accuracy at ten labels per class of a block's features, mean over label subsets."""
     train, held_out, test = (
         learner.outputs(part.images)[0][block] for part in (material.train, material.held_out, material.test)
@@ -64,14 +65,14 @@ def worth(learner: Features, material: Material, block: int = 0) -> float:
         readout, _ = choose_ridge(
             (train[index], material.train.labels[index]), (held_out, material.held_out.labels), 10
         )
-        total += accuracy_of(readout.scores(test), material.test.labels)
+        total += accuracy(readout.scores(test), material.test.labels)
     return total / SUBSETS
 
 
 def random_filters(material: Material, seed: int) -> PooledFeatures:
     """The same geometry, normalisation and whitening, rectified Gaussian filters."""
     rival = RIVALS["random"]
-    drawn = PooledFeatures(rival(SHAPE, rival.candidates[0], seed), SHAPE, material.source.image_size, unseen)
+    drawn = PooledFeatures(rival(SHAPE, rival.candidates[0], seed), SHAPE, material.source.image_size, no_progress)
     drawn.fit(material.train.images, material.train.labels)
     return drawn
 

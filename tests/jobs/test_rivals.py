@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.evaluation.learners import Shape
+from jobs.evaluation.nonnegative import mean_iterations
 from jobs.evaluation.rivals import RIVALS, Rival, autoencoder, nmf, patches, pynsm
 from jobs.evaluation.rivals.autoencoder import Autoencoder, AutoencoderSettings, Coder
 from jobs.evaluation.rivals.hebbian_wta import HebbianSettings, HebbianWTA, soft_competition
 from jobs.evaluation.rivals.kmeans import KMeans, KMeansSettings
 from jobs.evaluation.rivals.nmf import NMF, NMFSettings
-from jobs.evaluation.rivals.nonnegative import mean_iterations
 from jobs.evaluation.rivals.pynsm import Pynsm, PynsmSettings
 from jobs.evaluation.rivals.random_filters import Random, RandomSettings
 from jobs.evaluation.rivals.visits import Visits

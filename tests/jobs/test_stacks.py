@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.training import Assignment, Training
-from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations
+from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ModelConfig, parse
 from simmatch.data.sources import Dataset, to_unit

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
-from jobs.evaluation.rivals.patches import Preprocessing, View
+from jobs.evaluation.rivals.patches import PatchView, Preprocessing
 from jobs.evaluation.rivals.visits import Visits
 from simmatch.geometry import PatchConfig
 
@@ -107,7 +107,7 @@ class Autoencoder(Convolutional[AutoencoderSettings]):
     coder: Coder | None = None
     losses: Sequence[float] = ()
 
-    def learn(self, images: Tensor, view: View, generator: torch.Generator) -> Learnt:
+    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
         coder = Coder(self.shape.channels, view.config, (images.shape[2], images.shape[3]), generator)
         adam = torch.optim.Adam(coder.parameters(), lr=self.settings.lr)
         batches = VISITS.batches(len(images), coder.positions, self.seed)
@@ -124,9 +124,9 @@ class Autoencoder(Convolutional[AutoencoderSettings]):
         seen = patches
         if self.settings.noise > 0:
             seen = patches + self.settings.noise * torch.randn(patches.shape, generator=generator)
-        found, y = coder(seen)
+        decoded, y = coder(seen)
         covered = coder.coverage > 0
-        error = ((found - coder.joined(patches)) * covered).square().sum() / (covered.sum() * len(found))
+        error = ((decoded - coder.joined(patches)) * covered).square().sum() / (covered.sum() * len(decoded))
         adam.zero_grad()
         (error + self.settings.sparsity * y.mean()).backward()
         adam.step()

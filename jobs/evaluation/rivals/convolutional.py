@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jobs.evaluation.learners import Cost, Shape
-from jobs.evaluation.rivals.patches import Affine, Preprocessing, View, encoded, fitted
+from jobs.evaluation.rivals.patches import Affine, PatchView, Preprocessing, encoded, fitted
 from simmatch.seeding import seeded
 
 SettingsT = TypeVar("SettingsT", bound=Preprocessing)
@@ -18,7 +18,7 @@ SettingsT = TypeVar("SettingsT", bound=Preprocessing)
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """What learning found.
+    """The result of learning.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Convolutional(ABC, Generic[SettingsT]):
         self._trained = 0
 
     @abstractmethod
-    def learn(self, images: Tensor, view: View, generator: torch.Generator) -> Learnt:
+    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
         """Learn from images [N, C, H, W], seen as `view` has them."""
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Convolutional(ABC, Generic[SettingsT]):
 
     def fit(self, images: Tensor) -> None:
         generator = seeded(self.name, self.seed)
-        view = View.of(images, self.shape, self.settings, generator)
+        view = PatchView.of(images, self.shape, self.settings, generator)
         learnt = self.learn(images, view, generator)
         self._encoder = view.affine(learnt.filters, learnt.offset)
         self._trained = learnt.trained + view.parameters

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from jobs.evaluation.learners import Cost, Shape
-from jobs.evaluation.rivals.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
-from jobs.evaluation.rivals.patches import PATCHES, Preprocessing, View, draw_seed, encoded, fitted
+from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
+from jobs.evaluation.rivals.patches import PATCHES, PatchView, Preprocessing, draw_seed, encoded, fitted
 from jobs.evaluation.rivals.visits import enough_passes
 from simmatch.seeding import seeded
 
@@ -62,14 +62,14 @@ class NMF:
         self.shape, self.settings, self.seed = shape, settings, seed
         self.components: Tensor | None = None
         self.lateral: Tensor | None = None
-        self._view: View | None = None
+        self._view: PatchView | None = None
         self._iterations = 0.0
 
     def fit(self, images: Tensor) -> None:
         from sklearn.decomposition import MiniBatchNMF
 
         generator = seeded("nmf", self.seed)
-        self._view = view = View.of(images, self.shape, self.settings, generator)
+        self._view = view = PatchView.of(images, self.shape, self.settings, generator)
         patches = self._nonnegative(view.sample(images, PATCHES, generator))
         model = MiniBatchNMF(
             self.shape.channels,

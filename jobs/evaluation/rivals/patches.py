@@ -87,7 +87,7 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class PatchView:
     """How patches x̃ = Π (x − μ) are seen, x the normalised patch; Π and μ measured once.
 
     Attributes
@@ -100,7 +100,7 @@ class View:
     whitening: Whitening | None
 
     @classmethod
-    def of(cls, images: Tensor, shape: Shape, preprocessing: Preprocessing, generator: torch.Generator) -> View:
+    def of(cls, images: Tensor, shape: Shape, preprocessing: Preprocessing, generator: torch.Generator) -> PatchView:
         """Measured on `PATCHES` patches of the images [N, C, H, W]."""
         config = PatchConfig(
             images.shape[1],
@@ -121,9 +121,8 @@ class View:
 
     def sample(self, images: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """x̃ at random positions of random images, in random order: [n, P], n = count or all that there are."""
-        found = sample_patches(images, self.config, count, generator)
-        found = found[torch.randperm(len(found), generator=generator)]
-        return self._whitened(found)
+        patches = sample_patches(images, self.config, count, generator)
+        return self._whitened(patches[torch.randperm(len(patches), generator=generator)])
 
     def all(self, images: Tensor) -> Tensor:
         """x̃ of all patches, [N, P], rows in the order 'b h w'; for a few images."""
@@ -157,16 +156,16 @@ def encoded(images: Tensor, config: PatchConfig, rows: int, code: Callable[[Tens
     maps: Tensor | None = None
     with torch.no_grad():
         for index, part in enumerate(parts):
-            found = rearrange(code(part), "k (b h w) -> b k h w", h=height, w=width)
+            codes = rearrange(code(part), "k (b h w) -> b k h w", h=height, w=width)
             if maps is None:
-                maps = found.new_empty(len(images), *found.shape[1:])
-            maps[index * step : index * step + len(part)] = found
+                maps = codes.new_empty(len(images), *codes.shape[1:])
+            maps[index * step : index * step + len(part)] = codes
     assert maps is not None
     return maps
 
 
 def fitted(state: T | None, name: str) -> T:
-    """What learning has left; ValueError before it."""
+    """The state that learning has set; ValueError before it."""
     if state is None:
         raise ValueError(f"{name}: expected fit() before anything is encoded or counted, got an unfitted learner")
     return state

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
-from jobs.evaluation.rivals.patches import Preprocessing, View
+from jobs.evaluation.rivals.patches import PatchView, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Random(Convolutional[RandomSettings]):
         RandomSettings("patches", threshold=0.25, contrast_floor=0.03),
     )
 
-    def learn(self, images: Tensor, view: View, generator: torch.Generator) -> Learnt:
+    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
         """Nothing but the draw."""
         channels = self.shape.channels
         if self.settings.source == "gaussian":

@@ -28,12 +28,12 @@ class Visits:
     def batches(self, count: int, positions: int, seed: int) -> list[Tensor]:
         """Indices into `count` images for every update, pass by pass in the order that our layers visit them."""
         size = max(1, min(self.images, self.columns // positions))
-        found: list[Tensor] = []
+        batches: list[Tensor] = []
         for number in range(self.passes):
-            found += torch.split(epoch_order(count, seed=seed, epoch=number), size)
-            if len(found) >= self.updates:
+            batches += torch.split(epoch_order(count, seed=seed, epoch=number), size)
+            if len(batches) >= self.updates:
                 break
-        return found[: self.updates]
+        return batches[: self.updates]
 
 
 def enough_passes(patches: int, batch: int, passes: int, updates: int) -> int:
