@@ -1,14 +1,14 @@
 """Convolution of images to columns [K, N], and its weight gradient, with buffers that do not grow with the batch.
 
-Both run over chunks of images (of rows, where one image is large), so that what lies between input and result stays in
-cache and neither the P × N patch matrix nor a second tensor of the size of the activities is ever built. Columns are
-in the order 'b h w', channels outermost, which no convolution library writes: something has to be rearranged per
-column, the P values of its patch or the K values of its activity. The smaller of the two is:
+Both run over chunks of images, or of rows where one image is large. Intermediate values stay in cache, and neither the
+P × N patch matrix nor a second tensor of the size of the activities is ever built. Columns are in the order 'b h w',
+channels outermost. No convolution library writes that order, so either the P values of each patch or the K values of
+each activity have to be rearranged. The smaller of the two is chosen:
 
     P ≤ K    patches of a chunk are written out, and one matrix product gives the chunk's columns in place
     P > K    the library convolves the chunk, and scale, offset and rearrangement are one pass over its result
 
-On a GPU it is always the library.
+On a GPU the library always convolves.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ from einops import rearrange
 from torch import Tensor
 
 CHUNK_VALUES = 1 << 18
-"""Values rearranged at a time on a CPU: 1 MiB in float32, so that a chunk stays in cache."""
+"""Values per chunk on a CPU: 1 MiB in float32, so that a chunk stays in cache."""
 
 DEVICE_CHUNK_VALUES = 1 << 24
-"""The same on other devices: enough for a kernel to fill the device."""
+"""Values per chunk on other devices: enough to occupy the whole device."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some images, or some rows of one image.
+    """Some images of a batch, or some rows of one image.
 
     Attributes
     ----------
-    images: [n, C, h, w], padded: exactly what the chunk's columns see.
-    batch, rows: which images and which rows of the map they make up.
-    columns: which columns, n · rows · W' of them.
+    images: [n, C, h, w], padded: exactly the pixels that the chunk's patches cover.
+    batch: the images of the batch.
+    rows: the rows of the map.
+    columns: the columns, n · rows · W' of them.
+
+    >>> Chunk(torch.zeros(2, 1, 8, 8), slice(0, 2), slice(0, 6), slice(0, 72)).images.shape
+    torch.Size([2, 1, 8, 8])
     """
 
     images: Tensor
@@ -47,7 +51,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Convolution:
-    """Patches of k × k at a stride, with zero padding: [B, C, H, W] ↔ [K, N], N = B · H' · W'."""
+    """A convolution without bias that writes columns: [B, C, H, W] ↔ [K, N], N = B · H' · W'.
+
+    Parameters
+    ----------
+    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros.
+
+    >>> convolution = Convolution(kernel_size=3, stride=1, padding=0)
+    >>> images, weight = torch.ones(2, 1, 8, 8), torch.ones(5, 1, 3, 3)
+    >>> y = convolution.forward(images, weight, scale=None, offset=None)
+    >>> y.shape, convolution.weight_gradient(images, y, scale=None).shape
+    (torch.Size([5, 72]), torch.Size([5, 10]))
+    """
 
     kernel_size: int
     stride: int
@@ -64,7 +79,7 @@ class Convolution:
         ----------
         images: [B, C, H, W].
         weight: [K, C, k, k].
-        scale: [B, 1, H', W'], of every patch, or None for 1.
+        scale: [B, 1, H', W'], a factor of each patch, or None for 1.
         offset: [K], or None for 0.
 
         Returns
@@ -106,10 +121,10 @@ class Convolution:
 
         Returns
         -------
-        [K, P + 1]: the weight's gradient, and in the last column Σ y.
+        [K, P + 1]: the gradient of the weight, and Σ y in the last column.
         """
         channels, kernel = y.shape[0], self.kernel_size
-        weight = y.new_empty(channels, images.shape[1], kernel, kernel)  # asked for its shape only
+        weight = y.new_empty(channels, images.shape[1], kernel, kernel)  # only its shape is used
         total = y.new_zeros(channels, weight[0].numel() + 1)
         lowered = self._lowered(weight)
         if lowered is not None:
@@ -139,12 +154,13 @@ class Convolution:
         return gradient
 
     def gather(self, images: Tensor, batch: Tensor, position: Tensor) -> Tensor:
-        """Patches [n, P] at some positions.
+        """Patches [n, P] at selected positions.
 
         Parameters
         ----------
         images: [B, C, H, W].
-        batch, position: [n], the image of each patch, and its position h · W' + w.
+        batch: [n], the image of each patch.
+        position: [n], the position h · W' + w of each patch.
         """
         padded = self._pad(images)
         _, channels, height, width = padded.shape
@@ -176,12 +192,12 @@ class Convolution:
 
     @staticmethod
     def _lowered(weight: Tensor) -> int | None:
-        """P + 1 where patches are written out, None where the library convolves."""
+        """P + 1 if patches are written out, None if the library convolves."""
         size = weight[0].numel()
         return size + 1 if weight.device.type == "cpu" and size <= weight.shape[0] else None
 
     def _chunks(self, images: Tensor, values_per_column: int) -> Iterator[Chunk]:
-        """The batch in chunks of about `CHUNK_VALUES`, at least one row of one image each."""
+        """The batch in chunks of about `CHUNK_VALUES` values, each at least one row of one image."""
         height, width = self.extent(images.shape[2]), self.extent(images.shape[3])
         affordable = max(1, _budget(images) // (values_per_column * width))
         rows, step = min(affordable, height), max(1, affordable // height)
@@ -190,13 +206,13 @@ class Convolution:
             padded = self._pad(images[batch])
             for top in range(0, height, rows):
                 bottom = min(top + rows, height)
-                seen = padded[:, :, top * self.stride : (bottom - 1) * self.stride + self.kernel_size]
+                covered = padded[:, :, top * self.stride : (bottom - 1) * self.stride + self.kernel_size]
                 first = (start * height + top) * width
                 columns = slice(first, first + (batch.stop - start) * (bottom - top) * width)
-                yield Chunk(seen, batch, slice(top, bottom), columns)
+                yield Chunk(covered, batch, slice(top, bottom), columns)
 
     def _patches(self, images: Tensor, scale: Tensor | None, lowered: int) -> Iterator[tuple[Chunk, Tensor]]:
-        """Chunks with their patches, times scale, and a last row of ones: [P + 1, columns], in one buffer."""
+        """Chunks and their scaled patches with a last row of ones, [P + 1, columns]; one buffer serves all chunks."""
         buffer = images.new_empty(0)
         for chunk in self._chunks(images, lowered):
             windows = rearrange(self._windows(chunk.images), "b c h w i j -> c i j b h w")
@@ -214,10 +230,14 @@ class Convolution:
 
 
 def images_per_chunk(images: Tensor) -> int:
-    """How many images [B, C, H, W] make up a chunk, at least one."""
+    """The number of images [B, C, H, W] per chunk, at least one.
+
+    >>> images_per_chunk(torch.empty(100, 3, 32, 32))
+    85
+    """
     return max(1, _budget(images) // images.shape[1:].numel())
 
 
 def _budget(like: Tensor) -> int:
-    """Values in a chunk."""
+    """Values per chunk."""
     return CHUNK_VALUES if like.device.type == "cpu" else DEVICE_CHUNK_VALUES

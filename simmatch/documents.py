@@ -1,7 +1,7 @@
-"""YAML and JSON that somebody else may have written: read within limits, one line for what is wrong.
+"""Reading of untrusted YAML and JSON within limits, with one-line error messages, and writing of both.
 
-A configuration names values; it neither builds objects, nor grows when it is read. So aliases may stand for no more
-than a document may hold, no key is given twice, and nothing nests deeper than a configuration ever does.
+A configuration holds plain values only: it builds no objects. The expansion of aliases counts towards the size limit,
+duplicate keys are an error, and the depth of nesting is limited.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ from typing import Any
 import yaml
 
 MOST_CHARACTERS = 2**18
-"""In a document, aliases written out; some 150 layers."""
+"""Maximum size of a document, with aliases expanded; enough for about 150 layers."""
 
 MOST_LEVELS = 50
-"""Of lists and mappings inside each other."""
+"""Maximum depth of nested lists and mappings."""
 
 LONGEST_VALUE = 200
-"""Characters of a value that a message quotes."""
+"""Maximum number of characters of a value quoted in a message."""
 
 
 class DocumentError(ValueError):
-    """A text that is not what it should be, or too much; one line that names the place."""
+    """A document is malformed or too large. The one-line message gives the position.
+
+    >>> load_json("{")
+    Traceback (most recent call last):
+    simmatch.documents.DocumentError: expected JSON: Expecting property name enclosed in double quotes: ...
+    """
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """Plain values of one YAML document, in UTF-8.
-
-    1e-3 is a number, as in YAML 1.2 and everywhere else.
+    """Read the plain values of one YAML document in UTF-8; 1e-3 is a number, as in YAML 1.2.
 
     Raises
     ------
     DocumentError
-        Not YAML, a tag that makes objects, a key given twice, or beyond `MOST_CHARACTERS` or `MOST_LEVELS`.
+        The text is not YAML, has a tag that builds objects, has a duplicate key, or exceeds `MOST_CHARACTERS` or
+        `MOST_LEVELS`.
 
     >>> load_yaml("lr: 1e-3")
     {'lr': 0.001}
@@ -59,33 +63,51 @@ def load_yaml(text: str | bytes) -> Any:
 
 
 def load_yaml_file(path: Path) -> Any:
-    """The same of a file, of which no more is read than a document may hold.
+    """Read a YAML file as `load_yaml` does; at most `MOST_CHARACTERS` are read.
 
     Raises
     ------
-    DocumentError, OSError
+    DocumentError
+        As for `load_yaml`.
+    OSError
+        The file cannot be read.
+
+    >>> load_yaml_file(Path("missing.yaml"))
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory: 'missing.yaml'
     """
     with path.open("rb") as file:
         return load_yaml(file.read(MOST_CHARACTERS + 1))
 
 
 def dump_yaml(values: Any) -> str:
-    """Plain values as text that `load_yaml` reads as the same values, keys in their order."""
+    """Write plain values as YAML that `load_yaml` reads back unchanged; keys keep their order.
+
+    >>> dump_yaml({"name": "1e3", "lr": 0.001})
+    "name: '1e3'\\nlr: 0.001\\n"
+    """
     return yaml.dump(values, Dumper=Dumper, sort_keys=False)
 
 
 def dump_json(values: Any) -> str:
-    """Plain values as JSON text for a file, keys in their order."""
+    """Write plain values as JSON text for a file; keys keep their order.
+
+    >>> dump_json({"steps": 3})
+    '{\\n "steps": 3\\n}\\n'
+    """
     return json.dumps(values, indent=1) + "\n"
 
 
 def load_json(text: str | bytes) -> Any:
-    """Plain values of a JSON text.
+    """Read the plain values of a JSON text.
 
     Raises
     ------
     DocumentError
-        Not JSON, or nested too deeply.
+        The text is not JSON, or is nested too deeply.
+
+    >>> load_json('{"steps": 3}')
+    {'steps': 3}
     """
     try:
         return json.loads(text)
@@ -94,15 +116,19 @@ def load_json(text: str | bytes) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML within limits."""
+    """Loader of plain YAML values with the limits of this module.
+
+    >>> yaml.load("[1, 2]", Loader)
+    [1, 2]
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._levels = 0
         self._read = 0
-        """Characters and nodes so far, aliases written out."""
+        """Characters and nodes so far, with aliases expanded."""
         self._sizes: dict[yaml.Node, int] = {}
-        """The same of every node that is complete."""
+        """Characters and nodes of every complete node."""
         self._compared: set[yaml.Node] = set()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -110,49 +136,53 @@ class Loader(yaml.SafeLoader):
         mark, alias, before = event.start_mark, isinstance(event, yaml.AliasEvent), self._read
         self._levels += 1
         if self._levels > MOST_LEVELS:
-            raise _refused(f"expected at most {MOST_LEVELS} levels, got more", mark)
+            raise _limit_error(f"expected at most {MOST_LEVELS} levels, got more", mark)
         node = super().compose_node(parent, index)
         assert node is not None
         self._levels -= 1
         if alias:
             if node not in self._sizes:
-                raise _refused("expected an alias of something else, got one inside what it stands for", mark)
+                raise _limit_error("expected an alias of a complete value, got one inside the value itself", mark)
             self._read += self._sizes[node]
         else:
             self._read += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
         if self._read > MOST_CHARACTERS:
-            raise _refused(f"expected at most {MOST_CHARACTERS} characters with aliases written out, got more", mark)
+            raise _limit_error(f"expected at most {MOST_CHARACTERS} characters with aliases expanded, got more", mark)
         if not alias:
             self._sizes[node] = self._read - before
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Before keys are merged in (`<<`), no key may stand there twice."""
+        """Check for duplicate keys before other mappings are merged in (`<<`)."""
         if node not in self._compared:
             self._compared.add(node)
-            self._refuse_twins(node)
+            self._check_duplicates(node)
         super().flatten_mapping(node)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """No longer than can be shown: 0xfff… may stand for more digits than Python writes."""
+        """Limit the length of an integer: Python refuses to print integers with very many digits, such as 0xfff…"""
         if len(node.value) > LONGEST_VALUE:
-            raise _refused(f"expected an integer of at most {LONGEST_VALUE} characters, got more", node.start_mark)
+            raise _limit_error(f"expected an integer of at most {LONGEST_VALUE} characters, got more", node.start_mark)
         return int(super().construct_yaml_int(node))
 
-    def _refuse_twins(self, mapping: yaml.MappingNode) -> None:
+    def _check_duplicates(self, mapping: yaml.MappingNode) -> None:
         first: dict[Hashable, yaml.Node] = {}
         for node, _ in mapping.value:
             merges = node.tag == "tag:yaml.org,2002:merge"
             key = node.value if merges else self.construct_object(node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # refused as such when the mapping is made
+                continue  # an error when the mapping is constructed
             if first.setdefault(key, node) is not node:
                 line = first[key].start_mark.line + 1
-                raise _refused(f"expected every key once, got {quoted(key)} of line {line} again", node.start_mark)
+                raise _limit_error(f"expected every key once, got {quoted(key)} of line {line} again", node.start_mark)
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes the text '1e3' in quotes, which `Loader` would take for a number otherwise."""
+    """Dumper that quotes text such as '1e3', which `Loader` would otherwise read as a number.
+
+    >>> yaml.dump("1e3", Dumper=Dumper)
+    "'1e3'\\n"
+    """
 
 
 _EXPONENT = (
@@ -165,12 +195,12 @@ Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 Dumper.add_implicit_resolver(*_EXPONENT)
 
 
-def _refused(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+def _limit_error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def shortened(text: str, most: int = 2 * LONGEST_VALUE) -> str:
-    """One line of at most so many characters, its middle left out where there are more; a terminal may print it.
+    """Text as one printable line of at most `most` characters; the middle of a longer text is replaced by dots.
 
     >>> shortened("abcdefghij", 7), shortened("\\33[2J")
     ('ab...ij', '\\\\x1b[2J')
@@ -183,7 +213,7 @@ def shortened(text: str, most: int = 2 * LONGEST_VALUE) -> str:
 
 
 class _Quoted(reprlib.Repr):
-    """As `repr`, of whatever size and depth the value is."""
+    """`repr` with a limit on size and depth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +226,7 @@ class _Quoted(reprlib.Repr):
 
 
 def quoted(value: Any) -> str:
-    """A value as a message may hold it: `repr` where that is short.
+    """A value for use in a message: its `repr`, shortened.
 
     >>> quoted("lr"), quoted([["x"] * 1000] * 2)[:24]
     ("'lr'", "[['x', 'x', 'x', 'x', 'x")

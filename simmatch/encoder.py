@@ -1,30 +1,32 @@
-"""What a learnt layer computes, approximated by one convolution: for cheap encoding, and to initialise a network.
+"""Feedforward approximation of a learnt layer by one convolution: for fast encoding, and to initialise a network.
 
-The dynamics find y*(x̃) = argmin over y ≥ 0 of ½ yᵀMy − yᵀW x̃, a continuous, piecewise linear function: on the face of
-the active channels S, y_S = M_SS⁻¹ W_S x̃. Sought is the rectified affine function of the patch nearest to it,
+The dynamics compute y*(x̃) = argmin over y ≥ 0 of ½ yᵀMy − yᵀW x̃, a continuous, piecewise linear function: on the face
+of the active channels S, y_S = M_SS⁻¹ W_S x̃. It is approximated by a rectified affine function of the patch,
 
     ŷ = relu(A v + b)        v = J x / s, the patch before whitening (`simmatch.geometry`); v = x for a `Filter`
 
-Where learning is at rest W = ⟨y x̃ᵀ⟩, so W C⁻¹, C = ⟨x̃ x̃ᵀ⟩, is the linear least-squares predictor of y: the *linear*
-population whose Hebbian statistics ⟨ŷ x̃ᵀ⟩ are those of the layer. Asked of the *rectified* population, the same gives
+Where learning has converged, W = ⟨y x̃ᵀ⟩. Then W C⁻¹, with C = ⟨x̃ x̃ᵀ⟩, is the linear least-squares predictor of y:
+the *linear* population with the same Hebbian statistics ⟨ŷ x̃ᵀ⟩ as the layer. Here the *rectified* population must have
+the same statistics:
 
     ⟨ŷ vᵀ⟩ = ⟨y vᵀ⟩,   ⟨ŷ⟩ = ⟨y⟩                                                                    (1)
 
-A feedforward population that learnt by the layer's rule would have the layer's W, and the layer's mean activities. (1)
-is the minimum of a convex function, the matching loss ⟨½ relu(u)² − y u⟩ of u = A v + b, so nothing depends on a start.
-Its gradient is local, ΔA = η (y − ŷ) vᵀ: a delta rule with the recurrent activity as the teacher. Whitening needs no
-treatment of its own: v and x̃ are affine in each other, A absorbs it. M acts through y, and is gone afterwards.
+A feedforward population that learnt by the layer's rule would have the same W and the same mean activities as the
+layer. (1) is the stationarity condition of a convex function, the matching loss ⟨½ relu(u)² − y u⟩ of u = A v + b, so
+the result does not depend on the starting point. Its gradient is local, ΔA = η (y − ŷ) vᵀ: a delta rule with the
+recurrent activity as the target. Whitening needs no special treatment: x̃ is an affine function of v, which A and b
+absorb. M is needed only to compute y.
 
-Every channel's mean and all its first-order statistics are matched; its mean square comes out lower, by what a function
-of this form cannot explain. Where M is diagonal, y* is itself of this form, and ŷ = y*.
+The mean and all first-order statistics of every channel are matched. Its mean square is lower than that of y, by the
+part that a function of this form cannot explain. Where M is diagonal, y* has this form itself, and ŷ = y*.
 
 **Empty patches.** Images with a background have many equal patches, v = 0, at which ŷ = relu(b): the sign of b alone
-decides whether a channel is active on all of them. There ŷ is made exact: b = y*(0) for channels that are active at
-v = 0, or would be and should not. This takes one of the P + 1 parameters of a channel, and is done where that one
-patch makes up more than its share, 1 / (P + 1), of the sample.
+decides whether a channel is active on all of them. If they are more than 1 / (P + 1) of the sample, ŷ is made exact
+there: b = y*(0) for channels with y*(0) > 0, and for channels whose fitted b > 0 although y*(0) = 0. This uses one of
+the P + 1 parameters of a channel.
 
-Compared with A = W/diag M, (M + λI)⁻¹W, W C⁻¹, with inhibition replaced by its mean, each with gain and threshold
-matched per channel, and with least squares on y > 0 and of ŷ: see `LOG.md`.
+`LOG.md` compares this fit with A = W/diag M, (M + λI)⁻¹W and W C⁻¹, with inhibition replaced by its mean (each with
+gain and threshold matched per channel), and with least squares on y > 0 and of ŷ.
 
 Sources: Auer, Herbster & Warmuth, "Exponentially many local minima for single neurons" (1996), for the matching loss;
 Brillinger (1982) for the direction of W C⁻¹ under a nonlinearity; Kavukcuoglu, Ranzato & LeCun, "Fast inference in
@@ -48,32 +50,38 @@ from simmatch.seeding import seeded
 from simmatch.solvers.quadratic import ConvergenceWarning, solve
 
 SAMPLE_COLUMNS = 20_000
-"""Patches that an encoder is fitted to, at most about."""
+"""Approximate number of patches that an encoder is fitted to."""
 
 EXACT = DynamicsConfig(tolerance=1e-4, max_iterations=10_000)
-"""The dynamics that define the true activities, whatever the layer's own configuration."""
+"""The dynamics that compute the exact activities, independent of the layer's configuration."""
 
 TOLERANCE = 1e-3
-"""Mismatch of (1) at which a fit is done, relative to the channel's root-mean-square activity."""
+"""Mismatch of (1) at which a fit stops, relative to the channel's root-mean-square activity."""
 
 QUIET = 0.1
-"""A channel's root-mean-square activity counts as no less than this share of the layer's: where a channel is hardly
-ever active, the fit is slow and of no consequence."""
+"""Floor of a channel's root-mean-square activity, relative to the layer's: for a channel that is hardly ever active
+the fit is slow and does not matter."""
 
 MAX_ITERATIONS = 1000
+"""Maximum number of iterations of a fit."""
+
 EMPTY = 1e-3
-"""A patch is empty whose norm is below so much of the root-mean-square one."""
+"""A patch counts as empty if its norm is at most this share of the root-mean-square norm."""
 
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A layer's activities without its dynamics: ŷ = relu(conv(x, A) / s + b).
+    """Approximate activities of a layer without dynamics: ŷ = relu(conv(x, A) / s + b).
 
     Attributes
     ----------
-    weight: [K, C, k, k], A, mean removal and whitening folded in.
+    weight: [K, C, k, k], A, including mean removal and whitening.
     bias: [K], b, the response to an empty patch.
-    patch: geometry and contrast normalisation, those of the layer.
+    patch: geometry and contrast normalisation of the layer.
+
+    >>> encoder = Encoder(torch.ones(5, 1, 3, 3), torch.zeros(5), PatchConfig(in_channels=1, kernel_size=3))
+    >>> encoder(torch.ones(2, 1, 8, 8)).shape, encoder.operations
+    (torch.Size([2, 5, 6, 6]), 45)
     """
 
     weight: Tensor
@@ -89,9 +97,9 @@ class Encoder:
 
     @property
     def operations(self) -> int:
-        """Multiply–adds per position: K P, and with contrast 2 P for the sums of x and x², K for the division.
+        """Multiply–adds per position: K P, and with contrast 2 P for the sums of x and x² and K for the division.
 
-        The dynamics take K P + T K² for T iterations; see the README for coordinate descent.
+        The dynamics take K P + T K² for T iterations of a gradient method.
         """
         channels, size = self.weight.shape[0], self.patch.patch_size
         return channels * size + (2 * size + channels if self.patch.contrast else 0)
@@ -99,12 +107,15 @@ class Encoder:
 
 @dataclass(frozen=True, eq=False)
 class Filter:
-    """A plain convolution with ReLU, relu(conv(x, weight) + bias), at the stride and padding of its layer.
+    """A plain convolution with ReLU, relu(conv(x, weight) + bias), with the stride and padding of its layer.
 
     Attributes
     ----------
     weight: [K, C, k, k].
     bias: [K].
+
+    >>> Filter(torch.ones(5, 1, 3, 3), torch.zeros(5)).operations
+    45
     """
 
     weight: Tensor
@@ -117,17 +128,28 @@ class Filter:
 
 
 def feedforward_encoder(layer: SimilarityMatchingConv2d, images: Tensor) -> Encoder:
-    """The encoder that reproduces the layer's statistics (1) on a sample of its input.
+    """Fit an encoder that reproduces the layer's statistics (1) on a sample of its input.
 
     Parameters
     ----------
-    layer: learnt, all of its rows.
-    images: [B, C, H, W], without labels; about `SAMPLE_COLUMNS` patches of them are used, which should be many times P.
+    layer: a trained layer that holds all of its channels.
+    images: [B, C, H, W], a sample of the layer's input; no labels are needed. About `SAMPLE_COLUMNS` patches are used,
+        which should be many times P.
 
     Raises
     ------
     ValueError
-        Images of another shape, none, or a layer that holds a shard of its channels.
+        The images have the wrong shape, there are none, or the layer holds only a shard of its channels.
+
+    Warns
+    -----
+    ConvergenceWarning
+        The fit of some channel did not converge.
+
+    >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
+    >>> encoder = feedforward_encoder(layer, torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    >>> encoder(torch.rand(2, 1, 8, 8)).shape
+    torch.Size([2, 4, 6, 6])
     """
     positions = _draw(layer, images)
     patches = layer.prepare(images, positions)
@@ -138,15 +160,21 @@ def feedforward_encoder(layer: SimilarityMatchingConv2d, images: Tensor) -> Enco
 
 
 def feedforward_filter(layer: SimilarityMatchingConv2d, images: Tensor) -> Filter:
-    """The filter on raw patches that reproduces the layer's statistics (1), on the scale of He's initialisation.
+    """Fit a filter on raw patches that reproduces the layer's statistics (1), scaled like He's initialisation.
 
-    Weights drawn after He et al. (2015) keep the mean square: that of each channel after ReLU equals that of the input
-    pixels. Every channel is scaled to this, weight and bias alike, so that a network initialised with it trains at
-    the rates that suit a network initialised by He. When a channel is active is left as fitted: somewhat more often
-    than in the layer, since the filter is blind to contrast, and less than the half of the time of one drawn at random.
+    With weights drawn after He et al. (2015) the mean square of each channel after ReLU equals that of the input
+    pixels. Weight and bias of every channel are scaled to match this, so that a network initialised with the filter
+    trains at the same learning rates. The scaling does not change where a channel is active: somewhat more often than
+    in the layer, since the filter does not normalise contrast, and less often than the half of a random filter.
 
-    Parameters, errors: as for `feedforward_encoder`; images scaled as the network will see them. A layer that learnt
-    from [0, 1] may be given standardised images only if it ignores mean and gain (`normalize: contrast`).
+    Parameters and errors are those of `feedforward_encoder`, with images scaled as the network will receive them. A
+    layer trained on images in [0, 1] accepts standardised images only if it ignores mean and gain
+    (`normalize: contrast`).
+
+    >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
+    >>> images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> feedforward_filter(layer, images).weight.shape
+    torch.Size([4, 1, 3, 3])
     """
     positions = _draw(layer, images)
     y = true_activities(layer, layer.prepare(images, positions))
@@ -154,7 +182,7 @@ def feedforward_filter(layer: SimilarityMatchingConv2d, images: Tensor) -> Filte
     weight, bias = match(raw, y, _empty_response(layer))
     power = (raw @ weight.T + bias).clamp_(min=0.0).square().mean(dim=0)
     gain = (images.square().mean() / power.clamp(min=torch.finfo(power.dtype).tiny)).sqrt()
-    gain = torch.where(power > 0, gain, 1.0)  # a channel that is silent on the sample has no scale
+    gain = torch.where(power > 0, gain, 1.0)  # a channel that is silent on the sample cannot be scaled
     return Filter((weight * gain.unsqueeze(1)).reshape(layer.feedforward.shape), bias * gain)
 
 
@@ -164,7 +192,7 @@ def _matrix(patches: Patches) -> Tensor:
 
 
 def _draw(layer: SimilarityMatchingConv2d, images: Tensor) -> Tensor:
-    """The positions [B, n] of each image that make up the sample."""
+    """The positions [B, n] of each image in the sample."""
     if layer.rows.count != layer.out_channels:
         raise ValueError(f"expected a layer with all {layer.out_channels} channels, got {layer.rows.count} of them")
     if len(images) == 0:
@@ -182,7 +210,11 @@ def _empty_response(layer: SimilarityMatchingConv2d) -> Tensor:
 
 @torch.no_grad()
 def true_activities(layer: SimilarityMatchingConv2d, x: Tensor | Patches) -> Tensor:
-    """y* [K, N] of images or patches to a residual of 1e-4, in the layer's dtype; columns in the order 'b h w'."""
+    """y* [K, N] of images or patches, solved to a residual of 1e-4; columns in the order 'b h w'.
+
+    >>> true_activities(SimilarityMatchingConv2d(1, 4, kernel_size=3), torch.ones(2, 1, 8, 8)).shape
+    torch.Size([4, 72])
+    """
     return solve(layer.drive(x), layer.lateral, EXACT).y
 
 
@@ -190,13 +222,13 @@ def true_activities(layer: SimilarityMatchingConv2d, x: Tensor | Patches) -> Ten
 
 
 def match(patches: Tensor, y: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
-    """A and b with ⟨ŷ vᵀ⟩ = ⟨y vᵀ⟩ and ⟨ŷ⟩ = ⟨y⟩ for ŷ = relu(A v + b), but for b where it is fixed by empty patches.
+    """Fit ŷ = relu(A v + b) such that ⟨ŷ vᵀ⟩ = ⟨y vᵀ⟩ and ⟨ŷ⟩ = ⟨y⟩, except where empty patches determine b.
 
     Parameters
     ----------
     patches: [N, P], v.
     y: [K, N], y ≥ 0.
-    response: [K], y at v = 0. Not the mean over empty patches: they are empty to rounding, and v is tiny there, not 0.
+    response: [K], y at v = 0 exactly. The mean over empty patches would differ: there v is only nearly 0.
 
     Returns
     -------
@@ -206,14 +238,19 @@ def match(patches: Tensor, y: Tensor, response: Tensor) -> tuple[Tensor, Tensor]
     -----
     ConvergenceWarning
         A channel ended above `TOLERANCE`.
+
+    >>> v = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
+    >>> weight, bias = match(v, y=2 * v.T, response=torch.zeros(3))
+    >>> weight.shape, bias.shape, bool((weight - 2 * torch.eye(3)).abs().max() < 0.01)
+    (torch.Size([3, 3]), torch.Size([3]), True)
     """
     with_one = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
-    found = _descend(with_one, y, y.new_zeros(len(y), 1))
-    weight, bias = found[:, :-1].clone(), found[:, -1].clone()
+    theta = _descend(with_one, y, y.new_zeros(len(y), 1))
+    weight, bias = theta[:, :-1].clone(), theta[:, -1].clone()
     power = patches.square().sum(dim=1)
     empty = power <= EMPTY**2 * power.mean()
     if float(empty.double().mean()) * with_one.shape[1] > 1.0:
-        # the loss is convex: where b ≤ 0 is wanted and b > 0 is the free minimum, b = 0 is the minimum
+        # the loss is convex: where b must be ≤ 0 and its free minimum is above 0, b = 0 is the minimum
         fixed = (response > 0) | (bias > 0)
         bias[fixed] = response[fixed]
         weight[fixed] = _descend(patches, y[fixed], bias[fixed].unsqueeze(1))
@@ -223,9 +260,9 @@ def match(patches: Tensor, y: Tensor, response: Tensor) -> tuple[Tensor, Tensor]
 def _descend(inputs: Tensor, y: Tensor, offset: Tensor) -> Tensor:
     """Θ [K, Q] that minimises the matching loss of u = Θ z + offset over inputs z [N, Q], y [K, N], offset [K, 1].
 
-    Nesterov's accelerated gradient in the metric C = ⟨z zᵀ⟩, which bounds the loss's curvature ⟨1[u > 0] z zᵀ⟩: step 1
-    never diverges, and z might be whitened without a change. Momentum restarts channel by channel, so that channels do
-    not depend on each other. It starts from Θ = 0, so what no input spans stays zero.
+    Nesterov's accelerated gradient in the metric C = ⟨z zᵀ⟩, which bounds the curvature ⟨1[u > 0] z zᵀ⟩ of the loss:
+    a step of 1 cannot diverge, and whitening z would not change the iterates. Momentum restarts separately for every
+    channel, so that channels do not depend on each other. Θ starts at 0 and stays 0 in directions that no input has.
     """
     count = len(inputs)
     covariance = (inputs.T @ inputs).double() / count
@@ -242,7 +279,7 @@ def _descend(inputs: Tensor, y: Tensor, offset: Tensor) -> Tensor:
         mismatch = (y - torch.addmm(offset, z, inputs.T).clamp_(min=0.0)) @ inputs / count
         change = mismatch @ metric
         following = z + change
-        # what is left to match, in the inputs' own units: the length of the change in u
+        # the mismatch in units of the activity: the root-mean-square change of u
         remaining = (mismatch * change).sum(dim=1).clamp(min=0.0).sqrt()
         previous, theta = theta, following
         worst = float((remaining / wanted.clamp(min=torch.finfo(y.dtype).tiny)).amax()) if len(y) else 0.0
@@ -259,20 +296,23 @@ def _descend(inputs: Tensor, y: Tensor, offset: Tensor) -> Tensor:
     return theta
 
 
-# -- how good it is ----------------------------------------------------------------------------------------------------
+# -- quality of the fit ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well ŷ reproduces y over the columns of some images. All are 1, the error 0, where both are the same.
+    """How well ŷ reproduces y over the columns of some images. If ŷ = y, the error is 0 and all others are 1.
 
     Attributes
     ----------
-    cosine: mean over columns of the cosine of ŷ and y; 1 where both are silent, 0 where one is.
-    correlation: mean over channels of the correlation over columns; 1 where both are constant, 0 where one is.
-    support: mean over columns of the Jaccard index, channels active in both over channels active in either; 1 where
+    cosine: mean over columns of the cosine between ŷ and y; 1 where both are silent, 0 where only one is.
+    correlation: mean over channels of the correlation over columns; 1 where both are constant, 0 where only one is.
+    support: mean over columns of the Jaccard index: channels active in both over channels active in either; 1 where
         both are silent.
-    error: ‖ŷ − y‖ / ‖y‖ over everything; 0/0 = 0.
+    error: ‖ŷ − y‖ / ‖y‖ over all values; 0/0 = 0.
+
+    >>> compare(torch.eye(3), torch.eye(3)) == Agreement(cosine=1.0, correlation=1.0, support=1.0, error=0.0)
+    True
     """
 
     cosine: float
@@ -282,30 +322,40 @@ class Agreement:
 
 
 def agreement(encoded: Encoder | Filter, layer: SimilarityMatchingConv2d, images: Tensor) -> Agreement:
-    """Compare with the true activities of the layer on images [B, C, H, W], all positions of them.
+    """Compare an encoder or filter with the exact activities of its layer, at all positions of images [B, C, H, W].
 
-    A filter's scale is a convention, so each of its channels first takes its least-squares gain.
+    The scale of a filter is arbitrary, so each of its channels is first multiplied by its least-squares gain.
+
+    >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
+    >>> exact = Encoder(layer.feedforward, torch.zeros(4), layer.patch)  # M = I before learning
+    >>> agreement(exact, layer, torch.ones(2, 1, 8, 8)).error < 1e-4
+    True
     """
     if isinstance(encoded, Encoder):
         maps = encoded(images)
     else:
         maps = F.conv2d(images, encoded.weight, encoded.bias, layer.patch.stride, layer.patch.padding).relu()
-    y, found = true_activities(layer, images).double(), rearrange(maps, "b k h w -> k (b h w)").double()
+    y, estimate = true_activities(layer, images).double(), rearrange(maps, "b k h w -> k (b h w)").double()
     if isinstance(encoded, Filter):
-        found = found * _ratio((found * y).sum(dim=1), found.square().sum(dim=1), 0.0).unsqueeze(1)
-    return compare(found, y)
+        estimate = estimate * _ratio((estimate * y).sum(dim=1), estimate.square().sum(dim=1), 0.0).unsqueeze(1)
+    return compare(estimate, y)
 
 
-def compare(found: Tensor, y: Tensor) -> Agreement:
-    """`Agreement` of activities ŷ and y, both [K, N] ≥ 0."""
-    either, both = (found > 0) | (y > 0), (found > 0) & (y > 0)
-    centred, found_centred = (values - values.mean(dim=1, keepdim=True) for values in (y, found))
-    spread = torch.stack([values.amax(dim=1) > values.amin(dim=1) for values in (found, y)])
-    correlation = _ratio((found_centred * centred).sum(dim=1), found_centred.norm(dim=1) * centred.norm(dim=1), 0.0)
+def compare(estimate: Tensor, y: Tensor) -> Agreement:
+    """`Agreement` of activities ŷ and y, both [K, N] ≥ 0.
+
+    >>> compare(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])).support
+    0.5
+    """
+    either, both = (estimate > 0) | (y > 0), (estimate > 0) & (y > 0)
+    centred, estimate_centred = (values - values.mean(dim=1, keepdim=True) for values in (y, estimate))
+    spread = torch.stack([values.amax(dim=1) > values.amin(dim=1) for values in (estimate, y)])
+    norms = estimate_centred.norm(dim=1) * centred.norm(dim=1)
+    correlation = _ratio((estimate_centred * centred).sum(dim=1), norms, 0.0)
     correlation = torch.where(spread.all(dim=0), correlation, (~spread.any(dim=0)).to(correlation))
-    cosine = _ratio((found * y).sum(dim=0), found.norm(dim=0) * y.norm(dim=0), 0.0)
+    cosine = _ratio((estimate * y).sum(dim=0), estimate.norm(dim=0) * y.norm(dim=0), 0.0)
     cosine = torch.where(either.any(dim=0), cosine, 1.0)
-    error, length = float((found - y).norm()), float(y.norm())
+    error, length = float((estimate - y).norm()), float(y.norm())
     return Agreement(
         cosine=float(cosine.mean()),
         correlation=float(correlation.mean()),

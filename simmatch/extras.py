@@ -1,4 +1,4 @@
-"""Packages that the library needs for some things only, and that an extra of its installation brings."""
+"""Optional packages, which the extras of the installation install."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Around imports inside a function.
+    """Context for imports of optional packages inside a function.
 
     Raises
     ------
     ImportError
-        A package is missing; the message names the extra to install.
+        A package is missing; the message names the extra that installs it.
+
+    >>> with extra("eval"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    ImportError: the package no_such_package is missing: pip install 'simmatch[eval]'
     """
     try:
         yield

@@ -1,8 +1,7 @@
-"""Files that are whole or absent whatever happens meanwhile, and still there after a power failure.
+"""Atomic, durable writing of files: after a crash or power failure a file is complete or absent.
 
-Every file that this project writes whole goes through `write_whole`. A file's content and its name reach the disk
-separately: the first by a sync of the file, the second by a sync of its folder. `cluster.storage` does the same for
-object stores.
+The content of a file reaches the disk by a sync of the file, and its name by a sync of its folder. `cluster.storage`
+does the same for object stores.
 """
 
 from __future__ import annotations
@@ -15,23 +14,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 Content = bytes | str | Callable[[Path], object]
-"""What a file is to hold, text as UTF-8; or a function that writes it, called with its temporary path."""
+"""The content of a file, text as UTF-8; or a function that writes it to the temporary path given to it."""
 
 PARTIAL = ".partial"
-"""Suffix of a file that is not whole yet."""
+"""Suffix of a file that is not complete yet."""
 
 
 def write_whole(path: Path, content: Content) -> None:
-    """Write a file, and its folder where there is none; it is on the disk, under its name, when this returns.
+    """Write a complete file, creating its folder if necessary; the file is on the disk when this returns.
 
     Raises
     ------
     OSError
-        The disk did not take it. What was there before still is.
+        The file could not be written. An existing file of that name is unchanged.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_whole(Path(folder, "runs", "config.yaml"), "seed: 1")
+    ...     Path(folder, "runs", "config.yaml").read_text()
+    'seed: 1'
     """
     make_folder(path.parent)
     partial = path.with_name(path.name + PARTIAL)
-    partial.unlink(missing_ok=True)  # a link there would have another file written
+    partial.unlink(missing_ok=True)  # a symbolic link there would redirect the write
     try:
         if callable(content):
             content(partial)
@@ -47,7 +52,14 @@ def write_whole(path: Path, content: Content) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing; they are on the disk when this returns."""
+    """Create a folder and its missing parents; they are on the disk when this returns.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     make_folder(Path(folder, "a", "b"))
+    ...     Path(folder, "a", "b").is_dir()
+    True
+    """
     try:
         folder.mkdir()
     except FileNotFoundError:
@@ -61,15 +73,18 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, on file systems that support it."""
+    """Write the names in a folder to the disk, on file systems that support it.
+
+    >>> sync_folder(Path.cwd())
+    """
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # a folder that may be written and not listed
+    except PermissionError:  # a folder with permission to write but not to list
         return
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by some file systems
             raise
     finally:
         os.close(opened)

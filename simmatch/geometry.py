@@ -1,6 +1,6 @@
-"""From images to drives and back to statistics, without building the P × L patch matrix.
+"""Patches of images: their normalisation and whitening, drives and statistics, without building the patch matrix.
 
-A patch x (P = C·k·k values at one position) is seen by the neurons as x̃ = Π (J x / s − μ):
+A patch x holds the P = C·k·k values at one position. The neurons receive x̃ = Π (J x / s − μ):
 
     J = I − 11ᵀ/P   mean removal, s = max(std of the patch, floor)      (`normalize: contrast`, else J = I, s = 1)
     Π, μ            ZCA whitening and mean of the normalised patches    (`whiten: true`, else Π = I, μ = 0)
@@ -11,11 +11,11 @@ Both directions fold into one convolution each:
     statistics  ⟨y x̃ᵀ⟩ = [weight gradient of the convolution at y / s] J Πᵀ − ⟨y⟩ (Π μ)ᵀ
 
 Folding J into the filter, instead of subtracting a mean afterwards, avoids cancellation. `simmatch.convolution`
-computes both. Where the kernel covers the whole map there is one patch per image, as large as the image itself:
-`prepare` then stores x̃ directly. So it does where only some positions of each image are asked for; the sums over
-their columns estimate without bias, per column, those over all.
+computes both. `prepare` stores the patches themselves in two cases: where the kernel covers the whole map, so that
+each image is one patch, and where only some positions of each image are selected. The mean over randomly drawn
+positions is an unbiased estimate of the mean over all.
 
-Written for two spatial axes; nothing outside this module and `simmatch.model` knows how many there are.
+Only this module and `simmatch.model` assume two spatial axes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,19 @@ from simmatch.convolution import Convolution, images_per_chunk
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """Shape and normalisation of the patches of one layer; see `simmatch.config.LayerConfig`."""
+    """Shape and normalisation of the patches of one layer.
+
+    Parameters
+    ----------
+    in_channels: C, channels of the images.
+    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros.
+    contrast: whether each patch is shifted to zero mean and divided by its standard deviation.
+    contrast_floor: smallest standard deviation to divide by, in units of the input.
+
+    >>> patch = PatchConfig(in_channels=3, kernel_size=5, padding=2)
+    >>> patch.patch_size, patch.map_size((32, 32))
+    (75, (32, 32))
+    """
 
     in_channels: int
     kernel_size: int
@@ -44,12 +56,15 @@ class PatchConfig:
 
     @classmethod
     def of_layer(cls, layer: LayerConfig, in_channels: int, image_size: tuple[int, int]) -> PatchConfig:
-        """The patches of a configured layer on inputs [in_channels, height, width].
+        """The patches of a configured layer, for inputs [in_channels, height, width].
 
         Raises
         ------
         ValueError
-            A kernel that covers an input which is not square, or exceeds the padded input.
+            The kernel is larger than the padded input, or is `full` for an input that is not square.
+
+        >>> PatchConfig.of_layer(LayerConfig(out_channels=8, kernel_size="full"), 16, (7, 7)).kernel_size
+        7
         """
         height, width = image_size
         kernel = height if layer.kernel_size == "full" else layer.kernel_size
@@ -70,7 +85,7 @@ class PatchConfig:
         return Convolution(self.kernel_size, self.stride, self.padding)
 
     def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the activities. Raises ValueError when the kernel exceeds the padded image."""
+        """Height and width of the activities. Raises ValueError if the kernel is larger than the padded image."""
         padded = [size + 2 * self.padding for size in image_size]
         if min(padded) < self.kernel_size:
             raise ValueError(
@@ -83,7 +98,16 @@ class PatchConfig:
 
 @dataclass(frozen=True)
 class Whitening:
-    """Π [P, P], symmetric, and μ [P] of x̃ = Π (x_normalised − μ)."""
+    """The affine map x̃ = Π (x_normalised − μ).
+
+    Attributes
+    ----------
+    matrix: [P, P], Π, symmetric.
+    mean: [P], μ.
+
+    >>> Whitening(torch.eye(4), torch.ones(4)).offset
+    tensor([1., 1., 1., 1.])
+    """
 
     matrix: Tensor
     mean: Tensor
@@ -96,17 +120,21 @@ class Whitening:
 
 @dataclass(frozen=True)
 class Patches:
-    """Input of a layer, ready for drives and statistics: images with their contrast, or explicit patches.
+    """Input of a layer, prepared for drives and statistics: images with their contrast, or explicit patches.
 
     Attributes
     ----------
-    config, whitening: of the layer that prepared them.
+    config, whitening: those of the layer.
     images: [B, C, H, W], or None where `matrix` is used.
     inverse_scale: [B, 1, H', W'], 1/s of each patch, or None for 1.
-    matrix: [N, P], the patches themselves, where the kernel covers the map (N = B) or only some positions of each
-        image are wanted (N = B · positions, those of an image together).
-    map_size: (H', W') of the activities; (1, positions) where only some positions are wanted.
-    whitened: whether `matrix` holds x̃; else it is still to be whitened, which drives and statistics fold.
+    matrix: [N, P], explicit patches, where the kernel covers the map (N = B) or only some positions of each image are
+        selected (N = B · positions, image by image).
+    map_size: (H', W') of the activities; (1, positions) where only some positions are selected.
+    whitened: whether `matrix` holds x̃. If not, drives and statistics apply the whitening.
+
+    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
+    >>> patches.batch_size, patches.map_size, patches.positions
+    (2, (6, 6), 36)
     """
 
     config: PatchConfig
@@ -142,11 +170,18 @@ class Patches:
 def prepare(
     images: Tensor, config: PatchConfig, whitening: Whitening | None = None, positions: Tensor | None = None
 ) -> Patches:
-    """Images [B, C, H, W] → `Patches`.
+    """Prepare images as `Patches`.
 
     Parameters
     ----------
-    positions: [B, n], the only positions of each image that are wanted, as h · W' + w; None: all.
+    images: [B, C, H, W].
+    config: shape and normalisation of the patches.
+    whitening: Π and μ, or None for no whitening.
+    positions: [B, n], integers h · W' + w: the positions of each image to use. None: all.
+
+    >>> images, config = torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)
+    >>> prepare(images, config, positions=torch.tensor([[0, 7], [3, 35]])).matrix.shape
+    torch.Size([4, 9])
     """
     map_size = config.map_size((images.shape[2], images.shape[3]))
     if positions is not None:
@@ -163,12 +198,15 @@ def prepare(
 
 
 def draw_positions(count: int, batch_size: int, map_size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """`count` different positions of each image, ascending int64 [batch_size, count]; each is as likely as any other.
+    """Draw `count` distinct positions of each image, uniformly: int64 [batch_size, count], ascending in each row.
 
     Raises
     ------
     ValueError
-        The map has fewer.
+        The map has fewer than `count` positions.
+
+    >>> draw_positions(4, 100, (24, 24), torch.Generator().manual_seed(0)).shape
+    torch.Size([100, 4])
     """
     available = map_size[0] * map_size[1]
     if count > available:
@@ -180,25 +218,34 @@ def draw_positions(count: int, batch_size: int, map_size: tuple[int, int], gener
 
 
 def inverse_contrast(images: Tensor, config: PatchConfig) -> Tensor:
-    """1 / max(std, floor) of every patch, zero padding included: [B, C, H, W] → [B, 1, H', W']."""
+    """1 / max(std, floor) of every patch, zero padding included: [B, C, H, W] → [B, 1, H', W'].
 
-    def box(values: Tensor) -> Tensor:  # batch innermost in memory: pooling is vectorised over it
+    >>> inverse_contrast(torch.rand(2, 3, 8, 8), PatchConfig(in_channels=3, kernel_size=3, contrast=True)).shape
+    torch.Size([2, 1, 6, 6])
+    """
+
+    def box_mean(values: Tensor) -> Tensor:  # batch innermost in memory: pooling is vectorised over it
         padded = F.pad(rearrange(values, "b 1 h w -> 1 b h w"), (config.padding,) * 4)
         padded = padded.contiguous(memory_format=torch.channels_last)
         means = F.avg_pool2d(padded, config.kernel_size, config.stride)
         return rearrange(means, "1 b h w -> b 1 h w")
 
-    if images.shape[0] == 0:  # a rank's share of few images
+    if images.shape[0] == 0:  # a rank may have no images of a small batch
         return images.new_empty(0, 1, *config.map_size((images.shape[2], images.shape[3])))
-    # over channels first, so that no more than a chunk of the images' size is made
+    # channels are averaged first, chunk by chunk, so that no copy of all images is made
     chunks = [images] if torch.compiler.is_exporting() else torch.split(images, images_per_chunk(images))
     squares = torch.cat([chunk.square().mean(dim=1, keepdim=True) for chunk in chunks])
-    variance = box(squares) - box(images.mean(dim=1, keepdim=True)).square()
+    variance = box_mean(squares) - box_mean(images.mean(dim=1, keepdim=True)).square()
     return variance.clamp(min=config.contrast_floor**2).rsqrt().contiguous()
 
 
 def transform(patches: Tensor, config: PatchConfig, whitening: Whitening | None = None) -> Tensor:
-    """x → x̃ on explicit patches [N, P]: the definition that the convolutions fold."""
+    """x → x̃ for explicit patches [N, P]: the definition of what the convolutions compute.
+
+    >>> config = PatchConfig(in_channels=1, kernel_size=2, contrast=True)
+    >>> transform(torch.tensor([[1.0, 3.0, 1.0, 3.0]]), config)
+    tensor([[-1.,  1., -1.,  1.]])
+    """
     if config.contrast:
         patches = patches - patches.mean(dim=1, keepdim=True)
         deviation = torch.linalg.vector_norm(patches, dim=1, keepdim=True) / config.patch_size**0.5
@@ -209,7 +256,11 @@ def transform(patches: Tensor, config: PatchConfig, whitening: Whitening | None 
 
 
 def explicit(patches: Patches, *, images: int | None = None) -> Tensor:
-    """x̃ of the first `images` images (None: all) as a matrix [N', P]; for looks at a few images, not for learning."""
+    """x̃ of the first `images` images (None: all) as a matrix [N', P]: to measure on a few images, not to learn from.
+
+    >>> explicit(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)), images=1).shape
+    torch.Size([36, 9])
+    """
     config, whitening = patches.config, patches.whitening
     chosen = patches.of_images(slice(images))
     if chosen.matrix is not None:
@@ -222,15 +273,20 @@ def explicit(patches: Patches, *, images: int | None = None) -> Tensor:
 
 
 def drive(patches: Patches, feedforward: Tensor) -> Tensor:
-    """W x̃ for every patch.
+    """W x̃ of every patch.
 
     Parameters
     ----------
-    feedforward: [K_g, C, k, k].
+    patches: N columns, from `prepare`.
+    feedforward: [K_g, C, k, k], the rows of W held here.
 
     Returns
     -------
-    [K_g, N], columns in the order of 'b h w'.
+    [K_g, N], columns in the order 'b h w'.
+
+    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
+    >>> drive(patches, torch.ones(5, 1, 3, 3)).shape
+    torch.Size([5, 72])
     """
     weight = rearrange(feedforward, "k c h w -> k (c h w)")
     if patches.matrix is not None and patches.whitened:
@@ -249,7 +305,12 @@ def drive(patches: Patches, feedforward: Tensor) -> Tensor:
 
 
 def correlate(patches: Patches, y: Tensor) -> Tensor:
-    """Σ over columns of y x̃ᵀ: y [K_g, N] → [K_g, C, k, k]."""
+    """Σ over columns of y x̃ᵀ: y [K_g, N] → [K_g, C, k, k].
+
+    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
+    >>> correlate(patches, torch.ones(5, 72)).shape
+    torch.Size([5, 1, 3, 3])
+    """
     config, whitening = patches.config, patches.whitening
     shape = (y.shape[0], config.in_channels, config.kernel_size, config.kernel_size)
     if patches.matrix is not None:
@@ -271,7 +332,11 @@ def correlate(patches: Patches, y: Tensor) -> Tensor:
 def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: torch.Generator) -> Tensor:
     """Normalised patches at random positions of random images: [B, C, H, W] → [count, P].
 
-    All patches, in order, where there are no more than `count` of them.
+    If there are at most `count` patches, all of them, in order.
+
+    >>> config, generator = PatchConfig(in_channels=3, kernel_size=5), torch.Generator().manual_seed(0)
+    >>> sample_patches(torch.rand(4, 3, 32, 32), config, 100, generator).shape
+    torch.Size([100, 75])
     """
     height, width = config.map_size((images.shape[2], images.shape[3]))
     total = images.shape[0] * height * width
@@ -284,11 +349,16 @@ def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: t
 
 
 COVARIANCE_ROWS = 2048
-"""Patches multiplied at a time, so that a float32 covariance does not lose digits to its length."""
+"""Rows per matrix product: a longer sum in float32 would lose digits."""
 
 
 def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [P] and covariance [P, P] of rows [N, P], float64: products in the rows' dtype, their sums in float64."""
+    """Mean [P] and covariance [P, P] of rows [N, P] in float64: products in the rows' dtype, their sums in float64.
+
+    >>> mean, matrix = covariance(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    >>> mean.tolist(), matrix.tolist()
+    ([1.0, 1.0], [[1.0, 0.0], [0.0, 0.0]])
+    """
     mean = rows.mean(dim=0, dtype=torch.float64)
     total = mean.new_zeros(len(mean), len(mean))
     for part in torch.split(rows, COVARIANCE_ROWS):
@@ -300,12 +370,15 @@ def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
 def zca(patches: Tensor, ridge: float) -> Whitening:
     """ZCA whitening of normalised patches [N, P], decomposed in float64 and returned in their dtype.
 
-    Π = (C_x + ridge · mean eigenvalue · I)^(-1/2) with C_x the covariance: the identity of the canonical
-    correlation objective XᵀC_x⁻¹X, regularised.
+    Π = (C_x + ridge · mean eigenvalue · I)^(-1/2), with C_x the covariance of the patches. With whitened patches the
+    similarity XᵀX becomes XᵀC_x⁻¹X of the canonical correlation objective, regularised.
+
+    >>> zca(torch.randn(100, 9, generator=torch.Generator().manual_seed(0)), ridge=0.1).matrix.shape
+    torch.Size([9, 9])
     """
     mean, spread = covariance(patches)
     eigenvalues, vectors = torch.linalg.eigh(spread)
-    # patches that hardly vary are left alone rather than blown up to what their dtype cannot hold
+    # directions in which the patches hardly vary must not be scaled beyond what their dtype can hold
     least = torch.finfo(patches.dtype).eps
     spectrum = (eigenvalues.clamp(min=0.0) + ridge * eigenvalues.mean()).clamp(min=least)
     matrix = (vectors * spectrum.rsqrt()) @ vectors.T

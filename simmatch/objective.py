@@ -1,8 +1,8 @@
-"""The similarity-matching objective on a batch: how far the output similarities are from the input's.
+"""The similarity-matching objective of a batch: the distance between similarities of outputs and of inputs.
 
     ‖XᵀX + α Zᵀ C_z⁻¹ Z − YᵀY‖²_F  over  ‖XᵀX + α Zᵀ C_z⁻¹ Z‖²_F
 
-The N × N similarity matrices are never formed where N is large: with S = [X; √α C_z^(-1/2) Z] stacked by rows,
+The N × N similarity matrices are not formed where N is large: with S = [X; √α C_z^(-1/2) Z] stacked by rows,
 ‖SᵀS − YᵀY‖² = ‖S Sᵀ‖² − 2 ‖Y Sᵀ‖² + ‖Y Yᵀ‖², and nothing here is larger than max(K, P + num_classes)².
 
 Source: Bahroun et al., arXiv:2308.02427; design of the label term after canonical correlation analysis.
@@ -19,22 +19,26 @@ from simmatch.geometry import explicit
 from simmatch.plasticity import Statistics, start_share
 
 FORGOTTEN = 0.1
-"""Weight of M₀ in M below which what a layer does is what it has learnt."""
+"""Weight of the initial M₀ in M below which the objective of a layer reflects what it has learnt."""
 
 
 def similarity_objective(x: Tensor, y: Tensor, z: Tensor | None = None, alpha: float = 0.0) -> Tensor:
-    """Relative objective: 0 when similarities match exactly, 1 for Y = 0.
+    """The relative objective: 0 where similarities match exactly, 1 for Y = 0.
 
     Parameters
     ----------
     x: [N, P], patches after normalisation and whitening (as in `Patches.matrix`).
     y: [K, N], activities.
-    z: [num_classes, N], one-hot labels, zero columns where unlabelled; classes that do not occur count for nothing.
+    z: [num_classes, N], one-hot labels, zero columns where unlabelled; classes that do not occur are ignored.
     alpha: α, the weight of the label term.
 
     Returns
     -------
     Scalar tensor in float64.
+
+    >>> x = torch.eye(3)
+    >>> float(similarity_objective(x, y=x.T)), float(similarity_objective(x, y=torch.zeros(4, 3)))
+    (0.0, 1.0)
     """
     source = x.double().T
     if z is not None and alpha > 0:
@@ -56,12 +60,16 @@ def batch_objective(batch: Batch, y: Tensor, alpha: float, *, columns: int) -> f
 
 
 def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> bool:
-    """Whether the relative objective of a batch is above 1: ‖Y Yᵀ‖² > 2 ‖Y Sᵀ‖², which takes no sum over S Sᵀ.
+    """Whether the relative objective of a batch is above 1, that is ‖Y Yᵀ‖² > 2 ‖Y Sᵀ‖²; S Sᵀ is not needed.
 
     Parameters
     ----------
-    statistics: sums over the batch for all K rows.
-    alpha: α.
+    statistics: sums over the batch, for all K channels.
+    alpha: α, the weight of the label term.
+
+    >>> none = torch.zeros(1, 0), torch.zeros(0, 0)
+    >>> worse_than_silence(Statistics(torch.ones(1, 1, 1, 1), torch.tensor([[2.0]]), *none, count=1))
+    True
     """
     frequency = statistics.zz.diagonal() / statistics.count
     by_label = (statistics.yz.square() / frequency.clamp(min=torch.finfo(frequency.dtype).tiny)).sum()
@@ -70,7 +78,19 @@ def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> b
 
 
 def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str | None:
-    """A warning, in one line, for a relative objective above 1 once the start is forgotten; else None."""
+    """A one-line warning for a layer whose relative objective is above 1 although M₀ no longer matters; else None.
+
+    Parameters
+    ----------
+    config: the layer's rates.
+    updates: number of updates so far.
+    above_one: whether the relative objective is above 1.
+
+    >>> diverging(PlasticityConfig(), 100, above_one=False) is None
+    True
+    >>> diverging(PlasticityConfig(tau=0.5), 100, above_one=True)
+    'the relative objective is above 1, worse than no activity at all, with plasticity.tau=0.5 ...'
+    """
     if not above_one or start_share(config, updates) > FORGOTTEN:
         return None
     return (
@@ -80,7 +100,7 @@ def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str
 
 
 def _squared_gram(rows: Tensor) -> Tensor:
-    """‖R Rᵀ‖²_F = ‖Rᵀ R‖²_F, by the smaller of the two."""
+    """‖R Rᵀ‖²_F = ‖Rᵀ R‖²_F, from the smaller of the two matrices."""
     gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
     return gram.square().sum()
 

@@ -1,17 +1,18 @@
-"""Slow plasticity: what a batch of activities adds to the synapses, as pure functions.
+"""The plasticity rules: changes of the weights from the statistics of a batch, as pure functions.
 
     ΔW = η (⟨y xᵀ⟩ − W)                            Hebbian, feedforward
     ΔM = (η/τ) (⟨y yᵀ⟩ − M)                        anti-Hebbian (M inhibits), lateral
     ΔV = (⟨y zᵀ⟩ − V ⟨z zᵀ⟩) diag(min(η/p̂, 1/p))   Hebbian, label; p̂ the running class frequency, p the batch's
 
-⟨·⟩ is the mean over columns, for V over the labelled ones: unlabelled images change nothing in V. So a step depends
-on the batch only through sums and a count (`Statistics`), and sums from several places add up before the step: one
-reduction per update, never a mean of means. Without 1/p̂ the label weights would learn as many times slower as there
-are classes; 1/p keeps a batch that is rich in one class from overshooting that class's mean activity.
+⟨·⟩ is the mean over columns; for V it is the mean over labelled columns, so unlabelled images do not change V. A step
+therefore depends on the batch only through sums and a count (`Statistics`). Sums from several ranks are added before
+the step: one reduction per update, never a mean of means. Without the factor 1/p̂, V would learn num_classes times
+more slowly than W. The limit 1/p prevents a batch with many images of one class from overshooting that class's mean
+activity.
 
 Source: Pehlevan, Sengupta & Chklovskii, "Why do similarity matching objectives lead to Hebbian/anti-Hebbian
 networks?" (2018), online rules; Bahroun et al., arXiv:2308.02427, for convolution and supervision.
-A new rule is a function of (weights, means, rates) in `RULES`.
+To add a rule, write a function with the signature of `similarity_matching` and add it to `RULES`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ class Statistics:
     yy: [K_g, K], Σ y yᵀ, own rows.
     yz: [K_g, num_classes], Σ y zᵀ.
     zz: [num_classes, num_classes], Σ z zᵀ.
-    count: columns summed over.
+    count: number of columns in the sums.
+
+    Statistics of several batches are added:
+
+    >>> batch = Statistics(torch.ones(4, 1, 3, 3), torch.ones(4, 4), torch.ones(4, 10), torch.eye(10), count=36)
+    >>> (batch + batch).count, float(batch.labelled)
+    (72, 10.0)
     """
 
     yx: Tensor
@@ -49,7 +56,7 @@ class Statistics:
 
     @property
     def labelled(self) -> Tensor:
-        """Columns with a label, at least 1, so that a mean over none of them is 0; exact up to 2²⁴ in float32."""
+        """Number of labelled columns, but at least 1, so that the mean over none is 0; exact up to 2²⁴ in float32."""
         return self.zz.diagonal().sum().clamp(min=1.0)
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -64,7 +71,17 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Weights:
-    """W [K_g, C, k, k], M [K_g, K] and V [K_g, num_classes]: values, or the changes that are added to them."""
+    """The weights of a layer, or changes to be added to them.
+
+    Attributes
+    ----------
+    feedforward: [K_g, C, k, k], W.
+    lateral: [K_g, K], M.
+    label: [K_g, num_classes], V.
+
+    >>> Weights(torch.zeros(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 10)).lateral.shape
+    torch.Size([4, 4])
+    """
 
     feedforward: Tensor
     lateral: Tensor
@@ -113,19 +130,41 @@ def settled_label(label: Tensor, yz: Tensor, zz: Tensor) -> Tensor:
 
 
 def learning_rate(config: PlasticityConfig, update: int) -> float:
-    """η of one update: lr / (1 + update / lr_decay_steps)."""
+    """η of an update, counted from 0: lr / (1 + update / lr_decay_steps).
+
+    >>> learning_rate(PlasticityConfig(lr=0.1, lr_decay_steps=100), update=100)
+    0.05
+    """
     return config.lr if config.lr_decay_steps is None else config.lr / (1.0 + update / config.lr_decay_steps)
 
 
 def start_share(config: PlasticityConfig, updates: int) -> float:
-    """Upper bound of the weight that M₀ still has in M: ∏(1 − η_u/τ) ≤ exp(−Σ η_u/τ), the sum by its integral."""
+    """Upper bound of the weight of the initial M₀ in M after `updates`: ∏(1 − η_u/τ) ≤ exp(−Σ η_u/τ).
+
+    The sum is bounded by its integral.
+
+    >>> round(start_share(PlasticityConfig(lr=0.1), updates=10), 3)
+    0.368
+    """
     decay = config.lr_decay_steps
     steps = float(updates) if decay is None else decay * math.log1p(updates / decay)
     return math.exp(-config.lr / config.tau * steps)
 
 
 def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float) -> Tensor:
-    """Change of the running class frequency p̂ [num_classes]; none from a batch without labels."""
+    """Change of the running class frequency p̂ [num_classes]: η (p − p̂), or 0 for a batch without labels.
+
+    Parameters
+    ----------
+    statistics: sums over the batch.
+    frequency: [num_classes], p̂.
+    lr: η.
+
+    >>> zz = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> sums = Statistics(torch.zeros(4, 1, 3, 3), torch.zeros(4, 4), torch.zeros(4, 2), zz, count=4)
+    >>> class_frequency_change(sums, torch.tensor([0.5, 0.5]), lr=0.1)
+    tensor([ 0.0250, -0.0250])
+    """
     columns = statistics.zz.diagonal()
     change = lr * (columns / statistics.labelled - frequency)
     return torch.where(columns.sum() > 0, change, torch.zeros_like(frequency))
@@ -134,14 +173,21 @@ def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float)
 def similarity_matching(
     weights: Weights, statistics: Statistics, frequency: Tensor, lr: float, config: PlasticityConfig
 ) -> Weights:
-    """The changes ΔW, ΔM, ΔV of similarity matching, in memory of their own.
+    """The changes ΔW, ΔM, ΔV of similarity matching, as new tensors; see the equations of this module.
 
     Parameters
     ----------
-    weights: own rows of W, M, V.
-    statistics: sums over the batch, own rows.
+    weights: the rows of W, M and V held here.
+    statistics: sums over the batch, for the same rows.
     frequency: [num_classes], p̂ > 0.
     lr: η.
+    config: τ.
+
+    >>> weights = Weights(torch.zeros(2, 1, 1, 1), torch.eye(2), torch.zeros(2, 0))
+    >>> sums = Statistics(torch.ones(2, 1, 1, 1), torch.ones(2, 2), torch.zeros(2, 0), torch.zeros(0, 0), count=1)
+    >>> similarity_matching(weights, sums, torch.zeros(0), lr=0.1, config=PlasticityConfig()).lateral
+    tensor([[0.0000, 0.1000],
+            [0.1000, 0.0000]])
     """
     count = statistics.count
     labelled = statistics.labelled

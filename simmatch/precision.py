@@ -1,4 +1,4 @@
-"""The arithmetic of a layer is the one written, in the format of its weights, whatever a process or a caller sets."""
+"""Control of numerical precision: full float32, whatever the settings of the process and the caller."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def exact_float32() -> None:
-    """Products and convolutions of this process in full float32 from now on; for whoever owns the process.
+    """Compute matrix products and convolutions in full float32 from now on, in the whole process.
 
-    torch's default for convolutions on CUDA is TF32, which keeps 10 bits of the fraction. Set by the older of torch's
-    two interfaces: where convolutions alone are set by the newer one, whatever saves and restores cuDNN's flags raises,
+    On CUDA torch computes convolutions in TF32 by default, with 10 bits of the fraction. Only programs call this
+    function; the library never changes settings of its process by itself. It uses the older of torch's two interfaces:
+    after convolutions are set through the newer one, code that saves and restores the flags of cuDNN raises an error,
     `torch.export` among others (torch 2.11 to 2.14).
+
+    >>> exact_float32()
+    >>> torch.backends.cudnn.allow_tf32
+    False
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -1,8 +1,8 @@
-"""What the features are worth: label decoding from V, and readouts trained on frozen features.
+"""Readouts: class scores from the label weights V, and classifiers trained on frozen features.
 
-`decode` is entirely local: the column of V nearest to the activity names the class, no classifier is trained.
-The others read standardised features: ridge by torch, which releases the interpreter's lock while it solves (scipy's
-solver holds it, and nobody in the process is served meanwhile); logistic regression and neighbours by scikit-learn.
+`decode` is local and trains no classifier: the column of V nearest to the activity gives the class. The other readouts
+use standardised features. Ridge regression uses torch, which releases the interpreter's lock while it solves, unlike
+scipy, so that other threads of the process keep running. Logistic regression and nearest neighbours use scikit-learn.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from simmatch.geometry import covariance
 ReadoutName = Literal["ridge", "logistic", "knn"]
 
 LOGISTIC_STRENGTH = 40.0
-"""C of the logistic readout times the number of images: the data term's weight per unit of penalty. Chosen on 5,000
-held-out training images of Fashion-MNIST, where 20 to 60 did equally well."""
-
+"""C of the logistic readout times the number of images, that is the weight of the data term relative to the penalty.
+Chosen on 5,000 held-out training images of Fashion-MNIST, where 20 to 60 gave the same accuracy."""
 
 RIDGE = 0.01
-"""λ of the ridge readout, over standardised features."""
+"""λ of the ridge readout, for standardised features."""
 
 ROWS = 2048
-"""Images converted to float64 at a time."""
+"""Number of images converted to float64 at a time."""
 
 
 def decode(activity: Tensor, label: Tensor) -> Tensor:
-    """Scores v_c · ȳ − ½ ‖v_c‖², whose argmax is the column of V nearest to ȳ.
+    """Class scores v_c · ȳ − ½ ‖v_c‖². Their argmax is the column of V nearest to ȳ.
 
     Parameters
     ----------
@@ -43,24 +42,41 @@ def decode(activity: Tensor, label: Tensor) -> Tensor:
     Returns
     -------
     [B, num_classes]
+
+    >>> decode(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), label=torch.eye(2)).argmax(dim=1)
+    tensor([0, 1])
     """
     return activity @ label - 0.5 * label.square().sum(dim=0)
 
 
 class Ridge:
-    """min over A of ⟨‖Aᵀφ − t‖²⟩ + λ‖A‖²: φ standardised features, t centred ±1 targets, ⟨·⟩ the mean over images.
+    """Ridge regression on ±1 targets, fitted by its constructor in float64.
 
-    A = (⟨φφᵀ⟩ + λ)⁻¹ ⟨φtᵀ⟩, or with fewer images than features Φ (ΦᵀΦ/N + λ)⁻¹ T/N, the same. In float64.
+    Minimises ⟨‖Aᵀφ − t‖²⟩ + λ‖A‖² over A, with φ the standardised features, t the centred targets and ⟨·⟩ the mean over
+    images: A = (⟨φφᵀ⟩ + λI)⁻¹ ⟨φtᵀ⟩, or the equal Φ (ΦᵀΦ/N + λI)⁻¹ T/N where there are fewer images than features.
     Source: Hoerl & Kennard (1970).
+
+    Parameters
+    ----------
+    features: [N, F].
+    labels: [N].
+    penalty: λ.
 
     Attributes
     ----------
-    classes: [classes], the labels that there are; matrix: [F, classes]; bias: [classes].
+    classes: the distinct labels, ascending.
+    matrix: [F, classes], A.
+    bias: [classes], means of the targets.
 
     Raises
     ------
     ValueError
-        Labels of fewer than two classes.
+        The labels have fewer than two classes.
+
+    >>> features, labels = torch.tensor([[0.0], [1.0], [9.0], [10.0]]), torch.tensor([3, 3, 7, 7])
+    >>> ridge = Ridge(features, labels)
+    >>> ridge.scores(features).shape, ridge.predict(features.numpy()).tolist()
+    (torch.Size([4, 2]), [3, 3, 7, 7])
     """
 
     def __init__(self, features: Tensor, labels: Tensor, penalty: float = RIDGE) -> None:
@@ -82,13 +98,15 @@ class Ridge:
             self._deviation = torch.where(deviation > 0, deviation, 1.0)
             right = gram.new_zeros(size, len(self.classes))
             for part, target in zip(torch.split(features, ROWS), torch.split(targets, ROWS), strict=True):
-                right += part.double().T @ target  # centred targets: the mean needs no subtraction
+                right += (
+                    part.double().T @ target
+                )  # the targets are centred: subtracting the mean of the features would change nothing
             gram /= self._deviation[:, None]
             gram /= self._deviation
             self.matrix = solve_ridge(gram, right / self._deviation[:, None] / count, penalty)
 
     def scores(self, features: Tensor) -> Tensor:
-        """[N, classes]."""
+        """Scores [N, classes] of features [N, F]."""
         parts = [(part - self._mean) / self._deviation @ self.matrix for part in torch.split(features, ROWS)]
         return torch.cat(parts) + self.bias
 
@@ -98,7 +116,7 @@ class Ridge:
         return predicted
 
     def score(self, features: NDArray[Any], labels: NDArray[Any]) -> float:
-        """Accuracy."""
+        """Accuracy on features [N, F] with labels [N]."""
         return float(np.mean(self.predict(features) == labels))
 
 
@@ -109,16 +127,29 @@ def solve_ridge(matrix: Tensor, right: Tensor, penalty: float) -> Tensor:
 
 
 def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Any:
-    """A fitted readout of features [N, F] and labels [N] with scikit-learn's `predict` and `score`, on arrays.
+    """Fit a readout of features [N, F] and labels [N].
 
-    ridge: closed-form least squares on ±1 targets; logistic: multinomial, L-BFGS; knn: 10 neighbours by cosine.
+    Parameters
+    ----------
+    name: `ridge`, closed-form least squares on ±1 targets; `logistic`, multinomial, by L-BFGS; `knn`, 10 nearest
+        neighbours by cosine distance.
+    features: [N, F].
+    labels: [N].
+
+    Returns
+    -------
+    A model with scikit-learn's methods `predict` and `score`, which take numpy arrays.
 
     Raises
     ------
     ValueError
-        Unknown name.
+        The name is unknown.
     ImportError
-        Another than ridge, without the extra `eval`.
+        The readout is not `ridge`, and scikit-learn is not installed.
+
+    >>> features, labels = torch.tensor([[0.0], [1.0], [9.0], [10.0]]), torch.tensor([0, 0, 1, 1])
+    >>> fit_readout("ridge", features, labels).score(features.numpy(), labels.numpy())
+    1.0
     """
     if name == "ridge":
         return Ridge(features.cpu(), labels.cpu())
@@ -139,5 +170,9 @@ def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Any:
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows of scores [N, num_classes] whose argmax is the label [N]."""
+    """The fraction of rows of scores [N, num_classes] whose argmax equals the label [N].
+
+    >>> accuracy(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]))
+    0.5
+    """
     return float((torch.argmax(scores, dim=1) == labels).double().mean())

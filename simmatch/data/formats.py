@@ -1,6 +1,6 @@
-"""Readers of the file formats that images come in: IDX (MNIST and its kin) and CIFAR-10's batches.
+"""Readers of image file formats: IDX (MNIST and similar data sets) and the batches of CIFAR-10.
 
-Files are read without executing anything they contain; whatever is wrong with them is a `DataError` of one line.
+No content of a file is ever executed. Any fault in a file is a `DataError` with a one-line message.
 """
 
 from __future__ import annotations
@@ -20,24 +20,41 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """Images or labels that cannot be used; one line that names the file or the data set and what is wrong."""
+    """Images or labels cannot be used. The one-line message names the file or the data set, and the fault.
+
+    >>> read_idx(Path("missing-idx3-ubyte"), num_dims=3)
+    Traceback (most recent call last):
+    simmatch.data.formats.DataError: missing-idx3-ubyte: cannot be read: [Errno 2] No such file or directory: ...
+    """
 
 
 _IDX_DTYPES: dict[int, np.dtype[Any]] = {0x08: np.dtype(np.uint8), 0x0D: np.dtype(">f4")}
 
 
 def read_idx(path: Path, num_dims: int) -> Tensor:
-    """Read an IDX file, plain or gzipped, of uint8 or float32 values.
+    """Read an IDX file of uint8 or float32 values, plain or gzipped.
+
+    Parameters
+    ----------
+    path: the file.
+    num_dims: expected number of dimensions: 3 for images, 1 for labels.
 
     Returns
     -------
-    Tensor
-        uint8 or float32, of the `num_dims` sizes that the file declares.
+    uint8 or float32, of the shape that the file declares.
 
     Raises
     ------
     DataError
-        Not such a file, or its length differs from what it declares; at most that length is ever held.
+        The file is not of this format, or longer or shorter than it declares. No more than the declared length is
+        held in memory.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "labels-idx1-ubyte")
+    ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9]))
+    ...     read_idx(path, num_dims=1)
+    tensor([7, 8, 9], dtype=torch.uint8)
     """
     try:
         with path.open("rb") as raw:
@@ -71,7 +88,7 @@ def _parse_idx(file: IO[bytes] | gzip.GzipFile, path: Path, num_dims: int) -> Te
 
 
 def _read(file: IO[bytes] | gzip.GzipFile, limit: int) -> bytearray:
-    """At most `limit` bytes, in pieces: a declared size is never allocated before its bytes are seen."""
+    """Read at most `limit` bytes, in pieces: memory is allocated only for bytes that exist, not for a declared size."""
     content = bytearray()
     while len(content) < limit and (piece := file.read(min(limit - len(content), 1 << 20))):
         content += piece
@@ -79,7 +96,7 @@ def _read(file: IO[bytes] | gzip.GzipFile, limit: int) -> bytearray:
 
 
 class _Recorded:
-    """Stands in for every object of numpy's that a pickle names: keeps what it is handed, runs nothing."""
+    """Placeholder for the numpy objects named in a pickle: stores its arguments and runs nothing."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -88,9 +105,9 @@ class _Recorded:
         self.state = state
 
 
-# The C unpickler allocates its memo table from an index in the file; this one keeps a dict.
+# The C unpickler would allocate a memo table as large as an index in the file; the Python one uses a dict.
 class _BatchUnpickler(pickle._Unpickler):
-    """Reads a CIFAR batch; a name outside `allowed` is refused and no name is ever imported."""
+    """Reads a CIFAR batch. Names outside `allowed` are an error, and no name is ever imported."""
 
     allowed = frozenset({"_reconstruct", "ndarray", "dtype", "encode"})
 
@@ -104,18 +121,30 @@ _CIFAR_SHAPE = (3, 32, 32)
 
 
 def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    """Read one file of CIFAR-10, of the python or (suffix `.bin`) of the binary version.
+    """Read one file of CIFAR-10: of the binary version if its suffix is `.bin`, else of the python version.
 
     Returns
     -------
-    tuple of Tensor
-        Images uint8 `[n, 3, 32, 32]` and labels int64 `[n]`.
+    Images uint8 [n, 3, 32, 32] and labels int64 [n].
+
+    Raises
+    ------
+    DataError
+        The file is not of this format.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "data_batch_1.bin")
+    ...     _ = path.write_bytes(bytes([9] + [0] * 3072))
+    ...     images, labels = read_cifar_batch(path)
+    >>> images.shape, labels
+    (torch.Size([1, 3, 32, 32]), tensor([9]))
     """
     try:
         content = path.read_bytes()
         images, labels = _parse_binary(content) if path.suffix == ".bin" else _parse_pickle(content)
         return torch.from_numpy(images.reshape(-1, *_CIFAR_SHAPE)), torch.tensor(labels, dtype=torch.int64)
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: expected a batch of CIFAR-10: {reason}") from None
 

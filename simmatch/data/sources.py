@@ -1,7 +1,7 @@
-"""Data sets, and where their files are found.
+"""Data sets: where their files are searched for, and how they are read and checked.
 
-To add a data set write one function `(name, folder) -> Dataset` and one entry of `DATASETS`. Files are read without
-executing anything they contain; whatever is wrong with them is a `DataError` of one line.
+To add a data set, write a function `(name, folder) -> Dataset` and add an entry to `DATASETS`. No content of a file is
+ever executed. Any fault in a file is a `DataError` with a one-line message.
 """
 
 from __future__ import annotations
@@ -27,17 +27,27 @@ from simmatch.model import InputConfig
 
 
 class DataNotFoundError(DataError):
-    """No place that was looked at holds the data set's files."""
+    """The files of a data set are in none of the searched places.
+
+    >>> load_dataset(DataConfig(name="mnist", root="/nowhere"))
+    Traceback (most recent call last):
+    simmatch.data.sources.DataNotFoundError: mnist: no files found; looked in data.root (/nowhere: no such folder); ...
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and labels as stored; shapes, types and counts are checked when built, values by `without_damage`.
+    """Images and labels as stored. The constructor checks shapes, types and counts; `without_damage` checks values.
 
     Raises
     ------
     DataError
-        Not images and labels, or counts that differ.
+        The tensors are not images and labels, or their counts differ.
+
+    >>> images, labels = torch.zeros(6, 1, 28, 28, dtype=torch.uint8), torch.arange(6)
+    >>> dataset = Dataset("blank", images, labels, images[:2], labels[:2], num_classes=10)
+    >>> dataset.in_channels, dataset.image_size, len(dataset.take(slice(4), slice(1)).train_images)
+    (1, (28, 28), 4)
     """
 
     name: str
@@ -49,7 +59,7 @@ class Dataset:
     test_labels: Tensor
     num_classes: int
     skipped: int = 0
-    """Images that were left out as damaged."""
+    """Number of damaged images that were left out."""
 
     def __post_init__(self) -> None:
         _check_split(f"{self.name} train", self.train_images, self.train_labels)
@@ -69,13 +79,13 @@ class Dataset:
         )
 
     def digest(self) -> str:
-        """Names everything that is learnt from and judged by: equal for equal images, labels, classes and name."""
+        """A hash of the images, labels, number of classes and name: 16 hexadecimal digits."""
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
         layout = [(list(tensor.shape), str(tensor.dtype)) for tensor in tensors]
-        found = sha256(repr((self.name, self.num_classes, layout)).encode())
+        digest = sha256(repr((self.name, self.num_classes, layout)).encode())
         for tensor in tensors:
-            found.update(tensor.contiguous().numpy().data)
-        return found.hexdigest()[:16]
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     @property
     def source(self) -> InputConfig:
@@ -105,13 +115,20 @@ def _check_split(what: str, images: Tensor, labels: Tensor) -> None:
 
 
 def without_damage(dataset: Dataset, config: DataConfig) -> Dataset:
-    """The data set without the images that cannot be learnt from, if `config.damaged` is `skip`.
+    """Check all values. With `config.damaged` set to `skip`, return the data set without its damaged images.
+
+    An image is damaged if one of its values is not finite or outside [0, 1], or if its label is not a class.
 
     Raises
     ------
     DataError
-        An image's values are not finite or outside [0, 1], or its label is no class: the first is named. Or more of
-        them than `config.max_skipped`, or all.
+        With `damaged: stop`, an image is damaged; the message names the first. With `damaged: skip`, all images are,
+        or more than `config.max_skipped`.
+
+    >>> images, labels = torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, -7])
+    >>> dataset = Dataset("example", images, labels, images[:2], labels[:2], num_classes=2)
+    >>> without_damage(dataset, DataConfig(name="example", damaged="skip")).skipped
+    1
     """
     train = _sound(f"{dataset.name} train", dataset.train_images, dataset.train_labels, dataset.num_classes, config)
     test = _sound(f"{dataset.name} test", dataset.test_images, dataset.test_labels, dataset.num_classes, config)
@@ -125,7 +142,7 @@ def without_damage(dataset: Dataset, config: DataConfig) -> Dataset:
 
 
 def _sound(what: str, images: Tensor, labels: Tensor, num_classes: int, config: DataConfig) -> Tensor:
-    """Which images can be used, [N]."""
+    """Which images can be used: bool [N]."""
     labelled = (labels >= 0) & (labels < num_classes)
     sound = labelled
     if images.is_floating_point():
@@ -145,14 +162,24 @@ def _sound(what: str, images: Tensor, labels: Tensor, num_classes: int, config: 
 
 
 def read_mnist_folder(name: str, folder: Path) -> Dataset:
-    """The four IDX files of MNIST or of a data set with its format; images `[N, 1, H, W]`."""
+    """Read the four IDX files of MNIST, or of a data set in the same format; images [N, 1, H, W].
+
+    >>> read_mnist_folder("mnist", Path("/nowhere"))
+    Traceback (most recent call last):
+    simmatch.data.formats.DataError: /nowhere/train-images-idx3-ubyte: cannot be read: ...
+    """
     parts = [read_idx(_stored(folder, file), 3 if "images" in file else 1) for file in _IDX_FILES]
     train, train_labels, test, test_labels = parts
     return Dataset(name, train[:, None], train_labels.long(), test[:, None], test_labels.long(), num_classes=10)
 
 
 def read_cifar10_folder(name: str, folder: Path) -> Dataset:
-    """CIFAR-10, python or binary version, whichever the folder holds; images `[N, 3, 32, 32]`."""
+    """Read CIFAR-10 in the python or the binary version, whichever the folder holds; images [N, 3, 32, 32].
+
+    >>> read_cifar10_folder("cifar10", Path("/nowhere"))
+    Traceback (most recent call last):
+    simmatch.data.formats.DataError: /nowhere/data_batch_1: expected a batch of CIFAR-10: ...
+    """
     files = _CIFAR_BIN if _holds(folder, _CIFAR_BIN) else _CIFAR_PY
     *train, (test_images, test_labels) = [read_cifar_batch(folder / file) for file in files]
     images, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
@@ -160,7 +187,12 @@ def read_cifar10_folder(name: str, folder: Path) -> Dataset:
 
 
 def read_digits(name: str, folder: Path | None = None) -> Dataset:
-    """The 8 × 8 digits inside scikit-learn: `[1437, 1, 8, 8]` and `[360, 1, 8, 8]` in [0, 1], always the same split."""
+    """Read the 8 × 8 digits of scikit-learn, always with the same split; images in [0, 1].
+
+    >>> digits = read_digits("digits")
+    >>> digits.train_images.shape, digits.test_images.shape
+    (torch.Size([1437, 1, 8, 8]), torch.Size([360, 1, 8, 8]))
+    """
     with extra("eval"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -181,18 +213,22 @@ _CIFAR_BIN = tuple(f"{file}.bin" for file in _CIFAR_PY)
 
 @dataclass(frozen=True)
 class Source:
-    """How one data set is read and where its files may lie."""
+    """How a data set is read, and where its files may be.
+
+    >>> DATASETS["digits"].layouts, DATASETS["mnist"].torchvision_class
+    ((), 'MNIST')
+    """
 
     read: Callable[[str, Path], Dataset]
-    """Called with the data set's name and the folder that was found."""
+    """Called with the name of the data set and the folder that holds its files."""
     layouts: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """(folder below a place, files it must hold), tried in order. Empty: the data set needs no files."""
+    """Pairs of (folder below a searched place, files it must hold), tried in order. Empty: no files are needed."""
     system_folder: Path | None = None
-    """Where a package of the operating system puts the files."""
+    """Folder in which a package of the operating system installs the files."""
     torchvision_class: str | None = None
-    """Name in `torchvision.datasets` of the class that downloads it."""
+    """Name of the class in `torchvision.datasets` that downloads the data set."""
     package: str | None = None
-    """Debian's package of it."""
+    """Name of the Debian package that installs the files."""
 
 
 DATASETS: dict[str, Source] = {
@@ -229,28 +265,31 @@ DATASETS: dict[str, Source] = {
 
 
 def load_dataset(config: DataConfig, *, allow_download: bool = False) -> Dataset:
-    """Find and read a data set.
+    """Find, read and check a data set.
 
-    The files are looked for in this order, and the first place that holds all of them is read:
+    The first of these places that holds all files is used:
 
-    1. `data.root`: if given, nothing else is looked at;
+    1. `data.root`; if it is given, no other place is searched;
     2. `$SIMMATCH_DATA`;
-    3. `/usr/share/datasets/fashion-mnist`, where Debian's `dataset-fashion-mnist` puts them (Fashion-MNIST only);
+    3. `/usr/share/datasets/fashion-mnist`, where Debian's `dataset-fashion-mnist` installs them (Fashion-MNIST only);
     4. `data/` in the working directory, which `make data` fills;
-    5. with `allow_download` and without `data.root`: torchvision's download into `$SIMMATCH_DATA`, else `data/`.
+    5. with `allow_download` and without `data.root`: torchvision's download into `$SIMMATCH_DATA`, or else `data/`.
 
-    In a place, IDX files (plain or gzipped) may lie directly, in `fashion-mnist/`, in
-    `usr/share/datasets/fashion-mnist/` or as torchvision leaves them (`FashionMNIST/raw/`); CIFAR-10's directly, in
-    `cifar-10-batches-py/` or in `cifar-10-batches-bin/`. `digits` needs no files.
+    Within a place, IDX files (plain or gzipped) may be in the folder itself, in `fashion-mnist/`, in
+    `usr/share/datasets/fashion-mnist/` or where torchvision stores them (`FashionMNIST/raw/`). The files of CIFAR-10
+    may be in the folder itself, in `cifar-10-batches-py/` or in `cifar-10-batches-bin/`. `digits` needs no files.
 
     Raises
     ------
     ConfigError
-        An unknown `data.name`, or more images asked for than there are.
+        `data.name` is unknown, or the data set has fewer images than requested.
     DataNotFoundError
         No place holds the files; the message lists the places and how to get the files.
     DataError
-        The files found cannot be used.
+        The files cannot be used.
+
+    >>> load_dataset(DataConfig(name="digits", train_images=100)).train_images.shape
+    torch.Size([100, 1, 8, 8])
     """
     source = _source(config.name)
     if not source.layouts:
@@ -266,19 +305,27 @@ def load_dataset(config: DataConfig, *, allow_download: bool = False) -> Dataset
 
 
 def default_root() -> Path:
-    """Where a download goes: `$SIMMATCH_DATA`, else `data/` in the working directory."""
+    """The folder for downloads: `$SIMMATCH_DATA`, or else `data/` in the working directory.
+
+    >>> default_root() == Path(os.environ.get("SIMMATCH_DATA") or "data")
+    True
+    """
     return Path(os.environ.get("SIMMATCH_DATA") or "data")
 
 
 def download(name: str, root: Path, *, timeout_s: float = 10.0) -> None:
-    """Have torchvision download a data set into `root`, in torchvision's layout.
+    """Download a data set with torchvision into `root`, in torchvision's layout.
 
     Raises
     ------
     DataError
-        No such download, or it failed; a connection silent for `timeout_s` counts as failed.
+        There is no download for the data set, or it failed, for instance because no data arrived for `timeout_s`.
     ImportError
-        torchvision is not installed; the extra `eval` brings it.
+        torchvision is not installed; it is part of the extra `eval`.
+
+    >>> download("digits", Path("data"))
+    Traceback (most recent call last):
+    simmatch.data.formats.DataError: digits: there is no download for it
     """
     torchvision_class = _source(name).torchvision_class
     if torchvision_class is None:
@@ -287,7 +334,7 @@ def download(name: str, root: Path, *, timeout_s: float = 10.0) -> None:
         import torchvision.datasets
 
     previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout_s)  # torchvision opens its connections without one
+    socket.setdefaulttimeout(timeout_s)  # torchvision sets no timeout
     try:
         getattr(torchvision.datasets, torchvision_class)(str(root), download=True)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
@@ -339,19 +386,19 @@ def _stored(folder: Path, file: str) -> Path:
 
 
 def _holds(folder: Path, files: tuple[str, ...]) -> bool:
-    # os.path rather than Path.is_file: a folder one may not enter does not hold the files, and is no traceback
+    # os.path instead of Path.is_file, which raises for a folder without permission
     return all(os.path.isfile(_stored(folder, file)) for file in files)
 
 
 def _is_of_another(folder: Path, name: str) -> bool:
-    """Whether the folder is named for another data set: Fashion-MNIST's files have the names of MNIST's."""
+    """Whether the folder is named after another data set: the files of Fashion-MNIST and MNIST have the same names."""
     others = {other.replace("_", "") for other in DATASETS if other != name}
     parts = folder.absolute().parts[-2:]
     return any("".join(filter(str.isalnum, part)).lower() in others for part in parts)
 
 
 def _lacking(place: Path, source: Source) -> str:
-    """What to say of a place that does not exist, or that holds some of the files."""
+    """The part of the message for a place that does not exist, or that lacks some of the files."""
     if not os.path.isdir(place):
         return ": no such folder"
     for below, files in source.layouts:
@@ -373,9 +420,18 @@ def _first_images(dataset: Dataset, config: DataConfig) -> Dataset:
 
 
 def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images of any shape as floats in [0, 1]: uint8 divided by 255, floats only converted to `dtype`."""
+    """Images of any shape as floats in [0, 1]: uint8 is divided by 255, floats are only converted to `dtype`.
+
+    Raises
+    ------
+    ValueError
+        Images that are neither uint8 nor floating-point.
+
+    >>> to_unit(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([0., 1.])
+    """
     if images.dtype == torch.uint8:
-        # divided in at least float32, then rounded once
+        # divided in float32 or wider, then rounded once
         return images.to(torch.promote_types(dtype, torch.float32)).div_(255).to(dtype)
     if not images.is_floating_point():
         raise ValueError(f"expected uint8 or floating-point images, got {images.dtype}")

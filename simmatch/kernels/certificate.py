@@ -1,7 +1,7 @@
-"""The residual of given activities, from a product M y − d of its own: what a solver reports is not what it hoped for.
+"""A Triton kernel for the residual of given activities, from a separate product M y − d.
 
-The product is formed in float32; each column's residual is computed from its own values alone, always in the same
-order.
+The reported residual is thus independent of a solver's running gradient. The product is formed in float32. Each
+column's residual is computed from that column alone, always in the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from simmatch.kernels.system import System
 
 COLUMNS, WIDTH, DEPTH = 64, 64, 16
-"""A tile of the product, and how much of the sum at a time: as fast as the vendor's library is at the product alone."""
+"""Tile of the product, and length of each partial sum: as fast as the vendor's library computes the product alone."""
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def certify(
 ):
     """residual[n] = max_i |min(M_ii y_i, (M y − d)_i)| / max|d|, 0/0 = 0; NaN stays NaN.
 
-    AGAIN: only tiles of which some column's residual is above the tolerance.
+    AGAIN: recompute only the tiles with a column whose residual is above the tolerance.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     present = column < columns
@@ -66,20 +66,30 @@ def certify(
             own = tl.load(y + place_here, mask=inside, other=0.0)
             own = own * tl.load(diagonal + channel)[None, :]
             least = tl.minimum(own, total - d, propagate_nan=tl.PropagateNan.ALL)
-            # as integers: the order of nonnegative floats, with NaN on top
+            # compared as integers, which order nonnegative floats and put NaN above them
             worst = tl.maximum(worst, tl.max(tl.abs(least).to(tl.int32, bitcast=True), 1))
             scale = tl.maximum(scale, tl.max(tl.abs(d), 1))
-        found = worst.to(tl.float32, bitcast=True)
-        found = tl.where((scale == 0) & (found == 0), 0.0, found / scale)
-        tl.store(residual + column, found, mask=present)
+        result = worst.to(tl.float32, bitcast=True)
+        result = tl.where((scale == 0) & (result == 0), 0.0, result / scale)
+        tl.store(residual + column, result, mask=present)
 
 
 def residuals(
     drive: Tensor, y: Tensor, system: System, *, residual: Tensor | None = None, tolerance: float = 0.0
 ) -> Tensor:
-    """Residual [N] of y [N, K].
+    """Relative residual [N] of activities y [N, K].
 
-    residual: of a first look; only what lies near columns above `tolerance` is looked at again, in place.
+    Parameters
+    ----------
+    drive, y: [N, K], of the same strides.
+    system: M, ε and the bound of λmax.
+    residual: [N], an earlier result, updated in place; only tiles with a column above `tolerance` are recomputed.
+    tolerance: used with `residual`.
+
+    >>> import torch
+    >>> y = drive = torch.ones(1000, 64, device="cuda")
+    >>> residuals(drive, y, System(torch.eye(64, device="cuda"), ridge=0.0, bound=1.0)).shape
+    torch.Size([1000])
     """
     columns, channels = drive.shape
     assert y.stride() == drive.stride()

@@ -1,11 +1,11 @@
-"""Greedy coordinate descent, one warp a column, in float32.
+"""A Triton kernel for greedy coordinate descent in float32, one warp per column.
 
 A warp holds one column in registers: v_i = (M_ii + ε) y_i and the gradient g = (M + εI) y − d. The channel of the
 largest violation |min(v_i, g_i)| moves to its own minimum, v_i ← max(v_i − g_i, 0), and g follows with one row of M,
-divided by its diagonal entry beforehand. The largest violation and its channel come from one maximum over the warp:
-bits of a nonnegative float are ordered as the float is, and the lowest of them hold the channel.
+divided by its diagonal entry beforehand. One maximum over the warp gives the largest violation and its channel: the
+bits of nonnegative floats are ordered as the floats are, and the lowest bits hold the channel.
 
-The same greedy moves as `simmatch.solvers.coordinate` without its faces, the same idea of an index in the low bits.
+The moves are those of `simmatch.solvers.coordinate` without the solutions on the face.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from torch import Tensor
 from simmatch.kernels.system import System
 
 PROGRAMS = 132 * 32
-"""Programs of a launch: as many warps as a card of 132 multiprocessors holds blocks. Each takes every so many-th
-column."""
+"""Programs per launch: 32 blocks on each of 132 multiprocessors. Program p takes columns p, p + PROGRAMS, …"""
 
 
 @triton.jit
 def _key(least, channel, mask: tl.constexpr):
-    """Largest |min(v, g)|, as the bits of a float whose lowest are the channel."""
+    """The largest |min(v, g)|, as the bits of a float whose lowest bits hold the channel."""
     return tl.max((least.to(tl.int32, bitcast=True) & (0x7FFFFFFF - mask)) | channel, 0)
 
 
 @triton.jit
 def _pick(values, channel, index):
-    """values[index], through the bits: a sum of which all terms but one are zero."""
+    """values[index], as a sum over bit patterns of which all but one are zero."""
     chosen = tl.where(channel == index, values.to(tl.int32, bitcast=True), 0)
     return tl.sum(chosen, 0).to(tl.float32, bitcast=True)
 
 
-# 16-byte loads of a row would have to be spread over the warp again: 4-byte loads lie as they are used
+# no alignment is assumed: 16-byte loads of a row would have to be redistributed over the warp, 4-byte loads need not
 @triton.jit(do_not_specialize_on_alignment=["drive", "start", "y", "rows", "inverse"])
 def descend(
     drive,
@@ -54,10 +53,10 @@ def descend(
     BLOCK: tl.constexpr,
     WARM: tl.constexpr,
 ):
-    """One column after the other: drive, start, y [N, K] of strides (along, across).
+    """Solve one column after the other: drive, start, y [N, K] of strides (along, across).
 
-    rows: [K, BLOCK], row i of M + εI over its diagonal entry; inverse: [BLOCK], 1 / (M_ii + ε), both 0 where nothing
-    holds a channel. WARM: begin at `start`, and only where `residual` is above the tolerance.
+    rows: [K, BLOCK], row i of M + εI over its diagonal entry; inverse: [BLOCK], 1 / (M_ii + ε); both 0 where
+    M_ii + ε = 0. WARM: start from `start`, and solve only columns whose `residual` is above the tolerance.
     """
     channel = tl.arange(0, BLOCK)
     inside = channel < CHANNELS
@@ -71,7 +70,7 @@ def descend(
             wanted = tl.load(residual + column) > tolerance
         if wanted:
             d = tl.load(drive + place, mask=inside, other=0.0)
-            # less what the moves leave of rounding, and what the bits that hold the channel may hide
+            # reduced by the rounding of the moves, and by the bits of the violation that hold the channel
             goal = (tolerance - 1e-6) * (1.0 - BLOCK * 1.2e-7) * tl.max(tl.abs(d), 0)
             g = tl.where(held, -d, 0.0)
             v = tl.zeros([BLOCK], tl.float32)
@@ -113,15 +112,21 @@ def solve(
     iterations: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Columns of the drive, to a violation of at most tolerance · max|d|: (y [N, K], iterations [N]).
+    """Solve every column to a violation of at most tolerance · max|d|: (y [N, K], iterations [N]).
 
     Parameters
     ----------
     drive: [N, K], of any strides.
-    tolerance: above what rounding leaves, 1e-5 say.
-    limit: in units of K moves, as in the configuration.
-    start, iterations, residual: y [N, K] ≥ 0 to begin at, iterations so far and residual of every column; those within
-        the tolerance are left alone, and y is written in place. None: y = 0.
+    system: M, ε and the bound of λmax.
+    tolerance: at least 1e-5, so that rounding does not prevent convergence.
+    limit: maximum number of iterations, in units of K moves.
+    start: [N, K], y ≥ 0 to start from, overwritten with the result. None: zero.
+    iterations, residual: [N], given together with `start`: iterations so far, and residual of every column. Columns
+        within the tolerance are not changed.
+
+    >>> drive = torch.ones(1000, 64, device="cuda")
+    >>> solve(drive, System(torch.eye(64, device="cuda"), ridge=0.0, bound=1.0), tolerance=1e-3, limit=100)[0].shape
+    torch.Size([1000, 64])
     """
     columns, channels = drive.shape
     warm = start is not None
@@ -129,7 +134,7 @@ def solve(
     assert y.stride() == drive.stride()
     if iterations is None:
         iterations = torch.empty(columns, dtype=torch.int32, device=drive.device)
-    warps = max(1, system.block // 1024)  # 32 channels a thread: no more would fit the registers
+    warps = max(1, system.block // 1024)  # 32 channels per thread: more would not fit into the registers
     descend[(min(columns, PROGRAMS),)](
         drive, y, y, iterations, residual if warm else iterations, system.rows, system.inverse, columns,
         *drive.stride(), tolerance, limit * channels,

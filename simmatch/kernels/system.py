@@ -1,4 +1,4 @@
-"""M as the kernels read it: padded to a power of two, rows over their diagonal entry, halves of float16."""
+"""The lateral matrix in the formats that the kernels read: padded, scaled by its diagonal, and split into float16."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 LEAST_BLOCK = 32
-"""Channels that a warp holds at least, one a thread."""
+"""Smallest padded number of channels: one per thread of a warp."""
 
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """(M + εI) y = d, all of it on one device; nothing here waits for it.
+    """The matrix M + εI on one device; the host does not wait for the device.
 
     Attributes
     ----------
     lateral: [K, K], M in float32.
     ridge: ε.
     bound: λ̂ ≥ λmax(M) + ε.
+
+    >>> system = System(torch.eye(50), ridge=0.0, bound=1.0)
+    >>> system.block, system.rows.shape, system.halves.shape
+    (64, torch.Size([64, 64]), torch.Size([2, 64, 64]))
     """
 
     lateral: Tensor
@@ -29,7 +33,7 @@ class System:
 
     @property
     def block(self) -> int:
-        """K as the kernels see it: the next power of two."""
+        """K padded to the next power of two, at least 32."""
         return max(LEAST_BLOCK, 1 << (self.lateral.shape[0] - 1).bit_length())
 
     @cached_property
@@ -43,31 +47,31 @@ class System:
 
     @cached_property
     def diagonal(self) -> Tensor:
-        """M_ii [BLOCK], without ε: what the residual is defined with."""
+        """M_ii [BLOCK], without ε, as in the definition of the residual."""
         diagonal = self.lateral.new_zeros(self.block)
         diagonal[: self.lateral.shape[0]] = self.lateral.diagonal()
         return diagonal
 
     @cached_property
     def inverse(self) -> Tensor:
-        """1 / (M_ii + ε) [BLOCK]; 0 where padded, and where nothing holds the channel."""
-        held = self.matrix.diagonal()
-        return torch.where(held > 0, 1 / held, 0.0)
+        """1 / (M_ii + ε) [BLOCK]; 0 where padded, and where M_ii + ε = 0."""
+        diagonal = self.matrix.diagonal()
+        return torch.where(diagonal > 0, 1 / diagonal, 0.0)
 
     @cached_property
     def rows(self) -> Tensor:
-        """Row i of M + εI over its diagonal entry, [BLOCK, BLOCK]."""
+        """Rows of M + εI, each divided by its diagonal entry: [BLOCK, BLOCK]."""
         return self.matrix * self.inverse.unsqueeze(1)
 
     @cached_property
     def halves(self) -> Tensor:
-        """c (M + εI) = hi + lo in float16, [2, BLOCK, BLOCK]; c is a power of two that brings the diagonal near 1."""
+        """c (M + εI) as a sum of two float16 matrices, [2, BLOCK, BLOCK]; c is `factor`."""
         scaled = self.matrix * self.factor
         high = scaled.half()
         return torch.stack([high, (scaled - high).half()])
 
     @cached_property
     def factor(self) -> Tensor:
-        """c, a power of two, as a tensor."""
+        """c, the power of two that scales the largest diagonal entry to [1, 2), as a tensor."""
         largest = self.diagonal.amax()
         return torch.where(largest > 0, torch.exp2(-torch.floor(torch.log2(largest))), 1.0)

@@ -1,6 +1,6 @@
-"""Drives [K, N] as the kernels that take a warp a column want them, [N, K], and activities back again.
+"""A Triton kernel that transposes drives [K, N] for the kernels that read one column per warp, and activities back.
 
-torch's own copy of a transposed matrix reaches a tenth of the memory's bandwidth at such shapes.
+torch's copy of a transposed matrix reaches a tenth of the memory bandwidth at these shapes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 SIDE = 64
+"""Height and width of a tile."""
 
 
 @triton.jit
 def turn(source, target, height, width, SIDE: tl.constexpr):
-    """source [height, width] → target [width, height], both contiguous; a square tile a program."""
+    """source [height, width] → target [width, height], both contiguous; one square tile per program."""
     tiles = tl.cdiv(width, SIDE)
     row = (tl.program_id(0) // tiles) * SIDE + tl.arange(0, SIDE)
     column = (tl.program_id(0) % tiles) * SIDE + tl.arange(0, SIDE)
@@ -25,7 +26,12 @@ def turn(source, target, height, width, SIDE: tl.constexpr):
 
 
 def transposed(values: Tensor) -> Tensor:
-    """[a, b] contiguous → [b, a] contiguous."""
+    """The transpose of a contiguous matrix, contiguous: [a, b] → [b, a].
+
+    >>> import torch
+    >>> transposed(torch.ones(64, 1000, device="cuda")).shape
+    torch.Size([1000, 64])
+    """
     height, width = values.shape
     target = values.new_empty(width, height)
     turn[(triton.cdiv(height, SIDE) * triton.cdiv(width, SIDE),)](values, target, height, width, SIDE=SIDE, num_warps=4)

@@ -1,4 +1,4 @@
-"""Greedy coordinate descent with solutions on the face: the dynamics of one column at a time, on a CPU.
+"""Greedy coordinate descent with exact solutions on the active face: solves one column at a time, on a CPU.
 
     y* = argmin over y ≥ 0 of ½ yᵀ M y − yᵀ d,   g = M y − d
 
@@ -6,17 +6,20 @@ A column starts from y = 0 and alternates two moves, each of which lowers the en
 
     coordinate   the channel that violates optimality most moves to its own minimum, and inhibits the others:
                  y_i ← max(0, y_i − g_i / M_ii), g ← g + Δy_i M_i                       2 K multiply–adds
-    face         while the set S of active channels stays the same, coordinate moves only polish. Once they have
-                 cost as much as solving M_SS y_S = d_S would, it is solved (Cholesky), and y moves there as far as
-                 y ≥ 0 allows                                                           |S|³/6 + |S| K multiply–adds
+    face         while the set S of active channels does not change, coordinate moves only refine the values. Once
+                 they have cost as much as solving M_SS y_S = d_S would, that system is solved (Cholesky), and y moves
+                 towards its solution as far as y ≥ 0 allows                            |S|³/6 + |S| K multiply–adds
 
-Codes are 10 to 17 % active, so a column touches a fraction of M, where a gradient iteration multiplies by all of it;
-and columns end one by one. Nothing is shared between columns: a code does not depend, not even in its last bit, on
-batch mates, tiles or threads. The price: scalar control flow, so CPU only, and all channels in one place.
+Codes are 10 to 17 % active, so a column reads a fraction of M, whereas a gradient iteration multiplies by all of it.
+Each column stops by itself. Columns share nothing: a code does not depend on the other columns of the batch, the tiles
+or the threads, not even in its last bit. The control flow is scalar, so this solver needs a CPU, and it needs all
+channels in one place.
 
-Compiled by numba on first use. Sources: Hsieh & Dhillon, "Fast coordinate descent methods with variable selection for
-non-negative matrix factorization" (2011), the greedy choice; Lawson & Hanson, "Solving least squares problems" (1974),
-ch. 23, the faces; Moré & Toraldo (1991) for alternating the two.
+numba compiles the solver on first use.
+
+Sources: Hsieh & Dhillon, "Fast coordinate descent methods with variable selection for non-negative matrix
+factorization" (2011), the greedy choice; Lawson & Hanson, "Solving least squares problems" (1974), ch. 23, the faces;
+Moré & Toraldo (1991) for alternating the two.
 """
 
 from __future__ import annotations
@@ -34,32 +37,32 @@ from torch import Tensor
 from simmatch.solvers.pool import Pool
 
 LANES = 16
-"""Channels are padded to a multiple of this, so that every inner loop is whole vectors."""
+"""Channels are padded to a multiple of this, so that every inner loop processes whole vectors."""
 
 CHUNK = 16
-"""Columns transposed at a time: a cache line of a row of the drive."""
+"""Columns transposed at a time: one cache line of each row of the drive."""
 
 SPANS = 8
-"""Spans of columns per thread: some columns take longer than others."""
+"""Spans of columns per thread; several, because some columns take longer than others."""
 
 LEAST_PATIENCE = 6
-"""Moves with the same active channels before a solution on the face is considered."""
+"""Smallest number of moves with the same active channels before a solution on the face is tried."""
 
 _FAST = {"contract", "reassoc", "nsz", "arcp", "nnan", "ninf"}
-"""What the compiler may assume: inputs are checked to be finite before, results after."""
+"""What the compiler may assume. Inputs are checked to be finite before, and results after."""
 
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
 def _add_row(g, lateral, i, amount):  # type: ignore[no-untyped-def]
-    """g ← g + amount · M_i. Row i is read in place: a view of it would cost a count of references."""
+    """g ← g + amount · M_i. Row i is read in place: making a view of it would cost reference counting."""
     for j in range(g.shape[0]):
         g[j] += amount * lateral[i, j]
 
 
 def _rank(_context, value, index, index_mask):  # type: ignore[no-untyped-def]
-    """Bits of a nonnegative float, the lowest replaced by an index: such integers are ordered as the floats are.
+    """The bits of a nonnegative float, the lowest ones replaced by an index: such integers are ordered as the floats.
 
-    As wide as the float: the maximum over channels is then one vector instruction for every vector of values.
+    The integer is as wide as the float, so that the maximum over channels takes one vector instruction per vector.
     """
     width = types.int32 if value == types.float32 else types.int64
 
@@ -77,14 +80,14 @@ _ranked: Any = intrinsic(_rank)
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
 def _move(g, lateral, i, amount, y, diagonal, index_mask):  # type: ignore[no-untyped-def]
-    """g ← g + amount · M_i; index of the largest violation |min(M_ii y_i, g_i)| of the new g."""
+    """g ← g + amount · M_i; returns the index of the largest violation |min(M_ii y_i, g_i)| with the new g."""
     top = _ranked(g.dtype.type(0), 0, index_mask)
     for j in range(g.shape[0]):
         gradient = g[j] + amount * lateral[i, j]
         g[j] = gradient
         own = diagonal[j] * y[j]
-        here = _ranked(abs(own if own < gradient else gradient), np.int64(j), index_mask)
-        top = here if here > top else top
+        rank = _ranked(abs(own if own < gradient else gradient), np.int64(j), index_mask)
+        top = rank if rank > top else top
     return top & index_mask
 
 
@@ -121,7 +124,7 @@ def _step_on_face(lateral, g, active, count, factor, inverse, step):  # type: ig
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _take_face_step(lateral, g, y, active, count, step):  # type: ignore[no-untyped-def]
-    """Move along the step until it ends or the first channel falls silent."""
+    """Move along the step to its end, or until the first channel reaches zero."""
     zero = y.dtype.type(0)
     length, first = y.dtype.type(1), -1
     for a in range(count):
@@ -138,7 +141,7 @@ def _take_face_step(lateral, g, y, active, count, step):  # type: ignore[no-unty
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _gradient(lateral, d, y, g):  # type: ignore[no-untyped-def]
-    """g = M y − d from scratch, without the rounding that moves have left."""
+    """Compute g = M y − d anew, without the rounding errors accumulated by moves."""
     for j in range(g.shape[0]):
         g[j] = -d[j]
     for i in range(y.shape[0]):
@@ -148,22 +151,22 @@ def _gradient(lateral, d, y, g):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
 def _from_silence(d, g, index_mask):  # type: ignore[no-untyped-def]
-    """g = −d, the gradient at y = 0; index of the largest violation."""
+    """g = −d, the gradient at y = 0; returns the index of the largest violation."""
     top = _ranked(g.dtype.type(0), 0, index_mask)
     for j in range(g.shape[0]):
         g[j] = -d[j]
-        here = _ranked(d[j] if d[j] > 0 else g.dtype.type(0), np.int64(j), index_mask)
-        top = here if here > top else top
+        rank = _ranked(d[j] if d[j] > 0 else g.dtype.type(0), np.int64(j), index_mask)
+        top = rank if rank > top else top
     return top & index_mask
 
 
 @njit(fastmath=_FAST, nogil=True, error_model="numpy", cache=True)
 def _largest_magnitude(d, index_mask):  # type: ignore[no-untyped-def]
-    """max |d|, or a value that agrees with it but for the bits that `_ranked` replaces."""
+    """max |d|, or a value that differs from it only in the bits that `_ranked` replaces."""
     top = _ranked(d.dtype.type(0), 0, index_mask)
     for j in range(d.shape[0]):
-        here = _ranked(abs(d[j]), np.int64(j), index_mask)
-        top = here if here > top else top
+        rank = _ranked(abs(d[j]), np.int64(j), index_mask)
+        top = rank if rank > top else top
     return abs(d[top & index_mask])
 
 
@@ -176,10 +179,11 @@ def _violation(g, diagonal, y, i):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-untyped-def]
-    """One column from y as given, zero if `cold`, in place; returns (coordinate moves, residual of y).
+    """Solve one column in place, starting from y, which is zero if `cold`; returns (coordinate moves, residual of y).
 
     matrices: M + εI [K, K]; the diagonal of M and the inverse diagonal of M + εI [K].
-    limits: tolerance; least residual worth aiming at; slack of `_ranked`; rounding of a move; most moves; index mask.
+    limits: tolerance; smallest residual to aim at; slack of `_ranked`; rounding error of a move; maximum number of
+        moves; index mask.
     """
     lateral, diagonal, inverse_diagonal = matrices
     tolerance, floor, slack, rounding, limit, index_mask = limits
@@ -201,12 +205,12 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
     while True:
         largest = _violation(g, diagonal, y, i) * slack
         if largest <= goal and moves * rounding <= tolerance:
-            return moves, largest / scale  # what moves have left of rounding is far below the tolerance
+            return moves, largest / scale  # the accumulated rounding errors are far below the tolerance
         if stuck or moves >= limit or largest <= goal:
             _gradient(lateral, d, y, g)
             i = _move(g, lateral, 0, zero, y, diagonal, index_mask)
             reached = _violation(g, diagonal, y, i) * slack
-            # a fresh gradient that is no better again and again: the dtype has no more to give
+            # three fresh gradients without an improvement: the precision of the dtype is reached
             failures = failures + 1 if reached > best / 2 else 0
             best = min(best, reached)
             if reached <= tolerance * scale or moves >= limit or failures == 3:
@@ -220,11 +224,11 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
         i = _move(g, lateral, i, change, y, diagonal, index_mask)
         if unchanged >= patience:
             unchanged, count = 0, 0
-            for j in range(channels):  # without a branch, which would be mispredicted
+            for j in range(channels):  # no branch here: it would be mispredicted
                 active[count] = j
                 count += y[j] > zero
             cost = count * count * count // 6 + 2 * count * channels
-            patience = max(LEAST_PATIENCE, cost // (2 * channels))  # moves that cost as much
+            patience = max(LEAST_PATIENCE, cost // (2 * channels))  # as many moves as cost the same
             if _step_on_face(lateral, g, active, count, factor, pivots, step):
                 _take_face_step(lateral, g, y, active, count, step)
                 i = _move(g, lateral, 0, zero, y, diagonal, index_mask)
@@ -232,7 +236,7 @@ def _solve_column(matrices, d, y, cold, limits, buffers):  # type: ignore[no-unt
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _solve_columns(matrices, drive, y, residual, moves, span, cold, limits, buffers):  # type: ignore[no-untyped-def]
-    """Columns span[0] … span[1] − 1 of the drive [K, N], from y [K, N], or from zero if `cold`, and into it."""
+    """Solve columns span[0] … span[1] − 1 of the drive [K, N] into y [K, N], from y, or from zero if `cold`."""
     channels = drive.shape[0]
     column, d, codes = buffers
     for start in range(span[0], span[1], CHUNK):
@@ -252,9 +256,16 @@ def _solve_columns(matrices, drive, y, residual, moves, span, cold, limits, buff
 
 
 class CoordinateDescent:
-    """Solves columns with buffers and threads that last from call to call; calls may come from several threads.
+    """The solver, with buffers and threads that are kept from call to call; several threads may call it.
 
-    torch's number of threads counts; each takes spans of columns until none is left.
+    It uses as many threads as `torch.get_num_threads()`. Each takes spans of columns until none is left.
+
+    >>> solver = CoordinateDescent()
+    >>> lateral = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    >>> y, num_iters, residual = solver.solve(
+    ...     torch.tensor([[1.0], [-1.0]]), lateral, ridge=0.0, tolerance=1e-4, max_iterations=100)
+    >>> y.tolist(), num_iters, residual.shape
+    ([[1.0], [0.0]], 1, torch.Size([1]))
     """
 
     def __init__(self) -> None:
@@ -262,7 +273,7 @@ class CoordinateDescent:
         self._buffers = Pool()
 
     def __reduce__(self) -> tuple[type[CoordinateDescent], tuple[()]]:
-        """A copy of a layer starts with buffers and threads of its own."""
+        """Copies share no buffers and no threads."""
         return CoordinateDescent, ()
 
     def solve(
@@ -282,12 +293,13 @@ class CoordinateDescent:
         drive: [K, N], finite, on the CPU.
         lateral: [K, K], M, finite.
         ridge: ε, added to the diagonal of M.
+        tolerance: relative residual at which a column stops; 0 for the precision of the dtype.
         max_iterations: limit in units of K coordinate moves, which cost as much as one product with M.
         start: [K, N], y ≥ 0 to start from. None: zero.
 
         Returns
         -------
-        (activities [K, N]; iterations of the slowest column in those units, rounded up; residual [N])
+        Activities [K, N]; iterations of the slowest column in units of K moves, rounded up; residual [N].
         """
         channels, columns = drive.shape
         padded = -(-channels // LANES) * LANES
@@ -295,22 +307,22 @@ class CoordinateDescent:
         matrix[:channels, :channels] = lateral
         diagonal = matrix.diagonal().clone()
         matrix.diagonal().add_(ridge)
-        held = matrix.diagonal() > 0
-        inverse = torch.where(held, 1 / matrix.diagonal(), 0.0)
+        solvable = matrix.diagonal() > 0
+        inverse = torch.where(solvable, 1 / matrix.diagonal(), 0.0)
         matrices = (matrix.numpy(), diagonal.numpy(), inverse.numpy())
-        # a channel that nothing holds stays silent
-        answered = drive if bool(held.all()) else drive * held[:channels, None]
+        # a channel with M_ii + ε = 0 has no minimum of its own; it stays silent
+        answered = drive if bool(solvable.all()) else drive * solvable[:channels, None]
 
         eps, index_mask = torch.finfo(drive.dtype).eps, (1 << (padded - 1).bit_length()) - 1
         levels = drive.new_tensor([tolerance, 8 * eps, 1 + 2 * index_mask * eps, 100 * eps])
-        integer = np.int32 if drive.dtype == torch.float32 else np.int64  # as wide as a value
+        integer = np.int32 if drive.dtype == torch.float32 else np.int64  # as wide as a value of the drive
         limits = (*levels.numpy(), max_iterations * channels, integer(index_mask))
         y = torch.empty_like(answered) if start is None else start.clone()
         residual, moves = drive.new_empty(columns), drive.new_empty(columns, dtype=torch.int64)
         arrays = [tensor.numpy() for tensor in (answered, y, residual, moves)]
         threads = torch.get_num_threads()
         width = CHUNK * max(1, columns // (SPANS * threads * CHUNK))
-        spans = iter(range(0, columns, width))  # shared: a thread takes the next span that is left
+        spans = iter(range(0, columns, width))  # shared by the threads, each of which takes the next span
 
         def work(buffers: Any) -> None:
             for first in spans:
@@ -324,24 +336,24 @@ class CoordinateDescent:
             work(buffers[0])
         else:
             list(self._executor(workers).map(work, buffers))
-        for lent in buffers:
-            self._buffers.give(key, lent)
+        for buffer in buffers:
+            self._buffers.give(key, buffer)
         if answered is not drive:
-            # the drive of a channel that nothing holds is what no solution can answer
+            # the drive of silent channels remains in the residual: no solution exists for them
             scale, own_scale = drive.abs().amax(dim=0), answered.abs().amax(dim=0)
             left = (drive - answered).clamp(min=0).amax(dim=0)
             residual = torch.where(scale > 0, torch.maximum(left, residual * own_scale) / scale, 0.0)
         return y, -(-int(moves.max()) // channels), residual
 
     def _executor(self, workers: int) -> ThreadPoolExecutor:
-        """Threads of this process: those of a parent do not live on after a fork."""
+        """The threads of this process: after a fork the parent's threads no longer exist."""
         if self._threads is None or self._threads[0] != os.getpid():
             self._threads = os.getpid(), ThreadPoolExecutor(workers, thread_name_prefix="columns")
         return self._threads[1]
 
 
 def _buffers(matrix: Tensor) -> Any:
-    """What one thread works in, as `_solve_columns` takes it."""
+    """The buffers of one thread, as `_solve_columns` expects them."""
     size = len(matrix)
     floats, factor = matrix.new_zeros(3, size), matrix.new_zeros(size, size)
     column = (tuple(floats.numpy()), np.zeros(size + 1, np.int64), factor.numpy())

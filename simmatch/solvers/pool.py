@@ -1,4 +1,4 @@
-"""Scratch memory that outlives a call."""
+"""Scratch memory that is reused from call to call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 
 class Pool:
-    """Lends each piece of scratch to one call at a time, so that calls in several threads never meet in one.
+    """Lends each buffer to one caller at a time, so that calls in several threads never share one.
 
-    It grows to what the calls of a moment need. Copies and pickles of it are empty.
+    It grows to the number of buffers in use at the same time. A copied or unpickled pool is empty.
+
+    >>> pool = Pool()
+    >>> buffer = pool.take("activities", lambda: [0.0] * 4)
+    >>> pool.give("activities", buffer)
+    >>> pool.take("activities", list) is buffer
+    True
     """
 
     def __init__(self) -> None:
@@ -19,12 +25,12 @@ class Pool:
         return Pool, ()
 
     def take(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """A piece that was given back under this key, or a new one."""
+        """A buffer that was given back under this key, or a new one from `make`."""
         try:
-            return self._free[key].pop()  # one step for the interpreter: no other thread gets the same piece
+            return self._free[key].pop()  # atomic under the interpreter's lock: no two threads get the same buffer
         except LookupError:
             return make()
 
-    def give(self, key: Hashable, piece: Any) -> None:
-        """Take a piece back, which the caller no longer looks at."""
-        self._free.setdefault(key, []).append(piece)
+    def give(self, key: Hashable, buffer: Any) -> None:
+        """Return a buffer to the pool; the caller must not use it any more."""
+        self._free.setdefault(key, []).append(buffer)

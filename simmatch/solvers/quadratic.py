@@ -1,4 +1,4 @@
-"""The dynamics on their own: a nonnegative quadratic program with many right-hand sides, checked before it is solved.
+"""The dynamics as a function: a nonnegative quadratic program with many right-hand sides.
 
 A layer trusts its own weights and records what the solver reached; `solve` takes any, refuses what has no
 minimum, and warns when the tolerance was not reached.
@@ -18,7 +18,16 @@ from simmatch.solvers.dynamics import Dynamics, Solution
 
 
 class ConvergenceWarning(UserWarning):
-    """The dynamics ended above the requested residual."""
+    """A solver or a fit ended above its tolerance.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     solution = solve(torch.ones(2, 1), torch.tensor([[1.0, 0.9], [0.9, 1.0]]), DynamicsConfig(
+    ...         solver="projected_gradient", tolerance=1e-6, max_iterations=1))
+    >>> caught[0].category is ConvergenceWarning
+    True
+    """
 
 
 def solve(
@@ -35,12 +44,12 @@ def solve(
 
     Returns
     -------
-    Solution(y [K, N], num_iters, residual [N]).
+    `Solution`: y [K, N], num_iters, residual [N].
 
     Raises
     ------
     ValueError
-        Shapes or dtypes that do not fit, values that are not finite, M not symmetric or not positive semidefinite.
+        Shapes or dtypes do not match, values are not finite, or M is not symmetric or not positive semidefinite.
 
     Warns
     -----
@@ -49,15 +58,21 @@ def solve(
 
     Examples
     --------
-    >>> solve(torch.tensor([[2.0], [-1.0]]), torch.eye(2)).y.flatten().tolist()
-    [2.0, 0.0]
+    The second channel is driven below its threshold:
+
+    >>> solution = solve(torch.tensor([[2.0], [-1.0]]), torch.eye(2))
+    >>> solution.y
+    tensor([[2.0000],
+            [0.0000]])
+    >>> solve(torch.ones(64, 1000), torch.eye(64)).residual.shape
+    torch.Size([1000])
     """
     config = config or DynamicsConfig()
     _validate(drive, lateral, start)
     check_lateral(lateral)
     if drive.shape[1] == 0:
         return Solution(drive.clone(), 0, drive.new_zeros(0))
-    # exact powers of two bring M and every column of d near 1, so that no finite input overflows on the way
+    # M and every column of d are scaled by exact powers of two to be near 1, so that no finite input overflows
     drive_scale, lateral_scale = _power_of_two(drive.abs().amax(dim=0)), _power_of_two(lateral.diagonal().amax())
     rows = Rows.all(lateral.shape[0])
     scaled = (lateral / lateral_scale).to(lateral.dtype)
@@ -83,7 +98,7 @@ def solve(
 
 
 def _power_of_two(values: Tensor) -> Tensor:
-    """Largest power of two at most each value, in float64; 1 for 0."""
+    """The largest power of two that is at most each value, in float64; 1 for 0."""
     return torch.where(values > 0, torch.exp2(torch.floor(torch.log2(values.double()))), 1.0)
 
 
@@ -103,4 +118,4 @@ def _validate(drive: Tensor, lateral: Tensor, start: Tensor | None) -> None:
                 f"start: expected {list(drive.shape)} of {drive.dtype}, got {list(start.shape)} of {start.dtype}"
             )
         if not bool((start.isfinite() & (start >= 0)).all()):
-            raise ValueError("start: expected finite values that are not negative, got others")
+            raise ValueError("start: expected finite, nonnegative values, got others")

@@ -38,7 +38,9 @@ def problem(channels: int, columns: int, device: torch.device, seed: int = 0) ->
     return drive.contiguous().to(device), System(lateral.to(device), bound.ridge, bound.value)
 
 
-def solve(name: str, drive: Tensor, system: System, tolerance: float = 1e-3, **changes: object) -> kernels.Found:
+def solve(
+    name: str, drive: Tensor, system: System, tolerance: float = 1e-3, **changes: object
+) -> kernels.KernelSolution:
     start = changes.pop("start", None)
     config = DynamicsConfig(tolerance=tolerance, max_iterations=1000).model_copy(update=changes)
     assert kernels.supports(name, drive.shape[1], drive.dtype, tolerance) is None

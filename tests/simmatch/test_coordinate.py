@@ -184,8 +184,8 @@ def test_a_start_changes_the_way_and_not_the_end(solver: str) -> None:
     [
         (torch.zeros(4, 3), r"start: expected \[4, 2\] of torch.float32, got \[4, 3\]"),
         (torch.zeros(4, 2).double(), r"got \[4, 2\] of torch.float64"),
-        (torch.full((4, 2), -1.0), "start: expected finite values that are not negative"),
-        (torch.full((4, 2), math.nan), "start: expected finite values that are not negative"),
+        (torch.full((4, 2), -1.0), "start: expected finite, nonnegative values"),
+        (torch.full((4, 2), math.nan), "start: expected finite, nonnegative values"),
     ],
 )
 def test_a_bad_start_is_named(start: Tensor, message: str) -> None:

@@ -38,9 +38,9 @@ def merges(levels: int) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (laughs(9), "line 6, column 40: expected at most 262144 characters with aliases written out, got more"),
-        (merges(30), "line 15, column 23: expected at most 262144 characters with aliases written out, got more"),
-        ("a: &a [*a]", "line 1, column 8: expected an alias of something else, got one inside what it stands for"),
+        (laughs(9), "line 6, column 40: expected at most 262144 characters with aliases expanded, got more"),
+        (merges(30), "line 15, column 23: expected at most 262144 characters with aliases expanded, got more"),
+        ("a: &a [*a]", "line 1, column 8: expected an alias of a complete value, got one inside the value itself"),
         ("[" * 5000, "line 1, column 51: expected at most 50 levels, got more"),
         ("".join(" " * i + "a:\n" for i in range(600)), "line 50, column 50: expected at most 50 levels, got more"),
         ("#" * (MOST_CHARACTERS + 1), "expected at most 262144 characters, got more"),
