@@ -25,8 +25,10 @@ WITHOUT_EXAMPLES = {"simmatch.kernels.capability", "simmatch.kernels.solve"}
 """Public names whose example would need a CUDA device."""
 
 
-PENDING = """arguments batch config features fit labels layer measurement model observer plasticity precision readout seeding
-synapses validation order columns exchange faults gathered_state rows sharing state block bound dynamics tile objective"""
+PENDING = """arguments batch config features fit labels layer
+measurement model observer plasticity precision readout seeding
+synapses validation order columns exchange faults gathered_state
+rows sharing state block bound dynamics tile objective"""
 
 
 class Finder(doctest.DocTestFinder):
