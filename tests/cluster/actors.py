@@ -1,4 +1,4 @@
-"""What the tests of real actors share: a watcher of the controller, limits that fit a test, and nothing left behind."""
+"""Shared by the tests of real actors: a watcher of the controller, short time limits, and checks of what is left."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def model(run_dir: Path) -> Path:
 
 def assert_parity(run_dir: Path, other: Path) -> None:
     """Two runs in float64 of different shard counts: the tolerance of tests/cluster/test_parity.py."""
-    found, expected = load_file(model(run_dir)), load_file(model(other))
-    assert found.keys() == expected.keys()
+    weights, expected = load_file(model(run_dir)), load_file(model(other))
+    assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         scale = float(tensor.abs().amax()) if tensor.numel() else 0.0
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9 * scale, msg=name)
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-9 * scale, msg=name)
 
 
 class Watcher:
-    """Recorder and display of a run; notes when what was said, and may do something once, at a word or a checkpoint.
+    """Recorder and display of a run; keeps its notes with their times, and may act once, when a condition is met.
 
     Attributes
     ----------
@@ -62,11 +62,11 @@ class Watcher:
         self.times: list[float] = []
         self.pids: list[int] = []
         self.latest: Progress | None = None
-        self._deeds: list[tuple[Callable[[], bool], Callable[[], None]]] = []
+        self._actions: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
-    def once(self, reached: Callable[[], bool], deed: Callable[[], None]) -> None:
-        """Do something in the first round of the controller that finds this reached."""
-        self._deeds.append((reached, deed))
+    def once(self, reached: Callable[[], bool], action: Callable[[], None]) -> None:
+        """Do something in the first round of the controller in which `reached` is true."""
+        self._actions.append((reached, action))
 
     def metrics(self, step: int, values: Any, layer: int | None = None, time_s: float | None = None) -> None: ...
 
@@ -74,8 +74,8 @@ class Watcher:
 
     def progress(self, latest: Progress) -> None:
         self.latest = latest
-        for entry in [entry for entry in self._deeds if entry[0]()]:
-            self._deeds.remove(entry)
+        for entry in [entry for entry in self._actions if entry[0]()]:
+            self._actions.remove(entry)
             entry[1]()
 
     def note(self, note: Note) -> None:
@@ -98,7 +98,7 @@ class Watcher:
 def assert_gone(pids: Iterable[int], limit_s: float = 20.0) -> None:
     """The processes have ended by themselves. One that did not is ended here, and the test fails."""
     deadline = time.monotonic() + limit_s
-    while (alive := [pid for pid in pids if lives(pid)]) and time.monotonic() < deadline:
+    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in alive:
         with suppress(ProcessLookupError):
@@ -106,7 +106,7 @@ def assert_gone(pids: Iterable[int], limit_s: float = 20.0) -> None:
     assert not alive, f"processes {alive} outlived their group by {limit_s:g} s"
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

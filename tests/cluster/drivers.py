@@ -1,4 +1,4 @@
-"""`python -m jobs.pretrain` as a process of its own, watched by what it says and writes."""
+"""`python -m jobs.pretrain` as a process of its own, with its output and its files."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ AGENTS_S = 90.0
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a driver or a node that takes this checkout's packages and asks for a token."""
+    """For a driver or a node that uses this checkout's packages and requires a token."""
     dropped = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "MLFLOW_TRACKING_URI")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"} | changes
 
 
 def longer(config: RunConfig, epochs: int) -> RunConfig:
-    """A run of `digits_config` whose second layer learns long enough to be met in the middle, 6 updates an epoch."""
+    """A run of `digits_config` whose second layer learns long enough to be disturbed, with 6 updates an epoch."""
     values = config.model_dump(mode="json")
     values["model"]["layers"][1]["train"]["epochs"] = epochs
     return RunConfig.model_validate_json(json.dumps(values))
@@ -45,9 +45,9 @@ class Driver:
 
     Parameters
     ----------
-    folder: where its configuration and its lines go.
+    folder: for its configuration and its output.
     before: words before the interpreter, such as those that enter a namespace.
-    plan: what its ranks suffer, see `tests.faulty_job`.
+    plan: the fault to inject, see `tests.faulty_job`.
     """
 
     def __init__(
@@ -104,15 +104,15 @@ class Driver:
     def committed(self, step: int) -> bool:
         return (self.run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
 
-    def said(self, word: str, times: int = 1) -> bool:
+    def printed(self, word: str, times: int = 1) -> bool:
         return self.text().count(word) >= times
 
     def text(self) -> str:
         return self.log.read_text()
 
     def summary(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
-        return found
+        summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
+        return summary
 
     def rank_pids(self) -> list[list[int]]:
         """Of every group so far."""
@@ -124,7 +124,7 @@ class Driver:
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
 
-class Lasting:
+class LastingCluster:
     """A Ray cluster of one node with two CPUs that outlives its drivers."""
 
     def __init__(self) -> None:

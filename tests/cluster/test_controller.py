@@ -45,7 +45,7 @@ from simmatch.documents import dump_json
 from simmatch.files import write_whole
 
 Round = list[list[Message]] | Failure | Callable[[], Failure]
-"""One answer to a poll: every rank's new messages, or the failure that the group raises, perhaps after a deed."""
+"""One answer to a poll: every rank's new messages, or the failure that the group raises, perhaps after an action."""
 
 LOST = Failure("rank 1 (pid 7 on node) was lost", retryable=True)
 FAULT = Failure("TrainingFault: layer 0, step 3: non-finite activities on rank 1", retryable=False)
@@ -259,8 +259,13 @@ def test_phases_that_end_between_two_polls_are_shown(scene: MakeScene) -> None:
         if (phase, done) in (("learn", 2), ("learn", 3)):
             playing.controller.step(group)
     playing.controller.step(group)
-    told = [(latest.layer, latest.phase, latest.done) for latest in shown]
-    assert told == [(0, "learn", 2), (0, "learn", 8), (0, "encode", 4), (1, "learn", 3), (1, "learn", 3)]
+    assert [(latest.layer, latest.phase, latest.done) for latest in shown] == [
+        (0, "learn", 2),
+        (0, "learn", 8),
+        (0, "encode", 4),
+        (1, "learn", 3),
+        (1, "learn", 3),
+    ]
 
 
 def test_done_means_all_ranks(scene: MakeScene) -> None:
@@ -376,15 +381,15 @@ def test_a_run_whose_model_cannot_be_published_has_not_finished(scene: MakeScene
     assert not playing.controller.finished  # what cuts off the wait for it decides by that
 
 
-# -- being asked to end ------------------------------------------------------------------------------------------
+# -- asked to stop -----------------------------------------------------------------------------------------------
 
 
 class AskedGroup(ScriptedGroup):
-    """Trains for ever, in the given phase; once asked, writes a last checkpoint and stops, if it is obedient."""
+    """Trains for ever, in the given phase; once asked to stop, writes a last checkpoint and stops, if it responds."""
 
-    def __init__(self, assignment: Assignment, phase: Phase, obedient: bool = True) -> None:
+    def __init__(self, assignment: Assignment, phase: Phase, responds: bool = True) -> None:
         super().__init__(assignment, [])
-        self.phase, self.obedient = phase, obedient
+        self.phase, self.responds = phase, responds
         self.controller: Controller | None = None
 
     def poll(self) -> list[RankStatus]:
@@ -392,17 +397,17 @@ class AskedGroup(ScriptedGroup):
         if self.calls.count("poll") == 3:
             assert self.controller is not None
             assert self.controller.stop()
-        stopped = self.obedient and "stop" in self.calls
-        told = [[shard_written(self.assignment.run_dir, rank, 5)] if stopped else [] for rank in range(2)]
+        stopped = self.responds and "stop" in self.calls
+        messages: list[list[Message]] = both_shards(self.assignment.run_dir, 5) if stopped else [[], []]
         progress = Progress(self.phase, 0, 1)
-        return [status(rank, told[rank], done=stopped, stopped=stopped, progress=progress) for rank in range(2)]
+        return [status(rank, messages[rank], done=stopped, stopped=stopped, progress=progress) for rank in range(2)]
 
 
-def asked(scene: MakeScene, phase: Phase, obedient: bool = True, grace_s: float = 20.0) -> tuple[Scene, AskedGroup]:
+def asked(scene: MakeScene, phase: Phase, responds: bool = True, grace_s: float = 20.0) -> tuple[Scene, AskedGroup]:
     playing = scene()
     cluster = playing.config.cluster.model_copy(update={"grace_s": grace_s})
     playing.controller.config = playing.config.model_copy(update={"cluster": cluster})
-    group = AskedGroup(Assignment(playing.config, playing.run_dir, 0), phase, obedient)
+    group = AskedGroup(Assignment(playing.config, playing.run_dir, 0), phase, responds)
     group.controller = playing.controller
     playing.controller.make_group = lambda _: group
     return playing, group
@@ -418,7 +423,7 @@ def test_a_run_that_is_asked_to_end_waits_for_a_last_checkpoint(scene: MakeScene
     assert not playing.controller.stop()
 
 
-def test_it_does_not_wait_where_nothing_is_learnt(scene: MakeScene) -> None:
+def test_it_does_not_wait_for_ranks_that_only_encode(scene: MakeScene) -> None:
     playing, group = asked(scene, "encode")
     with pytest.raises(RunStopped, match="no checkpoint was written"):
         playing.controller.run()
@@ -426,21 +431,21 @@ def test_it_does_not_wait_where_nothing_is_learnt(scene: MakeScene) -> None:
 
 
 class EndedLayer(AskedGroup):
-    """Has learnt a layer and encodes by the time it is asked; what becomes of its shards shows three rounds later."""
+    """Encodes after a layer has ended when it is asked; the outcome for the layer's shards comes three rounds later."""
 
     def __init__(self, assignment: Assignment, fate: str) -> None:
         super().__init__(assignment, "encode")
         self.fate = fate
 
     def poll(self) -> list[RankStatus]:
-        found = super().poll()
+        statuses = super().poll()
         phases = [Progress("learn", 5, 5, layer=0, step=5), Progress("encode", 0, 1, layer=0)]
-        told: list[list[Message]] = [[], []]
+        messages: list[list[Message]] = [[], []]
         if self.calls.count("poll") == 6 and self.fate != "hangs":
-            told = [[shard_written(self.assignment.run_dir, rank, 5)] for rank in range(2)]
+            messages = both_shards(self.assignment.run_dir, 5)
             if self.fate == "lost":
-                told[1] = [ShardFailed(5, "full")]
-        return [replace(each, done=False, stopped=False, phases=phases, messages=told[each.rank]) for each in found]
+                messages[1] = [ShardFailed(5, "full")]
+        return [replace(s, done=False, stopped=False, phases=phases, messages=messages[s.rank]) for s in statuses]
 
 
 @pytest.mark.parametrize(
@@ -478,8 +483,8 @@ def test_a_layer_that_was_saved_before_this_start_is_not_waited_for(scene: MakeS
     assert group.calls == ["start", "poll", "poll", "poll", "end"]
 
 
-def test_it_waits_no_longer_than_the_grace(scene: MakeScene) -> None:
-    playing, group = asked(scene, "learn", obedient=False, grace_s=0.05)
+def test_it_waits_no_longer_than_the_grace_period(scene: MakeScene) -> None:
+    playing, group = asked(scene, "learn", responds=False, grace_s=0.05)
     with pytest.raises(RunStopped, match=r"no last checkpoint within 0.05 s"):
         playing.controller.run()
     assert group.calls.count("stop") == 1
@@ -514,7 +519,7 @@ def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> 
     )
 
 
-def test_every_group_is_told_the_digest_of_the_data(scene: MakeScene, tmp_path: Path) -> None:
+def test_every_group_gets_the_digest_of_the_data(scene: MakeScene, tmp_path: Path) -> None:
     playing = scene([both_shards(tmp_path, 4), LOST], [], data="0123456789abcdef")
     playing.controller.run()
     assert [group.assignment.data for group in playing.groups] == ["0123456789abcdef"] * 2
@@ -578,19 +583,19 @@ def test_a_lost_rank_costs_a_new_group_from_the_newest_checkpoint(scene: MakeSce
 
 
 def test_updates_that_are_done_again_are_counted(scene: MakeScene, tmp_path: Path) -> None:
-    """The ranks had told of update 13 when one was lost; the newest checkpoint is of update 8, and of none before."""
+    """The ranks had reported update 13 when one was lost; the newest checkpoint is of update 8, the first one."""
 
-    def told(step: int) -> Any:
+    def at(step: int) -> Any:
         return [status(rank, [], progress=Progress("learn", step, 20, step=step)) for rank in range(2)]
 
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
-    group.poll = lambda: told(3)  # type: ignore[method-assign]
+    group.poll = lambda: at(3)  # type: ignore[method-assign]
     playing.controller.step(group)
     playing.controller._restart(Restart(2, 0.0), LOST)
     assert "starting a new group from the beginning, 3 updates to repeat" in playing.display.notes[-1]
     playing.round(*both_shards(tmp_path, 8))
-    group.poll = lambda: told(13)  # type: ignore[method-assign]
+    group.poll = lambda: at(13)  # type: ignore[method-assign]
     playing.controller.step(group)
     playing.controller._restart(Restart(2, 0.0), LOST)
     assert "starting a new group from step-00000008, 5 updates to repeat" in playing.display.notes[-1]
@@ -599,7 +604,7 @@ def test_updates_that_are_done_again_are_counted(scene: MakeScene, tmp_path: Pat
     assert summarise(playing.config, record, status="FAILED", seconds=1.0, run_id=None)["steps_again"] == 8
 
 
-def test_a_restart_passes_over_a_damaged_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
+def test_a_restart_skips_a_damaged_checkpoint(scene: MakeScene, tmp_path: Path) -> None:
     both = [both_shards(tmp_path, step) for step in (4, 8)]
 
     def damaged() -> Failure:
@@ -624,7 +629,7 @@ def test_without_a_checkpoint_a_restart_begins_again(scene: MakeScene) -> None:
 def test_a_restart_before_the_first_own_checkpoint_continues_from_the_given_one(
     scene: MakeScene, tmp_path: Path
 ) -> None:
-    """The run was told to continue from another run's checkpoint and loses a rank before it wrote one of its own."""
+    """The run continues from another run's checkpoint and loses a rank before it has written one of its own."""
     given = folder_of(tmp_path / "another-run", 8)
     playing = scene([LOST], [], resume=given)
     playing.controller.run()
@@ -650,7 +655,7 @@ def test_progress_earns_new_restarts(scene: MakeScene, tmp_path: Path) -> None:
 DIVERGED = Failure("rank 0: layer 0, step 3: non-finite activities on rank 1", retryable=False, diverged=True)
 
 
-def test_the_policy_lowers_rates_once_and_only_if_told() -> None:
+def test_the_policy_lowers_rates_once_and_only_if_configured() -> None:
     assert FailurePolicy(max_restarts=2).decide(DIVERGED, 0, 2) == Stop(DIVERGED.message)
     policy = FailurePolicy(max_restarts=2, divergence="lower_rate")
     assert policy.decide(DIVERGED, 0, 2) == Restart(2, 0.0, lower_rate=True)
@@ -716,11 +721,11 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
     given_up = [(10, 0.8, 200), (15, 99.0, 300)]
     anew = [(10, 0.7, 200), (15, 0.6, 300)]
 
-    def told(rows: list[tuple[int, float, int]]) -> list[Round]:
+    def rounds(rows: list[tuple[int, float, int]]) -> list[Round]:
         return [[[metrics_of(0, step, objective, images=images)], []] for step, objective, images in rows]
 
-    first = [*told([(5, 0.9, 100)]), saved, *told(given_up), DIVERGED]
-    playing = scene(first, told(anew), divergence="lower_rate")
+    first = [*rounds([(5, 0.9, 100)]), saved, *rounds(given_up), DIVERGED]
+    playing = scene(first, rounds(anew), divergence="lower_rate")
     record = playing.controller.run()
     expected = [(5, 0.9), (10, 0.7), (15, 0.6)]
     assert [(step, values["objective"]) for step, values in record.curves[0]] == expected
@@ -764,13 +769,13 @@ def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene
     assert any("starting a new group of 1 rank from step-00000004" in note for note in playing.display.notes)
 
 
-def test_a_group_that_does_not_come_up_is_a_loss(scene: MakeScene) -> None:
+def test_a_group_that_does_not_start_is_replaced(scene: MakeScene) -> None:
     playing = scene(GroupFailure(Failure("rank 1 did not start within 5 s", retryable=True)), [])
     playing.controller.run()
     assert [group.calls for group in playing.groups] == [["start", "end"], ["start", "poll", "end"]]
 
 
-def test_an_impossible_group_is_no_loss(scene: MakeScene) -> None:
+def test_an_impossible_group_ends_the_run(scene: MakeScene) -> None:
     playing = scene(ConfigError("mesh: expected a larger cluster"), [])
     with pytest.raises(ConfigError, match="larger cluster"):
         playing.controller.run()
@@ -785,7 +790,7 @@ def test_a_fault_of_the_program_stops_the_run(scene: MakeScene) -> None:
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
-def test_the_fault_explains_the_peers_it_cost(scene: MakeScene, faulty: int) -> None:
+def test_a_fault_explains_the_loss_of_its_peers(scene: MakeScene, faulty: int) -> None:
     """Rank `faulty` raised, and the other one lost its peer through that: a new group would fail again."""
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
@@ -796,7 +801,7 @@ def test_the_fault_explains_the_peers_it_cost(scene: MakeScene, faulty: int) -> 
     assert playing.controller.step(group) == (False, FAULT)
 
 
-def test_what_a_failing_rank_last_said_is_kept(scene: MakeScene, tmp_path: Path) -> None:
+def test_the_last_messages_of_a_failing_rank_are_handled(scene: MakeScene, tmp_path: Path) -> None:
     """Messages that came with the failure count: the checkpoint they complete is the one to continue from."""
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
@@ -925,7 +930,7 @@ def record_of_a_run() -> RunRecord:
     )
 
 
-def test_the_summary_holds_what_is_promised(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_the_summary_holds_its_documented_fields(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     summary = summarise(digits_config(2), record_of_a_run(), status="FINISHED", seconds=11.0, run_id="run-1")
     layer = {"objective": 0.5, "residual": 0.009, "num_iters": 12.0, "active_fraction": 0.3, "dead_channels": 0.0}
     expected = {
@@ -976,13 +981,12 @@ def test_a_manifest_survives_its_file(tmp_path: Path, scene: MakeScene) -> None:
     assert Manifest.model_validate(content) == read_manifest(folder_of(tmp_path, 4))
 
 
-def test_ranks_that_do_not_move_are_a_loss(scene: MakeScene, tmp_path: Path) -> None:
-    """Their processes answer and no exchange ends the wait; what they told before counts."""
+def test_ranks_without_progress_are_lost(scene: MakeScene, tmp_path: Path) -> None:
+    """Their processes answer and no exchange ends the wait; messages from before count."""
     playing = scene()
     limit_s = playing.config.cluster.stall_timeout_s
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
-    told = [[shard_written(tmp_path, rank, 4)] for rank in range(2)]
-    moved = [replace(status(rank, own), idle_s=limit_s - 1) for rank, own in enumerate(told)]
+    moved = [replace(status(rank, own), idle_s=limit_s - 1) for rank, own in enumerate(both_shards(tmp_path, 4))]
     group.poll = lambda: moved  # type: ignore[method-assign]
     assert playing.controller.step(group) == (False, None)
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 4)

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.config import RunConfig
 from tests.cluster.actors import ConfigMaker, assert_gone, limits, nothing_reserved
-from tests.cluster.drivers import AGENTS_S, Driver, Lasting, environment, longer
+from tests.cluster.drivers import AGENTS_S, Driver, LastingCluster, environment, longer
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(240)]
 
@@ -32,8 +32,8 @@ def config(digits_config: ConfigMaker) -> RunConfig:
 
 
 @pytest.fixture
-def lasting() -> Iterator[Lasting]:
-    found = Lasting()
+def lasting() -> Iterator[LastingCluster]:
+    found = LastingCluster()
     yield found
     found.shut_down()
 
@@ -60,7 +60,7 @@ def test_a_killed_driver_takes_its_embedded_ray_along(
 
 
 def test_a_killed_driver_leaves_a_lasting_cluster_as_it_was(
-    lasting: Lasting, config: RunConfig, tmp_path: Path, record_property: Record
+    lasting: LastingCluster, config: RunConfig, tmp_path: Path, record_property: Record
 ) -> None:
     import ray
 
@@ -81,7 +81,7 @@ def test_a_killed_driver_leaves_a_lasting_cluster_as_it_was(
 
 
 def test_a_stopped_driver_loses_its_ranks_and_gets_new_ones(
-    lasting: Lasting, digits_config: ConfigMaker, tmp_path: Path
+    lasting: LastingCluster, digits_config: ConfigMaker, tmp_path: Path
 ) -> None:
     """A driver that is away for longer than the lease of its ranks: they end; when it is back it replaces them."""
     group = limits(heartbeat_s=2.0, collective_timeout_s=4.0, start_timeout_s=8.0, max_restarts=10)

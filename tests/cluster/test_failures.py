@@ -1,4 +1,4 @@
-"""Which errors are losses: Ray's own objects, and what gloo and the store say when a real peer has gone."""
+"""Which errors are retryable: Ray's own objects, and what gloo and the store raise when a real peer has gone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
     return error
 
 
-LOSSES = [
+RETRYABLE = [
     DamagedError("x: expected sha256 1…, got 2…"),
     StorageError("s3://x: away"),
     rx.ActorDiedError(),
@@ -76,14 +76,14 @@ LOSSES = [
     raised_from(TrainingFault("layer 0, step 3: …"), RuntimeError("CUDA error: uncorrectable ECC error encountered")),
 ]
 
-FAULTS = [
+FATAL = [
     rx.ActorDiedError(rx.RayTaskError("__init__", "Traceback\nModuleNotFoundError: No module named 'cluster'", None)),
     rx.RuntimeEnvSetupError("pip failed"),
     rx.AuthenticationError("a token is needed"),
     rx.RpcError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect", 16),
     ConnectionError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect"),
     rx.TaskCancelledError(),
-    in_an_actor(ValueError("cluster.interface: expected eth7, found lo")),
+    in_an_actor(ValueError("cluster.interface: expected eth7, got lo")),
     in_an_actor(FileNotFoundError(errno.ENOENT, "--run-dir: expected a folder")),
     ConfigError("mesh: expected a larger cluster"),
     dist.DistBackendError("NCCL error in: …, invalid usage\nncclInvalidUsage: Duplicate GPU detected"),
@@ -105,20 +105,20 @@ def named(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize(
-    ("error", "lost"), [(error, True) for error in LOSSES] + [(error, False) for error in FAULTS], ids=named
+    ("error", "retryable"), [(error, True) for error in RETRYABLE] + [(error, False) for error in FATAL], ids=named
 )
-def test_every_error_has_its_kind(error: BaseException, lost: bool) -> None:
+def test_every_error_is_classified(error: BaseException, retryable: bool) -> None:
     failure = classify(error)
-    assert failure.retryable == lost
+    assert failure.retryable == retryable
     assert failure.message
     assert "\n" not in failure.message
     assert failure.diverged == getattr(error, "diverged", False)
     assert failure.fits is None
 
 
-def test_every_error_of_ray_was_thought_of() -> None:
-    """A new version of Ray may bring new ones: they count as faults, until somebody has decided."""
-    unasked = {
+def test_every_error_of_ray_is_considered() -> None:
+    """A new version of Ray may add errors: they count as fatal until somebody has decided."""
+    not_raised_here = {
         "AsyncioActorExit",
         "CrossLanguageError",
         "ObjectRefStreamEndOfStreamError",
@@ -132,7 +132,7 @@ def test_every_error_of_ray_was_thought_of() -> None:
         "ActorHandleNotFoundError",
         "RayTaskError",
     }
-    tested = {kind.__name__ for error in (*LOSSES, *FAULTS) for kind in type(error).__mro__}
+    tested = {kind.__name__ for error in (*RETRYABLE, *FATAL) for kind in type(error).__mro__}
     known = {name for name, kind in vars(rx).items() if isinstance(kind, type) and issubclass(kind, rx.RayError)}
     derived = {
         name
@@ -140,18 +140,18 @@ def test_every_error_of_ray_was_thought_of() -> None:
         for kind in vars(rx)[name].__mro__[1:]
         if kind.__name__ in {"ObjectLostError", "RaySystemError"}
     }
-    assert known - tested - unasked - derived == set()
+    assert known - tested - not_raised_here - derived == set()
 
 
-def test_the_message_is_what_a_person_needs() -> None:
-    error = in_an_actor(ValueError("cluster.interface: expected eth7,\n  found lo"))
+def test_the_message_is_one_line_without_details() -> None:
+    error = in_an_actor(ValueError("cluster.interface: expected eth7,\n  got lo"))
     assert classify(error) == Failure("ValueError: cluster.interface: expected eth7,", retryable=False)
     error = rx.ActorDiedError(rx.RayTaskError("__init__", "Traceback\nModuleNotFoundError: No module 'x'", None))
     assert classify(error).message == "ModuleNotFoundError: No module 'x'"
     assert classify(PeerTimeout("rank 0 waited: closed\nat pair.cc:547")).message == "rank 0 waited: closed"
 
 
-# -- what gloo and the store say themselves ----------------------------------------------------------------------------
+# -- what gloo and the store raise -------------------------------------------------------------------------------------
 
 
 def exchange_once(exchange: TorchExchange) -> dist.Work:
@@ -177,14 +177,14 @@ def lose_a_peer(exchange: TorchExchange, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["kill", "sleep"])
-def test_what_gloo_says_of_a_lost_peer_is_a_loss(ranks: Any, how: str) -> None:
-    """It has no type of its own for it: the text is all there is."""
+def test_the_error_of_gloo_about_a_lost_peer_is_retryable(ranks: Any, how: str) -> None:
+    """gloo has no type for it: the text is all there is."""
     kind, _, text = ranks(lose_a_peer, 2, how, exchange_timeout_s=2.0)[0].partition("|")
     assert kind == "RuntimeError"
     assert classify(RuntimeError(text)).retryable, text
 
 
-def test_what_the_store_says_when_nobody_comes_is_a_loss() -> None:
+def test_the_error_of_the_store_about_missing_ranks_is_retryable() -> None:
     store, port = open_store(LOOPBACK, 0.5)
     with pytest.raises(dist.DistStoreError) as caught:
         store.get("never set")
@@ -195,7 +195,7 @@ def test_what_the_store_says_when_nobody_comes_is_a_loss() -> None:
     assert classify(caught.value).retryable
 
 
-def test_a_store_that_nobody_holds_is_a_loss() -> None:
+def test_a_missing_store_is_retryable() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(dist.DistNetworkError) as caught:
@@ -204,7 +204,7 @@ def test_a_store_that_nobody_holds_is_a_loss() -> None:
 
 
 def leave_with_the_store(exchange: TorchExchange) -> str:
-    """Rank 0, which holds the store, dies; what the store says to rank 1, which asks it then."""
+    """Rank 0, which holds the store, dies; the error that rank 1 gets when it uses the store."""
     if exchange.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.5)
@@ -218,9 +218,9 @@ def leave_with_the_store(exchange: TorchExchange) -> str:
     return "no error"
 
 
-def test_what_a_store_says_that_died_is_a_loss(ranks: Any) -> None:
-    told = ranks(leave_with_the_store, 2, exchange_timeout_s=2.0)[1]
-    if isinstance(told, str):
-        kind, _, text = told.partition("|")
-        told = getattr(dist, kind, RuntimeError)(text)
-    assert classify(told).retryable, told  # an exception where the store was gone while the rank still joined
+def test_the_error_of_a_store_that_died_is_retryable(ranks: Any) -> None:
+    error = ranks(leave_with_the_store, 2, exchange_timeout_s=2.0)[1]
+    if isinstance(error, str):
+        kind, _, text = error.partition("|")
+        error = getattr(dist, kind, RuntimeError)(text)
+    assert classify(error).retryable, error  # an exception where the store was gone while the rank still joined

@@ -96,7 +96,7 @@ def learning(statuses: list[RankStatus]) -> bool:
 
 
 class Quiet:
-    """Recorder and display of a run that nobody watches."""
+    """Recorder and display of a run, which keep what the tests look at."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int | None, int]] = []
@@ -274,7 +274,7 @@ def test_a_run_directory_that_is_not_shared_is_refused(ray: Any, digits_config: 
     """Named with rank and node before anything is trained; checkpoints would be committed without its shards."""
     (tmp_path / "own").mkdir()
     quiet, config = Quiet(), digits_config(2, cluster=limits())
-    controller = Controller(config, tmp_path, lambda told: WorkerGroup(told, Elsewhere), quiet, quiet)
+    controller = Controller(config, tmp_path, lambda assignment: WorkerGroup(assignment, Elsewhere), quiet, quiet)
     with pytest.raises(ConfigError) as caught:
         controller.run()
     assert str(caught.value) == (
@@ -313,7 +313,7 @@ class StopsOnBind(Worker):
 
 
 class StopsOnJoin(Worker):
-    """Rank 0 holds the store, has said where, and stops when all meet."""
+    """Rank 0 has bound the store, and is stopped while the ranks join."""
 
     def join(self, interface: str | None, address: str, store: tuple[str, int]) -> None:
         if self.assignment.rank == 0:
@@ -340,7 +340,7 @@ def test_a_stopped_holder_of_the_store_is_named_within_the_limit(
 
 
 class FailsOnJoin(Worker):
-    """Rank 1 is told of an interface that it does not have; rank 0 waits for it."""
+    """Rank 1 gets an interface that it does not have; rank 0 waits for it."""
 
     def join(self, interface: str | None, address: str, store: tuple[str, int]) -> None:
         super().join("eth77" if self.assignment.rank == 1 else interface, address, store)
@@ -376,7 +376,7 @@ def test_an_actor_that_cannot_be_made_is_a_fault_that_names_its_reason(
     ):
         pass
     assert not caught.value.failure.retryable
-    expected = (  # of whichever Ray tells first
+    expected = (  # of whichever Ray reports first
         r"rank [01] failed: ModuleNotFoundError: No module named 'simmatch'; every node needs the job's upload "
         rf"\(ray job submit --working-dir\) or the checkout at the driver's path, here {re.escape(os.getcwd())}"
     )
@@ -387,7 +387,7 @@ def test_an_actor_that_cannot_be_made_is_a_fault_that_names_its_reason(
 
 
 def test_a_lone_rank_that_is_stuck_is_noticed(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
-    """Nobody waits for it in an exchange, and its process answers: only its own standstill tells."""
+    """No other rank waits for it in an exchange, and its process answers: only its idle time shows it."""
     limit_s = 2.0
     config = digits_config(1, cluster=limits())
     with started(config, tmp_path, HELD) as group:
@@ -431,8 +431,7 @@ def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -
     ],
 )
 def test_who_holds_up_the_rest(statuses: list[RankStatus], expected: str | None) -> None:
-    found = stalled(statuses, 8.0)
-    assert found == (None if expected is None else Failure(expected, retryable=True))
+    assert stalled(statuses, 8.0) == (None if expected is None else Failure(expected, retryable=True))
 
 
 class Patient(Training):
@@ -473,7 +472,7 @@ def test_long_work_of_one_rank_ends_no_run(
 
 
 @pytest.mark.fault
-def test_ranks_that_nobody_asks_any_more_end_by_themselves(
+def test_ranks_without_a_controller_end_by_themselves(
     ray: Any, digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a partition: the process, its thread in an exchange and its writer are gone once the lease is over."""
@@ -482,12 +481,12 @@ def test_ranks_that_nobody_asks_any_more_end_by_themselves(
     assert lease_s(config.cluster) == 12.0
     with started(config, tmp_path, HELD) as group:
         began = time.monotonic()
-        while time.monotonic() - began < 14.0:  # asked, they live for longer than that
+        while time.monotonic() - began < 14.0:  # while they are polled, they live longer than that
             poll_until(group, learning)
             time.sleep(0.5)
-        asked = time.monotonic()
+        last_poll = time.monotonic()
         assert_gone([rank.pid for rank in group.ranks], limit_s=12.0 + 8.0)
-        assert time.monotonic() - asked > 12.0 - 2.0
+        assert time.monotonic() - last_poll > 12.0 - 2.0
         with pytest.raises(GroupFailure, match="was lost"):
             group.poll()
 

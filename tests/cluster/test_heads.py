@@ -12,7 +12,7 @@ import pytest
 
 from cluster.config import RunConfig
 from tests.cluster.actors import ConfigMaker, assert_gone, limits
-from tests.cluster.drivers import Driver, Lasting, environment, longer
+from tests.cluster.drivers import Driver, LastingCluster, environment, longer
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(240)]
 
@@ -30,8 +30,8 @@ def config(digits_config: ConfigMaker) -> RunConfig:
 
 
 @pytest.fixture
-def lasting() -> Iterator[Lasting]:
-    found = Lasting()
+def lasting() -> Iterator[LastingCluster]:
+    found = LastingCluster()
     yield found
     found.shut_down()
 
@@ -47,8 +47,14 @@ def lasting() -> Iterator[Lasting]:
         ),
     ],
 )
-def test_a_head_that_dies_ends_the_run_with_a_word(
-    lasting: Lasting, config: RunConfig, tmp_path: Path, record_property: Record, kind: str, says: str, limit_s: float
+def test_a_head_that_dies_ends_the_run_with_one_line(
+    lasting: LastingCluster,
+    config: RunConfig,
+    tmp_path: Path,
+    record_property: Record,
+    kind: str,
+    says: str,
+    limit_s: float,
 ) -> None:
     """Resumable: the checkpoints are there. The ranks are gone as well, on a machine that still runs."""
     with Driver(config, tmp_path / "run", tmp_path, lasting.env) as driver:

@@ -1,4 +1,4 @@
-"""Work of one rank that takes longer than any limit: it goes on, and its peers wait, unless it stands still."""
+"""Work of one rank that takes longer than any time limit: its peers wait, unless it hangs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def compute(seconds: float = LONG_S) -> None:
         torch.rand(200, 200) @ torch.rand(200, 200)
 
 
-def stand_still() -> None:
+def hang() -> None:
     time.sleep(LONG_S)
 
 
 def wait() -> None:
     """For a store, say, with a limit of its own."""
-    run_with_timeout(10.0, "the store", stand_still)
+    run_with_timeout(10.0, "the store", hang)
 
 
 def fail() -> None:
@@ -49,7 +49,7 @@ def together(exchange: Exchange, work: Callable[[], None]) -> None:
 
 
 def test_peers_give_up_a_rank_that_stands_still(ranks: Any) -> None:
-    _, peer = ranks(together, 2, stand_still, exchange_timeout_s=LIMIT_S)
+    _, peer = ranks(together, 2, hang, exchange_timeout_s=LIMIT_S)
     assert isinstance(peer, PeerTimeout), peer
 
 
@@ -87,8 +87,8 @@ def test_a_calibration_longer_than_all_limits_changes_nothing(
     for name, program, limit_s in (("long", slowly, LIMIT_S), ("short", train, 30.0)):
         (tmp_path / name).mkdir()
         results(ranks(program, 2, config, tmp_path / name, exchange_timeout_s=limit_s))
-    found, expected = (tmp_path / name / "model/model.safetensors" for name in ("long", "short"))
-    assert found.read_bytes() == expected.read_bytes()
+    weights, expected = (tmp_path / name / "model/model.safetensors" for name in ("long", "short"))
+    assert weights.read_bytes() == expected.read_bytes()
 
 
 class Fit(Training):
@@ -103,11 +103,11 @@ class Fit(Training):
         on_one_rank(type(self).work, self.exchange, self.report, device=self.device, pause_s=PAUSE_S)
 
 
-@pytest.mark.parametrize(("work", "moves"), [(compute, True), (stand_still, False), (wait, True)])
+@pytest.mark.parametrize(("work", "moves"), [(compute, True), (hang, False), (wait, True)])
 def test_a_rank_moves_while_its_work_computes(
     digits_config: Callable[..., RunConfig], tmp_path: Path, work: Callable[[], None], moves: bool
 ) -> None:
-    """Alone, with nobody who waits for it in an exchange; `idle_s` is what a stall is told by."""
+    """Alone, so that no exchange times out; a stall is recognised by `idle_s`."""
     worker = Worker(Assignment(digits_config(1), tmp_path, 0))
     worker.training_class = type("Fit", (Fit,), {"work": staticmethod(work)})  # type: ignore[misc]
     worker.begin(1)

@@ -25,7 +25,7 @@ import pytest
 from cluster.config import RunConfig
 from jobs.benchmarks.links import INTERFACE, Link
 from jobs.reporting import MissingError
-from tests.cluster.actors import ConfigMaker, assert_gone, assert_parity, lives, model, train
+from tests.cluster.actors import ConfigMaker, assert_gone, assert_parity, is_alive, model, train
 from tests.cluster.drivers import Driver, environment, longer
 from tests.exchanges import results
 from tests.faults import MOMENTS, FaultPlan
@@ -85,7 +85,9 @@ class Parted:
         try:
             yield psutil.Process(process.pid)
         finally:
-            everything = [process, *psutil.Process(process.pid).children(recursive=True)] if lives(process.pid) else []
+            everything = (
+                [process, *psutil.Process(process.pid).children(recursive=True)] if is_alive(process.pid) else []
+            )
             process.terminate()
             psutil.wait_procs(everything[1:], timeout=5)
             for left in everything:
@@ -185,10 +187,10 @@ def test_a_link_that_comes_back_costs_a_new_group_and_no_bit(
         driver.wait_for(lambda: driver.committed(20))
         rank, pid = stranded(parted, driver)
         parted.cut()
-        named_s = driver.wait_for(lambda: driver.said("starting a new group"))
+        named_s = driver.wait_for(lambda: driver.printed("starting a new group"))
         time.sleep(max(0.0, 12.0 - named_s))  # shorter than Ray needs to give a node up
         parted.mend()
-        again_s = driver.wait_for(lambda: driver.said("ranks: ", times=2))
+        again_s = driver.wait_for(lambda: driver.printed("ranks: ", times=2))
         assert driver.finish() == 0, driver.text()
     print(driver.text())
     print(f"named {named_s:.1f} s after the cut, training {again_s:.1f} s after the link was back")
@@ -217,7 +219,7 @@ def test_a_link_that_is_cut_at_any_moment(
         driver.wait_for(lambda: (signals / "here").exists())
         parted.cut()
         (signals / "go").touch()
-        driver.wait_for(lambda: driver.said("starting a new group"))
+        driver.wait_for(lambda: driver.printed("starting a new group"))
         parted.mend()
         assert driver.finish() == 0, driver.text()
     summary = driver.summary()
@@ -239,17 +241,17 @@ def test_a_link_that_stays_cut_costs_a_shard(
         rank, pid = stranded(parted, driver)
         parted.cut()
         cut = time.monotonic()
-        named_s = driver.wait_for(lambda: driver.said("starting a new group"))
-        driver.wait_for(lambda: driver.said("starting a new group of 1 rank from step-"))
-        driver.wait_for(lambda: driver.said("ranks: ", times=2))
+        named_s = driver.wait_for(lambda: driver.printed("starting a new group"))
+        driver.wait_for(lambda: driver.printed("starting a new group of 1 rank from step-"))
+        driver.wait_for(lambda: driver.printed("ranks: ", times=2))
         again_s = time.monotonic() - cut
         assert driver.finish() == 0, driver.text()
         found = tree(tmp_path / "run")
         deadline = cut + 2 * GROUP["start_timeout_s"] + 30.0  # its lease, and some time to be noticed
-        while lives(pid) and time.monotonic() < deadline:
+        while is_alive(pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         outlived_s = time.monotonic() - cut
-        assert not lives(pid)
+        assert not is_alive(pid)
         parted.mend()
     print(
         f"named {named_s:.1f} s after the cut, training again {again_s:.1f} s; cut-off rank gone by {outlived_s:.1f} s"

@@ -59,7 +59,7 @@ def test_a_head_that_comes_back_in_time_is_not_lost(monkeypatch: pytest.MonkeyPa
         assert head.silent_s() == 0.0
 
 
-def test_nobody_takes_a_connection_where_nobody_listens() -> None:
+def test_a_connection_is_refused_where_nothing_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         assert accepts_connections(address, 1.0)
