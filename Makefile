@@ -45,7 +45,7 @@ test: lint typecheck ## lint, types and tests: all that must pass; then a quick 
 test-faults: $(TEST_STAMP) ## what is read from outside damaged in 2,000 ways each, then everything that loses a rank, a disk or a server
 	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest $(PYTEST_ARGS) \
 		tests/test_fuzz.py tests/test_security.py tests/cluster \
-		tests/jobs/test_chaos.py tests/jobs/test_submit.py tests/jobs/test_sync.py tests/jobs/test_program.py tests/jobs/test_closing.py
+		tests/jobs/test_chaos.py tests/jobs/test_submit.py tests/jobs/test_sync.py tests/jobs/test_entry_point.py tests/jobs/test_run_results.py
 
 lint: $(TEST_STAMP) ## ruff, changing nothing
 	$(BIN)/ruff check .

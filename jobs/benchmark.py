@@ -18,15 +18,13 @@ from threadpoolctl import threadpool_limits
 from cluster.redaction import one_line
 from jobs.benchmarks import dynamics, gpu, network, overhead, pynsm, scaling
 from jobs.benchmarks.timing import MIN_ROUNDS
-from jobs.ending import Ending
+from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import at_least
-from jobs.program import run_program
 from jobs.reporting import MissingError, Report
 from jobs.run_directory import default_root, local_folder
+from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
-
-BAD_INPUT = 2
 
 SUBCOMMANDS = {
     "dynamics": (dynamics, "the solvers on one device: iterations, columns/s, share of the GEMM rate, memory"),
@@ -42,11 +40,11 @@ SUBCOMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run. Returns the exit status."""
     options = _parser().parse_args(arguments)
-    before, ending = torch.get_num_threads(), Ending()
+    before, signals = torch.get_num_threads(), SignalHandler()
     try:
         torch.set_num_threads(options.threads or before)
         run_dir = local_folder("--run-dir", options.run_dir, default_root() / f"benchmark-{options.subcommand}")
-        with ending, threadpool_limits(limits=torch.get_num_threads()), Report(options.subcommand, run_dir) as report:
+        with signals, threadpool_limits(limits=torch.get_num_threads()), Report(options.subcommand, run_dir) as report:
             report.environment(vars(options))
             SUBCOMMANDS[options.subcommand][0].run(options, report)
     except (ConfigError, DataError, MissingError) as error:
@@ -54,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept", file=sys.stderr)
-        return ending.status
+        return signals.status
     finally:
         torch.set_num_threads(before)
     return 0
@@ -84,4 +82,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

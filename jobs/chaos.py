@@ -23,19 +23,18 @@ from pathlib import Path
 from cluster.config import RunConfig, public
 from cluster.redaction import one_line
 from cluster.text import count
-from jobs.checks import check
 from jobs.display import ProgressBars
-from jobs.ending import Ending
+from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import override, read_yaml
-from jobs.program import run_program
+from jobs.preflight import check
 from jobs.reporting import Report
 from jobs.run_directory import default_root, local_folder
+from jobs.signals import SignalHandler
 from jobs.watched_job import ENDS_DRIVER, STRIKES, Strike, WatchedJob, recorded
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
 from simmatch.documents import load_json
 
-BAD_INPUT = 2
 DEFAULT = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 LIMITS = ("cluster.max_restarts=1000", "cluster.heartbeat_s=5")
 """Overrides before the user's own: there may be more strikes than checkpoints."""
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     command = ["--config", str(Path(options.config).absolute())]
     command += [word for assignment in assignments for word in ("--set", assignment)]
-    with report, Ending() as ending:
+    with report, SignalHandler() as signals:
         report.environment(vars(options))
         chaos = Chaos(command, config, run_dir, report, random.Random(options.seed))
         try:
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return chaos.run(60 * options.minutes, tuple(options.gap), options.kinds)
         except KeyboardInterrupt:
             print("interrupted; the rows so far are kept", file=sys.stderr)
-            return ending.status
+            return signals.status
         finally:
             chaos.end()
 
@@ -271,4 +270,4 @@ def print_table(report: Report, title: str, strikes: Sequence[Strike]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

@@ -23,7 +23,7 @@ from cluster.redaction import one_line
 from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.display import ProgressBars
-from jobs.ending import Ending
+from jobs.entry_point import BAD_INPUT, run_main
 from jobs.evaluation import charts, tables
 from jobs.evaluation.config import EvaluationConfig, read
 from jobs.evaluation.corruptions import draw_corruptions
@@ -36,10 +36,10 @@ from jobs.evaluation.rows import ChosenSettings, Row, only, rows_of
 from jobs.evaluation.threads import limited_threads
 from jobs.evaluation.units import Unit, UnitResult, load, run_unit
 from jobs.options import at_least, read_yaml
-from jobs.program import run_program
 from jobs.ray_session import shut_down_ray
-from jobs.recording import BAD_INPUT, run_recorded
+from jobs.recording import run_recorded
 from jobs.run_directory import default_root, local_folder
+from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
 from simmatch.files import write_whole
@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    with Ending() as ending, limited_threads(threads):
-        return job.run(ending, options.workers, threads, digest_of(material, other))
+    with SignalHandler() as signals, limited_threads(threads):
+        return job.run(signals, options.workers, threads, digest_of(material, other))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,7 +181,7 @@ class Evaluation:
         self.settings = ChosenSettings(self.run_dir / SETTINGS)
         self.left_out: dict[str, str] = {}
 
-    def run(self, ending: Ending, workers: int, threads: int, digest: str) -> int:
+    def run(self, signals: SignalHandler, workers: int, threads: int, digest: str) -> int:
         """Measure what is not known yet, print, record. Returns the exit status.
 
         Parameters
@@ -194,7 +194,7 @@ class Evaluation:
             self._measure(workers, threads, digest)
             self._show()
 
-        return run_recorded(work, self.tracker, self.console, ending)
+        return run_recorded(work, self.tracker, self.console, signals)
 
     def _missing(self) -> list[Unit]:
         """What is to be done, seed by seed, so that a whole table of one seed is there early."""
@@ -280,4 +280,4 @@ def _one_of_each(material: Material) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

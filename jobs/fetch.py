@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.redaction import one_line
-from jobs.program import run_program
+from jobs.entry_point import run_main
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.sources import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
@@ -201,4 +201,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

@@ -25,7 +25,7 @@ from cluster.redaction import one_line
 from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.display import ProgressBars
-from jobs.ending import Ending
+from jobs.entry_point import BAD_INPUT, run_main
 from jobs.evaluation import finetuning_tables as tables
 from jobs.evaluation.finetuning import (
     FREE,
@@ -44,10 +44,10 @@ from jobs.evaluation.resume import SETTINGS, begin, check_same, has_results, rea
 from jobs.evaluation.tables import markdown
 from jobs.evaluation.threads import run_in_threads
 from jobs.options import at_least, read_yaml
-from jobs.program import run_program
-from jobs.recording import BAD_INPUT, run_recorded
+from jobs.recording import run_recorded
 from jobs.reporting import save_figure
 from jobs.run_directory import default_root, local_folder
+from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
 from simmatch.data.sources import load_dataset
@@ -81,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    with Ending() as ending:
-        return job.run(ending)
+    with SignalHandler() as signals:
+        return job.run(signals)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,7 +134,7 @@ class Finetuning:
         self.results = StartResultStore(self.run_dir / "results")
         self.settings = ChosenStartSettings(self.run_dir / SETTINGS)
 
-    def run(self, ending: Ending) -> int:
+    def run(self, signals: SignalHandler) -> int:
         """Train what has no result yet, print, record. Returns the exit status."""
 
         def work() -> None:
@@ -142,7 +142,7 @@ class Finetuning:
             self._choose(trials)
             self._show(trials, self._compare(trials))
 
-        return run_recorded(work, self.tracker, self.console, ending)
+        return run_recorded(work, self.tracker, self.console, signals)
 
     def _pretrain(self) -> dict[tuple[str, int], Trial]:
         """Similarity matching for every network and seed."""
@@ -240,4 +240,4 @@ def _keyed(key: Any, make: Callable[[], T]) -> tuple[Any, T]:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from cluster.messages import GroupStarted, Note, Progress, StartingPoint
-from jobs.program import run_program
+from jobs.entry_point import run_main
 
 
 @dataclass(frozen=True)
@@ -86,4 +86,4 @@ class JsonDisplay:
 if __name__ == "__main__":
     from jobs.pretrain import main  # a program that only reads lines need not import it
 
-    run_program(partial(main, make_display=JsonDisplay))
+    run_main(partial(main, make_display=JsonDisplay))

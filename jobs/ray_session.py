@@ -18,7 +18,7 @@ from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.network import accepts_connections
 from cluster.timeouts import run_with_timeout
-from jobs.ending import asking_to_end
+from jobs.signals import termination_signals
 from simmatch.config import ConfigError
 
 CONNECT_S = 10.0
@@ -212,7 +212,7 @@ def own_signals() -> Iterator[None]:
     Its handler of SIGTERM exits with status 15, past what is to be recorded. The processes do not see the terminal
     close, which tells every process that belongs to it: the job is to end them in order.
     """
-    before = {signum: signal.getsignal(signum) for signum in asking_to_end()}
+    before = {signum: signal.getsignal(signum) for signum in termination_signals()}
     put = signal.signal
 
     def keep(signum: int, handler: Any) -> Any:

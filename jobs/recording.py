@@ -18,15 +18,15 @@ from cluster.text import count
 from cluster.tracking.config import sqlite_uri, sync_command
 from cluster.tracking.events import RunStatus
 from cluster.tracking.tracker import Tracker
-from jobs.ending import Ending
+from jobs.entry_point import BAD_INPUT, FAILED
+from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
 
-FAILED, BAD_INPUT = 1, 2
 MODEL = "model: "
 """Prefix of the note of a model that cannot be logged."""
 
 
-def run_recorded(work: Callable[[], None], tracker: Tracker, console: Console, ending: Ending) -> int:
+def run_recorded(work: Callable[[], None], tracker: Tracker, console: Console, signals: SignalHandler) -> int:
     """Do the work of a comparison and record how it ended; returns the exit status.
 
     Every result is kept as soon as it is known, so the same command continues after an interruption.
@@ -40,12 +40,12 @@ def run_recorded(work: Callable[[], None], tracker: Tracker, console: Console, e
         status, code = "FINISHED", 0
     except KeyboardInterrupt:
         print("interrupted; all results so far are kept, the same command continues", file=sys.stderr)
-        status, code = "KILLED", ending.status
+        status, code = "KILLED", signals.status
     except (RunFailed, ConfigError) as error:
         print(f"error: {one_line(error)}; all results so far are kept", file=sys.stderr)
         code = BAD_INPUT if isinstance(error, ConfigError) else FAILED
     finally:
-        ending.instead = tracker.hurry
+        signals.on_signal = lambda _: tracker.hurry()
         tracker.metrics(0, {"seconds": time.monotonic() - started})
         tracker.finish(status)
         send_records(tracker, report)

@@ -21,9 +21,9 @@ from cluster.tracking.mlflow_sink import PARENT, make_sender
 from cluster.tracking.sender import Sender
 from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from jobs.display import ProgressBars
-from jobs.ending import Ending
-from jobs.program import run_program
+from jobs.entry_point import run_main
 from jobs.run_directory import local_folder
+from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
 
 
@@ -41,16 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, SpoolBusyError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    ending = Ending()
+    signals = SignalHandler()
     try:
-        with ending:
+        with signals:
             sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported))
             sender.delivery.load()
             _send(sender, options.wait)
             return _report(sender, redact(uri), ended)
     except KeyboardInterrupt:
         print("interrupted; the same command sends what is left", file=sys.stderr)
-        return ending.status
+        return signals.status
     finally:
         spool.close()
 
@@ -118,4 +118,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

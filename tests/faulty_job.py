@@ -16,8 +16,8 @@ from typing import Any
 
 import cluster.checkpoints.manifest
 import cluster.group
+from jobs.entry_point import run_main
 from jobs.pretrain import main
-from jobs.program import run_program
 from tests.faults import FaultPlan, faulty_worker
 
 COMMITS = 2
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     elif values is not None:
         worker = faulty_worker(FaultPlan(**values))
         cluster.group.WorkerGroup = partial(cluster.group.WorkerGroup, worker_class=worker)
-    run_program(partial(main, sys.argv[2:]))
+    run_main(partial(main, sys.argv[2:]))

@@ -110,7 +110,7 @@ def test_there_is_one_way_to_write_a_file() -> None:
         ("simmatch/files.py", 'partial.open("xb")'),
         # line by line
         ("jobs/reporting.py", 'self.path.open("a", encoding="utf-8")'),
-        ("jobs/program.py", 'open(os.devnull, "w")'),
+        ("jobs/entry_point.py", 'open(os.devnull, "w")'),
         ("jobs/benchmarks/efficiency.py", 'Path("/proc/self/clear_refs").write_text("5")'),
     }
     writes = [

@@ -1,4 +1,4 @@
-"""The end of a run: figures, records, the summary and the table; only then the wait for MLflow.
+"""Results of a run: figures, `summary.json` and the table; only then the wait for MLflow.
 
 However that wait ends, the model and its accuracy are on the disk and have been shown.
 """
@@ -39,8 +39,8 @@ class RunOutcome:
     message: str | None = None
 
 
-class Closing:
-    """The steps after a run has ended. None of them raises because of a disk, a store or a server.
+class RunResults:
+    """Draws, writes and sends the results of a run. None of them raises because of a disk, a store or a server.
 
     Parameters
     ----------
@@ -76,7 +76,9 @@ class Closing:
         figures.training_curves(record.curves, folder / "training-curves.png")
         self.tracker.figure(folder / "training-curves.png")
 
-    def record(self, config: RunConfig, record: RunRecord, outcome: RunOutcome, seconds: float) -> dict[str, Any]:
+    def write_summary(
+        self, config: RunConfig, record: RunRecord, outcome: RunOutcome, seconds: float
+    ) -> dict[str, Any]:
         """Record how the run ended; returns the summary."""
         tracker = self.tracker
         self._summary = summarise(
@@ -97,7 +99,7 @@ class Closing:
         self._write(tracking_share=tracker.seconds / seconds)
         return self._summary
 
-    def wait(self) -> None:
+    def send(self) -> None:
         """Wait for MLflow, and complete the summary."""
         send_records(self.tracker, self.report)
         self._write(**outcome_fields(self.tracker))

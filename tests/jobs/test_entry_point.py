@@ -21,13 +21,13 @@ import pytest
 import jobs
 from cluster.checkpoints.manifest import folder_of
 from cluster.checkpoints.reader import newest_good
-from jobs.ending import Ending
 from jobs.ray_session import own_signals
+from jobs.signals import SignalHandler
 
 SHOWS = """
 from rich.console import Console
 from rich.table import Table
-from jobs.program import run_program
+from jobs.entry_point import run_main
 
 def main():
     table = Table("layer")
@@ -38,24 +38,24 @@ def main():
         Console(stderr=True).print("× " * 50)
     return 7
 
-run_program(main)
+run_main(main)
 """
 
 WAITS = """
 import sys, time
-from jobs.program import run_program
+from jobs.entry_point import run_main
 
 def main():
     print("here", flush=True)
     time.sleep(60)
     return 0
 
-run_program(main)
+run_main(main)
 """
 
 TRACES = """
 import threading, time, torch
-from jobs.program import run_program
+from jobs.entry_point import run_main
 
 class Deep(torch.nn.Module):
     def forward(self, x):
@@ -74,7 +74,7 @@ def main():
     time.sleep(1.0)
     return 7
 
-run_program(main)
+run_main(main)
 """
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -129,8 +129,8 @@ def test_a_signal_ends_it_with_a_line(start: Run, signum: signal.Signals) -> Non
 
 def test_signals_of_an_end_call_what_cuts_it_short() -> None:
     before, heard = [signal.getsignal(signum) for signum in SIGNALS], []
-    with Ending() as ending:
-        ending.instead = lambda: heard.append("hurry")
+    with SignalHandler() as signals:
+        signals.on_signal = lambda _: heard.append("hurry")
         for signum in SIGNALS:
             signal.raise_signal(signum)
     assert heard == 3 * ["hurry"]
@@ -138,12 +138,12 @@ def test_signals_of_an_end_call_what_cuts_it_short() -> None:
 
 
 def test_an_ending_remembers_what_ended_it() -> None:
-    with Ending() as ending:
+    with SignalHandler() as signals:
         for signum in (signal.SIGHUP, signal.SIGINT):
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signum)
         signal.raise_signal(signal.SIGTERM)  # what ends in order may take a while
-    assert ending.status == 129
+    assert signals.status == 129
 
 
 def test_a_signal_while_ray_starts_is_one_of_ours() -> None:
@@ -157,12 +157,12 @@ def test_a_signal_while_ray_starts_is_one_of_ours() -> None:
             signal.raise_signal(signal.SIGTERM)
 
     blocked, put = signal.pthread_sigmask(signal.SIG_BLOCK, set()), signal.signal
-    with Ending() as ending:
+    with SignalHandler() as signals:
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             begin()
         assert signal.getsignal(signal.SIGTERM) == handler
-    assert ending.status == 143
+    assert signals.status == 143
     assert signal.signal is put
     assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == blocked
 
@@ -226,5 +226,14 @@ def test_every_job_is_such_a_program() -> None:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
                 entries[path.stem] = ast.unparse(node.body[0])
-    assert entries.keys() >= {"pretrain", "told", "evaluate", "finetune", "benchmark", "chaos", "sync", "fetch"}
-    assert all(call.startswith("run_program(") for call in entries.values()), entries
+    assert entries.keys() >= {
+        "pretrain",
+        "json_progress",
+        "evaluate",
+        "finetune",
+        "benchmark",
+        "chaos",
+        "sync",
+        "fetch",
+    }
+    assert all(call.startswith("run_main(") for call in entries.values()), entries

@@ -19,8 +19,8 @@ import pytest
 from rich.console import Console
 
 import cluster.tracking.tracker
-import jobs.closing
-import jobs.pretrain
+import jobs.run_results
+import jobs.training_job
 from cluster.config import RunConfig
 from cluster.controller import RunFailed, RunStopped
 from cluster.messages import ReadoutScored
@@ -28,12 +28,12 @@ from cluster.storage import StorageError
 from cluster.summary import RunRecord
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.tracker import Tracker
-from jobs.closing import Closing, lines_of
 from jobs.display import JobDisplay
-from jobs.ending import asking_to_end
-from jobs.pretrain import Job
 from jobs.ray_session import own_signals
 from jobs.run_directory import choose
+from jobs.run_results import RunResults, lines_of
+from jobs.signals import termination_signals
+from jobs.training_job import TrainingJob
 from simmatch.data.sources import Dataset
 from simmatch.model import Stack, save_model
 
@@ -73,20 +73,20 @@ def handlers() -> Iterator[None]:
 @pytest.fixture
 def make_job(
     make_config: Callable[..., RunConfig], digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Job]:
+) -> Callable[..., TrainingJob]:
     """(assignments, deed, whether ranks train when a signal comes, load) → a job without Ray."""
 
-    def make(*assignments: str, deed: Deed = lambda _: None, trains: bool = False, load: Any = None) -> Job:
+    def make(*assignments: str, deed: Deed = lambda _: None, trains: bool = False, load: Any = None) -> TrainingJob:
         def controller(config: RunConfig, *_: object, **__: object) -> Scripted:
             return Scripted(config, deed, trains)
 
-        monkeypatch.setattr(jobs.pretrain, "start_ray", lambda *_: "nowhere")
-        monkeypatch.setattr(jobs.pretrain, "shut_down_ray", lambda: True)
-        monkeypatch.setattr(jobs.pretrain, "Controller", controller)
+        monkeypatch.setattr(jobs.training_job, "start_ray", lambda *_: "nowhere")
+        monkeypatch.setattr(jobs.training_job, "shut_down_ray", lambda: True)
+        monkeypatch.setattr(jobs.training_job, "Controller", controller)
         config = make_config(*(assignments or ["tracking.enabled=false"]))
         start = choose(config, str(tmp_path / "r"), "auto")
         tracker = Tracker(start.run_dir, config.tracking, None if load is None else ModelLogger(load))
-        return Job(config, digits, start, tracker, Console(width=200))
+        return TrainingJob(config, digits, start, tracker, Console(width=200))
 
     return make
 
@@ -98,13 +98,13 @@ def hanging() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def summary_of(job: Job) -> dict[str, Any]:
+def summary_of(job: TrainingJob) -> dict[str, Any]:
     return json.loads((job.run_dir / "summary.json").read_text())
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_ends_the_wait_for_mlflow(
-    make_job: Callable[..., Job],
+    make_job: Callable[..., TrainingJob],
     hanging: str,
     signum: signal.Signals,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,24 +137,27 @@ def test_a_signal_ends_the_wait_for_mlflow(
 
 
 MOMENTS = {
-    "figures": (Closing, "_draw"),
+    "figures": (RunResults, "_draw"),
     "records": (Tracker, "finish"),
-    "summary": (jobs.closing, "write_whole"),
-    "leaving the cluster": (jobs.pretrain, "shut_down_ray"),
+    "summary": (jobs.run_results, "write_whole"),
+    "leaving the cluster": (jobs.training_job, "shut_down_ray"),
     "the wait": (Tracker, "close"),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_signals_at_the_end_change_nothing(
-    make_job: Callable[..., Job], moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_job: Callable[..., TrainingJob],
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = make_job()
     place, name = MOMENTS[moment]
     whole = getattr(place, name)
 
     def struck(*arguments: Any, **named: Any) -> Any:
-        for signum in asking_to_end():
+        for signum in termination_signals():
             signal.raise_signal(signum)
             signal.raise_signal(signum)
         return whole(*arguments, **named)
@@ -170,7 +173,7 @@ def test_signals_at_the_end_change_nothing(
 @pytest.mark.parametrize("moment", ["close", "push"])
 @pytest.mark.parametrize("away", [True, False])
 def test_a_store_at_the_end_is_waited_for_once_at_most(
-    make_job: Callable[..., Job],
+    make_job: Callable[..., TrainingJob],
     moment: str,
     away: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -233,7 +236,7 @@ def struck_while_the_group_ends(controller: Scripted) -> None:
     ],
 )
 def test_the_status_is_that_of_the_training(
-    make_job: Callable[..., Job],
+    make_job: Callable[..., TrainingJob],
     deed: Deed,
     trains: bool,
     code: int,
@@ -256,7 +259,9 @@ def test_the_status_is_that_of_the_training(
     assert capsys.readouterr().err == ("" if message is None else f"error: {message}\n")
 
 
-def test_a_signal_before_anything_is_shown(make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_before_anything_is_shown(
+    make_job: Callable[..., TrainingJob], capsys: pytest.CaptureFixture[str]
+) -> None:
     def shown(*_: object) -> JobDisplay:
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("unreachable")
@@ -268,7 +273,7 @@ def test_a_signal_before_anything_is_shown(make_job: Callable[..., Job], capsys:
     assert capsys.readouterr().err == "error: ended by SIGTERM\n"
 
 
-def test_two_signals_while_ray_starts(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_signals_while_ray_starts(make_job: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one comes while the first is on its way up; Ray would answer it by a handler of its own."""
 
     def starts(*_: object) -> str:
@@ -281,13 +286,13 @@ def test_two_signals_while_ray_starts(make_job: Callable[..., Job], monkeypatch:
         return "somewhere"
 
     job = make_job()
-    monkeypatch.setattr(jobs.pretrain, "start_ray", starts)
+    monkeypatch.setattr(jobs.training_job, "start_ray", starts)
     assert job.run() == 130
     assert summary_of(job)["status"] == "KILLED"
 
 
 def test_a_run_without_a_readout_is_shown_and_recorded(
-    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+    make_job: Callable[..., TrainingJob], capsys: pytest.CaptureFixture[str]
 ) -> None:
 
     def without_readout(controller: Scripted) -> None:
@@ -308,7 +313,7 @@ def test_a_run_without_a_readout_is_shown_and_recorded(
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("no model")])
 def test_what_comes_after_learning_costs_no_run(
-    make_job: Callable[..., Job],
+    make_job: Callable[..., TrainingJob],
     error: Exception,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -316,9 +321,9 @@ def test_what_comes_after_learning_costs_no_run(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Closing, "_draw", fail)
+    monkeypatch.setattr(RunResults, "_draw", fail)
     if isinstance(error, OSError):
-        monkeypatch.setattr(jobs.closing, "write_whole", fail)
+        monkeypatch.setattr(jobs.run_results, "write_whole", fail)
     job = make_job()
     assert job.run() == 0
     out = capsys.readouterr().out
@@ -329,7 +334,10 @@ def test_what_comes_after_learning_costs_no_run(
 
 @pytest.mark.fault
 def test_an_interrupted_wait_leaves_a_finished_run_and_one_model(
-    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_job: Callable[..., TrainingJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """SQLite, interrupted while the model is traced; `jobs.sync` completes it, once."""
     from mlflow import MlflowClient
