@@ -27,6 +27,7 @@ import yaml
 import jobs.sync
 from cluster.collectives import open_store
 from cluster.config import RunConfig
+from cluster.controller import RunFailed
 from cluster.messages import Traceback
 from cluster.network import LOOPBACK
 from cluster.redaction import Redactor, one_line
@@ -34,6 +35,7 @@ from cluster.training import Assignment
 from cluster.worker import Worker
 from jobs import pretrain
 from jobs.options import read_yaml
+from jobs.training_job import TrainingJob
 from simmatch.config import parse
 from simmatch.data.formats import DataError, read_cifar_batch
 from tests.exchanges import of_type
@@ -415,12 +417,12 @@ def test_a_failure_is_told_without_secrets(
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     everything = " ".join([*SECRETS.values(), f"https://ada:{USERINFO}@host"])
 
-    def fail(self: pretrain.Job, display: Any, _: int) -> None:
+    def fail(self: TrainingJob, display: Any, start_step: int) -> None:
         monkeypatch.setenv("RAY_AUTH_TOKEN", SECRETS["RAY_AUTH_TOKEN"])
         display.note(f"rank 1:\nTraceback (most recent call last):\nOSError: {everything}")
-        raise pretrain.RunFailed(f"rank 1 was lost: {everything}")
+        raise RunFailed(f"rank 1 was lost: {everything}")
 
-    monkeypatch.setattr(pretrain.Job, "_train", fail)
+    monkeypatch.setattr(TrainingJob, "_train", fail)
     words = ["--config", str(ROOT / "jobs/configs/digits.yaml"), "--run-dir", str(tmp_path / "run")]
     assert pretrain.main([*words, "--set", "tracking.enabled=false"]) == 1
     out, err = capsys.readouterr()

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 import jobs.pretrain
+import jobs.training_job
 from cluster.checkpoints.manifest import read_manifest
 from cluster.checkpoints.reader import Reader, newest_good
 from cluster.config import RunConfig
@@ -313,13 +314,13 @@ def test_dry_run(
     def no_ray(cpus: int) -> str:
         raise AssertionError("Ray was about to start")
 
-    monkeypatch.setattr(jobs.pretrain, "start_ray", no_ray)
+    monkeypatch.setattr(jobs.training_job, "start_ray", no_ray)
     monkeypatch.chdir(tmp_path)
     assert jobs.pretrain.main(["--config", str(digits_yaml), "--set", "mesh.channel=3", "--dry-run"]) == 0
     out, err = capsys.readouterr()
     configuration, _, rest = out.partition("mesh: data")
     assert parse(RunConfig, yaml.safe_load(configuration)).mesh.channel == 3
-    assert rest.startswith(" 1 × layer 1 × channel 3, 3 rank(s) on cpu\n")
+    assert rest.startswith(" 1 × layer 1 × channel 3, 3 ranks on cpu\n")
     assert "6 of 16" in rest
     assert err == ""
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import jobs.pretrain
+import jobs.training_job
 from cluster.checkpoints.committer import commit
 from cluster.checkpoints.manifest import FORMAT, Cursor, LayerState, Manifest
 from cluster.checkpoints.shard_writer import write_shard
@@ -38,7 +39,7 @@ def refuse(
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(jobs.pretrain, "start_ray", _no_ray)
+    monkeypatch.setattr(jobs.training_job, "start_ray", _no_ray)
 
     def call(*arguments: str) -> str:
         before = sorted(folder.rglob("*")), "ray" in sys.modules
