@@ -17,7 +17,7 @@ from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import of_every_rank
 
 
-class _Work(threading.Thread):
+class _WorkThread(threading.Thread):
     """A call in a thread, and whether it makes progress: one that hangs uses no processor time."""
 
     def __init__(self, call: Callable[[], None]) -> None:
@@ -66,7 +66,7 @@ def on_one_rank(
     Exception
         What the work raises, on its own rank.
     """
-    thread = None if work is None else _Work(work)
+    thread = None if work is None else _WorkThread(work)
     if thread is not None:
         thread.start()
     done = False
