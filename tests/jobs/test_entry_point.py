@@ -225,7 +225,7 @@ def test_every_job_is_such_a_program() -> None:
     for path in folder.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
-                entries[path.stem] = ast.unparse(node.body[0])
+                entries[path.stem] = ast.unparse(node.body[-1])
     assert entries.keys() >= {
         "pretrain",
         "json_progress",
