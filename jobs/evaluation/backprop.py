@@ -1,7 +1,7 @@
-"""Training by backpropagation: the rival of learning from local rules, as strong as four settings per budget make it.
+"""Training by backpropagation: the rival of local learning rules, with four settings to choose from per budget.
 
 Cross-entropy with label smoothing, AdamW (Loshchilov & Hutter 2019), a learning rate that rises for a tenth of the
-steps and falls to zero along a cosine, dropout of what the dense layers see. No augmentation, for none of the rivals
+steps and falls to zero along a cosine, dropout of the input of the dense layers. No augmentation, because no rival
 has any. Two threads are slower than two processes of one thread each: small networks do not fill both.
 """
 
@@ -25,7 +25,7 @@ WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
 
 IMAGES_AT_ONCE = 500
-"""Images that are encoded or scored together; more would leave the cache."""
+"""Images that are encoded or scored together; more do not fit the cache."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TrainSettings:
             raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
 
     def steps(self, num_images: int) -> int:
-        """Steps with so many images."""
+        """Number of steps for so many images."""
         return max(self.least_steps, math.ceil(self.epochs * num_images / min(self.batch_size, num_images)))
 
     def shortened(self, share: float) -> TrainSettings:
@@ -75,7 +75,7 @@ class TrainSettings:
 
 
 Kind = Literal["few", "many"]
-"""Of budget: up to 100 labels per class, or more."""
+"""Size of a budget: up to 100 labels per class, or more."""
 
 CANDIDATES: Mapping[Kind, tuple[TrainSettings, ...]] = {
     "few": (
@@ -106,7 +106,7 @@ def train(net: LeNet, images: Tensor, labels: Tensor, settings: TrainSettings, s
     ----------
     images, labels: [N, C, H, W] in [0, 1] and int64 [N].
     seed: of the order of the images and of dropout. On one machine and number of threads, runs are bitwise equal.
-    frozen: leave the convolutions as they are and train the dense layers on their output, computed once.
+    frozen: do not train the convolutions, but the dense layers on their output, which is computed once.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def schedule(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def encode(net: LeNet, images: Tensor) -> Tensor:
-    """What the dense layers see of images [N, C, H, W]: [N, F]."""
+    """Input [N, F] of the dense layers for images [N, C, H, W]."""
     return torch.cat([net.features(part) for part in torch.split(images, IMAGES_AT_ONCE)])
 
 
@@ -207,7 +207,7 @@ def batches(num_images: int, batch_size: int, steps: int, generator: torch.Gener
 
 
 def dropping(share: float, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """Dropout (Srivastava et al. 2014) with numbers of its own: values kept are divided by the share that is."""
+    """Dropout (Srivastava et al. 2014) with its own random numbers: values kept are divided by the share kept."""
 
     def drop(values: Tensor) -> Tensor:
         kept = torch.rand(values.shape, generator=generator) >= share

@@ -1,4 +1,4 @@
-"""Configuration of an evaluation; `jobs/configs/evaluate_*.yaml` hold examples."""
+"""Configuration of a comparison; `jobs/configs/evaluate_*.yaml` hold examples."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class StackRow(Frozen):
     rows: Annotated[
         dict[str, Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]], Field(min_length=1)
     ]
-    """Row name → layers, from 0, whose features its readout sees side by side. A supervised layer has seen the labels
-    of all training images: no place for it in a row. Settings are chosen by all rows."""
+    """Row name → layers, from 0, whose features its readout sees side by side. Supervised layers are excluded, because
+    they learn from the labels of all training images. Settings are chosen by all rows."""
 
     pool: PositiveInt | None = None
-    """Features are maps averaged down to so many rows and columns; `shape.pool` where none is named."""
+    """Height and width to which feature maps are average-pooled; default: `shape.pool`."""
 
     candidates: Annotated[tuple[Overrides, ...], Field(strict=False, max_length=CANDIDATES)] = ()
-    """Overrides of `model`, `layers.0.whiten=true`; none: the model as it is."""
+    """Variants of `model`, each a list of overrides such as `layers.0.whiten=true`; none: the model as it is."""
 
     @model_validator(mode="after")
     def _rows_are_unsupervised(self) -> StackRow:
@@ -76,7 +76,7 @@ class StackRow(Frozen):
 
 
 class EvaluationConfig(Frozen):
-    """Everything about one evaluation."""
+    """Everything about one comparison."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Names the run and its default folder, runs/<name>."""
@@ -84,35 +84,35 @@ class EvaluationConfig(Frozen):
     data: DataConfig
 
     unseen: DataConfig | None = None
-    """A data set that no learner has seen: learners keep what they learnt, the readout is trained on its labels. Its
-    images are resized, and made grey where `data`'s are."""
+    """A data set that learners are not trained on: they stay as they are, and readouts are trained on its labels. Its
+    images are resized to the size of those of `data`, and made grey if those are."""
 
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
-    """Of weights, data order and label subsets."""
+    """Seeds of weights, data order and label subsets."""
 
     budgets: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (10, 50, 100, 1000)
-    """Labels per class, smallest first; all labels are always read as well."""
+    """Labels per class, the smallest first; readouts of all labels are always measured as well."""
 
     held_out: PositiveInt = 5000
-    """Training images, the last ones, that nothing learns from: settings and penalties are chosen on them."""
+    """The last so many training images are not trained on: settings and penalties are chosen on them."""
 
     candidates: Annotated[PositiveInt, Field(le=CANDIDATES)] = CANDIDATES
-    """Settings that every row may choose from, the first of its list: the same search budget for all; 1: no search."""
+    """Number of settings that every row may choose from, the first of its list: equal search budgets; 1: no search."""
 
     tuning_images: PositiveInt = 5000
-    """Training images, the first ones, that settings are chosen with."""
+    """Settings are compared after learning from the first so many training images."""
 
     corrupted_images: NonNegativeInt = 1000
-    """Test images, the first ones, that every corruption is applied to; 0 for none."""
+    """Every corruption is applied to the first so many test images; 0: no corruptions."""
 
     outlier_shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.01, 0.05)
     """Shares of the training images replaced by noise, one experiment each."""
 
     outlier_images: NonNegativeInt = 10_000
-    """Training images of those experiments and of the one without noise beside them; 0 for none."""
+    """Training images of these experiments, and of one without noise; 0: no such experiments."""
 
     shape: ShapeConfig
-    """What the rivals learn: the geometry of the single similarity-matching layer."""
+    """Geometry of the rivals, that of the single similarity-matching layer."""
 
     stacks: Annotated[dict[str, StackRow], Field(min_length=1)]
     """Row name → similarity-matching stack."""
@@ -126,7 +126,7 @@ class EvaluationConfig(Frozen):
     tracking: TrackingConfig = TrackingConfig()
 
     quick: Overrides = ()
-    """Overrides that `--quick` applies: a table of the same rows in minutes, with figures that mean less."""
+    """Overrides that `--quick` applies: a table of the same rows in minutes, with less precise figures."""
 
     @model_validator(mode="after")
     def _budgets_rise_and_nothing_is_twice(self) -> EvaluationConfig:

@@ -1,7 +1,7 @@
 """The fifteen corruptions of MNIST-C, for images of any size and number of channels.
 
 Mu and Gilmer, MNIST-C: a robustness benchmark for computer vision (arXiv:1906.02337). Written from their descriptions,
-at their severities; lengths follow the size of the image. To add one, write a function `(images, chance) -> images`
+at their severities; lengths follow the size of the image. To add one, write a function `(images, draws) -> images`
 and one entry of `CORRUPTIONS`.
 """
 
@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from jobs.evaluation import corruptions_geometry as geometry
 from jobs.evaluation import corruptions_texture as texture
-from jobs.evaluation.corruptions_chance import Chance
+from jobs.evaluation.corruptions_draws import ImageDraws
 from jobs.reporting import save_figure
 
-Corruption = Callable[[Tensor, Chance], Tensor]
-"""Images [N, C, H, W] in [0, 1], float64, and their chance → images of that shape, to be clamped."""
+Corruption = Callable[[Tensor, ImageDraws], Tensor]
+"""Images [N, C, H, W] in [0, 1], float64, and their random numbers → images of that shape, to be clamped."""
 
 CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
     {
@@ -58,7 +58,7 @@ def corrupt(images: Tensor, name: str, seed: int, *, first: int = 0) -> Tensor:
     ----------
     images: [N, C, H, W] in [0, 1], floating point.
     name: a key of `CORRUPTIONS`.
-    seed: another seed draws anew, in what chance decides at all.
+    seed: of the random numbers, for corruptions that use any.
     first: index of the first image in its data set.
 
     Raises
@@ -72,8 +72,8 @@ def corrupt(images: Tensor, name: str, seed: int, *, first: int = 0) -> Tensor:
     corrupted = torch.empty_like(images)
     for start in range(0, len(images), CHUNK):
         part = images[start : start + CHUNK].to("cpu", torch.float64)
-        chance = Chance(f"corruption {name}", seed, range(first + start, first + start + len(part)))
-        corrupted[start : start + CHUNK] = CORRUPTIONS[name](part, chance).clamp(0, 1).to(images.dtype)
+        draws = ImageDraws(f"corruption {name}", seed, range(first + start, first + start + len(part)))
+        corrupted[start : start + CHUNK] = CORRUPTIONS[name](part, draws).clamp(0, 1).to(images.dtype)
     return corrupted
 
 

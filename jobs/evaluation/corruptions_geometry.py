@@ -1,6 +1,6 @@
 """Corruptions that move pixels: shear, scale, rotate, translate; motion blur and glass blur.
 
-Every function takes images [N, C, H, W] in [0, 1], float64, and the chance of those images; all channels of an image
+Every function takes images [N, C, H, W] in [0, 1], float64, and the random numbers of those images; all channels of an image
 move alike. Lengths are those of MNIST-C, chosen for 28 pixels, in units of `pixel(images)`.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.evaluation.corruptions_chance import Chance
+from jobs.evaluation.corruptions_draws import ImageDraws
 
 SHEAR_RAD = 0.4
 SCALE = 0.7
@@ -79,36 +79,36 @@ def _linear(images: Tensor, entries: list[list[Tensor]]) -> Tensor:
     return warp(images, matrix, torch.zeros(1, 2, dtype=torch.float64))
 
 
-def shear(images: Tensor, chance: Chance) -> Tensor:
+def shear(images: Tensor, draws: ImageDraws) -> Tensor:
     """Rows slide against each other by tan 0.4 of their distance, to one side or the other; the centre stays."""
-    slope = chance.sign() * math.tan(SHEAR_RAD)
+    slope = draws.sign() * math.tan(SHEAR_RAD)
     one, zero = torch.ones_like(slope), torch.zeros_like(slope)
     return _linear(images, [[one, zero], [slope, one]])
 
 
-def scale(images: Tensor, chance: Chance) -> Tensor:
+def scale(images: Tensor, draws: ImageDraws) -> Tensor:
     """The image shrunk to 0.7 of its size about its centre, zeros around it."""
     one = torch.ones(1, dtype=torch.float64)
     return _linear(images, [[one / SCALE, 0 * one], [0 * one, one / SCALE]])
 
 
-def rotate(images: Tensor, chance: Chance) -> Tensor:
+def rotate(images: Tensor, draws: ImageDraws) -> Tensor:
     """Turned about the centre by 0.4 rad (23°), one way or the other."""
-    sign = chance.sign()
+    sign = draws.sign()
     cosine, sine = torch.full_like(sign, math.cos(ROTATE_RAD)), sign * math.sin(ROTATE_RAD)
     return _linear(images, [[cosine, sine], [-sine, cosine]])
 
 
-def translate(images: Tensor, chance: Chance) -> Tensor:
+def translate(images: Tensor, draws: ImageDraws) -> Tensor:
     """Moved by 3 of 28 pixels in both directions, each way as likely; zeros move in."""
-    shift = whole(TRANSLATE * pixel(images)) * chance.sign(2)
+    shift = whole(TRANSLATE * pixel(images)) * draws.sign(2)
     return warp(images, torch.eye(2, dtype=torch.float64)[None], shift)
 
 
-def motion_blur(images: Tensor, chance: Chance) -> Tensor:
+def motion_blur(images: Tensor, draws: ImageDraws) -> Tensor:
     """Smeared to one side along a line within 45° of the horizontal, with half a Gaussian of σ = 3 pixels of 28."""
     sigma = MOTION_SIGMA * pixel(images)
-    angle = chance.uniform(low=-MOTION_RAD, high=MOTION_RAD)[:, None, None]
+    angle = draws.uniform(low=-MOTION_RAD, high=MOTION_RAD)[:, None, None]
     down, right = torch.sin(angle), torch.cos(angle)
     rows, columns = positions(images)
     steps = np.linspace(0, 4 * sigma, 1 + max(12, math.ceil(4 * sigma)))  # at most a pixel apart
@@ -121,7 +121,7 @@ def motion_blur(images: Tensor, chance: Chance) -> Tensor:
     return blurred
 
 
-def glass_blur(images: Tensor, chance: Chance) -> Tensor:
+def glass_blur(images: Tensor, draws: ImageDraws) -> Tensor:
     """Smoothed, 3/8 of the pixels exchanged one after the other with one within reach, twice, and smoothed again.
 
     The reach is a pixel of 28 and at least one pixel; where that is further, fewer are exchanged. MNIST-C exchanges
@@ -134,8 +134,8 @@ def glass_blur(images: Tensor, chance: Chance) -> Tensor:
     sources = np.tile(np.arange(height * width)[:, None], len(images))  # which pixel has come where: [H W, N]
     image = np.arange(len(images))
     for _ in range(GLASS_ROUNDS):
-        exchanged = chance.uniform(height, width) < share
-        offset = (chance.uniform(2, height, width, low=-reach, high=reach + 1)).floor().long() * exchanged[:, None]
+        exchanged = draws.uniform(height, width) < share
+        offset = (draws.uniform(2, height, width, low=-reach, high=reach + 1)).floor().long() * exchanged[:, None]
         partner = (rows + offset[:, 0]).clamp(0, height - 1) * width + (columns + offset[:, 1]).clamp(0, width - 1)
         for place, other in enumerate(partner.flatten(1).T.numpy()):
             here = sources[place].copy()

@@ -1,6 +1,6 @@
 """Corruptions that change values in place: noise, brightness, stripe, fog, spatter, lines, and edges for an image.
 
-Every function takes images [N, C, H, W] in [0, 1], float64, and the chance of those images. Noise differs between the
+Every function takes images [N, C, H, W] in [0, 1], float64, and the random numbers of those images. Noise differs between the
 channels, everything else is the same in all. Lengths are those of MNIST-C, in units of `pixel(images)`.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.evaluation.corruptions_chance import Chance
+from jobs.evaluation.corruptions_draws import ImageDraws
 from jobs.evaluation.corruptions_geometry import gaussian, pixel, positions, sample, whole
 
 SHOT_PHOTONS = 3.0
@@ -27,26 +27,26 @@ ZIGZAG_MARGIN, ZIGZAG_TILT, ZIGZAG_SIZE = 2.0, 5.0, 2.0
 CANNY_SIGMA, CANNY_LOW, CANNY_HIGH = 1.0, 0.1, 0.2
 
 
-def shot_noise(images: Tensor, chance: Chance) -> Tensor:
+def shot_noise(images: Tensor, draws: ImageDraws) -> Tensor:
     """Counting noise of light: Poisson counts of mean 3 x, divided by 3."""
-    return chance.poisson(SHOT_PHOTONS * images) / SHOT_PHOTONS
+    return draws.poisson(SHOT_PHOTONS * images) / SHOT_PHOTONS
 
 
-def impulse_noise(images: Tensor, chance: Chance) -> Tensor:
+def impulse_noise(images: Tensor, draws: ImageDraws) -> Tensor:
     """17 % of the values replaced, half of them by 0 and half by 1."""
-    drawn = chance.uniform(*images.shape[1:])
+    drawn = draws.uniform(*images.shape[1:])
     noisy = torch.where(drawn < IMPULSE_SHARE, 1.0, images)
     return torch.where(drawn < IMPULSE_SHARE / 2, 0.0, noisy)
 
 
-def brightness(images: Tensor, chance: Chance) -> Tensor:
+def brightness(images: Tensor, draws: ImageDraws) -> Tensor:
     """The largest channel (V of HSV) 0.5 brighter, at most 1; hue and saturation stay."""
     value = images.amax(dim=1, keepdim=True)
     brighter = (value + BRIGHTER).clamp(max=1.0)
     return torch.where(value > 0, images * (brighter / value.clamp(min=1e-12)), brighter)
 
 
-def stripe(images: Tensor, chance: Chance) -> Tensor:
+def stripe(images: Tensor, draws: ImageDraws) -> Tensor:
     """Inverted, but for an upright stripe in the middle that is half as wide as the image."""
     width = images.shape[3]
     side = whole(width / 4)
@@ -54,7 +54,7 @@ def stripe(images: Tensor, chance: Chance) -> Tensor:
     return torch.where(inside, images, 1 - images)
 
 
-def plasma(shape: tuple[int, int], unit: float, chance: Chance) -> Tensor:
+def plasma(shape: tuple[int, int], unit: float, draws: ImageDraws) -> Tensor:
     """Smooth random clouds in [0, 1]: [N, H, W].
 
     A sum of octaves: random lattices, of which each has half the cell and 1/1.96 of the amplitude of the last, linear
@@ -67,24 +67,24 @@ def plasma(shape: tuple[int, int], unit: float, chance: Chance) -> Tensor:
         sides = [torch.arange(length, dtype=torch.float64)[:, None] / cell for length in shape]
         points = [math.ceil((length - 1) / cell) + 1 for length in shape]
         hats = [(1 - (side - torch.arange(n)).abs()).clamp(min=0) for side, n in zip(sides, points, strict=True)]
-        lattice = chance.uniform(*points, low=-amplitude, high=amplitude)
+        lattice = draws.uniform(*points, low=-amplitude, high=amplitude)
         clouds = clouds + hats[0] @ lattice @ hats[1].T
         variance += amplitude**2 / 3
         cell, amplitude = cell / 2, amplitude / FOG_DECAY
     return (0.5 + clouds / (FOG_RANGE * math.sqrt(variance))).clamp(0, 1)
 
 
-def fog(images: Tensor, chance: Chance) -> Tensor:
+def fog(images: Tensor, draws: ImageDraws) -> Tensor:
     """Clouds three times as bright as the image are added, and the sum is brought back to the image's largest value."""
-    clouds = FOG_WEIGHT * plasma((images.shape[2], images.shape[3]), pixel(images), chance)[:, None]
+    clouds = FOG_WEIGHT * plasma((images.shape[2], images.shape[3]), pixel(images), draws)[:, None]
     largest = images.amax(dim=(1, 2, 3), keepdim=True)
     return (images + clouds) * largest / (largest + FOG_WEIGHT)
 
 
-def spatter(images: Tensor, chance: Chance) -> Tensor:
+def spatter(images: Tensor, draws: ImageDraws) -> Tensor:
     """Dark grey drops, where smooth noise is well above its mean; made 28 pixels high or wide and resized."""
     unit, size = pixel(images), images.shape[2:]
-    liquid = gaussian(chance.normal(*(whole(length / unit) for length in size)), SPATTER_SIGMA)
+    liquid = gaussian(draws.normal(*(whole(length / unit) for length in size)), SPATTER_SIGMA)
     cover = gaussian((liquid > 0).double(), SPATTER_EDGE)[:, None]
     cover = torch.where(cover < SPATTER_COVER, 0.0, cover)
     cover = F.interpolate(cover, size=size, mode="bilinear", antialias=True)
@@ -100,24 +100,24 @@ def stroke(distance: Tensor, unit: float) -> Tensor:
     return (1 + torch.log1p(-(distance / reach).clamp(max=0.99))).clamp(min=0)
 
 
-def dotted_line(images: Tensor, chance: Chance) -> Tensor:
+def dotted_line(images: Tensor, draws: ImageDraws) -> Tensor:
     """A straight line from the left to the right edge, in dashes of two pixels of 28."""
     unit, (rows, columns) = pixel(images), positions(images)
     height, width = images.shape[2:]
-    start, end = chance.uniform(2, 1, 1, high=height - 1).unbind(1)
+    start, end = draws.uniform(2, 1, 1, high=height - 1).unbind(1)
     slope = (end - start) / max(width - 1, 1)
     distance = (rows - start - slope * columns).abs() / torch.sqrt(1 + slope**2)
     dashes = columns // whole(DASH * unit) % 2
     return images + (stroke(distance, unit) * dashes)[:, None]
 
 
-def zigzag(images: Tensor, chance: Chance) -> Tensor:
+def zigzag(images: Tensor, draws: ImageDraws) -> Tensor:
     """A nearly level zigzag, two pixels of 28 up and down and eight from crest to crest; at least 1 and 4 pixels."""
     unit, (rows, columns) = pixel(images), positions(images)
     height, width = images.shape[2:]
     margin, size = ZIGZAG_MARGIN * unit, max(1.0, ZIGZAG_SIZE * unit)
-    start = chance.uniform(1, 1, high=height - 1)
-    tilt = chance.uniform(1, 1, low=-ZIGZAG_TILT * unit, high=ZIGZAG_TILT * unit)
+    start = draws.uniform(1, 1, high=height - 1)
+    tilt = draws.uniform(1, 1, low=-ZIGZAG_TILT * unit, high=ZIGZAG_TILT * unit)
     run = width - 1 - 2 * margin
     length = torch.sqrt(run**2 + tilt**2)
     cosine, sine = run / length, tilt / length
@@ -129,7 +129,7 @@ def zigzag(images: Tensor, chance: Chance) -> Tensor:
     return images + ink[:, None]
 
 
-def canny_edges(images: Tensor, chance: Chance) -> Tensor:
+def canny_edges(images: Tensor, draws: ImageDraws) -> Tensor:
     """Edges of the mean channel, 1 on 0, in all channels (Canny, doi:10.1109/TPAMI.1986.4767851).
 
     Smoothing, gradient, thinning across the edge to where the gradient is largest, and of what is above the low

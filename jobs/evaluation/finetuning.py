@@ -1,4 +1,4 @@
-"""Does a LeNet need fewer labels where its convolutions start from similarity matching? Paired comparisons.
+"""Does a LeNet need fewer labels if its convolutions start from similarity matching? Paired comparisons.
 
 One network is trained from four starts, which differ in its convolutions alone:
 
@@ -36,7 +36,7 @@ from simmatch.readout import accuracy
 StartName = Literal["random", "random_frozen", "nsm_frozen", "nsm"]
 STARTS: tuple[StartName, ...] = get_args(StartName)
 BASELINE: StartName = "random"
-"""What the others are compared with."""
+"""The start that the others are compared with."""
 
 FREE = frozenset({"tracking", "quick"})
 """Keys that results do not depend on."""
@@ -71,7 +71,7 @@ class FinetuneConfig(Frozen):
     """The smallest first."""
 
     held_out: PositiveInt = 5000
-    """Training images, the last ones, that nothing learns from: settings are chosen on them."""
+    """The last so many training images are not trained on: settings are chosen on them."""
 
     tuning_seeds: PositiveInt = 2
     """The first so many seeds of a budget decide on its settings, by their mean accuracy on held-out images."""
@@ -82,7 +82,7 @@ class FinetuneConfig(Frozen):
     tracking: TrackingConfig = TrackingConfig()
 
     quick: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Overrides that `--quick` applies: the same table in minutes, with figures that mean less."""
+    """Overrides that `--quick` applies: the same table in minutes, with less precise figures."""
 
     @model_validator(mode="after")
     def _budgets_rise(self) -> FinetuneConfig:

@@ -6,9 +6,9 @@ Source: LeCun, Bottou, Bengio, Haffner, Proc. IEEE 86 (1998), fig. 2 (k = 5, 6 a
 ReLU for tanh, maxima for trainable subsampling, all maps connected, a dense softmax output for radial basis functions.
 Pooling comes before ReLU, which gives the same values for a quarter of the work.
 
-The contrast option gives the first convolution what similarity-matching layers see: patches without their mean, divided
-by their deviation (`simmatch.geometry`). A comparison of robustness needs it: else learning is credited with what
-normalisation does.
+With the contrast option the first convolution sees the same input as similarity-matching layers: patches without their
+mean, divided by their deviation (`simmatch.geometry`). A comparison of robustness needs it; otherwise learning gets
+credit for what normalisation does.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LeNetSizes:
 
     @property
     def last(self) -> tuple[int, int]:
-        """Height and width of the maps that the dense layers see."""
+        """Height and width of the last maps."""
         height, width = self.second
         return (height // 2, width // 2) if self.pooled else self.second
 
@@ -153,14 +153,14 @@ class LeNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # pooling is vectorised over channels
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] in [0, 1] → what the dense layers see, [B, F]."""
+        """[B, C, H, W] in [0, 1] → input of the dense layers, [B, F]."""
         first, second = self.convolutions
         maps = F.relu(F.max_pool2d(first(images), 2))
         maps = second(maps)
         return F.relu(F.max_pool2d(maps, 2) if self.sizes.pooled else maps).flatten(1)
 
     def classify(self, features: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Features [B, F] → scores [B, num_classes]; `drop` is applied to what every dense layer sees."""
+        """Features [B, F] → scores [B, num_classes]; `drop` is applied to the input of every dense layer."""
         values = features
         for index, layer in enumerate(self.dense):
             values = F.relu(values) if index else values
@@ -185,7 +185,7 @@ class LeNet(nn.Module):
 
 @torch.no_grad()
 def initialise(net: LeNet, filters: Sequence[Filters]) -> None:
-    """Put given weights and biases into the convolutions, the first first; what is not given stays as drawn.
+    """Put given weights and biases into the convolutions, in order; the others stay as drawn.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The images of an evaluation, cut and altered the same way for every row: splits, corruption, outliers, resizing."""
+"""The images of a comparison, the same for every row: splits, corruption, outliers, resizing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks trained by backpropagation, as rows of an evaluation: settings are chosen anew at every label budget.
+"""Networks trained by backpropagation, as rows of a comparison; settings are chosen for every label budget.
 
 To add a network write its class beside `jobs.evaluation.lenet` and an entry of `NETWORKS`.
 """

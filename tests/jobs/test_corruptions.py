@@ -18,7 +18,7 @@ from torch import Tensor
 
 import jobs.evaluation.corruptions
 from jobs.evaluation.corruptions import CHUNK, CORRUPTIONS, corrupt, draw_corruptions
-from jobs.evaluation.corruptions_chance import Chance
+from jobs.evaluation.corruptions_draws import ImageDraws
 from jobs.evaluation.corruptions_texture import plasma
 
 PAPER = (
@@ -36,9 +36,9 @@ def grey(value: float, *shape: int) -> Tensor:
     return torch.full(shape, value)
 
 
-def chance_of(name: str, count: int, seed: int = 0) -> Chance:
-    """The chance that `corrupt` gives the first images."""
-    return Chance(f"corruption {name}", seed, range(count))
+def draws_of(name: str, count: int, seed: int = 0) -> ImageDraws:
+    """The draws that `corrupt` gives the first images."""
+    return ImageDraws(f"corruption {name}", seed, range(count))
 
 
 def blob(height: int, width: int, sigma: float = 2.0) -> Tensor:
@@ -135,7 +135,7 @@ def test_shot_noise_counts_photons() -> None:
 def test_shot_noise_mean_and_variance() -> None:
     """Before the clamp: mean x, variance x / 3."""
     images = grey(0.6, 60, 1, 28, 28).double()
-    noisy = CORRUPTIONS["shot_noise"](images, chance_of("shot_noise", 60))
+    noisy = CORRUPTIONS["shot_noise"](images, draws_of("shot_noise", 60))
     assert float(noisy.mean()) == pytest.approx(0.6, abs=4 * math.sqrt(0.2 / noisy.numel()))
     assert float(noisy.var()) == pytest.approx(0.2, rel=0.05)
 
@@ -178,12 +178,12 @@ def test_stripe_inverts_outside_the_middle() -> None:
 def test_clouds_are_those_of_the_large_map() -> None:
     """Golden values: 300 diamond–square maps of 256 × 256, decay 1.4 a level, their 28 × 28 corners."""
     for size in (28, 8):
-        clouds = plasma((size, size), size / 28, chance_of("fog", 400))
+        clouds = plasma((size, size), size / 28, draws_of("fog", 400))
         assert bool(((clouds >= 0) & (clouds <= 1)).all())
         assert float(clouds.mean()) == pytest.approx(0.52, abs=0.04)
         assert float(clouds.mean(dim=(1, 2)).std()) == pytest.approx(0.19, abs=0.02)
         assert float(clouds.std(dim=(1, 2)).mean()) == pytest.approx(0.060, abs=0.008)
-    neighbours = plasma((28, 28), 1.0, chance_of("fog", 400)).diff(dim=2).std()
+    neighbours = plasma((28, 28), 1.0, draws_of("fog", 400)).diff(dim=2).std()
     assert float(neighbours) == pytest.approx(0.0105, abs=0.0015)
 
 
@@ -312,12 +312,12 @@ def test_motion_blur_of_a_plain_image_is_the_image() -> None:
 def test_glass_blur_against_loops(size: int, share: float) -> None:
     """Pixel by pixel, with the numbers that `corrupt` draws."""
     images = noise(4, 2, size, size).double()
-    reach, sigma, chance = max(1, size // 28), 0.7 * size / 28, chance_of("glass_blur", 4)
+    reach, sigma, draws = max(1, size // 28), 0.7 * size / 28, draws_of("glass_blur", 4)
     smooth = [
         [scipy.ndimage.gaussian_filter(part, sigma, mode="nearest") for part in image] for image in images.numpy()
     ]
     for _ in range(2):
-        drawn, offsets = chance.uniform(size, size), chance.uniform(2, size, size, low=-reach, high=reach + 1)
+        drawn, offsets = draws.uniform(size, size), draws.uniform(2, size, size, low=-reach, high=reach + 1)
         for index in range(4):
             for row in range(size):
                 for column in range(size):
@@ -338,7 +338,7 @@ def test_dotted_line_is_straight_and_dotted(size: int, dash: int) -> None:
     ink = corrupt(torch.zeros(40, 1, size, size), "dotted_line", seed=0)[:, 0]
     on = torch.arange(size) // dash % 2 == 1
     assert float(ink[:, :, ~on].max()) == 0
-    start, end = chance_of("dotted_line", 40).uniform(2, high=size - 1).unbind(1)
+    start, end = draws_of("dotted_line", 40).uniform(2, high=size - 1).unbind(1)
     slopes = (end - start) / (size - 1)
     assert float(slopes.abs().max()) > 0.5
     for image, first, slope in zip(ink, start, slopes, strict=True):
@@ -365,9 +365,9 @@ def test_zigzag_follows_its_polyline(size: int) -> None:
     unit, count = size / 28, 30
     ink = corrupt(torch.zeros(count, 1, size, size), "zigzag", seed=0)[:, 0].numpy()
     step, reach = max(1.0, 2 * unit), 2.3 * max(unit, 0.5)
-    chance = chance_of("zigzag", count)
-    starts = chance.uniform(1, 1, high=size - 1).flatten().tolist()
-    tilts = chance.uniform(1, 1, low=-5 * unit, high=5 * unit).flatten().tolist()
+    draws = draws_of("zigzag", count)
+    starts = draws.uniform(1, 1, high=size - 1).flatten().tolist()
+    tilts = draws.uniform(1, 1, low=-5 * unit, high=5 * unit).flatten().tolist()
     grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), axis=-1).astype(float)
     for image, start, tilt in zip(ink, starts, tilts, strict=True):
         run = size - 1 - 4 * unit

@@ -34,7 +34,7 @@ VISITS = Visits(images=100, columns=10_000, updates=1500, passes=10)
 
 @dataclass(frozen=True)
 class AutoencoderSettings(Preprocessing):
-    """What may be chosen.
+    """Settings to choose from.
 
     Attributes
     ----------

@@ -31,7 +31,7 @@ RATE = 0.1
 
 @dataclass(frozen=True)
 class HebbianSettings(Preprocessing):
-    """What may be chosen.
+    """Settings to choose from.
 
     Attributes
     ----------

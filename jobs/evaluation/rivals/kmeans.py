@@ -24,7 +24,7 @@ PASSES = 10
 
 @dataclass(frozen=True)
 class KMeansSettings(Preprocessing):
-    """What may be chosen: the patches."""
+    """Settings to choose from: those of the patches."""
 
 
 class KMeans(Convolutional[KMeansSettings]):

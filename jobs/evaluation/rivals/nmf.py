@@ -31,7 +31,7 @@ RESIDUAL = 2.0**-10
 
 @dataclass(frozen=True)
 class NMFSettings(Preprocessing):
-    """What may be chosen.
+    """Settings to choose from.
 
     Attributes
     ----------

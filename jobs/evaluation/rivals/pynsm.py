@@ -32,7 +32,7 @@ RESIDUAL = 2.0**-7
 
 @dataclass(frozen=True)
 class PynsmSettings(Preprocessing):
-    """What may be chosen.
+    """Settings to choose from.
 
     Attributes
     ----------

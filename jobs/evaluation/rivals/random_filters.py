@@ -1,4 +1,4 @@
-"""Filters that nobody learnt: Gaussian, or patches drawn from the data, on normalised and whitened patches.
+"""Random filters, not learnt: Gaussian, or patches drawn from the data, on normalised and whitened patches.
 
     f = max(0, a_k · x̃ − θ),  ‖a_k‖ = 1
 
@@ -21,7 +21,7 @@ from jobs.evaluation.rivals.patches import PatchView, Preprocessing
 
 @dataclass(frozen=True)
 class RandomSettings(Preprocessing):
-    """What may be chosen.
+    """Settings to choose from.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Random(Convolutional[RandomSettings]):
     )
 
     def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
-        """Nothing but the draw."""
+        """Draw the filters."""
         channels = self.shape.channels
         if self.settings.source == "gaussian":
             filters = torch.randn(channels, view.config.patch_size, generator=generator)

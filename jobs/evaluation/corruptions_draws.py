@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 from simmatch.seeding import seeded
 
 
-class Chance:
-    """What chance decides for N images: what an image draws depends on no other image.
+class ImageDraws:
+    """Random numbers for N images; those of an image depend on no other image.
 
     Parameters
     ----------
