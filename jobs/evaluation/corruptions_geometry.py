@@ -1,6 +1,6 @@
 """Corruptions that move pixels: shear, scale, rotate, translate; motion blur and glass blur.
 
-Every function takes images [N, C, H, W] in [0, 1], float64, and the random numbers of those images; all channels of an image
+Every function takes images [N, C, H, W] in [0, 1], float64, and their random numbers; all channels of an image
 move alike. Lengths are those of MNIST-C, chosen for 28 pixels, in units of `pixel(images)`.
 """
 

@@ -1,6 +1,6 @@
 """Corruptions that change values in place: noise, brightness, stripe, fog, spatter, lines, and edges for an image.
 
-Every function takes images [N, C, H, W] in [0, 1], float64, and the random numbers of those images. Noise differs between the
+Every function takes images [N, C, H, W] in [0, 1], float64, and their random numbers. Noise differs between the
 channels, everything else is the same in all. Lengths are those of MNIST-C, in units of `pixel(images)`.
 """
 
