@@ -136,15 +136,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_on_the_file(tmp_path: P
         write(folder_of(tmp_path, step), 2, step=step)
     flip_a_bit(folder_of(tmp_path, 12))
     truncate_manifest(folder_of(tmp_path, 8))
-    said: list[str] = []
-    assert newest_good(tmp_path, said.append) == folder_of(tmp_path, 4)
-    assert len(said) == 2
-    assert "step-00000012 is damaged" in said[0]
-    assert "rank-1-of-2.safetensors" in said[0]
-    assert "step-00000008 is damaged" in said[1]
-    assert MANIFEST in said[1]
+    warnings: list[str] = []
+    assert newest_good(tmp_path, warnings.append) == folder_of(tmp_path, 4)
+    assert len(warnings) == 2
+    assert "step-00000012 is damaged" in warnings[0]
+    assert "rank-1-of-2.safetensors" in warnings[0]
+    assert "step-00000008 is damaged" in warnings[1]
+    assert MANIFEST in warnings[1]
     empty_shard(folder_of(tmp_path, 4))
-    assert newest_good(tmp_path, said.append) is None
+    assert newest_good(tmp_path, warnings.append) is None
 
 
 def test_what_a_damaged_attempt_left_does_not_push_out_good_checkpoints(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> Non
     for step in (4, 8, 12, 16):
         write(folder_of(tmp_path, step), 2, step=step)
     for step in (8, 16):
-        (folder_of(tmp_path, step) / MANIFEST).unlink()  # 8 was given up, 16 is still being written
+        (folder_of(tmp_path, step) / MANIFEST).unlink()  # 8 was abandoned, 16 is still being written
     prune(tmp_path, 2, 16)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         "step-00000004",
@@ -361,11 +361,11 @@ def test_unknown_tensors_are_refused_by_name(tmp_path: Path) -> None:
         reader.rows("nothing", Rows.all(CHANNELS))
 
 
-@pytest.mark.parametrize("found", [torch.zeros(3, 4), torch.zeros(4, 3, dtype=torch.float64)])
-def test_a_tensor_of_another_shape_or_dtype_is_refused(tmp_path: Path, found: Tensor) -> None:
+@pytest.mark.parametrize("stored", [torch.zeros(3, 4), torch.zeros(4, 3, dtype=torch.float64)])
+def test_a_tensor_of_another_shape_or_dtype_is_refused(tmp_path: Path, stored: Tensor) -> None:
     target = torch.ones(4, 3)
     with pytest.raises(CheckpointError, match=r"w: expected shape \[4, 3\] of torch.float32, got \[") as caught:
-        load_into(target, found, "w", tmp_path)
+        load_into(target, stored, "w", tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert torch.equal(target, torch.ones(4, 3))
 

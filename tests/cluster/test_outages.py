@@ -214,16 +214,16 @@ def in_mlflow(client: Any, name: str) -> dict[str, Any]:
 
 
 def files(client: Any, run_id: str, folder: str | None = None) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for entry in client.list_artifacts(run_id, folder):
-        found |= files(client, run_id, entry.path) if entry.is_dir else {entry.path}
-    return found
+        names |= files(client, run_id, entry.path) if entry.is_dir else {entry.path}
+    return names
 
 
 def sync(run_dir: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """`python -m jobs.sync RUN_DIR --uri …`, as the run's server is known to its user: status, output, errors.
 
-    Without the links that MLflow prints where a run ends: a request given up in an outage may come to its end now, in a
+    Without the links that MLflow prints when a run ends: a request abandoned in an outage may end only now, in a
     thread of its own.
     """
     capsys.readouterr()
@@ -362,7 +362,7 @@ def test_away_for_the_whole_run(
 def test_away_in_the_middle_and_back_again(
     name: str, tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run goes on meanwhile, and sends what has collected."""
+    """The run continues meanwhile, and later sends the events that have collected."""
     count = 2 if name == "dripping" else 4
     proxy = outage(replace(AWAY[name], first=12, count=count))
     run_dir = tmp_path / f"middle-{name.replace(' ', '-')}"
@@ -376,14 +376,14 @@ def test_away_in_the_middle_and_back_again(
     check_whole(client, run_dir, capsys)
 
 
-def test_a_refusal_is_told_once_and_so_is_its_end(
+def test_a_refusal_is_reported_once_and_so_is_its_end(
     tmp_path: Path,
     outage: Callable[..., Proxy],
     client: Any,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Of two reasons each is told, in the server's words, and MLflow itself says nothing."""
+    """Each of two reasons is reported in the server's words, and MLflow itself prints nothing."""
     monkeypatch.setattr(cluster.tracking.notices, "REPORT_AFTER_S", 0.0)
     refused = {401: Outage("error", first=12, count=3, status=401), 403: Outage("error", first=12, count=4, status=403)}
     proxy = outage(*refused.values())
@@ -453,7 +453,7 @@ def test_an_upload_that_hangs_does_not_hold_up_the_end(
     check_whole(client, run_dir, capsys)
 
 
-def test_a_refusal_of_mlflow_is_told_from_one_of_a_gateway(
+def test_a_refusal_of_mlflow_is_told_apart_from_one_of_a_gateway(
     tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What MLflow itself refuses is passed over, and does not hold up what comes after."""

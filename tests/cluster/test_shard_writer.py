@@ -1,4 +1,4 @@
-"""Shards are written while training goes on; a disk's fault costs checkpoints, not the run."""
+"""Shards are written beside training; a fault of the disk costs checkpoints, not the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def snapshot() -> Snapshot:
 
 
 class Disk:
-    """Writes shards when it is let, or fails as it is told."""
+    """Writes shards once `free` is set, or raises `error`."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.begun, self.free = error, threading.Event(), threading.Event()
@@ -102,7 +102,7 @@ def test_a_disk_that_hangs_costs_checkpoints_only(tmp_path: Path, disk: Disk) ->
     ]
 
 
-def test_a_full_disk_is_told_and_the_next_checkpoint_is_tried(tmp_path: Path, disk: Disk) -> None:
+def test_a_full_disk_is_reported_and_the_next_checkpoint_is_tried(tmp_path: Path, disk: Disk) -> None:
     writing, outbox = writer(tmp_path, disk)
     disk.free.set()
     disk.error = OSError(28, "No space left on device")

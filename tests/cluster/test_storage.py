@@ -49,8 +49,8 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
-    with object_store() as found:
-        yield found
+    with object_store() as running:
+        yield running
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -143,7 +143,7 @@ def test_a_file_is_copied_to_and_from_any_place(place: AnyPath, tmp_path: Path) 
 
 @pytest.mark.parametrize("replaces", [True, False])
 def test_a_model_gets_its_place(place: AnyPath, replaces: bool) -> None:
-    """Another group's, which was given up and still writes, does not; nor does half of one."""
+    """The model of an abandoned group that still writes is not published; nor is half of one."""
     new, old, half = (f"model-0123abc{number}" for number in range(3))
     for name, content in ((new, b"new"), (old, b"old"), *([("model", b"before")] if replaces else [])):
         for file in MODEL_FILES:
@@ -185,8 +185,8 @@ def test_no_checkpoint_without_its_shards(place: AnyPath, fault: str) -> None:
     ((step, why),) = [(outcome.step, outcome.reason) for outcome in committer.settled(60.0)]
     assert step == 8
     assert why is not None
-    found = "nothing" if fault == "missing" else str(len(whole) - 1)
-    assert f"{shard.file}: expected {len(whole)} bytes of rank 0, got {found}" in why
+    size = "nothing" if fault == "missing" else str(len(whole) - 1)
+    assert f"{shard.file}: expected {len(whole)} bytes of rank 0, got {size}" in why
     assert newest_good(place, pytest.fail) == folder_of(place, 4)
 
 
@@ -222,11 +222,11 @@ def test_the_newest_sound_one_is_found_and_old_ones_go(place: AnyPath) -> None:
     shard = read_manifest(folder_of(place, 16)).shards[1].file
     write_whole(folder_of(place, 16) / shard, b"damaged")
     write_whole(folder_of(place, 12) / MANIFEST, b"{}")
-    told: list[str] = []
-    assert newest_good(place, told.append) == folder_of(place, 8)
-    assert [text.partition(" ")[0] for text in told] == ["step-00000016", "step-00000012"]
-    assert str(folder_of(place, 16) / shard) in told[0]
-    assert str(folder_of(place, 12) / MANIFEST) in told[1]
+    warnings: list[str] = []
+    assert newest_good(place, warnings.append) == folder_of(place, 8)
+    assert [text.partition(" ")[0] for text in warnings] == ["step-00000016", "step-00000012"]
+    assert str(folder_of(place, 16) / shard) in warnings[0]
+    assert str(folder_of(place, 12) / MANIFEST) in warnings[1]
 
 
 def test_a_group_that_was_given_up_touches_nothing_of_the_next(place: AnyPath) -> None:
@@ -367,7 +367,7 @@ def test_a_commit_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest
     assert committer.settled(60.0) == [Committed(4)]
 
 
-def test_what_cannot_be_committed_is_told(tmp_path: Path) -> None:
+def test_a_failed_commit_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     committer = Committer(tmp_path, keep=1)
     committer.submit(manifest_of(4, 1, []))

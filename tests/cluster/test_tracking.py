@@ -247,7 +247,7 @@ def test_appending_does_not_wait_for_a_server_that_hangs(spool: Spool) -> None:
     assert [event.time_ms for event in sink.got] == list(range(2000))
 
 
-def test_a_failure_is_told_once_per_reason_and_so_is_its_end() -> None:
+def test_a_failure_is_reported_once_per_reason_and_so_is_its_end() -> None:
     now = 0.0
     notices, lines = Notices("here", lambda: now), []
     notices.failing("refused by 0x7f00aa11bb22 at /runs/1")
@@ -273,7 +273,7 @@ def test_a_failure_is_told_once_per_reason_and_so_is_its_end() -> None:
     assert lines[3:] == ["not recorded in MLflow: model: too large"]
 
 
-def test_a_listener_that_cannot_hear_is_no_harm(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listener_that_fails_does_no_harm(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(line: str) -> None:
         raise BrokenPipeError(line)
 
@@ -636,7 +636,7 @@ def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client:
 
 
 def test_a_run_that_ends_twice_with_the_same_weights_has_one_model(store: Path, tmp_path: Path, client: Any) -> None:
-    """Its end was cut off before it said so, and the same command did it again."""
+    """It was cut off at its end, before the end was recorded, and the same command repeated it."""
     (tmp_path / "run" / "model").mkdir(parents=True)
     for weights in (b"same", b"same", b"others"):
         (tmp_path / "run" / "model" / "weights").write_bytes(weights)
@@ -706,7 +706,7 @@ def test_text_that_is_no_utf8_holds_nothing_up(store: Path, tmp_path: Path, clie
 def test_nothing_is_passed_over_while_the_run_is_deleted(
     what: str, store: Path, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told, kept, and sent once the run is back."""
+    """The failure is reported; the events are kept, and sent once the run is back."""
     monkeypatch.setattr(cluster.tracking.notices, "REPORT_AFTER_S", 0.0)
     monkeypatch.setattr(cluster.tracking.sender, "BACKOFF_FIRST_S", 0.02)
     lines: list[str] = []
@@ -731,7 +731,7 @@ def test_nothing_is_passed_over_while_the_run_is_deleted(
 
 
 @pytest.mark.fault
-def test_a_locked_database_is_told(
+def test_a_locked_data_base_is_reported(
     store: Path, tmp_path: Path, recorded: Tracker, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SQLite waits 20 s for the lock."""

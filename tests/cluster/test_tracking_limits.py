@@ -158,13 +158,13 @@ class Stuck:
 
 
 def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records wait in memory, so many at most; a person is told once; when it answers again all is in order."""
+    """A limited number of events waits in memory; the failure is reported once; later events are in order."""
     monkeypatch.setattr(cluster.tracking.spool_writer, "KEPT_EVENTS", 10)
     monkeypatch.setattr(cluster.tracking.spool_writer, "REPORT_AFTER_S", 0.1)
-    told: list[str] = []
+    lines: list[str] = []
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False, timeout_s=0.2))
     tracker.start("run", layers=1)
-    tracker.announce_to(told.append)
+    tracker.announce_to(lines.append)
     stuck = Stuck(monkeypatch)
     tracker.metrics(0, {"objective": 1.0})
     assert stuck.reached.wait(20)
@@ -174,7 +174,7 @@ def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest
         tracker.metrics(step, {"objective": 1.0})
     assert tracker.seconds - before < 0.2
     assert tracker.lost == 20
-    assert told == [f"{tmp_path / 'run'} takes no records: it does not answer; the job continues and keeps at most 10"]
+    assert lines == [f"{tmp_path / 'run'} takes no records: it does not answer; the job continues and keeps at most 10"]
     started = time.monotonic()
     assert not tracker.flush(0.2)
     assert time.monotonic() - started < 5
@@ -185,7 +185,7 @@ def test_a_folder_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest
     assert [step_of(event) for event in events] == [None, 0, *range(21, 31), None]
     assert isinstance(events[-1], TagsEvent)
     assert events[-1].values == {LOST_TAG: 20}
-    assert told[1:] == ["events.jsonl is written again, without 20 records"]
+    assert lines[1:] == ["events.jsonl is written again, without 20 records"]
 
 
 def test_a_folder_that_hangs_to_the_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +428,7 @@ def test_a_disk_full_for_long_costs_the_oldest_metrics(tmp_path: Path, monkeypat
     assert events[-1].values == {LOST_TAG: 23}
 
 
-def test_a_disk_full_to_the_end_is_told(tmp_path: Path) -> None:
+def test_a_disk_full_to_the_end_is_reported(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run", TrackingConfig(enabled=False))
     tracker.start("run", layers=1)
     with full_disk(tmp_path / "run" / "events.jsonl"):

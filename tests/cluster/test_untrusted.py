@@ -218,12 +218,12 @@ def test_a_spool_that_is_a_link_is_neither_cut_nor_appended_to(run_dir: Path, tm
 
 
 def test_a_line_longer_than_any_of_ours_is_passed_over(tmp_path: Path) -> None:
-    lines = [b'{"kind":"a"}', b'{"x":"' + b"y" * (2 * LONGEST_LINE_BYTES) + b'"}', b'{"kind":"b"}']
-    (tmp_path / "events.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-    found = list(Spool(tmp_path / "events.jsonl").read())
-    assert [event.kind for event, _ in found] == ["a", "unreadable", "b"]
-    assert found[-1][1] == (tmp_path / "events.jsonl").stat().st_size
-    assert [event.kind for event, _ in Spool(tmp_path / "events.jsonl").read(found[1][1])] == ["b"]
+    content = [b'{"kind":"a"}', b'{"x":"' + b"y" * (2 * LONGEST_LINE_BYTES) + b'"}', b'{"kind":"b"}']
+    (tmp_path / "events.jsonl").write_bytes(b"".join(line + b"\n" for line in content))
+    lines = list(Spool(tmp_path / "events.jsonl").read())
+    assert [event.kind for event, _ in lines] == ["a", "unreadable", "b"]
+    assert lines[-1][1] == (tmp_path / "events.jsonl").stat().st_size
+    assert [event.kind for event, _ in Spool(tmp_path / "events.jsonl").read(lines[1][1])] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_sync_opens_no_data_base_of_the_record(
     assert f"expected {uri} here or in $MLFLOW_TRACKING_URI" in capsys.readouterr().err
 
 
-def test_sync_tells_a_start_that_is_none(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_reports_an_unsound_start(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "events.jsonl").write_text(json.dumps(START | {"layers": "many"}) + "\n")
     assert jobs.sync.main([str(run_dir)]) == 2
     assert capsys.readouterr().err == "error: RUN_DIR: events.jsonl: layers: expected an integer, got 'many'\n"

@@ -23,8 +23,8 @@ FIRST, SECOND, OTHER = (json.dumps({"kind": "metrics", "step": step}).encode() +
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
-    with object_store() as found:
-        yield found
+    with object_store() as running:
+        yield running
 
 
 @pytest.fixture
@@ -52,25 +52,25 @@ def test_another_machine_begins_with_what_was_brought(place: AnyPath, tmp_path: 
     assert (there.work / PROGRESS_NAME).read_bytes() == b"offset"
 
 
-def test_what_is_brought_is_told_and_what_waits_is_flushed_first(place: AnyPath, tmp_path: Path) -> None:
+def test_copied_bytes_are_reported_and_waiting_events_are_flushed_first(place: AnyPath, tmp_path: Path) -> None:
     """The tracker sends no more than that: the next machine takes over the very same records, times and all."""
     work = tmp_path / "here"
     work.mkdir()
-    told: list[int] = []
+    pushed_bytes: list[int] = []
     waiting = [FIRST, SECOND + b"{half"]
 
     def flush() -> None:
         with (work / SPOOL_NAME).open("ab") as file:
             file.write(waiting.pop(0))
 
-    here = Mirror(place, work, flush=flush, pushed=told.append)
+    here = Mirror(place, work, flush=flush, pushed=pushed_bytes.append)
     here.push()
     here.push()
-    assert told == [len(FIRST), len(FIRST + SECOND)]
-    there = Mirror(place, tmp_path / "there", pushed=told.append)
+    assert pushed_bytes == [len(FIRST), len(FIRST + SECOND)]
+    there = Mirror(place, tmp_path / "there", pushed=pushed_bytes.append)
     there.pull()
-    assert told[2:] == [len(FIRST + SECOND)]
-    assert (there.work / SPOOL_NAME).read_bytes()[: told[-1]] == FIRST + SECOND
+    assert pushed_bytes[2:] == [len(FIRST + SECOND)]
+    assert (there.work / SPOOL_NAME).read_bytes()[: pushed_bytes[-1]] == FIRST + SECOND
 
 
 def test_records_of_this_machine_that_go_on_are_kept(place: AnyPath, tmp_path: Path) -> None:

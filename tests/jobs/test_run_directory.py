@@ -110,8 +110,8 @@ def test_a_checkpoint_without_manifest_is_none(work: Path, make_config: MakeConf
     leave(work / "r", make_config(), "FAILED", (20, 40))
     for step in (40, 20):
         (folder_of(work / "r", step) / "manifest.json").unlink()
-        found = choose(make_config(), "r", "auto").resume
-        assert found == (folder_of(work / "r", 20) if step == 40 else None)
+        resume = choose(make_config(), "r", "auto").resume
+        assert resume == (folder_of(work / "r", 20) if step == 40 else None)
 
 
 def test_the_unfinished_one_beside_a_finished_one_is_continued(work: Path, make_config: MakeConfig) -> None:
@@ -134,8 +134,8 @@ def test_another_configuration_is_refused_and_named(work: Path, make_config: Mak
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_tau_left_out_is_that_of_the_run_that_goes_on(work: Path, make_config: MakeConfig, damaged: bool) -> None:
-    """Its default was 0.5 in earlier versions, whose runs go on by the same command. One that is given must agree."""
+def test_tau_left_out_is_that_of_the_continued_run(work: Path, make_config: MakeConfig, damaged: bool) -> None:
+    """Its default was 0.5 in earlier versions, whose runs continue with the same command. A given one must agree."""
     plasticity = "model.layers.0.plasticity={lr: 0.1, lr_decay_steps: 20"
     given = make_config(plasticity + ", tau: 0.5}")
     leave(work / "r", given, "KILLED", (20,))
@@ -211,7 +211,7 @@ def test_a_run_whose_configuration_cannot_be_read_is_named(work: Path, make_conf
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "a: 2020-99-99"])
-def test_a_checkpoint_tells_the_configuration_where_its_file_is_damaged(
+def test_a_checkpoint_gives_the_configuration_if_its_file_is_damaged(
     work: Path, make_config: MakeConfig, content: str
 ) -> None:
     """As an interrupted write has left it; the newest manifest is damaged as well."""

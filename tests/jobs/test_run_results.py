@@ -359,16 +359,16 @@ def test_an_interrupted_wait_leaves_a_finished_run_and_one_model(
     client = MlflowClient(uri, registry_uri=uri)
     [experiment] = [each for each in client.search_experiments() if each.name == "simmatch"]
 
-    def found() -> tuple[set[str], list[str], int]:
+    def in_mlflow() -> tuple[set[str], list[str], int]:
         runs = client.search_runs([experiment.experiment_id])
         models = client.search_logged_models([experiment.experiment_id])
         parent = client.get_run(summary_of(job)["mlflow_run_id"])
         linked = parent.outputs.model_outputs if parent.outputs else []
         return {run.info.status for run in runs}, [model.status for model in models], len(linked)
 
-    assert found() == ({"FINISHED"}, [], 0)
+    assert in_mlflow() == ({"FINISHED"}, [], 0)
     left.set()
     assert "send them with: python -m jobs.sync" in capsys.readouterr().out
     for _ in range(2):
         assert jobs.sync.main([str(job.run_dir)]) == 0
-        assert found() == ({"FINISHED"}, ["READY"], 1)
+        assert in_mlflow() == ({"FINISHED"}, ["READY"], 1)
