@@ -34,7 +34,7 @@ def copy_nonce(run_dir: AnyPath, token: str, rank: int) -> str:
     try:
         write_whole(run_dir / f"{PREFIX}{token}-{rank}", read(run_dir / f"{PREFIX}{token}"))
     except (FileNotFoundError, NotADirectoryError):
-        return "does not see there what this job has written"
+        return "does not see the file that this job wrote there"
     except OSError as error:
         return " ".join(str(error).split())
     return ""
@@ -52,7 +52,7 @@ def check_copies(run_dir: AnyPath, token: str, nonce: str, errors: list[str]) ->
         except FileNotFoundError:
             copy = ""
         if copy != nonce:
-            checked[rank] = "writes there what this job does not see"
+            checked[rank] = "wrote a file there that this job does not see"
     with suppress(OSError):
         for path in find(run_dir, f"{PREFIX}{token}*"):
             remove(path)

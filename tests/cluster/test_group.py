@@ -279,7 +279,7 @@ def test_a_run_directory_that_is_not_shared_is_refused(ray: Any, digits_config: 
         controller.run()
     assert str(caught.value) == (
         f"--run-dir: expected a folder that all nodes share, got {tmp_path}: "
-        f"rank 1 on {socket.gethostname()} does not find there what this job has written"
+        f"rank 1 on {socket.gethostname()} does not see the file that this job wrote there"
     )
     assert (quiet.rows, quiet.notes) == ([], [])
     assert [path.name for path in tmp_path.rglob("*")] == ["own"]

@@ -17,8 +17,8 @@ from cluster.storage import AnyPath
 from cluster.training import Assignment
 from cluster.worker import Worker
 
-NOT_READ = "does not see there what this job has written"
-NOT_WRITTEN = "writes there what this job does not see"
+NOT_READ = "does not see the file that this job wrote there"
+NOT_WRITTEN = "wrote a file there that this job does not see"
 
 
 def test_ranks_that_share_it_copy_the_nonce_and_no_file_is_left(tmp_path: Path) -> None:
