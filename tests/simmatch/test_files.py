@@ -102,7 +102,7 @@ def test_a_file_system_that_syncs_no_folders(
 def test_there_is_one_way_to_write_a_file() -> None:
     """All others are named here: what is no file of ours, and what grows line by line."""
     ways = re.compile(
-        r"\.write_text\(|\.write_bytes\(|json\.dump\(|yaml\.dump\([^)]*file|os\.replace\(|\.rename\(|\.savefig\("
+        r"\.write_text\(|\.write_bytes\(|json\.dump\(|yaml\.dump\([^)]*file|os\.(replace|rename)\(|\.savefig\("
         r"|\.open\(\"[wax]|\bopen\([^)]*\"[wax]|torch\.save\(|np\.save\w*\(|\.to_(csv|json)\([^)]*path"
         r"|^save_file\(|shutil\.(copy|copy2|copyfile|move)\("
     )
