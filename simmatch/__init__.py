@@ -1,4 +1,4 @@
-"""Similarity matching: layers that learn by local rules, solved to a certified residual."""
+"""Similarity matching: layers that learn from local rules, with dynamics solved to a certified residual."""
 
 from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig
 from simmatch.encoder import feedforward_encoder

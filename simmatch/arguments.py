@@ -1,4 +1,4 @@
-"""What a layer refuses, before anything is computed or changed: one sentence with what was expected and given."""
+"""Checks of the arguments of a layer, made before anything is computed or changed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from simmatch.geometry import PatchConfig, Patches, Whitening
 from simmatch.plasticity import Statistics, Weights
 
 DTYPES = (torch.float32, torch.float64)
-"""Formats that a layer computes in."""
+"""Dtypes that a layer supports."""
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raise ValueError for a format of the weights that a layer does not compute in."""
+    """Raise ValueError unless a layer supports a dtype for its weights.
+
+    >>> check_dtype(torch.float16)
+    Traceback (most recent call last):
+    ValueError: dtype: expected torch.float32 or torch.float64, got torch.float16
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {DTYPES[0]} or {DTYPES[1]}, got {dtype}")
 
 
 def check_images(x: Any, in_channels: int, weights: Tensor) -> None:
-    """Raise ValueError unless x is [B, in_channels, H, W] of the format and on the device of the weights."""
+    """Raise ValueError unless x is [B, in_channels, H, W], of the dtype and on the device of the weights.
+
+    >>> check_images(torch.rand(5, 3, 8, 8), in_channels=1, weights=torch.zeros(8, 1, 3, 3))
+    Traceback (most recent call last):
+    ValueError: images: expected [B, 1, H, W], got [5, 3, 8, 8]
+    """
     if weights.dtype not in DTYPES:
         raise ValueError(f"layer: expected weights of {DTYPES[0]} or {DTYPES[1]}, got {weights.dtype}")
     if not isinstance(x, Tensor):
@@ -31,27 +41,41 @@ def check_images(x: Any, in_channels: int, weights: Tensor) -> None:
     _check_like("images", x, weights)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "images: expected a tensor without gradient, for a layer learns without any, got one that requires it "
-            "(detach it, or call the layer under torch.no_grad())"
+            "images: expected a tensor that does not require a gradient, as a layer learns without gradients, got one "
+            "that does (detach it, or call the layer under torch.no_grad())"
         )
 
 
 def check_patches(patches: Patches, config: PatchConfig, whitening: Whitening | None) -> None:
-    """Raise ValueError unless a layer of these patches, with the tensors of this whitening, prepared them."""
-    theirs = patches.whitening
-    same = theirs is None if whitening is None else theirs is not None and theirs.matrix is whitening.matrix
+    """Raise ValueError unless patches were prepared with this configuration and with the tensors of this whitening.
+
+    >>> config = PatchConfig(in_channels=1, kernel_size=3)
+    >>> check_patches(Patches(config, None, (1, 1), matrix=torch.zeros(5, 9)), config, whitening=None)
+    """
+    given = patches.whitening
+    same = given is None if whitening is None else given is not None and given.matrix is whitening.matrix
     if not same or patches.config != config:
-        raise ValueError(f"patches: expected some that this layer prepared, with {config}, got {patches.config}")
+        raise ValueError(f"patches: expected patches prepared by this layer, with {config}, got {patches.config}")
 
 
 def check_some(images: int) -> None:
-    """Raise ValueError for a batch that nothing can be learnt from."""
+    """Raise ValueError for an empty batch.
+
+    >>> check_some(0)
+    Traceback (most recent call last):
+    ValueError: images: expected a batch of at least one, got a batch of size 0
+    """
     if images == 0:
         raise ValueError("images: expected a batch of at least one, got a batch of size 0")
 
 
 def check_positions(positions: Any, batch_size: int, map_size: tuple[int, int]) -> None:
-    """Raise ValueError unless positions are integers [batch_size, n] on a map of activities."""
+    """Raise ValueError unless positions are integers [batch_size, n] on a map of activities.
+
+    >>> check_positions(torch.tensor([[0, 36]]), batch_size=1, map_size=(6, 6))
+    Traceback (most recent call last):
+    ValueError: positions: expected 0 … 35, got 36
+    """
     if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions: expected integers [{batch_size}, n], got {_kind(positions)}")
     if positions.ndim != 2 or positions.shape[0] != batch_size or positions.shape[1] == 0:
@@ -64,7 +88,10 @@ def check_positions(positions: Any, batch_size: int, map_size: tuple[int, int]) 
 
 
 def check_activities(y: Any, shape: tuple[int, ...], weights: Tensor) -> None:
-    """Raise ValueError unless y has the shape of the activities of a batch, and the format of the weights."""
+    """Raise ValueError unless y has the shape of the activities of a batch, and the dtype and device of the weights.
+
+    >>> check_activities(torch.zeros(5, 8, 6, 6), (5, 8, 6, 6), weights=torch.zeros(8, 1, 3, 3))
+    """
     if not isinstance(y, Tensor) or y.shape != shape:
         given = list(y.shape) if isinstance(y, Tensor) else _kind(y)
         raise ValueError(f"activities: expected {list(shape)}, got {given}")
@@ -72,7 +99,13 @@ def check_activities(y: Any, shape: tuple[int, ...], weights: Tensor) -> None:
 
 
 def check_statistics(statistics: Statistics, weights: Weights) -> None:
-    """Raise ValueError unless the sums are those of a layer with these weights, over at least one column."""
+    """Raise ValueError unless the sums match these weights and were taken over at least one column.
+
+    >>> weights = Weights(torch.zeros(8, 1, 3, 3), torch.eye(8), torch.zeros(8, 10))
+    >>> check_statistics(Statistics(weights.feedforward, weights.lateral, weights.label, torch.eye(10), 0), weights)
+    Traceback (most recent call last):
+    ValueError: statistics: expected sums over at least one column, got a count of 0
+    """
     if statistics.count < 1:
         raise ValueError(f"statistics: expected sums over at least one column, got a count of {statistics.count}")
     classes = weights.label.shape[1]

@@ -1,10 +1,10 @@
-"""What a layer computes from one batch: the drives of its columns, and the sums that its weights learn from.
+"""Drives and statistics of one batch.
 
     d = W x̃ + α V z          drives, [K, N]
     Σ y x̃ᵀ, Σ y yᵀ, Σ y zᵀ, Σ z zᵀ   statistics
 
-N = B · L columns, L positions of each of B images, in the order 'b h w'; a label is the same at all positions of its
-image.
+There are N = B · L columns, L positions of each of B images, in the order 'b h w'. All positions of an image have the
+label of the image.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from simmatch.sharding.rows import Rows
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one call as a layer works on them.
+    """Patches of some images, with their labels.
 
     Attributes
     ----------
-    patches: of B images.
+    patches: patches of B images.
     z: [num_classes, B], one-hot labels, zero columns where unlabelled; None without labels.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)), z=torch.eye(2))
+    >>> batch.columns, batch.of_images(slice(1)).columns
+    (72, 36)
     """
 
     patches: Patches
@@ -34,16 +39,22 @@ class Batch:
 
     @property
     def columns(self) -> int:
-        """N."""
+        """N, the number of columns."""
         return self.patches.batch_size * self.patches.positions
 
     def of_images(self, chosen: slice) -> Batch:
-        """Some of the images."""
+        """A batch of some of the images."""
         return Batch(self.patches.of_images(chosen), None if self.z is None else self.z[:, chosen])
 
 
 def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None) -> Tensor:
-    """d = W x̃ + α V z for the rows in `weights`: [K_g, N]. Without labels, or with α None, W x̃."""
+    """d = W x̃ + α V z for the rows in `weights`: [K_g, N]. Without labels, or if α is None, d = W x̃.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> batch_drive(batch, Weights(torch.ones(5, 1, 3, 3), torch.eye(5), torch.zeros(5, 0))).shape
+    torch.Size([5, 72])
+    """
     result = drive(batch.patches, weights.feedforward)
     if batch.z is None or alpha is None:
         return result
@@ -54,7 +65,21 @@ def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None) -> 
 
 
 def batch_statistics(batch: Batch, y: Tensor, rows: Rows, num_classes: int) -> Statistics:
-    """Sums over the columns of a batch for some rows; y [K, N] of all channels."""
+    """Sums over the columns of a batch, for the channels in `rows`.
+
+    Parameters
+    ----------
+    batch: patches and labels of B images.
+    y: [K, N], activities of all channels.
+    rows: the channels.
+    num_classes: number of classes of V.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> statistics = batch_statistics(batch, torch.ones(5, 72), Rows.all(5), num_classes=0)
+    >>> statistics.yx.shape, statistics.yy.shape, statistics.count
+    (torch.Size([5, 1, 3, 3]), torch.Size([5, 5]), 72)
+    """
     own = y[rows.start : rows.stop]
     if batch.z is None:
         yz = y.new_zeros(rows.count, num_classes)
@@ -65,6 +90,13 @@ def batch_statistics(batch: Batch, y: Tensor, rows: Rows, num_classes: int) -> S
 
 
 def with_totals(statistics: Statistics, batch: Batch) -> Statistics:
-    """The statistics with Σ z zᵀ and the count of columns, which take no activities, of this batch."""
+    """Replace Σ z zᵀ and the count of columns, which do not depend on activities, by those of a whole batch.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> part = batch_statistics(batch.of_images(slice(1)), torch.ones(5, 36), Rows.all(5), num_classes=0)
+    >>> with_totals(part, batch).count
+    72
+    """
     zz = statistics.zz if batch.z is None else batch.z @ batch.z.T * batch.patches.positions
     return replace(statistics, zz=zz, count=batch.columns)

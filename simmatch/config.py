@@ -1,7 +1,8 @@
-"""Typed, frozen configuration of the method, checked once at the edge.
+"""Typed, immutable configuration of the method.
 
-Every class here refuses unknown keys and wrong types. `parse` turns a plain mapping (a YAML file, say) into
-one of them and raises a `ConfigError` whose single line names the key, what was expected and what was given.
+The classes accept neither unknown keys nor values of a wrong type. `parse` builds one of them from a plain mapping,
+such as the content of a YAML file, and raises a `ConfigError` with a one-line message that names the key, what was
+expected and what was given.
 """
 
 from __future__ import annotations
@@ -28,73 +29,89 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, the expectation and the value given."""
+    """A configuration is invalid. The message names the key, what was expected and what was given.
+
+    >>> parse(DynamicsConfig, {"tolerance": -1.0})
+    Traceback (most recent call last):
+    simmatch.config.ConfigError: tolerance: expected greater than or equal to 0, got -1.0
+    """
 
 
 class Frozen(BaseModel):
-    """Base of all configuration: immutable, strict about types, closed to unknown keys."""
+    """Base class of all configuration: immutable, strict about types, without unknown keys.
+
+    >>> class Retries(Frozen):
+    ...     count: PositiveInt = 3
+    >>> parse(Retries, {"counts": 5})
+    Traceback (most recent call last):
+    simmatch.config.ConfigError: counts: unknown key; expected one of count; got 'counts'; did you mean 'count'?
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
 
 class DynamicsConfig(Frozen):
-    """How the fast dynamics y* = argmin over y ≥ 0 of ½ yᵀM y − yᵀd is solved.
+    """How the fast dynamics y* = argmin over y ≥ 0 of ½ yᵀM y − yᵀd are solved.
 
     See `simmatch.solvers.dynamics` for the solvers, the residual and the meaning of an iteration.
+
+    >>> DynamicsConfig(tolerance=1e-3).max_iterations
+    200
     """
 
     solver: Literal["auto", "coordinate_descent", "accelerated", "projected_gradient"] = "auto"
-    """`coordinate_descent`: greedy moves and solutions on the face, column by column; by far the fastest, where one
-    device holds all channels (on a GPU: moves alone, in float32). `accelerated`: projected gradient with Nesterov
-    momentum, adaptive restart and certified step 1/λ̂; any device, any number of shards. `projected_gradient`: the
-    fixed-step reference. `auto`: `coordinate_descent` where nothing is exchanged within the dynamics (`simmatch.solve`,
-    `exchange: gather_state`) and the device is a CPU, or a GPU for which there is a kernel (see `simmatch.kernels`),
-    else `accelerated`."""
+    """`coordinate_descent`: greedy moves and exact solutions on the active face, column by column; by far the fastest,
+    but one device must hold all channels (on a GPU: moves only, in float32). `accelerated`: projected gradient with
+    Nesterov momentum, adaptive restart and the certified step 1/λ̂; for any device and any number of shards.
+    `projected_gradient`: the reference with a fixed step. `auto`: `coordinate_descent` if nothing is exchanged within
+    the dynamics (`simmatch.solve`, `exchange: gather_state`) and the device is a CPU, or a GPU for which there is a
+    kernel (see `simmatch.kernels`); otherwise `accelerated`."""
 
     tolerance: NonNegativeFloat = 1e-2
-    """A column stops once its relative residual is at most this. With 0 the gradient methods run exactly
-    `max_iterations`, and `coordinate_descent` as far as the dtype allows."""
+    """Relative residual at which a column stops. With 0 the gradient methods run exactly `max_iterations`, and
+    `coordinate_descent` runs to the precision of the dtype."""
 
     max_iterations: PositiveInt = 200
-    """Iterations after which the solver stops in any case. One of `coordinate_descent` is K moves of a channel."""
+    """Maximum number of iterations. An iteration of `coordinate_descent` is K moves of one channel each."""
 
     encode_iterations: PositiveInt = 30
-    """Fixed number of iterations in evaluation: what the next layer, the readouts and an exported model see."""
+    """Fixed number of iterations in evaluation, for the input of the next layer, readouts and an exported model."""
 
     check_every: PositiveInt = 4
-    """Iterations between two looks at the residual and the restart test."""
+    """Iterations between two tests of the residual and of the restart condition."""
 
     step: PositiveFloat | None = None
-    """Step of `projected_gradient`. None: 1.9 / λ̂ with the certified bound λ̂. Anything at or above 2/λmax(M)
-    may diverge; 1.0 reproduces the authors' code."""
+    """Step of `projected_gradient`. None: 1.9 / λ̂ with the certified bound λ̂. A step of 2/λmax(M) or more may
+    diverge; 1.0 reproduces the authors' code."""
 
     ridge: NonNegativeFloat = 1e-6
-    """The system solved is M + ridge · mean(diag M) · I, never stored: a singular M has no minimum otherwise."""
+    """The dynamics use M + ridge · mean(diag M) · I, which is not stored: with a singular M there may be no minimum."""
 
     exchange: Literal["every_iteration", "block", "gather_state"] = "every_iteration"
     """What shards exchange while learning. `every_iteration`: activities, once per iteration of the dynamics.
-    `block`: activities, once after several inner iterations on the own block. `gather_state`: weights and statistics,
-    once per update; every shard holds all weights for its time and solves a share of the columns."""
+    `block`: activities, once per `inner_iterations` iterations on each shard's own block of M. `gather_state`: weights
+    and statistics, once per update; during the update every shard holds all weights and solves a share of the
+    columns."""
 
     inner_iterations: PositiveInt = 8
-    """Iterations on the own block for every exchange of `exchange: block`."""
+    """Iterations on each shard's own block per exchange, for `exchange: block`."""
 
     exchange_dtype: Literal["float32", "bfloat16"] | None = None
-    """Format in which `every_iteration` and `block` send activities: where it is shorter than that of the weights,
-    their increments, rounded alike for all shards. None: that of the weights."""
+    """Format of the activities sent by `every_iteration` and `block`. If it is shorter than the format of the weights,
+    rounded increments of the activities are sent, the same for all shards. None: the format of the weights."""
 
     tile_columns: PositiveInt | None = None
-    """Columns (images × positions) per tile of the gradient methods; a tile's working set should fit the cache. None:
-    about 2¹⁸ activities, 256 to 8192 columns: few channels need many columns to be worth an operation's overhead. On a
-    GPU about 2²⁴ activities, which are worth the launch of a kernel."""
+    """Columns (images × positions) per tile of the gradient methods; the working set of a tile should fit into the
+    cache. None: about 2¹⁸ activities and 256 to 8192 columns, or on a GPU about 2²⁴ activities. With few channels, many
+    columns are needed to make the overhead of an operation negligible."""
 
     tiles_in_flight: PositiveInt = 2
-    """Tiles whose dynamics advance in turn, so that one computes while another's exchange is under way."""
+    """Number of tiles that take turns, so that one computes while the exchange of another is in progress."""
 
     def encoding(self) -> DynamicsConfig:
         """The same dynamics with a fixed number of iterations, as used in evaluation and in an exported model.
 
-        A fixed number means a gradient method: coordinate descent has no use for one.
+        A fixed number of iterations requires a gradient method, so this replaces coordinate descent.
         """
         solver = "projected_gradient" if self.solver == "projected_gradient" else "accelerated"
         changes = {"tolerance": 0.0, "max_iterations": self.encode_iterations}
@@ -103,12 +120,12 @@ class DynamicsConfig(Frozen):
         )
 
     def columns_per_tile(self, channels: int, device: str = "cpu") -> int:
-        """Width of a tile, by the configuration, K and the kind of device alone."""
+        """Width of a tile: a function of the configuration, K and the device type only."""
         most, values = (8192, 2**18) if device == "cpu" else (2**20, 2**24)
         return self.tile_columns or min(most, max(256, values // channels // 256 * 256))
 
     def solver_on(self, device: str, *, alone: bool) -> str:
-        """The solver that `auto` stands for on a device type; `alone`: nothing is exchanged within the dynamics."""
+        """The solver that `auto` selects for a device type; `alone`: nothing is exchanged within the dynamics."""
         if self.solver != "auto":
             return self.solver
         by_column = alone and device == "cpu" and self.tolerance > 0
@@ -118,8 +135,11 @@ class DynamicsConfig(Frozen):
 class PlasticityConfig(Frozen):
     """How the slow variables W (feedforward), M (lateral) and V (label) learn.
 
-    ΔW = η (⟨y xᵀ⟩ − W), ΔM = (η/τ)(⟨y yᵀ⟩ − M), ΔV = (⟨y zᵀ⟩ − V⟨z zᵀ⟩) diag(min(η/p̂, 1/p)), means over columns,
-    for V over the labelled ones.
+    ΔW = η (⟨y xᵀ⟩ − W), ΔM = (η/τ)(⟨y yᵀ⟩ − M), ΔV = (⟨y zᵀ⟩ − V⟨z zᵀ⟩) diag(min(η/p̂, 1/p)), with means over columns,
+    for V over labelled columns; see `simmatch.plasticity`.
+
+    >>> PlasticityConfig(lr=0.4).tau
+    1.0
     """
 
     rule: Literal["similarity_matching"] = "similarity_matching"
@@ -129,18 +149,19 @@ class PlasticityConfig(Frozen):
     """η at the first update."""
 
     lr_decay_steps: PositiveInt | None = None
-    """η falls as lr / (1 + step / lr_decay_steps). None keeps it constant."""
+    """η decays as lr / (1 + step / lr_decay_steps). None: η is constant."""
 
     tau: PositiveFloat = 1.0
-    """Divides M's rate. 0 ≤ η/τ ≤ 1 keeps M positive semidefinite and entrywise nonnegative. At 1 W and M average the
-    same batches with the same weights, which keeps W x in the range of M. At any other value W x leaves it where the
-    input is nearly of low rank (plain images in [0, 1]: one bright direction), and y explodes."""
+    """τ, by which the learning rate of M is divided. 0 ≤ η/τ ≤ 1 keeps M positive semidefinite and entrywise
+    nonnegative. With τ = 1, W and M average the same batches with the same weights, which keeps W x in the range of M.
+    With any other value W x leaves that range if the input is nearly of low rank (images in [0, 1] have one dominant
+    direction), and y diverges."""
 
     dead_after: PositiveInt = 50
-    """A channel is dead once it was silent on every column of so many updates in a row, or once M_ii is 0."""
+    """A channel is dead after it was silent on every column of this many consecutive updates, or if M_ii is 0."""
 
     revive: bool = True
-    """Re-draw the feedforward row of a dead channel (a local rule); dead channels are counted either way."""
+    """Draw a new feedforward row for a dead channel (a local rule). Dead channels are counted in any case."""
 
     @model_validator(mode="after")
     def _rates_keep_lateral_valid(self) -> PlasticityConfig:
@@ -150,67 +171,86 @@ class PlasticityConfig(Frozen):
 
 
 class TrainConfig(Frozen):
-    """How long one layer learns."""
+    """How long one layer learns.
+
+    >>> TrainConfig(epochs=2, batch_size=50).positions is None
+    True
+    """
 
     epochs: PositiveInt = 1
     """Passes over the images."""
 
     images: PositiveInt | None = None
-    """Images per pass, drawn anew each epoch. None: all."""
+    """Images per epoch, drawn anew for each. None: all."""
 
     batch_size: PositiveInt = 100
     """Images per update."""
 
     positions: PositiveInt | None = None
-    """Positions of each image that are solved and learnt from, drawn anew for every update. None: all."""
+    """Number of positions of each image to solve and learn from, drawn anew for each update. None: all."""
 
 
 class LayerOptions(Frozen):
-    """What a layer computes: common to a layer of a run (`LayerConfig`) and to the constructor's arguments."""
+    """What a layer computes: common to `LayerConfig` and to the arguments of `SimilarityMatchingConv2d`.
+
+    >>> LayerOptions(out_channels=64, kernel_size=5, whiten=True).stride
+    1
+    """
 
     out_channels: PositiveInt
     """K, the number of neurons (output channels)."""
 
     kernel_size: PositiveInt | Literal["full"]
-    """k of the k × k patches; `full` covers the whole input map, which makes the layer dense."""
+    """k of the k × k patches. `full`: the kernel covers the whole input map, which makes the layer dense."""
 
     stride: PositiveInt = 1
+    """Pixels between neighbouring patches."""
+
     padding: NonNegativeInt = 0
+    """Pixels of zeros added on each side of an image."""
 
     normalize: Literal["none", "contrast"] = "none"
-    """`contrast`: subtract each patch's mean and divide by its standard deviation (clamped)."""
+    """`contrast`: subtract the mean of each patch and divide by its standard deviation, at least `contrast_floor`."""
 
     contrast_floor: PositiveFloat = 0.1
-    """Least standard deviation a patch is divided by, in units of the input."""
+    """Smallest standard deviation to divide by, in units of the input."""
 
     whiten: bool = False
-    """ZCA-whiten the patches with statistics taken once, before the layer learns."""
+    """ZCA-whiten the patches, with statistics measured once before the layer learns."""
 
     whiten_ridge: NonNegativeFloat = 0.1
     """Added to the eigenvalues of the patch covariance before inversion, relative to their mean."""
 
     label_gain: NonNegativeFloat = 0.0
-    """Variance of a label direction over the mean variance of an input direction: α = label_gain · tr C_x / P.
-    On whitened input, the ratio of the two views' eigenvalues in the canonical correlation objective."""
+    """Variance of a label direction relative to the mean variance of an input direction: α = label_gain · tr C_x / P.
+    On whitened input this is the ratio of the eigenvalues of the two views in the canonical correlation objective."""
 
     dynamics: DynamicsConfig = DynamicsConfig()
+    """How activities are solved for."""
+
     plasticity: PlasticityConfig = PlasticityConfig()
+    """How weights learn."""
 
 
 class LayerArguments(LayerOptions):
-    """The arguments of `SimilarityMatchingConv2d` that determine its numbers."""
+    """The arguments of `SimilarityMatchingConv2d` that determine what it computes.
+
+    >>> parse(LayerArguments, {"in_channels": 1, "out_channels": 0, "kernel_size": 5})
+    Traceback (most recent call last):
+    simmatch.config.ConfigError: out_channels: expected greater than 0, got 0
+    """
 
     in_channels: PositiveInt
-    """C."""
+    """C, the number of input channels."""
 
     kernel_size: PositiveInt
-    """k."""
+    """k of the k × k patches."""
 
     num_classes: NonNegativeInt = 0
-    """Classes of the label weights V; 0 for none."""
+    """Number of classes, that is of columns of the label weights V; 0 for a layer without labels."""
 
     seed: int = 0
-    """Of the initial weights and of every re-drawn row."""
+    """Seed of the initial weights and of every row that is drawn anew."""
 
     @field_validator("num_classes")
     @classmethod
@@ -222,25 +262,31 @@ class LayerArguments(LayerOptions):
 
 
 class LayerConfig(LayerOptions):
-    """One convolutional similarity-matching layer of a run: what it computes, and how it is trained and read."""
+    """One layer of a stack: what it computes, how it is trained, and what it passes on.
+
+    >>> layer = LayerConfig(out_channels=64, kernel_size=5, normalize="contrast", pool=7)
+    >>> layer.supervised, layer.train.batch_size
+    (False, 100)
+    """
 
     whiten_images: PositiveInt = 10_000
-    """Images from which the patch statistics are taken."""
+    """Number of images from which the patch statistics are measured."""
 
     whiten_patches: PositiveInt = 200_000
-    """Patches sampled from those images, at random positions."""
+    """Number of patches sampled from those images, at random positions."""
 
     supervised: bool = False
-    """Learn the label weights V and let labels act on the dynamics with `label_gain`."""
+    """Learn the label weights V, and let labels drive the activities with `label_gain`."""
 
     pool: PositiveInt | None = None
-    """Average-pool the activities to a map of this height and width before the next layer or a readout."""
+    """Height and width to which activities are average-pooled before the next layer or a readout. None: no pooling."""
 
     power: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Pooled activities are raised to this power before the next layer or a readout; ½ keeps a few large ones from
-    deciding."""
+    """Power to which pooled activities are raised before the next layer or a readout; ½ reduces the influence of a few
+    large values."""
 
     train: TrainConfig = TrainConfig()
+    """How long the layer learns."""
 
     @model_validator(mode="after")
     def _gain_needs_labels(self) -> LayerConfig:
@@ -250,16 +296,22 @@ class LayerConfig(LayerOptions):
 
 
 class ModelConfig(Frozen):
-    """A stack of layers; layer l reads the label-free, pooled activity of layer l − 1."""
+    """A stack of layers; the input of layer l is the label-free, pooled activity of layer l − 1.
+
+    >>> layer = LayerConfig(out_channels=64, kernel_size=5, pool=7)
+    >>> ModelConfig(layers=(layer, LayerConfig(out_channels=256, kernel_size="full"))).feature_layers()
+    [1]
+    """
 
     layers: Annotated[tuple[LayerConfig, ...], Field(min_length=1, strict=False)]
+    """From the first to the last; at least one."""
 
     features: Literal["last", "all", "unsupervised"] = "last"
-    """What a readout sees: the pooled activities of the last layer, or side by side of all layers, or of those that
-    learn without labels (a readout overfits features that have already seen the labels of its training images)."""
+    """Input of a readout: the pooled activities of the last layer, of all layers side by side, or of the layers that
+    learn without labels. (A readout overfits features that were learnt from the labels of its training images.)"""
 
     feature_pool: PositiveInt | None = None
-    """A readout sees larger maps averaged down to so many rows and columns; None: as they are passed on."""
+    """Height and width to which larger maps are averaged for a readout. None: they are used as they are passed on."""
 
     @model_validator(mode="after")
     def _features_exist(self) -> ModelConfig:
@@ -268,47 +320,54 @@ class ModelConfig(Frozen):
         return self
 
     def feature_layers(self) -> list[int]:
-        """Indices of the layers whose pooled activities a readout sees."""
-        everything = range(len(self.layers))
+        """Indices of the layers whose pooled activities are the input of a readout."""
+        indices = range(len(self.layers))
         if self.features == "unsupervised":
-            return [index for index in everything if not self.layers[index].supervised]
-        return list(everything) if self.features == "all" else [len(self.layers) - 1]
+            return [index for index in indices if not self.layers[index].supervised]
+        return list(indices) if self.features == "all" else [len(self.layers) - 1]
 
 
 class DataConfig(Frozen):
-    """Which images, and where they lie."""
+    """Which images to use, and where their files are.
+
+    >>> DataConfig(name="fashion_mnist", train_images=10_000).damaged
+    'stop'
+    """
 
     name: str
     """Name of the data set in `simmatch.data.sources.DATASETS`."""
 
     root: str | None = None
-    """Folder of the files. None: `$SIMMATCH_DATA`, then the Debian package's folder, then a download."""
+    """Folder of the files. None: `$SIMMATCH_DATA`, then the folder of the Debian package, then a download."""
 
     train_images: PositiveInt | None = None
-    """Use only the first so many training images. None: all."""
+    """Use only this many training images, the first ones. None: all."""
 
     test_images: PositiveInt | None = None
-    """Use only the first so many test images. None: all."""
+    """Use only this many test images, the first ones. None: all."""
 
     damaged: Literal["stop", "skip"] = "stop"
-    """What to do with an image whose values are not finite or outside [0, 1], or whose label is no class: end with a
-    message that names the first, or leave such images out, before `train_images` are counted. A file that is
-    truncated or not of its format always ends the run: nothing in it can be trusted."""
+    """What to do if an image has values that are not finite or outside [0, 1], or a label that is not a class. `stop`:
+    end with an error that names the first such image. `skip`: leave such images out, before `train_images` are counted.
+    A file that is truncated or not of its format is always an error."""
 
     max_skipped: PositiveInt = 100
-    """Most images that may be left out; more is taken for a fault of the data set."""
+    """Maximum number of images to leave out; more are an error of the data set."""
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Validate a plain mapping as `cls`.
+    """Build a configuration of class `cls` from a plain mapping.
 
     Raises
     ------
     ConfigError
-        One line per fault: `key: expected …, got …`.
+        Some values are invalid; one line lists them: `key: expected …, got …`.
+
+    >>> parse(TrainConfig, {"epochs": 5}).epochs
+    5
     """
     try:
         return cls.model_validate(values)

@@ -91,12 +91,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def parts_of(path: str) -> list[str]:
-    """Names on the way from a folder to a path in it.
+    """The parts of a relative path inside a folder.
 
     Raises
     ------
     ValueError
-        It lies elsewhere.
+        The path leads out of the folder.
+
+    >>> parts_of("figures/layer0.png")
+    ['figures', 'layer0.png']
+    >>> parts_of("../secrets")
+    Traceback (most recent call last):
+    ValueError: expected a path in the run directory, got '../secrets'
     """
     parts = path.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
@@ -105,14 +111,22 @@ def parts_of(path: str) -> list[str]:
 
 
 def open_inside(folder: Path, path: str, most_bytes: int | None = None) -> BinaryIO:
-    """Open a file of a folder that others may write to for reading, following no link on the way.
+    """Open a file for reading, in a folder to which others may write, without following symbolic links.
 
     Raises
     ------
     ValueError
-        It lies elsewhere, is a link or reached through one, is no file, or is larger than `most_bytes`.
+        The path leads out of the folder or through a symbolic link, is not a regular file, or is larger than
+        `most_bytes`.
     OSError
-        It does not exist, or cannot be read.
+        The file does not exist or cannot be read.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_whole(Path(folder, "config.yaml"), "seed: 1")
+    ...     with open_inside(Path(folder), "config.yaml", most_bytes=100) as file:
+    ...         file.read()
+    b'seed: 1'
     """
     *above, name = parts_of(path)
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

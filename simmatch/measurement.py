@@ -1,4 +1,4 @@
-"""What training reports of an update: equal on all owners, however they shared the work."""
+"""Metrics of an update, equal on all ranks whichever way they share the work."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ class Measurement:
 
     Attributes
     ----------
-    objective: relative similarity-matching objective on some of the batch's columns, before the update.
-    residual, num_iters: of the slowest column of the batch.
-    active_fraction: share of activities above zero.
+    objective: relative similarity-matching objective on some columns of the batch, before the update.
+    residual: largest relative residual of a column.
+    num_iters: iterations of the slowest column.
+    active_fraction: fraction of activities above zero.
+
+    >>> Measurement(objective=0.1, residual=1e-3, num_iters=12, active_fraction=0.15).num_iters
+    12
     """
 
     objective: float
@@ -39,9 +43,20 @@ def measure(
     *,
     columns: int = 4096,
 ) -> Measurement:
-    """Look at what `layer.partial_fit(patches, labels)` returned, on all owners alike.
+    """Measure an update; all ranks call this together and get the same result.
 
-    Where columns are split, an exchange brings the first of them together, about `columns`, for the objective.
+    Parameters
+    ----------
+    layer: the layer after the update.
+    patches: the batch, from `layer.prepare`.
+    solution: what `layer.partial_fit(patches, labels)` returned.
+    labels: [B], as given to `partial_fit`.
+    columns: approximate number of columns for the objective. Where columns are split over ranks, these are gathered.
+
+    >>> layer = SimilarityMatchingConv2d(1, 8, kernel_size=3)
+    >>> patches = layer.prepare(torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    >>> measure(layer, patches, layer.partial_fit(patches)).residual <= layer.dynamics.tolerance
+    True
     """
     exchange = layer.sharing.column_exchange
     total = patches.batch_size * patches.positions

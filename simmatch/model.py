@@ -1,4 +1,4 @@
-"""A stack of similarity-matching layers, each reading the label-free, pooled activity of the one below.
+"""Stacks of similarity-matching layers: the input of a layer is the label-free, pooled activity of the one below.
 
     images → layer 0 → pool → layer 1 → pool → … → features (what readouts see), scores (decoded from V)
 
@@ -25,24 +25,34 @@ from simmatch.readout import decode
 from simmatch.solvers.bound import check_lateral
 
 EXPORTED = ("feedforward", "lateral", "label", "whitening", "whitening_mean")
-"""Tensors of a layer that an exported model holds, where they exist."""
-
+"""Tensors of a layer that are saved with an exported model, if they exist."""
 
 MODEL_FILES = ("model.safetensors", "config.yaml")
-"""Files of an exported model's folder."""
+"""Files in the folder of an exported model."""
 
 
 class InputConfig(Frozen):
-    """What a model was built for."""
+    """Shape and number of classes of the images that a model is built for.
+
+    >>> InputConfig.of(torch.zeros(100, 3, 32, 32), num_classes=10).image_size
+    (32, 32)
+    """
 
     in_channels: PositiveInt
+    """C, the number of channels of an image."""
+
     height: PositiveInt
+    """H, in pixels."""
+
     width: PositiveInt
+    """W, in pixels."""
+
     num_classes: PositiveInt
+    """Number of classes of the labels."""
 
     @classmethod
     def of(cls, images: Tensor, num_classes: int) -> InputConfig:
-        """For images [N, C, H, W]."""
+        """The configuration for images [N, C, H, W]."""
         channels, height, width = images.shape[1:]
         return cls(in_channels=channels, height=height, width=width, num_classes=num_classes)
 
@@ -52,19 +62,32 @@ class InputConfig(Frozen):
 
 
 class ExportConfig(Frozen):
-    """`model/config.yaml` beside the weights of an exported model."""
+    """Content of `config.yaml` in the folder of an exported model.
+
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3),))
+    >>> export = ExportConfig(input=InputConfig(in_channels=1, height=8, width=8, num_classes=10), model=model)
+    >>> sorted(export.model_dump())
+    ['input', 'model']
+    """
 
     input: InputConfig
+    """The images."""
+
     model: ModelConfig
+    """The layers."""
 
 
 def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tuple[int, int]]]:
-    """Channels and map size that each layer reads, checked against its kernel.
+    """Channels and map size of the input of each layer, checked against its kernel.
 
     Raises
     ------
     ConfigError
-        A kernel larger than its input, or a pooled map larger than the map.
+        A kernel is larger than its input, or a pooled map larger than the map of activities.
+
+    >>> layers = LayerConfig(out_channels=64, kernel_size=5, pool=7), LayerConfig(out_channels=256, kernel_size="full")
+    >>> layer_inputs(ModelConfig(layers=layers), InputConfig(in_channels=1, height=28, width=28, num_classes=10))
+    [(1, (28, 28)), (64, (7, 7))]
     """
     channels, size = source.in_channels, source.image_size
     inputs = []
@@ -85,13 +108,23 @@ def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tup
 
 
 def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
-    """What is passed on of activities [B, K, H, W]: averages [B, K, pool, pool], raised to the configured power."""
+    """Output of a layer from its activities [B, K, H, W]: averages [B, K, pool, pool], raised to `config.power`.
+
+    >>> pooled(torch.ones(2, 8, 6, 6), LayerConfig(out_channels=8, kernel_size=3, pool=2)).shape
+    torch.Size([2, 8, 2, 2])
+    """
     passed = activities if config.pool is None else F.adaptive_avg_pool2d(activities, config.pool)
     return passed if config.power == 1.0 else passed.pow(config.power)
 
 
 def readable(passed: Tensor, config: LayerConfig, pool: int | None) -> Tensor:
-    """What a readout sees of what a layer passes on, [B, F]: maps averaged down to `pool`, then raised to the power."""
+    """Input of a readout [B, F] from the output of a layer: larger maps are averaged down to `pool` × `pool`.
+
+    The average is taken of activities: `config.power` is undone before it and applied again after it.
+
+    >>> readable(torch.ones(2, 8, 6, 6), LayerConfig(out_channels=8, kernel_size=3), pool=2).shape
+    torch.Size([2, 32])
+    """
     if pool is None or max(passed.shape[2:]) <= pool:
         return passed.flatten(1)
     maps = passed if config.power == 1.0 else passed.pow(1 / config.power)
@@ -100,17 +133,24 @@ def readable(passed: Tensor, config: LayerConfig, pool: int | None) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Layers with their pooling.
+    """A stack of layers with pooling between them.
 
     Parameters
     ----------
-    model: the layers' configuration.
-    source: channels, size and classes of the images.
-    seed: layer i starts from seed + i.
+    model: the configuration of the layers.
+    source: channels, size and number of classes of the images.
+    seed: the weights of layer i are drawn with seed + i.
+    dtype, device: of all weights.
 
     Attributes
     ----------
-    layers: `SimilarityMatchingConv2d` each, all rows of them.
+    layers: the `SimilarityMatchingConv2d` layers, each with all of its channels.
+
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3, pool=2, supervised=True),))
+    >>> stack = Stack(model, InputConfig(in_channels=1, height=8, width=8, num_classes=10))
+    >>> x = torch.rand(5, 1, 8, 8)
+    >>> stack(x).shape, stack.features(x).shape, stack.decode(x).shape
+    (torch.Size([5, 8, 6, 6]), torch.Size([5, 32]), torch.Size([5, 10]))
     """
 
     def __init__(
@@ -141,7 +181,7 @@ class Stack(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all weights."""
+        """The dtype of all weights."""
         return self.layer(0).feedforward.dtype
 
     def layer(self, index: int) -> SimilarityMatchingConv2d:
@@ -162,7 +202,7 @@ class Stack(nn.Module):
         return result
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
-        """One pass: `features` [B, F] and, where the last layer is supervised, `scores` [B, num_classes]."""
+        """`features` [B, F] and, if the last layer is supervised, `scores` [B, num_classes], in one pass."""
         maps, activities = [], x
         for index, config in enumerate(self.config.layers):
             activities = self.layer(index)(x)
@@ -174,11 +214,11 @@ class Stack(nn.Module):
         return result
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, F], what the readouts see: pooled activities of the layers that `ModelConfig.features` names."""
+        """Input of a readout [B, F]: pooled activities of the layers selected by `ModelConfig.features`."""
         return self.outputs(x)["features"]
 
     def decode(self, x: Tensor) -> Tensor:
-        """Class scores [B, num_classes] from the label weights V of the last layer; argmax is the class.
+        """Class scores [B, num_classes] from the label weights V of the last layer; their argmax is the class.
 
         Raises
         ------
@@ -192,7 +232,13 @@ class Stack(nn.Module):
 
 
 class Outputs(nn.Module):
-    """`Stack.outputs` as a module's forward, the form in which a stack is exported."""
+    """A module whose forward is `Stack.outputs`, for the export of a stack.
+
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3),))
+    >>> stack = Stack(model, InputConfig(in_channels=1, height=8, width=8, num_classes=10))
+    >>> Outputs(stack)(torch.rand(5, 1, 8, 8))["features"].shape
+    torch.Size([5, 288])
+    """
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
@@ -203,7 +249,16 @@ class Outputs(nn.Module):
 
 
 def save_model(stack: Stack, path: str | Path) -> None:
-    """Write `model.safetensors` (unsharded tensors `layers.{i}.…`) and `config.yaml` into the folder `path`."""
+    """Save a stack: write `model.safetensors` (tensors `layers.{i}.…`) and `config.yaml` into the folder `path`.
+
+    >>> import tempfile
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3),))
+    >>> stack = Stack(model, InputConfig(in_channels=1, height=8, width=8, num_classes=10))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(stack, folder)
+    ...     load_model(folder).layer(0).feedforward.shape
+    torch.Size([8, 1, 3, 3])
+    """
     folder = Path(path)
     tensors = {
         f"layers.{index}.{name}": getattr(layer, name).contiguous().cpu()
@@ -217,19 +272,24 @@ def save_model(stack: Stack, path: str | Path) -> None:
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack:
-    """The exported stack of a run, in evaluation mode.
+    """Load a stack, in evaluation mode.
 
     Parameters
     ----------
-    path: the folder `RUN_DIR/model`, holding `model.safetensors` and `config.yaml`.
+    path: a folder with `model.safetensors` and `config.yaml`, such as `model` in the directory of a run.
+    device: of all weights.
 
     Raises
     ------
     FileNotFoundError
         A file is missing.
     ConfigError
-        The configuration is not one of ours, the tensors do not have the shapes it asks for, or an M is not symmetric
-        positive semidefinite.
+        The configuration is invalid, a tensor does not have the shape that it requires, or a lateral matrix M is not
+        symmetric positive semidefinite.
+
+    >>> load_model("missing")
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory: 'missing/config.yaml'
     """
     folder = Path(path)
     try:

@@ -51,7 +51,20 @@ def similarity_objective(x: Tensor, y: Tensor, z: Tensor | None = None, alpha: f
 
 
 def batch_objective(batch: Batch, y: Tensor, alpha: float, *, columns: int) -> float:
-    """`similarity_objective` on the first images of a batch, at least one and about `columns` columns; y: [K, N]."""
+    """`similarity_objective` on the first images of a batch: at least one image, and about `columns` columns.
+
+    Parameters
+    ----------
+    batch: patches and labels of B images.
+    y: [K, N], activities.
+    alpha: α, the weight of the label term.
+    columns: approximate number of columns.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> batch_objective(batch, torch.zeros(5, 72), alpha=0.0, columns=36)
+    1.0
+    """
     positions = batch.patches.positions
     images = min(batch.patches.batch_size, max(1, columns // positions))
     z = None if batch.z is None else batch.z[:, :images].repeat_interleave(positions, dim=1)

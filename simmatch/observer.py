@@ -1,4 +1,4 @@
-"""Who follows a trainer (`simmatch.fit`): restores layers, sees every update, and may end the training."""
+"""Observers of a trainer (`simmatch.fit`): they restore layers, follow every update, and may end the training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement
 
 Phase = Literal["calibrate", "cache", "encode"]
-"""Work on a layer other than learning: measuring its input, keeping its encoded input, encoding with it."""
+"""Phases other than learning: measuring the input of a layer, caching its encoded input, encoding with the layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One update of a layer, done.
+    """A completed update of a layer.
 
     Attributes
     ----------
-    index, layer: which layer, and this rank's rows of it.
-    number, total: of the layer's updates, the first being 1.
-    images: in the batch.
-    measurement: what was measured; None where it was not this update's turn.
+    index: index of the layer in the stack.
+    layer: the layer, with the rows held by this rank.
+    number: number of the update, counted from 1.
+    total: number of updates of the layer.
+    images: number of images in the batch.
+    measurement: metrics of the update, or None if it was not measured.
+
+    >>> layer = SimilarityMatchingConv2d(1, 8, kernel_size=3)
+    >>> Update(index=0, layer=layer, number=1, total=60, images=100, measurement=None).images
+    100
     """
 
     index: int
@@ -37,34 +43,40 @@ class Update:
 
 
 class Observer:
-    """Follows a trainer. Every method does nothing unless overridden; an exception raised here ends the training.
+    """Base class of observers. Its methods do nothing; an exception raised by a method ends the training.
 
-    On several ranks each has an observer of its own, and all must make the same exchanges, if any.
+    With several ranks every rank has its own observer. If observers exchange data, all must make the same exchanges.
+
+    >>> class Log(Observer):
+    ...     def updated(self, update):
+    ...         print(f"update {update.number} of {update.total}")
+    >>> Log().updated(Update(0, SimilarityMatchingConv2d(1, 8, kernel_size=3), 1, 60, 100, None))
+    update 1 of 60
     """
 
     def restore(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """A layer is made. Filling its buffers continues an earlier run after its `layer.updates`."""
+        """Called with a new layer. To continue an earlier run, fill the buffers of the layer, `updates` included."""
 
     def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """A layer, calibrated, is about to make its first update, or the first after those restored."""
+        """Called with a calibrated layer before its first update, or the first update after those restored."""
 
     def updating(self, index: int, layer: SimilarityMatchingConv2d) -> AbstractContextManager[None]:
-        """Surrounds every update, from the making of the batch on."""
+        """Return a context in which the next update runs, including the preparation of its batch."""
         return nullcontext()
 
     def updated(self, update: Update) -> None:
-        """After every update."""
+        """Called after every update."""
 
     def learnt(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """All updates of a layer are done, and `layer`, with all rows, is about to encode."""
+        """Called after the last update of a layer and before it encodes; `layer` has all rows."""
 
     def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:
-        """Some images went through a layer: its activities [B, K, H, W], and what it passes on. Shares of all ranks."""
+        """Called with activities [B, K, H, W] and output of a layer for some images; each rank has a share of them."""
 
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
-        """How far a phase other than learning is, in images, or 0 or 1 of 1; the rate where images are encoded."""
+        """Called with the progress of a phase: `done` of `total` images, or of 1; and the rate of encoding."""
 
     def on_one_rank(self, work: Callable[[], None] | None) -> None:
-        """Do the work of rank 0 while the other ranks, whose `work` is None, wait."""
+        """Run the work of rank 0 while the other ranks, whose `work` is None, wait."""
         if work is not None:
             work()

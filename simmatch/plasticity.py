@@ -89,9 +89,17 @@ class Weights:
 
 
 def draw_filter(seed: int, channel: int, draw: int, like: Tensor) -> Tensor:
-    """A row [C, k, k] of W, like the rows of `like` [K_g, C, k, k]: Gaussian of expected norm 1.
+    """Draw a row [C, k, k] of W: Gaussian, of expected squared norm 1, the same for any number of shards.
 
-    draw: 0 at birth, the count of updates at a revival. The same on any number of shards.
+    Parameters
+    ----------
+    seed: of the layer.
+    channel: number of the row.
+    draw: 0 for the initial weights, the number of updates for the revival of a dead channel.
+    like: [K_g, C, k, k], a tensor with the shape, dtype and device of W.
+
+    >>> draw_filter(seed=0, channel=7, draw=0, like=torch.zeros(8, 3, 5, 5)).shape
+    torch.Size([3, 5, 5])
     """
     generator, shape = seeded("feedforward", seed, channel, draw), like.shape[1:]
     row = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -99,30 +107,37 @@ def draw_filter(seed: int, channel: int, draw: int, like: Tensor) -> Tensor:
 
 
 def dead_channels(silent: Tensor, inhibition: Tensor, config: PlasticityConfig) -> Tensor:
-    """[K_g], true for channels that were silent for too long, or have forgotten all activity.
+    """Which channels are dead: bool [K_g]. They were silent for `config.dead_after` updates, or have M_ii = 0.
 
-    The second happens to a channel that is silent for one batch where η/τ = 1.
+    With η/τ = 1, M_ii becomes 0 after a single batch in which the channel is silent.
 
     Parameters
     ----------
-    silent: [K_g], updates in a row in which the channel was silent.
-    inhibition: [K_g], M_ii: 0 inhibits nothing.
+    silent: [K_g], number of consecutive updates in which the channel was silent.
+    inhibition: [K_g], M_ii.
+    config: `dead_after`.
+
+    >>> dead_channels(torch.tensor([0, 50, 0]), torch.tensor([1.0, 1.0, 0.0]), PlasticityConfig(dead_after=50))
+    tensor([False,  True,  True])
     """
     return (silent >= config.dead_after) | (inhibition <= 0)
 
 
 def settled_label(label: Tensor, yz: Tensor, zz: Tensor) -> Tensor:
-    """V at the length of label-free activity: g V with g = ⟨C, V⟩ / ⟨V, V⟩, C the class means.
+    """Scale V to label-free activity: g V with g = ⟨C, V⟩ / ⟨V, V⟩, where C holds the class means of the activity.
 
-    While labels drive the activities V grows with them, and would be too long for the label-free activity that decoding
-    compares it with. One number g moves: the least-squares length. The class means themselves decode worse (see
-    `LOG.md`).
+    While labels drive the activities, V grows with them. It would then be too long for decoding, which compares V with
+    label-free activity. g is the least-squares scale. Replacing V by the class means decodes worse (see `LOG.md`).
 
     Parameters
     ----------
     label: [K, num_classes], V of all channels.
-    yz: [K, num_classes]; zz: [num_classes, num_classes]: sums as in `Statistics`, over label-free activities.
-        Classes without images count for nothing.
+    yz, zz: [K, num_classes] and [num_classes, num_classes], sums as in `Statistics`, over label-free activities.
+        Classes without images are ignored.
+
+    >>> settled_label(2 * torch.eye(2), yz=torch.eye(2), zz=torch.eye(2))
+    tensor([[1., 0.],
+            [0., 1.]])
     """
     means = yz / zz.diagonal().clamp(min=1.0)
     known = label * (zz.diagonal() > 0)

@@ -28,17 +28,26 @@ def exact_float32() -> None:
 
 
 def eager_full_precision(method: FunctionT) -> FunctionT:
-    """Let neither torch.compile nor torch.autocast change a method of a layer, or anything that it calls.
+    """Decorator that disables torch.compile and torch.autocast for a method of a layer and everything that it calls.
 
-    The dynamics run in buffers of their own until columns have converged: a compiler speeds up nothing there, and fails
-    on writes through views. The network around the layer is compiled. Products in another format than that of the
-    weights bound nothing, and lose what weights learn.
+    The dynamics run in their own buffers until the columns have converged: a compiler would not make them faster, and
+    fails on writes through views. The network around a layer can still be compiled. Products in a shorter format than
+    that of the weights would invalidate the bound of λmax(M), and lose small changes of the weights.
+
+    >>> class Doubling(torch.nn.Module):
+    ...     lateral = torch.eye(2)
+    ...     @eager_full_precision
+    ...     def forward(self, x):
+    ...         return self.lateral @ x + x
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     Doubling()(torch.ones(2, 1)).dtype
+    torch.float32
     """
 
     @wraps(method)
     def wrapped(layer: Any, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            # not before: it takes seconds to import
+            # imported here because the import takes seconds
             uncompiled = torch.compiler.disable(wrapped)  # type: ignore[no-untyped-call]
             return uncompiled(layer, *arguments, **options)
         device = layer.lateral.device.type

@@ -121,7 +121,17 @@ class Ridge:
 
 
 def solve_ridge(matrix: Tensor, right: Tensor, penalty: float) -> Tensor:
-    """(matrix + penalty I)⁻¹ right for a symmetric positive semidefinite matrix, which is overwritten."""
+    """(matrix + penalty I)⁻¹ right for a symmetric positive semidefinite matrix, which is overwritten.
+
+    Parameters
+    ----------
+    matrix: [n, n].
+    right: [n, m].
+    penalty: λ > 0.
+
+    >>> solve_ridge(torch.eye(2), torch.tensor([[2.0], [4.0]]), penalty=1.0).flatten()
+    tensor([1., 2.])
+    """
     matrix.diagonal().add_(penalty)
     return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 

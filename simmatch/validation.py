@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a configuration, in our words: `key: expected …, got …`."""
+"""Messages for invalid configurations: pydantic's errors as one line of the form `key: expected …, got …`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from pydantic import BaseModel, ValidationError
 from simmatch.documents import quoted, shortened
 
 MOST_FAULTS = 20
-"""In one message."""
+"""Maximum number of faults listed in one message."""
 
 
 def one_line(cls: type[BaseModel], error: ValidationError) -> str:
-    """All faults of values that are no `cls`, on one line."""
+    """The errors from building a `cls`, as one line.
+
+    >>> class Mesh(BaseModel):
+    ...     channel: int
+    >>> try:
+    ...     Mesh(channel="two")
+    ... except ValidationError as error:
+    ...     print(one_line(Mesh, error))
+    channel: expected an integer, unable to parse string as an integer, got 'two'
+    """
     faults = error.errors(include_url=False)
     lines = _merged([_describe(cls, fault) for fault in faults[:MOST_FAULTS]])
     more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
@@ -24,7 +33,7 @@ def one_line(cls: type[BaseModel], error: ValidationError) -> str:
 
 
 def _merged(lines: list[str]) -> list[str]:
-    """One line per key where a value fits none of several alternatives: 'expected an integer or 'full', got …'."""
+    """One line per key if a value matches none of several alternatives: 'expected an integer or 'full', got …'."""
     merged: dict[tuple[str, str], str] = {}
     for line in lines:
         key, _, rest = line.partition(": expected ")
@@ -43,14 +52,14 @@ WORDING = {
     "a valid integer": "an integer",
     "a valid ": "a ",
 }
-"""Patterns in pydantic's messages, and what stands there in ours after 'expected'."""
+"""Patterns in pydantic's messages, and their replacements in ours, after 'expected'."""
 
 
 def _describe(cls: type[BaseModel], fault: Any) -> str:
-    """One fault of pydantic's in our words: key, expectation, value given."""
-    # pydantic puts the member of a union it tried ('int', 'literal[...]') into the location: not a key of the user's
+    """One of pydantic's errors as `key: expected …, got …`."""
+    # the location contains the member of a union that pydantic tried ('int', 'literal[...]'), which is not a key
     given, kind = fault.get("input"), fault["type"]
-    unknown = fault["loc"][-1:] if kind == "extra_forbidden" else ()  # it may look like nothing that we know
+    unknown = fault["loc"][-1:] if kind == "extra_forbidden" else ()  # may be any text
     around = fault["loc"][: len(fault["loc"]) - len(unknown)]
     location = [*(part for part in around if isinstance(part, int) or _is_key(str(part))), *unknown]
     key = ".".join(map(_shown, location)) or "configuration"

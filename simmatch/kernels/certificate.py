@@ -86,7 +86,6 @@ def residuals(
     residual: [N], an earlier result, updated in place; only tiles with a column above `tolerance` are recomputed.
     tolerance: used with `residual`.
 
-    >>> import torch
     >>> y = drive = torch.ones(1000, 64, device="cuda")
     >>> residuals(drive, y, System(torch.eye(64, device="cuda"), ridge=0.0, bound=1.0)).shape
     torch.Size([1000])

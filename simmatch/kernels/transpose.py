@@ -28,7 +28,6 @@ def turn(source, target, height, width, SIDE: tl.constexpr):
 def transposed(values: Tensor) -> Tensor:
     """The transpose of a contiguous matrix, contiguous: [a, b] → [b, a].
 
-    >>> import torch
     >>> transposed(torch.ones(64, 1000, device="cuda")).shape
     torch.Size([1000, 64])
     """

@@ -25,10 +25,8 @@ WITHOUT_EXAMPLES = {"simmatch.kernels.capability", "simmatch.kernels.solve"}
 """Public names whose example would need a CUDA device."""
 
 
-PENDING = """arguments batch config features fit labels layer
-measurement model observer plasticity precision readout seeding
-synapses validation order columns exchange faults gathered_state
-rows sharing state block bound dynamics tile objective"""
+PENDING = """fit layer features synapses order columns exchange faults gathered_state
+rows sharing state block bound dynamics tile"""
 
 
 class Finder(doctest.DocTestFinder):
@@ -39,7 +37,7 @@ class Finder(doctest.DocTestFinder):
 
 
 def examples(module: ModuleType) -> list[doctest.DocTest]:
-    return [test for test in Finder(exclude_empty=True).find(module) if test.examples]
+    return [test for test in Finder(exclude_empty=True).find(module, extraglobs={"torch": torch}) if test.examples]
 
 
 def modules_with_examples() -> list[str]:

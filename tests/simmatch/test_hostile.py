@@ -538,7 +538,9 @@ def test_labels_of_a_layer_without_classes_are_refused() -> None:
 def test_a_gradient_is_refused_where_it_would_be_lost() -> None:
     layer, x = SimilarityMatchingConv2d(1, 8, 3), X.clone().requires_grad_()
     for call in (layer, layer.solve):
-        with pytest.raises(ValueError, match=r"^images: expected a tensor without gradient.*got one that requires it"):
+        with pytest.raises(
+            ValueError, match=r"^images: expected a tensor that does not require a gradient.*got one that does"
+        ):
             call(x)
     with torch.no_grad():
         assert torch.equal(layer(x), layer(X))

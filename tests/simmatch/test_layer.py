@@ -108,7 +108,9 @@ def test_patches_of_another_layer_are_refused() -> None:
     for layer, stranger in ((plain, contrast), (contrast, plain), (white, other), (white, plain), (plain, white)):
         patches = stranger.prepare(images)
         for call in (layer, layer.solve, layer.partial_fit, layer.drive):
-            with pytest.raises(ValueError, match=r"^patches: expected some that this layer prepared, with PatchConfig"):
+            with pytest.raises(
+                ValueError, match=r"^patches: expected patches prepared by this layer, with PatchConfig"
+            ):
                 call(patches)
         assert layer.updates == 0
     white.calibrate(images)
