@@ -127,12 +127,7 @@ def check(config: EvaluationConfig, material: Material) -> None:
     ConfigError
         A budget that a class cannot fill, or a learner that does not fit the images.
     """
-    least = int(torch.bincount(material.train.labels, minlength=material.source.num_classes).min())
-    for index, budget in enumerate(config.budgets):
-        if budget > least:
-            raise ConfigError(
-                f"budgets.{index}: expected at most {least}, the images of the rarest class, got {budget}"
-            )
+    material.check_budgets({f"budgets.{index}": budget for index, budget in enumerate(config.budgets)})
     source, shape = material.source, config.shape
     height, width = source.image_size
     if config.networks and min(height, width) < LEAST_SIDE:

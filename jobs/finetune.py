@@ -27,6 +27,7 @@ from cluster.tracking.tracker import Tracker
 from jobs.display import ProgressBars
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.evaluation import finetuning_tables as tables
+from jobs.evaluation.config import overridden
 from jobs.evaluation.finetuning import (
     FREE,
     STARTS,
@@ -37,7 +38,6 @@ from jobs.evaluation.finetuning import (
     StartResultStore,
     Trial,
     check,
-    read,
 )
 from jobs.evaluation.material import Material
 from jobs.evaluation.resume import SETTINGS, begin, check_same, has_results, read_identity, with_defaults
@@ -48,7 +48,7 @@ from jobs.recording import run_recorded
 from jobs.reporting import save_figure
 from jobs.run_directory import default_root, local_folder
 from jobs.signals import SignalHandler
-from simmatch.config import ConfigError
+from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
 from simmatch.data.sources import load_dataset
 from simmatch.files import write_whole
@@ -65,16 +65,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:
-        config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
+        values = overridden(read_yaml(Path(options.config)), options.set, quick=options.quick)
+        config = parse(FinetuneConfig, values)
         material = Material.of(load_dataset(config.data), config.held_out)
         check(config, material)
         default = default_root() / f"{config.name}{'-quick' if options.quick else ''}"
         run_dir = local_folder("--run-dir", options.run_dir, default)
-        values = identity(run_dir, config)
+        definition = identity(run_dir, config)
         tracker = Tracker(run_dir, config.tracking)
         job = Finetuning(config, material, tracker, console, options.threads or allowed_cpus())
         params = config.model_dump(mode="json", exclude={"tracking", "quick"})
-        begin(tracker, values, params, config.data.name, material)
+        begin(tracker, definition, params, config.data.name, material)
     except SpoolBusyError as error:
         print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -142,8 +142,8 @@ class EvaluationConfig(Frozen):
         return (*self.budgets, None)
 
 
-def read(values: dict[str, Any], assignments: list[str], *, quick: bool) -> EvaluationConfig:
-    """Values of a YAML file as a configuration; `quick` applies the file's own overrides first.
+def overridden(values: dict[str, Any], assignments: list[str], *, quick: bool) -> dict[str, Any]:
+    """Values of a YAML file with `--set` assignments applied; with `quick`, the file's own overrides before them.
 
     Raises
     ------
@@ -153,7 +153,18 @@ def read(values: dict[str, Any], assignments: list[str], *, quick: bool) -> Eval
     shortcuts = values.get("quick") or []
     if quick and not shortcuts:
         raise ConfigError("--quick: expected a configuration with overrides under 'quick', got none")
-    config = parse(EvaluationConfig, override(values, [*(shortcuts if quick else []), *assignments]))
+    return override(values, [*(shortcuts if quick else []), *assignments])
+
+
+def read(values: dict[str, Any], assignments: list[str], *, quick: bool) -> EvaluationConfig:
+    """The configuration of a comparison; parameters as in `overridden`.
+
+    Raises
+    ------
+    ConfigError
+        One line, naming the key.
+    """
+    config = parse(EvaluationConfig, overridden(values, assignments, quick=quick))
     for name, row in config.stacks.items():
         try:
             row.models()

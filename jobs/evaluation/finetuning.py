@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.tracking.config import TrackingConfig
@@ -27,8 +26,7 @@ from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, t
 from jobs.evaluation.finetuning_start import PretrainedFilters, StartConfig, pretrain
 from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
 from jobs.evaluation.material import Material
-from jobs.options import override
-from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt, parse
+from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt
 from simmatch.documents import DocumentError, dump_json, load_json
 from simmatch.files import write_whole
 from simmatch.readout import accuracy
@@ -98,20 +96,6 @@ class FinetuneConfig(Frozen):
         return values
 
 
-def read(values: dict[str, Any], assignments: list[str], *, quick: bool) -> FinetuneConfig:
-    """Values of a YAML file as a configuration; `quick` applies the file's own overrides first.
-
-    Raises
-    ------
-    ConfigError
-        One line, naming the key.
-    """
-    shortcuts = values.get("quick") or []
-    if quick and not shortcuts:
-        raise ConfigError("--quick: expected a configuration with overrides under 'quick', got none")
-    return parse(FinetuneConfig, override(values, [*(shortcuts if quick else []), *assignments]))
-
-
 def check(config: FinetuneConfig, material: Material) -> None:
     """Check what can be checked before anything learns.
 
@@ -120,12 +104,7 @@ def check(config: FinetuneConfig, material: Material) -> None:
     ConfigError
         A budget that a class cannot fill, or images too small for a LeNet.
     """
-    least = int(torch.bincount(material.train.labels, minlength=material.source.num_classes).min())
-    for index, budget in enumerate(config.budgets):
-        if budget.labels > least:
-            raise ConfigError(
-                f"budgets.{index}.labels: expected at most {least}, the images of the rarest class, got {budget.labels}"
-            )
+    material.check_budgets({f"budgets.{index}.labels": budget.labels for index, budget in enumerate(config.budgets)})
     if min(material.source.image_size) < LEAST_SIDE:
         height, width = material.source.image_size
         raise ConfigError(f"data: expected images of at least {LEAST_SIDE} × {LEAST_SIDE}, got {height} × {width}")

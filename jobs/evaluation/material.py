@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,21 @@ class Material:
             Labelled(to_unit(dataset.test_images, torch.float32), dataset.test_labels),
             dataset.digest(),
         )
+
+    def check_budgets(self, budgets: Mapping[str, int]) -> None:
+        """Check that every class has enough training images.
+
+        budgets: key of the configuration → labels per class.
+
+        Raises
+        ------
+        ConfigError
+            Names the key of the first budget that a class cannot fill.
+        """
+        least = int(torch.bincount(self.train.labels, minlength=self.source.num_classes).min())
+        for key, budget in budgets.items():
+            if budget > least:
+                raise ConfigError(f"{key}: expected at most {least}, the images of the rarest class, got {budget}")
 
     def labelled(self, per_class: int | None, seed: int) -> Tensor:
         """Indices of the training images whose labels a budget gives; nested over budgets, None for all."""
