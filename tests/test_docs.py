@@ -1,0 +1,108 @@
+"""The READMEs keep to the code: commands run, or at least parse; examples run; files and sections exist."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ("simmatch", "cluster", "jobs", "infra"))]
+NOT_RUN = "not run in tests"
+"""In the comment behind a command that takes too long, or needs what a test machine lacks."""
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ROOMS = "simmatch|cluster|jobs|tests|infra"
+
+
+def name_of(readme: Path) -> str:
+    return str(readme.relative_to(ROOT))
+
+
+def blocks(readme: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(readme.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands() -> list[tuple[str, bool]]:
+    """Every command of the READMEs, in order, and whether it is to be run."""
+    lines = [
+        line for readme in READMES for block in blocks(readme, "sh") for line in block.splitlines() if line.strip()
+    ]
+    return [(line.partition("  #")[0].strip(), NOT_RUN not in line) for line in lines]
+
+
+def test_the_readme_can_be_read_to_its_end() -> None:
+    assert len(READMES[0].read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_commands_that_are_not_run_name_jobs_options_and_targets_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    given = [command for command, run in commands() if not run]
+    assert len(given) > 10
+    for command in given:
+        words = shlex.split(command.rpartition(" -- ")[2])
+        while "=" in words[0]:
+            words = words[1:]
+        if words[:2] == ["python", "-m"] and words[2].startswith("jobs."):
+            importlib.import_module(words[2])._parser().parse_args(words[3:])
+            assert all(Path(word).exists() for word in words if word.endswith(".yaml")), command
+        elif words[0] == "make":
+            assert words[1] in targets, command
+        else:
+            assert words[0] in ("docker", "kubectl", "pip", "python", "mlflow"), command
+
+
+def test_commands_run(tmp_path: Path) -> None:
+    """In the order of the READMEs, in a folder that holds what a checkout holds."""
+    for name in ("simmatch", "cluster", "jobs", "infra", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "python").symlink_to(sys.executable)
+    given = [command for command, run in commands() if run]
+    assert any("jobs.pretrain" in command for command in given)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    for command in given:
+        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+        ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        assert ended.returncode == 0, f"{command}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_examples_run(readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of a page share their names; `x.shape  # [8, 64]` states what the line gives."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for text in blocks(readme, "python"):
+        exec(compile(text, name_of(readme), "exec"), names)
+        for expression, shape in re.findall(r"^(\S.*\.shape)  # (\[[\d, ]+\])", text, re.MULTILINE):
+            assert str(list(eval(expression, names))) == shape, expression
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_files_and_sections_that_it_names_exist(readme: Path) -> None:
+    text = BLOCK.sub("", readme.read_text(encoding="utf-8"))
+    named = re.findall(r"`([\w./-]+\.(?:py|md|yaml|lock|toml)|[\w/-]+/)`", text)
+    for name in named:
+        if name.startswith("runs/") or name in ("checkpoints/", "figures/", "model/", "results/", "summary.json"):
+            continue  # of a run, not of the project
+        bases = [ROOT, readme.parent, ROOT / "jobs/configs"]
+        known = name in ("config.yaml", "rayjob.yaml") or any((base / name).exists() for base in bases)
+        assert known, f"{name_of(readme)} names {name}"
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, section = link.partition("#")
+        target = readme.parent / path
+        assert target.exists(), f"{name_of(readme)} links to {link}"
+        if section:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], link
