@@ -476,7 +476,7 @@ def test_ranks_without_a_controller_end_by_themselves(
     ray: Any, digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a partition: the process, its thread in an exchange and its writer are gone once the lease is over."""
-    monkeypatch.setattr("cluster.group.LEASES", 0.1)
+    monkeypatch.setattr("cluster.group.LEASE_FACTOR", 0.1)
     config = digits_config(2, cluster=limits())  # 0.1 · the longest of its waits, the 120 s of an exchange
     assert lease_s(config.cluster) == 12.0
     with started(config, tmp_path, HELD) as group:
