@@ -30,7 +30,7 @@ from simmatch.seeding import seeded
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.rows import Rows
-from simmatch.sharding.sharing import ColumnSharing, OwnState, RowSharing, Sharing
+from simmatch.sharding.sharing import ColumnSharing, RowSharing, Sharing
 from simmatch.solvers.bound import traced_bound
 from simmatch.solvers.dynamics import Solution, unrolled
 from simmatch.synapses import Synapses
@@ -211,9 +211,6 @@ class SimilarityMatchingConv2d(Synapses):
 
     # ------------------------------------------------------------------------------------------- fast: dynamics
 
-    def _own_state(self, fault: LocalFault) -> OwnState:
-        return OwnState(self.weights, self._current_bound(fault), self.alpha if self.label_gain > 0 else None)
-
     def _one_hot(self, labels: Tensor | None, images: int) -> Tensor | None:
         return None if labels is None else one_hot(labels, self.num_classes, self.label, images=images)
 
@@ -244,7 +241,7 @@ class SimilarityMatchingConv2d(Synapses):
         patches, fault, z = self._patches(x), LocalFault(self.exchange), None
         with fault:
             z = self._one_hot(labels, patches.batch_size)
-        solution = self.sharing.solve(Batch(patches, z), self._own_state(fault), fault)
+        solution = self.sharing.solve(Batch(patches, z), self._own_state(fault))
         height, width = patches.map_size
         residual = rearrange(solution.residual, "(b h w) -> b h w", h=height, w=width)
         return Solution(_as_maps(solution.y, patches), solution.num_iters, residual)
@@ -257,8 +254,8 @@ class SimilarityMatchingConv2d(Synapses):
             bound, ridge = traced_bound(self.lateral, self.perron, ridge=self.dynamics.ridge)
             columns = drive(patches, self.feedforward)
             return _as_maps(unrolled(columns, self.lateral, self.dynamics, bound=bound, ridge=ridge), patches)
-        fault = LocalFault(self.exchange)
-        solution = self.sharing.solve(Batch(patches), self._own_state(fault), fault, fixed=True)
+        state = self._own_state(LocalFault(self.exchange))
+        solution = self.sharing.solve(Batch(patches), state, fixed=True)
         return _as_maps(solution.y, patches)
 
     # ------------------------------------------------------------------------------------------- slow: plasticity
@@ -303,8 +300,8 @@ class SimilarityMatchingConv2d(Synapses):
         if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
             self.calibrate(x)
         state = self._own_state(fault)
-        solution, statistics = self.sharing.learn(Batch(self._patches(x), z), state, fault)
-        self._learn(statistics, state.bound.perron, fault)
+        solution, statistics = self.sharing.learn(Batch(self._patches(x), z), state)
+        self._learn(statistics, state)
         return solution
 
     @eager_full_precision

@@ -31,6 +31,7 @@ from simmatch.precision import eager_full_precision
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault, status_of
 from simmatch.sharding.rows import Rows
+from simmatch.sharding.sharing import OwnState
 from simmatch.solvers.bound import Bound, certify, certify_afresh, fingerprint
 
 PLASTIC = ("feedforward", "lateral", "label", "class_frequency", "silent")
@@ -174,8 +175,12 @@ class Synapses(nn.Module):
         self.perron.copy_(afresh.perron)
         self.certify()
 
-    def _current_bound(self, fault: LocalFault) -> Bound:
-        """The bound of M as it is. Several owners, of whom one has written to its rows, raise at the next exchange."""
+    def _own_state(self, fault: LocalFault) -> OwnState:
+        """What the next batch is solved with; all owners together, for M may have to be certified first.
+
+        A bound that is not that of M is never used: one owner certifies M again; several, one of whom has written to
+        its rows, raise at the next exchange.
+        """
         alone = self.exchange.world_size == 1
         if self._certified is None or (alone and fingerprint(self.lateral) != self._certified[1]):
             self.certify()
@@ -184,7 +189,7 @@ class Synapses(nn.Module):
         if not alone and fingerprint(self.lateral) != certified and bool(self.lateral.isfinite().all()):
             with fault:  # rows that are not finite are reported by the dynamics
                 raise RuntimeError(STALE_BOUND)
-        return bound
+        return OwnState(self.weights, bound, self.alpha if self.label_gain > 0 else None, fault)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         self._certified = None
@@ -208,13 +213,12 @@ class Synapses(nn.Module):
         SharedFault
             On all owners, where one has a fault or non-finite weights.
         """
-        fault = LocalFault(self.exchange)
-        self._learn(statistics, self._current_bound(fault).perron, fault)
+        self._learn(statistics, self._own_state(LocalFault(self.exchange)))
 
-    def _learn(self, statistics: Statistics | None, perron: Tensor, fault: LocalFault) -> None:
-        """`update`, where this owner has statistics, or else a fault; `perron` starts the new bound."""
-        after = {name: getattr(self, name) for name in PLASTIC}
-        with fault:
+    def _learn(self, statistics: Statistics | None, state: OwnState) -> None:
+        """`update` from a state that holds this owner's fault where there are no statistics."""
+        after, perron = {name: getattr(self, name) for name in PLASTIC}, state.bound.perron
+        with state.fault:
             if statistics is not None:
                 check_statistics(statistics, self.weights)
                 after = self._learnt(statistics)
@@ -226,7 +230,7 @@ class Synapses(nn.Module):
             ridge=self.dynamics.ridge,
             exchange=self.exchange,
             flagged=dead + status_of(after["feedforward"], after["label"]),
-            fault=fault,
+            fault=state.fault,
         )
         assert statistics is not None  # else the fault has been raised
         for name, value in after.items():

@@ -37,11 +37,13 @@ class OwnState:
     weights: own rows.
     bound: of λmax(M).
     alpha: α; None where labels do not act on the activities.
+    fault: holds the exception that this owner meets on the way.
     """
 
     weights: Weights
     bound: Bound
     alpha: Tensor | None
+    fault: LocalFault
 
 
 class RowSharing:
@@ -61,18 +63,20 @@ class RowSharing:
     def __init__(self, dynamics: DynamicsConfig, rows: Rows, exchange: Exchange, *, alone: bool = False) -> None:
         self._rows, self._solver, self._alone = rows, Dynamics(dynamics, rows, exchange), alone
 
-    def solve(self, batch: Batch, state: OwnState, fault: LocalFault, *, fixed: bool = False) -> Solution:
+    def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
         """Columns of all owners: y [K, N], residual [N]. An exception met here reaches all owners."""
         lateral = state.weights.lateral
         drive = lateral.new_zeros(self._rows.count, batch.columns)
-        with fault:
+        with state.fault:
             drive = batch_drive(batch, state.weights, state.alpha)
-        return self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=fault, alone=self._alone or None)
+        return self._solver.solve(
+            drive, lateral, state.bound, fixed=fixed, fault=state.fault, alone=self._alone or None
+        )
 
-    def learn(self, batch: Batch, state: OwnState, fault: LocalFault) -> tuple[Solution, Statistics | None]:
+    def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
         """The columns' solution, and the statistics of own rows; None if the fault now holds why there are none."""
-        solution, statistics = self.solve(batch, state, fault), None
-        with fault:
+        solution, statistics = self.solve(batch, state), None
+        with state.fault:
             statistics = batch_statistics(batch, solution.y, self._rows, state.weights.label.shape[1])
         return solution, statistics
 
@@ -98,7 +102,7 @@ class ColumnSharing:
         self._solver = Dynamics(dynamics, self._all_rows)
         self._state = GatheredState(rows, exchange, filters, num_classes)
 
-    def solve(self, batch: Batch, state: OwnState, fault: LocalFault, *, fixed: bool = False) -> Solution:
+    def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
         """Columns of all owners: y [K, N], residual [N]; they are gathered, which learning does not need."""
         weights = self._weights(state)
         shares = split_columns(batch.columns, self.column_exchange.world_size)
@@ -106,14 +110,14 @@ class ColumnSharing:
         own = _unsolved(weights, columns)
         if columns.total == 0:
             return own
-        with fault:
+        with state.fault:
             own = self._solve(BatchPart.covering(columns, batch), weights, state, fixed=fixed)
         values = torch.cat([own.y, own.residual.unsqueeze(0)])
         counts = [share.count for share in shares]
-        joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, fault)
+        joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, state.fault)
         return Solution(joined[:-1], int(singles.amax()), joined[-1])
 
-    def learn(self, batch: Batch, state: OwnState, fault: LocalFault) -> tuple[Solution, Statistics | None]:
+    def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
         """Own columns' solution, y [K, n] and residual [n], and the statistics of own rows over all columns.
 
         An exception met here is raised here by all owners.
@@ -121,12 +125,12 @@ class ColumnSharing:
         weights = self._weights(state)
         columns = split_columns(batch.columns, self.column_exchange.world_size)[self.column_exchange.rank]
         solution, sums = _unsolved(weights, columns), None
-        with fault:
+        with state.fault:
             part = BatchPart.covering(columns, batch)
             solution = self._solve(part, weights, state)
             sums = batch_statistics(part.batch, part.with_zeros(solution.y), self._all_rows, self._num_classes)
             sums = with_totals(sums, batch)
-        return solution, self._state.statistics(sums, weights.lateral, fault)
+        return solution, self._state.statistics(sums, weights.lateral, state.fault)
 
     def _weights(self, state: OwnState) -> Weights:
         return self._state.weights(state.weights, label=state.alpha is not None)
