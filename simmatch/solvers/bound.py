@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,14 +84,14 @@ def certify(
     """
     own_flags = lateral.new_zeros(rows.count) if flagged is None else flagged
     fault = fault or LocalFault(exchange)
-    magnitudes, start = lateral.abs(), _floored(perron)
-    first, lower = _round(magnitudes, start, rows, ridge, exchange, own_flags, fault)
+    one_round = partial(_round, lateral.abs(), rows, ridge=ridge, exchange=exchange, fault=fault)
+    first, lower = one_round(_floored(perron), own_flags)
     bound = first
     for _ in range(100):
         if bound.value <= tight * lower:
             break
         previous = bound.value
-        bound, lower = _round(magnitudes, bound.perron, rows, ridge, exchange, torch.zeros_like(own_flags), fault)
+        bound, lower = one_round(bound.perron, torch.zeros_like(own_flags))
         if bound.value >= 0.999 * previous:
             break
     return replace(bound, flagged=first.flagged)
@@ -113,11 +114,12 @@ def traced_bound(lateral: Tensor, perron: Tensor, *, ridge: float) -> tuple[Tens
 
 def _round(
     magnitudes: Tensor,
-    perron: Tensor,
     rows: Rows,
+    perron: Tensor,
+    flagged: Tensor,
+    *,
     ridge: float,
     exchange: Exchange,
-    flagged: Tensor,
     fault: LocalFault,
 ) -> tuple[Bound, float]:
     """A bound of λmax(M) + ε from the own rows of |M|, and a lower bound of λmax(|M|) + ε.
