@@ -1,7 +1,7 @@
-"""Images at some depth of a stack, and the batches of patches that a layer learns from.
+"""Encoded images at some depth of a stack, and the batches of patches from which a layer learns.
 
-Encoding couples nothing, so images are split over the ranks, not channels: a finished layer is whole on every rank.
-What is exchanged is the result, where a layer or a readout needs all of it.
+Images are encoded independently of each other. So a trained layer is complete on every rank, and images, not channels,
+are split over the ranks. Encoded images are exchanged only if a layer or a readout needs all of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ from simmatch.sharding.exchange import Exchange
 
 
 def own_part(count: int, exchange: Exchange) -> slice:
-    """This rank's share of `count` consecutive images; the last ranks may have fewer, or none."""
+    """This rank's share of `count` consecutive images; the last ranks may have fewer, or none.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> own_part(10, IDENTITY)
+    slice(0, 10, None)
+    """
     width = -(-count // exchange.world_size)
     start = min(exchange.rank * width, count)
     return slice(start, min(start + width, count))
 
 
 def gather_images(own: Tensor, count: int, exchange: Exchange) -> Tensor:
-    """Shares of `count` images, split by `own_part`, put together on every rank: [count, …]."""
+    """Gather the shares of `count` images, as split by `own_part`, on every rank: [count, …].
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> gather_images(torch.rand(10, 8, 2, 2), 10, IDENTITY).shape
+    torch.Size([10, 8, 2, 2])
+    """
     width = -(-count // exchange.world_size)
     gathered = own.new_zeros(exchange.world_size, width, *own.shape[1:])
     gathered[exchange.rank, : own.shape[0]] = own
@@ -35,20 +45,31 @@ def gather_images(own: Tensor, count: int, exchange: Exchange) -> Tensor:
 
 
 class FeatureStore:
-    """A set of images at some depth of the stack: the images themselves, then what layer 0, 1, … passes on.
+    """Images at some depth of a stack: at depth 0 the images themselves, at depth l the output of layer l − 1.
 
-    All ranks reach the images; of the features each keeps its share of every chunk.
+    All ranks have all images. Of the features every rank keeps its share of each chunk.
 
     Parameters
     ----------
     images: [N, C, H, W], uint8 or floating-point in [0, 1].
-    batch: images per rank and step of encoding.
-    dtype, device: of what is given out.
+    exchange: connects to the other ranks.
+    batch: number of images that a rank encodes at a time.
+    dtype, device: of the images and features that the store returns.
 
     Attributes
     ----------
-    chunks: images that are encoded at a time, by all ranks together.
-    depth: layers that the images have passed.
+    chunks: ranges of images that all ranks encode together at a time.
+    depth: number of layers that have encoded the images.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> images = torch.rand(10, 1, 8, 8)
+    >>> store = FeatureStore(images, IDENTITY, batch=4, dtype=torch.float32, device=torch.device("cpu"))
+    >>> store.advance(lambda x, part: x.mean(dim=(2, 3)), on_progress=print)
+    4
+    8
+    10
+    >>> store.depth, store.first(3).shape
+    (1, torch.Size([3, 1]))
     """
 
     def __init__(
@@ -61,24 +82,30 @@ class FeatureStore:
         self._own: list[Tensor] = []
 
     def images(self, chosen: Tensor | slice) -> Tensor:
-        """The images themselves, [n, C, H, W] in [0, 1]."""
+        """Images [n, C, H, W] in [0, 1], whatever the depth of the store."""
         return to_unit(self._images[chosen], self._dtype).to(self._device)
 
     def own(self, index: int) -> Tensor:
-        """This rank's share of chunk `index`."""
+        """This rank's share of the features of chunk `index`."""
         return self.images(self._part(self.chunks[index])) if self.depth == 0 else self._own[index]
 
     def _part(self, chunk: slice) -> slice:
-        """The images of a chunk that are this rank's."""
+        """The images of a chunk that this rank encodes."""
         part = own_part(chunk.stop - chunk.start, self.exchange)
         return slice(chunk.start + part.start, chunk.start + part.stop)
 
     def share(self, index: int, whole: Tensor) -> None:
-        """Take this rank's share of chunk `index` from the features of all images [N, …], and keep no copy of it."""
+        """Use a view of `whole`, the features [N, …] of all images, as this rank's share of chunk `index`."""
         self._own[index] = whole[self._part(self.chunks[index])]
 
     def advance(self, encode: Callable[[Tensor, slice], Tensor], on_progress: Callable[[int], None]) -> None:
-        """Replace every chunk x by encode(x, which images it holds); `on_progress(n)` after n images of all ranks."""
+        """Encode all images with one more layer.
+
+        Parameters
+        ----------
+        encode: called with this rank's share of a chunk, [n, …], and its range of images; returns features [n, …].
+        on_progress: called with the number of images encoded so far, by all ranks.
+        """
         encoded = []
         for index, chunk in enumerate(self.chunks):
             encoded.append(encode(self.own(index), self._part(chunk)))
@@ -86,41 +113,53 @@ class FeatureStore:
         self._own, self.depth = encoded, self.depth + 1
 
     def gathered(self, encode: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
-        """Chunks in order, whole on every rank; each rank's share goes through `encode` first."""
+        """The chunks in order, complete on every rank. `encode`, if given, is applied to each rank's share first."""
         parts = (self.own(index) for index in range(len(self.chunks)))
         return self.gather_parts(parts if encode is None else map(encode, parts))
 
     def gather_parts(self, own: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Like `gathered`, for tensors [share, …] computed beside the features, one a chunk."""
+        """Like `gathered`, for other tensors [share, …] computed by this rank, one per chunk."""
         for part, chunk in zip(own, self.chunks, strict=True):
             yield gather_images(part, chunk.stop - chunk.start, self.exchange)
 
     def first(self, count: int) -> Tensor:
-        """The first `count` images' features, on every rank."""
+        """Features of the first `count` images, on every rank."""
         return first_rows(self.gathered(), count)
 
 
 def first_rows(parts: Iterable[Tensor], count: int) -> Tensor:
-    """The first `count` rows of tensors [n, …], one after the other; takes no more of them than that needs."""
-    taken, rows = [], 0
+    """The first `count` rows of concatenated tensors [n, …]; no more tensors are requested than necessary.
+
+    >>> first_rows(iter([torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, 2)]), 6).shape
+    torch.Size([6, 2])
+    """
+    selected, rows = [], 0
     for part in parts:
-        taken.append(part)
+        selected.append(part)
         rows += len(part)
         if rows >= count:
             break
-    return torch.cat(taken)[:count]
+    return torch.cat(selected)[:count]
 
 
 class LayerInputs:
-    """Batches of patches for one layer, the same on every rank: of images, of cached features, or encoded each time.
+    """Batches of patches for one layer, equal on every rank: from images, cached features, or newly encoded images.
 
     Parameters
     ----------
     layer: the layer that learns, calibrated.
-    store: images, or what the layer below passes on.
-    positions: drawn anew for every update, see `simmatch.config.TrainConfig`; None: all.
-    below: images → input of the layer, for features that are not cached; None: all features are cached.
-    on_progress: called with the images cached so far.
+    store: the images, or the output of the layer below.
+    positions: number of positions per image, drawn anew for every update; None: all.
+    below: function from images to the input of the layer, called for every batch. None: all features are cached.
+    on_progress: called with the number of images cached so far.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> images = torch.rand(10, 1, 8, 8)
+    >>> store = FeatureStore(images, IDENTITY, batch=4, dtype=torch.float32, device=torch.device("cpu"))
+    >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
+    >>> inputs = LayerInputs(layer, store, positions=5, below=None, on_progress=print)
+    >>> inputs.batch(torch.tensor([0, 3, 7])).matrix.shape
+    torch.Size([15, 9])
     """
 
     def __init__(
@@ -136,7 +175,7 @@ class LayerInputs:
         self._cache = self._fill(on_progress) if store.depth > 0 and below is None else None
 
     def _fill(self, on_progress: Callable[[int], None]) -> Tensor:
-        """All images' input of this layer on this rank: whole patches where the layer is dense, else maps."""
+        """The input of the layer for all images, on this rank: patches if the layer is dense, else maps."""
         cache = torch.empty(0)
         done = 0
 
@@ -155,7 +194,7 @@ class LayerInputs:
         return cache
 
     def batch(self, chosen: Tensor) -> Patches:
-        """Patches of the images with these indices, the same on every rank; of drawn positions, if so configured."""
+        """Patches of the images with these indices [n], equal on every rank; at drawn positions, if configured."""
         if self._cache is not None:
             features = self._cache[chosen.to(self._cache.device)]
             return self._layer.explicit_patches(features) if features.ndim == 2 else self._prepare(features)
@@ -166,7 +205,7 @@ class LayerInputs:
         return self._prepare(gather_images(self._below(own), len(chosen), exchange))
 
     def _prepare(self, x: Tensor) -> Patches:
-        """Positions are drawn as a pure function of the layer's seed and update, whatever the number of ranks."""
+        """Positions depend only on the seed and the number of updates of the layer, not on the number of ranks."""
         if self._positions is None:
             return self._layer.prepare(x)
         map_size = self._layer.patch.map_size((x.shape[2], x.shape[3]))

@@ -1,1 +1,1 @@
-"""How the owners of one layer's channels share its work: rows, columns, and what they exchange."""
+"""Sharding of one layer over several owners of its channels: by rows or by columns, and their exchanges."""

@@ -1,10 +1,7 @@
-"""Which columns (images × positions) an owner holds where columns are split: contiguous ranges, as even as they can be.
+"""Partition of columns (images × positions) into contiguous, nearly equal ranges, one per owner.
 
-Ranges follow the order 'b h w' and may begin and end inside an image, so that they balance also when a batch has fewer
-images than there are owners. With fewer columns than owners some hold none.
-
->>> [columns.count for columns in split_columns(10, 3)]
-[3, 3, 4]
+Ranges are in the order 'b h w' and may start and end inside an image, so that work is balanced even if a batch has
+fewer images than there are owners. With fewer columns than owners, some owners have none.
 """
 
 from __future__ import annotations
@@ -21,7 +18,11 @@ from simmatch.geometry import Patches
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns start … stop − 1 of `total`."""
+    """Columns start … stop − 1 of `total`.
+
+    >>> Columns(0, 36, total=72).count
+    36
+    """
 
     start: int
     stop: int
@@ -33,19 +34,29 @@ class Columns:
 
 
 def split_columns(total: int, parts: int) -> list[Columns]:
-    """Split `total` columns into `parts` contiguous ranges whose sizes differ by at most one; some may be empty."""
+    """Split `total` columns into `parts` contiguous ranges whose sizes differ by at most one; some may be empty.
+
+    >>> [columns.count for columns in split_columns(10, 3)]
+    [3, 3, 4]
+    """
     starts = [part * total // parts for part in range(parts + 1)]
     return [Columns(start, stop, total) for start, stop in pairwise(starts)]
 
 
 @dataclass(frozen=True)
 class BatchPart:
-    """The part of a batch that holds a range of columns: some images, or some rows of the map of a single one.
+    """The smallest part of a batch that contains a range of columns: some images, or some rows of one image's map.
 
     Attributes
     ----------
-    batch: this part only.
-    inside: the range among this part's columns. The other columns' drive may be wrong; their activity is zero.
+    batch: the part.
+    inside: the range within the columns of the part. The drive of other columns may be wrong; their activity is zero.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> part = BatchPart.covering(Columns(0, 10, total=72), batch)
+    >>> part.batch.columns, part.inside
+    (12, slice(0, 10, None))
     """
 
     batch: Batch
@@ -53,7 +64,7 @@ class BatchPart:
 
     @classmethod
     def covering(cls, columns: Columns, batch: Batch) -> BatchPart:
-        """The part of a batch that holds `columns`; some image where they are none."""
+        """The part of a batch that contains `columns`; any image if the range is empty."""
         positions = batch.patches.positions
         first = min(columns.start // positions, batch.patches.batch_size - 1)
         part = batch.of_images(slice(first, max(first + 1, -(-columns.stop // positions))))
@@ -64,17 +75,22 @@ class BatchPart:
         return cls(part, slice(start, start + columns.count))
 
     def with_zeros(self, y: Tensor) -> Tensor:
-        """Activities [K, n] of the range → of all columns of this part, zero outside the range."""
+        """Pad activities [K, n] of the range with zeros to all columns of the part."""
         return F.pad(y, (self.inside.start, self.batch.columns - self.inside.stop))
 
 
 def crop(patches: Patches, start: int, stop: int) -> tuple[Patches, int]:
-    """Part of a single image's patches that holds columns `start` … `stop` − 1: whole rows of its map.
+    """The rows of a single image's map that contain columns `start` … `stop` − 1.
 
     Returns
     -------
-    The part, and how many columns come before it. On its outermost rows zero padding may stand in for the image, but
-    never on a row of the columns asked for.
+    The patches of these rows, and the number of columns before them. The outermost rows may be wrong, because zero
+    padding replaces the neighbouring rows of the image; rows of the requested columns are always correct.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> part, before = crop(prepare(torch.ones(1, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)), 13, 18)
+    >>> part.map_size, before
+    ((1, 6), 12)
     """
     config = patches.config
     if patches.matrix is not None:

@@ -1,8 +1,7 @@
-"""How the solver and the layer reach rows that another process owns: a protocol, and its identity for one owner.
+"""The protocol by which solvers and layers exchange tensors with other owners of channels.
 
-The method is written against this protocol and knows nothing of ranks or processes. `cluster.collectives`
-implements it with torch.distributed; one owner of all channels uses `IdentityExchange`, the same code with
-nothing to move.
+The method uses only this protocol and does not depend on processes. `cluster.collectives` implements it with
+torch.distributed. A single owner of all channels uses `IdentityExchange`: the same code, with nothing to move.
 """
 
 from __future__ import annotations
@@ -13,56 +12,73 @@ from torch import Tensor
 
 
 class Handle(Protocol):
-    """An exchange under way."""
+    """An exchange in progress.
+
+    >>> gathered = torch.ones(1, 3)
+    >>> IDENTITY.all_gather(gathered).wait()
+    """
 
     def wait(self) -> None:
-        """Block until the exchange is complete. Raises when a peer is missing or the time is up."""
+        """Block until the exchange is complete. Raises an error if a peer is missing or a time limit is exceeded."""
 
 
 class Exchange(Protocol):
     """Collective operations between the owners of one layer's output channels.
 
-    Every owner calls the same operations with the same shapes in the same order.
+    All owners must call the same operations, with the same shapes, in the same order.
+
+    >>> exchange: Exchange = IDENTITY
+    >>> exchange.rank, exchange.world_size
+    (0, 1)
     """
 
     rank: int
-    """This owner's position among the owners, 0 ≤ rank < world_size."""
+    """Number of this owner, 0 ≤ rank < world_size."""
 
     world_size: int
     """G, the number of owners."""
 
     asynchronous: bool
-    """Whether an exchange proceeds while its caller computes, so that it is worth having several in flight."""
+    """Whether an exchange proceeds while its caller computes, so that several in progress save time."""
 
     num_exchanges: int
-    """Exchanges started so far; all owners count alike."""
+    """Number of exchanges started so far, equal for all owners."""
 
     bytes_exchanged: int
-    """Bytes that reached this owner from the others so far."""
+    """Number of bytes received from other owners so far."""
 
     waited_s: float
-    """Seconds that this owner has spent in `Handle.wait`, and so not computing."""
+    """Seconds that this owner has spent in `Handle.wait`."""
 
     def all_gather(self, gathered: Tensor) -> Handle:
-        """Start to fill `gathered` [G, …]: on entry every owner has written `gathered[rank]`; after `wait` it
-        holds every owner's slice, the same bytes everywhere."""
+        """Start an all-gather of `gathered` [G, …]: on entry every owner has written `gathered[rank]`; after `wait` it
+        holds the slices of all owners, the same bytes for every owner."""
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> Handle:
-        """Start to send `sent[r]` to owner r, of [G, …]: after `wait`, `received[r]` is what owner r sent here.
+        """Start to send `sent[r]`, of [G, …], to owner r: after `wait`, `received[r]` is what owner r sent here.
 
-        Half of a reduce-scatter: the other half, the sum over r, is the caller's, in an order that it chooses.
+        This is the first half of a reduce-scatter. The caller then sums over r, in an order of its choice.
         """
 
 
 class Done:
-    """A handle of an exchange that is already complete."""
+    """The handle of an exchange that is complete.
+
+    >>> Done().wait()
+    """
 
     def wait(self) -> None:
         return None
 
 
 class IdentityExchange:
-    """The exchange of a single owner: everything is already where it is needed."""
+    """The exchange of a single owner, which has nothing to move.
+
+    >>> received, sent = torch.zeros(1, 3), torch.ones(1, 3)
+    >>> IdentityExchange().all_to_all(received, sent).wait()
+    >>> received
+    tensor([[1., 1., 1.]])
+    """
 
     rank = 0
     world_size = 1
@@ -72,7 +88,7 @@ class IdentityExchange:
     waited_s = 0.0
 
     def __reduce__(self) -> str:
-        return "IDENTITY"  # a copy or a pickle of it is the one there is
+        return "IDENTITY"  # copying or unpickling gives the module's instance
 
     def all_gather(self, gathered: Tensor) -> Handle:
         return Done()
@@ -83,4 +99,4 @@ class IdentityExchange:
 
 
 IDENTITY = IdentityExchange()
-"""The exchange used wherever none is injected; it has no state."""
+"""The default exchange; it has no state."""

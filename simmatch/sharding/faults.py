@@ -1,14 +1,13 @@
-"""How a failure of one owner is raised by all owners, at the same exchange.
+"""Faults of one owner, raised by all owners at the same exchange.
 
-Every exchange that can fail carries one number of each owner among what it sends, the owner's status:
+Every exchange after which a fault can be raised includes one number of each owner, the status:
 
-    finite        all is well
-    −inf          the owner met an exception
-    NaN or +inf   its values are not finite
+    finite        no fault
+    −inf          the owner has an exception
+    NaN or +inf   the owner has values that are not finite
 
-Statuses are quantities that cannot be negative where all is well, such as a largest magnitude or a product of
-nonnegative numbers, so they cost nothing to send; elsewhere 0 stands for "well". All owners read the same bytes, so all
-raise, or none.
+Where possible, the status is a nonnegative quantity that is exchanged anyway, such as a largest magnitude; otherwise it
+is 0 if there is no fault. All owners read the same bytes, so either all raise an error or none.
 """
 
 from __future__ import annotations
@@ -22,16 +21,19 @@ from torch import Tensor
 from simmatch.sharding.exchange import Exchange
 
 EXCEPTION = -math.inf
-"""Status of an owner that met an exception."""
+"""Status of an owner that has an exception."""
 
 
 class SharedFault(RuntimeError):
-    """Something went wrong on at least one owner; raised by all owners at the same exchange.
+    """At least one owner has a fault; all owners raise this error at the same exchange.
 
     Attributes
     ----------
-    kind: what went wrong.
+    kind: description of the fault.
     ranks: the owners that reported it.
+
+    >>> str(SharedFault("non-finite activities", [0, 2]))
+    'non-finite activities on ranks 0, 2'
     """
 
     def __init__(self, kind: str, ranks: list[int]) -> None:
@@ -44,16 +46,19 @@ class SharedFault(RuntimeError):
 
 
 class LocalFault:
-    """Holds this owner's exception until the next exchange, at which all owners raise.
+    """Holds an exception of this owner until the next exchange, at which all owners raise it.
 
-        fault = LocalFault(exchange)
-        with fault:
-            gathered[rank] = …               # an exception here is held
-        fault.mark(statuses[rank])
-        exchange.all_gather(…).wait()
-        fault.raise_shared(statuses, "activities")
+    A single owner raises its exceptions where they occur.
 
-    The owner of all channels holds nothing: its exceptions are raised where they occur.
+    >>> from types import SimpleNamespace
+    >>> fault = LocalFault(SimpleNamespace(world_size=2))
+    >>> with fault:
+    ...     raise OSError("disk full")  # held, not raised
+    >>> statuses = torch.zeros(2)
+    >>> fault.mark(statuses[0])  # then an exchange sends the statuses to all owners
+    >>> fault.raise_shared(statuses, "activities")
+    Traceback (most recent call last):
+    simmatch.sharding.faults.SharedFault: exception on rank 0
     """
 
     def __init__(self, exchange: Exchange) -> None:
@@ -72,37 +77,45 @@ class LocalFault:
         return True
 
     def mark(self, status: Tensor) -> None:
-        """Write the exception that is held, if any, into this owner's status.
+        """Write the fault, if there is one, into this owner's status.
 
-        Where an owner solves its columns alone, the `SharedFault` that it meets means values that are not finite.
+        A held `SharedFault` comes from columns that this owner solved alone, and means values that are not finite.
         """
         if self.error is not None:
             status.fill_(math.nan if isinstance(self.error, SharedFault) else EXCEPTION)
 
     def raise_shared(self, statuses: Tensor, values: str) -> None:
-        """Raise on all owners what their statuses report, see `raise_shared`; the held exception is its cause."""
+        """Raise a `SharedFault` if a status reports a fault, with the held exception as its cause."""
         raise_shared(statuses, values, self.error)
 
 
 def status_of(*values: Tensor) -> Tensor:
-    """[1]: 0 if all values are finite, else NaN. One pass that copies nothing and waits for no device."""
+    """The status [1] of some tensors: 0 if all values are finite, else NaN. It copies nothing and waits for no device.
+
+    >>> status_of(torch.ones(3), torch.tensor([1.0, float("inf")]))
+    tensor([nan])
+    """
     extremes = [extreme for tensor in values if tensor.numel() for extreme in tensor.aminmax()]
     return torch.stack(extremes).mul_(0.0).sum(dim=0, keepdim=True)
 
 
 def raise_shared(statuses: Tensor, values: str, cause: Exception | None = None) -> None:
-    """Raise what the owners' statuses report.
+    """Raise an error if the status of an owner reports a fault.
 
     Parameters
     ----------
     statuses: [G, …], one or more numbers of every owner.
-    values: what is not finite where a status is not.
-    cause: this owner's own exception, if any.
+    values: name of the values that are not finite if a status is NaN or +inf, for the message.
+    cause: the exception of this owner, if any.
 
     Raises
     ------
     SharedFault
-        "exception" before "non-finite {values}", with the ranks that reported it.
+        Some owner has an exception, or else "non-finite {values}"; with the ranks that reported it.
+
+    >>> raise_shared(torch.tensor([0.0, float("nan")]), "activities")
+    Traceback (most recent call last):
+    simmatch.sharding.faults.SharedFault: non-finite activities on rank 1
     """
     if bool(statuses.isfinite().all()):
         return

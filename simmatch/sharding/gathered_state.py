@@ -1,13 +1,13 @@
-"""Weights, statistics and solutions on their way between owners of rows and owners of columns.
+"""Exchange of weights, statistics and solutions between owners of rows and owners of columns.
 
-Where columns are split, an update moves two buffers of equal slices, one slice an owner:
+Where columns are split, an update moves two buffers of equal slices, one slice per owner:
 
     weights     rows of W, M and, where labels act, V    all-gather: every owner holds all rows
-    statistics  rows of Σ y xᵀ, Σ y yᵀ, Σ y zᵀ           all-to-all, then summed by the rows' owner in the order of
-                                                         ranks: a reduce-scatter whose result repeats bit by bit
+    statistics  rows of Σ y xᵀ, Σ y yᵀ, Σ y zᵀ           all-to-all, then summed by the owner of the rows in the order
+                                                         of ranks: a reduce-scatter that is reproducible bit by bit
 
-Together 2 K (K + P) values, a little more with labels and padding. Behind every slice rides its owner's status: a
-fault of one owner is raised by all, at the same exchange (`simmatch.sharding.faults`).
+Together these are 2 K (K + P) values, slightly more with labels and padding. Every slice ends with the status of its
+owner, so that a fault of one owner is raised by all, at the same exchange (`simmatch.sharding.faults`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ from simmatch.sharding.rows import Rows, join_rows, split_rows
 
 
 class Slices:
-    """A flat buffer [G, …] of equal slices: a table [height, width] each, and behind it single values.
+    """A flat buffer of equal slices, each with a table [height, width] followed by single values.
 
     Attributes
     ----------
-    flat: [G, height · width + singles], what is exchanged.
-    table: [G, height, width], singles: [G, singles]; views of it.
+    flat: [G, height · width + singles], the tensor to exchange.
+    table: [G, height, width], a view of it.
+    singles: [G, singles], a view of it.
+
+    >>> slices = Slices(owners=2, height=3, width=4, singles=1, like=torch.zeros(()))
+    >>> slices.flat.shape, slices.table.shape, slices.statuses.shape
+    (torch.Size([2, 13]), torch.Size([2, 3, 4]), torch.Size([2]))
     """
 
     def __init__(self, owners: int, height: int, width: int, singles: int, like: Tensor) -> None:
@@ -45,14 +50,19 @@ class Slices:
 
 
 class GatheredState:
-    """Moves the state of one layer between its owners.
+    """Exchanges the weights and statistics of one layer between its owners.
 
     Parameters
     ----------
     rows: the rows held here.
-    exchange: the way to the other owners.
-    filters: (C, k, k), shape of a row of W.
-    num_classes: columns of V.
+    exchange: connects to the other owners.
+    filters: (C, k, k), the shape of a row of W.
+    num_classes: number of columns of V.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> state = GatheredState(Rows.all(4), IDENTITY, filters=(1, 3, 3), num_classes=0)
+    >>> state.weights(Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), label=False).feedforward.shape
+    torch.Size([4, 1, 3, 3])
     """
 
     def __init__(self, rows: Rows, exchange: Exchange, filters: tuple[int, int, int], num_classes: int) -> None:
@@ -61,12 +71,16 @@ class GatheredState:
         self._parts = split_rows(rows.total, exchange.world_size)
 
     def weights(self, own: Weights, *, label: bool) -> Weights:
-        """Own rows of W [K_g, C, k, k], M [K_g, K] and, if asked for, V [K_g, num_classes] → all rows, everywhere.
+        """Gather all rows of W, M and, with `label`, V on every owner.
+
+        Parameters
+        ----------
+        own: rows held here: W [K_g, C, k, k], M [K_g, K], V [K_g, num_classes].
 
         Raises
         ------
         SharedFault
-            On all owners, where the rows of one are not finite.
+            On all owners, if the rows of one of them are not finite.
         """
         widths = self.widths[: 3 if label else 2]
         buffer, rank = self._slices(sum(widths), own.lateral), self.exchange.rank
@@ -81,26 +95,26 @@ class GatheredState:
         return Weights(feedforward.view(-1, *self.filters), lateral, whole_label)
 
     def statistics(self, sums: Statistics | None, like: Tensor, fault: LocalFault) -> Statistics:
-        """Sums over own columns for all K rows → sums over all columns for own rows.
+        """Turn sums over this owner's columns for all rows into sums over all columns for this owner's rows.
 
         Parameters
         ----------
-        sums: yx [K, C, k, k], yy [K, K], yz [K, num_classes] over own columns; zz and count, which take no activities,
-            over the whole batch already: every owner knows them. None where the fault holds an exception.
-        like: a tensor of their dtype and device.
-        fault: holds this owner's exception, if it has one.
+        sums: yx [K, C, k, k], yy [K, K], yz [K, num_classes] over this owner's columns. zz and count are those of the
+            whole batch, which every owner can compute. None if `fault` holds an exception.
+        like: a tensor with their dtype and device.
+        fault: holds the exception of this owner, if any.
 
         Raises
         ------
         SharedFault
-            On all owners, where one has a fault or sums that are not finite.
+            On all owners, if one of them has a fault or sums that are not finite.
         """
         sent, received = (self._slices(sum(self.widths), like) for _ in range(2))
         if sums is not None:
             tensors = [sums.yx.flatten(1), sums.yy, sums.yz]
             for table, part in zip(sent.table, self._parts, strict=True):
                 _fill(table, [tensor[part.start : part.stop] for tensor in tensors], self.widths)
-            sent.statuses.copy_(status_of(sent.table))  # every owner learns of what any of them would get
+            sent.statuses.copy_(status_of(sent.table))  # a fault in any slice is reported to every owner
         fault.mark(sent.statuses)
         self.exchange.all_to_all(received.flat, sent.flat).wait()
         fault.raise_shared(received.statuses, "activities or statistics")
@@ -112,7 +126,7 @@ class GatheredState:
         return Statistics(yx.view(-1, *self.filters), yy, yz, sums.zz, sums.count)
 
     def _slices(self, width: int, like: Tensor) -> Slices:
-        """Slices of the padded rows with a status."""
+        """Slices of padded rows, each with a status."""
         return Slices(self.exchange.world_size, self.rows.padded, width, 1, like)
 
 
@@ -129,23 +143,29 @@ def gather_columns(
     exchange: Exchange,
     fault: LocalFault,
 ) -> tuple[Tensor, Tensor]:
-    """Columns of every owner side by side, and single values of every owner.
+    """Gather the columns and some single values of every owner.
 
     Parameters
     ----------
-    values: [h, n], own columns.
+    values: [h, n], the columns of this owner.
     singles: s numbers of this owner.
     counts: n of every owner.
-    fault: holds this owner's exception, if it has one.
+    exchange: connects to the other owners.
+    fault: holds the exception of this owner, if any.
 
     Returns
     -------
-    ([h, Σ n], [G, s]), the same on all owners.
+    Columns [h, Σ n] and single values [G, s], equal on all owners.
 
     Raises
     ------
     SharedFault
-        On all owners, where one has a fault.
+        On all owners, if one of them has a fault.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> columns, singles = gather_columns(torch.zeros(4, 10), [0.5], [10], IDENTITY, LocalFault(IDENTITY))
+    >>> columns.shape, singles
+    (torch.Size([4, 10]), tensor([[0.5000]]))
     """
     slices = Slices(exchange.world_size, values.shape[0], max(counts), len(singles) + 1, values)
     slices.table[exchange.rank, :, : values.shape[1]] = values

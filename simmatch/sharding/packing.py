@@ -1,8 +1,8 @@
-"""What owners exchange, packed: activities in a short format and tails in full precision, in one buffer.
+"""Packed buffers for exchanges: activities in a short format and tails in full precision.
 
-Whole numbers of the computing format make up the buffer, so that any exchange can carry it. An owner's slice:
+The buffer is a tensor of the computing format, so that any exchange can send it. The slice of an owner holds:
 
-    body    [rows, n] in the format of the exchange, bfloat16 say; the last word is filled up
+    body    [rows, n] in the format of the exchange, such as bfloat16, padded to a whole word
     tails   [tails, n] in the computing format
 """
 
@@ -17,19 +17,18 @@ class Packing:
 
     Parameters
     ----------
-    owners: G, slices in the buffer.
-    rows, tails: rows of activities and of tails in a slice.
+    owners: G, the number of slices in the buffer.
+    rows, tails: number of rows of activities and of tails in a slice.
     columns: n.
     like: a tensor of the computing format and device.
     dtype: format of the body.
 
     Attributes
     ----------
-    buffer: [G, words], what is exchanged.
-    body: [G, rows, n] of `dtype`, tails: [G, tails, n] of the computing format; views of it.
+    buffer: [G, words], the tensor to exchange.
+    body: [G, rows, n] of `dtype`, a view of the buffer.
+    tails: [G, tails, n] of the computing format, a view of the buffer.
 
-    Examples
-    --------
     >>> packing = Packing(2, 3, 1, 5, torch.zeros(()), torch.bfloat16)
     >>> packing.buffer.shape, packing.body.shape, packing.tails.shape
     (torch.Size([2, 13]), torch.Size([2, 3, 5]), torch.Size([2, 1, 5]))
@@ -44,14 +43,14 @@ class Packing:
 
     @classmethod
     def of(cls, dtype: str | None, owners: int, rows: int, tails: int, columns: int, like: Tensor) -> Packing | None:
-        """The buffer for a format of the exchange, or None where it is no shorter than the computing one."""
+        """The buffer for a format of the exchange, or None if it is not shorter than the computing format."""
         body = like.dtype if dtype is None else getattr(torch, dtype)
         return cls(owners, rows, tails, columns, like, body) if body.itemsize < like.dtype.itemsize else None
 
     def pack(self, rank: int, values: Tensor) -> None:
-        """Round [K_g, n] into the body of one owner's slice; rows of padding stay zero."""
+        """Round values [K_g, n] into the body of one owner's slice; padding rows stay zero."""
         self.body[rank, : values.shape[0]].copy_(values)
 
     def unpack(self, out: Tensor) -> None:
-        """All owners' bodies into `out` [G, rows, n] of the computing format."""
+        """Copy the bodies of all owners into `out` [G, rows, n] of the computing format."""
         out.copy_(self.body)

@@ -1,8 +1,4 @@
-"""Which output channels an owner holds: contiguous row ranges, as even as they can be.
-
->>> [rows.count for rows in split_rows(10, 3)]
-[4, 3, 3]
-"""
+"""Partition of output channels into contiguous, nearly equal ranges of rows, one per owner."""
 
 from __future__ import annotations
 
@@ -15,7 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows start … stop − 1 of `total`; every exchange pads them to `padded` rows so that all slices are alike."""
+    """Rows start … stop − 1 of `total`. Exchanges pad them to `padded` rows, so that all slices have equal shapes.
+
+    >>> Rows.all(64).count
+    64
+    """
 
     start: int
     stop: int
@@ -38,7 +38,10 @@ def split_rows(total: int, parts: int) -> list[Rows]:
     Raises
     ------
     ValueError
-        Fewer rows than parts.
+        There are fewer rows than parts.
+
+    >>> [rows.count for rows in split_rows(10, 3)]
+    [4, 3, 3]
     """
     if not 1 <= parts <= total:
         raise ValueError(f"expected between 1 and {total} shards for {total} channels, got {parts}")
@@ -53,12 +56,16 @@ def join_rows(gathered: Tensor, total: int, dim: int = 0) -> Tensor:
 
     Parameters
     ----------
-    gathered: [G, …], slice g holding the padded rows of owner g along its dimension `dim`.
-    total: K, the rows in all.
+    gathered: [G, …]; slice g holds the padded rows of owner g along its dimension `dim`.
+    total: K, the number of rows of all owners.
+    dim: dimension of a slice that runs over rows.
 
     Returns
     -------
-    […, K at `dim`, …]
+    The shape of a slice, with K rows along `dim`.
+
+    >>> join_rows(torch.zeros(3, 4, 7), total=10).shape
+    torch.Size([10, 7])
     """
     parts = split_rows(total, gathered.shape[0])
     return torch.cat([part.narrow(dim, 0, rows.count) for part, rows in zip(gathered, parts, strict=True)], dim=dim)

@@ -1,6 +1,6 @@
-"""Which tensors of a layer are split over the channel axis, and how rows are taken and put together.
+"""Sharded and replicated tensors of a layer, and exchanges of whole tensors between ranks.
 
-A rank holds rows of W, M, V and of the silence counters; everything else is equal on all ranks.
+A rank holds rows of W, M, V and of the counters `silent`. All other tensors are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -17,22 +17,39 @@ SHARDED = ("feedforward", "lateral", "label", "silent")
 
 
 def shard_state(layer: SimilarityMatchingConv2d) -> dict[str, Tensor]:
-    """The own rows of a layer's sharded buffers."""
+    """The rows of a layer's sharded buffers that this rank holds.
+
+    >>> sorted(shard_state(SimilarityMatchingConv2d(1, 4, kernel_size=3)))
+    ['feedforward', 'label', 'lateral', 'silent']
+    """
     return {name: getattr(layer, name) for name in SHARDED}
 
 
 def replicated_state(layer: SimilarityMatchingConv2d) -> dict[str, Tensor]:
-    """The buffers of a layer that are equal on all ranks."""
+    """The buffers of a layer that are equal on all ranks.
+
+    >>> sorted(replicated_state(SimilarityMatchingConv2d(1, 4, kernel_size=3)))
+    ['class_frequency', 'input_power', 'perron', 'revived', 'updates']
+    """
     return {name: tensor for name, tensor in layer.state_dict().items() if name not in SHARDED}
 
 
 def take_rows(tensor: Tensor, rows: Rows) -> Tensor:
-    """Rows of a whole tensor [K, …] that one owner holds."""
+    """The rows of a whole tensor [K, …] that one owner holds.
+
+    >>> take_rows(torch.zeros(10, 7), Rows(4, 7, total=10, padded=4)).shape
+    torch.Size([3, 7])
+    """
     return tensor[rows.start : rows.stop]
 
 
 def gather_rows(tensor: Tensor, rows: Rows, exchange: Exchange) -> Tensor:
-    """Own rows [K_g, …] of every owner → whole tensor [K, …] on every owner."""
+    """Gather the rows [K_g, …] of every owner into the whole tensor [K, …], on every owner.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> gather_rows(torch.zeros(10, 7), Rows.all(10), IDENTITY).shape
+    torch.Size([10, 7])
+    """
     gathered = tensor.new_zeros(exchange.world_size, rows.padded, *tensor.shape[1:])
     gathered[exchange.rank, : rows.count] = tensor
     exchange.all_gather(gathered).wait()
@@ -42,7 +59,12 @@ def gather_rows(tensor: Tensor, rows: Rows, exchange: Exchange) -> Tensor:
 def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingConv2d) -> None:
     """Fill `target`, a layer that holds all rows, from the shards of `source`, on every rank.
 
-    λmax(M) is bounded afresh, as it is when the exported model is loaded: codes are the same.
+    The bound of λmax(M) is certified from a new Perron vector, as for a loaded model, so that both give equal codes.
+
+    >>> source, target = (SimilarityMatchingConv2d(1, 4, kernel_size=3, seed=seed) for seed in (0, 1))
+    >>> gather_layer(source, target)
+    >>> torch.equal(source.feedforward, target.feedforward)
+    True
     """
     with torch.no_grad():
         for name, tensor in replicated_state(source).items():
@@ -53,7 +75,12 @@ def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingCon
 
 
 def of_every_rank(tensor: Tensor, exchange: Exchange) -> Tensor:
-    """Tensors of one shape, one a rank → [G, …], the same on every rank."""
+    """Gather one tensor per rank, all of one shape: [G, …], equal on every rank.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> of_every_rank(torch.zeros(3), IDENTITY).shape
+    torch.Size([1, 3])
+    """
     gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
     gathered[exchange.rank] = tensor
     exchange.all_gather(gathered).wait()
@@ -61,10 +88,20 @@ def of_every_rank(tensor: Tensor, exchange: Exchange) -> Tensor:
 
 
 def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
-    """Σ over ranks of their tensors, added in the order of ranks, on every rank."""
+    """The sum of one tensor per rank, added in the order of ranks, on every rank.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> sum_over_ranks(torch.ones(3), IDENTITY)
+    tensor([1., 1., 1.])
+    """
     return of_every_rank(tensor, exchange).sum(dim=0)
 
 
 def from_rank_zero(tensor: Tensor, exchange: Exchange) -> Tensor:
-    """Rank 0's values on every rank."""
+    """The tensor of rank 0, on every rank.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> from_rank_zero(torch.ones(3), IDENTITY)
+    tensor([1., 1., 1.])
+    """
     return of_every_rank(tensor, exchange)[0]
