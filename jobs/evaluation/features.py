@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jobs.evaluation.config import CANDIDATES
 from jobs.evaluation.kernel_readout import LANDMARKS, PENALTIES, WIDTHS, KernelReadout, choose_kernel
-from jobs.evaluation.learners import Cost, FeatureLearner, OnProgress, no_progress
+from jobs.evaluation.learners import FeatureLearner, OnProgress, no_progress
 from jobs.evaluation.material import Material, resized, with_outliers
 from jobs.evaluation.readouts import (
     LOGISTIC_PENALTIES,
@@ -27,8 +27,6 @@ from jobs.evaluation.readouts import (
 )
 from jobs.evaluation.results import RowResult, budget_name
 from jobs.evaluation.robustness import transfer_accuracy, under_corruption
-from jobs.evaluation.stacks import StackLearner
-from simmatch.config import ModelConfig
 from simmatch.data.order import stratified_subset
 from simmatch.model import InputConfig
 from simmatch.readout import accuracy
@@ -38,28 +36,6 @@ TUNING_SUBSETS = 4
 
 FEW = 2000
 """Labelled images up to which a kernel readout is cheap enough for every seed."""
-
-
-class StackFeatures:
-    """A similarity-matching stack; a block for each layer, averaged down to maps of `pool`."""
-
-    def __init__(self, config: ModelConfig, source: InputConfig, pool: int, seed: int, on_progress: OnProgress) -> None:
-        self.learner = StackLearner(config, source, seed, on_progress, pool=pool)
-
-    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
-        self.learner.fit(images, labels, depth)
-
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        return self.learner.outputs(images)
-
-    def cost(self, depth: int) -> Cost:
-        return self.learner.cost(depth)
-
-    def seconds(self, depth: int) -> tuple[float, float]:
-        return sum(self.learner.fit_seconds[:depth]), sum(self.learner.encode_seconds[:depth])
-
-    def active(self) -> list[float]:
-        return self.learner.active_fraction
 
 
 @dataclass(frozen=True)

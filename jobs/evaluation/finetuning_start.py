@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from jobs.evaluation.backprop import IMAGES_AT_ONCE
 from jobs.evaluation.lenet import Filters, LeNet, initialise
-from jobs.evaluation.stacks import StackLearner
 from simmatch.config import Frozen, LayerConfig, ModelConfig, PlasticityConfig, PositiveFloat, TrainConfig
 from simmatch.data.order import epoch_order
 from simmatch.encoder import Agreement, agreement, feedforward_filter
 from simmatch.files import write_whole
+from simmatch.fit import fit_stack
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.model import InputConfig
 
 AGREEMENT_IMAGES = 50
 """Images on which a filter is compared with the activities of its layer, all positions of them."""
@@ -130,10 +129,7 @@ def pretrain(net: LeNet, images: Tensor, layers: Sequence[StartConfig], seed: in
 
 def learn(config: StartConfig, convolution: nn.Conv2d, x: Tensor, seed: int) -> SimilarityMatchingConv2d:
     """The NSM layer of a convolution's geometry, learnt from its input [N, C, H, W] without labels."""
-    source = InputConfig(in_channels=x.shape[1], height=x.shape[2], width=x.shape[3], num_classes=1)
-    learner = StackLearner(config.model(convolution), source, seed)
-    learner.fit(x)
-    return learner.stack.layer(0)
+    return fit_stack(config.model(convolution), x, seed=seed).layer(0)
 
 
 @torch.no_grad()

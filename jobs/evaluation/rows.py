@@ -13,12 +13,13 @@ from typing import Protocol
 from jobs.evaluation import features, networks
 from jobs.evaluation.backprop import CANDIDATES
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.features import FeatureRow, FeatureView, MeasurementPlan, StackFeatures
+from jobs.evaluation.features import FeatureRow, FeatureView, MeasurementPlan
 from jobs.evaluation.learners import FeatureLearner, OnProgress, Pixels, PooledFeatures
 from jobs.evaluation.material import Material
 from jobs.evaluation.networks import NETWORKS, Network
 from jobs.evaluation.results import RowResult
 from jobs.evaluation.rivals import RIVALS
+from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ConfigError, ModelConfig
 from simmatch.documents import DocumentError, dump_json, load_json
 from simmatch.files import write_whole
@@ -200,7 +201,7 @@ def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
 def _stack_maker(
     models: list[ModelConfig], pool: int, material: Material
 ) -> Callable[[int, int, OnProgress], FeatureLearner]:
-    return lambda index, seed, on_progress: StackFeatures(models[index], material.source, pool, seed, on_progress)
+    return lambda index, seed, on_progress: StackLearner(models[index], material.source, seed, on_progress, pool=pool)
 
 
 def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:

@@ -14,15 +14,14 @@ from tempfile import TemporaryDirectory
 
 from jobs.evaluation import charts
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.features import StackFeatures
 from jobs.evaluation.learners import FeatureLearner, OnProgress
 from jobs.evaluation.material import Material
 from jobs.evaluation.results import RowResult
 from jobs.evaluation.rows import Row
+from jobs.evaluation.stacks import StackLearner
 from jobs.figures import filters
 from jobs.reporting import MissingError
 from simmatch.data.sources import load_dataset
-from simmatch.model import Stack
 
 FIGURE_IMAGES = 500
 """Test images by whose activities filters are ordered and scaled."""
@@ -106,9 +105,9 @@ def run_unit(
 
 def _figures(name: str, learner: FeatureLearner | None, material: Material) -> dict[str, bytes]:
     """Filters of every layer, and an image's activities in it."""
-    if not isinstance(learner, StackFeatures):
+    if not isinstance(learner, StackLearner):
         return {}
-    stack: Stack = learner.learner.stack
+    stack = learner.stack
     images = material.test.images
     with TemporaryDirectory() as folder:
         for index in range(len(stack.layers)):

@@ -21,11 +21,11 @@ from cluster.tracking.config import TrackingConfig
 from cluster.tracking.tracker import Tracker
 from jobs.evaluate import main
 from jobs.evaluation.config import read
-from jobs.evaluation.features import StackFeatures
 from jobs.evaluation.material import Labelled, Material
 from jobs.evaluation.ray_units import _prepared
 from jobs.evaluation.resume import identity, write_identity
 from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
+from jobs.evaluation.stacks import StackLearner
 from jobs.options import read_yaml
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError
@@ -414,11 +414,11 @@ def test_depths_are_compared_at_equal_size_and_operations() -> None:
         assert isinstance(row, FeatureRun)
         [view] = row.row.views
         learner = row.row.make(0, 0, lambda *_: None)
-        assert isinstance(learner, StackFeatures)
+        assert isinstance(learner, StackLearner)
         learner.fit(images, part.labels)
         blocks, _ = learner.outputs(images)
         sizes.append(view.of(blocks, view.scales(blocks)).shape[1])
-        stack, count, side = learner.learner.stack, 0, 28
+        stack, count, side = learner.stack, 0, 28
         for index, layer in enumerate(map(stack.layer, range(view.depth))):
             iterations = layer.dynamics.encode_iterations
             count += side**2 * layer.out_channels * (layer.patch.patch_size + iterations * layer.out_channels)

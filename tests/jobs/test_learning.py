@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.evaluation.features import StackFeatures
 from jobs.evaluation.learners import FeatureLearner, Pixels, PooledFeatures, Shape, no_progress
 from jobs.evaluation.material import Material
 from jobs.evaluation.readouts import choose_ridge
@@ -43,8 +42,8 @@ def conv(channels: int, kernel_size: int, *, padding: int = 0, pool: int | None 
     }
 
 
-def learnt(layers: list[dict[str, Any]], material: Material, pool: int, seed: int) -> StackFeatures:
-    stack = StackFeatures(parse(ModelConfig, {"layers": layers}), material.source, pool, seed, no_progress)
+def learnt(layers: list[dict[str, Any]], material: Material, pool: int, seed: int) -> StackLearner:
+    stack = StackLearner(parse(ModelConfig, {"layers": layers}), material.source, seed, pool=pool)
     stack.fit(material.train.images, material.train.labels)
     return stack
 
