@@ -18,7 +18,7 @@ from torch import Tensor
 from jobs.benchmarks.timing import Spread, Timings, alternate
 from jobs.reporting import Report
 from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
-from simmatch.data.order import batch_indices
+from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
@@ -73,8 +73,8 @@ class GpuPlan:
 def batch(dataset: Dataset, update: int, size: int, plan: GpuPlan) -> Tensor:
     """Images of one update, on the device."""
     count = len(dataset.train_images)
-    steps = count // size
-    chosen = batch_indices(update % steps, num_images=count, batch_size=size, seed=plan.seed, epoch=update // steps)
+    whole = count // size * size  # no smaller last batch
+    chosen = Batches(count, size, epochs=update * size // whole + 1, seed=plan.seed, images=whole)[update]
     return to_unit(dataset.train_images[chosen].to(plan.device))
 
 

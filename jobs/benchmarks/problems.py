@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simmatch.config import ConfigError, DynamicsConfig, PlasticityConfig
-from simmatch.data.order import batch_indices, steps_per_epoch
+from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.files import write_whole
 from simmatch.layer import SimilarityMatchingConv2d
@@ -212,17 +212,10 @@ def _check(recipe: Recipe, dataset: Dataset) -> None:
 def _train(recipe: Recipe, dataset: Dataset, advance: Callable[[int, int], None]) -> Problem:
     available = len(dataset.train_images)
     layer = recipe.layer(dataset.in_channels)
-    steps = steps_per_epoch(available, recipe.batch_size, images=recipe.images)
-    for step in range(steps):
-        advance(step, steps)
-        chosen = batch_indices(
-            step,
-            num_images=available,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            epoch=0,
-            images=recipe.images,
-        )
+    batches = Batches(available, recipe.batch_size, epochs=1, seed=recipe.seed, images=recipe.images)
+    for step in range(len(batches)):
+        advance(step, len(batches))
+        chosen = batches[step]
         layer.partial_fit(to_unit(dataset.train_images[chosen]))
     return Problem(layer.lateral.clone(), _drives(layer, recipe, dataset))
 

@@ -25,21 +25,6 @@ def steps_per_epoch(num_images: int, batch_size: int, *, images: int | None = No
     return -(-_images_per_epoch(num_images, images) // batch_size)
 
 
-def batch_indices(
-    step: int, *, num_images: int, batch_size: int, seed: int, epoch: int, images: int | None = None
-) -> Tensor:
-    """The images of one global batch, int64 `[batch_size]` or fewer in the epoch's last.
-
-    A pure function of its arguments: neither the number of ranks nor any state enters. `step` counts within `epoch`,
-    from 0 to `steps_per_epoch(...) - 1`; the batches of an epoch are `epoch_order(...)`, cut in pieces.
-    """
-    steps = steps_per_epoch(num_images, batch_size, images=images)
-    if not 0 <= step < steps:
-        raise ValueError(f"expected a step from 0 to {steps - 1} within the epoch, got {step}")
-    order = epoch_order(num_images, seed=seed, epoch=epoch, images=images)
-    return order[step * batch_size : (step + 1) * batch_size].clone()
-
-
 class Batches:
     """The batches of all epochs as a sequence: `batches[update]` holds the images of one update, int64.
 

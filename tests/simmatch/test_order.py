@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from simmatch.data.order import Batches, batch_indices, epoch_order, steps_per_epoch, stratified_subset
+from simmatch.data.order import Batches, epoch_order, steps_per_epoch, stratified_subset
 
 
 def test_epoch_order_is_a_pure_permutation():
@@ -31,15 +32,15 @@ def test_epoch_order_golden():
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(None, 7), (None, 5), (11, 4), (3, 100)])
-def test_batches_are_the_epoch_in_pieces(images, batch_size):
-    arguments = {"num_images": 30, "batch_size": batch_size, "seed": 5, "epoch": 2, "images": images}
+def test_batches_are_the_epochs_in_pieces(images, batch_size):
+    batches = Batches(30, batch_size, epochs=3, seed=5, images=images)
     steps = steps_per_epoch(30, batch_size, images=images)
     assert steps == math.ceil((images or 30) / batch_size)
-    batches = [batch_indices(step, **arguments) for step in range(steps)]
-    assert torch.equal(torch.cat(batches), epoch_order(30, seed=5, epoch=2, images=images))
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    with pytest.raises(ValueError, match=f"expected a step from 0 to {steps - 1}"):
-        batch_indices(steps, **arguments)
+    assert (batches.per_epoch, len(batches)) == (steps, 3 * steps)
+    in_order = [batches[update] for update in range(len(batches))]
+    expected = [epoch_order(30, seed=5, epoch=epoch, images=images).split(batch_size) for epoch in range(3)]
+    for found, piece in zip(in_order, itertools.chain(*expected), strict=True):
+        assert torch.equal(found, piece)
 
 
 def test_order_refuses_impossible_counts():
@@ -60,15 +61,11 @@ def test_stratified_subset():
         stratified_subset(labels, 31, seed=1)
 
 
-@pytest.mark.parametrize("images", [None, 50])
-def test_batches_are_those_of_the_epochs_whatever_the_order_they_are_asked_in(images):
-    batches = Batches(103, 20, epochs=3, seed=4, images=images)
-    per_epoch = steps_per_epoch(103, 20, images=images)
-    assert (batches.per_epoch, len(batches)) == (per_epoch, 3 * per_epoch)
-    for update in [len(batches) - 1, *range(len(batches)), 0]:
-        epoch, step = divmod(update, per_epoch)
-        expected = batch_indices(step, num_images=103, batch_size=20, seed=4, epoch=epoch, images=images)
-        assert torch.equal(batches[update], expected)
+def test_a_batch_is_the_same_whenever_it_is_asked_for():
+    batches = Batches(103, 20, epochs=3, seed=4, images=50)
+    in_order = [batches[update] for update in range(len(batches))]
+    for update in (8, 0, 4, 3, 8):
+        assert torch.equal(batches[update], in_order[update])
     for update in (-1, len(batches)):
         with pytest.raises(IndexError, match=f"got {update}$"):
             batches[update]
