@@ -94,9 +94,7 @@ def cost_tables(known: pd.DataFrame) -> list[Table]:
     # pixels take no operations: nothing is encoded
     encoded = by_row(known, "images_per_second")[operations["mean"] > 0]
     active = of_measure(known, "active_fraction")["mean"].groupby("row", sort=False).agg(_percentages)
-    title = (
-        "Cost: parameters trained, for inference, of the readout; multiply–adds (ops) an image; active share by layer"
-    )
+    title = "Cost: parameters (trained, for inference, of the readout); multiply–adds (ops) per image; active share by layer"
     return _table(
         title,
         known,
@@ -118,8 +116,8 @@ def _percentages(fractions: pd.Series) -> str:
 def shift_tables(known: pd.DataFrame) -> list[Table]:
     """Accuracy on corrupted images and after learning with noise; on a data set that was not learnt from."""
     outliers = _by_key(known, "outliers")
-    title = "Test accuracy under corruptions (their mean), and after learning with noise for a share of the images"
-    transfer = "Test accuracy on a data set not seen while learning, by labels per class"
+    title = "Test accuracy under corruptions (mean), and after learning from images of which a share is noise"
+    transfer = "Test accuracy on a data set that was not learnt from, by labels per class"
     return [
         *_table(
             title,

@@ -195,20 +195,20 @@ Test accuracy of a kernel readout (closed form), by labels per class:
 | --- | ---: | ---: |
 | nsm | 0.770 ± 0.014 | 0.920 |
 
-Cost: parameters trained, for inference, of the readout; multiply–adds (ops) an image; active share by layer:
+Cost: parameters (trained, for inference, of the readout); multiply–adds (ops) per image; active share by layer:
 
 |  | learn, s | encode, images/s | trained | inference | readout | million ops | active, % |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | nsm | 30.0 ± 14.1 | 2,000 | 5,500 ± 707 | 1,664 | 10,250 | 1.25 | 17, 9.2 |
 | a \\| b | 123 | – | 0 | 0 | 0 | 0 | – |
 
-Test accuracy under corruptions (their mean), and after learning with noise for a share of the images:
+Test accuracy under corruptions (mean), and after learning from images of which a share is noise:
 
 |  | clean | corrupted | corrupted / clean | 0 % noise | 2.5 % noise |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | nsm | 0.900 ± 0.000 | 0.675 ± 0.035 | 0.750 ± 0.039 | 0.850 | 0.800 |
 
-Test accuracy on a data set not seen while learning, by labels per class:
+Test accuracy on a data set that was not learnt from, by labels per class:
 
 |  | 5 | all |
 | --- | ---: | ---: |
