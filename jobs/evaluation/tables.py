@@ -94,7 +94,10 @@ def cost_tables(known: pd.DataFrame) -> list[Table]:
     # pixels take no operations: nothing is encoded
     encoded = by_row(known, "images_per_second")[operations["mean"] > 0]
     active = of_measure(known, "active_fraction")["mean"].groupby("row", sort=False).agg(_percentages)
-    title = "Cost: parameters (trained, for inference, of the readout); multiply–adds (ops) per image; active share by layer"
+    title = (
+        "Cost: parameters (trained, for inference, of the readout); multiply–adds (ops) per image; "
+        "active share by layer"
+    )
     return _table(
         title,
         known,
