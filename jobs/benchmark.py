@@ -1,10 +1,10 @@
-"""Measure the dynamics, alone, sharded and beside others, and what safety costs: `python -m jobs.benchmark SUBCOMMAND`.
+"""Benchmarks of the dynamics, of sharding, of checkpoints and tracking: `python -m jobs.benchmark NAME`.
 
 Rows go to standard output and to `<run-dir>/<subcommand>.jsonl`, one JSON object per line; tables and progress go to
 standard error; figures into `<run-dir>/figures`.
 
-Exit status: 0 finished, 2 bad input or something needed is missing (one line), 130, 143 or 129: told to end (Ctrl-C,
-SIGTERM, a closed terminal).
+Exit status: 0 finished; 2 bad input, or a requirement is missing (one line); 130, 143 or 129: interrupted by Ctrl-C,
+SIGTERM or a closed terminal.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from simmatch.data.formats import DataError
 
 SUBCOMMANDS = {
     "dynamics": (dynamics, "the solvers on one device: iterations, columns/s, share of the GEMM rate, memory"),
-    "gpu": (gpu, "the dynamics, updates and encoding on a CUDA device, beside torch's own ways"),
-    "pynsm": (pynsm, "encoding and training beside the authors' library"),
-    "scaling": (scaling, "shards against one device, and the map of the exchange modes"),
-    "network": (network, "two hosts on a slow link"),
-    "overhead": (overhead, "what checkpoints and tracking take from training"),
+    "gpu": (gpu, "the dynamics, updates and encoding on a CUDA device, compared with plain torch"),
+    "pynsm": (pynsm, "encoding and training compared with the authors' library"),
+    "scaling": (scaling, "shards compared with one device, for every exchange mode"),
+    "network": (network, "exchange modes and number formats between two hosts on a slow link"),
+    "overhead": (overhead, "share of training time spent on checkpoints and tracking"),
 }
 """Name → module with `add_arguments(parser)` and `run(options, report)`, and its purpose."""
 
@@ -60,21 +60,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--quick", action="store_true", help="small sizes, under a minute on two cores")
-    common.add_argument("--run-dir", metavar="DIR", help="where rows and figures go (default: runs/benchmark-<name>)")
+    common.add_argument("--quick", action="store_true", help="small sizes: about a minute on two cores")
+    common.add_argument("--run-dir", metavar="DIR", help="folder for rows and figures (default: runs/benchmark-NAME)")
     common.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="of data order and weights (default: 0)"
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of data order and weights (default: 0)"
     )
-    common.add_argument("--threads", type=at_least(1), metavar="N", help="threads of torch and BLAS (default: torch's)")
+    common.add_argument(
+        "--threads", type=at_least(1), metavar="N", help="threads of torch and BLAS (default: as many as torch takes)"
+    )
     common.add_argument(
         "--rounds",
         type=at_least(MIN_ROUNDS),
         default=MIN_ROUNDS,
         metavar="N",
-        help=f"rounds in which the candidates take turns, at least {MIN_ROUNDS} (default: {MIN_ROUNDS})",
+        help=f"rounds, in each of which every candidate is timed once; at least {MIN_ROUNDS} (default: {MIN_ROUNDS})",
     )
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark", description=(__doc__ or "").splitlines()[0])
-    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="NAME")
     for name, (module, purpose) in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(name, parents=[common], help=purpose, description=purpose)
         module.add_arguments(subparser)

@@ -1,8 +1,8 @@
-"""Fetch a data set's files, unless they are here already: `python -m jobs.fetch fashion_mnist`.
+"""Download a data set unless its files are there already: `python -m jobs.fetch fashion_mnist`.
 
-Two ways are tried: torchvision's download, and on Debian the package that carries the files, unpacked without being
-installed (no root needed). Files are fetched and read once in a folder of their own before they are moved into place,
-so that an interrupted download leaves nothing behind that looks whole.
+Two sources are tried: torchvision's download, and on Debian the package with the files, unpacked without installing it
+(no root needed). Files are downloaded to a temporary folder and read once before they are moved into place, so an
+interrupted download leaves no partial file behind.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from simmatch.data.sources import DATASETS, DataNotFoundError, Dataset, default_
 from simmatch.files import make_folder, write_whole
 
 CONNECT_TIMEOUT_S = 10.0
-"""A server that has not answered by then counts as out of reach."""
+"""A server that has not answered by then counts as unreachable."""
 
 PACKAGE_TIMEOUT_S = 600.0
 """Longest that one call of the package tools may take."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 with the files in place, 1 where they cannot be had, 2 for a name unknown."""
+    """Returns the exit status: 0 with the files in place, 1 if they cannot be fetched, 2 for an unknown name."""
     options = _parser().parse_args(arguments)
     config = DataConfig(name=options.name, root=options.root)
     root = Path(options.root).expanduser() if options.root is not None else default_root()
     try:
-        print(f"here already: {_summary(load_dataset(config))}")
+        print(f"already here: {_summary(load_dataset(config))}")
         return 0
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -59,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def fetch(name: str, root: Path) -> None:
-    """Bring the files of a data set under `root` by the first way that works, read once to be sure of them.
+    """Put the files of a data set under `root`, from the first source that works, and check that they can be read.
 
     Raises
     ------
     DataError
-        No way worked; the one line says why for each, and what to do.
+        No source worked; the message says why for each, and what to do.
     """
     make_folder(root)
     ways: list[tuple[str, Callable[[str, Path], None]]] = [("download", _from_network), ("package", _from_package)]
@@ -194,8 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--root",
         metavar="DIR",
-        help="look for the files and put them only here (default: look everywhere, put them into $SIMMATCH_DATA, "
-        "else data/)",
+        help="folder to look in and to write to (default: look in all known places, write to $SIMMATCH_DATA, "
+        "or data/ without it)",
     )
     return parser
 

@@ -58,7 +58,7 @@ def preferred_images(stack: Stack, index: int, images: Tensor) -> Tensor:
     """Mean of the images [B, C, H, W], weighted by each channel's mean activity, less the plain mean: [K, C, H, W]."""
     activity = stack.below(images, index + 1).flatten(2).mean(dim=2)
     weight = activity / activity.sum(dim=0).clamp(min=1e-12)
-    less_mean = weight - weight.sum(dim=0) / len(images)  # a silent channel's weights are 0, and its image is
+    less_mean = weight - weight.sum(dim=0) / len(images)  # a silent channel's weights are 0, and so is its image
     return torch.einsum("bk,bchw->kchw", less_mean, images)
 
 

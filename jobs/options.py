@@ -65,7 +65,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _child(target: Any, part: str, key: str) -> Any:
-    """A copy, put in its place: what a YAML anchor shares stays as it is elsewhere."""
+    """A copy that replaces the child: other places that share it by a YAML anchor stay unchanged."""
     if isinstance(target, list):
         index = _index(target, part, key)
         target[index] = copy(target[index])
@@ -83,7 +83,7 @@ def _index(target: list[Any], part: str, key: str) -> int:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Type of an option that is an integer of at least so much, for `argparse`."""
+    """An `argparse` type: an integer of at least `least`."""
 
     def integer(text: str) -> int:
         if not text.isascii() or not text.isdecimal() or int(text) < least:

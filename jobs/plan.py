@@ -1,4 +1,4 @@
-"""What a run will hold and move, before anything starts: the text of `--dry-run`."""
+"""Sizes of a run before it starts, in memory and in exchanged bytes: the text of `--dry-run`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LayerPlan:
     parameters: values of W, M and V held.
     activation_bytes: full activities, own drive, and the solver's tiles.
     cache_bytes: input of the layer for all training images, where it is cached.
-    exchange: when shards exchange something: every 'iteration', 'block step' or 'update' of a batch.
+    exchange: how often shards exchange something: every 'iteration', 'block step' or 'update' of a batch.
     exchange_bytes: bytes that then reach a rank, for the whole batch.
     """
 
@@ -95,11 +95,11 @@ def _plan_layer(
 
 
 EXCHANGES = {"every_iteration": "iteration", "block": "block step", "gather_state": "update"}
-"""What one exchange of each mode belongs to."""
+"""How often each mode exchanges something."""
 
 
 def slice_bytes(layer: LayerConfig, rows: int, columns: int, patch_size: int, classes: int, value_bytes: int) -> int:
-    """What an owner sends to another at once: activities and tails of a batch, or weights and then statistics."""
+    """Bytes from one owner to another in one exchange: activities and tails of a batch, or weights and statistics."""
     mode = layer.dynamics.exchange
     if mode == "gather_state":
         gained = classes if layer.label_gain > 0 else 0

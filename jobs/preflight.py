@@ -1,4 +1,4 @@
-"""What can be wrong with a run, found out before a process of it starts."""
+"""Checks of a run before any of its processes starts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check(config: RunConfig) -> Dataset:
 
 
 def check_checkpoint(config: RunConfig, folder: AnyPath, dataset: Dataset) -> None:
-    """Refuse a checkpoint of other data, or whose tensors do not fit; its files were compared when it was chosen."""
+    """Refuse a checkpoint of other data, or whose tensors do not fit; its files were verified when it was chosen."""
     manifest = read_manifest(folder)
     try:
         check_data(dataset, manifest.data)

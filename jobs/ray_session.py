@@ -1,4 +1,4 @@
-"""A job's way into Ray: the cluster of `RAY_ADDRESS`, or one of its own for as long as it runs."""
+"""Connects a job to Ray: to the cluster at `RAY_ADDRESS`, or to one that it starts for itself."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ CONNECT_S = 10.0
 """Longest wait for a cluster to take a connection; `ray.init` itself tries for minutes where nobody listens."""
 
 SHUT_DOWN_S = 20.0
-"""Longest wait for Ray at the end; without the head of its cluster it has none of its own."""
+"""Longest wait for Ray's shutdown, which has no timeout of its own if the head is gone."""
 
 HEADLESS_S = 600
-"""Ray ends a driver that has not heard of the head for so long, without a word. Its 60 s could be less than it takes
-to notice and to write down why the run has ended."""
+"""Seconds without an answer from the head after which Ray ends a driver, without a message. Ray's own 60 s can be too
+short to detect the failure and record why the run has ended."""
 
 
 ADDRESS = re.compile(r"(?:\[[\da-f:.]+\]|[^\s:/@\[\]]+):(\d{1,5})", re.IGNORECASE)
 HIGHEST_PORT = 65535
 
 QUESTION = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
-"""Of no consequence, to a cluster's control service: whoever may not ask it may ask nothing."""
+"""A harmless request to a cluster's control service, which every authorised client may make."""
 
 
 def start_ray(cpus: int, limit_s: float) -> str:
-    """Join the cluster of `RAY_ADDRESS`, or start an embedded one for this run. Returns a word on which.
+    """Join the cluster of `RAY_ADDRESS`, or start an embedded one for this run. Returns a description of it.
 
-    A cluster is joined as it is found, whether it asks for a token or not; one that is started here asks for one,
-    unless `RAY_AUTH_MODE` says otherwise.
+    A running cluster is joined whether or not it asks for a token; an embedded one asks for a token unless
+    `RAY_AUTH_MODE` says otherwise.
 
     Raises
     ------
     ConfigError
         `RAY_ADDRESS`, or the token for it, is not what the cluster expects.
     RunFailed
-        Nobody answers at the address, or not within `CONNECT_S` and `limit_s`.
+        The address does not answer, or not within `CONNECT_S` and `limit_s`.
     """
     # read when ray is imported: no usage reports, and accelerators stay visible to actors that reserve none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,13 +60,13 @@ def start_ray(cpus: int, limit_s: float) -> str:
 
 
 def _embedded(cpus: int) -> str:
-    # otherwise ray takes the machine's own address in place of loopback
+    # otherwise ray uses the machine's own address instead of loopback
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     mode = os.environ.setdefault("RAY_AUTH_MODE", "token").lower()
     if mode not in ("token", "disabled"):
         raise ConfigError(f"RAY_AUTH_MODE: expected token or disabled, got {mode!r}")
     if "ray" not in sys.modules and _token(kept=False) is None:
-        # by itself ray keeps one in ~/.ray/auth_token, which every user of the machine may read
+        # ray would write one to ~/.ray/auth_token, which every user of the machine may read
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
@@ -84,12 +84,12 @@ def _embedded(cpus: int) -> str:
 def _joined(address: str, limit_s: float) -> str:
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEADLESS_S))
     where = f"RAY_ADDRESS: expected a running cluster at {address}"
-    place = _place(address)
+    target = _control_address(address)
     mode = None
-    if place is not None:
-        if not accepts_connections(place, CONNECT_S):
-            raise RunFailed(f"{where}, found nobody who takes a connection within {CONNECT_S:g} s")
-        mode = _mode(place, where, CONNECT_S + limit_s)
+    if target is not None:
+        if not accepts_connections(target, CONNECT_S):
+            raise RunFailed(f"{where}, which accepts no connection within {CONNECT_S:g} s")
+        mode = _mode(target, where, CONNECT_S + limit_s)
         if mode is not None:
             os.environ["RAY_AUTH_MODE"] = mode
     import ray
@@ -99,14 +99,14 @@ def _joined(address: str, limit_s: float) -> str:
             run_with_timeout(
                 CONNECT_S + limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR)
             )
-    except Exception as error:  # whatever Ray finds wrong: its version, a token
+    except Exception as error:  # such as another version of Ray, or a wrong token
         raise RunFailed(f"{where}, got {error}") from error
-    found = ray.get_runtime_context().gcs_address
-    return f"cluster at {found}{', which asks for no token' if mode == 'disabled' else ''}"
+    joined = ray.get_runtime_context().gcs_address
+    return f"cluster at {joined}{', which asks for no token' if mode == 'disabled' else ''}"
 
 
-def _place(address: str) -> str | None:
-    """host:port of the control service; None where Ray has to find it.
+def _control_address(address: str) -> str | None:
+    """host:port of the control service; None where Ray has to look for it.
 
     Raises
     ------
@@ -116,10 +116,10 @@ def _place(address: str) -> str | None:
     if address == "auto":
         try:
             folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-            found = (folder / "ray" / "ray_current_cluster").read_text().strip()
+            current = (folder / "ray" / "ray_current_cluster").read_text().strip()
         except (OSError, ValueError):
             return None
-        return found if ADDRESS.fullmatch(found) and accepts_connections(found, CONNECT_S) else None
+        return current if ADDRESS.fullmatch(current) and accepts_connections(current, CONNECT_S) else None
     match = ADDRESS.fullmatch(address)
     if match is None or not 0 < int(match[1]) <= HIGHEST_PORT:
         raise ConfigError(
@@ -132,44 +132,44 @@ def _place(address: str) -> str | None:
 _HINT = "; for `ray job submit` set RAY_API_SERVER_ADDRESS"
 
 
-def _mode(place: str, where: str, limit_s: float) -> str | None:
-    """`RAY_AUTH_MODE` as the cluster has it: `token` or `disabled`; None where that is not to be found out.
+def _mode(target: str, where: str, limit_s: float) -> str | None:
+    """`RAY_AUTH_MODE` of the cluster: `token` or `disabled`; None where that cannot be determined.
 
-    Ray takes it from the environment, on either side: where they differ its calls fail, some much later.
+    Both sides take it from their environment; if they differ, Ray's calls fail, some of them much later.
 
     Raises
     ------
     ConfigError
-        The cluster asks for a token, and there is none here or another one.
+        The cluster asks for a token, and there is none here, or a wrong one.
     RunFailed
-        What listens there is no cluster.
+        What listens there is not a Ray cluster.
     """
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("", "0", "false"):
         return None
-    answer = _answer(place, None, limit_s)
+    answer = _answer(target, None, limit_s)
     if answer == "OK":
         return "disabled"
     if answer in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-        raise RunFailed(f"{where}, found something that does not answer as its control service does")
+        raise RunFailed(f"{where}, which does not answer as a control service does")
     if answer != "UNAUTHENTICATED":
         return None
     token = _token()
     if token is None:
-        raise ConfigError(f"RAY_AUTH_TOKEN: expected the token of the cluster at {place}, which asks for it, got none")
-    if _answer(place, token, limit_s) != "OK":
+        raise ConfigError(f"RAY_AUTH_TOKEN: expected the token of the cluster at {target}, which asks for it, got none")
+    if _answer(target, token, limit_s) != "OK":
         variable = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), KEPT)
-        raise ConfigError(f"{variable}: expected the token of the cluster at {place}, got one that it refuses")
+        raise ConfigError(f"{variable}: expected the token of the cluster at {target}, got one that it rejects")
     return "token"
 
 
 KEPT = "~/.ray/auth_token"
-"""Where Ray looks for a token last."""
+"""The last place where Ray looks for a token."""
 
 
 def _token(*, kept: bool = True) -> str | None:
-    """The token as Ray looks for it; None where there is none.
+    """The token that Ray would use; None where there is none.
 
-    kept: in `KEPT` as well.
+    kept: look in `KEPT` as well.
 
     Raises
     ------
@@ -190,12 +190,12 @@ def _token(*, kept: bool = True) -> str | None:
     return text or None
 
 
-def _answer(place: str, token: str | None, limit_s: float) -> str:
-    """What the control service says to `QUESTION`, by the name of gRPC's status."""
+def _answer(target: str, token: str | None, limit_s: float) -> str:
+    """The control service's answer to `QUESTION`: the name of a gRPC status."""
     import grpc  # type: ignore[import-untyped]
 
     metadata = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(QUESTION)(b"", metadata=metadata, timeout=limit_s)
         except grpc.RpcError as error:
@@ -207,10 +207,10 @@ def _answer(place: str, token: str | None, limit_s: float) -> str:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """Around `ray.init`, which would put a handler of its own in place of ours, and starts processes.
+    """Keep our signal handlers while `ray.init` runs, which would replace them, and starts processes.
 
-    Its handler of SIGTERM exits with status 15, past what is to be recorded. The processes do not see the terminal
-    close, which tells every process that belongs to it: the job is to end them in order.
+    Its handler of SIGTERM exits with status 15 before the run is recorded. SIGHUP is blocked in the processes that it
+    starts: a closed terminal sends it to each of them, but the job ends them in order.
     """
     before = {signum: signal.getsignal(signum) for signum in termination_signals()}
     put = signal.signal
@@ -224,13 +224,13 @@ def own_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal = put
-        for signum, handler in before.items():  # of the system's too, which Ray's C++ may have changed
+        for signum, handler in before.items():  # Ray's C++ may have changed the handlers, too
             signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def shut_down_ray() -> bool:
-    """Leave the cluster; returns whether that came to an end."""
+    """Leave the cluster; returns whether that ended in time."""
     ray = sys.modules.get("ray")
     if ray is None:
         return True

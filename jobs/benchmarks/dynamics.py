@@ -1,4 +1,4 @@
-"""The solvers on one device, on trained problems: iterations, time, share of the GEMM rate, rivals, memory."""
+"""The solvers on one device, on problems from training: iterations, time, GEMM share, other libraries, memory."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
     parser.add_argument(
-        "--channels", type=int, nargs="+", metavar="K", help="widths (default: 64 128 256 512 1024; quick: 64 256)"
+        "--channels",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="layer widths (default: 64 128 256 512 1024; quick: 64 256)",
     )
-    parser.add_argument("--images", type=int, metavar="N", help="images learnt from (default: 3000; quick: 750)")
-    parser.add_argument("--columns", type=int, metavar="N", help="drives solved for (default: 4096; quick: 512)")
+    parser.add_argument("--images", type=int, metavar="N", help="training images (default: 3000; quick: 750)")
+    parser.add_argument("--columns", type=int, metavar="N", help="columns to solve for (default: 4096; quick: 512)")
     parser.add_argument(
         "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
         help=f"what to measure (default: all of {', '.join(PARTS)})",
@@ -127,7 +131,7 @@ def solver_names() -> list[str]:
 
 
 def configuration(solver: str, residual: float, problem: Problem) -> DynamicsConfig:
-    """A solver's configuration as users have it, except for iterations without end; the reference at 1.9/λmax."""
+    """A solver's configuration as users have it, except for the limit of iterations; the reference at 1.9/λmax."""
     values: dict[str, Any] = {"solver": solver, "tolerance": residual, "max_iterations": MAX_ITERATIONS}
     if solver == REFERENCE:
         values["step"] = 1.9 / problem.largest

@@ -25,16 +25,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
         help=f"what to measure (default: all of {', '.join(PARTS)})",
     )  # fmt: skip
-    parser.add_argument("--root", metavar="DIR", help="folder of the data sets (default: as data.root)")
-    parser.add_argument("--device", default="cuda", metavar="NAME", help="default: cuda; cpu for a dry run")
-    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help="widths of `columns` (default: 64 to 512)")
-    parser.add_argument("--wide", type=int, nargs="+", metavar="K", help="widths on CIFAR-10 (default: 256 1024 2048)")
+    parser.add_argument(
+        "--root", metavar="DIR", help="folder of the data sets (default: where data.root would be looked up)"
+    )
+    parser.add_argument(
+        "--device", default="cuda", metavar="NAME", help="torch device; cpu for a dry run (default: cuda)"
+    )
+    parser.add_argument(
+        "--channels",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="layer widths of the part `columns` (default: 64 128 256 512)",
+    )
+    parser.add_argument(
+        "--wide",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="layer widths of the part `wide`, on CIFAR-10 (default: 256 1024 2048)",
+    )
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     plan = GpuPlan.of(options)
     if plan.device.type == "cuda" and not torch.cuda.is_available():
-        raise MissingError("gpu: expected a CUDA device, torch sees none here")
+        raise MissingError("gpu: expected a CUDA device, torch sees none")
     exact_float32()
     name = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "none: a dry run"
     report.row(kind="card", name=name, triton=kernels.installed())

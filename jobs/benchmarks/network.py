@@ -52,22 +52,32 @@ TRANSFER_S, TRANSFER_BYTES = 0.5, 1 << 28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark beside the common ones; `--threads` is per rank here, 1 by default."""
+    """Options of this benchmark in addition to the common ones; `--threads` is per rank, 1 by default."""
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
-    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help=f"default: {joined(CHANNELS)}")
-    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"images; default: {joined(BATCHES)}")
+    parser.add_argument(
+        "--channels", type=int, nargs="+", metavar="K", help=f"layer widths (default: {joined(CHANNELS)})"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", metavar="B", help=f"images per update (default: {joined(BATCHES)})"
+    )
     parser.add_argument(
         "--rates", type=float, nargs="+", metavar="R", help=f"limits in Mbit/s, one run each (default: {joined(RATES)})"
     )
     parser.add_argument(
-        "--delay", type=float, default=0.0, metavar="MS", help="one way, in milliseconds; needs netem (default: 0)"
+        "--delay",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="delay of the link in each direction, in milliseconds; needs netem (default: 0)",
     )
-    parser.add_argument("--tolerance", type=float, default=1e-2, metavar="R", help="residual to reach (default: 0.01)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-2, metavar="R", help="residual of the dynamics (default: 0.01)"
+    )
     parser.add_argument(
         "--update-seconds",
         type=float,
         metavar="S",
-        help=f"cut batches to what the plain way learns in S seconds (default: {UPDATE_SECONDS:g}, quick: "
+        help=f"reduce batches to what float32 exchange learns from in S seconds (default: {UPDATE_SECONDS:g}, quick: "
         f"{QUICK_UPDATE_SECONDS:g})",
     )
 
@@ -121,7 +131,7 @@ def ways(tolerance: float) -> dict[str, DynamicsConfig]:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Make the two hosts, measure every way over every link, remove them.
+    """Create the two hosts, measure every way over every link, remove the hosts.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What safety costs: `python -m jobs.benchmark overhead`.
+"""The cost of checkpoints and tracking: `python -m jobs.benchmark overhead`.
 
 The same short run in turns with tracking off, and with a tracking server that accepts connections and never answers;
 checkpoints every so many updates. Three figures, each a median over rounds:
@@ -47,11 +47,15 @@ class Shares:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark beside the common ones."""
+    """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: fashion_mnist.yaml cut to 6,000 images)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     parser.add_argument(
-        "--every", type=int, default=EVERY_STEPS, metavar="N", help=f"updates between checkpoints ({EVERY_STEPS})"
+        "--every",
+        type=int,
+        default=EVERY_STEPS,
+        metavar="N",
+        help=f"updates between checkpoints (default: {EVERY_STEPS})",
     )
 
 
@@ -75,7 +79,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
 
 
 def measure(config: str, assignments: list[str]) -> Shares:
-    """One run, in a folder that goes with it."""
+    """One run, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
         run_dir = Path(folder) / "run"
         command = [sys.executable, "-m", "jobs.pretrain", "--config", config, "--run-dir", str(run_dir)]
@@ -88,7 +92,7 @@ def measure(config: str, assignments: list[str]) -> Shares:
 
 
 def shares(run_dir: Path) -> Shares:
-    """What a finished run recorded of itself: windows of updates, weighted by the seconds that they took."""
+    """From the records of a finished run: windows of updates, weighted by their seconds."""
     summary = json.loads((run_dir / "summary.json").read_text())
     seconds = saving = images = 0.0
     for event, _ in Spool(run_dir / SPOOL_NAME).read():
@@ -111,4 +115,4 @@ def _report_shares(report: Report, by_way: dict[str, list[Shares]]) -> None:
     spread = Spread.of(ratios)
     report.row(kind="speed", **spread.fields("speed_ratio"))
     rows.append(["images per second", f"{HANGING} / {OFF}", *(f"{value:.3f}" for value in vars(spread).values()), 1.0])
-    report.table("what safety costs", ("figure", "", "median", "least", "greatest", "target"), rows)
+    report.table("cost of checkpoints and tracking", ("figure", "", "median", "least", "greatest", "target"), rows)

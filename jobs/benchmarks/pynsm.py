@@ -1,4 +1,4 @@
-"""Beside `pynsm` 1.0.1, the authors' library: encoding to a residual, equal iterations, training at several rates."""
+"""Compared with `pynsm` 1.0.1, the authors' library: encoding to a residual, equal iterations, training."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
     parser.add_argument(
         "--after", type=int, nargs="+", metavar="N",
-        help="encode with the weights after so many images (default: 5000 20000 60000; quick: 500 1000)",
+        help="encode with the weights after this many training images (default: 5000 20000 60000; quick: 500 1000)",
     )  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N", help="images to encode (default: 200; quick: 20)")
     parser.add_argument(
-        "--train-images", type=int, metavar="N", help="images both learn from (default: 20000; quick: 1000)"
+        "--train-images", type=int, metavar="N", help="training images of both libraries (default: 20000; quick: 1000)"
     )
     parser.add_argument(
         "--positions", type=int, default=64, metavar="N",
-        help="positions per image of the candidate that learns from some of them (default: 64)",
+        help="positions per image of the candidate that learns from a sample of positions (default: 64)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images per batch (default: 100)")
     parser.add_argument(
@@ -140,7 +140,7 @@ def side_by_side(
     plan: PynsmPlan,
     closer: Sequence[SimilarityMatchingConv2d] = (),
 ) -> Row:
-    """Time both in turns on the images, batch by batch, and look at what they return.
+    """Time both in turns on the images, batch by batch, and compare their results.
 
     closer: layers with ever smaller tolerances. The first whose error is no larger than theirs takes part too: at one
     residual a method that stops right at it may be further from the solution than one that passes it.

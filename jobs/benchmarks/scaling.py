@@ -92,17 +92,23 @@ def baseline(way: str, configs: Mapping[str, DynamicsConfig]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark beside the common ones."""
+    """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
-    parser.add_argument("--ranks", type=int, default=2, metavar="G", help="shards (default: 2)")
-    parser.add_argument("--channels", type=int, nargs="+", metavar="K", help=f"default: {joined(CHANNELS)}")
-    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"images; default: {joined(BATCHES)}")
-    parser.add_argument("--tolerance", type=float, default=1e-2, metavar="R", help="residual to reach (default: 0.01)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="G", help="number of shards (default: 2)")
+    parser.add_argument(
+        "--channels", type=int, nargs="+", metavar="K", help=f"layer widths (default: {joined(CHANNELS)})"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", metavar="B", help=f"images per update (default: {joined(BATCHES)})"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-2, metavar="R", help="residual of the dynamics (default: 0.01)"
+    )
     parser.add_argument(
         "--update-seconds",
         type=float,
         metavar="S",
-        help=f"cut batches to what one rank learns in S seconds (default: {UPDATE_SECONDS:g}, quick: "
+        help=f"reduce batches to what one rank learns from in S seconds (default: {UPDATE_SECONDS:g}, quick: "
         f"{QUICK_UPDATE_SECONDS:g})",
     )
 

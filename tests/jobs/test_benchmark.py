@@ -414,7 +414,7 @@ def test_help_lists_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
         (["dynamics", "--threads", "0"], "argument --threads: expected an integer of at least 1, got '0'"),
         (["dynamics", "--seed", "-1"], "argument --seed"),
         (["dynamics", "--parts", "solver"], "invalid choice: 'solver'"),
-        ([], "required: SUBCOMMAND"),
+        ([], "required: NAME"),
         (["dynamic"], "invalid choice: 'dynamic'"),
     ],
 )

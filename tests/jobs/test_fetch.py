@@ -46,7 +46,7 @@ def test_nothing_to_do(offline, capsys):
     write_files(offline / "root" / "FashionMNIST" / "raw")
     assert jobs.fetch.main(["fashion_mnist", "--root", str(offline / "root")]) == 0
     assert capsys.readouterr().out == (
-        "here already: fashion_mnist, train (5, 1, 4, 4), test (5, 1, 4, 4), 10 classes\n"
+        "already here: fashion_mnist, train (5, 1, 4, 4), test (5, 1, 4, 4), 10 classes\n"
     )
 
 
@@ -74,7 +74,7 @@ def test_download_is_moved_into_place(offline, monkeypatch, capsys):
     assert [path.name for path in (offline / "data").iterdir()] == ["MNIST"]
     load_dataset(DataConfig(name="mnist"))
     assert jobs.fetch.main(["mnist"]) == 0
-    assert "here already" in capsys.readouterr().out
+    assert "already here" in capsys.readouterr().out
 
 
 def test_damaged_files_are_fetched_anew(offline, monkeypatch, capsys):

@@ -84,7 +84,7 @@ def test_what_is_no_cluster_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         monkeypatch.setattr(ray_session, "CONNECT_S", 0.5)
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(RunFailed, match=rf"^RAY_ADDRESS: expected a running cluster at {address}, found something"):
+        with pytest.raises(RunFailed, match=rf"^RAY_ADDRESS: expected a running cluster at {address}, which does not"):
             ray_session.start_ray(1, 0.0)
 
 
@@ -116,8 +116,8 @@ def test_the_clusters_mode_is_taken_as_it_is_found(
     ("service", "variables", "message"),
     [
         (TOKEN, {}, "TOKEN: expected the token of the cluster at {0}, which asks for it, got none"),
-        (TOKEN, {"TOKEN": "f" * 64}, "TOKEN: expected the token of the cluster at {0}, got one that it refuses"),
-        (TOKEN, {"TOKEN": "a\nb"}, "TOKEN: expected the token of the cluster at {0}, got one that it refuses"),
+        (TOKEN, {"TOKEN": "f" * 64}, "TOKEN: expected the token of the cluster at {0}, got one that it rejects"),
+        (TOKEN, {"TOKEN": "a\nb"}, "TOKEN: expected the token of the cluster at {0}, got one that it rejects"),
         (TOKEN, {"TOKEN_PATH": "{1}/wrong"}, "TOKEN_PATH: expected the token of the cluster at {0}, got one that it"),
         (TOKEN, {"TOKEN_PATH": "{1}/none"}, "TOKEN_PATH: expected a file with a token, got {1}/none: No such file"),
         (TOKEN, {"TOKEN_PATH": "{1}/empty"}, "TOKEN_PATH: expected a file with a token, got {1}/empty: nothing in it"),
