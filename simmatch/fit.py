@@ -1,15 +1,16 @@
-"""The one trainer: greedy, layer after layer, with nothing flowing backward.
+"""Greedy, layer-wise training of a stack, without a backward pass.
 
     for each layer:
-        calibrate   tr C_x, and whitening where it is on, are measured once on the first images
-        learn       one local update per batch; by rows every iteration of the dynamics gathers activities, by columns
-                    (`gather_state`) every update gathers the weights and scatters the statistics
-        finish      the layer's rows are gathered, so that every rank can encode alone
-        encode      the images become the label-free, pooled activity of the layer, the input of the next; V of a
-                    supervised layer settles to the length of that activity
+        calibrate   measure tr C_x, and the whitening if configured, once, on the first images
+        learn       make one local update per batch. With sharding by rows, every iteration of the dynamics gathers
+                    activities; by columns (`gather_state`), every update gathers weights and scatters statistics
+        finish      gather the layer's rows, so that every rank can encode images alone
+        encode      replace the images by the label-free, pooled activity of the layer, the input of the next layer;
+                    scale V of a supervised layer to that activity
 
-`fit_stack` is the short way in, `Trainer` the whole of it. One process and the ranks of a group run the same code:
-ranks meet in the exchange, and what a rank decides depends on the configuration or on gathered bytes only.
+`fit_stack` trains in this process with few arguments; `Trainer` has them all. A single process and the ranks of a group
+run the same code. Ranks communicate through the exchange only, and all their decisions depend on the configuration or
+on gathered bytes.
 """
 
 from __future__ import annotations
@@ -34,33 +35,41 @@ from simmatch.sharding.rows import split_rows
 from simmatch.sharding.state import from_rank_zero, gather_layer, sum_over_ranks
 
 MEASURED = ("whitening", "whitening_mean", "input_power")
-"""Buffers that calibration fills, where they exist."""
+"""Buffers that calibration fills, if they exist."""
 
 
 class Trainer:
-    """Teaches a stack, layer after layer.
+    """Trains the layers of a stack, one after the other.
 
     Parameters
     ----------
-    stack: takes what is learnt. Data order, positions and weights are drawn from its seed.
+    stack: the stack to train. Its seed determines the order of the data, drawn positions and initial weights.
     images: [N, C, H, W], uint8 or floating-point in [0, 1]; only their number and `images[indices]` are used.
-    labels: [N], classes for the supervised layers, `UNLABELLED` where unknown.
-    exchange: the way to the other ranks, each of which holds a share of the channels. None: one process, in which
-        `solver: auto` chooses what is fastest here.
-    observer: follows what happens.
-    depth: how many layers learn, from the first on; None: all.
-    settled: how many layers, from the first on, have their label weights settled by an earlier run.
-    encode_batch: images per rank that are encoded at a time.
-    encode_last: encode with the last layer too, for an observer that reads `encoded`.
-    to_tolerance: encode by solving to the layer's tolerance, as learning does; False: by the fixed number of
+    labels: [N], classes of the images for supervised layers, `UNLABELLED` where unknown.
+    exchange: connects to the other ranks, each of which holds a share of the channels. None: a single process, in which
+        `solver: auto` selects the fastest solver.
+    observer: follows the training.
+    depth: number of layers to train, from the first one on; None: all.
+    settled: number of layers, from the first one on, whose label weights an earlier run has scaled already.
+    encode_batch: number of images that a rank encodes at a time.
+    encode_last: whether to encode with the last layer too, for an observer that uses `encoded`.
+    to_tolerance: whether to encode by solving to the layer's tolerance, as learning does. False: by the fixed number of
         iterations of an exported model.
-    cache: keep the encoded input of a layer in every rank's memory while it learns; False: encode each batch anew.
-    measure_every: measure every so many updates of a layer, and its last; None: never.
+    cache: whether every rank keeps the encoded input of a layer in memory while the layer learns. False: each batch is
+        encoded anew.
+    measure_every: number of updates of a layer between two measurements; the last update is always measured. None: no
+        update is measured.
 
     Raises
     ------
     ValueError
-        Images that the stack was not built for, or labels missing or too few.
+        The images do not match the stack, or labels are missing or too few.
+
+    >>> layer = LayerConfig(out_channels=8, kernel_size=3, pool=2)
+    >>> stack = Stack(ModelConfig(layers=(layer,)), InputConfig(in_channels=1, height=8, width=8, num_classes=10))
+    >>> stack = Trainer(stack, torch.rand(200, 1, 8, 8)).fit()
+    >>> int(stack.layer(0).updates), stack.features(torch.rand(5, 1, 8, 8)).shape
+    (2, torch.Size([5, 32]))
     """
 
     def __init__(
@@ -101,14 +110,14 @@ class Trainer:
 
     @torch.no_grad()
     def fit(self) -> Stack:
-        """Everything: the stack, all of whose first layers have learnt."""
+        """Train the layers and return the stack, in evaluation mode."""
         for index, config in enumerate(self.layers):
             layer = self._layer(index)
             self.observer.restore(index, layer)
             self._learn(index, layer)
             whole = self.stack.layer(index)
             if layer is whole:
-                layer.recertify()  # codes are those of the exported model
+                layer.recertify()  # activities are then equal to those of the exported model
             else:
                 gather_layer(layer, whole)
             self.observer.learnt(index, whole)
@@ -117,7 +126,7 @@ class Trainer:
         return self.stack.eval()
 
     def _layer(self, index: int) -> SimilarityMatchingConv2d:
-        """This rank's rows of a layer, fresh: the stack's own layer where there is but one process."""
+        """This rank's rows of an untrained layer; in a single process, the stack's own layer."""
         if self._alone:
             return self.stack.layer(index)
         config = self.layers[index]
@@ -137,7 +146,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- learning
 
     def _learn(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """All updates of one layer that are not done yet."""
+        """Make the remaining updates of one layer."""
         config, train = self.layers[index], self.layers[index].train
         images = None if train.images is None else min(train.images, self.store.count)
         batches = Batches(self.store.count, train.batch_size, epochs=train.epochs, seed=self.stack.seed, images=images)
@@ -170,7 +179,7 @@ class Trainer:
         return self.labels[chosen].to(self.device)
 
     def _calibrate(self, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d) -> None:
-        """Rank 0 measures the input, with as many threads as everything that is learnt; all ranks take its result."""
+        """Rank 0 calibrates the layer, and all ranks use its result."""
         self.observer.progress("calibrate", 0, 1, layer=index)
         sample = self.store.first(min(config.whiten_images, self.store.count))
         work = partial(layer.calibrate, sample, config.whiten_patches)
@@ -184,19 +193,19 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- encoding
 
     def activities(self, index: int, x: Tensor) -> Tensor:
-        """Label-free activities [B, K, H', W'] of a finished layer for its input."""
+        """Label-free activities [B, K, H', W'] of a trained layer for its input."""
         layer = self.stack.layer(index)
         activities: Tensor = layer.solve(x).y if self._to_tolerance else layer(x)
         return activities
 
     def _below(self, index: int, x: Tensor) -> Tensor:
-        """Input of a layer for images."""
+        """The input of a layer for images."""
         for number, config in enumerate(self.layers[:index]):
             x = pooled(self.activities(number, x), config)
         return x
 
     def _encode(self, index: int) -> None:
-        """Advance all images by one layer. On the way V settles to the length of label-free activity, once."""
+        """Encode all images with one layer, and scale its V to label-free activity, unless that has been done."""
         layer, config = self.stack.layer(index), self.layers[index]
         settling = config.supervised and index >= self._settled
         yz = torch.zeros_like(layer.label)
@@ -232,22 +241,27 @@ def fit_stack(
     observer: Observer | None = None,
     measure_every: int | None = None,
 ) -> Stack:
-    """Build a stack and teach it in this process; see `Trainer` for more.
+    """Build a stack and train it in this process; see `Trainer` for more options.
 
     Parameters
     ----------
-    model: the layers, how they learn and what a readout sees.
+    model: the layers, how they learn, and the input of a readout.
     images: [N, C, H, W], uint8 or floating-point in [0, 1].
-    labels: [N], classes 0, 1, … of the images, `UNLABELLED` where unknown; for supervised layers only.
-    seed: of weights, order and drawn positions.
-    observer, measure_every: who follows, and after how many updates a layer is measured.
+    labels: [N], classes 0, 1, … of the images, `UNLABELLED` where unknown; only supervised layers use them.
+    seed: of weights, order of the data and drawn positions.
+    device: of all weights.
+    observer, measure_every: as for `Trainer`.
+
+    Returns
+    -------
+    The trained stack, in evaluation mode.
 
     Raises
     ------
     ValueError
-        Images or labels of another shape, or a supervised layer without labels.
+        Images or labels have the wrong shape, or labels are missing for a supervised layer.
     ConfigError
-        A layer that does not fit its input.
+        A layer does not fit its input.
 
     Examples
     --------

@@ -1,1 +1,1 @@
-"""From drives and M to activities: gradient, block and coordinate solvers, and the certified bound of λmax(M)."""
+"""Solvers of the dynamics: gradient, block and coordinate methods, and the certified bound of λmax(M)."""

@@ -1,34 +1,35 @@
-"""Fast dynamics with few exchanges: accelerated block steps, several inner iterations on the own rows for each.
+"""Fast dynamics with few exchanges: accelerated block steps, each with several iterations on an owner's own rows.
 
-The problem is that of `simmatch.solvers.dynamics`. One step on a tile of n columns, for G owners, is
+The problem is that of `simmatch.solvers.dynamics`. With G owners, one step on a tile of n columns is
 
     exchange     y ← all owners' y                                            [K, n]     one all-gather
     compute      g = (M + εI) y − d                                           [K_g, n]   one GEMM
     extrapolate  z = y + β (y − y_prev), ∇(z) = g + β (g − g_prev), β = k/(k + 3)
-    solve        δ ≈ argmin over z + δ ≥ 0 of ½ c δᵀ(M_gg + εI) δ + δᵀ∇(z)   `inner_iterations` on the own block
+    solve        δ ≈ argmin over z + δ ≥ 0 of ½ c δᵀ(M_gg + εI) δ + δᵀ∇(z)   `inner_iterations` with M_gg
     update       y ← z + δ
 
 which is accelerated gradient in the metric c · blockdiag(M_gg), far better conditioned than M itself.
 
-**The factor c.** M ≼ G · blockdiag(M_gg) for positive semidefinite M: at c = G and β = 0 no step raises the energy.
-That much is seldom needed: codes are sparse, and Nesterov's momentum is stable until c falls below ¾ of the largest
-curvature ρ = δᵀMδ / δᵀblockdiag(M_gg)δ. So c is, column by column, 0.9 of the largest ρ that its steps have met.
+**The factor c.** M ≼ G · blockdiag(M_gg) for positive semidefinite M: with c = G and β = 0 no step raises the energy.
+Such a large c is seldom needed. Codes are sparse, and Nesterov's momentum is stable unless c is below ¾ of the largest
+curvature ρ = δᵀMδ / δᵀblockdiag(M_gg)δ. So for each column c is 0.9 of the largest ρ of its steps so far.
 
-**What guards against divergence is the energy.** Its change ½⟨g + g_prev, y − y_prev⟩ is exact for a quadratic, and
-does not cancel as the difference of two energies would. Each owner knows its part, as of ρ and of the residual, once it
-has the gathered y: they ride with the next y, one exchange late. So three iterates are held: `good`, whose energy is
-known not to have risen, the `candidate` that is being judged, and the one that arrives. Where the candidate has risen,
-it is dropped with what arrives, and the next step starts from `good` with β = 0, c = G and plain inner iterations, each
-of which lowers its model and so the energy. A rise that rounding explains is none.
+**The energy prevents divergence.** Its change ½⟨g + g_prev, y − y_prev⟩ is exact for a quadratic, and does not suffer
+from cancellation like the difference of two energies. An owner knows its parts of the change, of ρ and of the residual
+only after y has been gathered, so they are sent with the next y, one exchange late. Three iterates are therefore kept:
+`good`, whose energy is known not to have risen; the `candidate`, which is tested; and the `incoming` one. If the energy
+of the candidate has risen, both the candidate and the incoming iterate are dropped. The next step starts from `good`
+with β = 0, c = G and inner iterations without momentum, each of which lowers the energy. A rise within rounding error
+is ignored.
 
-**Increments.** With an exchange format shorter than the computing one, owners send y_next − y. All of them, the sender
-too, add the same rounded increment to their copy of y: the copies stay equal bit by bit, residual and energy belong to
-the copy, and the rounding shrinks with the increments.
+**Increments.** If the exchange format is shorter than the computing format, owners send y_next − y. All owners, the
+sender included, add the same rounded increments to their copies of y. The copies remain equal bit by bit, residual and
+energy are those of the copy, and rounding errors shrink with the increments.
 
-Every decision is a function of gathered bytes only. Columns stop, revert and restart one by one.
+Every decision is a function of gathered bytes only. Each column stops, reverts and restarts by itself.
 
-Sources: Beck & Teboulle (2009) for the accelerated scheme, whose metric is free; O'Donoghue & Candès (2015) for restart
-by function value.
+Sources: Beck & Teboulle (2009) for the accelerated method, which allows any metric; O'Donoghue & Candès (2015) for the
+restart by function value.
 """
 
 from __future__ import annotations
@@ -47,34 +48,39 @@ from simmatch.solvers.bound import Bound
 from simmatch.solvers.tile import NOT_FINITE_RESULT, Steps
 
 TAIL = 4
-"""Rows that ride behind an owner's activities, its parts of: [0] residual; [1] rise of the energy; [2] δᵀMδ and
-[3] δᵀM_ggδ of the step to the candidate. At the first exchange [0] is max|d| and [1] max(d, 0). [0] is also the owner's
-status, see `simmatch.sharding.faults`."""
+"""Rows exchanged after an owner's activities, with its parts of: [0] residual; [1] rise of the energy; [2] δᵀMδ and
+[3] δᵀM_ggδ of the step to the candidate. At the first exchange they are [0] max|d| and [1] max(d, 0). Row 0 is also the
+owner's status, see `simmatch.sharding.faults`."""
 
 INNER_MOMENTUM = 0.7
-"""β of the inner iterations: of 0.5, 0.7 and k/(k + 3) the best or within 5 % of it at 4 and at 8 iterations."""
+"""β of the inner iterations. Of 0.5, 0.7 and k/(k + 3) it is the best, or within 5 % of it, at 4 and 8 iterations."""
 
 METRIC = 0.9
-"""c / ρ of accelerated steps. Momentum is unstable below ¾; inner iterations that have not converged need a margin."""
+"""c / ρ of accelerated steps. Below ¾ momentum is unstable; inner iterations that have not converged need a margin."""
 
 CURVATURE_GROWTH = 1.25
-"""What ρ is multiplied by where the energy rose."""
+"""Factor by which ρ grows after the energy rose."""
 
 ROUNDING = 16.0
-"""A rise of the energy below so many eps · max|d| · ‖y − y_prev‖₁ is rounding."""
+"""A rise of the energy up to this multiple of eps · max|d| · ‖y − y_prev‖₁ is attributed to rounding."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The lateral matrix as block steps need it.
+    """The lateral matrix in the form that block steps use.
 
     Attributes
     ----------
-    matrix: [K_g, G · (K_pad + TAIL) − TAIL], own rows of M + εI, zero columns for padding and tails.
+    matrix: [K_g, G · (K_pad + TAIL) − TAIL], rows of M + εI, with zero columns for padding and tails.
     diagonal: [K_g, 1], M_ii.
     inner: [K_g, K_g], I − s (M_gg + εI).
     step: s ≤ 1/λmax(M_gg + εI), certified.
     owners: G.
+
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> lateral, rows = torch.eye(4), Rows.all(4)
+    >>> Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), rows).inner.shape
+    torch.Size([4, 4])
     """
 
     matrix: Tensor
@@ -85,7 +91,7 @@ class Blocks:
 
     @classmethod
     def from_lateral(cls, lateral: Tensor, bound: Bound, rows: Rows, world_size: int = 1) -> Blocks:
-        """Arrange own rows [K_g, K] of M. Values that are not finite raise later, on all owners."""
+        """Build the matrices from rows [K_g, K] of M. Values that are not finite are reported later, by all owners."""
         own = lateral.clone()
         own.diagonal(offset=rows.start).add_(bound.ridge)
         slices = lateral.new_zeros(rows.count, world_size, rows.padded + TAIL)
@@ -100,9 +106,12 @@ class Blocks:
 
 
 def bound_of_block(block: Tensor, bound: float) -> float:
-    """Upper bound of λmax of a diagonal block [K_g, K_g], at most `bound`, which holds for all of the matrix.
+    """Upper bound of λmax of a diagonal block [K_g, K_g]; at most `bound`, which is valid for the whole matrix.
 
-    Collatz–Wielandt along a few power iterations, λmax(M_gg) ≤ max_i (|M_gg| v)_i / v_i: each certifies.
+    It is the smallest Collatz–Wielandt bound λmax(M_gg) ≤ max_i (|M_gg| v)_i / v_i of a few power iterations.
+
+    >>> round(bound_of_block(torch.eye(3), bound=10.0), 3)
+    1.0
     """
     magnitudes = block.abs()
     vector = magnitudes.diagonal().sqrt()
@@ -119,12 +128,16 @@ def bound_of_block(block: Tensor, bound: float) -> float:
 
 
 class BlockTile:
-    """Buffers for n columns, allocated once and reused by every tile of that width.
+    """Buffers and arithmetic for n columns; the buffers are reused by later tiles of the same width.
 
     Attributes
     ----------
     good, candidate, incoming: [G, K_pad + TAIL, n], three iterates of all owners, see the module.
-    tails: [G, TAIL, n], those of the last exchange.
+    tails: [G, TAIL, n], tails of the last exchange.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> BlockTile(Rows.all(4), 10, IDENTITY, like=torch.zeros(()), config=DynamicsConfig()).good.shape
+    torch.Size([1, 8, 10])
     """
 
     def __init__(self, rows: Rows, columns: int, exchange: Exchange, like: Tensor, config: DynamicsConfig) -> None:
@@ -139,7 +152,7 @@ class BlockTile:
 
     @property
     def gathered(self) -> Tensor:
-        """[G, K_pad + TAIL, n], the solution once the dynamics have ended."""
+        """[G, K_pad + TAIL, n], the solution after the last step."""
         return self.good
 
     @property
@@ -147,7 +160,7 @@ class BlockTile:
         return self.packing.tails if self.packing is not None else self.incoming[:, self.rows.padded :]
 
     def own(self, iterate: Tensor) -> Tensor:
-        """[K_g, n], own rows of one of the three iterates."""
+        """This owner's rows [K_g, n] of one of the three iterates."""
         return iterate[self.rank, : self.rows.count]
 
     def start(
@@ -157,9 +170,9 @@ class BlockTile:
         config: DynamicsConfig,
         own: Tensor | None = None,
     ) -> None:
-        """First iterate: a block step from y = 0, whose gradient is −d, or the own rows [K_g, n] of a warm start.
+        """Compute the first iterate: a block step from y = 0, with gradient −d, or a warm start `own` [K_g, n].
 
-        A warm start is judged as any iterate is: where its energy is above that of y = 0, it is dropped.
+        A warm start is tested like any iterate, and dropped where its energy is above that of y = 0.
         """
         self.good.zero_()
         self.candidate.zero_()
@@ -186,14 +199,14 @@ class BlockTile:
         return exchange.all_gather(self.incoming if self.packing is None else self.packing.buffer)
 
     def receive(self) -> None:
-        """Let `incoming` hold all owners' rows; with increments, those of the candidate plus what was sent."""
+        """Update `incoming` after an exchange: with increments, the candidate plus the increments of all owners."""
         if self.packing is not None:
-            arrived = self.incoming[:, : self.rows.padded]
-            self.packing.unpack(arrived)
-            arrived.add_(self.candidate[:, : self.rows.padded]).clamp_(min=0.0)
+            activities = self.incoming[:, : self.rows.padded]
+            self.packing.unpack(activities)
+            activities.add_(self.candidate[:, : self.rows.padded]).clamp_(min=0.0)
 
     def judge(self, revert: Tensor, hold: Tensor | None) -> None:
-        """Drop the candidate and what arrived where `revert`, what arrived where `hold` [n]; then move on by one."""
+        """Drop candidate and incoming iterate where `revert` [n], the incoming one where `hold` [n]; then shift all."""
         if bool(revert.any()):
             torch.where(revert, self.good, self.candidate, out=self.candidate)
             torch.where(revert, self.good, self.incoming, out=self.incoming)
@@ -202,20 +215,20 @@ class BlockTile:
         self.good, self.candidate, self.incoming = self.candidate, self.incoming, self.good
 
     def measure(self, blocks: Blocks, out: Tensor) -> None:
-        """Gradient of the candidate, and into `out` [TAIL, n] what the own rows say about it."""
+        """Compute the gradient of the candidate, and write this owner's parts of its tail into `out` [TAIL, n]."""
         self.gradient, self.last_gradient = self.last_gradient, self.gradient
-        everything = self.candidate.flatten(0, 1)[:-TAIL]
-        torch.addmm(self.drive, blocks.matrix, everything, beta=-1.0, out=self.gradient)
+        all_rows = self.candidate.flatten(0, 1)[:-TAIL]
+        torch.addmm(self.drive, blocks.matrix, all_rows, beta=-1.0, out=self.gradient)
         y = self.own(self.candidate)
         torch.minimum(torch.mul(y, blocks.diagonal, out=self.w), self.gradient, out=self.w)
         torch.amax(self.w.abs_(), dim=0, out=out[0])
-        # ⟨g + g_prev, y − y_prev⟩ less its rounding, twice the rise; NaN, from infinities, is no rise
+        # ⟨g + g_prev, y − y_prev⟩, twice the rise, less its rounding error; NaN from infinities is not a rise
         moved = torch.sub(y, self.own(self.good), out=self.w)
         slope = torch.add(self.gradient, self.last_gradient, out=self.w_prev).mul_(moved)
         torch.sum(slope, dim=0, out=out[1])
         torch.sum(moved.abs_(), dim=0, out=self.weight)
         out[1].sub_(self.weight.mul_(self.margin))
-        # the step from z to y: ∇(y) − ∇(z) = M (y − z), and ∇(z) is the bias that the inner iterations had
+        # the step from z to y: ∇(y) − ∇(z) = M (y − z), where ∇(z) follows from the bias of the inner iterations
         change = torch.sub(self.gradient, torch.div(self.bias, self.factor, out=self.w), out=self.w)
         delta = torch.sub(y, self.z, out=self.next)
         torch.sum(change.mul_(delta), dim=0, out=out[2])
@@ -225,7 +238,7 @@ class BlockTile:
         out[1:].nan_to_num_(0.0)
 
     def step(self, blocks: Blocks, config: DynamicsConfig, revert: Tensor, frozen: Tensor | None) -> None:
-        """Momentum and metric of every column, and the block step with them."""
+        """Set momentum and metric of every column, and make the block step."""
         torch.mul(self.curvature, METRIC, out=self.factor)
         self.factor.masked_fill_(self.curvature == 0, METRIC * blocks.owners)
         self.factor.clamp_(min=1.0).masked_fill_(revert, blocks.owners).reciprocal_().mul_(-blocks.step)
@@ -236,22 +249,22 @@ class BlockTile:
         self._put(frozen)
 
     def learn_curvature(self, tails: Tensor, void: Tensor, risen: Tensor, owners: int) -> None:
-        """Largest ρ so far from gathered tails [G, TAIL, n], except where their step is `void`; more where `risen`."""
+        """Update the largest ρ from gathered tails [G, TAIL, n], except where `void`; increase it where `risen`."""
         along, blockwise = tails[:, 2].sum(dim=0), tails[:, 3].sum(dim=0)
-        met = torch.where(void | (blockwise <= 0), 0.0, along / blockwise)
-        torch.maximum(self.curvature, met.nan_to_num_(0.0), out=self.curvature)
+        observed = torch.where(void | (blockwise <= 0), 0.0, along / blockwise)
+        torch.maximum(self.curvature, observed.nan_to_num_(0.0), out=self.curvature)
         grown = torch.where(risen, self.curvature * CURVATURE_GROWTH, self.curvature)
         torch.clamp(grown, max=float(owners), out=self.curvature)
 
     def _extrapolate(self) -> None:
-        """z from `good` and the candidate, and as bias of the inner iterations −s∇(z)/c."""
+        """Compute z from `good` and the candidate, and the bias −s∇(z)/c of the inner iterations."""
         torch.div(self.k, torch.add(self.k, 3.0, out=self.weight), out=self.weight).add_(1.0)
         self.k.add_(1.0)
         torch.lerp(self.own(self.good), self.own(self.candidate), self.weight, out=self.z)
         torch.lerp(self.last_gradient, self.gradient, self.weight, out=self.bias).mul_(self.factor)
 
     def _solve_block(self, blocks: Blocks, inner_iterations: int) -> None:
-        """Inner iterations for δ from δ = 0, which costs no product; `next` = z + δ ≥ 0."""
+        """Inner iterations for δ, starting from δ = 0 (the first needs no product); `next` = z + δ ≥ 0."""
         delta, floor = self.next, torch.neg(self.z, out=self.floor)
         torch.maximum(self.bias, floor, out=delta)
         w_prev, w, spare = self.bias, self.w, self.w_prev
@@ -262,7 +275,7 @@ class BlockTile:
         delta.add_(self.z)
 
     def _put(self, frozen: Tensor | None) -> None:
-        """`next` into the slice that is sent, or its increment; nothing moves in frozen columns."""
+        """Write `next`, or its increment, into the slice to send; frozen columns do not change."""
         y = self.own(self.candidate)
         if frozen is not None:
             torch.where(frozen, y, self.next, out=self.next)
@@ -273,10 +286,22 @@ class BlockTile:
 
 
 def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, exchange: Exchange) -> Steps:
-    """The dynamics of one tile whose first iterate has been exchanged.
+    """The dynamics of a tile whose first iterate has been exchanged.
 
-    Yields every exchange that it starts, returns (block steps, residual [n]). The solution is `tile.gathered`, its
-    residual exactly that of the returned y.
+    Yields every exchange that it starts, and returns (block steps, residual [n]). The solution is `tile.gathered`, and
+    the residual is that of the returned y.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> lateral, rows, config = torch.eye(4), Rows.all(4), DynamicsConfig(exchange="block")
+    >>> blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), rows)
+    >>> tile = BlockTile(rows, 10, IDENTITY, like=lateral, config=config)
+    >>> tile.start(torch.ones(4, 10), blocks, config)
+    >>> tile.send(IDENTITY).wait()
+    >>> for handle in iterate_block(tile, blocks, config, IDENTITY):
+    ...     handle.wait()
+    >>> tile.gathered[0, :4].shape
+    torch.Size([4, 10])
     """
     tails = tile.tails
     scale = tails[:, 0].amax(dim=0)
@@ -295,7 +320,7 @@ def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, excha
         yield tile.send(exchange)
         tile.receive()
         reached, risen = _read_tails(tile.tails, scale)
-        risen &= ~careful  # a careful step rises by rounding at most, which a repetition would not help
+        risen &= ~careful  # a careful step can rise only by rounding errors, which a repetition would not avoid
         tile.learn_curvature(tile.tails, revert, risen, exchange.world_size)
         careful, revert = revert, risen
         residual = torch.where(risen, residual, reached)
@@ -312,13 +337,13 @@ def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, excha
 
 
 def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gathered tails [G, TAIL, n] → relative residual [n] and, per column, whether the energy rose."""
+    """Relative residual [n], and whether the energy rose [n], from gathered tails [G, TAIL, n]."""
     raise_shared(tails[:, 0], NOT_FINITE_RESULT)
     return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
 
 
 def _freeze(residual: Tensor, frozen: Tensor | None, tolerance: float) -> Tensor | None:
-    """Columns at the tolerance stop, for good: their residual is that of `good`, which they keep."""
+    """Freeze columns at the tolerance permanently: they keep `good`, to which their residual belongs."""
     if tolerance == 0.0:
         return None
     below = residual <= tolerance if frozen is None else (residual <= tolerance) | frozen

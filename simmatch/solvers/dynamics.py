@@ -1,28 +1,28 @@
-"""Fast dynamics: lateral inhibition as a nonnegative quadratic program, solved for many columns at once.
+"""The fast dynamics: lateral inhibition as a nonnegative quadratic program, solved for many columns at once.
 
-    y* = argmin over y ≥ 0 of ½ yᵀ(M + εI) y − yᵀd                (design: drive d, lateral M)
+    y* = argmin over y ≥ 0 of ½ yᵀ(M + εI) y − yᵀd                (drive d, lateral M)
 
-All columns (images × positions) share M, so the problem separates over columns and couples channels only. An
-owner holds K_g of the K channels: its rows of M, of d and of y. One iteration on a tile of n columns is
+All columns (images × positions) share M. The problem separates over columns and couples channels only. An owner
+holds K_g of the K channels, that is its rows of M, d and y. One iteration on a tile of n columns is
 
     exchange   Y ← all owners' y                    [K, n]     one all-gather
     compute    w = y − s((M + εI) y − d)            [K_g, n]   one GEMM, with A = I − s(M + εI) and b = s d folded
     update     y ← relu(w + β (w − w_prev))         [K_g, n]   in place
 
-which is projected gradient for β = 0 and Nesterov's accelerated projected gradient otherwise: w + β(w − w_prev)
-is the gradient step at z = y + β(y − y_prev), because w is affine in y. What is exchanged is y itself, so the
-reported residual belongs to the returned y.
+which is projected gradient for β = 0, and Nesterov's accelerated projected gradient otherwise: w + β(w − w_prev) is
+the gradient step at z = y + β(y − y_prev), because w is affine in y. y itself is exchanged, so the reported residual is
+that of the returned y.
 
-Two rows ride at the end of every slice exchanged: the owner's part of the residual, and of the restart test.
-Every decision (stop, restart, error) is a function of gathered bytes only, so owners cannot disagree. Columns
-stop and restart one by one: a code never depends on its batch mates.
+Every exchanged slice ends with two more rows: the owner's parts of the residual and of the restart test. Every
+decision (stop, restart, error) is a function of gathered bytes only, so owners cannot disagree. Each column stops and
+restarts by itself: a code does not depend on the other columns of its batch.
 
 Residual of a column: max_i |min(M_ii y_i, (M y − d)_i)| / max|d|, zero exactly at y*, unchanged under x → c x.
 
 Sources: Pehlevan & Chklovskii, "Neuroscience-inspired online unsupervised learning algorithms" (2019), for the
 dynamics; Nesterov (1983); O'Donoghue & Candès, "Adaptive restart for accelerated gradient schemes" (2015).
-A new first-order solver is a step rule and a momentum rule: see `simmatch.solvers.tile.SOLVERS`. Where one process
-holds all channels and nothing has to be exchanged, `simmatch.solvers.coordinate` solves columns one by one instead.
+To add a first-order solver, add its step and momentum to `simmatch.solvers.tile.SOLVERS`. Where one process holds all
+channels, `simmatch.solvers.coordinate` solves columns one by one instead.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 TileT = TypeVar("TileT", Tile, BlockTile)
 
 Begin = Callable[[Tensor, Tensor | None], tuple[Tile | BlockTile, Steps]]
-"""(own drive [K_g, n], own start or None) → a started tile, and its steps after the first exchange."""
+"""Function from (this owner's drive [K_g, n], its start or None) to a started tile and the iterator of its steps."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,12 @@ class Solution:
 
     Attributes
     ----------
-    y: [K, N] activities of all channels, or [B, K, H, W] from a layer.
-    num_iters: iterations run on the slowest column.
-    residual: [N] relative residual of each column, or [B, H, W] from a layer; it belongs to the returned y.
+    y: [K, N], activities of all channels; [B, K, H', W'] from `SimilarityMatchingConv2d.solve`.
+    num_iters: number of iterations of the slowest column.
+    residual: [N], relative residual of each column of y; [B, H', W'] from `SimilarityMatchingConv2d.solve`.
+
+    >>> Solution(y=torch.zeros(64, 1000), num_iters=12, residual=torch.zeros(1000)).y.shape
+    torch.Size([64, 1000])
     """
 
     y: Tensor
@@ -72,13 +75,24 @@ class Solution:
 
 
 class Dynamics:
-    """Solves tiles of columns with buffers that last from call to call; calls may come from several threads.
+    """Solves columns, tile by tile, with buffers that are kept from call to call; several threads may call it.
 
     Parameters
     ----------
-    config: solver, tolerance, tile width.
+    config: solver, tolerance, width of a tile.
     rows: the channels held here.
-    exchange: how the other channels are reached.
+    exchange: connects to the owners of the other channels.
+
+    Raises
+    ------
+    ValueError
+        `coordinate_descent` with several owners: it needs all channels in one place.
+
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> lateral, rows = torch.eye(4), Rows.all(4)
+    >>> solver = Dynamics(DynamicsConfig(), rows)
+    >>> solver.solve(torch.ones(4, 10), lateral, certify_afresh(lateral, rows, ridge=0.0)).y.shape
+    torch.Size([4, 10])
     """
 
     def __init__(self, config: DynamicsConfig, rows: Rows, exchange: Exchange = IDENTITY) -> None:
@@ -106,24 +120,26 @@ class Dynamics:
 
         Parameters
         ----------
-        drive: [K_g, N], own rows of the drive d.
-        lateral: [K_g, K], own rows of M.
-        bound: certified bound of λmax(M), the same on all owners.
+        drive: [K_g, N], this owner's rows of the drive d.
+        lateral: [K_g, K], this owner's rows of M.
+        bound: certified bound of λmax(M), equal on all owners.
         fixed: run exactly `encode_iterations` iterations, as in evaluation.
-        fault: holds this owner's exception, if it has one; the drive then means nothing.
+        fault: holds the exception of this owner, if any; the drive is then ignored.
         start: [K, N], y ≥ 0 of all channels to start from, such as the activities of the same images before an
-            update. None: y = 0.
-        alone: whether nothing is ever exchanged here, whatever the number of shards, so that `solver: auto` may
-            choose what needs no exchange. None: as `exchange` of the configuration says.
+            update. None: zero.
+        alone: whether nothing is exchanged, whatever the number of shards, so that `solver: auto` may select a solver
+            that needs all channels. None: true for `exchange: gather_state`.
 
         Returns
         -------
-        Solution with y [K, N] of all channels on every owner and residual [N].
+        `Solution`: y [K, N] of all channels, on every owner, and residual [N].
 
         Raises
         ------
+        ValueError
+            `coordinate_descent` on a GPU for which there is no kernel.
         SharedFault
-            On all owners alike, when one of them has a fault or meets a non-finite value.
+            On all owners, if one of them has a fault or values that are not finite.
         """
         config = self.config.encoding() if fixed else self.config
         if alone is None:
@@ -147,16 +163,16 @@ class Dynamics:
         return Solution(y, num_iters, residual)
 
     def _by_column(self, drive: Tensor, lateral: Tensor, bound: Bound, start: Tensor | None) -> Solution:
-        """Coordinate descent, all channels being here."""
+        """Coordinate descent, with all channels in this process."""
         if drive.device.type != "cpu":
             missing = kernels.supports("coordinate_descent", self.rows.total, drive.dtype, self.config.tolerance)
-            why = missing or "no kernel for this device"
+            why = missing or "there is no kernel for this device"
             raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent ({why})")
         if drive.shape[1] == 0:
             return Solution(drive.clone(), 0, drive.new_zeros(0))
         raise_shared(status_of(drive, lateral), NOT_FINITE_INPUT)
         if self._coordinates is None:
-            from simmatch.solvers.coordinate import CoordinateDescent  # imports numba, which the other solvers need not
+            from simmatch.solvers.coordinate import CoordinateDescent  # imports numba, which other solvers do not need
 
             self._coordinates = CoordinateDescent()
         y, num_iters, residual = self._coordinates.solve(
@@ -179,7 +195,7 @@ class Dynamics:
         config: DynamicsConfig,
         start: Tensor | None,
     ) -> Solution:
-        """A kernel of the device, all channels being here; waits for the device once, at the end."""
+        """A kernel on the device, with all channels there; waits for the device once, at the end."""
         if drive.shape[1] == 0:
             return Solution(drive.clone(), 0, drive.new_zeros(0))
         drive, system = drive.contiguous(), kernels.System(lateral, bound.ridge, bound.value)
@@ -193,10 +209,10 @@ class Dynamics:
     def _run(
         self, begin: Begin, drive: Tensor, config: DynamicsConfig, fault: LocalFault, start: Tensor | None
     ) -> Iterator[tuple[slice, Tensor, tuple[int, Tensor]]]:
-        """(columns, their activities [G, K_pad, n], (iterations, residual)) of one tile after the other.
+        """Solve all tiles; yields (columns, activities [G, K_pad, n], (iterations, residual)) of each.
 
-        A few tiles advance in turn, so that one computes while another's exchange is under way. Which tile advances
-        when depends on gathered bytes only, so all owners start the same exchanges in the same order.
+        Several tiles take turns, so that one computes while the exchange of another is in progress. Their order depends
+        on gathered bytes only, so all owners start the same exchanges in the same order.
         """
         width = config.columns_per_tile(self.rows.total, drive.device.type)
         waiting = deque(slice(first, min(first + width, drive.shape[1])) for first in range(0, drive.shape[1], width))
@@ -218,7 +234,7 @@ class Dynamics:
                 self._tiles.give(self._key(type(tile), tile.drive, config), tile)
 
     def _stepper(self, lateral: Tensor, bound: Bound, config: DynamicsConfig) -> Begin:
-        """What starts a tile, by the configuration."""
+        """The function that starts a tile, for the configured exchange."""
         rows, exchange = self.rows, self.exchange
         if config.exchange == "block":
             blocks = Blocks.from_lateral(lateral, bound, rows, exchange.world_size)
@@ -245,12 +261,23 @@ class Dynamics:
 
     @staticmethod
     def _key(kind: type, like: Tensor, config: DynamicsConfig) -> tuple[Any, ...]:
-        """What tiles have in common that may stand in for each other."""
+        """Key under which tiles of equal shape and format share buffers."""
         return kind, config.exchange_dtype, like.shape[1], like.dtype, like.device
 
 
 def course(tile: Tile | BlockTile, steps: Steps, exchange: Exchange, fault: LocalFault) -> Steps:
-    """The first exchange of a started tile, by which all owners learn of each other's faults, and then its steps."""
+    """The first exchange of a started tile, after which all owners raise a fault of any of them, and then its steps.
+
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> lateral, rows, config = torch.eye(4), Rows.all(4), DynamicsConfig(solver="accelerated")
+    >>> folded = Folded.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), config, rows)
+    >>> tile = Tile(rows, 10, IDENTITY, like=lateral, config=config)
+    >>> tile.start(torch.ones(4, 10), folded)
+    >>> for handle in course(tile, iterate(tile, folded, config, IDENTITY), IDENTITY, LocalFault(IDENTITY)):
+    ...     handle.wait()
+    >>> tile.y.shape
+    torch.Size([4, 10])
+    """
     fault.mark(tile.tails[exchange.rank, 0])
     yield tile.send(exchange)
     fault.raise_shared(tile.tails[:, 0], NOT_FINITE_INPUT)
@@ -260,20 +287,30 @@ def course(tile: Tile | BlockTile, steps: Steps, exchange: Exchange, fault: Loca
 def unrolled(
     drive: Tensor, lateral: Tensor, config: DynamicsConfig, *, bound: float | Tensor, ridge: float | Tensor
 ) -> Tensor:
-    """The `encode_iterations` iterations of evaluation as one plain graph, for export.
+    """The `encode_iterations` iterations of evaluation as a graph without tiles or in-place updates, for export.
 
-    Same arithmetic and same decisions as `Dynamics.solve(..., fixed=True)` on a single owner, without tiles or
-    in-place updates: drive [K, N], lateral [K, K] → y [K, N].
+    Arithmetic and decisions are those of `Dynamics.solve(..., fixed=True)` on a single owner.
 
     Parameters
     ----------
-    bound, ridge: as in `Bound`, or in the graph itself (`traced_bound`).
+    drive: [K, N], d.
+    lateral: [K, K], M.
+    config: solver and number of iterations.
+    bound: λ̂ ≥ λmax(M) + ε, as in `Bound`, or a tensor of the graph (`traced_bound`).
+    ridge: ε, likewise.
+
+    Returns
+    -------
+    [K, N], y.
+
+    >>> unrolled(torch.ones(4, 10), torch.eye(4), DynamicsConfig(), bound=1.0, ridge=0.0).shape
+    torch.Size([4, 10])
     """
     config = config.encoding()
     solver = SOLVERS[config.solver]
     step = solver.step(config, bound)
     identity = torch.eye(lateral.shape[0], dtype=lateral.dtype, device=lateral.device)
-    matrix = lateral * -step + identity * (1.0 - step * ridge)  # A = I − s(M + εI), as `Folded` has it
+    matrix = lateral * -step + identity * (1.0 - step * ridge)  # A = I − s(M + εI), as in `Folded`
     bias: Tensor = drive * step
     w_prev, y = bias, bias.clamp(min=0.0)
     k = torch.ones_like(drive[0])

@@ -1,7 +1,7 @@
-"""One tile of columns: the folded lateral matrix, the buffers, the arithmetic of one iteration, and their course.
+"""First-order dynamics of one tile of columns: buffers, arithmetic of an iteration, exchanges and decisions.
 
-The solvers differ in their step and their momentum only; `SOLVERS` names them. See `simmatch.solvers.dynamics` for the
-problem, the exchange between iterations and the decisions.
+The solvers in `SOLVERS` differ only in their step and their momentum. See `simmatch.solvers.dynamics` for the problem
+and the exchange between iterations.
 """
 
 from __future__ import annotations
@@ -21,24 +21,31 @@ from simmatch.sharding.rows import Rows, split_rows
 from simmatch.solvers.bound import Bound
 
 TAIL = 2
-"""Rows that ride behind an owner's activities: [0] residual, or max|d| at the first exchange; [1] restart test.
-[0] is also the owner's status, see `simmatch.sharding.faults`."""
+"""Rows exchanged after an owner's activities: [0] residual, or max|d| at the first exchange; [1] restart test.
+Row 0 is also the owner's status, see `simmatch.sharding.faults`."""
 
 NOT_FINITE_INPUT = "values in the drive or the lateral weights"
+"""Name, in messages, of the values checked at the first exchange."""
+
 NOT_FINITE_RESULT = "activities"
+"""Name, in messages, of the values checked at later exchanges."""
 
 Steps = Generator[Handle, None, tuple[int, Tensor]]
-"""The course of one tile: every exchange that it starts, and in the end (iterations, residual [n])."""
+"""The steps of one tile: yields every exchange that it starts, and returns (iterations, residual [n])."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A first-order scheme.
+    """A first-order method.
 
     Attributes
     ----------
-    step: (configuration, λ̂) → step s; numbers, or tensors of a graph.
-    momentum: (k, out) writes β into `out` [n], k [n] being the iterations since a column's last restart.
+    step: function from (configuration, λ̂) to the step s; λ̂ and s are numbers, or tensors of a graph.
+    momentum: function of (k, out) that writes β into `out` [n]; k [n] counts iterations since the last restart of each
+        column. None: no momentum.
+
+    >>> SOLVERS["accelerated"].step(DynamicsConfig(), 2.0)
+    0.5
     """
 
     step: Callable[[DynamicsConfig, Any], Any]
@@ -46,7 +53,11 @@ class Solver:
 
 
 def nesterov(k: Tensor, out: Tensor) -> Tensor:
-    """β = k / (k + 3)."""
+    """Nesterov's momentum β = k / (k + 3).
+
+    >>> nesterov(torch.tensor([0.0, 3.0]), out=torch.empty(2))
+    tensor([0.0000, 0.5000])
+    """
     return torch.div(k, torch.add(k, 3.0, out=out), out=out)
 
 
@@ -54,18 +65,25 @@ SOLVERS = {
     "projected_gradient": Solver(step=lambda config, bound: config.step or 1.9 / bound, momentum=None),
     "accelerated": Solver(step=lambda config, bound: 1.0 / bound, momentum=nesterov),
 }
+"""First-order methods by their name in `DynamicsConfig.solver`."""
 
 
 @dataclass(frozen=True)
 class Folded:
-    """The lateral matrix folded with the step, so that w = A Y + s d.
+    """The lateral matrix combined with the step, so that w = A Y + s d.
 
     Attributes
     ----------
-    matrix: [K_g, G · (K_pad + TAIL) − TAIL], A = I − s(M + εI): own rows, zero columns for padding and tails.
+    matrix: [K_g, G · (K_pad + TAIL) − TAIL], rows of A = I − s(M + εI), with zero columns for padding and tails.
     diagonal: [K_g, 1], s · M_ii.
     step: s.
-    solver: the scheme it was folded for.
+    solver: the method that the step belongs to.
+
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> lateral, rows = torch.eye(4), Rows.all(4)
+    >>> bound = certify_afresh(lateral, rows, ridge=0.0)
+    >>> Folded.from_lateral(lateral, bound, DynamicsConfig(solver="accelerated"), rows).matrix.shape
+    torch.Size([4, 4])
     """
 
     matrix: Tensor
@@ -77,7 +95,7 @@ class Folded:
     def from_lateral(
         cls, lateral: Tensor, bound: Bound, config: DynamicsConfig, rows: Rows, world_size: int = 1
     ) -> Folded:
-        """Fold own rows [K_g, K] of M in their own precision (in bfloat16 the diagonal would move by up to 13 %)."""
+        """Combine rows [K_g, K] of M with the step, in their dtype (bfloat16 would change the diagonal by 13 %)."""
         solver = SOLVERS[config.solver]
         step = solver.step(config, bound.value)
         own = lateral * -step
@@ -90,11 +108,21 @@ class Folded:
 
 
 class Tile:
-    """Buffers for n columns, allocated once and reused by every tile of that width.
+    """Buffers and arithmetic for n columns; the buffers are reused by later tiles of the same width.
 
-    Where `exchange_dtype` is shorter than the computing one, owners send increments y_next − y, and all of them add
-    the same rounded increment to their copy of y: the copies stay equal bit by bit, the residual belongs to the copy,
-    and the rounding shrinks with the increments.
+    If `exchange_dtype` is shorter than the computing format, owners send increments y_next − y, and all owners add the
+    same rounded increments to their copies of y. The copies remain equal bit by bit, the residual is that of the copy,
+    and rounding errors shrink with the increments.
+
+    Attributes
+    ----------
+    gathered: [G, K_pad + TAIL, n], activities and tails of all owners.
+    y: [K_g, n], activities of this owner, a view of `gathered`.
+    tails: [G, TAIL, n], tails of all owners.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> Tile(Rows.all(4), 10, IDENTITY, like=torch.zeros(()), config=DynamicsConfig()).gathered.shape
+    torch.Size([1, 6, 10])
     """
 
     def __init__(self, rows: Rows, columns: int, exchange: Exchange, like: Tensor, config: DynamicsConfig) -> None:
@@ -112,7 +140,7 @@ class Tile:
         self.k, self.weight = like.new_empty(2, columns)
 
     def start(self, drive: Tensor, folded: Folded, y: Tensor | None = None) -> None:
-        """First iterate, from own y [K_g, n] or from 0, and in the tail max|d|, or NaN where d or M is not finite."""
+        """Compute the first iterate from y [K_g, n], or 0; its tail is max|d|, or NaN if d or M is not finite."""
         torch.mul(drive, folded.step, out=self.bias)
         if y is None:
             torch.clamp(self.bias, min=0.0, out=self.other)  # the step from 0
@@ -128,14 +156,14 @@ class Tile:
         self.tail[0].add_(folded.matrix.sum() * 0.0)
 
     def measure(self, folded: Folded, out: Tensor) -> None:
-        """Own part of s · residual of y into `out` [n], given w = A Y + s d; leaves y − w in `scratch`."""
+        """Write this owner's part of s · residual into `out` [n], given w = A Y + s d; leaves y − w in `scratch`."""
         torch.sub(self.y, self.w, out=self.scratch)
         torch.mul(self.y, folded.diagonal, out=self.other)
         torch.minimum(self.other, self.scratch, out=self.other)
         torch.amax(self.other.abs_(), dim=0, out=out)
 
     def update(self, folded: Folded, frozen: Tensor | None, checking: bool) -> None:
-        """y ← relu(w + β(w − w_prev)) outside frozen columns; when checking, residual and restart test of y first."""
+        """y ← relu(w + β(w − w_prev)), except in frozen columns; if `checking`, first the residual and restart test."""
         if checking:
             self.measure(folded, self.tail[0])
         in_place = not checking and frozen is None and self.packing is None
@@ -157,36 +185,48 @@ class Tile:
         self.w, self.w_prev = self.w_prev, self.w
 
     def _next(self, y: Tensor) -> None:
-        """Own rows of the next iterate: into the slice that is sent, or as a rounded increment to the shared copy."""
+        """Write this owner's rows of the next iterate into the slice to send, or as a rounded increment."""
         if self.packing is None:
             self.y.copy_(y)
         else:
             self.packing.pack(self.rank, y.sub_(self.y))
 
     def send(self, exchange: Exchange) -> Handle:
-        """Start to exchange the iterate and the tails."""
+        """Start the exchange of the iterate and the tails."""
         return exchange.all_gather(self.gathered if self.packing is None else self.packing.buffer)
 
     def receive(self) -> None:
-        """Let `gathered` hold what has arrived. Increments are added by all owners alike, the sender too."""
+        """Update `gathered` after an exchange: all owners, the sender included, add the same increments."""
         if self.packing is not None:
             self.activities.add_(self.packing.body).clamp_(min=0.0)
 
 
 def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchange) -> Steps:
-    """The dynamics of one tile whose first iterate has been exchanged.
+    """The dynamics of a tile whose first iterate has been exchanged.
 
-    Yields every exchange that it starts, returns (iterations, residual [n]).
+    Yields every exchange that it starts, and returns (iterations, residual [n]).
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> lateral, rows, config = torch.eye(4), Rows.all(4), DynamicsConfig(solver="accelerated")
+    >>> folded = Folded.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), config, rows)
+    >>> tile = Tile(rows, 10, IDENTITY, like=lateral, config=config)
+    >>> tile.start(torch.ones(4, 10), folded)
+    >>> tile.send(IDENTITY).wait()
+    >>> for handle in iterate(tile, folded, config, IDENTITY):
+    ...     handle.wait()
+    >>> tile.y.shape
+    torch.Size([4, 10])
     """
     tile.receive()
     scale = tile.tails[:, 0].amax(dim=0) * folded.step
     scale.masked_fill_(scale == 0, 1.0)  # no drive: y = 0 is exact, 0/0 = 0
 
-    # a fixed number of iterations without momentum leaves nothing to decide on the way
+    # with a fixed number of iterations and no momentum there is nothing to decide
     decides = config.tolerance > 0 or folded.solver.momentum is not None
     iteration, checked, frozen = 1, False, None
     while True:
-        if checked:  # the tails that came with this y belong to the one before
+        if checked:  # the tails received with this y are those of the previous y
             residual, uphill = _read_tails(tile.tails, scale)
             tile.k.masked_fill_(uphill, 0.0)
             frozen = _freeze(residual, frozen, tile.k, config.tolerance)
@@ -196,7 +236,7 @@ def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchan
             tile.measure(folded, tile.last_tails[exchange.rank, 0])
             yield exchange.all_gather(tile.last_tails)
             residual, _ = _read_tails(tile.last_tails, scale)
-            # frozen columns would be looked at again at the next check: nothing moves until then, so go there
+            # all columns are frozen, so nothing changes before the next check: skip to it
             following = -(-iteration // config.check_every) * config.check_every + 1
             frozen = _freeze(residual, frozen, tile.k, config.tolerance)
             if not settled or following >= config.max_iterations or (frozen is not None and bool(frozen.all())):
@@ -210,13 +250,13 @@ def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchan
 
 
 def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gathered tails [G, TAIL, n] → relative residual [n] and, per column, whether momentum led uphill."""
+    """Relative residual [n], and whether momentum raised the energy [n], from gathered tails [G, TAIL, n]."""
     raise_shared(tails[:, 0], NOT_FINITE_RESULT)
     return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
 
 
 def _freeze(residual: Tensor, frozen: Tensor | None, k: Tensor, tolerance: float) -> Tensor | None:
-    """Columns at the tolerance stop. One that stopped and turns out above it starts again without momentum."""
+    """Freeze columns at the tolerance. A frozen column that is above it after all continues without momentum."""
     if tolerance == 0.0:
         return None
     below = residual <= tolerance

@@ -25,7 +25,7 @@ WITHOUT_EXAMPLES = {"simmatch.kernels.capability", "simmatch.kernels.solve"}
 """Public names whose example would need a CUDA device."""
 
 
-PENDING = "fit layer synapses order sharing block bound dynamics tile"
+PENDING = "layer synapses order sharing bound"
 
 
 class Finder(doctest.DocTestFinder):
