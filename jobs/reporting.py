@@ -3,7 +3,7 @@
 * `Table`: text cells, shown in a terminal or a log (`show`), or as GitHub's Markdown (`markdown`).
 * `Report`: the output of one call of a benchmark: JSON rows, one per line, on standard output and in a file; tables,
   notes and progress on standard error, so that a pipe sees JSON alone; figures in the run directory.
-* `hardware`, `hardware_line`, `git_commit`: what a measurement ran on.
+* `hardware`, `git_commit`: what a measurement ran on.
 * `save_figure`: a matplotlib figure as a PNG file.
 * `plain`: a value as JSON has it; `cell`: the same for people.
 
@@ -37,7 +37,6 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from cluster.cpus import allowed_cpus
-from cluster.text import count, size
 from jobs.display import ProgressBars
 from simmatch.config import ConfigError
 from simmatch.files import make_folder, write_whole
@@ -254,13 +253,6 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": git_commit(),
     }
-
-
-def hardware_line(facts: Mapping[str, Any]) -> str:
-    """The same in a line; `facts`: of `hardware`."""
-    cpus, threads = count(facts["cores_available"], "CPU"), count(facts["threads"], "thread")
-    memory, commit = size(facts["memory_bytes"]), facts["commit"] or "unknown"
-    return f"{facts['cpu']}, {cpus}, {threads}, {memory}; torch {facts['torch']}; commit {commit}"
 
 
 def _cpu_model() -> str:

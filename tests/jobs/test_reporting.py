@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from jobs.reporting import Report, Table, cell, hardware, hardware_line, plain
+from jobs.reporting import Report, Table, cell, hardware, plain
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,6 @@ def test_hardware_is_this_machine() -> None:
     assert facts["cores_available"] >= 1
     assert len(facts["load_average"]) == 3
     assert facts["cpu"]
-
-
-def test_hardware_in_a_line() -> None:
-    facts = {
-        "cpu": "Some CPU",
-        "cores_available": 1,
-        "threads": 2,
-        "memory_bytes": 24e9,
-        "torch": "2.14",
-        "commit": None,
-    }
-    assert hardware_line(facts) == "Some CPU, 1 CPU, 2 threads, 24 GB; torch 2.14; commit unknown"
-    assert plain(hardware())["cpu"] in hardware_line(hardware())
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
