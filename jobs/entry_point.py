@@ -1,4 +1,4 @@
-"""A job as a program: its exit status is what its `main` returns, whatever happens to its output.
+"""A job as a program: its exit status is what its `main` returns, even if its output fails.
 
 A full disk, a closed pipe (`| head -1`), a closed terminal or an encoding that lacks a character costs the text that
 would have been shown, not the run.
@@ -60,7 +60,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    """Exit now, whatever the threads of this process are doing.
+    """Exit now, without waiting for the threads of this process.
 
     In the interpreter's own shutdown a thread inside C++ code, as when a model is traced for MLflow, would abort the
     process, and an output that cannot be flushed would change the exit status.

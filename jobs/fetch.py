@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataNotFoundError:
         print(f"{options.name} is not here yet; fetching it into {root}", flush=True)
     except DataError as error:
-        print(f"unusable: {one_line(error)}; fetching it anew into {root}", flush=True)
+        print(f"unusable: {one_line(error)}; fetching it again into {root}", flush=True)
     try:
         fetch(options.name, root)
         print(f"fetched: {_summary(load_dataset(config))}")
@@ -109,7 +109,7 @@ def _mirrors(name: str) -> list[str]:
 
 
 def _answers(url: str, timeout_s: float) -> bool:
-    """Whether a server answers in time, with whatever status.
+    """Whether a server answers in time, with any status.
 
     Asked in a thread: a timeout of the socket's covers neither the look-up of the name nor a second address.
     """
@@ -123,7 +123,7 @@ def _answers(url: str, timeout_s: float) -> bool:
         except urllib.error.HTTPError as error:
             error.close()
             answered.set()
-        except Exception:  # whatever else it is, there is no answer
+        except Exception:  # any other error: no answer
             pass
         finally:
             done.set()
@@ -173,8 +173,8 @@ def _run(command: list[str], folder: str) -> None:
     except subprocess.TimeoutExpired:
         raise DataError(f"{command[0]} took longer than {PACKAGE_TIMEOUT_S:g} s") from None
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise DataError(f"{command[0]} failed: {said[-1]}") from None
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise DataError(f"{command[0]} failed: {lines[-1]}") from None
 
 
 def _copy_into_place(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from jobs.signals import termination_signals
 from simmatch.config import ConfigError
 
 CONNECT_S = 10.0
-"""Longest wait for a cluster to take a connection; `ray.init` itself tries for minutes where nobody listens."""
+"""Longest wait for a cluster to accept a connection; `ray.init` itself tries for minutes if nothing listens."""
 
 SHUT_DOWN_S = 20.0
 """Longest wait for Ray's shutdown, which has no timeout of its own if the head is gone."""

@@ -166,7 +166,7 @@ def peak_resident_bytes(action: Callable[[], object]) -> int | None:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else blocks freed earlier, still resident, serve it unnoticed
         before = _status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew, see proc(5)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
         action()
         return max(0, _status_bytes("VmHWM") - before)
     except OSError:

@@ -61,7 +61,7 @@ class GpuPlan:
         return load_dataset(DataConfig(name=name, root=self.root))
 
     def now(self) -> float:
-        """Seconds, when the device has done all that it was given."""
+        """Seconds on the clock, once the device has finished its queue."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -82,7 +82,7 @@ def batch(dataset: Dataset, update: int, size: int, plan: GpuPlan) -> Tensor:
 
 
 def measure_updates(plan: GpuPlan, report: Report) -> None:
-    """Updates in a row: K = 128, 7 × 7, batches of 100 images × 196 positions, input and a look at the residual too."""
+    """Updates in a row with their input: K = 128, 7 × 7, batches of 100 images × 196 positions."""
     dataset = plan.dataset("fashion_mnist")
     modes: dict[str, Row] = {
         "alone": {},

@@ -28,7 +28,7 @@ from jobs.benchmarks.processes import Host, Member, RankGroup
 from jobs.reporting import MissingError
 
 INTERFACE = "link0"
-"""Name of both ends; each lives in a namespace of its own."""
+"""Name of both ends, each in its own namespace."""
 
 ADDRESSES = ("198.18.0.1", "198.18.0.2")
 """Of the range that RFC 2544 sets aside for benchmarks."""
@@ -47,7 +47,7 @@ NAMESPACES = Path("/run/netns")
 
 
 class Link:
-    """The two namespaces and their link. A context manager: both are removed at the end, whatever happened.
+    """The two namespaces and their link. A context manager: both are always removed at the end.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class Link:
 
 
 def _command(*words: str) -> None:
-    """Run a tool of iproute2, in a session of its own so that Ctrl-C does not stop it half way."""
+    """Run a tool of iproute2, in its own session, so that Ctrl-C does not interrupt it."""
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False, start_new_session=True

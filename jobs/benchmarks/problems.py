@@ -1,9 +1,9 @@
-"""The dynamics' problems as training leaves them: lateral weights M, and drives of images not learnt from.
+"""Problems of the dynamics from training: lateral weights M, and drives of images not used in training.
 
-A random M says little: how many iterations a solver takes depends on the spectrum of M and on how the drives lie in
-it, and both are made by learning. So a layer learns, unsupervised, with the geometry and the rates of the first layer
-in `jobs/configs/fashion_mnist.yaml` (5 × 5 patches, stride 2, contrast), but without whitening, which is the harder
-case: at K = 64 condition 60 instead of 21 after 3,000 images.
+A random M is not representative: how many iterations a solver takes depends on the spectrum of M and on how the drives
+lie in it, and both come from learning. So a layer learns, unsupervised, with the geometry and the rates of the first
+layer in `jobs/configs/fashion_mnist.yaml` (5 × 5 patches, stride 2, contrast), but without whitening, which is the
+harder case: at K = 64 condition 60 instead of 21 after 3,000 images.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Problem:
         gradient = self.system @ y - drive
         worst = torch.minimum(self.system.diagonal().unsqueeze(1) * y, gradient).abs().amax(dim=0)
         scale = drive.abs().amax(dim=0)
-        # an activity below zero is no solution, whatever its gradient
+        # an activity below zero is not a solution, for any gradient
         return torch.where((y < 0).any(dim=0), torch.inf, worst / torch.where(scale > 0, scale, 1.0))
 
     def exact(self) -> Tensor:

@@ -188,7 +188,7 @@ class RankGroup:
 
 
 def _launch(host: Host, pipe: int, threads: int) -> subprocess.Popen[bytes]:
-    """A process that serves on a pipe's descriptor, in a session of its own: Ctrl-C reaches the caller alone."""
+    """A process that serves on a pipe's descriptor, in its own session: Ctrl-C reaches only the caller."""
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

@@ -118,7 +118,7 @@ def measure_encoding(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[
 
 
 def encode(state: State, images: Tensor, problem: Problem, exact: Tensor, residual: float, plan: PynsmPlan) -> Row:
-    """Both sides at one residual: theirs with 1.9/λmax and the iterations it needs, ours as it stands."""
+    """Both sides at one residual: theirs with step 1.9/λmax and the iterations it needs, ours with its defaults."""
     step = 1.9 / problem.largest
     needed = iterations_needed(state, images, problem, residual, step)
     model = state.authors(step, needed or MAX_ITERATIONS)

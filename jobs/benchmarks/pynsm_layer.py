@@ -216,7 +216,7 @@ class AuthorsTraining(PynsmTraining):
 
 
 class OwnTraining:
-    """Ours, from all positions of an image or from some, drawn anew for every update."""
+    """Ours, from all positions of an image, or from a new sample of them in every update."""
 
     def __init__(self, state: State, positions: int | None, rates: Rates) -> None:
         self.layer, self.positions = state.own(LEARNING, rates), positions

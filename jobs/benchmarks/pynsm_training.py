@@ -1,7 +1,7 @@
 """Learning beside `pynsm`: the same images in the same order from the same state, both sides at the same few rates.
 
-What is judged is the held-out objective over images learnt from and over seconds. A round of the clock is the next
-part of the training of each, so that whatever slows the machine slows all.
+The measure is the held-out objective, as a function of training images and of seconds. A round of the clock is the next
+part of the training of each, so that other load on the machine slows all of them.
 """
 
 from __future__ import annotations

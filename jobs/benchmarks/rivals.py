@@ -106,7 +106,7 @@ class CoordinateDescent:
             positive=True,
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the residual is measured, whatever it says
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the residual is measured instead
             model.fit(squares.factor, squares.targets)
         return np.atleast_2d(model.coef_).T
 

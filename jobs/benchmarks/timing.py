@@ -92,7 +92,7 @@ def alternate(
     calls = {}
     for name, action in (warm_up or candidates).items():
         taken = timed(action, 1)
-        if taken < min_s:  # the first call allocates and compiles: a second one tells more
+        if taken < min_s:  # the first call also allocates and compiles: time a second one
             taken = timed(action, 1)
         calls[name] = max(1, round(min_s / taken)) if taken > 0 else 1
     after_round()
