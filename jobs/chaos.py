@@ -265,7 +265,7 @@ def print_table(report: Report, title: str, strikes: Sequence[Strike]) -> None:
         }
         report.row(kind="summary", struck_by=kind, **values)
         rows.append([kind, *values.values()])
-    columns = ("strike", "number", "survived", "median, s", "worst, s", "updates again, median", "worst")
+    columns = ("strike", "number", "survived", "median, s", "worst, s", "updates repeated, median", "worst")
     report.table(title, columns, rows)
 
 
