@@ -1,13 +1,13 @@
-"""A convolutional nonnegative similarity-matching layer: thin state around dynamics and plasticity.
+"""The convolutional nonnegative similarity-matching layer (ConvNSM).
 
     min over Y ≥ 0 of ‖XᵀX + α Zᵀ C_z⁻¹ Z − YᵀY‖²_F
 
-is solved online by neurons with feedforward weights W, lateral inhibition M and label weights V: the dynamics
-find y for the patches of a batch, the plasticity moves the weights by the batch's statistics. Everything that a
-synapse needs is at its two ends.
+is solved online by neurons with feedforward weights W, lateral inhibition M and label weights V. The dynamics compute
+the activities y for the patches of a batch, and plasticity changes the weights by the statistics of the batch. A
+synapse uses only the activities of the two neurons that it connects.
 
-The layer owns W, M and V: all rows, or the rows of one shard (`rows`), the rest being reached through the injected
-`exchange`. It knows nothing of processes.
+A layer holds all rows of W, M and V, or the rows of one shard (`rows`), and reaches the others through an `exchange`.
+It does not depend on processes.
 
 Source: Bahroun et al., arXiv:2308.02427 (ConvNSM); Pehlevan & Chklovskii (2014, 2019) for the min–max derivation.
 """
@@ -41,22 +41,40 @@ class SimilarityMatchingConv2d(Synapses):
 
     Parameters
     ----------
-    in_channels, out_channels: C and K.
-    kernel_size, stride, padding: of the k × k patches.
-    num_classes: classes of the label weights V; 0 for none.
-    label_gain: variance of a label direction over the mean variance of an input direction, α = label_gain · tr C_x / P,
-        so that rescaling the input does not change its meaning.
-    dynamics, plasticity: how activities are solved for, and how weights learn.
-    normalize: 'none', or 'contrast' for patches of zero mean and unit deviation.
-    contrast_floor: least deviation a patch is divided by.
-    whiten, whiten_ridge: ZCA whitening of the patches, regularised; see `calibrate`.
-    seed: of the initial weights and of every re-drawn row.
-    dtype, device: of all buffers.
-    rows, exchange: the channels held here and the way to the others. Default: all of them, and no exchange,
-        which lets `solver: auto` choose what is fastest here. Given an exchange, be it of a single owner, it chooses by
-        configuration alone, so that the number of owners changes nothing.
+    in_channels: C, the number of channels of the images.
+    out_channels: K, the number of channels of the activities.
+    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros.
+    num_classes: number of classes of the labels; 0 for a layer without label weights.
+    label_gain: variance of a label direction relative to the mean variance of an input direction. It sets
+        α = label_gain · tr C_x / P, so that its meaning does not change if the input is rescaled.
+    dynamics: how activities are solved for.
+    plasticity: how weights learn.
+    normalize: 'none', or 'contrast' for patches of zero mean and unit standard deviation.
+    contrast_floor: smallest standard deviation to divide by, in units of the input.
+    whiten: whether patches are ZCA-whitened; see `calibrate`.
+    whiten_ridge: regularisation of the whitening, relative to the mean eigenvalue of the covariance of the patches.
+    seed: of the initial weights and of every row that is drawn anew.
+    dtype: float32 or float64, of all weights.
+    device: of all weights.
+    rows: the channels held here. None: all of them.
+    exchange: connects to the owners of the other channels. None: there are no others, and `solver: auto` selects the
+        fastest solver for the device. With an exchange, even of a single owner, the selection depends on the
+        configuration only, so that the number of owners does not change the result.
+
+    Raises
+    ------
+    ConfigError
+        An argument is invalid; the message names it.
 
     Attributes: see `Synapses`.
+
+    >>> layer = SimilarityMatchingConv2d(in_channels=3, out_channels=16, kernel_size=5, padding=2)
+    >>> x = torch.rand(10, 3, 32, 32)
+    >>> solution = layer.partial_fit(x)  # solve, statistics, update
+    >>> solution.y.shape, solution.residual.shape
+    (torch.Size([16, 10240]), torch.Size([10240]))
+    >>> layer(x).shape
+    torch.Size([10, 16, 32, 32])
     """
 
     def __init__(
@@ -122,14 +140,25 @@ class SimilarityMatchingConv2d(Synapses):
         rows: Rows | None = None,
         exchange: Exchange | None = None,
     ) -> SimilarityMatchingConv2d:
-        """The layer that a configuration describes, for inputs [B, in_channels, *map_size]: all rows, or a shard.
+        """Build the layer that a configuration describes, for inputs [B, in_channels, *map_size].
 
-        num_classes: of the data; a layer that is not `supervised` has no label weights.
+        Parameters
+        ----------
+        config: the layer.
+        in_channels: C, the number of channels of the input.
+        map_size: height and width of the input.
+        num_classes: number of classes of the data; a layer that is not `supervised` has no label weights.
+        seed, dtype, device, rows, exchange: as for the constructor.
 
         Raises
         ------
         ValueError
-            A kernel that does not fit the input.
+            The kernel does not fit the input.
+
+        >>> config = LayerConfig(out_channels=16, kernel_size="full", supervised=True)
+        >>> layer = SimilarityMatchingConv2d.from_config(config, in_channels=8, map_size=(7, 7), num_classes=10)
+        >>> layer.feedforward.shape, layer.label.shape
+        (torch.Size([16, 8, 7, 7]), torch.Size([16, 10]))
         """
         options = {name: getattr(config, name) for name in LayerOptions.model_fields}
         options["kernel_size"] = PatchConfig.of_layer(config, in_channels, map_size).kernel_size
@@ -152,15 +181,23 @@ class SimilarityMatchingConv2d(Synapses):
 
     @eager_full_precision
     def prepare(self, x: Tensor, positions: Tensor | None = None) -> Patches:
-        """Images [B, C, H, W] → `Patches`, which every other method takes in place of the images.
+        """Prepare images as `Patches`, which all other methods accept in place of images.
 
-        positions: [B, n], the only positions of each image to be driven, solved and learnt from, as h · W' + w;
-        activities are then maps of 1 × n. None: all.
+        Parameters
+        ----------
+        x: [B, C, H, W].
+        positions: [B, n], integers h · W' + w: the positions of each image to use; activities are then maps of 1 × n.
+            None: all.
 
         Raises
         ------
         ValueError
-            Images or positions of another shape, format or device; images that require a gradient.
+            Images or positions have the wrong shape, dtype or device, or images require a gradient.
+
+        >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
+        >>> patches = layer.prepare(torch.rand(2, 1, 8, 8), positions=torch.tensor([[0, 7, 9], [3, 4, 35]]))
+        >>> layer.solve(patches).y.shape
+        torch.Size([2, 4, 1, 3])
         """
         check_images(x, self.in_channels, self.feedforward)
         if positions is not None:
@@ -168,7 +205,11 @@ class SimilarityMatchingConv2d(Synapses):
         return prepare(x, self.patch, self._whitening, positions)
 
     def explicit_patches(self, matrix: Tensor, *, whitened: bool = True) -> Patches:
-        """Normalised patches [B, P], one per image, as `Patches`; `whitened` where Π and μ are applied, if any."""
+        """Normalised patches [B, P], one per image, as `Patches`; `whitened` if Π and μ have been applied.
+
+        >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).explicit_patches(torch.rand(5, 9)).batch_size
+        5
+        """
         return Patches(self.patch, self._whitening, (1, 1), matrix=matrix, whitened=whitened or not self.whiten)
 
     def _patches(self, x: Tensor | Patches) -> Patches:
@@ -179,17 +220,22 @@ class SimilarityMatchingConv2d(Synapses):
 
     @eager_full_precision
     def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
-        """Measure, once and before learning, what the input looks like: tr C_x, and Π and μ where whitening is on.
+        """Measure statistics of the input, once before learning: tr C_x, and Π and μ if whitening is configured.
 
         Parameters
         ----------
         x: [B, C, H, W], a sample of the input.
-        num_patches: patches taken from it at random positions.
+        num_patches: number of patches to use, at random positions.
 
         Raises
         ------
         ValueError
-            No images or patches, or of another shape or format, or with values that are not finite.
+            There are no images or patches, they have the wrong shape or dtype, or values are not finite.
+
+        >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3, whiten=True)
+        >>> layer.calibrate(torch.rand(100, 1, 8, 8))
+        >>> layer.calibrated, layer.whitening.shape
+        (True, torch.Size([9, 9]))
         """
         check_images(x, self.in_channels, self.feedforward)
         check_some(x.shape[0])
@@ -216,27 +262,38 @@ class SimilarityMatchingConv2d(Synapses):
 
     @eager_full_precision
     def drive(self, x: Tensor | Patches, labels: Tensor | None = None, weights: Weights | None = None) -> Tensor:
-        """d = W x̃ + α V z of the own channels, or of the rows in `weights`: [K_g, N], columns as in 'b h w'."""
+        """d = W x̃ + α V z for the channels held here, or the rows in `weights`: [K_g, N], in the order 'b h w'.
+
+        >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).drive(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([4, 72])
+        """
         patches = self._patches(x)
         batch = Batch(patches, self._one_hot(labels, patches.batch_size))
         return batch_drive(batch, weights or self.weights, self.alpha if self.label_gain > 0 else None)
 
     @eager_full_precision
     def solve(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
-        """Activities y [B, K, H', W'] of all channels, with residual [B, H', W'].
+        """Solve for the activities of all channels, to the configured tolerance.
 
         Parameters
         ----------
-        x: [B, C, H, W].
-        labels: [B], classes that drive the activities (training), `UNLABELLED` where unknown; None for none.
+        x: [B, C, H, W], or `Patches`.
+        labels: [B], classes that drive the activities, `UNLABELLED` where unknown. None: no labels.
+
+        Returns
+        -------
+        `Solution`: y [B, K, H', W'], num_iters, residual [B, H', W'].
 
         Raises
         ------
         ValueError
-            Images of another shape, format or device, or that require a gradient; labels that are not one known class
-            per image.
+            Images have the wrong shape, dtype or device, or require a gradient; or labels are not one class per image.
         SharedFault
-            On all owners alike: one of them met an exception or a non-finite value.
+            On all owners, if one of them has an exception or values that are not finite.
+
+        >>> solution = SimilarityMatchingConv2d(1, 4, kernel_size=3).solve(torch.rand(2, 1, 8, 8))
+        >>> solution.y.shape, solution.residual.shape
+        (torch.Size([2, 4, 6, 6]), torch.Size([2, 6, 6]))
         """
         patches, fault, z = self._patches(x), LocalFault(self.exchange), None
         with fault:
@@ -248,7 +305,11 @@ class SimilarityMatchingConv2d(Synapses):
 
     @eager_full_precision
     def forward(self, x: Tensor | Patches) -> Tensor:
-        """Label-free activities [B, K, H', W'] after the fixed number of iterations used in evaluation."""
+        """Label-free activities [B, K, H', W'] after the fixed number of iterations used in evaluation.
+
+        >>> SimilarityMatchingConv2d(1, 4, kernel_size=3)(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 4, 6, 6])
+        """
         patches = self._patches(x)
         if torch.compiler.is_exporting():
             bound, ridge = traced_bound(self.lateral, self.perron, ridge=self.dynamics.ridge)
@@ -262,12 +323,24 @@ class SimilarityMatchingConv2d(Synapses):
 
     @eager_full_precision
     def statistics(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None) -> Statistics:
-        """Sums over the columns of a batch; y [B, K, H', W'] as from `solve`.
+        """Sums over the columns of a batch, from which `update` learns.
+
+        Parameters
+        ----------
+        x: [B, C, H, W], or `Patches`.
+        y: [B, K, H', W'], from `solve`.
+        labels: [B], as for `solve`.
 
         Raises
         ------
         ValueError
-            Images, activities or labels that do not fit this layer or each other.
+            Images, activities or labels do not match this layer or each other.
+
+        >>> layer, x = SimilarityMatchingConv2d(1, 4, kernel_size=3), torch.rand(2, 1, 8, 8)
+        >>> statistics = layer.statistics(x, layer.solve(x).y)
+        >>> statistics.yx.shape, statistics.yy.shape, statistics.count
+        (torch.Size([4, 1, 3, 3]), torch.Size([4, 4]), 72)
+        >>> layer.update(statistics)
         """
         patches = self._patches(x)
         check_activities(y, (patches.batch_size, self.out_channels, *patches.map_size), self.feedforward)
@@ -277,19 +350,30 @@ class SimilarityMatchingConv2d(Synapses):
     @eager_full_precision
     @torch.no_grad()
     def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
-        """Learn from one batch: solve, statistics, update. Returns the columns' solution, y [K, N], residual [N].
+        """Learn from one batch: `solve`, `statistics` and `update` in one call.
 
-        Where columns are split (`exchange: gather_state`) these are own columns only, N of them the range
-        `split_columns(…)[rank]`: learning does not need the others. `simmatch.measurement.measure` looks at all.
+        A layer with whitening or a label gain calibrates itself on its first batch if `calibrate` was not called.
 
-        A layer that whitens, or has a label gain, calibrates itself on its first batch if `calibrate` was not called.
+        Parameters
+        ----------
+        x: [B, C, H, W], or `Patches`.
+        labels: [B], as for `solve`.
+
+        Returns
+        -------
+        `Solution`: y [K, N], num_iters, residual [N]. Where columns are split (`exchange: gather_state`), only the
+        columns `split_columns(…)[rank]` of this owner; `simmatch.measurement.measure` includes all.
 
         Raises
         ------
         ValueError
-            A batch that does not fit (see `solve`), or of size 0. Nothing has changed.
+            The batch is empty or does not match the layer, see `solve`. Nothing has changed.
         SharedFault
-            On all owners alike: one of them met an exception or a non-finite value. No weights have changed.
+            On all owners, if one of them has an exception or values that are not finite. No weights have changed.
+
+        >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
+        >>> layer.partial_fit(torch.rand(2, 1, 8, 8)).y.shape, int(layer.updates)
+        (torch.Size([4, 72]), 1)
         """
         if not isinstance(x, Patches):
             check_images(x, self.in_channels, self.feedforward)
@@ -306,9 +390,18 @@ class SimilarityMatchingConv2d(Synapses):
 
     @eager_full_precision
     def objective(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None, *, columns: int = 4096) -> float:
-        """Relative similarity-matching objective on the first images of a batch, about `columns` columns of it.
+        """Relative similarity-matching objective on the first images of a batch, about `columns` columns.
 
-        y: [K, N], activities of all channels as returned by `partial_fit`.
+        Parameters
+        ----------
+        x: [B, C, H, W], or `Patches`.
+        y: [K, N], activities of all channels, as returned by `partial_fit`.
+        labels: [B], as for `solve`.
+        columns: approximate number of columns; at least one image is used.
+
+        >>> layer, x = SimilarityMatchingConv2d(1, 4, kernel_size=3), torch.rand(2, 1, 8, 8)
+        >>> layer.objective(x, torch.zeros(4, 72))
+        1.0
         """
         patches = self._patches(x)
         check_some(patches.batch_size)

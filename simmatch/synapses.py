@@ -1,8 +1,7 @@
-"""The synapses of one layer: feedforward weights W, lateral inhibition M and label weights V, and how they learn.
+"""The synapses of one layer: feedforward weights W, lateral inhibition M, label weights V, and their plasticity.
 
-All rows of them, or the rows of one shard (`rows`), the rest being reached through the injected `exchange`. Thin state
-around the functions of `simmatch.plasticity`: an owner changes its rows by its statistics; what owners exchange is a
-certified bound of λmax(M), which the dynamics need, and with it whether any of them has failed.
+An owner holds all rows, or the rows of one shard (`rows`), and changes them by the functions of `simmatch.plasticity`.
+Owners exchange a certified bound of λmax(M), which the dynamics need, together with the faults of any owner.
 """
 
 from __future__ import annotations
@@ -38,19 +37,20 @@ PLASTIC = ("feedforward", "lateral", "label", "class_frequency", "silent")
 """Buffers that a step of plasticity changes."""
 
 STALE_BOUND = (
-    "lateral: expected the rows that a bound was last certified of, got others or no bound yet; "
+    "lateral: expected the rows for which the bound was last certified, got other rows or no bound yet; "
     "call certify() or recertify() on all owners after writing to them"
 )
-"""Message of a bound that is asked for, or needed by several owners, and is not that of M."""
+"""Message of the error for a missing bound, or a bound of an earlier M."""
 
 
 class Synapses(nn.Module):
-    """The weights of a layer with the state of their plasticity.
+    """The weights of a layer and the state of their plasticity; base class of `SimilarityMatchingConv2d`.
 
     Parameters
     ----------
-    arguments: of the layer.
-    rows, exchange: the channels held here and the way to the others.
+    arguments: the arguments of the layer.
+    rows: the channels held here.
+    exchange: connects to the owners of the other channels.
     dtype, device: of all buffers.
 
     Attributes
@@ -58,13 +58,19 @@ class Synapses(nn.Module):
     feedforward: [K_g, C, k, k], W.
     lateral: [K_g, K], M: symmetric, positive semidefinite, entrywise nonnegative.
     label: [K_g, num_classes], V.
-    whitening, whitening_mean: [P, P] and [P], where whitening is on.
+    whitening, whitening_mean: [P, P] and [P], Π and μ, if whitening is configured.
     input_power: tr C_x, the mean squared norm of a patch after normalisation and whitening; 0 before `calibrate`.
-    class_frequency: [num_classes], p̂.
-    silent: [K_g], updates in a row in which the channel was silent on every column.
-    perron: [K], approximate Perron vector of M; with M itself it determines the bound of λmax(M).
-    updates, revived: counts of updates and of re-drawn channels.
-    dead_channels: channels of all owners that were dead at the last update (and then revived, if so configured).
+    class_frequency: [num_classes], p̂, the running class frequency.
+    silent: [K_g], number of consecutive updates in which a channel was silent on every column.
+    perron: [K], approximate Perron vector of M; together with M it determines the bound of λmax(M).
+    updates: number of updates.
+    revived: number of channels that were drawn anew.
+    dead_channels: number of channels, of all owners, that were dead at the last update (and revived, if configured).
+
+    >>> arguments = LayerArguments(in_channels=3, out_channels=16, kernel_size=5, num_classes=10)
+    >>> synapses = Synapses(arguments, Rows.all(16), IDENTITY, dtype=torch.float32, device="cpu")
+    >>> synapses.feedforward.shape, synapses.lateral.shape, synapses.label.shape
+    (torch.Size([16, 3, 5, 5]), torch.Size([16, 16]), torch.Size([16, 10]))
     """
 
     feedforward: Tensor
@@ -108,7 +114,7 @@ class Synapses(nn.Module):
         self._register(dtype, device)
 
     def _register(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        """The buffers, as they are before anything is learnt."""
+        """Register the buffers with their initial values."""
         own, size, kernel = self.rows.count, self.patch.patch_size, self.patch.kernel_size
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -132,24 +138,24 @@ class Synapses(nn.Module):
 
     @property
     def weights(self) -> Weights:
-        """Own rows of W, M and V; the buffers themselves."""
+        """The rows of W, M and V held here: the buffers, not copies."""
         return Weights(self.feedforward, self.lateral, self.label)
 
     @property
     def alpha(self) -> Tensor:
-        """α, weight of the label term: label_gain times the mean variance tr C_x / P of a direction of the input."""
+        """α, the weight of the label term: label_gain times tr C_x / P, the mean variance of an input direction."""
         return self.label_gain * self.input_power / self.patch.patch_size
 
     # ------------------------------------------------------------------------------------------- the bound of λmax(M)
 
     @property
     def bound(self) -> Bound:
-        """The certified bound of λmax(M), equal on all owners: a function of `lateral` and `perron` alone.
+        """The certified bound of λmax(M), equal on all owners; it depends on `lateral` and `perron` only.
 
         Raises
         ------
         RuntimeError
-            None was certified yet, or own rows of M have been written to since.
+            No bound has been certified yet, or the rows of M held here have been written to since.
         """
         if self._certified is None or fingerprint(self.lateral) != self._certified[1]:
             raise RuntimeError(STALE_BOUND)
@@ -157,29 +163,31 @@ class Synapses(nn.Module):
 
     @eager_full_precision
     def certify(self) -> None:
-        """Certify `bound` from `lateral` and `perron` as they are; all owners together.
+        """Certify `bound` from the current `lateral` and `perron`; all owners call this together.
 
-        `update` and `recertify` do so, and the first call that needs a bound after construction or loading. A single
-        owner does so whenever M has been written to; several owners refuse to go on until one of both is called.
+        `update` and `recertify` call it, and so does the first method that needs a bound after construction or loading.
+        A single owner calls it whenever M has been written to. Several owners raise an error instead, until they call
+        `certify` or `recertify`.
         """
         bound = certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
         self._certified = bound, fingerprint(self.lateral)
 
     @eager_full_precision
     def recertify(self) -> None:
-        """Find the Perron vector of M anew, for the tightest bound, and certify that; all owners together.
+        """Compute the Perron vector of M anew, for the tightest bound, and certify it; all owners call this together.
 
-        Any `perron` bounds λmax(M), tightly where it is that of M; worth a call after writing to `lateral`.
+        Any `perron` gives a valid bound of λmax(M), and the Perron vector of M a tight one. Call this after writing to
+        `lateral`.
         """
         afresh = certify_afresh(self.lateral, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
         self.perron.copy_(afresh.perron)
         self.certify()
 
     def _own_state(self, fault: LocalFault) -> OwnState:
-        """What the next batch is solved with; all owners together, for M may have to be certified first.
+        """The state with which the next batch is solved; all owners call this together, as M may have to be certified.
 
-        A bound that is not that of M is never used: one owner certifies M again; several, one of whom has written to
-        its rows, raise at the next exchange.
+        A bound of an earlier M is never used: a single owner certifies M again; several owners, if one of them has
+        written to its rows, raise an error at the next exchange.
         """
         alone = self.exchange.world_size == 1
         if self._certified is None or (alone and fingerprint(self.lateral) != self._certified[1]):
@@ -200,23 +208,31 @@ class Synapses(nn.Module):
     @eager_full_precision
     @torch.no_grad()
     def update(self, statistics: Statistics) -> None:
-        """One plasticity step on the own rows, then the revival of dead channels.
+        """Make one plasticity step on the rows held here, then revive dead channels; all owners call this together.
 
-        Nothing changes on any owner unless the new weights of all owners are finite and the new M has a bound.
+        If the new weights of some owner are not finite, or the new M has no bound, nothing changes on any owner.
 
-        Warns of a relative objective above 1 once the start is forgotten (`simmatch.objective.diverging`).
+        Parameters
+        ----------
+        statistics: sums over the batch, for the rows held here.
 
         Raises
         ------
         ValueError
-            Statistics of another layer, or of no columns.
+            The statistics do not match the layer, or are over no columns.
         SharedFault
-            On all owners, where one has a fault or non-finite weights.
+            On all owners, if one of them has a fault or weights that are not finite.
+
+        Warns
+        -----
+        UserWarning
+            The relative objective is above 1 although the initial weights no longer matter, see
+            `simmatch.objective.diverging`.
         """
         self._learn(statistics, self._own_state(LocalFault(self.exchange)))
 
     def _learn(self, statistics: Statistics | None, state: OwnState) -> None:
-        """`update` from a state that holds this owner's fault where there are no statistics."""
+        """`update`; without statistics, `state.fault` holds the exception of this owner."""
         after, perron = {name: getattr(self, name) for name in PLASTIC}, state.bound.perron
         with state.fault:
             if statistics is not None:
@@ -242,19 +258,19 @@ class Synapses(nn.Module):
         self.dead_channels = len(channels)
         if channels and self.plasticity.revive:
             self._revive(channels)
-        if self.exchange is IDENTITY:  # given an exchange, who gave it watches the objective of all owners
+        if self.exchange is IDENTITY:  # with an exchange, its provider measures the objective of all owners
             above_one = worse_than_silence(statistics, self.alpha)
-            complaint = diverging(self.plasticity, int(self.updates), above_one=above_one)
-            if complaint is not None:
-                warnings.warn(complaint, stacklevel=5)  # the call of `partial_fit` or `update`
+            warning = diverging(self.plasticity, int(self.updates), above_one=above_one)
+            if warning is not None:
+                warnings.warn(warning, stacklevel=5)  # the call of `partial_fit` or `update`
 
     def _learnt(self, statistics: Statistics) -> dict[str, Tensor]:
-        """What a step makes of `PLASTIC`; none of it is changed here."""
+        """New values of the buffers in `PLASTIC` after a step; the buffers are not changed."""
         lr = learning_rate(self.plasticity, int(self.updates))
         change = RULES[self.plasticity.rule](self.weights, statistics, self.class_frequency, lr, self.plasticity)
         active = statistics.yy.diagonal(offset=self.rows.start) > 0
         return {
-            "feedforward": change.feedforward.add_(self.feedforward),  # no further copy of what may be large
+            "feedforward": change.feedforward.add_(self.feedforward),  # in place, as W may be large
             "lateral": change.lateral.add_(self.lateral),
             "label": change.label.add_(self.label),
             "class_frequency": self.class_frequency + class_frequency_change(statistics, self.class_frequency, lr),
@@ -262,10 +278,10 @@ class Synapses(nn.Module):
         }
 
     def _revive(self, channels: list[int]) -> None:
-        """Dead channels start again: a fresh row of W, no lateral or label weights but M_ii = 1.
+        """Reset dead channels: a newly drawn row of W, M_ii = 1, and no other lateral or label weights.
 
-        Every owner knows the same list, so each clears its part of the rows and columns: M stays symmetric,
-        positive semidefinite and nonnegative.
+        Every owner has the same list and clears its part of the rows and columns, so that M stays symmetric, positive
+        semidefinite and nonnegative.
         """
         for channel in channels:
             self.revived.add_(1)
@@ -282,8 +298,12 @@ class Synapses(nn.Module):
 
     @torch.no_grad()
     def settle_label(self, yz: Tensor, zz: Tensor) -> None:
-        """Bring V to the length of label-free activity, see `simmatch.plasticity.settled_label`.
+        """Scale V to label-free activity, see `simmatch.plasticity.settled_label`.
 
-        Called once after learning, on a layer that holds all rows, with sums over label-free activities.
+        It is called once after learning, on a layer that holds all rows, with sums over label-free activities.
+
+        Parameters
+        ----------
+        yz, zz: [K, num_classes] and [num_classes, num_classes], as in `Statistics`.
         """
         self.label.copy_(settled_label(self.label, yz, zz))

@@ -1,1 +1,1 @@
-"""Data sets: where images come from, how they are read, in which order they are visited."""
+"""Data sets: file formats, sources, and the order in which images are used."""

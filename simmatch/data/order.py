@@ -1,4 +1,4 @@
-"""The order in which images are visited: pure functions of seed, epoch and step, whatever the number of ranks."""
+"""The order in which images are used: a function of seed and epoch only, independent of the number of ranks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ from simmatch.seeding import seeded
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = None) -> Tensor:
-    """The indices visited in one epoch, int64 `[images]` (None: all): a pure function of its arguments.
+    """Indices of the images used in one epoch: a permutation of `range(num_images)`, or its first `images` entries.
 
-    A permutation of `range(num_images)`, or its first `images` entries.
+    Parameters
+    ----------
+    num_images: number of images in the data set.
+    seed, epoch: determine the permutation.
+    images: number of images per epoch; None: all.
+
+    Returns
+    -------
+    int64 [images].
+
+    >>> epoch_order(1000, seed=0, epoch=3, images=100).shape
+    torch.Size([100])
     """
     count = _images_per_epoch(num_images, images)
     order = torch.randperm(num_images, generator=seeded("order", seed, epoch), device="cpu")
@@ -19,20 +30,33 @@ def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = 
 
 
 def steps_per_epoch(num_images: int, batch_size: int, *, images: int | None = None) -> int:
-    """Batches in one epoch, a last partial one counted."""
+    """Number of batches in one epoch, including a smaller last one.
+
+    >>> steps_per_epoch(100, batch_size=40)
+    3
+    """
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
     return -(-_images_per_epoch(num_images, images) // batch_size)
 
 
 class Batches:
-    """The batches of all epochs as a sequence: `batches[update]` holds the images of one update, int64.
+    """The batches of all epochs as a sequence: `batches[update]` holds the indices of the images of one update, int64.
 
-    Each is a pure function of the arguments and the number of the update, so training goes on anywhere; the order of
-    the present epoch is kept.
+    A batch depends only on the arguments and the number of the update, so training can continue from any update. The
+    order of the current epoch is cached.
 
-    >>> len(Batches(100, 40, epochs=2, seed=0))
-    6
+    Parameters
+    ----------
+    num_images: number of images in the data set.
+    batch_size: images per update; the last update of an epoch may have fewer.
+    epochs: number of epochs.
+    seed: of the order.
+    images: number of images per epoch; None: all.
+
+    >>> batches = Batches(100, 40, epochs=2, seed=0)
+    >>> len(batches), batches[0].shape, batches[5].shape
+    (6, torch.Size([40]), torch.Size([20]))
     """
 
     def __init__(self, num_images: int, batch_size: int, *, epochs: int, seed: int, images: int | None = None) -> None:
@@ -55,9 +79,17 @@ class Batches:
 
 
 def stratified_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Indices, ascending int64, of `per_class` random examples of every class in `labels` `[N]`.
+    """Indices of `per_class` random examples of every class in `labels` [N]: int64, ascending.
 
-    A subset with fewer per class, of the same seed, is contained in one with more.
+    With the same seed, a smaller subset is contained in a larger one.
+
+    Raises
+    ------
+    ValueError
+        A class has fewer examples.
+
+    >>> stratified_subset(torch.tensor([0, 1, 0, 1, 0, 1]), per_class=2, seed=0).shape
+    torch.Size([4])
     """
     if per_class < 1:
         raise ValueError(f"expected per_class of at least 1, got {per_class}")

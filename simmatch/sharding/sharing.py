@@ -1,12 +1,12 @@
-"""How the owners of one layer share its work: by rows throughout, or by columns between two exchanges.
+"""Two ways for the owners of one layer to share the work of a batch: by rows or by columns.
 
     RowSharing      an owner solves all columns for its own rows; activities are exchanged within the dynamics
-    ColumnSharing   an owner solves a share of the columns for all rows; rows of the weights are exchanged before,
-                    sums over columns after, and nothing within (`exchange: gather_state`)
+    ColumnSharing   an owner solves a share of the columns for all rows; rows of the weights are exchanged before the
+                    dynamics, and sums over columns after them (`exchange: gather_state`)
 
-Both leave every owner with the statistics of its own rows over the whole batch. With N columns, T exchanges of the
-dynamics, K channels and patches of P values the first moves T K N values an update, the second 2 K (K + P).
-One owner runs the same code with nothing to move.
+In both, every owner ends with the statistics of its own rows over the whole batch. With N columns, T exchanges in the
+dynamics, K channels and patches of P values, the first moves T K N values per update and the second 2 K (K + P). A
+single owner runs the same code, with nothing to move.
 """
 
 from __future__ import annotations
@@ -30,14 +30,20 @@ from simmatch.solvers.dynamics import Dynamics, Solution
 
 @dataclass(frozen=True)
 class OwnState:
-    """What an owner brings to the solution of a batch.
+    """The state of an owner with which a batch is solved.
 
     Attributes
     ----------
-    weights: own rows.
-    bound: of λmax(M).
-    alpha: α; None where labels do not act on the activities.
-    fault: holds the exception that this owner meets on the way.
+    weights: the rows held by this owner.
+    bound: certified bound of λmax(M).
+    alpha: α, the weight of the label term; None if labels do not drive the activities.
+    fault: holds an exception of this owner until the next exchange.
+
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> weights, rows = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), Rows.all(4)
+    >>> bound = certify_afresh(weights.lateral, rows, ridge=0.0)
+    >>> OwnState(weights, bound, alpha=None, fault=LocalFault(IDENTITY)).weights.lateral.shape
+    torch.Size([4, 4])
     """
 
     weights: Weights
@@ -47,15 +53,27 @@ class OwnState:
 
 
 class RowSharing:
-    """Every owner holds all columns of its own rows.
+    """Every owner solves all columns for its own rows.
 
     Parameters
     ----------
-    alone: whether there will never be other owners, so that `solver: auto` may choose what cannot be shared.
+    dynamics: configuration of the solver.
+    rows: the channels held here.
+    exchange: connects to the owners of the other channels.
+    alone: whether there are no other owners, so that `solver: auto` may select a solver that needs all channels.
 
     Attributes
     ----------
-    column_exchange: the way to the owners that columns are split over: none but this one.
+    column_exchange: connects the owners over which columns are split: only this one.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> weights, rows = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), Rows.all(4)
+    >>> state = OwnState(weights, certify_afresh(weights.lateral, rows, ridge=0.0), None, LocalFault(IDENTITY))
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> solution, statistics = RowSharing(DynamicsConfig(), rows, IDENTITY).learn(batch, state)
+    >>> solution.y.shape, statistics.count
+    (torch.Size([4, 72]), 72)
     """
 
     column_exchange: Exchange = IDENTITY
@@ -64,7 +82,7 @@ class RowSharing:
         self._rows, self._solver, self._alone = rows, Dynamics(dynamics, rows, exchange), alone
 
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
-        """Columns of all owners: y [K, N], residual [N]. An exception met here reaches all owners."""
+        """Solve a batch: y [K, N] and residual [N]. All owners raise an exception of any of them."""
         lateral = state.weights.lateral
         drive = lateral.new_zeros(self._rows.count, batch.columns)
         with state.fault:
@@ -74,7 +92,7 @@ class RowSharing:
         )
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
-        """The columns' solution, and the statistics of own rows; None if the fault now holds why there are none."""
+        """Solve a batch, and compute the statistics of this owner's rows; None if `state.fault` holds an exception."""
         solution, statistics = self.solve(batch, state), None
         with state.fault:
             statistics = batch_statistics(batch, solution.y, self._rows, state.weights.label.shape[1])
@@ -82,11 +100,28 @@ class RowSharing:
 
 
 class ColumnSharing:
-    """Every owner holds all rows of its own columns while it works, and its own rows in between.
+    """Every owner solves a share of the columns for all rows, which it gathers for the time of a batch.
+
+    Parameters
+    ----------
+    dynamics: configuration of the solver.
+    rows: the channels held here.
+    exchange: connects to the owners of the other channels.
+    filters: (C, k, k), the shape of a row of W.
+    num_classes: number of columns of V.
 
     Attributes
     ----------
-    column_exchange: the way to the owners that columns are split over.
+    column_exchange: connects the owners over which columns are split.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> weights, rows = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), Rows.all(4)
+    >>> state = OwnState(weights, certify_afresh(weights.lateral, rows, ridge=0.0), None, LocalFault(IDENTITY))
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> sharing = ColumnSharing(DynamicsConfig(), rows, IDENTITY, filters=(1, 3, 3), num_classes=0)
+    >>> sharing.solve(batch, state).y.shape
+    torch.Size([4, 72])
     """
 
     def __init__(
@@ -103,7 +138,7 @@ class ColumnSharing:
         self._state = GatheredState(rows, exchange, filters, num_classes)
 
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
-        """Columns of all owners: y [K, N], residual [N]; they are gathered, which learning does not need."""
+        """Solve a batch and gather the columns of all owners: y [K, N] and residual [N]."""
         weights = self._weights(state)
         shares = split_columns(batch.columns, self.column_exchange.world_size)
         columns = shares[self.column_exchange.rank]
@@ -118,9 +153,9 @@ class ColumnSharing:
         return Solution(joined[:-1], int(singles.amax()), joined[-1])
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
-        """Own columns' solution, y [K, n] and residual [n], and the statistics of own rows over all columns.
+        """Solve this owner's columns, y [K, n] and residual [n], and sum statistics of its rows over all columns.
 
-        An exception met here is raised here by all owners.
+        All owners raise an exception of any of them.
         """
         weights = self._weights(state)
         columns = split_columns(batch.columns, self.column_exchange.world_size)[self.column_exchange.rank]
@@ -136,7 +171,7 @@ class ColumnSharing:
         return self._state.weights(state.weights, label=state.alpha is not None)
 
     def _solve(self, part: BatchPart, weights: Weights, state: OwnState, *, fixed: bool = False) -> Solution:
-        """Own columns: y [K, n], residual [n]."""
+        """Solve this owner's columns: y [K, n] and residual [n]."""
         drive = batch_drive(part.batch, weights, state.alpha)[:, part.inside]
         if drive.shape[1] == 0:
             return Solution(drive, 0, drive.new_zeros(0))
@@ -144,9 +179,10 @@ class ColumnSharing:
 
 
 def _unsolved(weights: Weights, columns: Columns) -> Solution:
-    """Stands in for the solution of an owner that failed to find one: it is sent along, and then all raise."""
+    """Placeholder of zeros for the solution of an owner with a fault, so that the exchange keeps its shape."""
     zeros = weights.lateral.new_zeros(weights.lateral.shape[1] + 1, columns.count)
     return Solution(zeros[:-1], 0, zeros[-1])
 
 
 Sharing = RowSharing | ColumnSharing
+"""Either way of sharing."""

@@ -166,7 +166,7 @@ def test_a_bound_is_read_only_where_it_is_that_of_m() -> None:
     layer(torch.rand(2, 1, 5, 5))
     before = layer.bound.value
     layer.lateral.mul_(3.0)
-    with pytest.raises(RuntimeError, match="lateral: expected the rows that a bound was last certified of"):
+    with pytest.raises(RuntimeError, match="lateral: expected the rows for which the bound was last certified"):
         _ = layer.bound
     layer.certify()
     assert layer.bound.value == pytest.approx(3 * before, rel=1e-5)
