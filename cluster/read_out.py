@@ -1,4 +1,4 @@
-"""How well what was learnt reads: the label weights themselves, and a readout trained on the features, by rank 0."""
+"""Accuracy on the test images: of the label weights themselves, and of a readout that rank 0 trains on the features."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_out(
     report: Reporter,
     long_work: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Report the accuracy of the readouts on the test images, of those that can be made. All ranks together.
+    """Report the accuracy of the readouts on the test images. All ranks call it; a readout that fails is left out.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def _encode(stack: Stack, images: FeatureStore, report: Reporter, *, keep: bool)
     def outputs(x: Tensor) -> Tensor:
         return torch.cat(list(stack.outputs(x).values()), dim=1)
 
-    def told(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    def with_progress(parts: Iterable[Tensor]) -> Iterator[Tensor]:
         done = 0
         for part in parts:
             done += len(part)
@@ -76,7 +76,7 @@ def _encode(stack: Stack, images: FeatureStore, report: Reporter, *, keep: bool)
             report.progress(Progress("encode", done, images.count, images_per_second=rate))
             yield part
 
-    values = _collect(told(images.gathered(outputs)), images.count, keep=keep)
+    values = _collect(with_progress(images.gathered(outputs)), images.count, keep=keep)
     features = values.shape[1] - classes if keep else 0
     return values[:, :features], values[:, features:]
 

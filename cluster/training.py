@@ -53,15 +53,15 @@ PART_OF_LIMITS = 0.25
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a rank is told before it starts; nothing changes it.
+    """What one rank has to do.
 
     Attributes
     ----------
-    run_dir: folder that all ranks reach, or a URI's.
+    run_dir: a folder that all ranks can reach, or a URI.
     resume: folder of the checkpoint to continue from, or None.
-    generation: how many groups came before this one.
-    token: of this group alone, in the names of its shards.
-    data: digest of the data set that every rank must find on its node; None: whatever it finds.
+    generation: number of groups before this one.
+    token: part of the names of this group's shards, unique to the group.
+    data: digest of the data set that every rank must find on its node; None: any data set.
     """
 
     config: RunConfig
@@ -74,32 +74,32 @@ class Assignment:
 
 
 class Stopped(Exception):
-    """The controller asked; everything learnt so far is in a checkpoint, on all ranks of the same step."""
+    """Raised on all ranks at the same step, because the controller asked; a checkpoint holds all that is learnt."""
 
 
 def check_data(dataset: Dataset, expected: str | None) -> None:
-    """Refuse a data set that is not the one with this digest; None accepts any.
+    """Check the digest of a data set; None accepts any.
 
     Raises
     ------
     DataError
-        Names this node: every rank loads the files of its own.
+        Another digest; the message names this node, because every rank loads the files of its own.
     """
-    if expected is not None and (found := dataset.digest()) != expected:
+    if expected is not None and (digest := dataset.digest()) != expected:
         counts = f"{len(dataset.train_images)} + {len(dataset.test_images)} images, {dataset.skipped} damaged left out"
         host = socket.gethostname()
-        raise DataError(f"{dataset.name} on {host}: expected the data of this run, {expected}, got {found}: {counts}")
+        raise DataError(f"{dataset.name} on {host}: expected the data of this run, {expected}, got {digest}: {counts}")
 
 
 class Training(Observer):
-    """One rank's run.
+    """Everything that one rank does in a run.
 
     Parameters
     ----------
-    assignment: what to do, and where.
-    exchange: the way to the other ranks.
-    report: the way to the controller.
-    device: where tensors live.
+    assignment: the configuration, this rank's place in the group, and the run directory.
+    exchange: collective operations with the other ranks.
+    report: messages to the controller.
+    device: of all tensors.
     """
 
     def __init__(self, assignment: Assignment, exchange: Exchange, report: Reporter, device: torch.device) -> None:
@@ -135,9 +135,9 @@ class Training(Observer):
         )
 
     def run(self) -> None:
-        """Everything: learn and encode layer by layer, export, read out."""
+        """Train the stack, export the model, and measure the accuracy of readouts."""
         self.trainer.fit()
-        # first: what was learnt is worth more than how well it reads
+        # before the readouts: the model is worth more than its accuracy
         self.on_one_rank(self._export if self.assignment.rank == 0 else None)
         parts = (torch.cat(blocks, dim=1) for blocks in zip(*self._features.values(), strict=True))
         read_out(
@@ -162,7 +162,7 @@ class Training(Observer):
         return Reader(folder, retry(lambda: read_manifest(folder), patience_s), patience_s=patience_s)
 
     def _export(self) -> None:
-        """The model, in a folder of this group alone; the controller knows whose model is published."""
+        """Write the model into a folder of this group; the controller decides which group's model is published."""
         token = self.assignment.token
         name = f"{MODEL}-{token}" if token else MODEL
         target = self.assignment.run_dir / name

@@ -39,7 +39,7 @@ def take_snapshot(stack: Stack, index: int, learning: SimilarityMatchingConv2d, 
 
 
 def restore_layer(layer: SimilarityMatchingConv2d, index: int, reader: Reader) -> None:
-    """Fill a rank's rows of a layer from a checkpoint; nothing, where the checkpoint was written before its time."""
+    """Fill a rank's rows of a layer from a checkpoint, if the checkpoint holds that layer."""
     if index >= len(reader.manifest.layers):
         return
     for name, target in replicated_state(layer).items():
