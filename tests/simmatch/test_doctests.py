@@ -19,7 +19,7 @@ import simmatch
 ROOT = Path(__file__).parents[2]
 
 ON_A_CARD = ("certificate", "coordinate", "gradient", "transpose")
-"""Modules of `simmatch.kernels` that are Triton's: their examples need a CUDA device, and are asked of nothing else."""
+"""Modules of `simmatch.kernels` written in Triton, whose examples need a CUDA device."""
 
 WITHOUT_EXAMPLES = {"simmatch.kernels.capability", "simmatch.kernels.solve"}
 """Public names whose example would need a CUDA device."""
@@ -71,6 +71,13 @@ def test_examples_print_what_they_show(name: str, capsys: pytest.CaptureFixture[
     finally:  # `exact_float32` is for the whole process
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
     assert runner.failures == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", library_modules())
+def test_every_example_is_run(name: str) -> None:
+    """Doctest skips what it does not find; count the prompts in the source."""
+    module = importlib.import_module(name)
+    assert sum(len(test.examples) for test in examples(module)) == inspect.getsource(module).count(">>> ")
 
 
 @pytest.mark.parametrize("name", library_modules())
