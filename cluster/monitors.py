@@ -8,7 +8,7 @@ from cluster.checkpoints.shard_writer import ShardWriter
 from cluster.messages import LayerMetrics, Reporter, TrainingWarning
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement
-from simmatch.objective import diverging
+from simmatch.objective import divergence_warning
 from simmatch.sharding.exchange import Exchange
 
 EXPLOSION = 1e6
@@ -67,7 +67,7 @@ class ObjectiveMonitor:
     def check(self, objective: float) -> None:
         """After an update that was measured."""
         updates = int(self._layer.updates)
-        complaint = diverging(self._layer.plasticity, updates, above_one=objective > 1)
+        complaint = divergence_warning(self._layer.plasticity, updates, above_one=objective > 1)
         if complaint is not None and not self._warned:
             self._warned = True
             self._report.send(TrainingWarning(f"layer {self._index}, step {updates}: {complaint}"))

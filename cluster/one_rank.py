@@ -14,7 +14,7 @@ import torch
 
 from cluster.messages import Reporter
 from simmatch.sharding.exchange import Exchange
-from simmatch.sharding.state import of_every_rank
+from simmatch.sharding.state import gather_from_ranks
 
 
 class _WorkThread(threading.Thread):
@@ -80,4 +80,4 @@ def on_one_rank(
                 raise thread.error
             own.fill_(float(not thread.is_alive()))
         report.beat()
-        done = bool(of_every_rank(own, exchange).any())
+        done = bool(gather_from_ranks(own, exchange).any())

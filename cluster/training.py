@@ -41,11 +41,11 @@ from simmatch.data.sources import Dataset, load_dataset
 from simmatch.features import FeatureStore
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.model import MODEL_FILES, Stack, readable, save_model
+from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
 from simmatch.observer import Observer, Phase, Update
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import SharedFault
-from simmatch.sharding.state import of_every_rank
+from simmatch.sharding.state import gather_from_ranks
 
 PART_OF_LIMITS = 0.25
 """Pause between two signs of life in long work, over the limit on an exchange and on standing still."""
@@ -228,7 +228,7 @@ class Training(Observer):
     def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:
         if index in self._features:
             model = self.config.model
-            self._features[index].append(readable(passed, model.layers[index], model.feature_pool))
+            self._features[index].append(readout_input(passed, model.layers[index], model.feature_pool))
 
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         self.report.progress(Progress(phase, done, total, layer=layer, images_per_second=images_per_second))
@@ -245,7 +245,7 @@ class Training(Observer):
     def _all_stop(self) -> bool:
         """Whether any rank has been asked to stop: one gathered value, so that all stop at the same step."""
         asked = torch.full((1,), float(self.report.stopping), device=self.device)
-        return bool(of_every_rank(asked, self.exchange).any())
+        return bool(gather_from_ranks(asked, self.exchange).any())
 
     def _save(self, update: Update, *, needed: bool) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""

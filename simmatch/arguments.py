@@ -58,10 +58,10 @@ def check_patches(patches: Patches, config: PatchConfig, whitening: Whitening | 
         raise ValueError(f"patches: expected patches prepared by this layer, with {config}, got {patches.config}")
 
 
-def check_some(images: int) -> None:
+def check_not_empty(images: int) -> None:
     """Raise ValueError for an empty batch.
 
-    >>> check_some(0)
+    >>> check_not_empty(0)
     Traceback (most recent call last):
     ValueError: images: expected a batch of at least one, got a batch of size 0
     """

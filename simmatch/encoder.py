@@ -204,8 +204,8 @@ def _draw(layer: SimilarityMatchingConv2d, images: Tensor) -> Tensor:
 
 def _empty_response(layer: SimilarityMatchingConv2d) -> Tensor:
     """y*(v = 0), [K]."""
-    nothing = layer.feedforward.new_zeros(1, layer.patch.patch_size)
-    return true_activities(layer, layer.explicit_patches(nothing, whitened=False)).squeeze(1)
+    empty = layer.feedforward.new_zeros(1, layer.patch.patch_size)
+    return true_activities(layer, layer.explicit_patches(empty, whitened=False)).squeeze(1)
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def _descend(inputs: Tensor, y: Tensor, offset: Tensor) -> Tensor:
     ridge = 1e-6 * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     metric = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance)).to(covariance)).to(inputs.dtype)
     power = y.square().mean(dim=1)
-    wanted = TOLERANCE * power.clamp(min=float(power.mean()) * QUIET**2).sqrt() if len(y) else power
+    target = TOLERANCE * power.clamp(min=float(power.mean()) * QUIET**2).sqrt() if len(y) else power
     theta: Tensor = y.new_zeros(len(y), inputs.shape[1])
     previous = theta
     k = y.new_zeros(len(y), 1)
@@ -282,7 +282,7 @@ def _descend(inputs: Tensor, y: Tensor, offset: Tensor) -> Tensor:
         # the mismatch in units of the activity: the root-mean-square change of u
         remaining = (mismatch * change).sum(dim=1).clamp(min=0.0).sqrt()
         previous, theta = theta, following
-        worst = float((remaining / wanted.clamp(min=torch.finfo(y.dtype).tiny)).amax()) if len(y) else 0.0
+        worst = float((remaining / target.clamp(min=torch.finfo(y.dtype).tiny)).amax()) if len(y) else 0.0
         if worst <= 1.0:
             return theta
         uphill = (mismatch * (theta - previous)).sum(dim=1, keepdim=True) < 0

@@ -90,7 +90,7 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def parts_of(path: str) -> list[str]:
+def path_parts(path: str) -> list[str]:
     """The parts of a relative path inside a folder.
 
     Raises
@@ -98,9 +98,9 @@ def parts_of(path: str) -> list[str]:
     ValueError
         The path leads out of the folder.
 
-    >>> parts_of("figures/layer0.png")
+    >>> path_parts("figures/layer0.png")
     ['figures', 'layer0.png']
-    >>> parts_of("../secrets")
+    >>> path_parts("../secrets")
     Traceback (most recent call last):
     ValueError: expected a path in the run directory, got '../secrets'
     """
@@ -128,7 +128,7 @@ def open_inside(folder: Path, path: str, most_bytes: int | None = None) -> Binar
     ...         file.read()
     b'seed: 1'
     """
-    *above, name = parts_of(path)
+    *above, name = path_parts(path)
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part, flags in [*((part, os.O_DIRECTORY) for part in above), (name, os.O_NONBLOCK)]:

@@ -32,7 +32,7 @@ from simmatch.model import InputConfig, Stack, layer_inputs, pooled
 from simmatch.observer import Observer, Update
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
-from simmatch.sharding.state import from_rank_zero, gather_layer, sum_over_ranks
+from simmatch.sharding.state import broadcast_from_rank_zero, gather_layer, sum_over_ranks
 
 MEASURED = ("whitening", "whitening_mean", "input_power")
 """Buffers that calibration fills, if they exist."""
@@ -187,7 +187,7 @@ class Trainer:
         for name in MEASURED:
             if hasattr(layer, name):
                 target = getattr(layer, name)
-                target.copy_(from_rank_zero(target, self.exchange))
+                target.copy_(broadcast_from_rank_zero(target, self.exchange))
         self.observer.progress("calibrate", 1, 1, layer=index)
 
     # ------------------------------------------------------------------------------------------- encoding

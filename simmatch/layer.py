@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simmatch.arguments import check_activities, check_images, check_patches, check_positions, check_some
+from simmatch.arguments import check_activities, check_images, check_not_empty, check_patches, check_positions
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
 from simmatch.geometry import PatchConfig, Patches, Whitening, drive, prepare, sample_patches, zca
@@ -238,7 +238,7 @@ class SimilarityMatchingConv2d(Synapses):
         (True, torch.Size([9, 9]))
         """
         check_images(x, self.in_channels, self.feedforward)
-        check_some(x.shape[0])
+        check_not_empty(x.shape[0])
         if num_patches < 1:
             raise ValueError(f"num_patches: expected at least 1, got {num_patches}")
         if not bool(x.isfinite().all()):
@@ -378,7 +378,7 @@ class SimilarityMatchingConv2d(Synapses):
         if not isinstance(x, Patches):
             check_images(x, self.in_channels, self.feedforward)
         images, fault, z = x.batch_size if isinstance(x, Patches) else x.shape[0], LocalFault(self.exchange), None
-        check_some(images)
+        check_not_empty(images)
         with fault:
             z = self._one_hot(labels, images)
         if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
@@ -404,7 +404,7 @@ class SimilarityMatchingConv2d(Synapses):
         1.0
         """
         patches = self._patches(x)
-        check_some(patches.batch_size)
+        check_not_empty(patches.batch_size)
         batch = Batch(patches, self._one_hot(labels, patches.batch_size))
         return batch_objective(batch, y, float(self.alpha), columns=columns)
 

@@ -117,12 +117,12 @@ def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
     return passed if config.power == 1.0 else passed.pow(config.power)
 
 
-def readable(passed: Tensor, config: LayerConfig, pool: int | None) -> Tensor:
+def readout_input(passed: Tensor, config: LayerConfig, pool: int | None) -> Tensor:
     """Input of a readout [B, F] from the output of a layer: larger maps are averaged down to `pool` × `pool`.
 
     The average is taken of activities: `config.power` is undone before it and applied again after it.
 
-    >>> readable(torch.ones(2, 8, 6, 6), LayerConfig(out_channels=8, kernel_size=3), pool=2).shape
+    >>> readout_input(torch.ones(2, 8, 6, 6), LayerConfig(out_channels=8, kernel_size=3), pool=2).shape
     torch.Size([2, 32])
     """
     if pool is None or max(passed.shape[2:]) <= pool:
@@ -207,7 +207,7 @@ class Stack(nn.Module):
         for index, config in enumerate(self.config.layers):
             activities = self.layer(index)(x)
             x = pooled(activities, config)
-            maps.append(readable(x, config, self.config.feature_pool))
+            maps.append(readout_input(x, config, self.config.feature_pool))
         result = {"features": torch.cat([maps[index] for index in self.config.feature_layers()], dim=1)}
         if self.config.layers[-1].supervised:
             result["scores"] = decode(reduce(activities, "b k h w -> b k", "mean"), self.layer(-1).label)

@@ -90,7 +90,7 @@ def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> b
     return bool(yy.dot(yy) > 2 * (yx.dot(yx) + alpha * by_label))
 
 
-def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str | None:
+def divergence_warning(config: PlasticityConfig, updates: int, *, above_one: bool) -> str | None:
     """A one-line warning for a layer whose relative objective is above 1 although M₀ no longer matters; else None.
 
     Parameters
@@ -99,9 +99,9 @@ def diverging(config: PlasticityConfig, updates: int, *, above_one: bool) -> str
     updates: number of updates so far.
     above_one: whether the relative objective is above 1.
 
-    >>> diverging(PlasticityConfig(), 100, above_one=False) is None
+    >>> divergence_warning(PlasticityConfig(), 100, above_one=False) is None
     True
-    >>> diverging(PlasticityConfig(tau=0.5), 100, above_one=True)
+    >>> divergence_warning(PlasticityConfig(tau=0.5), 100, above_one=True)
     'the relative objective is above 1, worse than no activity at all, with plasticity.tau=0.5 ...'
     """
     if not above_one or start_share(config, updates) > FORGOTTEN:

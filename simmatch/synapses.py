@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from simmatch.arguments import check_dtype, check_statistics
 from simmatch.config import LayerArguments
 from simmatch.geometry import PatchConfig
-from simmatch.objective import diverging, worse_than_silence
+from simmatch.objective import divergence_warning, worse_than_silence
 from simmatch.plasticity import (
     RULES,
     Statistics,
@@ -227,7 +227,7 @@ class Synapses(nn.Module):
         -----
         UserWarning
             The relative objective is above 1 although the initial weights no longer matter, see
-            `simmatch.objective.diverging`.
+            `simmatch.objective.divergence_warning`.
         """
         self._learn(statistics, self._own_state(LocalFault(self.exchange)))
 
@@ -260,7 +260,7 @@ class Synapses(nn.Module):
             self._revive(channels)
         if self.exchange is IDENTITY:  # with an exchange, its provider measures the objective of all owners
             above_one = worse_than_silence(statistics, self.alpha)
-            warning = diverging(self.plasticity, int(self.updates), above_one=above_one)
+            warning = divergence_warning(self.plasticity, int(self.updates), above_one=above_one)
             if warning is not None:
                 warnings.warn(warning, stacklevel=5)  # the call of `partial_fit` or `update`
 

@@ -10,7 +10,7 @@ from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, join_rows, split_rows
 from simmatch.solvers.block import Blocks, BlockTile, iterate_block
 from simmatch.solvers.bound import certify_afresh
-from simmatch.solvers.dynamics import course
+from simmatch.solvers.dynamics import exchange_then_run
 from simmatch.solvers.tile import Steps
 from tests.exchanges import held
 
@@ -19,7 +19,7 @@ def steps_of(
     tile: BlockTile, blocks: Blocks, config: DynamicsConfig, exchange: Exchange, fault: Exception | None = None
 ) -> Steps:
     """All exchanges of a started tile, the first one included."""
-    return course(tile, iterate_block(tile, blocks, config, exchange), exchange, held(fault, exchange))
+    return exchange_then_run(tile, iterate_block(tile, blocks, config, exchange), exchange, held(fault, exchange))
 
 
 def solve_blocks(

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, JsonValue, f
 
 from simmatch.config import ConfigError, Frozen, PositiveInt, parse
 from simmatch.documents import DocumentError, load_json
-from simmatch.files import parts_of
+from simmatch.files import path_parts
 
 MOST_LAYERS = 1000
 MOST_VALUES = 10**8
@@ -28,12 +28,12 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 
 
 def _inside(path: str) -> str:
-    parts_of(path)
+    path_parts(path)
     return path
 
 
 def _plain(name: str) -> str:
-    if len(parts_of(name)) > 1 or len(name) > LONGEST_NAME:
+    if len(path_parts(name)) > 1 or len(name) > LONGEST_NAME:
         raise ValueError(f"expected a plain name, got {name[:200]!r}")
     return name
 

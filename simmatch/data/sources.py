@@ -353,18 +353,18 @@ def _source(name: str) -> Source:
 
 def _find(config: DataConfig, source: Source) -> Path:
     """The first folder with all files of one of the source's layouts."""
-    looked_at = []
+    searched = []
     for label, place in _places(config, source):
         for below, files in source.layouts:
             folder = place / below
             if _holds(folder, files) and not (below == "" and _is_of_another(folder, config.name)):
                 return folder
-        looked_at.append(f"{label} ({place}{_lacking(place, source)})")
+        searched.append(f"{label} ({place}{_missing_files(place, source)})")
     remedies = [f"run `make data DATASET={config.name}`", "set data.root or $SIMMATCH_DATA to its folder"]
     if source.package is not None:
         remedies.insert(1, f"install Debian's package {source.package}")
     raise DataNotFoundError(
-        f"{config.name}: no files found; looked in {', '.join(looked_at)}; to get it {', '.join(remedies)}"
+        f"{config.name}: no files found; looked in {', '.join(searched)}; to get it {', '.join(remedies)}"
     )
 
 
@@ -397,7 +397,7 @@ def _is_of_another(folder: Path, name: str) -> bool:
     return any("".join(filter(str.isalnum, part)).lower() in others for part in parts)
 
 
-def _lacking(place: Path, source: Source) -> str:
+def _missing_files(place: Path, source: Source) -> str:
     """The part of the message for a place that does not exist, or that lacks some of the files."""
     if not os.path.isdir(place):
         return ": no such folder"

@@ -74,11 +74,11 @@ def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingCon
     target.recertify()
 
 
-def of_every_rank(tensor: Tensor, exchange: Exchange) -> Tensor:
+def gather_from_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
     """Gather one tensor per rank, all of one shape: [G, …], equal on every rank.
 
     >>> from simmatch.sharding.exchange import IDENTITY
-    >>> of_every_rank(torch.zeros(3), IDENTITY).shape
+    >>> gather_from_ranks(torch.zeros(3), IDENTITY).shape
     torch.Size([1, 3])
     """
     gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
@@ -94,14 +94,14 @@ def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
     >>> sum_over_ranks(torch.ones(3), IDENTITY)
     tensor([1., 1., 1.])
     """
-    return of_every_rank(tensor, exchange).sum(dim=0)
+    return gather_from_ranks(tensor, exchange).sum(dim=0)
 
 
-def from_rank_zero(tensor: Tensor, exchange: Exchange) -> Tensor:
+def broadcast_from_rank_zero(tensor: Tensor, exchange: Exchange) -> Tensor:
     """The tensor of rank 0, on every rank.
 
     >>> from simmatch.sharding.exchange import IDENTITY
-    >>> from_rank_zero(torch.ones(3), IDENTITY)
+    >>> broadcast_from_rank_zero(torch.ones(3), IDENTITY)
     tensor([1., 1., 1.])
     """
-    return of_every_rank(tensor, exchange)[0]
+    return gather_from_ranks(tensor, exchange)[0]

@@ -223,7 +223,7 @@ class Dynamics:
                 where = waiting.popleft()
                 own = None if start is None else start[self.rows.start : self.rows.stop, where]
                 tile, steps = begin(drive[:, where], own)
-                steps = course(tile, steps, self.exchange, fault)
+                steps = exchange_then_run(tile, steps, self.exchange, fault)
                 running.append((where, tile, steps, next(steps)))
             where, tile, steps, handle = running.popleft()
             handle.wait()
@@ -265,7 +265,7 @@ class Dynamics:
         return kind, config.exchange_dtype, like.shape[1], like.dtype, like.device
 
 
-def course(tile: Tile | BlockTile, steps: Steps, exchange: Exchange, fault: LocalFault) -> Steps:
+def exchange_then_run(tile: Tile | BlockTile, steps: Steps, exchange: Exchange, fault: LocalFault) -> Steps:
     """The first exchange of a started tile, after which all owners raise a fault of any of them, and then its steps.
 
     >>> from simmatch.solvers.bound import certify_afresh
@@ -273,7 +273,7 @@ def course(tile: Tile | BlockTile, steps: Steps, exchange: Exchange, fault: Loca
     >>> folded = Folded.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), config, rows)
     >>> tile = Tile(rows, 10, IDENTITY, like=lateral, config=config)
     >>> tile.start(torch.ones(4, 10), folded)
-    >>> for handle in course(tile, iterate(tile, folded, config, IDENTITY), IDENTITY, LocalFault(IDENTITY)):
+    >>> for handle in exchange_then_run(tile, iterate(tile, folded, config, IDENTITY), IDENTITY, LocalFault(IDENTITY)):
     ...     handle.wait()
     >>> tile.y.shape
     torch.Size([4, 10])

@@ -1,7 +1,7 @@
 """The dynamics as a function: a nonnegative quadratic program with many right-hand sides.
 
-A layer trusts its own weights and records what the solver reached; `solve` takes any, refuses what has no
-minimum, and warns when the tolerance was not reached.
+A layer does not check its own weights, and records the residual. `solve` is for any M: it checks its arguments, raises
+an error if there is no minimum, and warns when the tolerance was not reached.
 """
 
 from __future__ import annotations
