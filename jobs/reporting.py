@@ -266,7 +266,7 @@ def _cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with '+' where files differ from it; None outside a checkout."""
+    """The full hash of the checkout's commit, with '+' where files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -276,6 +276,6 @@ def git_commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
