@@ -69,7 +69,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_all_of_simmatch_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert sorted(names) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "simmatch").rglob("*.py"))
+    sources = [*(ROOT / "simmatch").rglob("*.py"), ROOT / "simmatch" / "py.typed"]
+    assert sorted(names) == sorted(str(path.relative_to(ROOT)) for path in sources)
 
 
 def test_the_readmes_example_runs_where_only_the_library_is_installed(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
