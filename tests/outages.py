@@ -118,8 +118,8 @@ class Proxy:
             link.close()
 
     def _listen(self, port: int) -> http.server.ThreadingHTTPServer:
-        found = type("BoundHandler", (Handler,), {"proxy": self})
-        server = QuietServer((LOOPBACK, port), found)
+        handler = type("BoundHandler", (Handler,), {"proxy": self})
+        server = QuietServer((LOOPBACK, port), handler)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         return server

@@ -83,11 +83,11 @@ VALUES = st.recursive(
 
 def places(values: Any) -> list[tuple[Any, Any]]:
     """(container, key) of every value within."""
-    found: list[tuple[Any, Any]] = []
+    nested: list[tuple[Any, Any]] = []
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in items:
-        found += [(values, key), *places(value)]
-    return found
+        nested += [(values, key), *places(value)]
+    return nested
 
 
 @st.composite
@@ -158,13 +158,13 @@ def test_idx_files(idx_path: Path, data: st.DataObject, zipped: bool, array: np.
             unzipped = None
     expected = None if unzipped is None else as_idx(unzipped, 3)
     try:
-        found = read_idx(idx_path, 3)
+        values = read_idx(idx_path, 3)
     except DataError as error:
         one_line(error, idx_path)
-        found = None
-    assert (found is None) == (expected is None), written
-    if found is not None and expected is not None:
-        assert np.array_equal(found.numpy(), expected.astype(found.numpy().dtype), equal_nan=True)
+        values = None
+    assert (values is None) == (expected is None), written
+    if values is not None and expected is not None:
+        assert np.array_equal(values.numpy(), expected.astype(values.numpy().dtype), equal_nan=True)
 
 
 @fuzz
@@ -210,10 +210,10 @@ def refused_or_right(folder: Path, values: dict[str, Any], written: bytes) -> No
     """With these bytes for a manifest; afterwards the sound one is back."""
     (folder / MANIFEST).write_bytes(written)
     try:
-        found = load(folder)
+        tensor = load(folder)
     finally:
         (folder / MANIFEST).write_text(json.dumps(values))
-    assert found is None or torch.equal(found, torch.arange(6.0)[:, None])
+    assert tensor is None or torch.equal(tensor, torch.arange(6.0)[:, None])
 
 
 @fuzz

@@ -67,14 +67,14 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
         )
         if deferred:
             later.update(ast.walk(node))
-    found = []
+    entries = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(name.name, node.lineno, node in later) for name in node.names]
+            entries += [(name.name, node.lineno, node in later) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: expected an absolute import"
-            found.append((str(node.module), node.lineno, node in later))
-    return found
+            entries.append((str(node.module), node.lineno, node in later))
+    return entries
 
 
 @pytest.mark.parametrize("package", ALLOWED)

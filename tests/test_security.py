@@ -83,10 +83,10 @@ def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def dangers(source: str, file: str) -> list[str]:
     """What a file does that it must not."""
     tree = ast.parse(source)
-    found = []
+    findings = []
     for name, line in names(tree):
         allowed = (file, name) in ALLOWED or (file, name.partition(".")[0]) in ALLOWED
-        found += [
+        findings += [
             f"{file}:{line}: {name}: {why}"
             for pattern, why in FORBIDDEN.items()
             if re.fullmatch(pattern, name) and not allowed
@@ -94,17 +94,17 @@ def dangers(source: str, file: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle", "trust_remote_code"):
             if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                found.append(f"{file}:{node.value.lineno}: {node.arg}={ast.unparse(node.value)}")
+                findings.append(f"{file}:{node.value.lineno}: {node.arg}={ast.unparse(node.value)}")
         elif isinstance(node, ast.keyword) and node.arg == "weights_only":
-            found.append(f"{file}:{node.value.lineno}: weights_only")
-    return found
+            findings.append(f"{file}:{node.value.lineno}: weights_only")
+    return findings
 
 
 def test_the_sources_load_no_code() -> None:
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     assert len(files) > 80
-    found = [line for path in files for line in dangers(path.read_text(), str(path.relative_to(ROOT)))]
-    assert found == []
+    findings = [line for path in files for line in dangers(path.read_text(), str(path.relative_to(ROOT)))]
+    assert findings == []
 
 
 def test_what_is_allowed_is_there_still() -> None:
@@ -236,13 +236,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
 def leaks(folder: Path) -> list[str]:
     """Files that hold a secret."""
     secrets = [value.encode() for value in (*SECRETS.values(), USERINFO)]
-    found, seen = [], 0
+    leaked, seen = [], 0
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             content, seen = path.read_bytes(), seen + 1
-            found += [f"{path}: {secret.decode()}" for secret in secrets if secret in content]
+            leaked += [f"{path}: {secret.decode()}" for secret in secrets if secret in content]
     assert seen > 0
-    return found
+    return leaked
 
 
 @pytest.mark.slow
@@ -545,8 +545,8 @@ def test_shipped_clusters_ask_for_a_token() -> None:
 def test_shipped_commands_stay_on_loopback() -> None:
     """Every command of a server that the project tells its users to run, and every one that it runs."""
     told = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "infra").iterdir())]
-    found = [line for path in told for line in re.findall(r".*mlflow (?:server|ui)\b.*", path.read_text())]
-    assert len(found) >= 2
-    for line in found:
+    commands = [line for path in told for line in re.findall(r".*mlflow (?:server|ui)\b.*", path.read_text())]
+    assert len(commands) >= 2
+    for line in commands:
         assert not re.search(r"0\.0\.0\.0|--host (?!127\.0\.0\.1)|-h (?!127\.0\.0\.1)", line), line
         assert "--host 127.0.0.1" in line or "mlflow ui" in line  # whose default it is

@@ -65,12 +65,12 @@ def reaches_the_tolerance(device: torch.device) -> None:
         for name in SOLVERS:
             drive = some(name, whole)
             for tolerance in (1e-2, 1e-3, 1e-5):
-                found = solve(name, drive, system, tolerance)
-                exact = exact_residual(drive, found.y, system)
-                assert (found.y >= 0).all()
-                assert (found.residual <= tolerance).all(), (name, channels, tolerance, found.residual.amax())
-                assert (exact <= found.residual + 2e-6).all(), (name, channels, (exact - found.residual).amax())
-                assert (found.iterations >= 1).all()
+                solution = solve(name, drive, system, tolerance)
+                exact = exact_residual(drive, solution.y, system)
+                assert (solution.y >= 0).all()
+                assert (solution.residual <= tolerance).all(), (name, channels, tolerance, solution.residual.amax())
+                assert (exact <= solution.residual + 2e-6).all(), (name, channels, (exact - solution.residual).amax())
+                assert (solution.iterations >= 1).all()
 
 
 def every_value_is_written(device: torch.device) -> None:
@@ -113,7 +113,7 @@ def repeats_every_bit(device: torch.device) -> None:
 
 
 def starts_where_it_is_told(device: torch.device) -> None:
-    """From a solution there is next to nothing to do; from anywhere else the same solution is found."""
+    """Starting from the solution takes almost no work; starting from anywhere else reaches the same solution."""
     drive, system = problem(50, 5, device)
     solved = solve("coordinate_descent", drive, system, 1e-5).y
     for name in SOLVERS:
@@ -132,9 +132,9 @@ def fixed_iterations_are_those_of_torch(device: torch.device) -> None:
     config = DynamicsConfig(tolerance=0, max_iterations=30, solver="accelerated")
     bound = certify_afresh(system.lateral, Rows.all(50), ridge=RIDGE)
     expected = Dynamics(config, Rows.all(50)).solve(drive.T, system.lateral, bound, alone=False).y.T
-    found = solve("accelerated", drive, system, 0.0, max_iterations=30)
-    assert (found.iterations == 30).all()
-    off = (found.y - expected).abs().amax(dim=1) / expected.amax(dim=1)
+    solution = solve("accelerated", drive, system, 0.0, max_iterations=30)
+    assert (solution.iterations == 30).all()
+    off = (solution.y - expected).abs().amax(dim=1) / expected.amax(dim=1)
     assert (off <= 1e-4).all(), off.amax()
 
 
@@ -156,10 +156,10 @@ def a_channel_that_nothing_holds_stays_silent(device: torch.device) -> None:
     lateral = system.lateral.clone()
     lateral[7], lateral[:, 7] = 0.0, 0.0
     bare = System(lateral, 0.0, system.bound)
-    found = kernels.solve("coordinate_descent", drive, bare, DynamicsConfig(tolerance=1e-2))
-    assert (found.y[:, 7] == 0).all()
+    solution = kernels.solve("coordinate_descent", drive, bare, DynamicsConfig(tolerance=1e-2))
+    assert (solution.y[:, 7] == 0).all()
     unanswered = drive[:, 7].clamp(min=0) / drive.abs().amax(dim=1)
-    assert (found.residual - unanswered <= 1e-2).all()
+    assert (solution.residual - unanswered <= 1e-2).all()
 
 
 def moves_are_those_of_the_reference(device: torch.device) -> None:
@@ -192,8 +192,8 @@ def certificate_is_the_residual(device: torch.device) -> None:
     for channels in (20, 50, 160):
         drive, system = problem(channels, SEVERAL, device)
         y = torch.rand_like(drive) * drive.abs().amax(dim=1, keepdim=True)
-        found, exact = certificate.residuals(drive, y, system), exact_residual(drive, y, system)
-        assert ((found - exact).abs() <= 1e-5 * exact.clamp(min=1.0)).all(), channels
+        reported, exact = certificate.residuals(drive, y, system), exact_residual(drive, y, system)
+        assert ((reported - exact).abs() <= 1e-5 * exact.clamp(min=1.0)).all(), channels
 
 
 def orientation_changes_nothing(device: torch.device) -> None:

@@ -36,8 +36,8 @@ def solve(world_size: int, drive: Tensor, lateral: Tensor, **changes: Any) -> tu
     start = changes.pop("start", None)
 
     def owner(exchange: Any) -> tuple[Tensor, Tensor, int, int, int]:
-        found = solve_blocks(exchange, drive, lateral, config(**changes), start=start)
-        return *found, exchange.num_exchanges, exchange.bytes_exchanged
+        solved = solve_blocks(exchange, drive, lateral, config(**changes), start=start)
+        return *solved, exchange.num_exchanges, exchange.bytes_exchanged
 
     outcomes = results(run_owners(world_size, owner))
     for other in outcomes[1:]:
@@ -413,10 +413,10 @@ def test_the_bound_of_a_block_holds(seed: int, size: int, signed: bool, dead_row
     if dead_row:
         block[0] = block[:, 0] = 0.0
     top = float(torch.linalg.eigvalsh(block)[-1])
-    found = bound_of_block(block, 3.0 * (1.0 + 1e-12))
-    assert top <= found * (1.0 + 1e-14)
+    certified = bound_of_block(block, 3.0 * (1.0 + 1e-12))
+    assert top <= certified * (1.0 + 1e-14)
     if not signed and not dead_row:
-        assert found <= 1.05 * top
+        assert certified <= 1.05 * top
     assert bound_of_block(torch.full((2, 2), math.nan), math.nan) > 0
 
 
@@ -481,9 +481,9 @@ def test_packing_keeps_what_the_format_holds(dtype: torch.dtype) -> None:
     assert packing.buffer.nbytes == 2 * 8 * (math.ceil(15 * dtype.itemsize / 8) + 10)
     packing.tails.fill_(math.pi)
     packing.pack(1, values)
-    found = torch.full((2, 3, 5), math.nan, dtype=torch.float64)
-    packing.unpack(found)
-    assert torch.equal(found[1, :2], values.to(dtype).double())
-    assert (found[1, 2] == 0).all()
-    assert (found[0] == 0).all()
+    unpacked = torch.full((2, 3, 5), math.nan, dtype=torch.float64)
+    packing.unpack(unpacked)
+    assert torch.equal(unpacked[1, :2], values.to(dtype).double())
+    assert (unpacked[1, 2] == 0).all()
+    assert (unpacked[0] == 0).all()
     assert (packing.tails == math.pi).all()

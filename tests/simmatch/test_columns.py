@@ -16,10 +16,10 @@ from simmatch.sharding.columns import BatchPart, split_columns
 
 @given(total=st.integers(1, 10_000), parts=st.integers(1, 40))
 def test_ranges_cover_all_columns_evenly(total: int, parts: int) -> None:
-    found = split_columns(total, parts)
-    assert [found[0].start, found[-1].stop, len(found)] == [0, total, parts]
-    assert all(one.stop == other.start for one, other in pairwise(found))
-    counts = {columns.count for columns in found}
+    ranges = split_columns(total, parts)
+    assert [ranges[0].start, ranges[-1].stop, len(ranges)] == [0, total, parts]
+    assert all(one.stop == other.start for one, other in pairwise(ranges))
+    counts = {columns.count for columns in ranges}
     assert max(counts) - min(counts) <= 1
 
 
@@ -65,11 +65,11 @@ def test_drawn_positions_split_alike(images: int, parts: int) -> None:
     x = torch.rand(images, 2, 6, 6, generator=generator, dtype=torch.float64)
     patches = prepare(x, config, positions=draw_positions(5, images, (6, 6), generator))
     weight = torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64)
-    found = []
+    parts_of_drive = []
     for columns in split_columns(images * 5, parts):
         part = BatchPart.covering(columns, Batch(patches))
-        found.append(drive(part.batch.patches, weight)[:, part.inside])
-    torch.testing.assert_close(torch.cat(found, dim=1), drive(patches, weight), rtol=0, atol=1e-13)
+        parts_of_drive.append(drive(part.batch.patches, weight)[:, part.inside])
+    torch.testing.assert_close(torch.cat(parts_of_drive, dim=1), drive(patches, weight), rtol=0, atol=1e-13)
 
 
 def test_a_range_of_one_image_needs_few_rows_of_it() -> None:

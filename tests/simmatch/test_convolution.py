@@ -56,12 +56,12 @@ def test_chunks_equal_explicit_patches(
     plain = case.weight.flatten(1) @ seen.T
     # sums of 18 products, and of 360: 1e-16 times their number and size
     for offset in (None, case.offset):
-        found = case.convolution.forward(case.images, case.weight, scale, offset)
+        result = case.convolution.forward(case.images, case.weight, scale, offset)
         expected = plain if offset is None else plain + offset.unsqueeze(1)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    found = case.convolution.weight_gradient(case.images, case.y, scale)
-    torch.testing.assert_close(found[:, :-1], case.y @ seen, rtol=1e-12, atol=1e-11)
-    torch.testing.assert_close(found[:, -1], case.y.sum(dim=1), rtol=1e-12, atol=1e-11)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    result = case.convolution.weight_gradient(case.images, case.y, scale)
+    torch.testing.assert_close(result[:, :-1], case.y @ seen, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(result[:, -1], case.y.sum(dim=1), rtol=1e-12, atol=1e-11)
 
 
 def test_both_ways_to_convolve_are_under_test() -> None:
@@ -79,8 +79,8 @@ def test_gathered_patches_are_those_of_their_positions(
     per_image = len(case.patches) // IMAGES
     chosen = torch.randint(len(case.patches), (40,), generator=torch.Generator().manual_seed(0))
     images = case.images.transpose(2, 3).contiguous().transpose(2, 3)  # of other strides
-    found = case.convolution.gather(images, chosen // per_image, chosen % per_image)
-    assert torch.equal(found, case.patches[chosen])
+    gathered = case.convolution.gather(images, chosen // per_image, chosen % per_image)
+    assert torch.equal(gathered, case.patches[chosen])
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -153,9 +153,9 @@ def test_a_learning_step_needs_three_times_its_activities_whatever_the_kernel(
 
     The patch matrix alone would be P / K: 12 times the activities at k = 7 and 16 channels."""
     monkeypatch.setattr(simmatch.convolution, "CHUNK_VALUES", 1 << 13)
-    found = [step_over_activities(in_channels, kernel, contrast=contrast, labels=False) for kernel in (3, 5, 7)]
-    assert min(found) > 2.0  # it did count
-    assert max(found) < 3.0, found
+    ratios = [step_over_activities(in_channels, kernel, contrast=contrast, labels=False) for kernel in (3, 5, 7)]
+    assert min(ratios) > 2.0  # it did count
+    assert max(ratios) < 3.0, ratios
 
 
 def test_labels_need_no_third_copy_of_the_activities(monkeypatch: pytest.MonkeyPatch) -> None:

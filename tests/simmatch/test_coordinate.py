@@ -203,9 +203,9 @@ def test_auto_takes_columns_where_nothing_is_exchanged() -> None:
     columns, lateral = problem(9, 30, torch.float64)
     bound = certify_afresh(lateral, Rows.all(9), ridge=0)
     for exchange, solver in (("every_iteration", "accelerated"), ("gather_state", "coordinate_descent")):
-        found = Dynamics(DynamicsConfig(exchange=exchange), Rows.all(9)).solve(columns, lateral, bound)
+        solution = Dynamics(DynamicsConfig(exchange=exchange), Rows.all(9)).solve(columns, lateral, bound)
         named = Dynamics(DynamicsConfig(solver=solver), Rows.all(9)).solve(columns, lateral, bound)
-        assert torch.equal(found.y, named.y)
+        assert torch.equal(solution.y, named.y)
 
 
 def test_shards_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Where data sets are found, and what they may hold."""
+"""Where the files of data sets are searched for, and which contents are valid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.image_files import IDX_FILES, cifar_arrays, idx_bytes, python2_batch,
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Only what a test puts there can be found: no environment, no system folder, an empty working directory."""
+    """Only files created by a test can be found: no environment, no system folder, an empty working directory."""
     monkeypatch.delenv("SIMMATCH_DATA", raising=False)
     monkeypatch.setitem(
         DATASETS, "fashion_mnist", replace(DATASETS["fashion_mnist"], system_folder=tmp_path / "system")
@@ -242,9 +242,9 @@ def test_images_are_counted_after_damaged_ones_are_left_out(nowhere):
         load_dataset(DataConfig(name="mnist", root=str(nowhere / "root")))
     for count in (3, None):
         config = DataConfig(name="mnist", root=str(nowhere / "root"), damaged="skip", train_images=count)
-        found = load_dataset(config)
-        assert found.train_labels.tolist() == np.delete(labels, 2)[:count].tolist()
-        assert found.skipped == 1
+        dataset = load_dataset(config)
+        assert dataset.train_labels.tolist() == np.delete(labels, 2)[:count].tolist()
+        assert dataset.skipped == 1
 
 
 def test_digits_are_all_of_scikit_learns_stratified():

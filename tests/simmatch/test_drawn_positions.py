@@ -23,14 +23,14 @@ FLOOR = 0.15
 
 def test_positions_are_distinct_and_equally_likely() -> None:
     """6000 draws of 5 out of 12: each position 2500 times, with a deviation of √(6000 · 5/12 · 7/12) = 38."""
-    found = draw_positions(5, 6000, (3, 4), seeded("test"))
-    assert found.shape == (6000, 5)
-    assert bool((found.diff(dim=1) > 0).all())
-    assert int(found.min()) >= 0
-    counts = found.flatten().bincount(minlength=12)
+    drawn = draw_positions(5, 6000, (3, 4), seeded("test"))
+    assert drawn.shape == (6000, 5)
+    assert bool((drawn.diff(dim=1) > 0).all())
+    assert int(drawn.min()) >= 0
+    counts = drawn.flatten().bincount(minlength=12)
     assert len(counts) == 12
     assert (counts - 2500).abs().amax() < 5 * 38
-    together = sum(bool((row == 0).any() and (row == 11).any()) for row in found)
+    together = sum(bool((row == 0).any() and (row == 11).any()) for row in drawn)
     # both of a pair: 6000 · 5/12 · 4/11 = 909 times, deviation 28
     assert abs(together - 909) < 5 * 28
 
@@ -87,11 +87,11 @@ def test_drives_and_statistics_equal_explicit_patches(contrast: bool, whiten: bo
     """Products of length 18 and 20 in float64, of numbers below 100."""
     case = Case(contrast=contrast, whiten=whiten, stride=stride, padding=padding)
     assert (case.patches.batch_size, case.patches.positions) == (IMAGES, POSITIONS)
-    found = drive(case.patches, case.feedforward)
-    torch.testing.assert_close(found, case.feedforward.flatten(1) @ case.explicit.T, rtol=1e-10, atol=1e-10)
+    result = drive(case.patches, case.feedforward)
+    torch.testing.assert_close(result, case.feedforward.flatten(1) @ case.explicit.T, rtol=1e-10, atol=1e-10)
     y = torch.rand(6, IMAGES * POSITIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = correlate(case.patches, y).flatten(1)
-    torch.testing.assert_close(found, y @ case.explicit, rtol=1e-10, atol=1e-10)
+    result = correlate(case.patches, y).flatten(1)
+    torch.testing.assert_close(result, y @ case.explicit, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
         explicit(case.patches, images=2),
         case.explicit[: 2 * POSITIONS],
@@ -104,10 +104,10 @@ def test_drives_and_statistics_equal_explicit_patches(contrast: bool, whiten: bo
 def test_patches_of_some_images_are_theirs(some: bool) -> None:
     case = Case(contrast=True, whiten=True)
     positions = case.positions if some else None
-    found = prepare(case.images, case.config, case.whitening, positions).of_images(slice(1, 3))
+    selected = prepare(case.images, case.config, case.whitening, positions).of_images(slice(1, 3))
     alone = prepare(case.images[1:3], case.config, case.whitening, positions[1:3] if positions is not None else None)
-    assert found.batch_size == alone.batch_size == 2
-    ours, theirs = (drive(part, case.feedforward) for part in (found, alone))
+    assert selected.batch_size == alone.batch_size == 2
+    ours, theirs = (drive(part, case.feedforward) for part in (selected, alone))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -151,7 +151,7 @@ def test_statistics_count_the_drawn_columns_and_repeat_their_label(digits: Datas
     patches = layer.prepare(images, positions)
     y = layer.solve(patches, labels).y
     assert y.shape == (6, 8, 1, 5)
-    found = layer.statistics(patches, y, labels)
+    sums = layer.statistics(patches, y, labels)
     seen = normalised(patch_matrix(images, 3, 2, 1), 0.1)
     seen = rearrange((seen - layer.whitening_mean) @ layer.whitening, "(b l) p -> b l p", b=6)
     yx, yy = torch.zeros(8, 9, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
@@ -163,8 +163,8 @@ def test_statistics_count_the_drawn_columns_and_repeat_their_label(digits: Datas
             yy += torch.outer(code, code)
             yz[:, label] += code
             zz[label, label] += 1
-    assert found.count == 30
-    for ours, theirs in ((found.yx.flatten(1), yx), (found.yy, yy), (found.yz, yz), (found.zz, zz)):
+    assert sums.count == 30
+    for ours, theirs in ((sums.yx.flatten(1), yx), (sums.yy, yy), (sums.yz, yz), (sums.zz, zz)):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -183,8 +183,8 @@ def test_the_mean_over_drawn_columns_estimates_the_mean_over_all(digits: Dataset
     for number in range(400):
         positions = draw_positions(4, 10, (4, 4), seeded("test", number))
         chosen = every.gather(2, positions.unsqueeze(1).expand(-1, 8, -1)).unsqueeze(2)
-        found = layer.statistics(layer.prepare(images, positions), chosen)
-        draws.append(torch.cat([found.yx.flatten(), found.yy.flatten()]) / found.count)
+        sums = layer.statistics(layer.prepare(images, positions), chosen)
+        draws.append(torch.cat([sums.yx.flatten(), sums.yy.flatten()]) / sums.count)
     estimates = torch.stack(draws)
     error = (estimates.mean(dim=0) - torch.cat([whole.yx.flatten(), whole.yy.flatten()]) / whole.count).abs()
     standard = estimates.std(dim=0) / 400**0.5

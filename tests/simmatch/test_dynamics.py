@@ -515,6 +515,6 @@ def test_cuda_equals_cpu(
     columns, lateral = trained[0].to(dtype), trained[1].to(dtype)
     config = DynamicsConfig(tolerance=0, max_iterations=60, tile_columns=16)
     expected = solve(columns, lateral, config)
-    found = solve(columns.to(cuda), lateral.to(cuda), config)
-    assert found.y.device.type == "cuda"
-    assert (found.y.cpu() - expected.y).abs().amax() <= tolerance * expected.y.amax()
+    solution = solve(columns.to(cuda), lateral.to(cuda), config)
+    assert solution.y.device.type == "cuda"
+    assert (solution.y.cpu() - expected.y).abs().amax() <= tolerance * expected.y.amax()

@@ -92,9 +92,9 @@ def test_without_inhibition_the_encoder_is_exact(normalize: str, whiten: bool) -
     # the mismatch is quadratic near the solution, 1e-3 of the statistics at the end: a few 1e-3 of the activities
     other = random_images(70)[60:]
     torch.testing.assert_close(encoder(other), expected(other), rtol=0.0, atol=5e-3 * float(expected(other).amax()))
-    found = agreement(encoder, made, other)
-    assert found.cosine > 0.999
-    assert found.error < 0.01
+    quality = agreement(encoder, made, other)
+    assert quality.cosine > 0.999
+    assert quality.error < 0.01
 
 
 def test_where_all_channels_are_active_the_encoder_is_linear() -> None:
@@ -106,9 +106,9 @@ def test_where_all_channels_are_active_the_encoder_is_linear() -> None:
     solution, bias = torch.linalg.solve(lateral, weight), torch.full((4,), 20.0, dtype=torch.float64)
     y = solution @ inputs.T + bias.unsqueeze(1)
     assert float(y.amin()) > 0
-    found, found_bias = fit(inputs, y, bias)
+    weight_fitted, bias_fitted = fit(inputs, y, bias)
     # one step in the metric of the inputs solves it, to a ridge of 1e-6 and a mismatch of 1e-3 of y ≈ 20
-    reproduced = found @ inputs.T + found_bias.unsqueeze(1)
+    reproduced = weight_fitted @ inputs.T + bias_fitted.unsqueeze(1)
     assert float((reproduced - y).square().mean().sqrt() / y.square().mean().sqrt()) < MATCHED
 
 
@@ -120,11 +120,11 @@ def test_the_encoder_is_affine_in_the_layers_patches(images: Tensor, whiten: boo
     """Undo the folding: A = A' Π gives u = A' x̃ + (b + A' Π μ) on explicit x̃, with Π, μ of the layer's whitening."""
     made = learnt(images[:100], whiten=whiten)
     encoder = feedforward_encoder(made, images[:100])
-    found = encoder(images[100:110])
+    maps = encoder(images[100:110])
     seen = transform(patch_matrix(images[100:110], 3, 1, 1), made.patch)
     expected = (seen @ encoder.weight.flatten(1).T + encoder.bias).clamp(min=0.0)
     # sums of 9 products in float64; a variance taken from squares costs a few digits
-    torch.testing.assert_close(found.permute(0, 2, 3, 1).flatten(0, 2), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(maps.permute(0, 2, 3, 1).flatten(0, 2), expected, rtol=1e-9, atol=1e-9)
     if whiten:
         whitening = Whitening(made.whitening, made.whitening_mean)
         white = explicit(made.prepare(images[100:110]))
@@ -158,8 +158,8 @@ def test_the_statistics_of_the_sample_are_matched(images: Tensor, normalize: str
     encoder = feedforward_encoder(made, sample)
     seen = transform(patch_matrix(sample, 3, 1, 1), made.patch)
     with_one = torch.cat([seen, torch.ones(len(seen), 1, dtype=torch.float64)], dim=1)
-    y, found = true(made, sample), encoder(sample).permute(1, 0, 2, 3).flatten(1)
-    wanted, got = y @ with_one / len(seen), found @ with_one / len(seen)
+    y, estimate = true(made, sample), encoder(sample).permute(1, 0, 2, 3).flatten(1)
+    wanted, got = y @ with_one / len(seen), estimate @ with_one / len(seen)
     covariance = with_one.T @ with_one / len(seen)
     scale = y.square().mean(dim=1).sqrt()
     difference = got - wanted
@@ -167,7 +167,7 @@ def test_the_statistics_of_the_sample_are_matched(images: Tensor, normalize: str
     # the fit stops at 1e-3; activities here come from `nnls`, there from a residual of 1e-4
     assert float((mismatch / scale).amax()) < 3 * MATCHED
     # the bound of what a rectified affine function explains: it lowers the mean square and nothing else
-    assert bool((found.square().mean(dim=1) <= 1.01 * y.square().mean(dim=1)).all())
+    assert bool((estimate.square().mean(dim=1) <= 1.01 * y.square().mean(dim=1)).all())
 
 
 def true(made: SimilarityMatchingConv2d, images: Tensor) -> Tensor:
@@ -202,23 +202,23 @@ def test_empty_patches_are_exact(whiten: bool, request: pytest.FixtureRequest, i
 
 def test_a_filter_has_the_power_of_its_input(layer: SimilarityMatchingConv2d, images: Tensor) -> None:
     sample = images[:150]
-    found = feedforward_filter(layer, sample)
-    maps = F.conv2d(sample, found.weight, found.bias, padding=1).relu()
+    fitted = feedforward_filter(layer, sample)
+    maps = F.conv2d(sample, fitted.weight, fitted.bias, padding=1).relu()
     expected = sample.square().mean().expand(24)
     torch.testing.assert_close(maps.square().mean(dim=(0, 2, 3)), expected, rtol=1e-9, atol=0.0)
     again = feedforward_filter(layer, sample)
-    assert torch.equal(again.weight, found.weight)  # the sample is a function of the layer's seed
+    assert torch.equal(again.weight, fitted.weight)  # the sample is a function of the layer's seed
 
 
 def test_without_contrast_filter_and_encoder_differ_by_scale_alone(images: Tensor) -> None:
     """Then v = x, and both are fitted to the same patches."""
     made = learnt(images[:200], normalize="none")
     sample = images[:150]
-    encoder, found = feedforward_encoder(made, sample), feedforward_filter(made, sample)
-    gain = found.weight.flatten(1).norm(dim=1) / encoder.weight.flatten(1).norm(dim=1)
-    torch.testing.assert_close(found.weight, encoder.weight * gain.view(-1, 1, 1, 1), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found.bias, encoder.bias * gain, rtol=1e-9, atol=1e-12)
-    plain, scaled = agreement(encoder, made, sample[:20]), agreement(found, made, sample[:20])
+    encoder, fitted = feedforward_encoder(made, sample), feedforward_filter(made, sample)
+    gain = fitted.weight.flatten(1).norm(dim=1) / encoder.weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(fitted.weight, encoder.weight * gain.view(-1, 1, 1, 1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fitted.bias, encoder.bias * gain, rtol=1e-9, atol=1e-12)
+    plain, scaled = agreement(encoder, made, sample[:20]), agreement(fitted, made, sample[:20])
     assert scaled.correlation == pytest.approx(plain.correlation)
     assert scaled.support == pytest.approx(plain.support)
     assert scaled.error <= plain.error + 1e-9  # least-squares gains cannot be worse than any other
@@ -227,10 +227,10 @@ def test_without_contrast_filter_and_encoder_differ_by_scale_alone(images: Tenso
 def test_a_channel_silent_on_the_sample_stays_silent(images: Tensor) -> None:
     made = learnt(images[:200])
     made.feedforward[3] = 0.0
-    for found in (feedforward_encoder(made, images[:50]), feedforward_filter(made, images[:50])):
-        assert bool((found.weight[3] == 0).all())
-        assert float(found.bias[3]) == 0.0
-        assert bool(found.weight.isfinite().all())
+    for fitted in (feedforward_encoder(made, images[:50]), feedforward_filter(made, images[:50])):
+        assert bool((fitted.weight[3] == 0).all())
+        assert float(fitted.bias[3]) == 0.0
+        assert bool(fitted.weight.isfinite().all())
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------------
@@ -240,8 +240,8 @@ def test_agreement_of_activities_with_themselves_is_perfect() -> None:
     y = torch.rand(5, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64).sub(0.5).clamp(min=0.0)
     y[:, :3] = 0.0  # silent columns
     y[2] = 0.0  # a silent channel
-    found = compare(y, y)
-    assert found == Agreement(pytest.approx(1.0), pytest.approx(1.0), 1.0, 0.0)
+    quality = compare(y, y)
+    assert quality == Agreement(pytest.approx(1.0), pytest.approx(1.0), 1.0, 0.0)
     # all but the error ignore a common scale
     half = compare(0.5 * y, y)
     assert half == Agreement(pytest.approx(1.0), pytest.approx(1.0), 1.0, pytest.approx(0.5))
@@ -249,8 +249,8 @@ def test_agreement_of_activities_with_themselves_is_perfect() -> None:
 
 def test_agreement_by_hand() -> None:
     y = torch.tensor([[3.0, 0.0, 0.0, 1.0], [4.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    found = torch.tensor([[3.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
-    compared = compare(found, y)
+    estimate = torch.tensor([[3.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    compared = compare(estimate, y)
     # cosines 9/15, 1 (both silent), 0 (one silent), 0 (disjoint); Jaccard 1/2, 1, 0, 0
     assert compared.cosine == pytest.approx((0.6 + 1.0) / 4)
     assert compared.support == pytest.approx(1.5 / 4)
@@ -287,17 +287,17 @@ def test_the_encoder_agrees_on_digits_it_has_not_seen(
     """Correlation above 0.9 and error below 0.4, as for 24 channels on 9 pixels; no inhibition is far worse."""
     made = request.getfixturevalue("white_layer" if whiten else "layer")
     unseen = images[1000:1100]
-    found = agreement(feedforward_encoder(made, images[:150]), made, unseen)
+    quality = agreement(feedforward_encoder(made, images[:150]), made, unseen)
     rival = agreement(naive(made), made, unseen)
-    assert found.correlation > 0.9
-    assert found.error < 0.4
-    assert found.cosine > 0.8
-    assert found.correlation > rival.correlation
-    assert found.error < rival.error / 2
-    assert found.support > rival.support
+    assert quality.correlation > 0.9
+    assert quality.error < 0.4
+    assert quality.cosine > 0.8
+    assert quality.correlation > rival.correlation
+    assert quality.error < rival.error / 2
+    assert quality.support > rival.support
     # the filter is blind to a patch's contrast, and loses by it
     plain = agreement(feedforward_filter(made, images[:150]), made, unseen)
-    assert 0.7 < plain.correlation < found.correlation
+    assert 0.7 < plain.correlation < quality.correlation
 
 
 # -- costs and errors --------------------------------------------------------------------------------------------------

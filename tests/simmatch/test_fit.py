@@ -100,13 +100,13 @@ def slowly(images: Tensor, labels: Tensor, *, to_tolerance: bool) -> Stack:
 @pytest.mark.parametrize("cache", [True, False])
 def test_against_the_definition(images: Tensor, labels: Tensor, to_tolerance: bool, cache: bool) -> None:
     """float64; images are encoded in parts of 70 here and at once there: products round differently."""
-    found = Trainer(stack_of(images), images, labels, encode_batch=70, to_tolerance=to_tolerance, cache=cache).fit()
+    trained = Trainer(stack_of(images), images, labels, encode_batch=70, to_tolerance=to_tolerance, cache=cache).fit()
     expected = slowly(images, labels, to_tolerance=to_tolerance).state_dict()
-    for name, value in found.state_dict().items():
+    for name, value in trained.state_dict().items():
         scale = float(expected[name].abs().amax()) if value.numel() else 0.0
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9 * scale, msg=name)
-    assert int(found.layer(0).updates) == 7
-    assert int(found.layer(1).updates) == 8
+    assert int(trained.layer(0).updates) == 7
+    assert int(trained.layer(1).updates) == 8
 
 
 class Recorder(Observer):

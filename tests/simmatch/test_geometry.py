@@ -62,9 +62,9 @@ VARIANTS = pytest.mark.parametrize(("contrast", "whiten"), [(False, False), (Tru
 def test_drive_equals_explicit_patches(shape: tuple[int, ...], contrast: bool, whiten: bool) -> None:
     case = Case(shape, contrast=contrast, whiten=whiten)
     expected = case.feedforward.flatten(1) @ case.explicit.T
-    found = drive(case.patches, case.feedforward)
+    result = drive(case.patches, case.feedforward)
     # sums of at most P = 50 products of numbers below 100 in float64: 50 · 100² · 1e-16 = 5e-11
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
 @VARIANTS
@@ -73,9 +73,9 @@ def test_correlate_equals_explicit_patches(shape: tuple[int, ...], contrast: boo
     columns = case.explicit.shape[0]
     y = torch.randn(3, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = (y @ case.explicit).reshape(3, *case.feedforward.shape[1:])
-    found = correlate(case.patches, y)
+    result = correlate(case.patches, y)
     # sums over at most 4 · 121 columns
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
 @VARIANTS
@@ -126,15 +126,15 @@ def test_zca_equals_the_closed_form(ridge: float) -> None:
     generator = torch.Generator().manual_seed(6)
     mixing = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     patches = torch.randn(400, 8, generator=generator, dtype=torch.float64) @ mixing + 3.0
-    found = zca(patches, ridge)
+    whitening = zca(patches, ridge)
     covariance = np.cov(patches.numpy().T, bias=True)
     shifted = covariance + ridge * np.trace(covariance) / 8 * np.eye(8)
     # both are accurate to condition · eps; the condition is below 1e5
-    np.testing.assert_allclose(found.matrix.numpy(), inverse_root(shifted), rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(found.mean.numpy(), patches.numpy().mean(axis=0), rtol=1e-12)
-    torch.testing.assert_close(found.matrix, found.matrix.T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(whitening.matrix.numpy(), inverse_root(shifted), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(whitening.mean.numpy(), patches.numpy().mean(axis=0), rtol=1e-12)
+    torch.testing.assert_close(whitening.matrix, whitening.matrix.T, rtol=1e-12, atol=1e-12)
 
-    white = (patches - found.mean) @ found.matrix
+    white = (patches - whitening.mean) @ whitening.matrix
     white_covariance = np.cov(white.numpy().T, bias=True)
     if ridge < 1e-6:
         # the smallest eigenvalue is 1e-3 of the mean or more: the ridge moves it by 1e-6 of itself
@@ -150,11 +150,11 @@ def test_zca_of_degenerate_patches_is_finite() -> None:
     assert zca(flat, 0.1).matrix.isfinite().all()
     some = torch.zeros(50, 6)
     some[:, 2] = torch.linspace(-1, 1, 50)
-    found = zca(some, 0.1)
+    whitening = zca(some, 0.1)
     # one eigenvalue λ, mean λ/6: (λ(1 + 0.1/6))^(-1/2) along it, (0.1 λ/6)^(-1/2) elsewhere
     power = float(some[:, 2].double().square().mean())
-    assert float(found.matrix[2, 2]) == pytest.approx((power * (1 + 0.1 / 6)) ** -0.5, rel=1e-6)
-    assert float(found.matrix[0, 0]) == pytest.approx((power * 0.1 / 6) ** -0.5, rel=1e-6)
+    assert float(whitening.matrix[2, 2]) == pytest.approx((power * (1 + 0.1 / 6)) ** -0.5, rel=1e-6)
+    assert float(whitening.matrix[0, 0]) == pytest.approx((power * 0.1 / 6) ** -0.5, rel=1e-6)
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -185,9 +185,9 @@ def test_sampling_reaches_every_position() -> None:
     """12 positions, 220 · 11 draws: one of them is missed with probability 12 · (11/12)^2420 < 1e-90."""
     images = torch.arange(48.0).reshape(2, 1, 4, 6)
     config = PatchConfig(1, 1, 2)
-    found = sample_patches(images, config, 12 - 1, torch.Generator().manual_seed(0))
+    sample = sample_patches(images, config, 12 - 1, torch.Generator().manual_seed(0))
     expected = set(images[:, :, ::2, ::2].flatten().tolist())
-    assert set(found.flatten().tolist()) <= expected
+    assert set(sample.flatten().tolist()) <= expected
     seen: set[float] = set()
     for seed in range(220):
         seen |= set(sample_patches(images, config, 11, torch.Generator().manual_seed(seed)).flatten().tolist())

@@ -106,8 +106,8 @@ def test_whatever_m_comes_to_a_layer_its_dynamics_solve(way: Callable[..., Any])
     x = images(4, seed=9)
     assert layer(x).isfinite().all()  # whatever is kept of a bound is kept now
     expected = solve(other.drive(x), other.lateral, DynamicsConfig(tolerance=1e-10, ridge=EXACT.ridge)).y
-    found = way(layer, other)(x).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.amax()))
+    codes = way(layer, other)(x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(codes, expected, rtol=1e-6, atol=1e-6 * float(expected.amax()))
 
 
 def test_a_stack_that_was_copied_solves_with_what_it_loads() -> None:
@@ -241,8 +241,8 @@ def test_rows_that_one_owner_wrote_to_are_refused_by_all(mode: str, write: Calla
         assert layer(images(4)).isfinite().all()
         return said
 
-    found = results(run_owners(2, program))
-    assert all("call certify() or recertify() on all owners" in message for message in found[1])
+    messages = results(run_owners(2, program))
+    assert all("call certify() or recertify() on all owners" in message for message in messages[1])
 
 
 @pytest.mark.parametrize("mode", ["every_iteration", "block", "gather_state"])
@@ -275,9 +275,9 @@ def test_no_owner_learns_from_an_empty_batch(mode: str, owners: int) -> None:
         layer.partial_fit(images(4))
         return str(caught.value), exchange.num_exchanges
 
-    found = results(run_owners(owners, program))
-    assert found == found[:1] * owners
-    assert found[0][0] == "images: expected a batch of at least one, got a batch of size 0"
+    outcomes = results(run_owners(owners, program))
+    assert outcomes == outcomes[:1] * owners
+    assert outcomes[0][0] == "images: expected a batch of at least one, got a batch of size 0"
 
 
 def test_an_owner_whose_new_weights_are_not_finite_keeps_all_from_changing() -> None:
@@ -362,10 +362,10 @@ def test_a_process_that_is_spawned_may_hold_a_layer() -> None:
     answers = context.Queue()
     child = context.Process(target=_solve_in_child, args=(layer, answers))
     child.start()
-    found = torch.from_numpy(answers.get(timeout=60))
+    codes = torch.from_numpy(answers.get(timeout=60))
     child.join(20)
     assert child.exitcode == 0
-    assert torch.equal(found, expected)
+    assert torch.equal(codes, expected)
 
 
 def test_threads_of_a_parent_are_not_waited_for_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,8 +425,8 @@ def test_onnx_computes_the_activities() -> None:
     program = torch.onnx.export(Outputs(stack).eval(), (x,), dynamo=True, verbose=False, dynamic_shapes=shapes)
     session = reference.ReferenceEvaluator(program.model_proto)
     for count in (1, 4):
-        found = session.run(None, {session.input_names[0]: x[:count].numpy()})
-        for value, expected in zip(found, stack.outputs(x[:count]).values(), strict=True):
+        answers = session.run(None, {session.input_names[0]: x[:count].numpy()})
+        for value, expected in zip(answers, stack.outputs(x[:count]).values(), strict=True):
             torch.testing.assert_close(torch.from_numpy(value), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -466,8 +466,8 @@ def test_what_surrounds_a_call_changes_no_bit(surrounded: Callable[[], Any], sol
 
     expected = learn()
     with surrounded():
-        found = learn()
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        tensors = learn()
+    assert all(torch.equal(one, other) for one, other in zip(tensors, expected, strict=True))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def solve(owners: int, config: DynamicsConfig, **options: bool) -> tuple[list[So
         own = slice(rows[exchange.rank].start, rows[exchange.rank].stop)
         return Dynamics(config, rows[exchange.rank], exchange).solve(drive[own], lateral[own], bound), exchange
 
-    found = results(run_owners(owners, owner, **options))
-    return [solution for solution, _ in found], [exchange for _, exchange in found]
+    pairs = results(run_owners(owners, owner, **options))
+    return [solution for solution, _ in pairs], [exchange for _, exchange in pairs]
 
 
 def config(dtype: str | None, tolerance: float = 1e-5) -> DynamicsConfig:

@@ -74,12 +74,12 @@ def resources(binary: bytes, folder: Path) -> tuple[int, int, str]:
     path = folder / "kernel.cubin"
     path.write_bytes(binary)
 
-    def told(option: str) -> str:
+    def dump(option: str) -> str:
         return subprocess.run([tool, option, path], capture_output=True, text=True, check=True, timeout=60).stdout
 
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told("--dump-resource-usage"))
-    assert found is not None
-    return int(found[1]), int(found[2]), told("--dump-sass")
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
+    assert usage is not None
+    return int(usage[1]), int(usage[2]), dump("--dump-sass")
 
 
 @needs_triton
@@ -222,12 +222,12 @@ def test_dynamics_by_a_kernel(scripted: list[str]) -> None:
     bound = certify_afresh(lateral, Rows.all(32), ridge=1e-6)
     dynamics = Dynamics(DynamicsConfig(tolerance=1e-3), Rows.all(32))
     for part in (drive, drive[:, 7:20]):
-        found = dynamics.solve(part, lateral, bound, alone=True)
+        solution = dynamics.solve(part, lateral, bound, alone=True)
         expected = Dynamics(DynamicsConfig(tolerance=1e-3), Rows.all(32)).solve(part, lateral, bound, alone=False)
-        assert (found.y - expected.y).norm() <= 0.05 * expected.y.norm()
-        assert (found.residual <= 1e-3).all()
-        again = dynamics.solve(part, lateral, bound, alone=True, start=found.y)
-        assert again.num_iters < found.num_iters
+        assert (solution.y - expected.y).norm() <= 0.05 * expected.y.norm()
+        assert (solution.residual <= 1e-3).all()
+        again = dynamics.solve(part, lateral, bound, alone=True, start=solution.y)
+        assert again.num_iters < solution.num_iters
     assert scripted == ["coordinate_descent"] * 4
 
 

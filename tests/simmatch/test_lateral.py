@@ -338,10 +338,10 @@ def test_overflow_on_the_way_is_raised_by_all() -> None:
     ("total", "parts", "counts"), [(10, 3, [4, 3, 3]), (4, 4, [1] * 4), (7, 2, [4, 3]), (5, 1, [5])]
 )
 def test_rows_are_contiguous_and_even(total: int, parts: int, counts: list[int]) -> None:
-    found = split_rows(total, parts)
-    assert [rows.count for rows in found] == counts
-    assert [channel for rows in found for channel in range(rows.start, rows.stop)] == list(range(total))
-    assert {rows.padded for rows in found} == {max(counts)}
+    parts_of_rows = split_rows(total, parts)
+    assert [rows.count for rows in parts_of_rows] == counts
+    assert [channel for rows in parts_of_rows for channel in range(rows.start, rows.stop)] == list(range(total))
+    assert {rows.padded for rows in parts_of_rows} == {max(counts)}
 
 
 @pytest.mark.parametrize("parts", [0, -1, 5])

@@ -280,9 +280,9 @@ def test_label_gain_does_not_depend_on_the_units_of_the_input(factor: float, dig
     scaled.class_frequency.copy_(plain.class_frequency)
     scaled.recertify()
     for given in (None, labels):
-        found, expected = scaled.drive(images * factor, given), plain.drive(images, given)
+        result, expected = scaled.drive(images * factor, given), plain.drive(images, given)
         # a few roundings of float64
-        torch.testing.assert_close(found, expected * factor**3, rtol=1e-11, atol=1e-11 * factor**3)
+        torch.testing.assert_close(result, expected * factor**3, rtol=1e-11, atol=1e-11 * factor**3)
     assert (plain.drive(images, labels) - plain.drive(images)).abs().amax() > 1e-3  # labels do act
     # and so the activities scale, and the next update keeps the relation
     plain.partial_fit(images, labels)
@@ -443,6 +443,6 @@ def test_learning_on_cuda_equals_cpu(normalize: str, cuda: torch.device, digits:
         for layer in layers:
             layer.partial_fit(images.to(layer.lateral.device), labels.to(layer.lateral.device))
     for name in BUFFERS:
-        expected, found = (layer.get_buffer(name) for layer in layers)
-        assert found.device.type == "cuda"
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-8)
+        expected, moved = (layer.get_buffer(name) for layer in layers)
+        assert moved.device.type == "cuda"
+        torch.testing.assert_close(moved.cpu(), expected, rtol=1e-8, atol=1e-8)

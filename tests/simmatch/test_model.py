@@ -122,11 +122,11 @@ def test_the_exported_graph_equals_the_model_at_any_batch(trained: Stack, digits
     program = torch.export.export(Outputs(trained), (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     for batch in (1, 2, 5):
         x = to_unit(digits.test_images[:batch])
-        found = program.module()(x)
-        assert set(found) == {"features", "scores"}
+        exported = program.module()(x)
+        assert set(exported) == {"features", "scores"}
         for name, value in trained.outputs(x).items():
             # float32, 12 iterations per layer summed in another order; V is a few units long
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(exported[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_decode_needs_labels() -> None:

@@ -31,9 +31,9 @@ def test_objective_is_its_definition(patch_size: int, channels: int, columns: in
     y = torch.rand(channels, columns, generator=generator, dtype=torch.float64)
     z = torch.nn.functional.one_hot(torch.arange(columns) % 3, 4).T.double()  # the fourth class does not occur
     z[:, 0] = 0.0  # unlabelled
-    found = float(similarity_objective(x, y, z, alpha))
+    value = float(similarity_objective(x, y, z, alpha))
     # sums of up to 40² products of values near 1: rounding far below 1e-12
-    assert found == pytest.approx(by_definition(x, y, z if alpha else None, alpha), rel=1e-12)
+    assert value == pytest.approx(by_definition(x, y, z if alpha else None, alpha), rel=1e-12)
 
 
 def test_objective_of_silence_is_one_and_of_a_match_zero() -> None:
@@ -74,10 +74,10 @@ def offline_optimum(gram: Tensor, channels: int, restarts: int) -> float:
         step, value = 1e-2 / float(gram.diagonal().amax()), float((gram - y.T @ y).square().sum())
         for _ in range(3000):
             proposal = (y + step * y @ (gram - y.T @ y)).clamp(min=0)
-            found = float((gram - proposal.T @ proposal).square().sum())
-            step, accepted = (step * 1.1, True) if found < value else (step * 0.5, False)
+            proposed = float((gram - proposal.T @ proposal).square().sum())
+            step, accepted = (step * 1.1, True) if proposed < value else (step * 0.5, False)
             if accepted:
-                y, value = proposal, found
+                y, value = proposal, proposed
         best = min(best, value)
     return best / float(gram.square().sum())
 
@@ -133,12 +133,12 @@ def test_statistics_tell_whether_the_objective_is_above_one(gain: float, whiten:
     layer = SimilarityMatchingConv2d(2, 4, 3, num_classes=3, label_gain=gain, whiten=whiten, dtype=torch.float64)
     layer.calibrate(images)
     y = layer.solve(images, labels).y
-    found, expected = [], []
+    answers, expected = [], []
     for power in range(-12, 13):
         scaled = y * 2.0 ** (power / 4)
-        found.append(worse_than_silence(layer.statistics(images, scaled, labels), layer.alpha))
+        answers.append(worse_than_silence(layer.statistics(images, scaled, labels), layer.alpha))
         expected.append(layer.objective(images, scaled.transpose(0, 1).flatten(1), labels) > 1)
-    assert found == expected
+    assert answers == expected
     assert set(expected) == {False, True}
 
 

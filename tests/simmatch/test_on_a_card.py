@@ -64,10 +64,10 @@ def test_kernels_of_every_width(channels: int, cuda: torch.device) -> None:
         for tolerance in (1e-2, 1e-3):
             if kernels.supports(name, channels, drive.dtype, tolerance) is not None:
                 continue
-            found = kernel_checks.solve(name, drive, system, tolerance)
-            exact = kernel_checks.exact_residual(drive, found.y, system)
-            assert (found.residual <= tolerance).all(), (name, tolerance)
-            assert (exact <= found.residual + 1e-5).all(), (name, tolerance, (exact - found.residual).amax())
+            solution = kernel_checks.solve(name, drive, system, tolerance)
+            exact = kernel_checks.exact_residual(drive, solution.y, system)
+            assert (solution.residual <= tolerance).all(), (name, tolerance)
+            assert (exact <= solution.residual + 1e-5).all(), (name, tolerance, (exact - solution.residual).amax())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -101,12 +101,12 @@ def test_encoding_and_export_agree_with_the_cpu(cuda: torch.device, digits: Data
     layer = make_layer(cuda)
     learn(layer, digits)
     images = to_unit(digits.test_images[:30])
-    found = layer(images.to(cuda)).cpu()
+    codes_on_card = layer(images.to(cuda)).cpu()
     other = make_layer(torch.device("cpu"))
     other.load_state_dict({name: tensor.cpu() for name, tensor in layer.state_dict().items()})
     expected = other(images)
     exported = torch.export.export(other, (images,)).module()(images)
-    for codes in (found, exported):
+    for codes in (codes_on_card, exported):
         off = (codes - expected).abs().amax(dim=1) / expected.amax()
         assert (off <= 1e-4).double().mean() >= 0.99
         assert (off <= 1e-2).all()
@@ -143,10 +143,10 @@ def test_a_drive_that_is_not_finite_is_refused(mode: str, cuda: torch.device, di
 def test_solve_on_the_device(solver: str, cuda: torch.device) -> None:
     lateral, drive = random_lateral(50, 0, condition=30.0).float(), random_drive(50, 300, 1).float()
     config = DynamicsConfig(solver=solver, tolerance=1e-3, max_iterations=5000)
-    found = solve(drive.to(cuda), lateral.to(cuda), config)
-    exact = reference.residuals(drive.T, found.y.cpu().T, lateral, 1e-6 * float(lateral.diagonal().mean()))
+    solution = solve(drive.to(cuda), lateral.to(cuda), config)
+    exact = reference.residuals(drive.T, solution.y.cpu().T, lateral, 1e-6 * float(lateral.diagonal().mean()))
     assert (exact <= 1.01e-3).all()
-    assert (exact <= found.residual.cpu() + 1e-5).all()
+    assert (exact <= solution.residual.cpu() + 1e-5).all()
 
 
 @pytest.mark.parametrize("mode", ["alone", "gather_state"])

@@ -39,8 +39,8 @@ def test_batches_are_the_epochs_in_pieces(images, batch_size):
     assert (batches.per_epoch, len(batches)) == (steps, 3 * steps)
     in_order = [batches[update] for update in range(len(batches))]
     expected = [epoch_order(30, seed=5, epoch=epoch, images=images).split(batch_size) for epoch in range(3)]
-    for found, piece in zip(in_order, itertools.chain(*expected), strict=True):
-        assert torch.equal(found, piece)
+    for batch, piece in zip(in_order, itertools.chain(*expected), strict=True):
+        assert torch.equal(batch, piece)
 
 
 def test_order_refuses_impossible_counts():

@@ -53,8 +53,8 @@ def test_ridge_is_scikit_learns(images: int, classes: int) -> None:
     theirs = make_pipeline(StandardScaler(), RidgeClassifier(alpha=0.01 * images, solver="cholesky"))
     theirs.fit(features.numpy(), labels.numpy())
     expected = torch.from_numpy(theirs.decision_function(features.numpy()))
-    found = ours.scores(features)
-    torch.testing.assert_close(found if classes > 2 else found[:, 1], expected, rtol=0, atol=1e-9)
+    result = ours.scores(features)
+    torch.testing.assert_close(result if classes > 2 else result[:, 1], expected, rtol=0, atol=1e-9)
     assert (ours.predict(features.numpy()) == theirs.predict(features.numpy())).all()
     assert ours.score(features.numpy(), labels.numpy()) == theirs.score(features.numpy(), labels.numpy())
 

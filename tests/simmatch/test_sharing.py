@@ -88,8 +88,8 @@ def learn(
     return program
 
 
-def of_all(found: list[Learnt], name: str) -> Tensor:
-    return torch.cat([learnt.layer.get_buffer(name) for learnt in found])
+def of_all(owners_learnt: list[Learnt], name: str) -> Tensor:
+    return torch.cat([learnt.layer.get_buffer(name) for learnt in owners_learnt])
 
 
 # -- one result --------------------------------------------------------------------------------------------------------
@@ -108,16 +108,16 @@ def test_fixed_iterations_give_the_weights_of_one_owner(kind: str, size: int, di
     fresh = make_layer(single.layer.exchange, "every_iteration", kind, FIXED)
     assert (single.layer.feedforward - fresh.feedforward).norm() > 0.1 * fresh.feedforward.norm()
     for owners in (1, 2, 3):
-        found = results(run_owners(owners, learn(digits, "gather_state", kind, size, FIXED)))
+        owners_learnt = results(run_owners(owners, learn(digits, "gather_state", kind, size, FIXED)))
         for name in (*WEIGHTS, "silent"):
             allowed = 0.0 if owners == 1 else 1e-11
-            torch.testing.assert_close(of_all(found, name), single.layer.get_buffer(name), rtol=0, atol=allowed)
-        for learnt in found:
+            torch.testing.assert_close(of_all(owners_learnt, name), single.layer.get_buffer(name), rtol=0, atol=allowed)
+        for learnt in owners_learnt:
             assert learnt.layer.revived == single.layer.revived
             assert learnt.layer.bound.value == pytest.approx(single.layer.bound.value, rel=1e-11)
             for mine, theirs in zip(learnt.codes, single.codes, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
-            for mine, theirs in zip(learnt.codes, found[0].codes, strict=True):
+            for mine, theirs in zip(learnt.codes, owners_learnt[0].codes, strict=True):
                 assert torch.equal(mine, theirs)
 
 
@@ -133,10 +133,10 @@ def test_solving_tightly_gives_the_weights_of_another_solver(kind: str, digits: 
     eigenvalues = torch.linalg.eigvalsh(single.layer.lateral)
     assert eigenvalues[-1] < 1e3 * eigenvalues[0]
     for owners in (1, 3):
-        found = results(run_owners(owners, learn(digits, "gather_state", kind, 5, tight)))
+        owners_learnt = results(run_owners(owners, learn(digits, "gather_state", kind, 5, tight)))
         for name in WEIGHTS:
-            torch.testing.assert_close(of_all(found, name), single.layer.get_buffer(name), rtol=0, atol=1e-5)
-        assert all(record.residual <= 1e-9 for record in found[0].records)
+            torch.testing.assert_close(of_all(owners_learnt, name), single.layer.get_buffer(name), rtol=0, atol=1e-5)
+        assert all(record.residual <= 1e-9 for record in owners_learnt[0].records)
 
 
 def test_drawn_positions_are_learnt_from_alike(digits: Dataset) -> None:
@@ -155,9 +155,9 @@ def test_drawn_positions_are_learnt_from_alike(digits: Dataset) -> None:
 
     (single,) = results(run_owners(1, program("every_iteration")))
     for owners in (2, 3):
-        found = results(run_owners(owners, program("gather_state")))
+        shards = results(run_owners(owners, program("gather_state")))
         for name in ("feedforward", "lateral"):
-            together = torch.cat([layer.get_buffer(name) for layer in found])
+            together = torch.cat([layer.get_buffer(name) for layer in shards])
             torch.testing.assert_close(together, single.get_buffer(name), rtol=0, atol=1e-11)
 
 
@@ -213,9 +213,9 @@ def test_records_are_those_of_one_owner(size: int, digits: Dataset) -> None:
     assert 0.0 < last.objective < 1.0
     assert 0.0 < last.active_fraction < 1.0
     for mode in ("every_iteration", "gather_state"):
-        found = results(run_owners(3, learn(digits, mode, "supervised", size, FIXED)))
-        for learnt in found:
-            assert learnt.records == found[0].records
+        owners_learnt = results(run_owners(3, learn(digits, mode, "supervised", size, FIXED)))
+        for learnt in owners_learnt:
+            assert learnt.records == owners_learnt[0].records
             for mine, theirs in zip(learnt.records, single.records, strict=True):
                 assert mine.num_iters == theirs.num_iters
                 assert mine.objective == pytest.approx(theirs.objective, rel=1e-9)
@@ -301,7 +301,7 @@ def test_a_fault_of_one_owner_is_raised_by_all(
 
 
 def test_a_fault_while_looking_is_raised_by_all(digits: Dataset) -> None:
-    """`solve` and the label-free pass gather what was found; an owner that found nothing says so."""
+    """`solve` and the label-free pass gather the solutions; an owner without one reports its fault."""
     images, _ = batches(digits, "conv", 4)[0]
 
     def program(exchange: ThreadExchange) -> list[list[int]]:
