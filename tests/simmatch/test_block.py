@@ -118,7 +118,7 @@ def test_one_owner_solves_its_block_exactly() -> None:
     """All channels are one block: the first step is the problem itself, and inner iterations solve it."""
     columns, lateral = trained_like(12, 8)
     y, residual, steps, _, _ = solve(1, columns, lateral, tolerance=1e-10, inner_iterations=800)
-    assert steps == 2  # the second brings the news of the first
+    assert steps == 2  # the second reports the result of the first
     assert residual.amax() <= 1e-10
     torch.testing.assert_close(y, nnls_columns(columns, lateral), rtol=0, atol=1e-7)
 

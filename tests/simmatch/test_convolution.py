@@ -145,7 +145,7 @@ def step_over_activities(in_channels: int, kernel: int, *, contrast: bool, label
 
 @pytest.mark.parametrize("in_channels", [1, 16])
 @pytest.mark.parametrize("contrast", [False, True])
-def test_a_learning_step_needs_three_times_its_activities_whatever_the_kernel(
+def test_a_learning_step_needs_three_times_its_activities_with_any_kernel(
     in_channels: int, contrast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drive and activities are 2. The rest is left for chunks and tiles, which the sizes here keep small beside the
@@ -164,9 +164,7 @@ def test_labels_need_no_third_copy_of_the_activities(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("in_channels", [1, 16])
-def test_the_convolution_library_makes_no_patch_matrix_of_its_own(
-    in_channels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_convolution_library_makes_no_patch_matrix(in_channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that torch allocates, inside kernels too: the result and chunks, where the patch matrix is up to 12 times
     the activities."""
     monkeypatch.setattr(simmatch.convolution, "CHUNK_VALUES", 1 << 13)

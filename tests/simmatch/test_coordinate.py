@@ -105,7 +105,7 @@ def test_the_residual_is_that_of_the_returned_activities(tolerance: float) -> No
 
 
 def test_a_tighter_tolerance_never_raises_the_energy() -> None:
-    """Moves and faces only descend, and the tolerance only says where along one path to stop."""
+    """Moves and faces only descend, and the tolerance only determines where on the same path to stop."""
     columns, lateral = problem(30, 40, torch.float64)
     previous = torch.zeros(40, dtype=torch.float64)
     for tolerance in (0.5, 0.2, 0.1, 1e-2, 1e-3, 1e-6, 1e-10):

@@ -45,10 +45,10 @@ def test_layouts_of_fashion_mnist(nowhere, below, gz):
     assert dataset.train_labels.dtype == torch.int64
 
 
-def test_places_are_looked_at_in_order(nowhere, monkeypatch):
+def test_places_are_searched_in_order(nowhere, monkeypatch):
     monkeypatch.setenv("SIMMATCH_DATA", str(nowhere / "env"))
     places = {"cwd/data": 1, "system": 2, "env": 3, "given": 4}
-    for place, mark in places.items():  # from the last looked at to the first
+    for place, mark in places.items():  # from the last searched to the first
         write_mnist(nowhere / place, mark=mark)
         root = str(nowhere / "given") if place == "given" else None
         assert load_dataset(DataConfig(name="fashion_mnist", root=root)).train_images[0, 0, 0, 0] == mark
@@ -234,7 +234,7 @@ def test_too_many_damaged_images_are_a_fault_of_the_data_set():
 
 
 def test_images_are_counted_after_damaged_ones_are_left_out(nowhere):
-    """A file of labels with one that is no class, as a user would meet it."""
+    """A file with a label that is not a class, as a user would have it."""
     labels = write_mnist(nowhere / "root")[1]
     labels[2] = 77
     (nowhere / "root" / IDX_FILES[1]).write_bytes(idx_bytes(labels))
@@ -301,6 +301,6 @@ def test_a_digest_names_everything(digits: Dataset) -> None:
         others.append(dataclasses.replace(digits, **{field: changed}))
     digests = [other.digest() for other in others]
     assert digests.count(digits.digest()) == 1
-    assert digests[5] == digits.digest()  # how many were left out is told by the counts
+    assert digests[5] == digits.digest()  # the counts show how many were left out
     assert len({*digests}) == len(digests)
     assert len(digits.digest()) == 16

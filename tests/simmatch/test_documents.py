@@ -1,4 +1,4 @@
-"""YAML and JSON of somebody else: what they may not do, and that a message stays one line whatever is in them."""
+"""Untrusted YAML and JSON: the limits, and messages that are one line whatever the content."""
 
 from __future__ import annotations
 

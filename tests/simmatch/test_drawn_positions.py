@@ -169,7 +169,7 @@ def test_statistics_count_the_drawn_columns_and_repeat_their_label(digits: Datas
 
 
 def test_the_mean_over_drawn_columns_estimates_the_mean_over_all(digits: Dataset) -> None:
-    """The mean of 400 estimates lies within 5 of its own standard errors of ⟨y xᵀ⟩ and ⟨y yᵀ⟩ over all columns.
+    """The mean of 400 estimates is within 5 of its standard errors of ⟨y xᵀ⟩ and ⟨y yᵀ⟩ over all columns.
 
     72 + 64 entries, each beyond 5 with a chance of 6e-7.
     """

@@ -110,7 +110,7 @@ def test_against_the_definition(images: Tensor, labels: Tensor, to_tolerance: bo
 
 
 class Recorder(Observer):
-    """Everything that a trainer says, in order; ends the training after an update, if so asked."""
+    """Records all calls of a trainer in order, and ends the training after a given update."""
 
     def __init__(self, last: tuple[int, int] | None = None) -> None:
         self.said: list[tuple[Any, ...]] = []

@@ -100,7 +100,7 @@ WAYS = [by_loading, by_averaging, by_calling, by_assigning, by_writing, by_writi
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_whatever_m_comes_to_a_layer_its_dynamics_solve(way: Callable[..., Any]) -> None:
+def test_the_dynamics_use_the_current_m_however_it_was_changed(way: Callable[..., Any]) -> None:
     """From an M with λmax = 1 to one with 40: a step of the old bound is forty times too long."""
     layer, other = layer_of(0, largest=1.0), layer_of(1, largest=40.0)
     x = images(4, seed=9)
@@ -192,7 +192,7 @@ def test_a_vector_that_knows_nothing_of_m_bounds_it_within_a_fifth() -> None:
 
 @pytest.mark.parametrize("start", [[0.0] * 8, [-1.0] * 8, [-1.0, 1.0] * 4, [torch.nan] + [1.0] * 7])
 def test_any_vector_bounds(start: list[float]) -> None:
-    """A half-loaded state may hold one that is no Perron vector of anything."""
+    """A partly loaded state may hold a vector that is not the Perron vector of any matrix."""
     layer = layer_of(7, largest=20.0)
     layer.load_state_dict({"perron": torch.tensor(start)}, strict=False)
     top = float(torch.linalg.eigvalsh(layer.lateral)[-1])
@@ -223,7 +223,7 @@ def shard(exchange: ThreadExchange, mode: str, **options: Any) -> SimilarityMatc
 @pytest.mark.parametrize("write", [lambda rows: rows.mul_(3.0), lambda rows: rows.data.mul_(3.0)])
 @pytest.mark.parametrize("mode", ["every_iteration", "block", "gather_state"])
 def test_rows_that_one_owner_wrote_to_are_refused_by_all(mode: str, write: Callable[[Tensor], Any]) -> None:
-    """The bound is one for all: an owner alone cannot find another, and none goes on with the old one."""
+    """All owners share one bound: a single owner cannot compute a new one, and none continues with the old one."""
 
     def program(exchange: ThreadExchange) -> list[str]:
         layer, said = shard(exchange, mode), []

@@ -29,7 +29,7 @@ needs_triton = pytest.mark.skipif(not kernels.installed(), reason="needs Triton,
 @needs_triton
 @pytest.mark.slow
 def test_what_the_kernels_compute() -> None:
-    """All of `kernel_checks`, in a process of its own: the interpreter is chosen when Triton is imported."""
+    """All of `kernel_checks`, in a separate process: the interpreter is selected when Triton is imported."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.simmatch.kernel_checks"],
         cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=110,

@@ -270,7 +270,7 @@ def test_owners_report_the_residual_of_what_they_return(world_size: int) -> None
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_one_exchange_per_iteration(world_size: int) -> None:
-    """Every iterate is gathered once, and one small gather more brings the residual of the last."""
+    """Every iterate is gathered once, and one more small gather sends the residual of the last."""
     config = DynamicsConfig(tolerance=0, max_iterations=23, tile_columns=16)
     tiles = -(-COLUMNS // config.tile_columns)
     for _, num_exchanges in results(sharded_solve(world_size, config)):

@@ -246,13 +246,13 @@ def test_forward_is_label_free_with_fixed_iterations(digits: Dataset) -> None:
 
 
 def test_a_loaded_layer_goes_on_as_the_saved_one(digits: Dataset) -> None:
-    """Bit by bit: the state says all that the next update depends on, the bound of λmax(M) too."""
+    """Bit by bit: the state determines the next update completely, including the bound of λmax(M)."""
     options = {"num_classes": 10, "label_gain": 0.5, "whiten": True, "dtype": torch.float64}
     options["dynamics"] = DynamicsConfig(solver="accelerated")  # its step is the bound's
     first, *later = batches(digits, 6, 10)
     layer, loaded = (SimilarityMatchingConv2d(1, 7, 4, **options) for _ in range(2))
     layer.partial_fit(*first)
-    assert loaded(first[0]).isfinite().all()  # it has a bound of its own M, which is not the one it loads
+    assert loaded(first[0]).isfinite().all()  # its bound was that of the M before loading
     loaded.load_state_dict(layer.state_dict())
     assert torch.equal(loaded(first[0]), layer(first[0]))
     for images, labels in later:
@@ -386,7 +386,7 @@ def test_sharded_learning_equals_a_single_owner(supervised: bool, digits: Datase
 @pytest.mark.parametrize("guilty", [0, 2])
 @pytest.mark.parametrize("kind", ["labels", "weights"])
 def test_a_fault_of_one_owner_while_learning_is_raised_by_all(kind: str, guilty: int, digits: Dataset) -> None:
-    """Bad labels or damaged weights that one owner alone has; nobody waits for ever, nobody learns from them."""
+    """Invalid labels or damaged weights of a single owner: no owner waits forever, and none learns from them."""
     (images, labels), (later, later_labels) = batches(digits, 2, 6)
 
     def learn(exchange: ThreadExchange) -> None:

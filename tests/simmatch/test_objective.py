@@ -179,7 +179,7 @@ def test_many_channels_start_above_one_without_a_warning(digits: Dataset) -> Non
 
 @pytest.mark.parametrize(("lr", "decay", "tau"), [(0.1, None, 1.0), (0.1, 100, 0.5), (0.3, 7, 0.4), (0.004, None, 0.2)])
 def test_the_weight_of_the_start_is_bounded(lr: float, decay: int | None, tau: float) -> None:
-    """∏(1 − η_u/τ), multiplied out; nobody is called settled too early, nor much too late."""
+    """∏(1 − η_u/τ), multiplied out: the bound is never too small, and not much too large."""
     config = PlasticityConfig(lr=lr, lr_decay_steps=decay, tau=tau)
     exact = 1.0
     for update in range(300):

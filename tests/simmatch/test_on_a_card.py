@@ -113,7 +113,7 @@ def test_encoding_and_export_agree_with_the_cpu(cuda: torch.device, digits: Data
 
 
 def test_a_state_travels_both_ways(cuda: torch.device, digits: Dataset) -> None:
-    """Saved on the device, loaded on the CPU, and back: the same bits, and learning goes on."""
+    """Saved on the device, loaded on the CPU, and back: the same bits, and learning continues."""
     layer = make_layer(cuda)
     learn(layer, digits, updates=3)
     file = io.BytesIO()

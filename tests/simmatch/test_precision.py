@@ -18,5 +18,5 @@ with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as torch.exp
 
 
 def test_no_tf32_and_cudnn_flags_still_work() -> None:
-    """In a process of its own: the settings are the process's."""
+    """In a separate process, because the settings are those of a whole process."""
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=60)

@@ -85,7 +85,7 @@ def longest_wait(work: Callable[[], object]) -> float:
     return max(waits) / seconds
 
 
-def test_ridge_holds_up_nobody_in_the_process() -> None:
+def test_ridge_does_not_block_other_threads() -> None:
     """Other threads are served while it solves; scipy's solver lets none run for a third of the fit."""
     features, labels = torch.rand(1900, 1900, generator=seeded("lock")), torch.arange(1900) % 3
     fit_readout("ridge", features[:10], labels[:10])  # what is loaded on first use does not count

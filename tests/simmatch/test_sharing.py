@@ -207,7 +207,7 @@ def test_an_update_moves_weights_and_statistics_once(kind: str, patch: int, digi
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_records_are_those_of_one_owner(size: int, digits: Dataset) -> None:
-    """Also of batches with fewer images than owners; the objective looks at the first 24 columns, two images."""
+    """Also of batches with fewer images than owners; the objective uses the first 24 columns, two images."""
     (single,) = results(run_owners(1, learn(digits, "every_iteration", "supervised", size, FIXED)))
     last = single.records[-1]
     assert 0.0 < last.objective < 1.0
@@ -270,7 +270,7 @@ def damage(
 def test_a_fault_of_one_owner_is_raised_by_all(
     kind: str, guilty: int, size: int, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every phase of an update: nobody waits for ever, and nobody learns from it."""
+    """At every phase of an update: no owner waits forever, and none learns from it."""
     work = batches(digits, "supervised", size)
 
     def program(exchange: ThreadExchange) -> Any:
