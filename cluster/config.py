@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cluster.mesh import Mesh, MeshConfig
+from cluster.mesh import MeshConfig
 from cluster.policy import Divergence
 from cluster.redaction import redact
 from cluster.tracking.config import TrackingConfig
@@ -120,14 +120,12 @@ class RunConfig(Frozen):
     log_every: PositiveInt = 10
     """Updates between two records of a layer's metrics."""
 
-    def checked_mesh(self) -> Mesh:
-        """The mesh, checked against the model's layers and the smallest group allowed."""
-        mesh = Mesh.from_config(self.mesh)
-        mesh.check(self.model)
+    def check_mesh(self) -> None:
+        """Raise ConfigError where the mesh does not fit the model's layers or the smallest group allowed."""
+        self.mesh.check(self.model)
         least = self.cluster.min_shards
-        if least is not None and least > mesh.channel:
-            raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={mesh.channel}, got {least}")
-        return mesh
+        if least is not None and least > self.mesh.channel:
+            raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={self.mesh.channel}, got {least}")
 
     def at_rate(self, factor: float) -> RunConfig:
         """The same with all learning rates multiplied."""

@@ -167,7 +167,7 @@ class Controller:
                 return self.record
             if self._stop_asked:
                 raise RunStopped(failure.message)
-            shards = self.config.checked_mesh().world_size
+            shards = self.config.mesh.world_size
             decision = self.policy.decide(failure, self._failed_restarts, shards, lowered=self.record.rate < 1)
             if isinstance(decision, Stop):
                 raise RunFailed(decision.why)
@@ -182,11 +182,11 @@ class Controller:
         cursor = Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor
         tags = {"restarts": str(self.record.restarts)}
         how = ""
-        if decision.shards != self.config.checked_mesh().world_size:
+        if decision.shards != self.config.mesh.world_size:
             mesh = self.config.mesh.model_copy(update={"channel": decision.shards})
             self.config = self.config.model_copy(update={"mesh": mesh})
             how = f" of {count(decision.shards, 'rank')}"
-            tags |= {"simmatch.world_size": str(decision.shards), "simmatch.mesh": str(self.config.checked_mesh())}
+            tags |= {"simmatch.world_size": str(decision.shards), "simmatch.mesh": str(self.config.mesh)}
         if decision.lower_rate:
             self.record.rate *= RATE_FACTOR_AFTER_DIVERGENCE
             self.record.forget(cursor)

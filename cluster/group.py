@@ -74,7 +74,7 @@ class WorkerGroup:
     def __init__(self, assignment: Assignment, worker_class: type[Worker] = Worker) -> None:
         self.assignment, self.worker_class = assignment, worker_class
         self.config = assignment.config.cluster
-        self.world_size = assignment.config.checked_mesh().world_size
+        self.world_size = assignment.config.mesh.world_size
         self.ranks: list[RankInfo] = []
         self._placement: PlacementGroup | None = None
         self._actors: list[Any] = []

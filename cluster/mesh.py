@@ -1,4 +1,4 @@
-"""The mesh: the coordinates of each rank on the parallel axes. Pure arithmetic, checked before any process starts.
+"""The mesh: how many parts every parallel axis has. Pure arithmetic, checked before any process starts.
 
     data      replicas of the group: the batch is split, statistics are reduced once per update
     layer     stages of the stack
@@ -9,7 +9,6 @@ Only `channel` may exceed 1 so far; the other axes exist so that adding them cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -31,38 +30,9 @@ class MeshConfig(Frozen):
     layer: NotYetSplit = 1
     """Stages of the stack: 1."""
 
-
-@dataclass(frozen=True)
-class Coordinates:
-    """A rank's index on every axis."""
-
-    data: int
-    layer: int
-    channel: int
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Extents of the axes; rank = (data · layers + layer) · channels + channel."""
-
-    channel: int
-    data: int = 1
-    layer: int = 1
-
-    @classmethod
-    def from_config(cls, config: MeshConfig) -> Mesh:
-        return cls(channel=config.channel, data=config.data, layer=config.layer)
-
     @property
     def world_size(self) -> int:
         return self.channel * self.data * self.layer
-
-    def coordinates(self, rank: int) -> Coordinates:
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"expected a rank from 0 to {self.world_size - 1} in {self}, got {rank}")
-        outer, channel = divmod(rank, self.channel)
-        data, layer = divmod(outer, self.layer)
-        return Coordinates(data=data, layer=layer, channel=channel)
 
     def check(self, model: ModelConfig) -> None:
         """Raise ConfigError where a layer has fewer channels than shards, or a solver that cannot be sharded."""

@@ -119,7 +119,7 @@ def summarise(
         "accuracy": readout and readout.accuracy,
         "accuracy_decode": readout and readout.accuracy_decode,
         "probe": readout and readout.readout,
-        "world_size": config.checked_mesh().world_size,
+        "world_size": config.mesh.world_size,
         "mesh": config.mesh.model_dump(),
         "steps": record.steps,
         "images_per_second": record.images / seconds if seconds > 0 else 0.0,

@@ -121,7 +121,7 @@ class Worker:
             self._store,
             self.assignment.generation,
             self.assignment.rank,
-            config.checked_mesh().world_size,
+            config.mesh.world_size,
             self._device(),
             config.cluster.collective_timeout_s,
         )

@@ -114,7 +114,7 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
     """The resolved configuration, the mesh, and a table of the layers."""
     text = dump_yaml(public(config))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    mesh = config.checked_mesh()
+    mesh = config.mesh
     console.print(f"mesh: {mesh}, {count(mesh.world_size, 'rank')} on {config.device}", highlight=False)
     rows = [
         (
@@ -126,7 +126,7 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
             plan.parameters,
             size(plan.activation_bytes),
             size(plan.cache_bytes),
-            f"every {plan.exchange}" if config.mesh.channel > 1 else "none",
+            f"every {plan.exchange}" if mesh.channel > 1 else "none",
             size(plan.exchange_bytes),
         )
         for index, plan in enumerate(plan_layers(config, source, train_images))

@@ -23,7 +23,7 @@ def check(config: RunConfig) -> Dataset:
     ConfigError, DataError
         One line each, naming the key.
     """
-    config.checked_mesh()
+    config.check_mesh()
     dataset = load_dataset(config.data)
     inputs = layer_inputs(config.model, dataset.source)
     for index, layer in enumerate(config.model.layers):

@@ -90,8 +90,9 @@ class TrainingJob:
             self._signals.install()  # to the end of the process: the exit status of a finished run must not change
             with self._make_display(self.console, self._hide) as display:
                 outcome = self._attempt(display)
-        except Interrupted as error:
-            outcome = RunOutcome("KILLED", exit_status(error.signum), str(error))
+        except KeyboardInterrupt:  # `Interrupted`, or what Ray raises in its place
+            assert self._signum is not None
+            outcome = RunOutcome("KILLED", exit_status(self._signum), str(Interrupted(self._signum)))
         finally:
             self._over = True
             self._close(outcome)
@@ -121,10 +122,10 @@ class TrainingJob:
 
     def _train(self, display: JobDisplay, start_step: int) -> None:
         group = self.config.cluster
-        address = start_ray(self.config.checked_mesh().world_size * group.cpus_per_rank, group.start_timeout_s)
+        address = start_ray(self.config.mesh.world_size * group.cpus_per_rank, group.start_timeout_s)
         from cluster.group import WorkerGroup  # imports ray, whose environment is set by now
 
-        display.note(f"ray: {address}; mesh: {self.config.checked_mesh()}; device: {self.config.device}")
+        display.note(f"ray: {address}; mesh: {self.config.mesh}; device: {self.config.device}")
         controller = Controller(
             self.config,
             self.start.destination,
@@ -142,7 +143,7 @@ class TrainingJob:
         try:
             controller.run()
             self._over = True
-        except Interrupted:
+        except KeyboardInterrupt:
             if not controller.finished:
                 raise
         finally:
@@ -201,7 +202,7 @@ class TrainingJob:
         elif self._signum is None and self._controller is not None and self._controller.stop():
             self._signum = signum
         elif not signum == self._signum == signal.SIGHUP:  # a closed terminal sends two: the system's and the shell's
-            self._over = True
+            self._signum, self._over = signum, True
             raise Interrupted(signum)
 
     def _record_start(self) -> None:
@@ -209,8 +210,8 @@ class TrainingJob:
         config, tracker = self.config, self.tracker
         tags = {
             "simmatch.git_commit": git_commit() or "unknown",
-            "simmatch.world_size": str(config.checked_mesh().world_size),
-            "simmatch.mesh": str(config.checked_mesh()),
+            "simmatch.world_size": str(config.mesh.world_size),
+            "simmatch.mesh": str(config.mesh),
             "simmatch.host": os.uname().nodename,
             "simmatch.device": config.device,
             "simmatch.skipped_images": str(self.dataset.skipped),

@@ -251,7 +251,7 @@ def accepted(values: Any) -> RunConfig | None:
     """The configuration, or None after one clear error."""
     try:
         config = parse(RunConfig, values)
-        config.checked_mesh()
+        config.check_mesh()
     except ConfigError as error:
         one_line(error)
         return None

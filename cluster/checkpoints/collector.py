@@ -43,7 +43,7 @@ class CheckpointCollector:
         step = written.cursor.step
         shards = self._shards.setdefault(step, {})
         shards[rank] = written.shard
-        if len(shards) < config.checked_mesh().world_size:
+        if len(shards) < config.mesh.world_size:
             return
         del self._shards[step]
         manifest = Manifest(

@@ -392,7 +392,7 @@ def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | N
 
 def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[list[Message]]:
     run_dir.mkdir(parents=True)
-    return results(ranks(train, config.checked_mesh().world_size, config, run_dir, resume))
+    return results(ranks(train, config.mesh.world_size, config, run_dir, resume))
 
 
 def commit_all(config: RunConfig, run_dir: Path, messages: list[list[Message]]) -> list[Cursor]:

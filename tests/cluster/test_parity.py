@@ -297,7 +297,7 @@ ConfigMaker = Callable[..., RunConfig]
 
 def run_to_end(ranks: Any, config: RunConfig, run_dir: Path, **options: Any) -> Trained:
     run_dir.mkdir()
-    world_size = config.checked_mesh().world_size
+    world_size = config.mesh.world_size
     return read(run_dir, results(ranks(train, world_size, config, run_dir, *options.values()))[0])
 
 

@@ -291,6 +291,26 @@ def test_two_signals_while_ray_starts(make_job: Callable[..., TrainingJob], monk
     assert summary_of(job)["status"] == "KILLED"
 
 
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_that_ray_turns_into_its_own_exception(
+    make_job: Callable[..., TrainingJob], signum: signal.Signals, trains: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ray.wait` raises a KeyboardInterrupt of its own in place of any that a handler raises in it."""
+
+    def wait(_: Scripted) -> None:
+        if trains:
+            signal.raise_signal(signal.SIGINT)  # the first asks for a last checkpoint, the next one ends the run
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signum)
+        raise KeyboardInterrupt
+
+    job = make_job(deed=wait, trains=trains)
+    assert job.run() == 128 + signum
+    assert summary_of(job)["status"] == "KILLED"
+    assert capsys.readouterr().err == f"error: ended by {signum.name}\n"
+
+
 def test_a_run_without_a_readout_is_shown_and_recorded(
     make_job: Callable[..., TrainingJob], capsys: pytest.CaptureFixture[str]
 ) -> None:
