@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from secrets import token_hex
-from typing import Protocol, assert_never
+from typing import TYPE_CHECKING, Protocol, assert_never
 
 from cluster.checkpoints.collector import CheckpointCollector
 from cluster.checkpoints.committer import Committer
@@ -23,10 +23,8 @@ from cluster.messages import (
     Message,
     ModelExported,
     Note,
-    OfTheRun,
     Progress,
     RankInfo,
-    RankStatus,
     ReadoutScored,
     ShardFailed,
     ShardWritten,
@@ -34,38 +32,18 @@ from cluster.messages import (
     Traceback,
     TrainingWarning,
 )
-from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, Restart, Stop
+from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, GroupFailure, Restart, Stop
 from cluster.storage import AnyPath
 from cluster.summary import ABANDONED_TAG, RATE_TAG, RunRecord, abandoned
 from cluster.text import count
+from cluster.tracking.tracker import Tracker
 from cluster.training import Assignment
+
+if TYPE_CHECKING:
+    from cluster.group import WorkerGroup  # imports ray, whose environment must be set by then
 
 SETTLE_S = 1.0
 """Longest wait of a round for a commit: a disk takes milliseconds, and what takes longer continues during rounds."""
-
-
-class Group(Protocol):
-    """What the controller needs of `cluster.group.WorkerGroup`."""
-
-    ranks: list[RankInfo]
-
-    def start(self) -> None: ...
-
-    def poll(self) -> list[RankStatus]: ...
-
-    def stop(self) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class Recorder(Protocol):
-    """What the controller needs of `cluster.tracking.tracker.Tracker`."""
-
-    def metrics(
-        self, step: int, values: dict[str, float], layer: int | None = None, time_s: float | None = None
-    ) -> None: ...
-
-    def tags(self, values: dict[str, str]) -> None: ...
 
 
 class Display(Protocol):
@@ -102,8 +80,8 @@ class Controller:
         self,
         config: RunConfig,
         run_dir: AnyPath,
-        make_group: Callable[[Assignment], Group],
-        recorder: Recorder,
+        make_group: Callable[[Assignment], WorkerGroup],
+        recorder: Tracker,
         display: Display,
         *,
         resume: AnyPath | None = None,
@@ -178,8 +156,7 @@ class Controller:
         self.record.restarts += 1
         self._failed_restarts += 1
         self.resume = self._newest_checkpoint()
-        manifest = _readable(self.resume)
-        cursor = Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor
+        cursor = _cursor(self.resume)
         tags = {"restarts": str(self.record.restarts)}
         how = ""
         if decision.shards != self.config.mesh.world_size:
@@ -218,12 +195,9 @@ class Controller:
 
     def _run_group(self, assignment: Assignment) -> Failure | None:
         """One group from start to end. Returns None when it has finished."""
-        from cluster.group import GroupFailure  # imports ray, which tests of the controller do without
-
         group = self.make_group(assignment)
         self.record.start_group(self._images_before)
-        manifest = _readable(assignment.resume)
-        self._step = 0 if manifest is None else manifest.cursor.step
+        self._step = _cursor(assignment.resume).step
         self._checkpoints.start_group(self._step)
         try:
             group.start()
@@ -253,7 +227,7 @@ class Controller:
         for line in oversubscribed(ranks, self.config.cluster.threads_per_rank):
             self.display.note(line)
 
-    def _ask_to_stop(self, group: Group) -> None:
+    def _ask_to_stop(self, group: WorkerGroup) -> None:
         """Once `stop` was called: pass it on to the ranks, and end without them when `grace_s` is over."""
         if not self._stop_asked:
             return
@@ -269,7 +243,7 @@ class Controller:
         elif time.monotonic() > self._deadline:
             raise RunStopped(f"no last checkpoint within {grace_s:g} s")
 
-    def step(self, group: Group) -> tuple[bool, Failure | None]:
+    def step(self, group: WorkerGroup) -> tuple[bool, Failure | None]:
         """One round: poll every rank and handle its messages. Returns whether all are done, or why they cannot be."""
         statuses = group.poll()
         for status in statuses:
@@ -308,15 +282,8 @@ class Controller:
                 self._checkpoints.shard_failed(rank, message)
             case Traceback(text):
                 self.display.note(f"rank {rank}:\n{text}")
-            case LayerMetrics() | TrainingWarning() | ModelExported() | ReadoutScored():
-                if rank == 0:
-                    self._handle_once(message)
-            case _:
-                assert_never(message)
-
-    def _handle_once(self, message: OfTheRun) -> None:
-        """Messages that all ranks send alike."""
-        match message:
+            case LayerMetrics() | TrainingWarning() | ModelExported() | ReadoutScored() if rank > 0:
+                pass  # the same as rank 0 sends
             case LayerMetrics():
                 values = self.record.add(message)
                 if values is not None:
@@ -342,3 +309,9 @@ def _readable(checkpoint: AnyPath | None) -> Manifest | None:
         return None if checkpoint is None else read_manifest(checkpoint)
     except (CheckpointError, OSError):
         return None
+
+
+def _cursor(checkpoint: AnyPath | None) -> Cursor:
+    """Where training stood in a checkpoint; at the beginning without one that can be read."""
+    manifest = _readable(checkpoint)
+    return Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor

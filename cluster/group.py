@@ -25,7 +25,7 @@ from cluster.cpus import threads_per_rank
 from cluster.failures import classify, named
 from cluster.messages import RankInfo, RankStatus
 from cluster.network import LOOPBACK, RayHead
-from cluster.policy import Failure
+from cluster.policy import Failure, GroupFailure
 from cluster.shared_folder import check_copies, write_nonce
 from cluster.text import count
 from cluster.timeouts import run_with_timeout
@@ -48,14 +48,6 @@ NO_CODE = ("No module named 'cluster'", "No module named 'simmatch'")
 """End of the error where a node has this project's packages from nowhere."""
 
 CODE_HINT = "every node needs the job's upload (ray job submit --working-dir) or the checkout at the driver's path"
-
-
-class GroupFailure(RuntimeError):
-    """The group cannot go on."""
-
-    def __init__(self, failure: Failure) -> None:
-        self.failure = failure
-        super().__init__(failure.message)
 
 
 class WorkerGroup:
@@ -206,7 +198,7 @@ class WorkerGroup:
         single = len({rank.address for rank in self.ranks}) == 1
         addresses = [LOOPBACK if single else rank.address for rank in self.ranks]
         interface = self.config.interface
-        (store,) = self._gather([self._actors[0].bind.remote(interface, addresses[0])], "bind its store", [0])
+        (store,) = self._gather([self._actors[0].bind.remote(interface, addresses[0])], "bind its store")
         self._gather(
             [
                 actor.join.remote(interface, address, store)
@@ -242,19 +234,16 @@ class WorkerGroup:
         for actor in self._actors:
             actor.stop.remote()
 
-    def _gather(
-        self, refs: list[Any], verb: str, ranks: list[int] | None = None, limit_s: float | None = None
-    ) -> list[Any]:
-        """Results of one call per rank, or a failure that names the ranks without one.
+    def _gather(self, refs: list[Any], verb: str, limit_s: float | None = None) -> list[Any]:
+        """Results of one call for each rank from 0 on, or a failure that names the ranks without one.
 
         Once a rank has failed the others get no more than the heartbeat: they may be waiting for it.
         """
         limit_s = limit_s or self.config.start_timeout_s
-        ranks = ranks or list(range(len(refs)))
         deadline = time.monotonic() + limit_s
         results: dict[int, Any] = {}
         failed: list[Failure] = []
-        waiting = dict(zip(refs, ranks, strict=True))
+        waiting = {ref: rank for rank, ref in enumerate(refs)}
         while waiting and (left_s := deadline - time.monotonic()) > 0:
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left_s)
             for ref in ready:
@@ -265,7 +254,7 @@ class WorkerGroup:
                     failed.append(self._failure(rank, verb, error))
                     deadline = min(deadline, time.monotonic() + self.config.heartbeat_s)
         if not waiting and not failed:
-            return [results[rank] for rank in ranks]
+            return [results[rank] for rank in range(len(refs))]
         missing = ", ".join(self._name(rank) for rank in sorted(waiting.values()))
         late = f"{missing} did not {verb} within {limit_s:g} s" if waiting else ""
         if not failed:

@@ -127,13 +127,9 @@ class ReadoutScored:
     accuracy_decode: float | None = None
 
 
-OfOneRank = ShardWritten | ShardFailed | Traceback
-"""Messages that concern the rank that sends them."""
-
-OfTheRun = LayerMetrics | TrainingWarning | ModelExported | ReadoutScored
-"""Messages that every rank may send; the controller takes rank 0's."""
-
-Message = OfOneRank | OfTheRun
+Message = ShardWritten | ShardFailed | Traceback | LayerMetrics | TrainingWarning | ModelExported | ReadoutScored
+"""The first three concern the rank that sends them; of the others, which all ranks send alike, the controller takes
+rank 0's."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,14 @@ class Failure:
     diverged: bool = False
 
 
+class GroupFailure(RuntimeError):
+    """Raised where a group cannot go on."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.message)
+
+
 @dataclass(frozen=True)
 class FailurePolicy:
     """Restart after a lost rank; stop on anything that would happen again.

@@ -18,7 +18,6 @@ from cluster.checkpoints.manifest import MANIFEST, Cursor, LayerState, Manifest,
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
-from cluster.group import GroupFailure
 from cluster.messages import (
     LayerMetrics,
     Message,
@@ -34,7 +33,7 @@ from cluster.messages import (
     Traceback,
     TrainingWarning,
 )
-from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, Restart, Stop
+from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, GroupFailure, Restart, Stop
 from cluster.summary import RunRecord, summarise
 from cluster.tracking.events import MetricsEvent, ParamsEvent, TagsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool

@@ -23,9 +23,9 @@ import cluster.read_out
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.failures import stalled
-from cluster.group import GroupFailure, WorkerGroup, lease_s
+from cluster.group import WorkerGroup, lease_s
 from cluster.messages import GroupStarted, Note, Progress, RankStatus
-from cluster.policy import Failure
+from cluster.policy import Failure, GroupFailure
 from cluster.training import Assignment, Training
 from cluster.worker import Worker
 from simmatch.config import ConfigError

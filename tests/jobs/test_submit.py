@@ -228,7 +228,7 @@ def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster
 def test_the_readmes_job_succeeds_where_nobody_asks_for_a_token(open_cluster: Cluster, tmp_path: Path) -> None:
     """Its own words, smaller; the run goes below the user's home, since the job's folder is a copy."""
     words = "python -m jobs.pretrain --config jobs/configs/digits.yaml"
-    assert f"ray job submit --working-dir . -- {words}\n" in (ROOT / "README.md").read_text()
+    assert f"ray job submit --working-dir . -- {words}  " in (ROOT / "cluster" / "README.md").read_text()
     code, status, logs = open_cluster.submit(f"{words} {' '.join(f'--set {each}' for each in SMALL)}")
     assert (code, status) == (0, "SUCCEEDED"), logs
     assert any(
