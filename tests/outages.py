@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.tracking.tracker import Tracker
+
 START_S = 110.0
 LOOPBACK = "127.0.0.1"
 
@@ -219,3 +221,14 @@ def _answers(port: int) -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
+
+
+def problems(tracker: Tracker) -> list[str]:
+    """Rejected events, faults of the disk, and why the latest attempt failed."""
+    sender, writer = tracker._sender, tracker._writer
+    lines = list(sender.delivery.notes)
+    if tracker.lost:
+        lines.append(f"{tracker.lost} records lost: {writer.error}")
+    elif writer.error is not None:
+        lines.append(f"{writer.waiting} records in memory: {writer.error}")
+    return [*lines, *([sender.last_error] if sender.last_error else [])]

@@ -113,7 +113,6 @@ class Delivery:
         self.refusals: list[str] = []
         self._spool, self._progress_path, self._redact, self._safe_bytes = spool, progress_path, redact, safe_bytes
         self._progress = SendProgress(destination)
-        self._connected = False
         self._doubted: tuple[Event | Unreadable | None, int] = (None, 0)
         self._disk_note: str | None = None
 
@@ -140,17 +139,23 @@ class Delivery:
         """Number of events that are not confirmed yet."""
         return self._spool.count(self._progress.offset)
 
-    def disconnect(self) -> None:
-        """The sink is another one from here on."""
-        self._connected = False
-
-    def send_batch(self, sink: Sink, saving: Callable[[], AbstractContextManager[None]]) -> tuple[int, list[str]]:
-        """Deliver the next events; returns how many, and those among them that were rejected.
+    def connect(self, sink: Sink, saving: Callable[[], AbstractContextManager[None]]) -> bool:
+        """Introduce the runs to a sink; returns False while there is no event that names them.
 
         saving: entered while the position changes; it raises where that is no longer allowed.
         """
-        if not self._connected and not self._connect(sink, saving):
-            return 0, []
+        first = next(self._safe(0), None)
+        if first is None:
+            return False
+        runs = sink.connect(first[0], self._progress.runs)
+        self._save(replace(self._progress, runs=runs), saving)
+        return True
+
+    def send_batch(self, sink: Sink, saving: Callable[[], AbstractContextManager[None]]) -> tuple[int, list[str]]:
+        """Deliver the next events to a connected sink; returns how many, and those among them that were rejected.
+
+        saving: as for `connect`, which comes first again after RunsLostError.
+        """
         batch = list(itertools.islice(self._safe(self._progress.offset), BATCH_EVENTS))
         if not batch:
             return 0, []
@@ -159,7 +164,6 @@ class Delivery:
             self._deliver(sink, [event for event, _ in batch], rejected)
         except RunsLostError:
             self._save(SendProgress(self.destination), saving)
-            self._connected = False
             raise
         self._save(replace(self._progress, offset=batch[-1][1]), saving)
         # counted with the batch: one that is sent again rejects the same events again
@@ -176,15 +180,6 @@ class Delivery:
         """Events that the next process will find; any other would be recorded again there, with another time."""
         limit = self._safe_bytes()
         return itertools.takewhile(lambda pair: pair[1] <= limit, self._spool.read(offset))
-
-    def _connect(self, sink: Sink, saving: Callable[[], AbstractContextManager[None]]) -> bool:
-        first = next(self._safe(0), None)
-        if first is None:
-            return False
-        runs = sink.connect(first[0], self._progress.runs)
-        self._save(replace(self._progress, runs=runs), saving)
-        self._connected = True
-        return True
 
     def _deliver(self, sink: Sink, events: Sequence[Event | Unreadable], rejected: list[str]) -> None:
         try:

@@ -157,7 +157,6 @@ class Sender:
         """What an attempt's thread does."""
         try:
             with self._open_sink(partial(self._alive, attempt)) as sink:
-                self.delivery.disconnect()
                 attempt.finished = self._send_until_closed(sink, attempt, on_sent)
         except AbandonedError:
             pass
@@ -183,11 +182,13 @@ class Sender:
             yield
 
     def _send_until_closed(self, sink: Sink, attempt: Attempt, on_sent: Callable[[int], None]) -> bool:
+        saving, connected = partial(self._saving, attempt), False
         while True:
             self._wake.clear()
             closing = self._closing.is_set()
             attempt.alive()
-            sent, rejected = self.delivery.send_batch(sink, partial(self._saving, attempt))
+            connected = connected or self.delivery.connect(sink, saving)
+            sent, rejected = self.delivery.send_batch(sink, saving) if connected else (0, [])
             attempt.alive()
             self.last_error = None
             if sent:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.redaction import Redactor
-from cluster.text import count
 from cluster.tracking.config import TrackingConfig, resolve_uri
 from cluster.tracking.events import (
     ArtifactEvent,
@@ -111,7 +110,7 @@ class Tracker:
         Raises
         ------
         OSError
-            The run's folder cannot be written. Later calls do not raise, see `problems`.
+            The run's folder cannot be written. Later calls do not raise.
         """
         self._spool.open()
         self._writer.start()
@@ -237,16 +236,6 @@ class Tracker:
     def refused(self) -> tuple[int, list[str]]:
         """Events that MLflow rejected: how many, and the latest as lines `kind: reason`, without credentials."""
         return self._sender.delivery.rejected, list(self._sender.delivery.refusals)
-
-    @property
-    def problems(self) -> list[str]:
-        """Rejected events, faults of the disk, and why the latest attempt failed, without credentials."""
-        lines = list(self._sender.delivery.notes)
-        if self.lost:
-            lines.append(f"{count(self.lost, 'record')} lost, {SPOOL_NAME} could not be written: {self._writer.error}")
-        elif self._writer.error is not None:
-            lines.append(f"{count(self._writer.waiting, 'record')} in memory, {SPOOL_NAME}: {self._writer.error}")
-        return [*lines, *([self._sender.last_error] if self._sender.last_error else [])]
 
     @property
     def lost(self) -> int:

@@ -27,7 +27,7 @@ from cluster.tracking.events import RunStatus, StartEvent
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.tracking.tracker import Tracker
-from tests.outages import Outage, Proxy, mlflow_server
+from tests.outages import Outage, Proxy, mlflow_server, problems
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LAYERS = 2
@@ -252,7 +252,7 @@ def test_no_outage_and_the_requests_of_a_run(
     proxy = outage()
     tracker = make_tracker(tmp_path / "undisturbed", proxy)
     record(tracker)
-    assert (end(tracker), tracker.problems) == (0, [])
+    assert (end(tracker), problems(tracker)) == (0, [])
     check_whole(client, tmp_path / "undisturbed", capsys)
     for name, pattern in REQUESTS.items():
         assert any(re.search(pattern, request) for request in proxy.seen), name
@@ -278,7 +278,7 @@ def test_every_kind_of_request_fails_once(
     wait_until(lambda: tracker.run_id)
     experiment = client.get_experiment_by_name(run_dir.name)
     assert len(client.search_runs([experiment.experiment_id])) == 1 + LAYERS  # at the end it would be tidied up
-    assert (end(tracker), tracker.problems) == (0, [])
+    assert (end(tracker), problems(tracker)) == (0, [])
     assert {failed.match for failed in proxy.failed} == set(REQUESTS.values())
     check_whole(client, run_dir, capsys)
 
@@ -293,7 +293,7 @@ def test_one_kind_of_request_fails_three_times(
     run_dir = tmp_path / f"{kind}-{name}".replace(" ", "-")
     tracker = make_tracker(run_dir, proxy)
     record(tracker)
-    assert (end(tracker), tracker.problems) == (0, [])
+    assert (end(tracker), problems(tracker)) == (0, [])
     assert len(proxy.failed) >= 1
     check_whole(client, run_dir, capsys)
 
@@ -318,7 +318,7 @@ def test_requests_arrive_after_they_were_given_up(
     wait_until(lambda: {failed.match for failed in proxy.failed} == {late.match for late in plan})
     time.sleep(2.0)  # the last one arrives
     tracker.finish("FINISHED")
-    assert (tracker.close(), tracker.problems) == (0, [])
+    assert (tracker.close(), problems(tracker)) == (0, [])
     check_whole(client, run_dir, capsys)
 
 
@@ -371,7 +371,7 @@ def test_away_in_the_middle_and_back_again(
     for part in range(5):
         record(tracker, 1 + 5 * part, 5)
         wait_until(lambda: tracker.run_id)
-    assert (end(tracker, "FAILED"), tracker.problems) == (0, [])
+    assert (end(tracker, "FAILED"), problems(tracker)) == (0, [])
     assert len(proxy.failed) == count
     check_whole(client, run_dir, capsys)
 
@@ -393,7 +393,7 @@ def test_a_refusal_is_reported_once_and_so_is_its_end(
     tracker.announce_to(lines.append)
     record(tracker)
     wait_until(lambda: len(lines) == 3)
-    assert (end(tracker), tracker.problems) == (0, [])
+    assert (end(tracker), problems(tracker)) == (0, [])
     assert [line.partition(" at http")[0] for line in lines] == 3 * ["MLflow"]
     for line, status in zip(lines, refused, strict=False):
         assert f"error code {status} != 200. Response body: 'a planned failure'; the job continues" in line
@@ -406,7 +406,7 @@ def test_slow(tmp_path: Path, outage: Callable[..., Proxy], client: Any, capsys:
     proxy = outage(Outage("slow", first=3, count=2, delay_s=1.0))
     tracker = make_tracker(tmp_path / "slow", proxy)
     record(tracker)
-    assert (end(tracker), tracker.problems) == (0, [])
+    assert (end(tracker), problems(tracker)) == (0, [])
     assert len(proxy.failed) == 2
     check_whole(client, tmp_path / "slow", capsys)
 
@@ -419,10 +419,10 @@ def test_a_port_where_nobody_listens_until_the_server_is_back(
     run_dir = tmp_path / "port"
     tracker = make_tracker(run_dir, f"http://127.0.0.1:{port}")
     record(tracker)
-    wait_until(lambda: "refused" in str(tracker.problems))
+    wait_until(lambda: "refused" in str(problems(tracker)))
     proxy = Proxy(server, port=port)
     try:
-        assert (end(tracker), tracker.problems) == (0, [])
+        assert (end(tracker), problems(tracker)) == (0, [])
         check_whole(client, run_dir, capsys)
     finally:
         proxy.close()
@@ -461,7 +461,7 @@ def test_a_refusal_of_mlflow_is_told_apart_from_one_of_a_gateway(
     tracker = make_tracker(tmp_path / "refused", proxy)
     record(tracker, count=1)
     assert end(tracker) == 0
-    assert [problem.partition(":")[0] for problem in tracker.problems] == ["artifact"]
+    assert [problem.partition(":")[0] for problem in problems(tracker)] == ["artifact"]
     whole = expected(tmp_path / "refused")
     whole["layer 0"]["files"] = set()
     assert in_mlflow(client, "refused") == whole

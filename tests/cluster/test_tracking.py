@@ -38,6 +38,7 @@ from cluster.tracking.spool import Spool, SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.model import InputConfig, Stack, save_model
+from tests.outages import problems
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -367,7 +368,7 @@ def test_no_password_reaches_the_disk(tmp_path: Path) -> None:
         assert not thread.is_alive()
     for path in (tmp_path / "run").iterdir():
         assert b"secret" not in path.read_bytes(), path
-    assert "secret" not in " ".join(tracker.problems)
+    assert "secret" not in " ".join(problems(tracker))
 
 
 def test_nested_parameters_get_dotted_names() -> None:
@@ -408,7 +409,7 @@ def test_a_server_that_fails_costs_the_run_nothing(
     assert tracker.close() == 102
     assert tracker.run_id is None
     assert requests, "the server was never asked"
-    assert "500" in tracker.problems[-1]
+    assert "500" in problems(tracker)[-1]
     assert capfd.readouterr() == ("", "")
 
 
@@ -464,7 +465,7 @@ def recorded(store: Path) -> Tracker:
     tracker.figure(run_dir / "figures" / "filters.png", layer=0)
     tracker.model(run_dir / "model", (3, 2, 2))
     tracker.finish("FINISHED")
-    assert (tracker.close(), tracker.problems) == (0, [])
+    assert (tracker.close(), problems(tracker)) == (0, [])
     return tracker
 
 
@@ -549,7 +550,7 @@ def test_a_stack_is_logged_with_named_outputs(dtype: torch.dtype, store: Path, t
     tracker = Tracker(tmp_path / "run", config_of(store, f"stack of {dtype}"), ModelLogger(load_exported))
     tracker.start("run", layers=1)
     tracker.model(tmp_path / "run" / "model", (1, 4, 4))
-    assert (tracker.close(), tracker.problems) == (0, [])
+    assert (tracker.close(), problems(tracker)) == (0, [])
     [output] = client.get_run(tracker.run_id).outputs.model_outputs
     folder = str(copy_of(client.get_logged_model(output.model_id), tmp_path / "model"))
     x = torch.rand(5, 1, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -605,7 +606,7 @@ def test_a_replay_from_the_start_stores_nothing_twice(recorded: Tracker, client:
     assert replay._sender.delivery.runs == {}
     replay._sender.close(60.0)
     replay._sender.run()
-    assert (replay._sender.delivery.sent, replay._sender.delivery.pending(), replay.problems) == (events, 0, [])
+    assert (replay._sender.delivery.sent, replay._sender.delivery.pending(), problems(replay)) == (events, 0, [])
     assert replay.run_id == recorded.run_id
     assert picture() == before
     assert len(client.search_logged_models([client.get_experiment_by_name("recorded").experiment_id])) == 1
@@ -631,7 +632,7 @@ def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client:
     run = client.get_run(second.run_id)
     assert (run.info.status, run.data.tags["simmatch.attempts"]) == ("RUNNING", "2")
     assert run.data.params == {"seed": "1", "extra": "3"}
-    assert [problem for problem in second.problems if "seed" in problem] == second.problems != []
+    assert [problem for problem in problems(second) if "seed" in problem] == problems(second) != []
     assert [row[0] for row in history(client, layer_runs(second)[0], "objective")] == [1, 2]
 
 
@@ -644,7 +645,7 @@ def test_a_run_that_ends_twice_with_the_same_weights_has_one_model(store: Path, 
         tracker.start("run", layers=0)
         tracker.finish("FINISHED")
         tracker.model(tmp_path / "run" / "model", (3, 2, 2))
-        assert (tracker.close(), tracker.problems) == (0, [])
+        assert (tracker.close(), problems(tracker)) == (0, [])
         run = client.get_run(tracker.run_id)
         assert run.info.status == "FINISHED"
         assert len(run.outputs.model_outputs) == (2 if weights == b"others" else 1)
@@ -661,7 +662,7 @@ def test_what_mlflow_cannot_take_is_noted_and_passed_over(store: Path, tmp_path:
     tracker.metrics(2, {"good": 2.0})
     tracker.finish("FAILED")
     assert tracker.close() == 0
-    assert [note.partition(":")[0] for note in tracker.problems] == ["metrics", "metrics", "artifact", "model"]
+    assert [note.partition(":")[0] for note in problems(tracker)] == ["metrics", "metrics", "artifact", "model"]
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics) == ("FAILED", {"good": 2.0})
 
@@ -697,7 +698,7 @@ def test_text_that_is_no_utf8_holds_nothing_up(store: Path, tmp_path: Path, clie
     tracker.start("run", layers=0)
     tracker.tags({"host": os.fsdecode(b"caf\xe9")})
     tracker.metrics(1, {"good": 1.0})
-    assert (tracker.close(), tracker.problems) == (0, [])
+    assert (tracker.close(), problems(tracker)) == (0, [])
     run = client.get_run(tracker.run_id)
     assert (run.data.tags["host"], run.data.metrics) == ("caf?", {"good": 1.0})
 
@@ -723,7 +724,7 @@ def test_nothing_is_passed_over_while_the_run_is_deleted(
     wait_until(lambda: lines)
     assert (tracker._sender.delivery.pending(), tracker._sender.delivery.rejected) == (1, 0)
     restore[what](which)
-    assert (tracker.close(), tracker.problems) == (0, [])
+    assert (tracker.close(), problems(tracker)) == (0, [])
     assert client.get_run(tracker.run_id).data.metrics == {"good": 1.0}
     [why, end] = lines
     assert "must be in the 'active' state. Current state is deleted" in why
@@ -745,7 +746,7 @@ def test_a_locked_data_base_is_reported(
         tracker.metrics(1, {"good": 1.0})
         wait_until(lambda: lines, limit_s=60.0)
         assert "database is locked; the job continues" in lines[0]
-    assert (tracker.close(), tracker.problems) == (0, [])
+    assert (tracker.close(), problems(tracker)) == (0, [])
     assert lines[1:] == [f"MLflow at {tracker.uri} takes records again"]
     assert "locked" not in "".join(capfd.readouterr())
 
@@ -786,7 +787,7 @@ def test_a_job_prints_nothing_of_mlflow_and_leaves_nothing_behind(tmp_path: Path
         "tracker = Tracker(pathlib.Path(sys.argv[1]), TrackingConfig())\n"
         "tracker.start('run', layers=1)\n"
         "tracker.finish('FINISHED')\n"
-        "assert tracker.close() == 0, tracker.problems\n"
+        "assert tracker.close() == 0, tracker.reason\n"
         "import os\n"
         "assert not [key for key in os.environ if 'MLFLOW' in key], os.environ\n"
     )

@@ -28,7 +28,7 @@ from cluster.tracking.sender import MOST_STALLED, Sender
 from cluster.tracking.spool import Spool
 from cluster.tracking.spool_writer import LOST_TAG
 from cluster.tracking.tracker import Tracker
-from tests.outages import Outage, Proxy
+from tests.outages import Outage, Proxy, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
@@ -199,7 +199,7 @@ def test_a_folder_that_hangs_to_the_end_is_left(tmp_path: Path, monkeypatch: pyt
     assert tracker.close() == 0
     assert time.monotonic() - started < 5
     assert tracker.lost == 3
-    assert tracker.problems == ["3 records lost, events.jsonl could not be written: nothing was written within 0.2 s"]
+    assert problems(tracker) == ["3 records lost: nothing was written within 0.2 s"]
     stuck.let_go.set()
     assert tracker._writer._thread is not None
     tracker._writer._thread.join(20)
@@ -392,10 +392,10 @@ def test_a_full_disk_costs_nothing_when_it_passes(tmp_path: Path) -> None:
         tracker.metrics(1, {"objective": 1.0})
         tracker.params({"seed": 1})
         assert not tracker.flush(20)
-        assert [problem.partition(":")[0] for problem in tracker.problems] == ["2 records in memory, events.jsonl"]
+        assert [problem.partition(":")[0] for problem in problems(tracker)] == ["2 records in memory"]
     tracker.metrics(2, {"objective": 2.0})
     assert tracker.flush(20)
-    assert (tracker.problems, tracker.lost) == ([], 0)
+    assert (problems(tracker), tracker.lost) == ([], 0)
     tracker.finish("FINISHED")
     tracker.close()
     kinds = [(event.kind, step_of(event)) for event, _ in Spool(path).read()]
@@ -417,7 +417,7 @@ def test_a_disk_full_for_long_costs_the_oldest_metrics(tmp_path: Path, monkeypat
     tracker.tags({"restarts": "1"})
     assert tracker.flush(20)
     assert tracker.lost == 23  # of 33 records 10 were kept
-    assert tracker.problems[0].startswith("23 records lost, events.jsonl could not be written: ")
+    assert problems(tracker)[0].startswith("23 records lost: ")
     tracker.close()
     events = [event for event, _ in Spool(path).read()]
     assert [event.step for event in events if isinstance(event, MetricsEvent)] == list(range(23, 30))
@@ -436,7 +436,7 @@ def test_a_disk_full_to_the_end_is_reported(tmp_path: Path) -> None:
         tracker.finish("FINISHED")
         tracker.close()
     assert tracker.lost == 2
-    assert tracker.problems[0].startswith("2 records lost")
+    assert problems(tracker)[0].startswith("2 records lost")
     assert [event.kind for event, _ in Spool(tmp_path / "run" / "events.jsonl").read()] == ["start"]
 
 
