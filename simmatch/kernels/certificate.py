@@ -98,6 +98,7 @@ def residuals(
     block = system.block
     certify[(triton.cdiv(columns, COLUMNS),)](
         drive, y, residual, system.matrix, system.diagonal, columns, *drive.stride(), tolerance,
-        CHANNELS=channels, BLOCK=block, WIDTH=min(block, WIDTH), COLUMNS=COLUMNS, DEPTH=DEPTH, AGAIN=again, num_warps=4,
+        CHANNELS=channels, BLOCK=block, WIDTH=min(block, WIDTH), COLUMNS=COLUMNS, DEPTH=DEPTH, AGAIN=again,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return residual

@@ -138,6 +138,6 @@ def solve(
     descend[(min(columns, PROGRAMS),)](
         drive, y, y, iterations, residual if warm else iterations, system.rows, system.inverse, columns,
         *drive.stride(), tolerance, limit * channels,
-        CHANNELS=channels, BLOCK=system.block, WARM=warm, num_warps=warps,
+        CHANNELS=channels, BLOCK=system.block, WARM=warm, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return y, iterations

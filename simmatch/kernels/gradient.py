@@ -150,6 +150,6 @@ def solve(
         drive, drive if start is None else start, y, iterations, high, low, system.diagonal, system.factor,
         1.0 / system.bound, columns, *drive.stride(), tolerance, limit,
         CHANNELS=channels, BLOCK=system.block, COLUMNS=COLUMNS, CHECK=check_every, FIXED=tolerance == 0,
-        WARM=start is not None, num_warps=WARPS,
+        WARM=start is not None, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return y, iterations

@@ -33,5 +33,7 @@ def transposed(values: Tensor) -> Tensor:
     """
     height, width = values.shape
     target = values.new_empty(width, height)
-    turn[(triton.cdiv(height, SIDE) * triton.cdiv(width, SIDE),)](values, target, height, width, SIDE=SIDE, num_warps=4)
+    turn[(triton.cdiv(height, SIDE) * triton.cdiv(width, SIDE),)](
+        values, target, height, width, SIDE=SIDE, num_warps=4, enable_fp_fusion=True
+    )
     return target

@@ -61,7 +61,9 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=hints,
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+    )
 
 
 def resources(binary: bytes, folder: Path) -> tuple[int, int, str]:
