@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from tests.reference import random_drive, random_lateral
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(not kernels.installed(), reason="needs Triton, which is not installed")
+MEASURED = ("3.6", "3.7", "3.8")
+needs_measured_triton = pytest.mark.skipif(
+    not kernels.installed() or not version("triton").startswith(MEASURED),
+    reason=f"registers and stack are compiler-dependent; the budgets were set with Triton {', '.join(MEASURED)}",
+)
 
 
 @needs_triton
@@ -84,7 +90,7 @@ def resources(binary: bytes, folder: Path) -> tuple[int, int, str]:
     return int(usage[1]), int(usage[2]), dump("--dump-sass")
 
 
-@needs_triton
+@needs_measured_triton
 @pytest.mark.parametrize(("channels", "most"), [(64, 48), (128, 64), (256, 96), (512, 168)])
 def test_coordinate_descent_stays_in_registers(channels: int, most: int, tmp_path: Path) -> None:
     """No spill, no shared memory, no barrier: a move is one row of M and two reductions over the warp."""
@@ -102,7 +108,7 @@ def test_coordinate_descent_stays_in_registers(channels: int, most: int, tmp_pat
     assert "REDUX" in code
 
 
-@needs_triton
+@needs_measured_triton
 @pytest.mark.parametrize(("channels", "most_stack", "most_shared"), [(64, 0, 48), (128, 900, 114)])
 def test_fused_gradient_stays_on_chip(channels: int, most_stack: int, most_shared: int, tmp_path: Path) -> None:
     """Products are the tensor cores'; two programs fit a multiprocessor."""
