@@ -38,8 +38,8 @@ def abandoned(cursor: Cursor) -> str:
 class RunRecord:
     """What is known of a run so far; becomes `summary.json`."""
 
-    layers: dict[int, dict[str, float]] = field(default_factory=dict)
     curves: dict[int, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
+    """Layer → (updates of the layer, its metrics after them)."""
     readout: ReadoutScored | None = None
     steps: int = 0
     restarts: int = 0
@@ -67,22 +67,24 @@ class RunRecord:
         self.bytes_exchanged = bytes_exchanged + metrics.bytes_exchanged
         self.num_exchanges = num_exchanges + metrics.num_exchanges
         totals = {"bytes_exchanged": self.bytes_exchanged, "num_exchanges": self.num_exchanges}
-        values = self.layers[metrics.layer] = metrics.values() | totals
-        curve = self.curves.setdefault(metrics.layer, [])
-        if curve and metrics.update <= curve[-1][0]:
-            return None  # before a restart
-        curve.append((metrics.update, values))
-        return values
+        values = metrics.values() | totals
+        return values if self._append(metrics.layer, metrics.update, values) else None
+
+    def _append(self, layer: int, update: int, values: dict[str, float]) -> bool:
+        """Append to a layer's curve; returns False where it has reached this update already, before a restart."""
+        curve = self.curves.setdefault(layer, [])
+        if curve and update <= curve[-1][0]:
+            return False
+        curve.append((update, values))
+        return True
 
     def forget(self, cursor: Cursor) -> None:
         """Drop the records after a checkpoint that is continued at lower rates: they will be recorded again."""
         for layer in [layer for layer in self.curves if layer >= cursor.layer]:
             last = cursor.updates if layer == cursor.layer else 0
-            curve = self.curves[layer] = [(step, values) for step, values in self.curves[layer] if step <= last]
-            if curve:
-                self.layers[layer] = curve[-1][1]
-            else:
-                del self.curves[layer], self.layers[layer]
+            self.curves[layer] = [(update, values) for update, values in self.curves[layer] if update <= last]
+            if not self.curves[layer]:
+                del self.curves[layer]
 
     def continue_from(self, spool: Path) -> None:
         """Take over what earlier attempts of this run have recorded, so that nothing is recorded twice."""
@@ -95,10 +97,7 @@ class RunRecord:
                         self.rate = min(self.rate, float(rate))
                 case MetricsEvent(layer=int(layer), step=step, values=values) if values.keys() >= TOTALS:
                     self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
-                    curve = self.curves.setdefault(layer, [])
-                    if not curve or step > curve[-1][0]:
-                        curve.append((step, values))
-                        self.layers[layer] = values
+                    self._append(layer, step, values)
 
 
 def summarise(
@@ -130,6 +129,8 @@ def summarise(
         "steps_again": record.steps_again,
         "skipped_images": skipped_images,
         "mlflow_run_id": run_id,
-        "layers": [record.layers.get(index, {}) for index in range(len(config.model.layers))],
+        "layers": [
+            record.curves[index][-1][1] if index in record.curves else {} for index in range(len(config.model.layers))
+        ],
     }
     return summary | ({"message": message} if message else {})

@@ -153,7 +153,7 @@ class Training(Observer):
                 device=self.device,
             ),
             report=self.report,
-            long_work=partial(self._on_one_rank, exchange=IDENTITY),
+            long_work=partial(self.on_one_rank, exchange=IDENTITY),
         )
         self.writer.close()
 
@@ -233,14 +233,11 @@ class Training(Observer):
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         self.report.progress(Progress(phase, done, total, layer=layer, images_per_second=images_per_second))
 
-    def on_one_rank(self, work: Callable[[], None] | None) -> None:
-        self._on_one_rank(work, self.exchange)
-
-    def _on_one_rank(self, work: Callable[[], None] | None, exchange: Exchange) -> None:
-        """Work of one rank of those that meet in the exchange, see `cluster.one_rank`."""
+    def on_one_rank(self, work: Callable[[], None] | None, exchange: Exchange | None = None) -> None:
+        """See `cluster.one_rank`; the ranks of the run's exchange wait, unless another one is given."""
         limits = self.config.cluster
         pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
-        on_one_rank(work, exchange, self.report, device=self.device, pause_s=pause_s)
+        on_one_rank(work, exchange or self.exchange, self.report, device=self.device, pause_s=pause_s)
 
     def _all_stop(self) -> bool:
         """Whether any rank has been asked to stop: one gathered value, so that all stop at the same step."""

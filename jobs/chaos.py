@@ -197,7 +197,7 @@ class Chaos:
             self._open = Strike(kind, len(self.strikes) + 1, self._runs, time.time(), job.step)
             self.strikes.append(self._open)
             self.report.note(f"run {self._runs}, update {job.step}: {kind}")
-            STRIKES[kind](job, self.rng)
+            job.strike(kind, self.rng)
 
     def _start(self, folder: Path, *more: str) -> WatchedJob:
         self._job = WatchedJob([*self.command, "--run-dir", str(folder), *more])

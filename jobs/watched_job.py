@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +68,14 @@ class WatchedJob:
                 self._take_in(self._unread.get(timeout=max(0.0, deadline - time.monotonic())))
             except queue.Empty:
                 return self.process.poll() is not None and self._unread.empty()
+
+    def strike(self, kind: str, rng: random.Random) -> None:
+        """Send one of `STRIKES` to the driver, or to a rank that is drawn."""
+        if kind in ENDS_DRIVER:
+            self.process.send_signal(STRIKES[kind])
+            return
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(self.pids[rng.choice(sorted(self.pids))], STRIKES[kind])
 
     def end(self) -> None:
         """End it, and every process of its own that is left."""
@@ -172,29 +179,13 @@ class Strike:
         }
 
 
-def _signal_rank(number: signal.Signals) -> Callable[[WatchedJob, random.Random], None]:
-    def strike(job: WatchedJob, rng: random.Random) -> None:
-        pid = job.pids[rng.choice(sorted(job.pids))]
-        with suppress(ProcessLookupError):  # it has just ended by itself
-            os.kill(pid, number)
-
-    return strike
-
-
-def _signal_driver(number: signal.Signals) -> Callable[[WatchedJob, random.Random], None]:
-    def strike(job: WatchedJob, _: random.Random) -> None:
-        job.process.send_signal(number)
-
-    return strike
-
-
-STRIKES: dict[str, Callable[[WatchedJob, random.Random], None]] = {
-    "rank-kill": _signal_rank(signal.SIGKILL),
-    "rank-stop": _signal_rank(signal.SIGSTOP),
-    "driver-kill": _signal_driver(signal.SIGKILL),
-    "driver-term": _signal_driver(signal.SIGTERM),
+STRIKES = {
+    "rank-kill": signal.SIGKILL,
+    "rank-stop": signal.SIGSTOP,
+    "driver-kill": signal.SIGKILL,
+    "driver-term": signal.SIGTERM,
 }
-"""Name → what it does: a rank is killed or suspended, the job's driver is killed or asked to end."""
+"""Name → signal: a rank is killed or suspended, the job's driver is killed or asked to end."""
 
 ENDS_DRIVER = {"driver-kill": -signal.SIGKILL, "driver-term": 128 + signal.SIGTERM}
 """Strikes after which the job is started again, and the exit status that belongs to them."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +122,7 @@ class ShardWriter:
         Exception
             The error of an earlier write, unless the disk or the store raised it.
         """
-        started = time.monotonic()
-        try:
+        with self._timed():
             stuck = self._hangs or self._failing
             if self._finish(0.0 if stuck and not needed else self._patience_s):
                 self._writing = cursor
@@ -131,15 +131,18 @@ class ShardWriter:
             else:
                 reason = ": its store does not answer" if self._failing else f" after {self._patience_s:g} s"
                 self._lost(cursor, f"the one before it is not written{reason}")
-        finally:
-            self.seconds += time.monotonic() - started
 
     def close(self) -> None:
         """Wait for the last shard, as long as `patience_s` allows; raises as `submit` does."""
-        started = time.monotonic()
-        try:
+        with self._timed():
             if not self._finish(self._patience_s) and self._writing is not None:
                 self._lost(self._writing, f"it is not written after {self._patience_s:g} s")
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
         finally:
             self.seconds += time.monotonic() - started
 

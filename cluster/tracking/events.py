@@ -119,8 +119,8 @@ class DatasetEvent(_Event):
     source: Text
     digest: Text
     num_images: Number
-    context: Text
-    source_type: Text
+    context: Text = "training"
+    source_type: Text = "local"
 
 
 class ModelEvent(_Event):

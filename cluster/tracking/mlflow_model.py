@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
     from torch import Tensor, nn
 
+MODEL = "model"
+"""Name of the logged model."""
 MODEL_KEY_TAG = "simmatch.model_key"
 # torch.export turns an axis of length 1 into a constant: the batch has to be longer to stay open
 EXAMPLE_BATCH = 2
@@ -36,9 +38,6 @@ class ModelLogger:
     load: Callable[[str], nn.Module]
     """Loads the exported folder as a module in evaluation mode: `[B, C, H, W]` in [0, 1] → a dictionary of tensors,
     `features` `[B, F]` and, if supervised, `scores` `[B, classes]`."""
-
-    name: str = "model"
-    """Name of the logged model."""
 
     def __call__(self, path: Path, input_shape: Sequence[int], run_id: str, key: str, client: MlflowClient) -> None:
         run = client.get_run(run_id)
@@ -57,7 +56,7 @@ class ModelLogger:
             if model is None:  # only once it can be filled: a job that ends meanwhile leaves no pending model
                 model = client.create_logged_model(
                     run.info.experiment_id,
-                    name=self.name,
+                    name=MODEL,
                     source_run_id=run_id,
                     tags={MODEL_KEY_TAG: key},
                     model_type="simmatch",

@@ -177,8 +177,7 @@ class Tracker:
 
     def dataset(self, name: str, *, source: str, digest: str, num_images: int) -> None:
         """The training data as an input of the run."""
-        facts: dict[str, Any] = {"source": source, "digest": digest, "num_images": num_images}
-        self._append(DatasetEvent, name=name, **facts, context="training", source_type="local")
+        self._append(DatasetEvent, name=name, source=source, digest=digest, num_images=num_images)
 
     def model(self, path: Path, input_shape: Sequence[int]) -> None:
         """The exported model's folder, and the shape [C, H, W] of one image; the same weights are logged once.

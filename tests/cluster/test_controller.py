@@ -216,7 +216,7 @@ def test_metrics_of_rank_zero_are_recorded_once(scene: MakeScene) -> None:
         (1, 5, 0.7),
     ]
     assert {layer: [step for step, _ in curve] for layer, curve in record.curves.items()} == {0: [5, 10], 1: [5]}
-    assert record.layers[0]["objective"] == 0.8
+    assert record.curves[0][-1][1]["objective"] == 0.8
     assert playing.groups[0].calls == ["start", "poll", "poll", "poll", "poll", "end"]
 
 
@@ -728,7 +728,7 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
     record = playing.controller.run()
     expected = [(5, 0.9), (10, 0.7), (15, 0.6)]
     assert [(step, values["objective"]) for step, values in record.curves[0]] == expected
-    assert record.layers[0]["objective"] == 0.6
+    assert record.curves[0][-1][1]["objective"] == 0.6
     assert record.images == 300
     assert [row[1] for row in playing.recorder.rows] == [5, 10, 15, 10, 15]  # MLflow forgets nothing: newest counts
     tag = playing.recorder.all_tags[0]["simmatch.given_up"]
@@ -745,9 +745,9 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
         failing.controller.run()
     record = failing.controller.record
     assert [(step, values["objective"]) for step, values in record.curves[0]] == expected[:1]
-    assert (record.layers[0]["objective"], record.images) == (0.9, 160)
+    assert (record.curves[0][-1][1]["objective"], record.images) == (0.9, 160)
     record.forget(Cursor(step=0, layer=0, updates=0))
-    assert (record.curves, record.layers) == ({}, {})
+    assert record.curves == {}
 
 
 def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:
@@ -839,7 +839,7 @@ def test_metrics_are_not_recorded_twice_after_a_restart(scene: MakeScene, tmp_pa
     record = playing.controller.run()
     assert [(layer, step) for layer, step, _ in playing.recorder.rows] == [(0, 5), (0, 10), (0, 15)]
     assert [step for step, _ in record.curves[0]] == [5, 10, 15]
-    assert record.layers[0]["objective"] == 0.7
+    assert record.curves[0][-1][1]["objective"] == 0.7
 
 
 def test_bytes_of_all_groups_are_counted(scene: MakeScene) -> None:
@@ -899,7 +899,7 @@ def test_a_continued_run_takes_over_what_was_recorded(scene: MakeScene, tmp_path
     record = playing.controller.run()
     objectives = {layer: [(step, row["objective"]) for step, row in curve] for layer, curve in record.curves.items()}
     assert objectives == {0: [(5, 0.9), (10, 0.8)], 1: [(5, 0.7), (10, 0.6)]}
-    assert (record.layers[0]["objective"], record.layers[1]["objective"]) == (0.8, 0.6)
+    assert (record.curves[0][-1][1]["objective"], record.curves[1][-1][1]["objective"]) == (0.8, 0.6)
     assert [(layer, step) for layer, step, _ in playing.recorder.rows] == [(1, 10)]
     assert record.bytes_exchanged == 4000.0 + 500.0
     assert record.num_exchanges == 40.0 + 5.0
@@ -918,7 +918,6 @@ def record_of_a_run() -> RunRecord:
         for index in range(2)
     }
     return RunRecord(
-        layers=layers,
         curves={0: [(5, layers[0]), (10, layers[0])], 1: [(5, layers[1]), (12, layers[1])]},
         readout=ReadoutScored("ridge", 100, accuracy=0.9, accuracy_decode=0.8),
         steps=22,

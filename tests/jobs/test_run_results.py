@@ -51,7 +51,7 @@ class Scripted:
         self._deed, self._trains = deed, trains
 
     def run(self) -> RunRecord:
-        self.record.layers[0], self.record.steps = LAYER, 87
+        self.record.curves[0], self.record.steps = [(87, LAYER)], 87
         self.record.readout = ReadoutScored("ridge", 100, accuracy=0.9)
         self._deed(self)
         self.finished = True
