@@ -6,8 +6,8 @@ A rank describes itself once (`RankInfo`), then sends a `Message` for whatever h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard
 from cluster.policy import Failure
@@ -207,17 +207,35 @@ Note = str | StartingPoint | GroupStarted
 """Something to show to a person, who reads `str(note)`; a program that watches a job reads the fields."""
 
 
-class Reporter(Protocol):
-    """A rank's way to the controller; nothing here waits."""
+@dataclass
+class Outbox:
+    """A rank's messages to the controller: filled by the training thread, read by polls. Nothing here waits.
 
-    stopping: bool
-    """Whether the controller has asked this rank to stop at a step that all ranks agree on."""
+    Attributes
+    ----------
+    messages: sent so far; each reaches the controller once, in order.
+    phases: the latest progress of every phase so far.
+    stopping: whether the controller has asked this rank to stop at a step that all ranks agree on.
+    beats: signs of life so far.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    phases: list[Progress] = field(default_factory=list)
+    stopping: bool = False
+    beats: int = 0
 
     def beat(self) -> None:
         """A sign of life, for steps that have nothing to report."""
+        self.beats += 1
 
     def progress(self, progress: Progress) -> None:
         """How far the present phase is."""
+        self.beat()
+        if self.phases and (self.phases[-1].layer, self.phases[-1].phase) == (progress.layer, progress.phase):
+            self.phases[-1] = progress
+        else:
+            self.phases.append(progress)
 
     def send(self, message: Message) -> None:
-        """Every message reaches the controller once, in order."""
+        """Send a message that has to be kept."""
+        self.messages.append(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from cluster.checkpoints.shard_writer import ShardWriter
-from cluster.messages import LayerMetrics, Reporter, TrainingWarning
+from cluster.messages import LayerMetrics, Outbox, TrainingWarning
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement
 from simmatch.objective import divergence_warning
@@ -61,7 +61,7 @@ class GrowthMonitor:
 class ObjectiveMonitor:
     """Monitors the relative objective of one layer, which is the same on all ranks; warns once."""
 
-    def __init__(self, index: int, layer: SimilarityMatchingConv2d, report: Reporter) -> None:
+    def __init__(self, index: int, layer: SimilarityMatchingConv2d, report: Outbox) -> None:
         self._index, self._layer, self._report, self._warned = index, layer, report, False
 
     def check(self, objective: float) -> None:

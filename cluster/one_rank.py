@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.messages import Reporter
+from cluster.messages import Outbox
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_from_ranks
 
@@ -51,7 +51,7 @@ class _WorkThread(threading.Thread):
 def on_one_rank(
     work: Callable[[], None] | None,
     exchange: Exchange,
-    report: Reporter,
+    report: Outbox,
     *,
     device: torch.device,
     pause_s: float,

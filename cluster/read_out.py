@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster.config import ProbeConfig
 from cluster.cpus import all_cpus
-from cluster.messages import Progress, ReadoutScored, Reporter, TrainingWarning
+from cluster.messages import Outbox, Progress, ReadoutScored, TrainingWarning
 from cluster.redaction import one_line
 from simmatch.data.sources import Dataset
 from simmatch.features import FeatureStore, first_rows
@@ -25,7 +25,7 @@ def read_out(
     train: Iterable[Tensor],
     test: FeatureStore,
     *,
-    report: Reporter,
+    report: Outbox,
     long_work: Callable[[Callable[[], None]], None],
 ) -> None:
     """Report the accuracy of the readouts on the test images. All ranks call it; a readout that fails is left out.
@@ -60,7 +60,7 @@ def read_out(
     report.progress(Progress("readout", 1, 1))
 
 
-def _encode(stack: Stack, images: FeatureStore, report: Reporter, *, keep: bool) -> tuple[Tensor, Tensor]:
+def _encode(stack: Stack, images: FeatureStore, report: Outbox, *, keep: bool) -> tuple[Tensor, Tensor]:
     """Features [N, F] and scores [N, num_classes] (of no classes without labels) of images, where they are kept."""
     classes = stack.source.num_classes if stack.config.layers[-1].supervised else 0
     started = time.monotonic()

@@ -30,7 +30,7 @@ from cluster.checkpoints.shard_writer import ShardWriter, write_shard
 from cluster.checkpoints.state import restore_layer, take_snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
-from cluster.messages import LayerMetrics, ModelExported, Progress, Reporter
+from cluster.messages import LayerMetrics, ModelExported, Outbox, Progress
 from cluster.monitors import GrowthMonitor, MetricsWindow, ObjectiveMonitor, TrainingFault
 from cluster.one_rank import on_one_rank
 from cluster.read_out import read_out
@@ -102,7 +102,7 @@ class Training(Observer):
     device: of all tensors.
     """
 
-    def __init__(self, assignment: Assignment, exchange: Exchange, report: Reporter, device: torch.device) -> None:
+    def __init__(self, assignment: Assignment, exchange: Exchange, report: Outbox, device: torch.device) -> None:
         self.assignment, self.exchange, self.report, self.device = assignment, exchange, report, device
         self.config = config = assignment.config
         self.dataset = load_dataset(config.data)

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
 from cluster.cpus import allowed_cpus
 from cluster.failures import classify
-from cluster.messages import Message, Progress, RankInfo, RankStatus, Traceback
+from cluster.messages import Outbox, RankInfo, RankStatus, Traceback
 from cluster.network import interface_of, use_interface
 from cluster.policy import Failure
 from cluster.redaction import Redactor
@@ -28,35 +28,6 @@ from cluster.shared_folder import copy_nonce
 from cluster.training import Assignment, Stopped, Training
 from simmatch.precision import exact_float32
 from simmatch.sharding.exchange import IDENTITY, Exchange
-
-
-@dataclass
-class Outbox:
-    """Implements `cluster.messages.Reporter`: filled by the training thread, read by polls.
-
-    Attributes
-    ----------
-    phases: the latest progress of every phase so far.
-    beats: signs of life so far.
-    """
-
-    messages: list[Message] = field(default_factory=list)
-    phases: list[Progress] = field(default_factory=list)
-    stopping: bool = False
-    beats: int = 0
-
-    def beat(self) -> None:
-        self.beats += 1
-
-    def progress(self, progress: Progress) -> None:
-        self.beat()
-        if self.phases and (self.phases[-1].layer, self.phases[-1].phase) == (progress.layer, progress.phase):
-            self.phases[-1] = progress
-        else:
-            self.phases.append(progress)
-
-    def send(self, message: Message) -> None:
-        self.messages.append(message)
 
 
 class Worker:

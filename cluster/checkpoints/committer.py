@@ -134,7 +134,8 @@ class Committer:
             except OSError as error:  # a full disk or a lost store costs checkpoints, not the run
                 reason = " ".join(str(error).split())
             if reason is None and step is not None:
-                self._prune(step)
+                with suppress(OSError):  # tried again after the next commit
+                    prune(self._run_dir, self._keep, step)
             self._outcomes.put(Committed(step, reason))
 
     def _commit(self, due: Manifest | str) -> None:
@@ -143,9 +144,3 @@ class Committer:
             return
         self._before()
         commit(folder_of(self._run_dir, due.cursor.step), due)
-
-    def _prune(self, step: int) -> None:
-        try:
-            prune(self._run_dir, self._keep, step)
-        except OSError:
-            return  # tried again after the next commit

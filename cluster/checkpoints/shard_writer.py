@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard, folder_of
-from cluster.messages import Reporter, ShardFailed, ShardWritten
+from cluster.messages import Outbox, ShardFailed, ShardWritten
 from cluster.storage import AnyPath, StorageError, retry, write_whole
 from simmatch.sharding.rows import Rows
 
@@ -99,7 +99,7 @@ class ShardWriter:
         run_dir: AnyPath,
         rank: int,
         world_size: int,
-        report: Reporter,
+        report: Outbox,
         *,
         patience_s: float,
         write: WriteShard = write_shard,

@@ -39,12 +39,6 @@ class Attempt:
 
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def alive(self) -> None:
-        """A request begins."""
-        if self.abandoned:
-            raise AbandonedError
-        self.busy_since = time.monotonic()
-
     def stalled(self, limit_s: float) -> bool:
         """Whether one request has taken longer than that."""
         since = self.busy_since
@@ -169,9 +163,9 @@ class Sender:
 
     def _alive(self, attempt: Attempt) -> None:
         """A request begins, unless this attempt or the sender is abandoned: then it is not made."""
-        if self._abandoned:
+        if attempt.abandoned or self._abandoned:
             raise AbandonedError
-        attempt.alive()
+        attempt.busy_since = time.monotonic()
 
     @contextmanager
     def _saving(self, attempt: Attempt) -> Iterator[None]:
@@ -186,10 +180,10 @@ class Sender:
         while True:
             self._wake.clear()
             closing = self._closing.is_set()
-            attempt.alive()
+            self._alive(attempt)
             connected = connected or self.delivery.connect(sink, saving)
             sent, rejected = self.delivery.send_batch(sink, saving) if connected else (0, [])
-            attempt.alive()
+            self._alive(attempt)
             self.last_error = None
             if sent:
                 self.notices.refused(rejected)

@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import RunConfig
-from cluster.messages import GroupStarted, Note, Progress
+from cluster.messages import GroupStarted, Note, Outbox, Progress
 from cluster.training import Assignment, Training
-from cluster.worker import Outbox
 from simmatch.sharding.exchange import Exchange
 
 ConfigMaker = Callable[..., RunConfig]

@@ -33,10 +33,9 @@ from cluster.checkpoints.manifest import (
 from cluster.checkpoints.reader import Reader, load_into, newest_good
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
-from cluster.messages import LayerMetrics, Message, ShardWritten
+from cluster.messages import LayerMetrics, Message, Outbox, ShardWritten
 from cluster.monitors import GrowthMonitor, TrainingFault
 from cluster.training import Assignment, Stopped, Training
-from cluster.worker import Outbox
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, split_rows

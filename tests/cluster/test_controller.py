@@ -23,6 +23,7 @@ from cluster.messages import (
     Message,
     ModelExported,
     Note,
+    Outbox,
     Phase,
     Progress,
     RankInfo,
@@ -38,7 +39,6 @@ from cluster.summary import RunRecord, summarise
 from cluster.tracking.events import MetricsEvent, ParamsEvent, TagsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
-from cluster.worker import Outbox
 from simmatch.config import ConfigError
 from simmatch.documents import dump_json
 from simmatch.files import write_whole

@@ -12,10 +12,11 @@ import torch
 
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
+from cluster.messages import Outbox
 from cluster.one_rank import on_one_rank
 from cluster.timeouts import run_with_timeout
 from cluster.training import Assignment, Training
-from cluster.worker import Outbox, Worker
+from cluster.worker import Worker
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from tests.exchanges import results

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.config import RunConfig
-from cluster.messages import LayerMetrics, Message, ReadoutScored, TrainingWarning
+from cluster.messages import LayerMetrics, Message, Outbox, ReadoutScored, TrainingWarning
 from cluster.monitors import TrainingFault
 from cluster.training import Assignment
-from cluster.worker import Outbox
 from simmatch.config import DataConfig, DynamicsConfig, ModelConfig, PlasticityConfig, TrainConfig
 from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d

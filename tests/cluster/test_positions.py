@@ -14,10 +14,9 @@ from torch import Tensor
 from cluster.checkpoints.committer import commit
 from cluster.checkpoints.manifest import Manifest, folder_of
 from cluster.config import RunConfig
-from cluster.messages import Message, ShardWritten
+from cluster.messages import Message, Outbox, ShardWritten
 from cluster.monitors import TrainingFault
 from cluster.training import Assignment, Training
-from cluster.worker import Outbox
 from simmatch.config import parse
 from simmatch.features import LayerInputs
 from simmatch.geometry import Patches

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from cluster.config import RunConfig
-from cluster.messages import Progress, ReadoutScored, TrainingWarning
+from cluster.messages import Outbox, Progress, ReadoutScored, TrainingWarning
 from cluster.training import Assignment, Training
-from cluster.worker import Outbox
 from simmatch import load_model
 from simmatch.config import parse
 from simmatch.data.sources import load_dataset, to_unit

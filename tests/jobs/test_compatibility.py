@@ -22,8 +22,8 @@ import jobs.evaluate
 import jobs.finetune
 import jobs.sync
 from cluster.config import RunConfig
+from cluster.messages import Outbox
 from cluster.training import Assignment, Training
-from cluster.worker import Outbox
 from jobs.options import read_yaml
 from jobs.run_directory import as_begun, choose
 from simmatch import load_model
