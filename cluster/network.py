@@ -64,15 +64,19 @@ class RayHead:
         self.address, self.limit_s = address, limit_s
         self._asked = self._answered = time.monotonic()
 
-    @property
-    def lost(self) -> bool:
-        """Whether it has accepted no connection for longer than the limit. Makes an attempt if one is due."""
+    def silent_s(self) -> float:
+        """Seconds since it last accepted a connection; 0 while it does, and until the next attempt is due."""
         now = time.monotonic()
         if now - self._asked >= self.ASK_EVERY_S or self._asked > self._answered:
             self._asked = now
             if accepts_connections(self.address, self.ASK_EVERY_S):
                 self._answered = now
-        return self._asked - self._answered > self.limit_s
+        return max(0.0, self._asked - self._answered)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has been silent for longer than the limit. Makes an attempt if one is due."""
+        return self.silent_s() > self.limit_s
 
 
 def accepts_connections(address: str, timeout_s: float) -> bool:

@@ -99,18 +99,26 @@ def write_whole(path: AnyPath, content: Content) -> None:
 
 
 def copy_whole(source: AnyPath, target: AnyPath) -> None:
-    """Copy a file to another place; a copy within an object store is made there.
+    """Copy a file, which nobody changes afterwards, to another place; within an object store the copy is made there,
+    and within a disk that has links it takes no room.
 
     Raises
     ------
     FileNotFoundError, OSError
     """
     if isinstance(source, Path):
-        write_whole(target, partial(shutil.copyfile, source))
+        write_whole(target, partial(_link_or_copy, source))
     elif isinstance(target, Path):
         write_whole(target, lambda local: _remote(source, lambda: source.fs.get_file(source.path, str(local))))
     else:
         _remote(target, lambda: source.fs.copy(source.path, target.path))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
 
 
 def retry(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:

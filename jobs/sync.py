@@ -91,7 +91,7 @@ def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
     delivery = sender.delivery
     pending = delivery.pending()
     sent = count(delivery.sent - delivery.rejected, "event")
-    print(f"{sent} sent to {shown_uri}, run {delivery.runs.get(PARENT, 'unknown')}")
+    print(f"{sent} sent to {shown_uri}, run {delivery.progress.runs.get(PARENT, 'unknown')}")
     for note in delivery.notes:
         print(f"refused: {note}", file=sys.stderr)
     if pending:

@@ -97,6 +97,7 @@ class Delivery:
 
     Attributes
     ----------
+    progress: the position, and the ids of the MLflow runs.
     sent, rejected: numbers of events.
     refusals: latest rejected events, as lines `kind: reason`.
     """
@@ -112,19 +113,9 @@ class Delivery:
         self.sent = self.rejected = 0
         self.refusals: list[str] = []
         self._spool, self._progress_path, self._redact, self._safe_bytes = spool, progress_path, redact, safe_bytes
-        self._progress = SendProgress(destination)
+        self.progress = SendProgress(destination)
         self._doubted: tuple[Event | Unreadable | None, int] = (None, 0)
         self._disk_note: str | None = None
-
-    @property
-    def destination(self) -> str:
-        """The server, without credentials."""
-        return self._progress.destination
-
-    @property
-    def runs(self) -> dict[str, str]:
-        """MLflow run ids known so far: `parent`, and each layer's under its number."""
-        return self._progress.runs
 
     @property
     def notes(self) -> list[str]:
@@ -133,11 +124,11 @@ class Delivery:
 
     def load(self) -> None:
         """Read the persisted position."""
-        self._progress = SendProgress.load(self._progress_path, self.destination, self._spool.size_bytes())
+        self.progress = SendProgress.load(self._progress_path, self.progress.destination, self._spool.size_bytes())
 
     def pending(self) -> int:
         """Number of events that are not confirmed yet."""
-        return self._spool.count(self._progress.offset)
+        return self._spool.count(self.progress.offset)
 
     def connect(self, sink: Sink, saving: Callable[[], AbstractContextManager[None]]) -> bool:
         """Introduce the runs to a sink; returns False while there is no event that names them.
@@ -147,8 +138,8 @@ class Delivery:
         first = next(self._safe(0), None)
         if first is None:
             return False
-        runs = sink.connect(first[0], self._progress.runs)
-        self._save(replace(self._progress, runs=runs), saving)
+        runs = sink.connect(first[0], self.progress.runs)
+        self._save(replace(self.progress, runs=runs), saving)
         return True
 
     def send_batch(self, sink: Sink, saving: Callable[[], AbstractContextManager[None]]) -> tuple[int, list[str]]:
@@ -156,16 +147,16 @@ class Delivery:
 
         saving: as for `connect`, which comes first again after RunsLostError.
         """
-        batch = list(itertools.islice(self._safe(self._progress.offset), BATCH_EVENTS))
+        batch = list(itertools.islice(self._safe(self.progress.offset), BATCH_EVENTS))
         if not batch:
             return 0, []
         rejected: list[str] = []
         try:
             self._deliver(sink, [event for event, _ in batch], rejected)
         except RunsLostError:
-            self._save(SendProgress(self.destination), saving)
+            self._save(SendProgress(self.progress.destination), saving)
             raise
-        self._save(replace(self._progress, offset=batch[-1][1]), saving)
+        self._save(replace(self.progress, offset=batch[-1][1]), saving)
         # counted with the batch: one that is sent again rejects the same events again
         self.rejected += len(rejected)
         self.refusals = [*self.refusals, *rejected][-KEPT_NOTES:]
@@ -202,7 +193,7 @@ class Delivery:
 
     def _save(self, progress: SendProgress, saving: Callable[[], AbstractContextManager[None]]) -> None:
         with saving():
-            self._progress = progress
+            self.progress = progress
             try:
                 progress.save(self._progress_path)
             except OSError as error:

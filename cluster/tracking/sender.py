@@ -79,7 +79,7 @@ class Sender:
     ) -> None:
         self.delivery = delivery
         self.last_error: str | None = None
-        self.notices = Notices(delivery.destination)
+        self.notices = Notices(delivery.progress.destination)
         self._open_sink, self._settings, self._stalled_s = open_sink, settings, stalled_s
         self._stalled: list[threading.Thread] = []
         self._abandoned = False

@@ -224,7 +224,7 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the parent run; None until the server has given one."""
-        return self._sender.delivery.runs.get(PARENT)
+        return self._sender.delivery.progress.runs.get(PARENT)
 
     @property
     def reason(self) -> str:

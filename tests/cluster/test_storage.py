@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -155,6 +158,26 @@ def test_a_model_gets_its_place(place: AnyPath, replaces: bool) -> None:
     with pytest.raises(OSError, match=rf"{half}.*: expected the model of rank 0, got nothing"):
         publish_model(place, half)
     assert [read(place / "model" / file) for file in MODEL_FILES] == [b"new", b"new"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_disk_without_room_for_a_second_copy_takes_the_model(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On file systems without links the model is copied, and lost nowhere when that fails."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for file in MODEL_FILES:
+        write_whole(tmp_path / "model-0123abcd" / file, b"new")
+    with nullcontext() if links else pytest.raises(OSError, match="No space left"):
+        publish_model(tmp_path, "model-0123abcd")
+    folder = tmp_path / ("model" if links else "model-0123abcd")
+    assert [read(folder / file) for file in MODEL_FILES] == [b"new", b"new"]
 
 
 def test_what_a_person_keeps_beside_a_model_stays(place: AnyPath) -> None:

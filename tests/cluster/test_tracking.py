@@ -478,7 +478,7 @@ def client(store: Path, recorded: Tracker) -> Any:
 
 def layer_runs(tracker: Tracker) -> dict[int, str]:
     """MLflow's ids of the layers' runs."""
-    return {int(which): run_id for which, run_id in tracker._sender.delivery.runs.items() if which != PARENT}
+    return {int(which): run_id for which, run_id in tracker._sender.delivery.progress.runs.items() if which != PARENT}
 
 
 def history(client: Any, run_id: str, key: str) -> list[tuple[int, int, float]]:
@@ -603,7 +603,7 @@ def test_a_replay_from_the_start_stores_nothing_twice(recorded: Tracker, client:
     (recorded.run_dir / "events.offset").unlink()
     replay = Tracker(recorded.run_dir, recorded.config, ModelLogger(toy))
     replay._sender.delivery.load()
-    assert replay._sender.delivery.runs == {}
+    assert replay._sender.delivery.progress.runs == {}
     replay._sender.close(60.0)
     replay._sender.run()
     assert (replay._sender.delivery.sent, replay._sender.delivery.pending(), problems(replay)) == (events, 0, [])
@@ -620,7 +620,10 @@ def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client:
     first.metrics(1, {"objective": 1.0}, layer=0)
     first.finish("KILLED")
     assert first.close() == 0
-    assert {client.get_run(run_id).info.status for run_id in first._sender.delivery.runs.values()} == {"KILLED"}
+    run_ids = first._sender.delivery.progress.runs.values()
+    assert {client.get_run(run_id).info.status for run_id in run_ids} == {"KILLED"}
+        "KILLED"
+    }
     with (tmp_path / "run" / "events.jsonl").open("ab") as spool:
         spool.write(b'{"kind":"metr')  # the crash of a writer
     second = Tracker(tmp_path / "run", config)
