@@ -622,8 +622,6 @@ def test_a_resumed_run_goes_on_where_it_was(store: Path, tmp_path: Path, client:
     assert first.close() == 0
     run_ids = first._sender.delivery.progress.runs.values()
     assert {client.get_run(run_id).info.status for run_id in run_ids} == {"KILLED"}
-        "KILLED"
-    }
     with (tmp_path / "run" / "events.jsonl").open("ab") as spool:
         spool.write(b'{"kind":"metr')  # the crash of a writer
     second = Tracker(tmp_path / "run", config)
