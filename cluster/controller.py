@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from cluster.checkpoints.collector import CheckpointCollector
 from cluster.checkpoints.committer import Committer
-from cluster.checkpoints.manifest import CheckpointError, Cursor, Manifest, read_manifest
+from cluster.checkpoints.manifest import cursor_of, readable_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.cpus import oversubscribed, threads_per_rank
@@ -33,7 +34,7 @@ from cluster.messages import (
     TrainingWarning,
 )
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, GroupFailure, Restart, Stop
-from cluster.storage import AnyPath
+from cluster.storage import AnyPath, retry
 from cluster.summary import ABANDONED_TAG, RATE_TAG, RunRecord, abandoned
 from cluster.text import count
 from cluster.tracking.tracker import Tracker
@@ -93,15 +94,14 @@ class Controller:
         self.make_group, self.recorder, self.display = make_group, recorder, display
         group = config.cluster
         self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s, config.divergence)
-        manifest = _readable(resume)
-        self._images_before = 0 if manifest is None else manifest.cursor.images
+        manifest = readable_manifest(resume)
+        self._images_before = cursor_of(manifest).images
         self.record = RunRecord(rate=1.0 if manifest is None else manifest.rate)
         self._failed_restarts = 0
         self._training = self._stop_asked = self._done = False
         self._deadline: float | None = None
-        self._step = 0
+        self._step = self._phases_shown = 0
         self._progress: Progress | None = None
-        self._phases_shown = 0
         saving = config.checkpoint
         committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
         self._checkpoints = CheckpointCollector(committer, display.note, data)
@@ -155,8 +155,8 @@ class Controller:
         """Prepare the next group: its checkpoint, its size and its learning rates."""
         self.record.restarts += 1
         self._failed_restarts += 1
-        self.resume = self._newest_checkpoint()
-        cursor = _cursor(self.resume)
+        self.resume = self._newest_checkpoint() or self.resume
+        cursor = cursor_of(readable_manifest(self.resume))
         tags = {"restarts": str(self.record.restarts)}
         how = ""
         if decision.shards != self.config.mesh.world_size:
@@ -181,23 +181,20 @@ class Controller:
         time.sleep(decision.after_s)
 
     def _newest_checkpoint(self) -> AnyPath | None:
-        """The newest undamaged one. A store that does not answer is asked again for `checkpoint.patience_s`."""
-        deadline = time.monotonic() + self.config.checkpoint.patience_s
-        while True:
-            try:
-                return newest_good(self.run_dir, self.display.note) or self.resume
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    message = f"checkpoints cannot be read: {error}; run the same command again to continue"
-                    raise RunFailed(message) from error
-                self.display.note(f"checkpoints cannot be read yet: {error}")
-                time.sleep(self.config.cluster.backoff_s)
+        """The newest undamaged one. A disk or store that does not answer is asked again for `checkpoint.patience_s`."""
+        note, patience_s = self.display.note, self.config.checkpoint.patience_s
+        find = partial(newest_good, self.run_dir, note)
+        try:
+            return retry(find, patience_s, lambda error: note(f"checkpoints cannot be read yet: {error}"), OSError)
+        except OSError as error:
+            message = f"checkpoints cannot be read: {error}; run the same command again to continue"
+            raise RunFailed(message) from error
 
     def _run_group(self, assignment: Assignment) -> Failure | None:
         """One group from start to end. Returns None when it has finished."""
         group = self.make_group(assignment)
         self.record.start_group(self._images_before)
-        self._step = _cursor(assignment.resume).step
+        self._step = cursor_of(readable_manifest(assignment.resume)).step
         self._checkpoints.start_group(self._step)
         try:
             group.start()
@@ -271,8 +268,6 @@ class Controller:
             return f"the newest checkpoint is of step {step}"
         return "no checkpoint was written" if self.resume is None else f"the newest checkpoint is {self.resume.name}"
 
-    # ----------------------------------------------------------------------------------------- messages
-
     def _handle(self, rank: int, message: Message) -> None:
         match message:
             case ShardWritten():
@@ -301,17 +296,3 @@ class Controller:
         """Take in the outcomes of commits; a new checkpoint earns new restarts."""
         if self._checkpoints.settle(limit_s):
             self._failed_restarts = 0
-
-
-def _readable(checkpoint: AnyPath | None) -> Manifest | None:
-    """A checkpoint's manifest; None where it cannot be read, which the ranks report."""
-    try:
-        return None if checkpoint is None else read_manifest(checkpoint)
-    except (CheckpointError, OSError):
-        return None
-
-
-def _cursor(checkpoint: AnyPath | None) -> Cursor:
-    """Where training stood in a checkpoint; at the beginning without one that can be read."""
-    manifest = _readable(checkpoint)
-    return Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor

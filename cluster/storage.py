@@ -121,21 +121,27 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def retry(call: Callable[[], T], limit_s: float, failing: Callable[[StorageError], None] = lambda error: None) -> T:
+def retry(
+    call: Callable[[], T],
+    limit_s: float,
+    failing: Callable[[OSError], None] = lambda error: None,
+    errors: type[OSError] = StorageError,
+) -> T:
     """The result of a call, which is repeated for about `limit_s` while a remote file system fails.
 
     failing: called with every failure before the next attempt.
+    errors: OSError where failures of a disk are to be repeated as well.
 
     Raises
     ------
-    StorageError
+    OSError
         Of the last attempt.
     """
     deadline, pause_s = time.monotonic() + limit_s, FIRST_PAUSE_S
     while True:
         try:
             return call()
-        except StorageError as error:
+        except errors as error:
             if time.monotonic() + pause_s > deadline:
                 raise
             failing(error)

@@ -152,6 +152,19 @@ def read_manifest(folder: AnyPath) -> Manifest:
     return manifest
 
 
+def readable_manifest(folder: AnyPath | None) -> Manifest | None:
+    """The manifest of a checkpoint; None without a checkpoint, or where it cannot be read, which the ranks report."""
+    try:
+        return None if folder is None else read_manifest(folder)
+    except (CheckpointError, OSError):
+        return None
+
+
+def cursor_of(manifest: Manifest | None) -> Cursor:
+    """Where training stood; at the beginning without a manifest."""
+    return Cursor(step=0, layer=0, updates=0) if manifest is None else manifest.cursor
+
+
 def _of_this_format(values: dict[str, Any]) -> dict[str, Any]:
     """A manifest of format 2 without its retired keys; any other as it is."""
     layers = values.get("layers")

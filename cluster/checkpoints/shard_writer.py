@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard, folder_of
 from cluster.messages import Outbox, ShardFailed, ShardWritten
-from cluster.storage import AnyPath, StorageError, retry, write_whole
+from cluster.storage import AnyPath, retry, write_whole
 from simmatch.sharding.rows import Rows
 
 WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
@@ -174,7 +174,7 @@ class ShardWriter:
         else:
             self._report.send(ShardWritten(cursor, shard, snapshot.layers))
 
-    def _note_failing(self, _: StorageError) -> None:
+    def _note_failing(self, _: OSError) -> None:
         self._failing = True
 
     def _lost(self, cursor: Cursor, reason: str) -> None:

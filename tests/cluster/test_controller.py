@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+import cluster.controller
+import cluster.storage
 from cluster.checkpoints.manifest import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, read_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
@@ -196,6 +198,33 @@ def scene(digits_config: Callable[..., RunConfig], tmp_path: Path) -> MakeScene:
         return Scene(config, tmp_path, *scripts, **options)
 
     return make
+
+
+@pytest.mark.parametrize("failures", [2, 1000])
+def test_a_disk_that_cannot_be_read_after_a_failure_is_tried_again(
+    scene: MakeScene, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+
+    def read(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+        calls.append(run_dir)
+        if len(calls) <= failures:
+            raise OSError(errno.EIO, "Input/output error")
+        return newest_good(run_dir, warn)
+
+    monkeypatch.setattr(cluster.controller, "newest_good", read)
+    monkeypatch.setattr(cluster.storage, "FIRST_PAUSE_S", 0.01)
+    playing = scene([LOST], [])
+    config = playing.controller.config
+    checkpoint = config.checkpoint.model_copy(update={"patience_s": 0.2})
+    playing.controller.config = config.model_copy(update={"checkpoint": checkpoint})
+    if failures == 2:
+        assert playing.controller.run().restarts == 1
+        assert len(calls) == 3
+    else:
+        with pytest.raises(RunFailed, match=r"^checkpoints cannot be read: .*Input/output error; run the same command"):
+            playing.controller.run()
+        assert len(calls) > 2
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
