@@ -1,5 +1,5 @@
 # PYTHON  interpreter the environment is made with, 3.11 or later
-# VENV    the environment; name an existing one to use it: nothing it already has is downloaded again
+# VENV    the environment; name an existing one to use it: packages already there are not downloaded again
 # CONFIG  what `make pretrain` runs; ARGS is passed on to it, e.g. ARGS="--set mesh.channel=2"
 # DATASET what `make data` fetches
 PYTHON ?= python3
@@ -29,20 +29,20 @@ TEST_STAMP := $(VENV)/.simmatch-test-$(KEY)
 .PHONY: help pretrain data test test-faults lint typecheck format lock ui clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-pretrain: data ## fetch what is missing, then train (CONFIG=..., ARGS="--set key=value")
+pretrain: data ## install, download, train (CONFIG=..., ARGS="--set key=value")
 	$(BIN)/python -m jobs.pretrain --config $(CONFIG) $(ARGS)
 
-data: $(RUN_STAMP) ## fetch the images, unless they are here already (DATASET=fashion_mnist)
+data: $(RUN_STAMP) ## download the images unless present (DATASET=fashion_mnist)
 	$(BIN)/python -m jobs.fetch $(DATASET)
 
-test: lint typecheck ## lint, types and tests: all that must pass; then a quick benchmark, which cannot fail
+test: lint typecheck ## lint, types and tests; then a quick benchmark, for information only
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not fault'
 	@echo "for information, on a machine that may be busy; nothing here fails the tests:"
 	-@$(BIN)/python -m jobs.benchmark dynamics --quick --data digits --channels 64 --parts solvers --run-dir build/benchmark >/dev/null
 
-test-faults: $(TEST_STAMP) ## what is read from outside damaged in 2,000 ways each, then everything that loses a rank, a disk or a server
+test-faults: $(TEST_STAMP) ## 2,000 fuzzed versions of each input, then all tests that lose a rank, a disk or a server (half an hour)
 	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest $(PYTEST_ARGS) \
 		tests/test_fuzz.py tests/test_security.py tests/cluster \
 		tests/jobs/test_chaos.py tests/jobs/test_submit.py tests/jobs/test_sync.py tests/jobs/test_entry_point.py tests/jobs/test_run_results.py
@@ -54,7 +54,7 @@ lint: $(TEST_STAMP) ## ruff, changing nothing
 typecheck: $(TEST_STAMP) ## mypy
 	$(BIN)/python -m mypy
 
-format: $(TEST_STAMP) ## ruff, mending what it can
+format: $(TEST_STAMP) ## ruff, fixing what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -64,7 +64,7 @@ lock: $(TEST_STAMP) ## write this environment's versions to infra/requirements.l
 		$(BIN)/python -m pip freeze --exclude-editable; } | sed 's/+[a-z0-9.]*$$//' >build/requirements.lock
 	@mv build/requirements.lock infra/requirements.lock
 
-ui: $(RUN_STAMP) ## look at the runs of this machine in MLflow
+ui: $(RUN_STAMP) ## browse this machine's runs in MLflow (http://127.0.0.1:5000)
 	@mkdir -p runs
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///runs/mlflow.db
 

@@ -1,4 +1,4 @@
-"""Disturb a real training run at random, and check that it ends as if nothing had happened: `python -m jobs.chaos`.
+"""Inject random faults into a training run and check that its results do not change: `python -m jobs.chaos`.
 
 First one undisturbed run, then the same run again and again while its ranks and drivers are killed, suspended and asked
 to end; a driver that has ended is started again. Prints one JSON object per strike and per run and a table, and draws a
@@ -79,18 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--minutes", type=float, default=20.0, metavar="M", help="strike for so long (default: 20)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the choice of strikes and times (default: 0)"
+        "--minutes", type=float, default=20.0, metavar="M", help="how long to inject faults (default: 20)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the faults and their times (default: 0)"
     )
     parser.add_argument(
         "--gap", type=float, nargs=2, default=list(GAP_S), metavar=("MIN", "MAX"),
-        help="seconds from a recovery to the next strike (default: 45 90)",
+        help="seconds between a recovery and the next fault (default: 45 90)",
     )  # fmt: skip
     parser.add_argument(
-        "--kinds", nargs="+", choices=sorted(STRIKES), default=sorted(STRIKES), help="what strikes (default: all)"
+        "--kinds", nargs="+", choices=sorted(STRIKES), default=sorted(STRIKES), help="kinds of fault (default: all)"
     )
-    parser.add_argument("--run-dir", metavar="DIR", help="where runs and rows go (default: runs/chaos-<name>)")
+    parser.add_argument("--run-dir", metavar="DIR", help="folder of runs and results (default: runs/chaos-<name>)")
     return parser
 
 

@@ -99,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         help="override a key, e.g. --set seeds=[0]; repeatable",
     )
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="measure and show only these rows (default: all)")
-    parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
-    parser.add_argument("--quick", action="store_true", help="the same rows on fewer images: minutes, rougher figures")
-    parser.add_argument("--report", action="store_true", help="show the results so far, measure nothing")
+    parser.add_argument("--run-dir", metavar="DIR", help="folder of results and figures (default: runs/<name>)")
+    parser.add_argument("--quick", action="store_true", help="same rows, fewer images: minutes, less precise")
+    parser.add_argument("--report", action="store_true", help="show the results so far without measuring")
     parser.add_argument(
         "--workers",
         type=at_least(1),
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=at_least(1),
         metavar="N",
-        help="threads for each of them (default: the CPUs that it may use, shared)",
+        help="threads per worker (default: the available CPUs divided among workers)",
     )
     return parser
 

@@ -77,7 +77,7 @@ def fetch(name: str, root: Path) -> None:
                 load_dataset(DataConfig(name=name, root=temporary))
             except DataError as error:
                 failures.append(f"{label}: {error}")
-                print(f"{label} did not work: {one_line(error)}", flush=True)
+                print(f"{label} failed: {one_line(error)}", flush=True)
                 continue
             _copy_into_place(Path(temporary), root)
             return

@@ -1,4 +1,4 @@
-"""Compare LeNets whose convolutions start from similarity matching with random ones: `python -m jobs.finetune`.
+"""Compare LeNets initialised by similarity matching with randomly initialised ones: `python -m jobs.finetune`.
 
 One command, one table for each network: test accuracy at every label budget from random weights, from random or learnt
 weights that stay frozen, and fine-tuned from learnt ones; paired differences with 95 % intervals; a figure. Results are
@@ -96,13 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override a key, e.g. --set budgets.0.seeds=3; repeatable",
     )
-    parser.add_argument("--run-dir", metavar="DIR", help="where results and figures go (default: runs/<name>)")
-    parser.add_argument("--quick", action="store_true", help="the same table from less: minutes, wider intervals")
+    parser.add_argument("--run-dir", metavar="DIR", help="folder of results and figures (default: runs/<name>)")
+    parser.add_argument("--quick", action="store_true", help="same table, fewer seeds and images: minutes")
     parser.add_argument(
         "--threads",
         type=at_least(1),
         metavar="N",
-        help="trainings at the same time (default: all CPUs that it may use)",
+        help="number of parallel trainings (default: all available CPUs)",
     )
     return parser
 

@@ -77,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
-        help="auto: continue an unfinished run of this configuration; never: a new run; DIR: a run or a checkpoint",
+        help="auto (default): continue an unfinished run of this configuration; never: start a new run; "
+        "DIR: start from this run or checkpoint",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, mesh and sizes; start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, mesh and sizes, then exit")
     return parser
 
 

@@ -56,7 +56,7 @@ def send_records(tracker: Tracker, report: Callable[[str], None]) -> None:
     """Close the tracker, which waits for MLflow, and report the outcome."""
     if tracker.config.enabled:
         limit_s = tracker.config.flush_s + tracker.config.timeout_s
-        report(f"sending records to MLflow, for at most {limit_s:g} s; Ctrl-C ends the wait")
+        report(f"sending records to MLflow (at most {limit_s:g} s; Ctrl-C stops waiting)")
     tracker.close()
     for line in outcome_lines(tracker):
         report(line)

@@ -1,4 +1,4 @@
-"""Send to MLflow what a run has recorded and not sent yet: `python -m jobs.sync runs/fashion`.
+"""Send the records of a run that have not reached MLflow yet: `python -m jobs.sync runs/digits`.
 
 Sending again does no harm: MLflow keeps one copy of each row. Another server (`--uri`) gets the whole run.
 """
@@ -103,17 +103,15 @@ def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.sync", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run, the one that holds events.jsonl")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory (the folder that holds events.jsonl)")
     parser.add_argument(
         "--uri",
-        help=f"MLflow's tracking URI (default: the job's, where ${URI_VARIABLE} or the default names it as well)",
+        help=f"MLflow's tracking URI (default: the one recorded, if ${URI_VARIABLE} or the default is the same)",
     )
     parser.add_argument(
-        "--wait", type=float, default=60.0, metavar="S", help="stop after so long without success (default: 60)"
+        "--wait", type=float, default=60.0, metavar="S", help="give up after this long without success (default: 60)"
     )
-    parser.add_argument(
-        "--timeout", type=float, default=10.0, metavar="S", help="longest wait for one answer (default: 10)"
-    )
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="timeout of one request (default: 10)")
     return parser
 
 

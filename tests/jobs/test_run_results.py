@@ -128,7 +128,7 @@ def test_a_signal_ends_the_wait_for_mlflow(
     assert err == ""
     lines = out.splitlines()
     result = lines.index("test accuracy, ridge readout on frozen features: 0.9000")
-    sending = lines.index("sending records to MLflow, for at most 90 s; Ctrl-C ends the wait")
+    sending = lines.index("sending records to MLflow (at most 90 s; Ctrl-C stops waiting)")
     assert result < sending
     assert f"; send them with: python -m jobs.sync {job.run_dir}" in out
     assert (before["status"], before["accuracy"], before["mlflow_run_id"]) == ("FINISHED", 0.9, None)
