@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from secrets import token_hex
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from cluster.checkpoints.collector import CheckpointCollector
 from cluster.checkpoints.committer import Committer
@@ -19,12 +19,11 @@ from cluster.config import RunConfig
 from cluster.cpus import oversubscribed, threads_per_rank
 from cluster.failures import group_failure
 from cluster.messages import (
+    Display,
     GroupStarted,
     LayerMetrics,
     Message,
     ModelExported,
-    Note,
-    Progress,
     RankInfo,
     ReadoutScored,
     ShardFailed,
@@ -45,14 +44,6 @@ if TYPE_CHECKING:
 
 SETTLE_S = 1.0
 """Longest wait of a round for a commit: a disk takes milliseconds, and what takes longer continues during rounds."""
-
-
-class Display(Protocol):
-    """Where progress and notes are shown."""
-
-    def progress(self, latest: Progress) -> None: ...
-
-    def note(self, note: Note) -> None: ...
 
 
 class RunStopped(RuntimeError):
@@ -98,10 +89,9 @@ class Controller:
         self._images_before = cursor_of(manifest).images
         self.record = RunRecord(rate=1.0 if manifest is None else manifest.rate)
         self._failed_restarts = 0
-        self._training = self._stop_asked = self._done = False
+        self._training = self._learning = self._stop_asked = self._done = False
         self._deadline: float | None = None
         self._step = self._phases_shown = 0
-        self._progress: Progress | None = None
         saving = config.checkpoint
         committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
         self._checkpoints = CheckpointCollector(committer, display.note, data)
@@ -200,7 +190,7 @@ class Controller:
             group.start()
             self.display.note(GroupStarted(tuple(group.ranks)))
             self._share_cpus(group.ranks)
-            self._training, self._progress, self._phases_shown = True, None, 0
+            self._training, self._learning, self._phases_shown = True, False, 0
             while True:
                 self._ask_to_stop(group)
                 done, failure = self.step(group)
@@ -229,9 +219,8 @@ class Controller:
         if not self._stop_asked:
             return
         grace_s = self.config.cluster.grace_s
-        learning = self._progress is not None and self._progress.phase == "learn"
         # before or between layers, once the layer that has ended is saved
-        if not learning and self._checkpoints.settled_step >= self._step:
+        if not self._learning and self._checkpoints.settled_step >= self._step:
             raise RunStopped(self._newest())
         if self._deadline is None:
             self._deadline = time.monotonic() + grace_s
@@ -250,7 +239,8 @@ class Controller:
         for latest in statuses[0].phases[self._phases_shown :]:  # also those that have ended since the last round
             self.display.progress(latest)
         self._phases_shown = max(0, len(statuses[0].phases) - 1)
-        self._progress = statuses[0].progress
+        latest_phase = statuses[0].progress
+        self._learning = latest_phase is not None and latest_phase.phase == "learn"
         self._step = max([self._step, *(phase.step for phase in statuses[0].phases if phase.step is not None)])
         self.record.steps = max(self.record.steps, self._step)
         failure = group_failure(statuses, self.config.cluster.stall_timeout_s)

@@ -7,7 +7,7 @@ A rank describes itself once (`RankInfo`), then sends a `Message` for whatever h
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard
 from cluster.policy import Failure
@@ -205,6 +205,16 @@ class GroupStarted:
 
 Note = str | StartingPoint | GroupStarted
 """Something to show to a person, who reads `str(note)`; a program that watches a job reads the fields."""
+
+
+class Display(Protocol):
+    """Where progress and notes are shown."""
+
+    def progress(self, latest: Progress) -> None:
+        """How far the present phase is; the same may come again and again."""
+
+    def note(self, note: Note) -> None:
+        """Something to read."""
 
 
 @dataclass

@@ -27,7 +27,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
-from cluster.messages import Note, Progress
+from cluster.messages import Display, Progress
 from cluster.text import size
 
 LINE_EVERY_S = 5.0
@@ -226,18 +226,12 @@ def details(progress: Progress) -> str:
     return SEPARATOR.join(parts)
 
 
-class JobDisplay(Protocol):
+class JobDisplay(Display, Protocol):
     """Where a training run shows its progress; entered for as long as it runs."""
 
     def __enter__(self) -> JobDisplay: ...
 
     def __exit__(self, *_: object) -> None: ...
-
-    def progress(self, latest: Progress) -> None:
-        """How far the present phase is; the same may come again and again."""
-
-    def note(self, note: Note) -> None:
-        """Something to read."""
 
 
 MakeDisplay = Callable[[Console, Callable[[str], str]], JobDisplay]
