@@ -212,13 +212,13 @@ import os, sys, time
 from pathlib import Path
 
 from jobs.evaluate import main
-from jobs.evaluation import side_by_side
+from jobs.evaluation import ray_units
 
 marks = Path(sys.argv[1])
 
 
 def held(text, unit, *others):
-    from jobs.evaluation.side_by_side import _task
+    from jobs.evaluation.ray_units import _task
 
     (marks / f"{os.getppid()} {os.getpid()} {unit}").touch()
     while not (marks / "go").exists():
@@ -226,7 +226,7 @@ def held(text, unit, *others):
     return _task(text, unit, *others)
 
 
-side_by_side._task = held
+ray_units._task = held
 sys.exit(main(sys.argv[2:]))
 """
 """An evaluation whose units say on which raylet's node they are, and wait for a word to begin."""
