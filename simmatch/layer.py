@@ -14,6 +14,8 @@ Source: Bahroun et al., arXiv:2308.02427 (ConvNSM); Pehlevan & Chklovskii (2014,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from simmatch.arguments import check_activities, check_images, check_not_empty, check_patches, check_positions
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
-from simmatch.geometry import PatchConfig, Patches, Whitening, drive, prepare, sample_patches, zca
+from simmatch.geometry import PatchConfig, Patches, Whitening, prepare, sample_patches, zca
 from simmatch.labels import one_hot
 from simmatch.objective import batch_objective
 from simmatch.plasticity import Statistics, Weights
@@ -212,11 +214,16 @@ class SimilarityMatchingConv2d(Synapses):
         """
         return Patches(self.patch, self._whitening, (1, 1), matrix=matrix, whitened=whitened or not self.whiten)
 
-    def _patches(self, x: Tensor | Patches) -> Patches:
-        if not isinstance(x, Patches):
-            return self.prepare(x)
-        check_patches(x, self.patch, self._whitening)
-        return x
+    def _batch(self, x: Tensor | Patches, labels: Tensor | None = None, fault: LocalFault | None = None) -> Batch:
+        """The checked patches and one-hot labels of a batch. `fault` holds what is wrong with patches or labels.
+
+        Images that do not match the layer raise an error at once: how many columns they have is unknown.
+        """
+        patches, z = x if isinstance(x, Patches) else self.prepare(x), None
+        with fault or LocalFault(IDENTITY):
+            check_patches(patches, self.patch, self._whitening)
+            z = None if labels is None else one_hot(labels, self.num_classes, self.label, images=patches.batch_size)
+        return Batch(patches, z)
 
     @eager_full_precision
     def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
@@ -247,8 +254,7 @@ class SimilarityMatchingConv2d(Synapses):
         if self.whiten:
             whitening = zca(sample, self.whiten_ridge)
             sample = (sample - whitening.mean) @ whitening.matrix.T
-            self.whitening.copy_(whitening.matrix)
-            self.whitening_mean.copy_(whitening.mean)
+            self.whitening, self.whitening_mean = whitening.matrix, whitening.mean  # new: earlier patches are invalid
         self.input_power.copy_(sample.square().sum(dim=1).mean())
 
     @property
@@ -257,9 +263,6 @@ class SimilarityMatchingConv2d(Synapses):
 
     # ------------------------------------------------------------------------------------------- fast: dynamics
 
-    def _one_hot(self, labels: Tensor | None, images: int) -> Tensor | None:
-        return None if labels is None else one_hot(labels, self.num_classes, self.label, images=images)
-
     @eager_full_precision
     def drive(self, x: Tensor | Patches, labels: Tensor | None = None, weights: Weights | None = None) -> Tensor:
         """d = W x̃ + α V z for the channels held here, or the rows in `weights`: [K_g, N], in the order 'b h w'.
@@ -267,9 +270,7 @@ class SimilarityMatchingConv2d(Synapses):
         >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).drive(torch.rand(2, 1, 8, 8)).shape
         torch.Size([4, 72])
         """
-        patches = self._patches(x)
-        batch = Batch(patches, self._one_hot(labels, patches.batch_size))
-        return batch_drive(batch, weights or self.weights, self.alpha if self.label_gain > 0 else None)
+        return batch_drive(self._batch(x, labels), weights or self.weights, self.alpha if self.label_gain > 0 else None)
 
     @eager_full_precision
     def solve(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
@@ -295,13 +296,12 @@ class SimilarityMatchingConv2d(Synapses):
         >>> solution.y.shape, solution.residual.shape
         (torch.Size([2, 4, 6, 6]), torch.Size([2, 6, 6]))
         """
-        patches, fault, z = self._patches(x), LocalFault(self.exchange), None
-        with fault:
-            z = self._one_hot(labels, patches.batch_size)
-        solution = self.sharing.solve(Batch(patches, z), self._own_state(fault))
-        height, width = patches.map_size
+        fault = LocalFault(self.exchange)
+        batch = self._batch(x, labels, fault)
+        solution = self.sharing.solve(batch, self._own_state(fault))
+        height, width = batch.patches.map_size
         residual = rearrange(solution.residual, "(b h w) -> b h w", h=height, w=width)
-        return Solution(_as_maps(solution.y, patches), solution.num_iters, residual)
+        return Solution(_as_maps(solution.y, batch.patches), solution.num_iters, residual)
 
     @eager_full_precision
     def forward(self, x: Tensor | Patches) -> Tensor:
@@ -310,14 +310,13 @@ class SimilarityMatchingConv2d(Synapses):
         >>> SimilarityMatchingConv2d(1, 4, kernel_size=3)(torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 4, 6, 6])
         """
-        patches = self._patches(x)
+        fault = LocalFault(self.exchange)
+        batch = self._batch(x, fault=fault)
         if torch.compiler.is_exporting():
             bound, ridge = traced_bound(self.lateral, self.perron, ridge=self.dynamics.ridge)
-            columns = drive(patches, self.feedforward)
-            return _as_maps(unrolled(columns, self.lateral, self.dynamics, bound=bound, ridge=ridge), patches)
-        state = self._own_state(LocalFault(self.exchange))
-        solution = self.sharing.solve(Batch(patches), state, fixed=True)
-        return _as_maps(solution.y, patches)
+            drive = batch_drive(batch, self.weights)
+            return _as_maps(unrolled(drive, self.lateral, self.dynamics, bound=bound, ridge=ridge), batch.patches)
+        return _as_maps(self.sharing.solve(batch, self._own_state(fault), fixed=True).y, batch.patches)
 
     # ------------------------------------------------------------------------------------------- slow: plasticity
 
@@ -342,9 +341,9 @@ class SimilarityMatchingConv2d(Synapses):
         (torch.Size([4, 1, 3, 3]), torch.Size([4, 4]), 72)
         >>> layer.update(statistics)
         """
-        patches = self._patches(x)
-        check_activities(y, (patches.batch_size, self.out_channels, *patches.map_size), self.feedforward)
-        batch = Batch(patches, self._one_hot(labels, patches.batch_size))
+        batch = self._batch(x, labels)
+        shape = (batch.patches.batch_size, self.out_channels, *batch.patches.map_size)
+        check_activities(y, shape, self.feedforward)
         return batch_statistics(batch, rearrange(y, "b k h w -> k (b h w)"), self.rows, self.num_classes)
 
     @eager_full_precision
@@ -375,16 +374,14 @@ class SimilarityMatchingConv2d(Synapses):
         >>> layer.partial_fit(torch.rand(2, 1, 8, 8)).y.shape, int(layer.updates)
         (torch.Size([4, 72]), 1)
         """
-        if not isinstance(x, Patches):
-            check_images(x, self.in_channels, self.feedforward)
-        images, fault, z = x.batch_size if isinstance(x, Patches) else x.shape[0], LocalFault(self.exchange), None
-        check_not_empty(images)
-        with fault:
-            z = self._one_hot(labels, images)
+        fault = LocalFault(self.exchange)
+        batch = self._batch(x, labels, fault)
+        check_not_empty(batch.patches.batch_size)
         if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
             self.calibrate(x)
+            batch = replace(batch, patches=self.prepare(x))
         state = self._own_state(fault)
-        solution, statistics = self.sharing.learn(Batch(self._patches(x), z), state)
+        solution, statistics = self.sharing.learn(batch, state)
         self._learn(statistics, state)
         return solution
 
@@ -403,9 +400,8 @@ class SimilarityMatchingConv2d(Synapses):
         >>> layer.objective(x, torch.zeros(4, 72))
         1.0
         """
-        patches = self._patches(x)
-        check_not_empty(patches.batch_size)
-        batch = Batch(patches, self._one_hot(labels, patches.batch_size))
+        batch = self._batch(x, labels)
+        check_not_empty(batch.patches.batch_size)
         return batch_objective(batch, y, float(self.alpha), columns=columns)
 
 

@@ -109,7 +109,8 @@ class Synapses(nn.Module):
             arguments.contrast_floor,
         )
         self.rows, self.exchange = rows, exchange
-        self._certified: tuple[Bound, tuple[int, float]] | None = None
+        self._bound: Bound | None = None
+        self._bounded: tuple[Tensor, tuple[int, float]] | None = None  # the M of this bound, and its fingerprint
         self.dead_channels = 0
         self._register(dtype, device)
 
@@ -157,20 +158,30 @@ class Synapses(nn.Module):
         RuntimeError
             No bound has been certified yet, or the rows of M held here have been written to since.
         """
-        if self._certified is None or fingerprint(self.lateral) != self._certified[1]:
+        if self._bound is None or not self._bound_is_valid():
             raise RuntimeError(STALE_BOUND)
-        return self._certified[0]
+        return self._bound
+
+    def _bound_is_valid(self) -> bool:
+        """Whether `lateral` is the tensor that was certified last, and has not been written to since."""
+        if self._bounded is None:
+            return False
+        lateral, written = self._bounded
+        return lateral is self.lateral and written == fingerprint(lateral)
+
+    def _keep(self, bound: Bound) -> None:
+        """Keep the certified bound of the current `lateral`."""
+        self._bound, self._bounded = bound, (self.lateral, fingerprint(self.lateral))
 
     @eager_full_precision
     def certify(self) -> None:
         """Certify `bound` from the current `lateral` and `perron`; all owners call this together.
 
-        `update` and `recertify` call it, and so does the first method that needs a bound after construction or loading.
-        A single owner calls it whenever M has been written to. Several owners raise an error instead, until they call
-        `certify` or `recertify`.
+        `update` and `recertify` call it, and so does the first method that needs a bound after construction. A single
+        owner calls it whenever M has been written to or loaded since. Several owners raise an error instead, until they
+        call `certify` or `recertify`: whether another owner has written to its rows is unknown to them.
         """
-        bound = certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
-        self._certified = bound, fingerprint(self.lateral)
+        self._keep(certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange))
 
     @eager_full_precision
     def recertify(self) -> None:
@@ -189,18 +200,19 @@ class Synapses(nn.Module):
         A bound of an earlier M is never used: a single owner certifies M again; several owners, if one of them has
         written to its rows, raise an error at the next exchange.
         """
-        alone = self.exchange.world_size == 1
-        if self._certified is None or (alone and fingerprint(self.lateral) != self._certified[1]):
+        if self._bound is None:
             self.certify()
-        assert self._certified is not None
-        bound, certified = self._certified
-        if not alone and fingerprint(self.lateral) != certified and bool(self.lateral.isfinite().all()):
-            with fault:  # rows that are not finite are reported by the dynamics
-                raise RuntimeError(STALE_BOUND)
-        return OwnState(self.weights, bound, self.alpha if self.label_gain > 0 else None, fault)
+        elif not self._bound_is_valid():
+            if self.exchange.world_size == 1:
+                self.certify()
+            elif bool(self.lateral.isfinite().all()):  # rows that are not finite are reported by the dynamics
+                with fault:
+                    raise RuntimeError(STALE_BOUND)
+        assert self._bound is not None
+        return OwnState(self.weights, self._bound, self.alpha if self.label_gain > 0 else None, fault)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self._certified = None
+        self._bounded = None  # of the owners, perhaps only this one loads: it must not start an exchange
         super()._load_from_state_dict(*arguments, **options)
 
     # ------------------------------------------------------------------------------------------- plasticity
@@ -253,7 +265,7 @@ class Synapses(nn.Module):
             getattr(self, name).copy_(value)
         self.perron.copy_(perron)
         self.updates.add_(1)
-        self._certified = bound, fingerprint(self.lateral)
+        self._keep(bound)
         channels = torch.nonzero(bound.flagged).flatten().tolist()
         self.dead_channels = len(channels)
         if channels and self.plasticity.revive:

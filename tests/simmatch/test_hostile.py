@@ -209,6 +209,22 @@ def test_a_bound_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer(images(1))
 
 
+def test_another_tensor_is_another_m() -> None:
+    """It has been written to as often as the first, and has the same norm: only its identity differs."""
+    layer = SimilarityMatchingConv2d(1, 4, 3, dynamics=EXACT, dtype=torch.float64)
+    layer(images(1))
+    other = torch.diag(torch.tensor([2.0, 0.0, 0.0, 0.0], dtype=torch.float64))  # λmax = 2 instead of 1
+    while other._version < layer.lateral._version:
+        other.add_(0.0)
+    assert other.norm() == layer.lateral.norm()
+    assert other._version == layer.lateral._version
+    layer.lateral = other
+    with pytest.raises(RuntimeError, match="lateral: expected the rows for which the bound was last certified"):
+        _ = layer.bound
+    layer(images(1))
+    assert layer.bound.value >= 2.0
+
+
 # -- several owners ----------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +272,42 @@ def test_shards_that_load_a_state_go_on_bit_by_bit(mode: str) -> None:
         assert unchanged(loaded, state_of(layer))
 
     results(run_owners(3, program))
+
+
+@pytest.mark.parametrize("mode", ["every_iteration", "block", "gather_state"])
+def test_a_state_that_one_owner_loaded_is_refused_by_all(mode: str) -> None:
+    """The others do not know of it: an exchange of this owner alone would never end."""
+
+    def program(exchange: ThreadExchange) -> None:
+        layer = shard(exchange, mode)
+        layer.partial_fit(images(4))
+        if exchange.rank == 1:
+            layer.load_state_dict(state_of(layer))
+        for call in (layer, layer.solve, layer.partial_fit):
+            with pytest.raises(SharedFault, match="exception on rank 1"):
+                call(images(4))
+        layer.certify()
+        layer.partial_fit(images(4))
+
+    results(run_owners(2, program))
+
+
+@pytest.mark.parametrize("mode", ["every_iteration", "block", "gather_state"])
+def test_patches_of_another_layer_on_one_owner_are_refused_by_all(mode: str) -> None:
+    def program(exchange: ThreadExchange) -> str:
+        layer, x = shard(exchange, mode), images(4)
+        layer.partial_fit(x)
+        before = state_of(layer)
+        stranger = shard(exchange, mode, normalize="contrast") if exchange.rank == 0 else layer
+        for call in (layer, layer.solve, layer.partial_fit):
+            with pytest.raises(SharedFault, match="exception on rank 0") as caught:
+                call(stranger.prepare(x))
+        assert unchanged(layer, before)
+        layer.partial_fit(x)
+        return str(caught.value.__cause__)
+
+    found = results(run_owners(2, program))
+    assert found[0].startswith("patches: expected patches prepared by this layer")
 
 
 @pytest.mark.parametrize("mode", ["every_iteration", "block", "gather_state"])
