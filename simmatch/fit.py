@@ -25,10 +25,10 @@ from torch import Tensor
 from simmatch.config import LayerConfig, ModelConfig
 from simmatch.data.order import Batches
 from simmatch.features import FeatureStore, LayerInputs
-from simmatch.labels import one_hot
+from simmatch.labels import check_labels, one_hot
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
-from simmatch.model import InputConfig, Stack, layer_inputs, pooled
+from simmatch.model import InputConfig, Stack, build_layer, pooled
 from simmatch.observer import Observer, Update
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
@@ -63,7 +63,7 @@ class Trainer:
     Raises
     ------
     ValueError
-        The images do not match the stack, or labels are missing or too few.
+        The images do not match the stack, labels are missing or are not one class per image, or a number is below 1.
 
     >>> layer = LayerConfig(out_channels=8, kernel_size=3, pool=2)
     >>> stack = Stack(ModelConfig(layers=(layer,)), InputConfig(in_channels=1, height=8, width=8, num_classes=10))
@@ -91,6 +91,9 @@ class Trainer:
         self.stack, self.labels, self.observer = stack, labels, observer or Observer()
         self.layers = stack.config.layers[:depth]
         self._check(images)
+        for name, number in (("encode_batch", encode_batch), ("measure_every", measure_every)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         self.exchange, self._alone = exchange or IDENTITY, exchange is None
         self._settled, self._encode_last, self._to_tolerance = settled, encode_last, to_tolerance
         self._cache, self._measure_every = cache, measure_every
@@ -105,8 +108,8 @@ class Trainer:
         for index, config in enumerate(self.layers):
             if config.supervised and self.labels is None:
                 raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
-        if self.labels is not None and self.labels.shape != (len(images),):
-            raise ValueError(f"labels: expected [{len(images)}], one for every image, got {list(self.labels.shape)}")
+        if self.labels is not None:
+            check_labels(self.labels, source.num_classes, len(images))
 
     @torch.no_grad()
     def fit(self) -> Stack:
@@ -129,17 +132,15 @@ class Trainer:
         """This rank's rows of an untrained layer; in a single process, the stack's own layer."""
         if self._alone:
             return self.stack.layer(index)
-        config = self.layers[index]
-        channels, size = layer_inputs(self.stack.config, self.stack.source)[index]
-        return SimilarityMatchingConv2d.from_config(
-            config,
-            channels,
-            size,
-            num_classes=self.stack.source.num_classes,
-            seed=self.stack.seed + index,
-            dtype=self.stack.dtype,
+        stack, shards = self.stack, split_rows(self.layers[index].out_channels, self.exchange.world_size)
+        return build_layer(
+            stack.config,
+            stack.source,
+            index,
+            seed=stack.seed,
+            dtype=stack.dtype,
             device=self.device,
-            rows=split_rows(config.out_channels, self.exchange.world_size)[self.exchange.rank],
+            rows=shards[self.exchange.rank],
             exchange=self.exchange,
         )
 
@@ -271,8 +272,9 @@ def fit_stack(
     >>> stack.features(torch.rand(5, 1, 8, 8)).shape
     torch.Size([5, 32])
     """
-    if images.ndim != 4:
-        raise ValueError(f"images: expected [N, C, H, W], got {list(images.shape)}")
-    classes = 1 if labels is None else max(1, int(labels.max()) + 1)
-    stack = Stack(model, InputConfig.of(images, classes), seed=seed, device=device)
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: expected a tensor [N, C, H, W], got {given}")
+    largest = int(labels.max()) if isinstance(labels, Tensor) and len(labels) > 0 else 0
+    stack = Stack(model, InputConfig.of(images, max(0, largest) + 1), seed=seed, device=device)
     return Trainer(stack, images, labels, observer=observer, measure_every=measure_every).fit()

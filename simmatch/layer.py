@@ -15,6 +15,7 @@ Source: Bahroun et al., arXiv:2308.02427 (ConvNSM); Pehlevan & Chklovskii (2014,
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -136,11 +137,7 @@ class SimilarityMatchingConv2d(Synapses):
         map_size: tuple[int, int],
         *,
         num_classes: int = 0,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        rows: Rows | None = None,
-        exchange: Exchange | None = None,
+        **others: Any,
     ) -> SimilarityMatchingConv2d:
         """Build the layer that a configuration describes, for inputs [B, in_channels, *map_size].
 
@@ -150,7 +147,7 @@ class SimilarityMatchingConv2d(Synapses):
         in_channels: C, the number of channels of the input.
         map_size: height and width of the input.
         num_classes: number of classes of the data; a layer that is not `supervised` has no label weights.
-        seed, dtype, device, rows, exchange: as for the constructor.
+        others: `seed`, `dtype`, `device`, `rows` and `exchange`, as for the constructor.
 
         Raises
         ------
@@ -164,16 +161,7 @@ class SimilarityMatchingConv2d(Synapses):
         """
         options = {name: getattr(config, name) for name in LayerOptions.model_fields}
         options["kernel_size"] = PatchConfig.of_layer(config, in_channels, map_size).kernel_size
-        return cls(
-            in_channels,
-            num_classes=num_classes if config.supervised else 0,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            rows=rows,
-            exchange=exchange,
-            **options,
-        )
+        return cls(in_channels, num_classes=num_classes if config.supervised else 0, **options, **others)
 
     # ------------------------------------------------------------------------------------------- input
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class InputConfig(Frozen):
     def of(cls, images: Tensor, num_classes: int) -> InputConfig:
         """The configuration for images [N, C, H, W]."""
         channels, height, width = images.shape[1:]
-        return cls(in_channels=channels, height=height, width=width, num_classes=num_classes)
+        return parse(cls, {"in_channels": channels, "height": height, "width": width, "num_classes": num_classes})
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -105,6 +106,26 @@ def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tup
         channels = config.out_channels
         size = (height, width) if config.pool is None else (config.pool, config.pool)
     return inputs
+
+
+def build_layer(
+    model: ModelConfig, source: InputConfig, index: int, *, seed: int = 0, **options: Any
+) -> SimilarityMatchingConv2d:
+    """Layer `index` of a stack with this seed; `options` as for `SimilarityMatchingConv2d`.
+
+    Raises
+    ------
+    ConfigError
+        As for `layer_inputs`.
+
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3, pool=2),))
+    >>> build_layer(model, InputConfig(in_channels=1, height=8, width=8, num_classes=10), 0).feedforward.shape
+    torch.Size([8, 1, 3, 3])
+    """
+    channels, size = layer_inputs(model, source)[index]
+    return SimilarityMatchingConv2d.from_config(
+        model.layers[index], channels, size, num_classes=source.num_classes, seed=seed + index, **options
+    )
 
 
 def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
@@ -165,18 +186,8 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.source, self.seed = model, source, seed
         self.layers = nn.ModuleList(
-            SimilarityMatchingConv2d.from_config(
-                config,
-                channels,
-                size,
-                num_classes=source.num_classes,
-                seed=seed + index,
-                dtype=dtype,
-                device=device,
-            )
-            for index, (config, (channels, size)) in enumerate(
-                zip(model.layers, layer_inputs(model, source), strict=True)
-            )
+            build_layer(model, source, index, seed=seed, dtype=dtype, device=device)
+            for index in range(len(model.layers))
         )
 
     @property

@@ -34,7 +34,7 @@ def solve_blocks(
     rows = split_rows(lateral.shape[0], exchange.world_size)[exchange.rank]
     own_drive, own_lateral = drive[rows.start : rows.stop], lateral[rows.start : rows.stop]
     bound = certify_afresh(lateral.nan_to_num(), Rows.all(lateral.shape[0]), ridge=config.ridge)
-    blocks = Blocks.from_lateral(own_lateral, bound, rows, exchange.world_size)
+    blocks = Blocks.from_lateral(own_lateral, bound, config, rows, exchange.world_size)
     y, residual = torch.empty_like(drive), drive.new_empty(drive.shape[1])
     width = config.columns_per_tile(rows.total)
     waiting = [slice(start, min(start + width, drive.shape[1])) for start in range(0, drive.shape[1], width)]
@@ -44,7 +44,7 @@ def solve_blocks(
             where = waiting.pop(0)
             tile = BlockTile(rows, where.stop - where.start, exchange, own_drive, config)
             own = None if start is None else start[rows.start : rows.stop, where]
-            tile.start(own_drive[:, where], blocks, config, own)
+            tile.start(own_drive[:, where], blocks, own)
             generator = steps_of(tile, blocks, config, exchange, fault)
             running.append((where, tile, generator, next(generator)))
         where, tile, generator, handle = running.pop(0)

@@ -65,14 +65,13 @@ def compare(problem: Problem, tolerance: float, plan: GpuPlan) -> list[Row]:
     """Rows of all candidates; the eager loop in tiles of 2²⁴ values is what the others are compared with."""
     eager = DynamicsConfig(solver="accelerated", tolerance=tolerance, max_iterations=MAX_ITERATIONS)
     auto = eager.model_copy(update={"solver": "auto"})
-    solvers = {"eager": (Dynamics(eager, problem.rows), False), "simmatch": (Dynamics(auto, problem.rows), True)}
+    solvers = {"eager": Dynamics(eager, problem.rows), "simmatch": Dynamics(auto, problem.rows, alone=True)}
     if kernels.select(eager, problem.drive) is not None:
-        solvers["fused gradient"] = (Dynamics(eager, problem.rows), True)
+        solvers["fused gradient"] = Dynamics(eager, problem.rows, alone=True)
     solutions: dict[str, Solution] = {}
 
     def solve(name: str) -> None:
-        solver, alone = solvers[name]
-        solutions[name] = solver.solve(problem.drive, problem.lateral, problem.bound, alone=alone)
+        solutions[name] = solvers[name].solve(problem.drive, problem.lateral, problem.bound)
 
     candidates: dict[str, Callable[[], object]] = {name: partial(solve, name) for name in solvers}
     solve("eager")
@@ -116,7 +115,7 @@ def slow_rivals(problem: Problem, tolerance: float, plan: GpuPlan) -> list[Row]:
     small = Dynamics(tiles, problem.rows)
 
     def as_on_a_cpu() -> Tensor:
-        return small.solve(few.drive, few.lateral, few.bound, alone=False).y
+        return small.solve(few.drive, few.lateral, few.bound).y
 
     rows = [once("eager, a CPU's tiles", few, plan, as_on_a_cpu)]
     authors = AuthorsLoop.of(problem)
@@ -140,7 +139,7 @@ def measure_compiled(plan: GpuPlan, report: Report) -> None:
     """torch.compile of the plain loop, to 1e-2, at the second width; compiling takes most of the time."""
     problem = trained(plan, plan.channels[:2][-1], plan.values // 512)
     eager = DynamicsConfig(solver="accelerated", tolerance=RESIDUALS[0], max_iterations=MAX_ITERATIONS)
-    solution = Dynamics(eager, problem.rows).solve(problem.drive, problem.lateral, problem.bound, alone=False)
+    solution = Dynamics(eager, problem.rows).solve(problem.drive, problem.lateral, problem.bound)
     loop = compiled_loop(torch_loop(problem.lateral, problem.bound, eager))
     row = once("torch.compile", problem, plan, lambda: loop(problem.drive, solution.num_iters))
     report.row(kind="columns", channels=problem.channels, tolerance=RESIDUALS[0], iterations=solution.num_iters, **row)
@@ -245,7 +244,7 @@ class AuthorsLoop:
         config = DynamicsConfig(
             solver="projected_gradient", step=self.step, tolerance=tolerance, max_iterations=5000, tile_columns=2**14
         )
-        return Dynamics(config, problem.rows).solve(problem.drive, self.lateral, problem.bound, alone=False).num_iters
+        return Dynamics(config, problem.rows).solve(problem.drive, self.lateral, problem.bound).num_iters
 
     def solve(self, drive: Tensor, iterations: int) -> Tensor:
         """[K, N] → y [K, N], the columns as an image of K channels."""

@@ -181,10 +181,10 @@ def _against(
 ) -> Row:
     """Columns/s of both in turns; each on as many columns as suits it."""
     config = DynamicsConfig(tolerance=residual, max_iterations=MAX_ITERATIONS)
-    solver = Dynamics(config, problem.rows)
+    solver = Dynamics(config, problem.rows, alone=True)
 
     def own() -> Solution:
-        return solver.solve(problem.drive, problem.lateral, problem.bound, alone=True)
+        return solver.solve(problem.drive, problem.lateral, problem.bound)
 
     solution, exact = own(), few.exact()
     candidates = {"rival": rival, "own": own}

@@ -31,7 +31,7 @@ def mean_iterations(drive: Tensor, lateral: Tensor, tolerance: float) -> float:
     A column counts whole iterations, rounded up; one whose drive is nowhere positive counts none.
     """
     config, rows = DynamicsConfig(tolerance=tolerance, max_iterations=MAX_ITERATIONS), Rows.all(len(lateral))
-    dynamics, bound = Dynamics(config, rows), certify_afresh(lateral, rows, ridge=config.ridge)
+    dynamics, bound = Dynamics(config, rows, alone=True), certify_afresh(lateral, rows, ridge=config.ridge)
     chosen = torch.linspace(0, drive.shape[1] - 1, min(COUNTED, drive.shape[1])).round().long().tolist()
-    counts = [dynamics.solve(drive[:, [column]], lateral, bound, alone=True).num_iters for column in chosen]
+    counts = [dynamics.solve(drive[:, [column]], lateral, bound).num_iters for column in chosen]
     return sum(counts) / len(counts)

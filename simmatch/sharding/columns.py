@@ -6,77 +6,44 @@ fewer images than there are owners. With fewer columns than owners, some owners 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-
-import torch.nn.functional as F
-from torch import Tensor
 
 from simmatch.batch import Batch
 from simmatch.geometry import Patches
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Columns start … stop − 1 of `total`.
+def split_columns(total: int, parts: int) -> list[range]:
+    """Split columns 0 … total − 1 into contiguous ranges whose sizes differ by at most one; some may be empty.
 
-    >>> Columns(0, 36, total=72).count
-    36
+    >>> split_columns(10, 3)
+    [range(0, 3), range(3, 6), range(6, 10)]
     """
-
-    start: int
-    stop: int
-    total: int
-
-    @property
-    def count(self) -> int:
-        return self.stop - self.start
+    return [range(*ends) for ends in pairwise(part * total // parts for part in range(parts + 1))]
 
 
-def split_columns(total: int, parts: int) -> list[Columns]:
-    """Split `total` columns into `parts` contiguous ranges whose sizes differ by at most one; some may be empty.
-
-    >>> [columns.count for columns in split_columns(10, 3)]
-    [3, 3, 4]
-    """
-    starts = [part * total // parts for part in range(parts + 1)]
-    return [Columns(start, stop, total) for start, stop in pairwise(starts)]
-
-
-@dataclass(frozen=True)
-class BatchPart:
+def covering(columns: range, batch: Batch) -> tuple[Batch, slice]:
     """The smallest part of a batch that contains a range of columns: some images, or some rows of one image's map.
 
-    Attributes
-    ----------
-    batch: the part.
-    inside: the range within the columns of the part. The drive of other columns may be wrong; their activity is zero.
+    Returns
+    -------
+    The part, which is any image if the range is empty, and the range within the columns of the part. The drive of
+    other columns may be wrong.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
-    >>> part = BatchPart.covering(Columns(0, 10, total=72), batch)
-    >>> part.batch.columns, part.inside
+    >>> part, inside = covering(range(0, 10), batch)
+    >>> part.columns, inside
     (12, slice(0, 10, None))
     """
-
-    batch: Batch
-    inside: slice
-
-    @classmethod
-    def covering(cls, columns: Columns, batch: Batch) -> BatchPart:
-        """The part of a batch that contains `columns`; any image if the range is empty."""
-        positions = batch.patches.positions
-        first = min(columns.start // positions, batch.patches.batch_size - 1)
-        part = batch.of_images(slice(first, max(first + 1, -(-columns.stop // positions))))
-        start = columns.start - first * positions
-        if part.patches.batch_size == 1 and columns.count > 0:
-            cropped, before = crop(part.patches, start, start + columns.count)
-            part, start = Batch(cropped, part.z), start - before
-        return cls(part, slice(start, start + columns.count))
-
-    def with_zeros(self, y: Tensor) -> Tensor:
-        """Pad activities [K, n] of the range with zeros to all columns of the part."""
-        return F.pad(y, (self.inside.start, self.batch.columns - self.inside.stop))
+    positions = batch.patches.positions
+    first = min(columns.start // positions, batch.patches.batch_size - 1)
+    part = batch.of_images(slice(first, max(first + 1, -(-columns.stop // positions))))
+    start = columns.start - first * positions
+    if part.patches.batch_size == 1 and len(columns) > 0:
+        cropped, before = crop(part.patches, start, start + len(columns))
+        part, start = replace(part, patches=cropped), start - before
+    return part, slice(start, start + len(columns))
 
 
 def crop(patches: Patches, start: int, stop: int) -> tuple[Patches, int]:

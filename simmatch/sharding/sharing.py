@@ -14,12 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simmatch.batch import Batch, batch_drive, batch_statistics, with_totals
 from simmatch.config import DynamicsConfig
 from simmatch.plasticity import Statistics, Weights
-from simmatch.sharding.columns import BatchPart, Columns, split_columns
+from simmatch.sharding.columns import covering, split_columns
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.gathered_state import GatheredState, gather_columns
@@ -79,7 +80,7 @@ class RowSharing:
     column_exchange: Exchange = IDENTITY
 
     def __init__(self, dynamics: DynamicsConfig, rows: Rows, exchange: Exchange, *, alone: bool = False) -> None:
-        self._rows, self._solver, self._alone = rows, Dynamics(dynamics, rows, exchange), alone
+        self._rows, self._solver = rows, Dynamics(dynamics, rows, exchange, alone=alone)
 
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
         """Solve a batch: y [K, N] and residual [N]. All owners raise an exception of any of them."""
@@ -87,9 +88,7 @@ class RowSharing:
         drive = lateral.new_zeros(self._rows.count, batch.columns)
         with state.fault:
             drive = batch_drive(batch, state.weights, state.alpha)
-        return self._solver.solve(
-            drive, lateral, state.bound, fixed=fixed, fault=state.fault, alone=self._alone or None
-        )
+        return self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=state.fault)
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
         """Solve a batch, and compute the statistics of this owner's rows; None if `state.fault` holds an exception."""
@@ -134,7 +133,7 @@ class ColumnSharing:
     ) -> None:
         self.column_exchange = exchange
         self._all_rows, self._num_classes = Rows.all(rows.total), num_classes
-        self._solver = Dynamics(dynamics, self._all_rows)
+        self._solver = Dynamics(dynamics, self._all_rows, alone=True)
         self._state = GatheredState(rows, exchange, filters, num_classes)
 
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
@@ -143,12 +142,12 @@ class ColumnSharing:
         shares = split_columns(batch.columns, self.column_exchange.world_size)
         columns = shares[self.column_exchange.rank]
         own = _unsolved(weights, columns)
-        if columns.total == 0:
+        if batch.columns == 0:
             return own
         with state.fault:
-            own = self._solve(BatchPart.covering(columns, batch), weights, state, fixed=fixed)
+            own = self._solve(*covering(columns, batch), weights, state, fixed=fixed)
         values = torch.cat([own.y, own.residual.unsqueeze(0)])
-        counts = [share.count for share in shares]
+        counts = [len(share) for share in shares]
         joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, state.fault)
         return Solution(joined[:-1], int(singles.amax()), joined[-1])
 
@@ -161,26 +160,24 @@ class ColumnSharing:
         columns = split_columns(batch.columns, self.column_exchange.world_size)[self.column_exchange.rank]
         solution, sums = _unsolved(weights, columns), None
         with state.fault:
-            part = BatchPart.covering(columns, batch)
-            solution = self._solve(part, weights, state)
-            sums = batch_statistics(part.batch, part.with_zeros(solution.y), self._all_rows, self._num_classes)
-            sums = with_totals(sums, batch)
+            part, inside = covering(columns, batch)
+            solution = self._solve(part, inside, weights, state)
+            y = F.pad(solution.y, (inside.start, part.columns - inside.stop))  # zero in the other columns of the part
+            sums = with_totals(batch_statistics(part, y, self._all_rows, self._num_classes), batch)
         return solution, self._state.statistics(sums, weights.lateral, state.fault)
 
     def _weights(self, state: OwnState) -> Weights:
         return self._state.weights(state.weights, label=state.alpha is not None)
 
-    def _solve(self, part: BatchPart, weights: Weights, state: OwnState, *, fixed: bool = False) -> Solution:
+    def _solve(self, part: Batch, inside: slice, weights: Weights, state: OwnState, *, fixed: bool = False) -> Solution:
         """Solve this owner's columns: y [K, n] and residual [n]."""
-        drive = batch_drive(part.batch, weights, state.alpha)[:, part.inside]
-        if drive.shape[1] == 0:
-            return Solution(drive, 0, drive.new_zeros(0))
-        return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed, alone=True)
+        drive = batch_drive(part, weights, state.alpha)[:, inside]
+        return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed)
 
 
-def _unsolved(weights: Weights, columns: Columns) -> Solution:
+def _unsolved(weights: Weights, columns: range) -> Solution:
     """Placeholder of zeros for the solution of an owner with a fault, so that the exchange keeps its shape."""
-    zeros = weights.lateral.new_zeros(weights.lateral.shape[1] + 1, columns.count)
+    zeros = weights.lateral.new_zeros(weights.lateral.shape[1] + 1, len(columns))
     return Solution(zeros[:-1], 0, zeros[-1])
 
 

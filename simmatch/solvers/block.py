@@ -41,11 +41,10 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import Exchange, Handle
-from simmatch.sharding.faults import raise_shared
 from simmatch.sharding.packing import Packing
-from simmatch.sharding.rows import Rows, split_rows
-from simmatch.solvers.bound import Bound
-from simmatch.solvers.tile import NOT_FINITE_RESULT, Steps
+from simmatch.sharding.rows import Rows
+from simmatch.solvers.bound import Bound, rounding_factor
+from simmatch.solvers.tile import Steps, read_tails, with_gaps
 
 TAIL = 4
 """Rows exchanged after an owner's activities, with its parts of: [0] residual; [1] rise of the energy; [2] δᵀMδ and
@@ -76,10 +75,12 @@ class Blocks:
     inner: [K_g, K_g], I − s (M_gg + εI).
     step: s ≤ 1/λmax(M_gg + εI), certified.
     owners: G.
+    inner_iterations: iterations of a block step.
 
     >>> from simmatch.solvers.bound import certify_afresh
     >>> lateral, rows = torch.eye(4), Rows.all(4)
-    >>> Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), rows).inner.shape
+    >>> bound = certify_afresh(lateral, rows, ridge=0.0)
+    >>> Blocks.from_lateral(lateral, bound, DynamicsConfig(exchange="block"), rows).inner.shape
     torch.Size([4, 4])
     """
 
@@ -88,21 +89,22 @@ class Blocks:
     inner: Tensor
     step: float
     owners: int
+    inner_iterations: int
 
     @classmethod
-    def from_lateral(cls, lateral: Tensor, bound: Bound, rows: Rows, world_size: int = 1) -> Blocks:
+    def from_lateral(
+        cls, lateral: Tensor, bound: Bound, config: DynamicsConfig, rows: Rows, world_size: int = 1
+    ) -> Blocks:
         """Build the matrices from rows [K_g, K] of M. Values that are not finite are reported later, by all owners."""
         own = lateral.clone()
         own.diagonal(offset=rows.start).add_(bound.ridge)
-        slices = lateral.new_zeros(rows.count, world_size, rows.padded + TAIL)
-        for rank, part in enumerate(split_rows(rows.total, world_size)):
-            slices[:, rank, : part.count] = own[:, part.start : part.stop]
         block = own[:, rows.start : rows.stop]
         step = 1.0 / bound_of_block(block, bound.value)
         inner = block * -step
         inner.diagonal().add_(1.0)
         diagonal = lateral.diagonal(offset=rows.start).unsqueeze(1)
-        return cls(slices.flatten(1)[:, :-TAIL], diagonal, inner, step, world_size)
+        matrix = with_gaps(own, rows, world_size, TAIL)
+        return cls(matrix, diagonal, inner, step, world_size, config.inner_iterations)
 
 
 def bound_of_block(block: Tensor, bound: float) -> float:
@@ -121,9 +123,7 @@ def bound_of_block(block: Tensor, bound: float) -> float:
         product = magnitudes @ vector
         least = torch.fmin(least, (product / vector).amax())
         vector = product / product.amax()
-    # a nonnegative dot product of length K has relative error below (K + 2) eps; doubled for the division
-    rounding = 1.0 + 2 * (block.shape[0] + 2) * torch.finfo(block.dtype).eps
-    value = min(float(least) * rounding, bound)
+    value = min(float(least) * rounding_factor(block), bound)
     return value if value > 0 else 1.0
 
 
@@ -163,13 +163,7 @@ class BlockTile:
         """This owner's rows [K_g, n] of one of the three iterates."""
         return iterate[self.rank, : self.rows.count]
 
-    def start(
-        self,
-        drive: Tensor,
-        blocks: Blocks,
-        config: DynamicsConfig,
-        own: Tensor | None = None,
-    ) -> None:
+    def start(self, drive: Tensor, blocks: Blocks, own: Tensor | None = None) -> None:
         """Compute the first iterate: a block step from y = 0, with gradient −d, or a warm start `own` [K_g, n].
 
         A warm start is tested like any iterate, and dropped where its energy is above that of y = 0.
@@ -185,7 +179,7 @@ class BlockTile:
         self.inner_weight.fill_(1.0 + INNER_MOMENTUM)
         self._extrapolate()
         if own is None:
-            self._solve_block(blocks, config.inner_iterations)
+            self._solve_block(blocks)
         else:
             self.next.copy_(own)
             self.k.zero_()
@@ -237,7 +231,7 @@ class BlockTile:
         out[3].div_(blocks.step)
         out[1:].nan_to_num_(0.0)
 
-    def step(self, blocks: Blocks, config: DynamicsConfig, revert: Tensor, frozen: Tensor | None) -> None:
+    def step(self, blocks: Blocks, revert: Tensor, frozen: Tensor | None) -> None:
         """Set momentum and metric of every column, and make the block step."""
         torch.mul(self.curvature, METRIC, out=self.factor)
         self.factor.masked_fill_(self.curvature == 0, METRIC * blocks.owners)
@@ -245,7 +239,7 @@ class BlockTile:
         self.inner_weight.fill_(1.0 + INNER_MOMENTUM).masked_fill_(revert, 1.0)
         self.k.masked_fill_(revert, 0.0)
         self._extrapolate()
-        self._solve_block(blocks, config.inner_iterations)
+        self._solve_block(blocks)
         self._put(frozen)
 
     def learn_curvature(self, tails: Tensor, void: Tensor, risen: Tensor, owners: int) -> None:
@@ -263,12 +257,12 @@ class BlockTile:
         torch.lerp(self.own(self.good), self.own(self.candidate), self.weight, out=self.z)
         torch.lerp(self.last_gradient, self.gradient, self.weight, out=self.bias).mul_(self.factor)
 
-    def _solve_block(self, blocks: Blocks, inner_iterations: int) -> None:
+    def _solve_block(self, blocks: Blocks) -> None:
         """Inner iterations for δ, starting from δ = 0 (the first needs no product); `next` = z + δ ≥ 0."""
         delta, floor = self.next, torch.neg(self.z, out=self.floor)
         torch.maximum(self.bias, floor, out=delta)
         w_prev, w, spare = self.bias, self.w, self.w_prev
-        for _ in range(inner_iterations - 1):
+        for _ in range(blocks.inner_iterations - 1):
             torch.addmm(self.bias, blocks.inner, delta, out=w)
             torch.maximum(torch.lerp(w_prev, w, self.inner_weight, out=delta), floor, out=delta)
             w_prev, w, spare = w, spare, w
@@ -294,9 +288,9 @@ def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, excha
     >>> from simmatch.sharding.exchange import IDENTITY
     >>> from simmatch.solvers.bound import certify_afresh
     >>> lateral, rows, config = torch.eye(4), Rows.all(4), DynamicsConfig(exchange="block")
-    >>> blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), rows)
+    >>> blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0.0), config, rows)
     >>> tile = BlockTile(rows, 10, IDENTITY, like=lateral, config=config)
-    >>> tile.start(torch.ones(4, 10), blocks, config)
+    >>> tile.start(torch.ones(4, 10), blocks)
     >>> tile.send(IDENTITY).wait()
     >>> for handle in iterate_block(tile, blocks, config, IDENTITY):
     ...     handle.wait()
@@ -315,11 +309,11 @@ def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, excha
     iteration, frozen = 1, None
     while iteration < config.max_iterations:
         tile.measure(blocks, tile.tails[exchange.rank])
-        tile.step(blocks, config, revert, frozen)
+        tile.step(blocks, revert, frozen)
         iteration += 1
         yield tile.send(exchange)
         tile.receive()
-        reached, risen = _read_tails(tile.tails, scale)
+        reached, risen = read_tails(tile.tails, scale)
         risen &= ~careful  # a careful step can rise only by rounding errors, which a repetition would not avoid
         tile.learn_curvature(tile.tails, revert, risen, exchange.world_size)
         careful, revert = revert, risen
@@ -330,16 +324,10 @@ def iterate_block(tile: BlockTile, blocks: Blocks, config: DynamicsConfig, excha
             return iteration, residual
     tile.measure(blocks, tile.last_tails[exchange.rank])
     yield exchange.all_gather(tile.last_tails)
-    reached, risen = _read_tails(tile.last_tails, scale)
+    reached, risen = read_tails(tile.last_tails, scale)
     risen &= ~careful
     tile.judge(risen, None)
     return iteration, torch.where(risen, residual, reached)
-
-
-def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Relative residual [n], and whether the energy rose [n], from gathered tails [G, TAIL, n]."""
-    raise_shared(tails[:, 0], NOT_FINITE_RESULT)
-    return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
 
 
 def _freeze(residual: Tensor, frozen: Tensor | None, tolerance: float) -> Tensor | None:

@@ -141,7 +141,7 @@ def traced_bound(lateral: Tensor, perron: Tensor, *, ridge: float) -> tuple[Tens
     second = _floored(product)
     diagonal = magnitudes.diagonal()
     value, epsilon = _least((product, magnitudes @ second), (first, second), diagonal), ridge * diagonal.mean()
-    return value * _rounding(lateral) + epsilon, epsilon
+    return value * rounding_factor(lateral) + epsilon, epsilon
 
 
 def _round(
@@ -184,7 +184,10 @@ def _round(
     epsilon = ridge * float(diagonal.mean())
     lower = _dot(second, third) / _dot(second, second)
     bound = Bound(
-        value * _rounding(magnitudes) + epsilon, epsilon, _floored(third).to(perron), (flags > 0).to(perron.device)
+        value * rounding_factor(magnitudes) + epsilon,
+        epsilon,
+        _floored(third).to(perron),
+        (flags > 0).to(perron.device),
     )
     return bound, lower + epsilon
 
@@ -195,8 +198,12 @@ def _least(products: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], diag
     return torch.stack([*quotients, diagonal.sum()]).amin(dim=0)
 
 
-def _rounding(lateral: Tensor) -> float:
-    """Factor for rounding: a nonnegative dot product of length K has relative error below (K + 2) eps; doubled."""
+def rounding_factor(lateral: Tensor) -> float:
+    """Factor for rounding: a nonnegative dot product of length K has relative error below (K + 2) eps; doubled.
+
+    >>> rounding_factor(torch.eye(62)) - 1 == 128 * torch.finfo(torch.float32).eps
+    True
+    """
     return 1.0 + 2 * (lateral.shape[1] + 2) * torch.finfo(lateral.dtype).eps
 
 

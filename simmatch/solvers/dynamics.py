@@ -29,9 +29,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,11 +48,6 @@ from simmatch.solvers.tile import NOT_FINITE_INPUT, NOT_FINITE_RESULT, SOLVERS, 
 
 if TYPE_CHECKING:
     from simmatch.solvers.coordinate import CoordinateDescent
-
-TileT = TypeVar("TileT", Tile, BlockTile)
-
-Begin = Callable[[Tensor, Tensor | None], tuple[Tile | BlockTile, Steps]]
-"""Function from (this owner's drive [K_g, n], its start or None) to a started tile and the iterator of its steps."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,8 @@ class Dynamics:
     config: solver, tolerance, width of a tile.
     rows: the channels held here.
     exchange: connects to the owners of the other channels.
+    alone: whether nothing is exchanged, whatever the number of shards, so that `solver: auto` may select a solver that
+        needs all channels.
 
     Raises
     ------
@@ -95,13 +92,15 @@ class Dynamics:
     torch.Size([4, 10])
     """
 
-    def __init__(self, config: DynamicsConfig, rows: Rows, exchange: Exchange = IDENTITY) -> None:
+    def __init__(
+        self, config: DynamicsConfig, rows: Rows, exchange: Exchange = IDENTITY, *, alone: bool = False
+    ) -> None:
         if config.solver == "coordinate_descent" and exchange.world_size > 1:
             raise ValueError(
                 f"solver: expected accelerated with exchange: {config.exchange} and {exchange.world_size} shards, "
                 "got coordinate_descent, which needs all channels in one place (exchange: gather_state)"
             )
-        self.config, self.rows, self.exchange = config, rows, exchange
+        self.config, self.rows, self.exchange, self.alone = config, rows, exchange, alone
         self._coordinates: CoordinateDescent | None = None
         self._tiles = Pool()
 
@@ -114,7 +113,6 @@ class Dynamics:
         fixed: bool = False,
         fault: LocalFault | None = None,
         start: Tensor | None = None,
-        alone: bool | None = None,
     ) -> Solution:
         """Solve all columns.
 
@@ -127,8 +125,6 @@ class Dynamics:
         fault: holds the exception of this owner, if any; the drive is then ignored.
         start: [K, N], y ≥ 0 of all channels to start from, such as the activities of the same images before an
             update. None: zero.
-        alone: whether nothing is exchanged, whatever the number of shards, so that `solver: auto` may select a solver
-            that needs all channels. None: true for `exchange: gather_state`.
 
         Returns
         -------
@@ -142,25 +138,14 @@ class Dynamics:
             On all owners, if one of them has a fault or values that are not finite.
         """
         config = self.config.encoding() if fixed else self.config
-        if alone is None:
-            alone = config.exchange == "gather_state"
-        if alone and (kernel := kernels.select(config, drive)) is not None:
+        if drive.shape[1] == 0:
+            return Solution(drive.new_empty(self.rows.total, 0), 0, drive.new_zeros(0))
+        if self.alone and (kernel := kernels.select(config, drive)) is not None:
             return self._by_kernel(kernel, drive, lateral, bound, config, start)
-        solver = config.solver_on(drive.device.type, alone=alone)
-        if solver == "coordinate_descent":
+        config = config.model_copy(update={"solver": config.solver_on(drive.device.type, alone=self.alone)})
+        if config.solver == "coordinate_descent":
             return self._by_column(drive, lateral, bound, start)
-        config = config.model_copy(update={"solver": solver})
-        columns = drive.shape[1]
-        y = drive.new_empty(self.rows.total, columns)
-        residual = drive.new_zeros(columns)
-        num_iters = 0
-        fault = fault or LocalFault(self.exchange)
-        begin = self._stepper(lateral, bound, config)
-        for where, gathered, (iterations, reached) in self._run(begin, drive, config, fault, start):
-            y[:, where] = join_rows(gathered, self.rows.total)
-            residual[where] = reached
-            num_iters = max(num_iters, iterations)
-        return Solution(y, num_iters, residual)
+        return self._by_tile(drive, lateral, bound, config, fault or LocalFault(self.exchange), start)
 
     def _by_column(self, drive: Tensor, lateral: Tensor, bound: Bound, start: Tensor | None) -> Solution:
         """Coordinate descent, with all channels in this process."""
@@ -168,8 +153,6 @@ class Dynamics:
             missing = kernels.supports("coordinate_descent", self.rows.total, drive.dtype, self.config.tolerance)
             why = missing or "there is no kernel for this device"
             raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent ({why})")
-        if drive.shape[1] == 0:
-            return Solution(drive.clone(), 0, drive.new_zeros(0))
         raise_shared(status_of(drive, lateral), NOT_FINITE_INPUT)
         if self._coordinates is None:
             from simmatch.solvers.coordinate import CoordinateDescent  # imports numba, which other solvers do not need
@@ -196,8 +179,6 @@ class Dynamics:
         start: Tensor | None,
     ) -> Solution:
         """A kernel on the device, with all channels there; waits for the device once, at the end."""
-        if drive.shape[1] == 0:
-            return Solution(drive.clone(), 0, drive.new_zeros(0))
         drive, system = drive.contiguous(), kernels.System(lateral, bound.ridge, bound.value)
         result = kernels.solve(kernel, drive.T, system, config, None if start is None else start.T)
         worst, num_iters = torch.stack([result.residual.amax(), result.iterations.amax().to(drive.dtype)]).tolist()
@@ -206,63 +187,60 @@ class Dynamics:
             raise SharedFault(f"non-finite {NOT_FINITE_RESULT}", [0])
         return Solution(result.y.T, int(num_iters), result.residual)
 
-    def _run(
-        self, begin: Begin, drive: Tensor, config: DynamicsConfig, fault: LocalFault, start: Tensor | None
-    ) -> Iterator[tuple[slice, Tensor, tuple[int, Tensor]]]:
-        """Solve all tiles; yields (columns, activities [G, K_pad, n], (iterations, residual)) of each.
+    def _by_tile(
+        self,
+        drive: Tensor,
+        lateral: Tensor,
+        bound: Bound,
+        config: DynamicsConfig,
+        fault: LocalFault,
+        start: Tensor | None,
+    ) -> Solution:
+        """A first-order method or block steps, tile by tile.
 
         Several tiles take turns, so that one computes while the exchange of another is in progress. Their order depends
         on gathered bytes only, so all owners start the same exchanges in the same order.
         """
-        width = config.columns_per_tile(self.rows.total, drive.device.type)
-        waiting = deque(slice(first, min(first + width, drive.shape[1])) for first in range(0, drive.shape[1], width))
-        in_flight = config.tiles_in_flight if self.exchange.asynchronous else 1
-        running: deque[tuple[slice, Tile | BlockTile, Steps, Handle]] = deque()
+        rows, exchange, columns = self.rows, self.exchange, drive.shape[1]
+        tile_class, matrices, iteration = METHODS[config.exchange == "block"]
+        system = matrices.from_lateral(lateral, bound, config, rows, exchange.world_size)
+        y, residual, num_iters = drive.new_empty(rows.total, columns), drive.new_empty(columns), 0
+        width = config.columns_per_tile(rows.total, drive.device.type)
+        waiting = deque(slice(first, min(first + width, columns)) for first in range(0, columns, width))
+        in_flight = config.tiles_in_flight if exchange.asynchronous else 1
+        running: deque[tuple[slice, Any, Steps, Handle]] = deque()
         while waiting or running:
             while waiting and len(running) < in_flight:
                 where = waiting.popleft()
-                own = None if start is None else start[self.rows.start : self.rows.stop, where]
-                tile, steps = begin(drive[:, where], own)
-                steps = exchange_then_run(tile, steps, self.exchange, fault)
+                tile = self._tiles.take(
+                    _shape(tile_class, config, drive[:, where]),
+                    partial(tile_class, rows, where.stop - where.start, exchange, drive, config),
+                )
+                tile.start(drive[:, where], system, None if start is None else start[rows.start : rows.stop, where])
+                steps = exchange_then_run(tile, iteration(tile, system, config, exchange), exchange, fault)
                 running.append((where, tile, steps, next(steps)))
             where, tile, steps, handle = running.popleft()
             handle.wait()
             try:
                 running.append((where, tile, steps, next(steps)))
             except StopIteration as stop:
-                yield where, tile.gathered, stop.value
-                self._tiles.give(self._key(type(tile), tile.drive, config), tile)
+                iterations, residual[where] = stop.value
+                y[:, where] = join_rows(tile.gathered, rows.total)
+                num_iters = max(num_iters, iterations)
+                self._tiles.give(_shape(tile_class, config, drive[:, where]), tile)
+        return Solution(y, num_iters, residual)
 
-    def _stepper(self, lateral: Tensor, bound: Bound, config: DynamicsConfig) -> Begin:
-        """The function that starts a tile, for the configured exchange."""
-        rows, exchange = self.rows, self.exchange
-        if config.exchange == "block":
-            blocks = Blocks.from_lateral(lateral, bound, rows, exchange.world_size)
 
-            def begin_block(drive: Tensor, start: Tensor | None) -> tuple[BlockTile, Steps]:
-                tile = self._borrow(BlockTile, drive, config)
-                tile.start(drive, blocks, config, start)
-                return tile, iterate_block(tile, blocks, config, exchange)
+METHODS: dict[bool, tuple[Any, Any, Any]] = {
+    False: (Tile, Folded, iterate),
+    True: (BlockTile, Blocks, iterate_block),
+}
+"""Class of tiles, form of the matrix, and steps: of the first-order methods, and (True) of `exchange: block`."""
 
-            return begin_block
-        folded = Folded.from_lateral(lateral, bound, config, rows, exchange.world_size)
 
-        def begin(drive: Tensor, start: Tensor | None) -> tuple[Tile, Steps]:
-            tile = self._borrow(Tile, drive, config)
-            tile.start(drive, folded, start)
-            return tile, iterate(tile, folded, config, exchange)
-
-        return begin
-
-    def _borrow(self, kind: type[TileT], like: Tensor, config: DynamicsConfig) -> TileT:
-        key = self._key(kind, like, config)
-        tile: TileT = self._tiles.take(key, lambda: kind(self.rows, like.shape[1], self.exchange, like, config))
-        return tile
-
-    @staticmethod
-    def _key(kind: type, like: Tensor, config: DynamicsConfig) -> tuple[Any, ...]:
-        """Key under which tiles of equal shape and format share buffers."""
-        return kind, config.exchange_dtype, like.shape[1], like.dtype, like.device
+def _shape(tile_class: type, config: DynamicsConfig, drive: Tensor) -> tuple[Any, ...]:
+    """Tiles of equal shape and format share buffers."""
+    return tile_class, config.exchange_dtype, drive.shape[1], drive.dtype, drive.device
 
 
 def exchange_then_run(tile: Tile | BlockTile, steps: Steps, exchange: Exchange, fault: LocalFault) -> Steps:

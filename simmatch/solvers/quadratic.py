@@ -81,12 +81,12 @@ def solve(
         config = config.model_copy(update={"step": config.step * float(lateral_scale)})
     if start is not None:
         start = (start / (drive_scale / lateral_scale)).to(drive.dtype)
-    solution = Dynamics(config, rows).solve(
-        (drive / drive_scale).to(drive.dtype), scaled, bound, start=start, alone=True
+    solution = Dynamics(config, rows, alone=True).solve(
+        (drive / drive_scale).to(drive.dtype), scaled, bound, start=start
     )
     unscaled = torch.where(solution.y > 0, solution.y * (drive_scale / lateral_scale), 0.0)
     y = unscaled.clamp(max=torch.finfo(drive.dtype).max).to(drive.dtype)
-    worst = float(solution.residual.amax()) if solution.residual.numel() else 0.0
+    worst = float(solution.residual.amax())
     if config.tolerance > 0 and not worst <= config.tolerance:
         warnings.warn(
             f"the dynamics reached a residual of {worst:.2e} after {solution.num_iters} iterations, "

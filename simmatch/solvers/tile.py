@@ -100,11 +100,21 @@ class Folded:
         step = solver.step(config, bound.value)
         own = lateral * -step
         own.diagonal(offset=rows.start).add_(1.0 - step * bound.ridge)
-        slices = lateral.new_zeros(rows.count, world_size, rows.padded + TAIL)
-        for rank, part in enumerate(split_rows(rows.total, world_size)):
-            slices[:, rank, : part.count] = own[:, part.start : part.stop]
         diagonal = lateral.diagonal(offset=rows.start).mul(step).unsqueeze(1)
-        return cls(slices.flatten(1)[:, :-TAIL], diagonal, step, solver)
+        return cls(with_gaps(own, rows, world_size, TAIL), diagonal, step, solver)
+
+
+def with_gaps(matrix: Tensor, rows: Rows, world_size: int, tail: int) -> Tensor:
+    """Insert zero columns into a matrix [K_g, K] where the slices of an exchange have padding and tails.
+
+    >>> with_gaps(torch.ones(2, 3), Rows(0, 2, total=3, padded=2), world_size=2, tail=1)
+    tensor([[1., 1., 0., 1., 0.],
+            [1., 1., 0., 1., 0.]])
+    """
+    slices = matrix.new_zeros(rows.count, world_size, rows.padded + tail)
+    for rank, part in enumerate(split_rows(rows.total, world_size)):
+        slices[:, rank, : part.count] = matrix[:, part.start : part.stop]
+    return slices.flatten(1)[:, :-tail]
 
 
 class Tile:
@@ -227,7 +237,7 @@ def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchan
     iteration, checked, frozen = 1, False, None
     while True:
         if checked:  # the tails received with this y are those of the previous y
-            residual, uphill = _read_tails(tile.tails, scale)
+            residual, uphill = read_tails(tile.tails, scale)
             tile.k.masked_fill_(uphill, 0.0)
             frozen = _freeze(residual, frozen, tile.k, config.tolerance)
         torch.addmm(tile.bias, folded.matrix, tile.all_rows, out=tile.w)
@@ -235,7 +245,7 @@ def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchan
         if settled or iteration == config.max_iterations:
             tile.measure(folded, tile.last_tails[exchange.rank, 0])
             yield exchange.all_gather(tile.last_tails)
-            residual, _ = _read_tails(tile.last_tails, scale)
+            residual, _ = read_tails(tile.last_tails, scale)
             # all columns are frozen, so nothing changes before the next check: skip to it
             following = -(-iteration // config.check_every) * config.check_every + 1
             frozen = _freeze(residual, frozen, tile.k, config.tolerance)
@@ -249,8 +259,12 @@ def iterate(tile: Tile, folded: Folded, config: DynamicsConfig, exchange: Exchan
         tile.receive()
 
 
-def _read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Relative residual [n], and whether momentum raised the energy [n], from gathered tails [G, TAIL, n]."""
+def read_tails(tails: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative residual [n], and whether the energy rose [n], from the first two rows of gathered tails [G, TAIL, n].
+
+    >>> read_tails(torch.tensor([[[0.5], [0.1]]]), scale=torch.tensor([2.0]))
+    (tensor([0.2500]), tensor([True]))
+    """
     raise_shared(tails[:, 0], NOT_FINITE_RESULT)
     return tails[:, 0].amax(dim=0) / scale, tails[:, 1].sum(dim=0) > 0
 

@@ -131,7 +131,7 @@ def fixed_iterations_are_those_of_torch(device: torch.device) -> None:
     drive, system = problem(50, SEVERAL, device)
     config = DynamicsConfig(tolerance=0, max_iterations=30, solver="accelerated")
     bound = certify_afresh(system.lateral, Rows.all(50), ridge=RIDGE)
-    expected = Dynamics(config, Rows.all(50)).solve(drive.T, system.lateral, bound, alone=False).y.T
+    expected = Dynamics(config, Rows.all(50)).solve(drive.T, system.lateral, bound).y.T
     solution = solve("accelerated", drive, system, 0.0, max_iterations=30)
     assert (solution.iterations == 30).all()
     off = (solution.y - expected).abs().amax(dim=1) / expected.amax(dim=1)

@@ -222,9 +222,11 @@ def test_an_energy_that_rises_is_reverted(kind: str) -> None:
     def owner(exchange: Any) -> int:
         own = rows[exchange.rank]
         lines = lateral[own.start : own.stop]
-        blocks = Blocks.from_lateral(lines, certify_afresh(lateral, Rows.all(lateral.shape[0]), ridge=0), own, 2)
+        blocks = Blocks.from_lateral(
+            lines, certify_afresh(lateral, Rows.all(lateral.shape[0]), ridge=0), config(), own, 2
+        )
         tile = BlockTile(own, columns.shape[1], exchange, lateral, config())
-        tile.start(columns[own.start : own.stop], blocks, config())
+        tile.start(columns[own.start : own.stop], blocks)
         count = 0
         for handle in steps_of(tile, blocks, config(tolerance=0.0, max_iterations=60), exchange):
             handle.wait()
@@ -445,12 +447,12 @@ def test_no_buffer_is_allocated_per_step(exchange_dtype: str | None) -> None:
     columns, lateral = (part.float() for part in trained_like(8, 64))
     settings_ = config(tolerance=1e-12, max_iterations=10, exchange_dtype=exchange_dtype)
     rows = Rows.all(8)
-    blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0), rows)
+    blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0), settings_, rows)
     tile = BlockTile(rows, 64, IDENTITY, lateral, settings_)
     with CountAllocations(8 * 64) as counter:
         torch.ones(8, 64)
         assert counter.count == 1
-        tile.start(columns, blocks, settings_)
+        tile.start(columns, blocks)
         assert sum(1 for _ in steps_of(tile, blocks, settings_, IDENTITY)) == 11
     assert counter.count == 1
 
@@ -458,10 +460,10 @@ def test_no_buffer_is_allocated_per_step(exchange_dtype: str | None) -> None:
 def test_a_tile_that_met_a_fault_serves_again() -> None:
     columns, lateral = trained_like(8, 16)
     rows, wanted = Rows.all(8), config(tolerance=1e-6)
-    blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0), rows)
+    blocks = Blocks.from_lateral(lateral, certify_afresh(lateral, rows, ridge=0), wanted, rows)
 
     def run(tile: BlockTile, drive: Tensor) -> Tensor:
-        tile.start(drive, blocks, wanted)
+        tile.start(drive, blocks)
         for handle in steps_of(tile, blocks, wanted, IDENTITY):
             handle.wait()
         return tile.gathered[0, :8].clone()

@@ -202,8 +202,8 @@ def test_auto_takes_columns_where_nothing_is_exchanged() -> None:
     assert DynamicsConfig(tolerance=0).solver_on("cpu", alone=True) == "accelerated"  # a number of iterations
     columns, lateral = problem(9, 30, torch.float64)
     bound = certify_afresh(lateral, Rows.all(9), ridge=0)
-    for exchange, solver in (("every_iteration", "accelerated"), ("gather_state", "coordinate_descent")):
-        solution = Dynamics(DynamicsConfig(exchange=exchange), Rows.all(9)).solve(columns, lateral, bound)
+    for alone, solver in ((False, "accelerated"), (True, "coordinate_descent")):
+        solution = Dynamics(auto, Rows.all(9), alone=alone).solve(columns, lateral, bound)
         named = Dynamics(DynamicsConfig(solver=solver), Rows.all(9)).solve(columns, lateral, bound)
         assert torch.equal(solution.y, named.y)
 

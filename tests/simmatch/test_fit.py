@@ -216,7 +216,10 @@ SUPERVISED = LayerConfig(out_channels=4, kernel_size=3, supervised=True)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: fit_stack(ModelConfig(layers=(LAYER,)), x[0]), r"images: expected \[N, C, H, W\], got \[1, 8, 8\]"),
+        (
+            lambda x: fit_stack(ModelConfig(layers=(LAYER,)), x[0]),
+            r"images: expected a tensor \[N, C, H, W\], got \[1, 8, 8\]",
+        ),
         (lambda x: fit_stack(ModelConfig(layers=(LAYER,)), x[:0]), r"images: expected \[N, 1, 8, 8\], got \[0, "),
         (
             lambda x: fit_stack(ModelConfig(layers=(LAYER, SUPERVISED)), x),
@@ -224,7 +227,33 @@ SUPERVISED = LayerConfig(out_channels=4, kernel_size=3, supervised=True)
         ),
         (
             lambda x: fit_stack(ModelConfig(layers=(SUPERVISED,)), x, torch.zeros(3, dtype=torch.int64)),
-            r"labels: expected \[400\], one for every image, got \[3\]",
+            r"labels: expected a tensor of integers \[400\], the class of each image, got \[3\] of torch.int64",
+        ),
+        (
+            lambda x: fit_stack(ModelConfig(layers=(LAYER,)), x.tolist()),
+            r"images: expected a tensor \[N, C, H, W\], got list",
+        ),
+        (lambda x: fit_stack(ModelConfig(layers=(LAYER,)), x.numpy()), r"images: expected a tensor .*, got ndarray"),
+        (lambda x: fit_stack(ModelConfig(layers=(LAYER,)), x[:, :0]), r"in_channels: expected greater than 0, got 0"),
+        (
+            lambda x: fit_stack(ModelConfig(layers=(SUPERVISED,)), x, [0] * 400),  # type: ignore[arg-type]
+            r"labels: expected a tensor of integers \[400\], the class of each image, got list",
+        ),
+        (
+            lambda x: fit_stack(ModelConfig(layers=(SUPERVISED,)), x, torch.zeros(0, dtype=torch.int64)),
+            r"labels: expected a tensor of integers \[400\], the class of each image, got \[0\] of torch.int64",
+        ),
+        (
+            lambda x: fit_stack(ModelConfig(layers=(SUPERVISED,)), x, torch.full((400,), -5)),
+            "labels: expected classes 0 … 0 or -1, got -5",
+        ),
+        (
+            lambda x: Trainer(stack_of(x), x, torch.zeros(400, dtype=torch.int64), measure_every=0),
+            "measure_every: expected at least 1, got 0",
+        ),
+        (
+            lambda x: Trainer(stack_of(x), x, torch.zeros(400, dtype=torch.int64), encode_batch=0),
+            "encode_batch: expected at least 1, got 0",
         ),
         (lambda x: Trainer(stack_of(x), x[:, :, :7], torch.zeros(400)), r"images: expected \[N, 1, 8, 8\], got \[400"),
     ],

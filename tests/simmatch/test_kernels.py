@@ -201,9 +201,9 @@ def test_coordinate_descent_that_no_kernel_does_is_refused() -> None:
     bound = certify_afresh(lateral, Rows.all(32), ridge=0)
     for dtype, why in ((torch.float32, "no kernel for this device"), (torch.float64, "float32, got torch.float64")):
         drive = torch.empty(32, 5, dtype=dtype, device="meta")
-        dynamics = Dynamics(DynamicsConfig(solver="coordinate_descent"), Rows.all(32))
+        dynamics = Dynamics(DynamicsConfig(solver="coordinate_descent"), Rows.all(32), alone=True)
         with pytest.raises(ValueError, match=f"expected accelerated on meta, got coordinate_descent .*{why}"):
-            dynamics.solve(drive, lateral, bound, alone=True)
+            dynamics.solve(drive, lateral, bound)
 
 
 @pytest.fixture
@@ -228,13 +228,13 @@ def test_dynamics_by_a_kernel(scripted: list[str]) -> None:
     """Where nothing is exchanged, also for a part of a wider drive; shapes, orientation and start are kept."""
     lateral, drive = random_lateral(32, 0).float(), random_drive(32, 40, 1).float()
     bound = certify_afresh(lateral, Rows.all(32), ridge=1e-6)
-    dynamics = Dynamics(DynamicsConfig(tolerance=1e-3), Rows.all(32))
+    dynamics = Dynamics(DynamicsConfig(tolerance=1e-3), Rows.all(32), alone=True)
     for part in (drive, drive[:, 7:20]):
-        solution = dynamics.solve(part, lateral, bound, alone=True)
-        expected = Dynamics(DynamicsConfig(tolerance=1e-3), Rows.all(32)).solve(part, lateral, bound, alone=False)
+        solution = dynamics.solve(part, lateral, bound)
+        expected = Dynamics(DynamicsConfig(tolerance=1e-3), Rows.all(32)).solve(part, lateral, bound)
         assert (solution.y - expected.y).norm() <= 0.05 * expected.y.norm()
         assert (solution.residual <= 1e-3).all()
-        again = dynamics.solve(part, lateral, bound, alone=True, start=solution.y)
+        again = dynamics.solve(part, lateral, bound, start=solution.y)
         assert again.num_iters < solution.num_iters
     assert scripted == ["coordinate_descent"] * 4
 
@@ -243,6 +243,6 @@ def test_what_is_not_finite_is_raised(scripted: list[str]) -> None:
     lateral, drive = random_lateral(32, 0).float(), random_drive(32, 5, 1).float()
     bound = certify_afresh(lateral, Rows.all(32), ridge=1e-6)
     drive[3, 2] = torch.nan
-    dynamics = Dynamics(DynamicsConfig(), Rows.all(32))
+    dynamics = Dynamics(DynamicsConfig(), Rows.all(32), alone=True)
     with pytest.raises(SharedFault, match="non-finite values in the drive"):
-        dynamics.solve(drive, lateral, bound, alone=True)
+        dynamics.solve(drive, lateral, bound)
