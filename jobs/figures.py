@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from jobs.reporting import save_figure
-from simmatch.geometry import Whitening
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack
+from simmatch.whitening import Whitening
 
 Curves = dict[int, list[tuple[int, dict[str, float]]]]
 

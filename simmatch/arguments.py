@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmatch.geometry import PatchConfig, Patches, Whitening
+from simmatch.geometry import PatchConfig, Patches
 from simmatch.plasticity import Statistics, Weights
+from simmatch.whitening import Whitening
 
 DTYPES = (torch.float32, torch.float64)
 """Dtypes that a layer supports."""

@@ -16,6 +16,7 @@ from simmatch.geometry import Patches, draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.seeding import seeded
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.state import gather_padded
 
 
 def own_part(count: int, exchange: Exchange) -> slice:
@@ -38,10 +39,7 @@ def gather_images(own: Tensor, count: int, exchange: Exchange) -> Tensor:
     torch.Size([10, 8, 2, 2])
     """
     width = -(-count // exchange.world_size)
-    gathered = own.new_zeros(exchange.world_size, width, *own.shape[1:])
-    gathered[exchange.rank, : own.shape[0]] = own
-    exchange.all_gather(gathered).wait()
-    return gathered.flatten(0, 1)[:count]
+    return gather_padded(own, width, exchange).flatten(0, 1)[:count]
 
 
 class FeatureStore:

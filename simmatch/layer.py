@@ -24,10 +24,10 @@ from torch import Tensor
 from simmatch.arguments import check_activities, check_images, check_not_empty, check_patches, check_positions
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
-from simmatch.geometry import PatchConfig, Patches, Whitening, prepare, sample_patches, zca
+from simmatch.geometry import PatchConfig, Patches, prepare, sample_patches
 from simmatch.labels import one_hot
 from simmatch.objective import batch_objective
-from simmatch.plasticity import Statistics, Weights
+from simmatch.plasticity import Statistics
 from simmatch.precision import eager_full_precision
 from simmatch.seeding import seeded
 from simmatch.sharding.exchange import IDENTITY, Exchange
@@ -37,6 +37,7 @@ from simmatch.sharding.sharing import ColumnSharing, RowSharing, Sharing
 from simmatch.solvers.bound import traced_bound
 from simmatch.solvers.dynamics import Solution, unrolled
 from simmatch.synapses import Synapses
+from simmatch.whitening import Whitening, zca
 
 
 class SimilarityMatchingConv2d(Synapses):
@@ -252,13 +253,13 @@ class SimilarityMatchingConv2d(Synapses):
     # ------------------------------------------------------------------------------------------- fast: dynamics
 
     @eager_full_precision
-    def drive(self, x: Tensor | Patches, labels: Tensor | None = None, weights: Weights | None = None) -> Tensor:
-        """d = W x̃ + α V z for the channels held here, or the rows in `weights`: [K_g, N], in the order 'b h w'.
+    def drive(self, x: Tensor | Patches, labels: Tensor | None = None) -> Tensor:
+        """d = W x̃ + α V z for the channels held here: [K_g, N], in the order 'b h w'.
 
         >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).drive(torch.rand(2, 1, 8, 8)).shape
         torch.Size([4, 72])
         """
-        return batch_drive(self._batch(x, labels), weights or self.weights, self.alpha if self.label_gain > 0 else None)
+        return batch_drive(self._batch(x, labels), self.weights, self.alpha if self.label_gain > 0 else None)
 
     @eager_full_precision
     def solve(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:

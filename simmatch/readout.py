@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simmatch.extras import extra
-from simmatch.geometry import covariance
+from simmatch.whitening import covariance
 
 ReadoutName = Literal["ridge", "logistic", "knn"]
 

@@ -14,9 +14,8 @@ from jobs.benchmarks.gpu_layer import GpuPlan, Row, batch
 from jobs.reporting import Report
 from simmatch.config import PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.geometry import sample_patches
+from simmatch.geometry import drive, sample_patches
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.plasticity import Weights
 from simmatch.readout import Ridge
 from simmatch.seeding import seeded
 
@@ -117,5 +116,5 @@ class Dictionary:
         """Features [B, K, H', W'], on the patches as the layer sees them."""
         prepared = layer.prepare(images)
         filters = self.filters.view(-1, *layer.feedforward.shape[1:])
-        columns = self.code(layer.drive(prepared, weights=Weights(filters, layer.lateral, layer.label)))
+        columns = self.code(drive(prepared, filters))
         return columns.view(len(columns), len(images), *prepared.map_size).transpose(0, 1)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from jobs.evaluation.backprop import IMAGES_AT_ONCE
 from jobs.evaluation.lenet import Filters, LeNet, initialise
+from simmatch.agreement import Agreement, agreement
 from simmatch.config import Frozen, LayerConfig, ModelConfig, PlasticityConfig, PositiveFloat, TrainConfig
 from simmatch.data.order import epoch_order
-from simmatch.encoder import Agreement, agreement, feedforward_filter
+from simmatch.encoder import feedforward_filter
 from simmatch.files import write_whole
 from simmatch.fit import fit_stack
 from simmatch.layer import SimilarityMatchingConv2d

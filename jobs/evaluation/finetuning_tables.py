@@ -19,7 +19,7 @@ from scipy.stats import ttest_rel
 from jobs.evaluation.finetuning import BASELINE, STARTS, StartName, StartResult
 from jobs.evaluation.tables import accuracy_cell
 from jobs.reporting import Table
-from simmatch.encoder import Agreement
+from simmatch.agreement import Agreement
 
 CONFIDENCE = 0.95
 

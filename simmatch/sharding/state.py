@@ -43,6 +43,19 @@ def take_rows(tensor: Tensor, rows: Rows) -> Tensor:
     return tensor[rows.start : rows.stop]
 
 
+def gather_padded(own: Tensor, length: int, exchange: Exchange) -> Tensor:
+    """Gather tensors [n, …] of all owners, each padded with zeros to n = `length`: [G, length, …], on every owner.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> gather_padded(torch.ones(3), 4, IDENTITY)
+    tensor([[1., 1., 1., 0.]])
+    """
+    gathered = own.new_zeros(exchange.world_size, length, *own.shape[1:])
+    gathered[exchange.rank, : len(own)] = own
+    exchange.all_gather(gathered).wait()
+    return gathered
+
+
 def gather_rows(tensor: Tensor, rows: Rows, exchange: Exchange) -> Tensor:
     """Gather the rows [K_g, …] of every owner into the whole tensor [K, …], on every owner.
 
@@ -50,10 +63,7 @@ def gather_rows(tensor: Tensor, rows: Rows, exchange: Exchange) -> Tensor:
     >>> gather_rows(torch.zeros(10, 7), Rows.all(10), IDENTITY).shape
     torch.Size([10, 7])
     """
-    gathered = tensor.new_zeros(exchange.world_size, rows.padded, *tensor.shape[1:])
-    gathered[exchange.rank, : rows.count] = tensor
-    exchange.all_gather(gathered).wait()
-    return join_rows(gathered, rows.total)
+    return join_rows(gather_padded(tensor, rows.padded, exchange), rows.total)
 
 
 def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingConv2d) -> None:
@@ -81,10 +91,7 @@ def gather_from_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
     >>> gather_from_ranks(torch.zeros(3), IDENTITY).shape
     torch.Size([1, 3])
     """
-    gathered = tensor.new_zeros(exchange.world_size, *tensor.shape)
-    gathered[exchange.rank] = tensor
-    exchange.all_gather(gathered).wait()
-    return gathered
+    return gather_padded(tensor.unsqueeze(0), 1, exchange).squeeze(1)
 
 
 def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:

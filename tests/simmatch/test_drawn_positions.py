@@ -11,9 +11,10 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.geometry import PatchConfig, Whitening, correlate, draw_positions, drive, explicit, prepare
+from simmatch.geometry import PatchConfig, correlate, draw_positions, drive, explicit, prepare
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.seeding import seeded
+from simmatch.whitening import Whitening
 from tests.reference import normalised, patch_matrix
 
 FLOOR = 0.15

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simmatch.agreement import Agreement, agreement, compare
 from simmatch.config import PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.encoder import Agreement, Encoder, agreement, compare, feedforward_encoder, feedforward_filter
+from simmatch.encoder import Encoder, feedforward_encoder, feedforward_filter
 from simmatch.encoder import match as fit
-from simmatch.geometry import Whitening, explicit, transform
+from simmatch.geometry import explicit, transform
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.rows import split_rows
+from simmatch.whitening import Whitening
 from tests.reference import nnls_columns, patch_matrix, random_lateral
 
 MATCHED = 1e-3

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.geometry import PatchConfig, Whitening, correlate, drive, prepare, sample_patches, transform, zca
+from simmatch.geometry import PatchConfig, correlate, drive, prepare, sample_patches, transform
+from simmatch.whitening import Whitening, zca
 from tests.reference import inverse_root, normalised, patch_matrix
 
 FLOOR = 0.15

@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from jobs.evaluation.learners import Shape
-from simmatch.geometry import PatchConfig, Whitening, drive, explicit, prepare, sample_patches, zca
+from simmatch.geometry import PatchConfig, drive, explicit, prepare, sample_patches
+from simmatch.whitening import Whitening, zca
 
 PATCHES = 200_000
 """Patches, at random positions of the images to learn from, that statistics are taken from."""
