@@ -243,7 +243,8 @@ class SimilarityMatchingConv2d(Synapses):
         if self.whiten:
             whitening = zca(sample, self.whiten_ridge)
             sample = (sample - whitening.mean) @ whitening.matrix.T
-            self.whitening, self.whitening_mean = whitening.matrix, whitening.mean  # new: earlier patches are invalid
+            self.whitening.copy_(whitening.matrix)
+            self.whitening_mean.copy_(whitening.mean)
         self.input_power.copy_(sample.square().sum(dim=1).mean())
 
     @property
@@ -368,7 +369,7 @@ class SimilarityMatchingConv2d(Synapses):
         check_not_empty(batch.patches.batch_size)
         if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
             self.calibrate(x)
-            batch = replace(batch, patches=self.prepare(x))
+            batch = replace(batch, patches=self.prepare(x))  # the patches of a dense layer are whitened already
         state = self._own_state(fault)
         solution, statistics = self.sharing.learn(batch, state)
         self._learn(statistics, state)
