@@ -20,24 +20,24 @@ from rich.console import Console
 
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
-from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.display import ProgressBars
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.evaluation import charts, tables
-from jobs.evaluation.config import EvaluationConfig, read
+from jobs.evaluation.config import EvaluationConfig, command_parser, read
 from jobs.evaluation.corruptions import draw_corruptions
 from jobs.evaluation.lenet import LEAST_SIDE
 from jobs.evaluation.material import Material, digest_of
 from jobs.evaluation.ray_units import run_side_by_side
-from jobs.evaluation.results import ResultStore, estimates
-from jobs.evaluation.resume import SETTINGS, begin, identity
-from jobs.evaluation.rows import ChosenSettings, Row, only, rows_of
+from jobs.evaluation.results import estimates
+from jobs.evaluation.resume import RESULTS, ChosenSettings, begin, identity, row_results
+from jobs.evaluation.rows import Row, only, rows_of
 from jobs.evaluation.threads import limited_threads
 from jobs.evaluation.units import Unit, UnitResult, load, run_unit
 from jobs.options import at_least, read_yaml
 from jobs.ray_session import shut_down_ray
 from jobs.recording import run_recorded
+from jobs.reporting import save_figure
 from jobs.run_directory import default_root, local_folder
 from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
@@ -47,7 +47,7 @@ from simmatch.geometry import PatchConfig
 from simmatch.model import Stack
 
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
-RESULTS, TABLE = "results", "table.md"
+TABLE = "table.md"
 DESCRIPTION = "mlflow.note.content"
 """The tag that MLflow's page shows as a run's description, as Markdown."""
 ALL = "rows × seeds"
@@ -78,9 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
         job = Evaluation(config, rows, material, tracker, console)
         params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})
         begin(tracker, values, params, config.data.name, material, other)
-    except SpoolBusyError as error:
-        print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
-        return BAD_INPUT
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -89,18 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, e.g. --set seeds=[0]; repeatable",
-    )
+    parser = command_parser("python -m jobs.evaluate", (__doc__ or "").splitlines()[0], DEFAULT)
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="measure and show only these rows (default: all)")
-    parser.add_argument("--run-dir", metavar="DIR", help="folder of results and figures (default: runs/<name>)")
-    parser.add_argument("--quick", action="store_true", help="same rows, fewer images: minutes, less precise")
     parser.add_argument("--report", action="store_true", help="show the results so far without measuring")
     parser.add_argument(
         "--workers",
@@ -148,7 +135,7 @@ def show(
     config: EvaluationConfig, rows: list[Row], material: Material, run_dir: Path, console: Console
 ) -> tuple[pd.DataFrame, list[Path]]:
     """The known results on the terminal, as Markdown and as figures; returns their estimates and the figures' paths."""
-    store = ResultStore(run_dir / RESULTS)
+    store = row_results(run_dir)
     known = [store.load(view, seed) for row in rows for view in row.views for seed in config.seeds]
     values = estimates([result for result in known if result is not None])
     shown = tables.comparison_tables(values)
@@ -157,8 +144,8 @@ def show(
     write_whole(run_dir / TABLE, tables.markdown(shown))
     names = ("label-efficiency", "corruptions", "corrupted-images")
     paths = [run_dir / "figures" / f"{name}.png" for name in names]
-    charts.label_efficiency(values, paths[0])
-    charts.corruption_bars(values, paths[1])
+    save_figure(charts.label_efficiency_figure(values), paths[0])
+    save_figure(charts.corruption_figure(values), paths[1])
     draw_corruptions(_one_of_each(material), paths[2])
     console.print(f"table, figures, results: {run_dir}", highlight=False, soft_wrap=True)
     return values, paths
@@ -172,8 +159,8 @@ class Evaluation:
     ) -> None:
         self.config, self.rows, self.material = config, rows, material
         self.tracker, self.console, self.run_dir = tracker, console, tracker.run_dir
-        self.store = ResultStore(self.run_dir / RESULTS)
-        self.settings = ChosenSettings(self.run_dir / SETTINGS)
+        self.store = row_results(self.run_dir)
+        self.settings = ChosenSettings(self.run_dir)
         self.left_out: dict[str, str] = {}
 
     def run(self, signals: SignalHandler, workers: int, threads: int, digest: str) -> int:

@@ -22,25 +22,33 @@ from rich.console import Console
 
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
-from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.display import ProgressBars
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.evaluation import finetuning_tables as tables
-from jobs.evaluation.config import overridden
+from jobs.evaluation.config import command_parser, overridden
 from jobs.evaluation.finetuning import (
     FREE,
     STARTS,
-    ChosenStartSettings,
     FinetuneConfig,
     StartName,
     StartResult,
-    StartResultStore,
     Trial,
     check,
+    chosen_candidate,
 )
 from jobs.evaluation.material import Material
-from jobs.evaluation.resume import SETTINGS, begin, check_same, has_results, read_identity, with_defaults
+from jobs.evaluation.resume import (
+    RESULTS,
+    SETTINGS,
+    ChosenSettings,
+    ResultStore,
+    begin,
+    check_same,
+    has_results,
+    read_identity,
+    with_defaults,
+)
 from jobs.evaluation.tables import markdown
 from jobs.evaluation.threads import run_in_threads
 from jobs.options import at_least, read_yaml
@@ -76,9 +84,6 @@ def main(arguments: list[str] | None = None) -> int:
         job = Finetuning(config, material, tracker, console, options.threads or allowed_cpus())
         params = config.model_dump(mode="json", exclude={"tracking", "quick"})
         begin(tracker, definition, params, config.data.name, material)
-    except SpoolBusyError as error:
-        print(f"error: --run-dir: another process works in {run_dir}: {error}", file=sys.stderr)
-        return BAD_INPUT
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -87,17 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jobs.finetune", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, e.g. --set budgets.0.seeds=3; repeatable",
-    )
-    parser.add_argument("--run-dir", metavar="DIR", help="folder of results and figures (default: runs/<name>)")
-    parser.add_argument("--quick", action="store_true", help="same table, fewer seeds and images: minutes")
+    parser = command_parser("python -m jobs.finetune", (__doc__ or "").splitlines()[0], DEFAULT)
     parser.add_argument(
         "--threads",
         type=at_least(1),
@@ -121,6 +116,11 @@ def identity(run_dir: Path, config: FinetuneConfig) -> dict[str, Any]:
     return values
 
 
+def start_results(run_dir: Path) -> ResultStore[StartResult]:
+    """A file for each network, budget, seed and start."""
+    return ResultStore(run_dir / RESULTS, StartResult, ("network", "labels", "seed", "start"), "{}-{}-{}-{}".format)
+
+
 class Finetuning:
     """Trains every network from every start with every budget and seed; shows and records the comparison.
 
@@ -132,8 +132,8 @@ class Finetuning:
     ) -> None:
         self.config, self.material, self.tracker = config, material, tracker
         self.console, self.threads, self.run_dir = console, threads, tracker.run_dir
-        self.results = StartResultStore(self.run_dir / "results")
-        self.settings = ChosenStartSettings(self.run_dir / SETTINGS)
+        self.results = start_results(self.run_dir)
+        self.settings = ChosenSettings(self.run_dir)
 
     def run(self, signals: SignalHandler) -> int:
         """Train what has no result yet, print, record. Returns the exit status."""
@@ -163,7 +163,7 @@ class Finetuning:
         for network in self.config.networks:
             for budget in self.config.budgets:
                 for start in STARTS:
-                    if self.settings.chosen(network, budget.labels, start) is not None:
+                    if self.settings.known(f"{network}/{budget.labels}/{start}") is not None:
                         continue
                     key = (network, budget.labels, start)
                     wanted[key] = min(self.config.tuning_seeds, budget.seeds)
@@ -177,7 +177,7 @@ class Finetuning:
             by_seed = held_out.setdefault(key, {})
             by_seed[seed] = accuracies
             if len(by_seed) == wanted[key]:
-                self.settings.choose(*key, list(by_seed.values()))
+                self.settings.keep("/".join(map(str, key)), chosen_candidate(list(by_seed.values())))
 
     def _compare(self, trials: dict[tuple[str, int], Trial]) -> list[StartResult]:
         """Train, and measure on the test images; results are in the order of the tables."""
@@ -192,8 +192,7 @@ class Finetuning:
         tasks: list[Task[StartResult]] = []
         for key in (key for key, result in results.items() if result is None):
             network, labels, seed, start = key
-            settings = self.settings.chosen(network, labels, start)
-            assert settings is not None
+            settings = self.settings.known(f"{network}/{labels}/{start}")["chosen"]
             words = f"{network}, {labels} labels, {tables.WORDS[start]}, seed {seed}"
             tasks.append((words, partial(trials[network, seed].result, labels, start, settings)))
         for result in self._each("comparison", tasks):

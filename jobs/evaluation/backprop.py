@@ -177,24 +177,6 @@ def compare(
     return accuracies
 
 
-def tune(
-    make_net: Callable[[], LeNet],
-    learn: Labelled,
-    held_out: Labelled,
-    settings: Sequence[TrainSettings],
-    seed: int,
-    *,
-    frozen: bool = False,
-    share: float = 1.0,
-) -> TrainSettings:
-    """The settings that do best on held-out images, of equal ones the first; parameters as in `compare`.
-
-    share: of their steps after which settings are compared, each under a schedule of that length.
-    """
-    accuracies = compare(make_net, learn, held_out, [each.shortened(share) for each in settings], seed, frozen=frozen)
-    return settings[accuracies.index(max(accuracies))]
-
-
 def batches(num_images: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices of each step's images: one random order of all images after another, cut in batches of equal size."""
     size = min(batch_size, num_images)

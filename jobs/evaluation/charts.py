@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.evaluation.results import CLEAN, by_row, key_rank, of_measure
-from jobs.reporting import save_figure
 from simmatch.model import Stack, pooled
 
 Floats = NDArray[np.float64]
@@ -43,21 +41,6 @@ CHANNELS = 16
 """Maps of a layer that are shown, `COLUMNS` in a line."""
 
 COLUMNS = 8
-
-
-def label_efficiency(known: pd.DataFrame, path: Path) -> None:
-    """Test accuracy against labels per class, a line a row."""
-    save_figure(label_efficiency_figure(known), path)
-
-
-def corruption_bars(known: pd.DataFrame, path: Path) -> None:
-    """Test accuracy under each corruption, a bar a row."""
-    save_figure(corruption_figure(known), path)
-
-
-def activation_maps(stack: Stack, image: Tensor, path: Path) -> None:
-    """An image [C, H, W] in [0, 1], and what each layer of a stack makes of it."""
-    save_figure(activation_figure(stack, image), path)
 
 
 def _label(row: str) -> str:

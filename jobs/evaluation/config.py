@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -75,26 +77,11 @@ class StackRow(Frozen):
         return [parse(ModelConfig, override(self.model.model_dump(mode="json"), list(each))) for each in variants]
 
 
-class EvaluationConfig(Frozen):
-    """Everything about one comparison."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Names the run and its default folder, runs/<name>."""
-
-    data: DataConfig
-
-    unseen: DataConfig | None = None
-    """A data set that learners are not trained on: they stay as they are, and readouts are trained on its labels. Its
-    images are resized to the size of those of `data`, and made grey if those are."""
-
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
-    """Seeds of weights, data order and label subsets."""
+class MeasurementConfig(Frozen):
+    """What is measured of every row."""
 
     budgets: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (10, 50, 100, 1000)
     """Labels per class, the smallest first; readouts of all labels are always measured as well."""
-
-    held_out: PositiveInt = 5000
-    """The last so many training images are not trained on: settings and penalties are chosen on them."""
 
     candidates: Annotated[PositiveInt, Field(le=CANDIDATES)] = CANDIDATES
     """Number of settings that every row may choose from, the first of its list: equal search budgets; 1: no search."""
@@ -110,6 +97,29 @@ class EvaluationConfig(Frozen):
 
     outlier_images: NonNegativeInt = 10_000
     """Training images of these experiments, and of one without noise; 0: no such experiments."""
+
+    def all_budgets(self) -> tuple[int | None, ...]:
+        """Labels per class; None for all."""
+        return (*self.budgets, None)
+
+
+class EvaluationConfig(MeasurementConfig):
+    """Everything about one comparison."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run and its default folder, runs/<name>."""
+
+    data: DataConfig
+
+    unseen: DataConfig | None = None
+    """A data set that learners are not trained on: they stay as they are, and readouts are trained on its labels. Its
+    images are resized to the size of those of `data`, and made grey if those are."""
+
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = (0, 1, 2)
+    """Seeds of weights, data order and label subsets."""
+
+    held_out: PositiveInt = 5000
+    """The last so many training images are not trained on: settings and penalties are chosen on them."""
 
     shape: ShapeConfig
     """Geometry of the rivals, that of the single similarity-matching layer."""
@@ -137,9 +147,24 @@ class EvaluationConfig(Frozen):
                 raise ValueError(f"expected {key} that differ, got {list(getattr(self, key))}")
         return self
 
-    def all_budgets(self) -> tuple[int | None, ...]:
-        """Labels per class; None for all."""
-        return (*self.budgets, None)
+
+def command_parser(program: str, purpose: str, default: Path) -> argparse.ArgumentParser:
+    """The options that comparisons have in common.
+
+    default: file of the configuration.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=purpose)
+    parser.add_argument("--config", default=str(default), metavar="FILE", help="YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, e.g. --set held_out=500; repeatable",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="folder of results and figures (default: runs/<name>)")
+    parser.add_argument("--quick", action="store_true", help="same tables from fewer images or seeds: minutes, less precise")
+    return parser
 
 
 def overridden(values: dict[str, Any], assignments: list[str], *, quick: bool) -> dict[str, Any]:

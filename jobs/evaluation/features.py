@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jobs.evaluation.config import CANDIDATES
+from jobs.evaluation.config import MeasurementConfig
 from jobs.evaluation.kernel_readout import LANDMARKS, PENALTIES, WIDTHS, KernelReadout, choose_kernel
 from jobs.evaluation.learners import FeatureLearner, OnProgress, no_progress
 from jobs.evaluation.material import Material, resized, with_outliers
@@ -96,20 +96,8 @@ class FeatureRow:
         return max(view.depth for view in self.views)
 
 
-@dataclass(frozen=True)
-class MeasurementPlan:
-    """What is measured; see `jobs.evaluation.config.EvaluationConfig`."""
-
-    budgets: tuple[int | None, ...]
-    tuning_images: int
-    corrupted_images: int
-    outlier_shares: tuple[float, ...]
-    outlier_images: int
-    candidates: int = CANDIDATES
-
-
 def tune(
-    row: FeatureRow, material: Material, plan: MeasurementPlan, seed: int, on_progress: OnProgress = no_progress
+    row: FeatureRow, material: Material, plan: MeasurementConfig, seed: int, on_progress: OnProgress = no_progress
 ) -> int:
     """Index of the settings that do best on held-out images after learning from the first `tuning_images`.
 
@@ -120,7 +108,7 @@ def tune(
         return 0
     train = material.train.take(slice(0, plan.tuning_images))
     least = int(torch.bincount(train.labels).min())
-    few = [budget for budget in plan.budgets[:2] if budget is not None and budget <= least]
+    few = [budget for budget in plan.budgets[:2] if budget <= least]
     judged = [(torch.arange(len(train)), 1.0)]
     for budget in few:
         subsets = (stratified_subset(train.labels, budget, seed + number) for number in range(TUNING_SUBSETS))
@@ -160,7 +148,7 @@ def evaluate(
     row: FeatureRow,
     chosen: int,
     material: Material,
-    plan: MeasurementPlan,
+    plan: MeasurementConfig,
     seed: int,
     on_progress: OnProgress = no_progress,
     *,
@@ -199,7 +187,7 @@ def evaluate(
         parts = view.of_parts(train, held_out, test)
         result = result_of(view.name, parts[0].shape[1], view.depth)
         most = len(material.train) if every_readout else FEW
-        readout = _at_budgets(result, parts, material, plan.budgets, most)
+        readout = _at_budgets(result, parts, material, plan.all_budgets(), most)
         if every_readout:
             _other_readouts(result, parts, material, readout.scaling)
         results.append(result)
@@ -277,7 +265,7 @@ def transferred(
 
 
 def with_noise(
-    row: FeatureRow, chosen: int, material: Material, plan: MeasurementPlan, seed: int
+    row: FeatureRow, chosen: int, material: Material, plan: MeasurementConfig, seed: int
 ) -> list[dict[str, float]]:
     """Share of noise among the training images → test accuracy after learning and reading out, for each view.
 

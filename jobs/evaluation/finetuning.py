@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, train
@@ -27,8 +27,6 @@ from jobs.evaluation.finetuning_start import PretrainedFilters, StartConfig, pre
 from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
 from jobs.evaluation.material import Material
 from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt
-from simmatch.documents import DocumentError, dump_json, load_json
-from simmatch.files import write_whole
 from simmatch.readout import accuracy
 
 StartName = Literal["random", "random_frozen", "nsm_frozen", "nsm"]
@@ -128,56 +126,16 @@ class StartResult(BaseModel):
     """On the test images, read once."""
 
 
-class StartResultStore:
-    """The results of a run directory, a file for each network, budget, seed and start."""
+def chosen_candidate(held_out: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The candidate with the highest mean accuracy on held-out images, of equals the first, and all means.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    held_out: accuracies by seed and candidate.
 
-    def load(self, network: str, labels: int, seed: int, start: StartName) -> StartResult | None:
-        """The known result; None if there is no file, or it holds something else."""
-        try:
-            result = StartResult.model_validate_json(self._path(network, labels, seed, start).read_text())
-        except (FileNotFoundError, ValidationError):
-            return None
-        same = (result.network, result.labels, result.seed, result.start) == (network, labels, seed, start)
-        return result if same else None
-
-    def save(self, result: StartResult) -> None:
-        """Write the file, whole or not at all."""
-        path = self._path(result.network, result.labels, result.seed, result.start)
-        write_whole(path, dump_json(result.model_dump()))
-
-    def _path(self, network: str, labels: int, seed: int, start: StartName) -> Path:
-        return self.folder / f"{network}-{labels}-{seed}-{start}.json"
-
-
-class ChosenStartSettings:
-    """Candidates chosen so far, in one file: by network, budget and start."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            values = load_json(path.read_bytes())
-        except (FileNotFoundError, DocumentError):
-            values = {}
-        self._values: dict[str, dict[str, Any]] = values if isinstance(values, dict) else {}
-
-    def chosen(self, network: str, labels: int, start: StartName) -> int | None:
-        """Index of the chosen candidate; None if none is chosen yet."""
-        choice = self._values.get(f"{network}/{labels}/{start}")
-        return None if choice is None else int(choice["chosen"])
-
-    def choose(self, network: str, labels: int, start: StartName, held_out: Sequence[Sequence[float]]) -> int:
-        """The candidate with the highest mean; of equals the first.
-
-        held_out: accuracies on held-out images by seed and candidate.
-        """
-        means = [fmean(values) for values in zip(*held_out, strict=True)]
-        best = means.index(max(means))
-        self._values[f"{network}/{labels}/{start}"] = {"chosen": best, "held_out": means, "seeds": len(held_out)}
-        write_whole(self.path, dump_json(self._values))
-        return best
+    >>> chosen_candidate([[0.5, 0.75], [0.75, 1.0]])
+    {'chosen': 1, 'held_out': [0.625, 0.875], 'seeds': 2}
+    """
+    means = [fmean(values) for values in zip(*held_out, strict=True)]
+    return {"chosen": means.index(max(means)), "held_out": means, "seeds": len(held_out)}
 
 
 @dataclass(frozen=True, eq=False)

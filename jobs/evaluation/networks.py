@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from jobs.evaluation.backprop import TrainSettings, candidates, encode, predict, train, tune
-from jobs.evaluation.features import MeasurementPlan
+from jobs.evaluation.backprop import TrainSettings, candidates, compare, encode, predict, train
+from jobs.evaluation.config import MeasurementConfig
 from jobs.evaluation.learners import OnProgress, no_progress
 from jobs.evaluation.lenet import DENSE, LeNet
 from jobs.evaluation.material import Labelled, Material, resized, with_outliers
@@ -58,7 +58,7 @@ class Network:
         )
 
     def tune(
-        self, material: Material, plan: MeasurementPlan, seed: int, on_progress: OnProgress = no_progress
+        self, material: Material, plan: MeasurementConfig, seed: int, on_progress: OnProgress = no_progress
     ) -> dict[str, int]:
         """Budget → index of the settings that do best on held-out images."""
 
@@ -66,15 +66,14 @@ class Network:
             settings = candidates(budget)[: plan.candidates]
             if len(settings) == 1:
                 return 0
-            best = tune(
+            accuracies = compare(
                 lambda: self.make(material.source, seed),
                 material.train.take(material.labelled(budget, seed)),
                 material.held_out,
-                settings,
+                [each.shortened(TUNING_SHARE if budget is None else 1.0) for each in settings],
                 seed,
-                share=TUNING_SHARE if budget is None else 1.0,
             )
-            return settings.index(best)
+            return accuracies.index(max(accuracies))
 
         return self._by_budget(choose, plan, "try settings", on_progress)
 
@@ -82,7 +81,7 @@ class Network:
         self,
         chosen: Mapping[str, int],
         material: Material,
-        plan: MeasurementPlan,
+        plan: MeasurementConfig,
         seed: int,
         on_progress: OnProgress = no_progress,
         *,
@@ -131,15 +130,15 @@ class Network:
         return result, net
 
     def _by_budget(
-        self, work: Callable[[int | None], T], plan: MeasurementPlan, words: str, on_progress: OnProgress
+        self, work: Callable[[int | None], T], plan: MeasurementConfig, words: str, on_progress: OnProgress
     ) -> dict[str, T]:
         """Budget → the result of the work, several at a time, the longest first."""
-        longest_first = plan.budgets[::-1]
+        longest_first = plan.all_budgets()[::-1]
         values: dict[int, T] = {}
         tasks = [partial(work, budget) for budget in longest_first]
         for index, value in run_in_threads(tasks, torch.get_num_threads()):
             values[index] = value
-            on_progress(f"{words}, by labels per class", len(values), len(plan.budgets))
+            on_progress(f"{words}, by labels per class", len(values), len(longest_first))
         return {budget_name(longest_first[index]): values[index] for index in sorted(values, reverse=True)}
 
     def settings(self, chosen: Mapping[str, int], budget: int | None) -> TrainSettings:
@@ -152,7 +151,7 @@ class Network:
         return net
 
     def with_noise(
-        self, chosen: Mapping[str, int], material: Material, plan: MeasurementPlan, seed: int
+        self, chosen: Mapping[str, int], material: Material, plan: MeasurementConfig, seed: int
     ) -> dict[str, float]:
         """As `jobs.evaluation.features.with_noise`."""
         part = material.train.take(slice(0, plan.outlier_images))

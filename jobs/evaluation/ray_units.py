@@ -19,7 +19,8 @@ from cluster.controller import RunFailed
 from jobs.display import ProgressBars
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.material import Material, digest_of
-from jobs.evaluation.rows import ChosenSettings, Row, rows_of
+from jobs.evaluation.resume import ChosenSettings
+from jobs.evaluation.rows import Row, rows_of
 from jobs.evaluation.threads import limited_threads
 from jobs.evaluation.units import Unit, UnitResult, load, run_unit
 from jobs.ray_session import start_ray

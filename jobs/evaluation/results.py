@@ -1,21 +1,15 @@
-"""Results of a comparison: a file for each row and seed on disk, one long table in memory.
+"""Results of a comparison: one for each row and seed, all of them as one long table.
 
-A file is written as soon as its result is known, so an interrupted comparison continues from there. Tables, charts and
-MLflow metrics all read `estimates`: mean, standard deviation and count over seeds.
+Tables, charts and MLflow metrics all read `estimates`: mean, standard deviation and count over seeds.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from simmatch.documents import dump_json
-from simmatch.files import write_whole
+from pydantic import BaseModel, ConfigDict
 
 CLEAN = "clean"
 """Key of `RowResult.corruptions` for the images without a corruption."""
@@ -110,28 +104,6 @@ def key_rank(key: str) -> float:
         return float(key)
     except ValueError:
         return math.inf
-
-
-class ResultStore:
-    """The results of a run directory, a file for each row and seed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, row: str, seed: int) -> Path:
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', row)}-{seed}.json"
-
-    def load(self, row: str, seed: int) -> RowResult | None:
-        """The result of this row and seed; None if there is no file, or it holds something else."""
-        try:
-            result = RowResult.model_validate_json(self.path(row, seed).read_text())
-        except (FileNotFoundError, ValidationError):
-            return None
-        return result if (result.row, result.seed) == (row, seed) else None
-
-    def save(self, result: RowResult) -> None:
-        """Write the file, whole or not at all."""
-        write_whole(self.path(result.row, result.seed), dump_json(result.model_dump()))
 
 
 def long_table(results: Sequence[RowResult]) -> pd.DataFrame:

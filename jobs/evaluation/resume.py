@@ -1,32 +1,102 @@
-"""What a comparison needs to continue: its identity is kept in the run directory and checked before results are added.
+"""What a comparison needs to continue: results and chosen settings so far, and the identity that they belong to.
 
+Each result is a file, written as soon as it is known. The identity is checked before results are added.
 `config.yaml` of the directory holds the configuration, the first seed (it is measured more thoroughly, and settings are
 chosen with it) and, for every row that was asked for so far, its definition. Rows and seeds may be added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from pydantic import BaseModel, ValidationError
+
+from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.material import Material, digest_of
+from jobs.evaluation.results import RowResult
 from jobs.evaluation.rows import Row
 from jobs.reporting import hardware
 from simmatch.config import ConfigError, Frozen, parse
-from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
+from simmatch.documents import DocumentError, dump_json, dump_yaml, load_json, load_yaml_file
 from simmatch.files import write_whole
 
 FREE = frozenset({"tracking", "quick", "seeds", "stacks", "rivals", "networks"})
 """Keys that results do not depend on, or not all of them; rows and the first seed are compared by themselves."""
 
-FILE, SETTINGS = "config.yaml", "settings.json"
+FILE, SETTINGS, RESULTS = "config.yaml", "settings.json", "results"
 
 DATA = "data_digest"
 """Key of the digest of the data, compared by `check_same_data`."""
+
+
+ResultT = TypeVar("ResultT", bound=BaseModel)
+
+
+class ResultStore(Generic[ResultT]):
+    """The results of a run directory, a file for each.
+
+    Parameters
+    ----------
+    model: class of the results.
+    key: fields that tell one result from the others.
+    name: values of these fields → name of the file, without its suffix.
+    """
+
+    def __init__(self, folder: Path, model: type[ResultT], key: Sequence[str], name: Callable[..., str]) -> None:
+        self.folder, self.model, self.key, self.name = folder, model, key, name
+
+    def load(self, *values: object) -> ResultT | None:
+        """The result with these values of its key; None if there is no file, or it holds something else."""
+        try:
+            result = self.model.model_validate_json(self._path(*values).read_text())
+        except (FileNotFoundError, ValidationError):
+            return None
+        return result if self._values(result) == values else None
+
+    def save(self, result: ResultT) -> None:
+        """Write the file, whole or not at all."""
+        write_whole(self._path(*self._values(result)), dump_json(result.model_dump()))
+
+    def _values(self, result: ResultT) -> tuple[object, ...]:
+        return tuple(getattr(result, field) for field in self.key)
+
+    def _path(self, *values: object) -> Path:
+        return self.folder / f"{self.name(*values)}.json"
+
+
+def row_results(run_dir: Path) -> ResultStore[RowResult]:
+    """The results of `jobs.evaluate`, a file for each row and seed."""
+    return ResultStore(
+        run_dir / RESULTS, RowResult, ("row", "seed"), lambda row, seed: f"{re.sub('[^A-Za-z0-9_-]', '_', row)}-{seed}"
+    )
+
+
+class ChosenSettings:
+    """The settings chosen so far, by key, in a file of the run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / SETTINGS
+
+    def known(self, key: str) -> Any:
+        """What was chosen for a key; None if nothing was yet."""
+        return self._read().get(key)
+
+    def keep(self, key: str, chosen: object) -> None:
+        """Write the file, whole or not at all."""
+        write_whole(self.path, dump_json(self._read() | {key: chosen}))
+
+    def _read(self) -> dict[str, object]:
+        try:
+            values = load_json(self.path.read_bytes())
+        except (FileNotFoundError, DocumentError):
+            return {}
+        return values if isinstance(values, dict) else {}
 
 
 def begin(
@@ -47,10 +117,8 @@ def begin(
 
     Raises
     ------
-    SpoolBusyError
-        Another process works in the run directory.
     ConfigError
-        It cannot be written to, or holds results of other data.
+        Another process works in the run directory; it cannot be written to; it holds results of other data.
     """
     digest = digest_of(material, other)
     check_same_data(tracker.run_dir, digest)
@@ -58,6 +126,8 @@ def begin(
     tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
     try:
         tracker.start(tracker.run_dir.name, layers=0, tags=tags)
+    except SpoolBusyError as error:
+        raise ConfigError(f"--run-dir: another process works in {tracker.run_dir}: {error}") from None
     except OSError as error:
         raise _unwritable(tracker.run_dir, error) from None
     definition = write_identity(tracker.run_dir, {**identity, DATA: digest})
@@ -97,7 +167,7 @@ def has_results(run_dir: Path) -> bool:
         It cannot be read.
     """
     try:
-        return (run_dir / SETTINGS).exists() or any(run_dir.glob("results/*.json"))
+        return (run_dir / SETTINGS).exists() or any((run_dir / RESULTS).glob("*.json"))
     except OSError as error:
         raise _unreadable(run_dir, error) from None
 

@@ -7,13 +7,12 @@ similarity-matching stack is an entry of the configuration.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Protocol
 
 from jobs.evaluation import features, networks
 from jobs.evaluation.backprop import CANDIDATES
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.features import FeatureRow, FeatureView, MeasurementPlan
+from jobs.evaluation.features import FeatureRow, FeatureView
 from jobs.evaluation.learners import FeatureLearner, OnProgress, Pixels, PooledFeatures
 from jobs.evaluation.material import Material
 from jobs.evaluation.networks import NETWORKS, Network
@@ -21,8 +20,6 @@ from jobs.evaluation.results import RowResult
 from jobs.evaluation.rivals import RIVALS
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ConfigError, ModelConfig
-from simmatch.documents import DocumentError, dump_json, load_json
-from simmatch.files import write_whole
 
 PIXELS = "pixels"
 
@@ -57,7 +54,6 @@ class FeatureRun:
 
     def __init__(self, row: FeatureRow, config: EvaluationConfig, material: Material, other: Material | None) -> None:
         self.row, self.config, self.material, self.other = row, config, material, other
-        self.plan = plan_of(config)
 
     @property
     def name(self) -> str:
@@ -73,26 +69,26 @@ class FeatureRun:
         return (*(view.name for view in self.row.views), *own)
 
     def tune(self, on_progress: OnProgress) -> object:
-        return features.tune(self.row, self.material, self.plan, self.config.seeds[0], on_progress)
+        return features.tune(self.row, self.material, self.config, self.config.seeds[0], on_progress)
 
     def run(self, chosen: object, seed: int, on_progress: OnProgress) -> tuple[list[RowResult], FeatureLearner | None]:
         assert isinstance(chosen, int)
-        plan, material, row = self.plan, self.material, self.row
+        config, material, row = self.config, self.material, self.row
         first = seed == self.config.seeds[0]
         results, learner, fitted = features.evaluate(
-            row, chosen, material, plan, seed, on_progress, every_readout=first
+            row, chosen, material, config, seed, on_progress, every_readout=first
         )
         measured: dict[str, list[dict[str, float]]] = {}
         if self.other is not None:
             measured["transfer"] = features.transferred(
-                learner, row.views, self.other, material.source, plan.budgets, seed
+                learner, row.views, self.other, material.source, config.all_budgets(), seed
             )
-        if plan.corrupted_images and first:
+        if config.corrupted_images and first:
             on_progress("corrupted images", 0, 1)
-            measured["corruptions"] = features.corrupted_accuracy(learner, fitted, material, plan.corrupted_images)
-        if plan.outlier_images and first:
+            measured["corruptions"] = features.corrupted_accuracy(learner, fitted, material, config.corrupted_images)
+        if config.outlier_images and first:
             on_progress("learn from images with noise", 0, 1)
-            measured["outliers"] = features.with_noise(row, chosen, material, plan, seed)
+            measured["outliers"] = features.with_noise(row, chosen, material, config, seed)
         for measure, by_view in measured.items():
             for result, values in zip(results, by_view, strict=False):  # the last result may be the learner's own
                 setattr(result, measure, values)
@@ -104,7 +100,6 @@ class NetworkRun:
 
     def __init__(self, network: Network, config: EvaluationConfig, material: Material, other: Material | None) -> None:
         self.network, self.config, self.material, self.other = network, config, material, other
-        self.plan = plan_of(config)
 
     @property
     def name(self) -> str:
@@ -112,7 +107,7 @@ class NetworkRun:
 
     @property
     def definition(self) -> object:
-        count = self.plan.candidates
+        count = self.config.candidates
         settings = {kind: [repr(each) for each in known[:count]] for kind, known in CANDIDATES.items()}
         return {"network": repr(self.network), "settings": settings}
 
@@ -121,31 +116,20 @@ class NetworkRun:
         return (self.network.name,)
 
     def tune(self, on_progress: OnProgress) -> object:
-        return self.network.tune(self.material, self.plan, self.config.seeds[0], on_progress)
+        return self.network.tune(self.material, self.config, self.config.seeds[0], on_progress)
 
     def run(self, chosen: object, seed: int, on_progress: OnProgress) -> tuple[list[RowResult], FeatureLearner | None]:
         assert isinstance(chosen, dict)
-        plan, material = self.plan, self.material
+        config, material = self.config, self.material
         first = seed == self.config.seeds[0]
-        result, net = self.network.evaluate(chosen, material, plan, seed, on_progress, every_readout=first)
+        result, net = self.network.evaluate(chosen, material, config, seed, on_progress, every_readout=first)
         if self.other is not None:
-            result.transfer = networks.transferred(net, self.other, material.source, plan.budgets, seed)
-        if plan.corrupted_images and first:
-            result.corruptions = networks.corrupted_accuracy(net, material, plan.corrupted_images)
-        if plan.outlier_images and first:
-            result.outliers = self.network.with_noise(chosen, material, plan, seed)
+            result.transfer = networks.transferred(net, self.other, material.source, config.all_budgets(), seed)
+        if config.corrupted_images and first:
+            result.corruptions = networks.corrupted_accuracy(net, material, config.corrupted_images)
+        if config.outlier_images and first:
+            result.outliers = self.network.with_noise(chosen, material, config, seed)
         return [result], None
-
-
-def plan_of(config: EvaluationConfig) -> MeasurementPlan:
-    return MeasurementPlan(
-        config.all_budgets(),
-        config.tuning_images,
-        config.corrupted_images,
-        config.outlier_shares,
-        config.outlier_images,
-        config.candidates,
-    )
 
 
 def rows_of(config: EvaluationConfig, material: Material, other: Material | None) -> list[Row]:
@@ -227,26 +211,3 @@ def _rival_maker(
         return PooledFeatures(rival(shape, rival.candidates[index], seed), shape, size, on_progress)
 
     return make
-
-
-class ChosenSettings:
-    """The settings chosen so far, in a file of the run directory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def known(self, row: str) -> object:
-        """A row's settings; None if there are none yet."""
-        return self._read().get(row)
-
-    def keep(self, row: str, chosen: object) -> None:
-        """Write the file, whole or not at all."""
-        values = self._read() | {row: chosen}
-        write_whole(self.path, dump_json(values))
-
-    def _read(self) -> dict[str, object]:
-        try:
-            values = load_json(self.path.read_bytes())
-        except (FileNotFoundError, DocumentError):
-            return {}
-        return values if isinstance(values, dict) else {}

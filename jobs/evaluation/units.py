@@ -20,7 +20,7 @@ from jobs.evaluation.results import RowResult
 from jobs.evaluation.rows import Row
 from jobs.evaluation.stacks import StackLearner
 from jobs.figures import filters
-from jobs.reporting import MissingError
+from jobs.reporting import MissingError, save_figure
 from simmatch.data.sources import load_dataset
 
 FIGURE_IMAGES = 500
@@ -112,5 +112,5 @@ def _figures(name: str, learner: FeatureLearner | None, material: Material) -> d
     with TemporaryDirectory() as folder:
         for index in range(len(stack.layers)):
             filters(stack, index, images[:FIGURE_IMAGES], Path(folder) / f"filters-{name}-layer-{index}.png")
-        charts.activation_maps(stack, images[0], Path(folder) / f"activations-{name}.png")
+        save_figure(charts.activation_figure(stack, images[0]), Path(folder) / f"activations-{name}.png")
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

@@ -18,15 +18,13 @@ from torch import Tensor
 from jobs.evaluation.charts import (
     APART,
     activation_figure,
-    activation_maps,
-    corruption_bars,
     corruption_figure,
-    label_efficiency,
     label_efficiency_figure,
     layer_activities,
     spread_out,
 )
 from jobs.evaluation.results import RowResult, by_row, estimates, of_measure
+from jobs.reporting import save_figure
 from simmatch.config import ModelConfig, parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import InputConfig, Stack
@@ -161,7 +159,7 @@ def test_few_budgets_or_none(tmp_path: Path, accuracy: dict[str, float], ticks: 
     [axes] = label_efficiency_figure(known).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == list(ticks)
     assert list(axes.get_xticks()) == list(ticks.values())
-    label_efficiency(known, tmp_path / "labels.png")
+    save_figure(label_efficiency_figure(known), tmp_path / "labels.png")
     assert spread(tmp_path / "labels.png") > 0.01
 
 
@@ -233,15 +231,15 @@ def test_of_many_rows_the_first_and_even_ranks_of_the_others() -> None:
 def test_charts_are_pictures(tmp_path: Path) -> None:
     strange = estimates([result("_a $x^2$ (α = 3)", accuracy={"10": 0.5}, corruptions={"clean": 0.5, "fog": 0.1})])
     for name, known in {"many": rows(16), "strange": strange}.items():
-        label_efficiency(known, tmp_path / f"{name}-labels.png")
-        corruption_bars(known, tmp_path / f"{name}-bars.png")
+        save_figure(label_efficiency_figure(known), tmp_path / f"{name}-labels.png")
+        save_figure(corruption_figure(known), tmp_path / f"{name}-bars.png")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 4
     assert all(spread(path) > 0.03 for path in tmp_path.iterdir())
     assert "a \\$x^2\\$" in label_efficiency_figure(strange).legends[0].get_texts()[0].get_text()
 
 
 def test_nothing_was_corrupted(tmp_path: Path) -> None:
-    corruption_bars(estimates([result("a", accuracy={"all": 0.5})]), tmp_path / "bars.png")
+    save_figure(corruption_figure(estimates([result("a", accuracy={"all": 0.5})])), tmp_path / "bars.png")
     assert spread(tmp_path / "bars.png") > 0.01
 
 
@@ -305,10 +303,10 @@ def test_images_of_any_channels_and_few_maps(channels: int, out_channels: int) -
 
 def test_a_stack_is_a_picture_and_so_is_a_silent_one(tmp_path: Path, image: Tensor) -> None:
     stack = make_stack(out_channels=4)
-    activation_maps(stack, image, tmp_path / "active.png")
+    save_figure(activation_figure(stack, image), tmp_path / "active.png")
     with torch.no_grad():
         stack.layer(0).feedforward.fill_(-1.0)
-    activation_maps(stack, image, tmp_path / "silent.png")
+    save_figure(activation_figure(stack, image), tmp_path / "silent.png")
     assert spread(tmp_path / "active.png") > 0.05
     assert spread(tmp_path / "silent.png") > 0.05
     assert (tmp_path / "active.png").read_bytes() != (tmp_path / "silent.png").read_bytes()

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from jobs.evaluation import features
-from jobs.evaluation.features import FeatureRow, FeatureView, MeasurementPlan
+from jobs.evaluation.config import MeasurementConfig
+from jobs.evaluation.features import FeatureRow, FeatureView
 from jobs.evaluation.learners import Pixels
 from jobs.evaluation.material import Labelled, Material
 from jobs.evaluation.networks import NETWORKS
 from simmatch.data.sources import Dataset
 from simmatch.seeding import seeded
 
-PLAN = MeasurementPlan((5, None), tuning_images=200, corrupted_images=0, outlier_shares=(0.5,), outlier_images=100)
+PLAN = MeasurementConfig(budgets=(5,), tuning_images=200, corrupted_images=0, outlier_shares=(0.5,), outlier_images=100)
 
 
 class Blurred(Pixels):
@@ -47,8 +48,8 @@ def test_settings_are_chosen_without_test_images(material: Material) -> None:
     nothing: Any = None
     blind = replace(material, test=nothing)
     assert features.tune(ROW, blind, PLAN, seed=0) == 1
-    chosen = NETWORKS["lenet"].tune(blind, MeasurementPlan((5,), 100, 0, (), 0), seed=0)
-    assert set(chosen) == {"5"}
+    chosen = NETWORKS["lenet"].tune(blind, MeasurementConfig(budgets=(5,), tuning_images=100), seed=0)
+    assert set(chosen) == {"5", "all"}
 
 
 def test_settings_follow_held_out_labels(material: Material) -> None:

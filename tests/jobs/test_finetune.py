@@ -20,17 +20,16 @@ from jobs import finetune
 from jobs.evaluation import finetuning, finetuning_tables
 from jobs.evaluation.finetuning import (
     STARTS,
-    ChosenStartSettings,
     FinetuneConfig,
     StartName,
     StartResult,
-    StartResultStore,
     Trial,
+    chosen_candidate,
 )
 from jobs.evaluation.finetuning_start import PretrainedFilters
 from jobs.evaluation.finetuning_tables import estimates, paired_difference
 from jobs.evaluation.material import Material
-from jobs.evaluation.resume import has_results, write_identity
+from jobs.evaluation.resume import ChosenSettings, has_results, write_identity
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
 from simmatch.data.sources import load_dataset
@@ -164,20 +163,24 @@ def test_only_seeds_that_all_starts_have_are_compared() -> None:
 
 
 def test_settings_are_those_of_the_highest_mean(tmp_path: Path) -> None:
-    settings = ChosenStartSettings(tmp_path / "settings.json")
-    assert settings.chosen("net", 10, "nsm") is None
-    assert settings.choose("net", 10, "nsm", [[0.5, 0.9, 0.6], [0.5, 0.3, 0.7]]) == 2
-    assert settings.choose("net", 10, "random", [[0.5, 0.5]]) == 0
-    again = ChosenStartSettings(tmp_path / "settings.json")
-    assert (again.chosen("net", 10, "nsm"), again.chosen("net", 10, "random")) == (2, 0)
+    assert chosen_candidate([[0.5, 0.9, 0.6], [0.5, 0.3, 0.7]])["chosen"] == 2
+    assert chosen_candidate([[0.5, 0.5]])["chosen"] == 0  # of equals the first
+    settings = ChosenSettings(tmp_path)
+    assert settings.known("net/10/nsm") is None
+    settings.keep("net/10/nsm", {"chosen": 2})
+    settings.keep("net/10/random", {"chosen": 0})
+    again = ChosenSettings(tmp_path)
+    assert (again.known("net/10/nsm"), again.known("net/10/random")) == ({"chosen": 2}, {"chosen": 0})
+    (tmp_path / "settings.json").write_text("{")  # cut off: chosen again
+    assert again.known("net/10/nsm") is None
 
 
 def test_a_result_that_cannot_be_read_is_measured_again(tmp_path: Path) -> None:
-    store = StartResultStore(tmp_path)
+    store = finetune.start_results(tmp_path)
     store.save(result(0, "nsm", 0.5))
     assert store.load("net", 10, 0, "nsm") == result(0, "nsm", 0.5)
-    (file,) = tmp_path.glob("*.json")
-    file.rename(tmp_path / "net-10-1-nsm.json")
+    (file,) = tmp_path.glob("results/net-10-0-nsm.json")
+    file.rename(file.with_name("net-10-1-nsm.json"))
     assert store.load("net", 10, 1, "nsm") is None
     file.write_text("{")
     assert store.load("net", 10, 0, "nsm") is None

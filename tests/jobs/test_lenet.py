@@ -22,7 +22,6 @@ from jobs.evaluation.backprop import (
     predict,
     schedule,
     train,
-    tune,
 )
 from jobs.evaluation.lenet import ContrastConv2d, LeNet, LeNetSizes, initialise
 from jobs.evaluation.material import Labelled
@@ -277,13 +276,8 @@ def test_the_best_settings_are_chosen(few: Labelled, held_out: Labelled, place: 
     assert found[place] == accuracy(predict(net, held_out.images), held_out.labels) > 0.5
     untrained = accuracy(predict(make(), held_out.images), held_out.labels)
     assert [value for index, value in enumerate(found) if index != place] == pytest.approx([untrained] * 3, abs=0.02)
-    assert tune(make, few, held_out, planted(place), seed=0) == SHORT
-    assert tune(make, few, held_out, planted(place), seed=0, share=0.5) == SHORT
-
-
-def test_of_equals_the_first_is_chosen(few: Labelled, held_out: Labelled) -> None:
-    still = [dataclasses.replace(SHORT, lr=1e-12 * (1 + index), epochs=1) for index in range(4)]
-    assert tune(lambda: LeNet(1, (8, 8), 10), few, held_out, still, seed=0) == still[0]
+    shortened = compare(make, few, held_out, [each.shortened(0.5) for each in planted(place)], seed=0)
+    assert max(shortened) == shortened[place] > max(untrained, 0.4)
 
 
 def test_every_budget_has_four_settings() -> None:

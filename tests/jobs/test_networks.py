@@ -7,12 +7,14 @@ import torch
 
 from jobs.evaluation import networks
 from jobs.evaluation.backprop import TrainSettings
-from jobs.evaluation.features import MeasurementPlan
+from jobs.evaluation.config import MeasurementConfig
 from jobs.evaluation.material import Material
 from jobs.evaluation.networks import NETWORKS
 from simmatch.data.sources import Dataset
 
-PLAN = MeasurementPlan((5, None), tuning_images=100, corrupted_images=20, outlier_shares=(0.5,), outlier_images=100)
+PLAN = MeasurementConfig(
+    budgets=(5,), tuning_images=100, corrupted_images=20, outlier_shares=(0.5,), outlier_images=100
+)
 USELESS, USEFUL = TrainSettings(lr=1e-7, least_steps=20, epochs=1), TrainSettings(lr=3e-3, least_steps=80, epochs=3)
 
 
@@ -28,6 +30,11 @@ def two_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_are_chosen_for_every_budget_by_held_out_images(material: Material) -> None:
+    assert NETWORKS["lenet"].tune(material, PLAN, seed=0) == {"5": 1, "all": 1}
+
+
+def test_of_equals_the_first_is_chosen(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "compare", lambda *_: [0.5, 0.7, 0.7, 0.6])
     assert NETWORKS["lenet"].tune(material, PLAN, seed=0) == {"5": 1, "all": 1}
 
 
@@ -50,7 +57,7 @@ def test_a_result_for_every_budget(material: Material) -> None:
 
 
 def test_noise_in_half_of_the_images_costs_accuracy(material: Material) -> None:
-    plan = MeasurementPlan((None,), 100, 0, (0.9,), 300)
+    plan = MeasurementConfig(budgets=(), corrupted_images=0, outlier_shares=(0.9,), outlier_images=300)
     found = NETWORKS["lenet"].with_noise({"all": 1}, material, plan, seed=0)
     assert set(found) == {"0", "0.9"}
     assert found["0"] > found["0.9"] + 0.2
