@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -91,3 +91,27 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return integer
+
+
+def add_counts(
+    parser: argparse.ArgumentParser,
+    name: str,
+    metavar: str,
+    purpose: str,
+    *,
+    several: bool = False,
+    default: int | None = None,
+) -> None:
+    """An option `--<name>` for a positive integer, or for `several` of them."""
+    parser.add_argument(
+        f"--{name}", type=at_least(1), nargs="+" if several else None, default=default, metavar=metavar, help=purpose
+    )
+
+
+def add_parts(parser: argparse.ArgumentParser, parts: Iterable[str]) -> None:
+    """An option `--parts` for some of these names, all by default."""
+    names = list(parts)
+    parser.add_argument(
+        "--parts", nargs="+", choices=names, default=names, metavar="PART",
+        help=f"what to measure (default: all of {', '.join(names)})",
+    )  # fmt: skip

@@ -109,6 +109,10 @@ class Report:
         """Some rows for people."""
         Table(title, columns, rows).show(self.console)
 
+    def rows_table(self, title: str, headings: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Some rows of `row` for people; headings: field → heading of its column."""
+        self.table(title, list(headings.values()), [[row.get(field) for field in headings] for row in rows])
+
     def note(self, text: str) -> None:
         """A line for people."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

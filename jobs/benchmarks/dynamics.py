@@ -17,8 +17,9 @@ from jobs.benchmarks.efficiency import measure_gemm, measure_memory
 from jobs.benchmarks.problems import Problem, Recipe, error, trained_problem
 from jobs.benchmarks.rivals import RESIDUALS, measure_rivals
 from jobs.benchmarks.timing import alternate
+from jobs.options import add_counts, add_parts
 from jobs.reporting import Report
-from simmatch.config import ConfigError, DataConfig, DynamicsConfig, parse
+from simmatch.config import DataConfig, DynamicsConfig, parse
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.solvers.dynamics import Dynamics, Solution
 
@@ -34,19 +35,10 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
-    parser.add_argument(
-        "--channels",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="layer widths (default: 64 128 256 512 1024; quick: 64 256)",
-    )
-    parser.add_argument("--images", type=int, metavar="N", help="training images (default: 3000; quick: 750)")
-    parser.add_argument("--columns", type=int, metavar="N", help="columns to solve for (default: 4096; quick: 512)")
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
-        help=f"what to measure (default: all of {', '.join(PARTS)})",
-    )  # fmt: skip
+    add_counts(parser, "channels", "K", "layer widths (default: 64 128 256 512 1024; quick: 64 256)", several=True)
+    add_counts(parser, "images", "N", "training images (default: 3000; quick: 750)")
+    add_counts(parser, "columns", "N", "columns to solve for (default: 4096; quick: 512)")
+    add_parts(parser, PARTS)
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class DynamicsPlan:
         batches of 20 images: 105 after 50 updates, 165 after 100, 159 after 150, 174 after 300; λmax 2.10 to 2.17).
         """
         images = options.images or (750 if options.quick else 3000)
-        plan = cls(
+        return cls(
             channels=options.channels or ([64, 256] if options.quick else [64, 128, 256, 512, 1024]),
             images=images,
             batch_size=max(1, images // 150),
@@ -86,11 +78,6 @@ class DynamicsPlan:
             seed=options.seed,
             data=options.data,
         )
-        for name in ("channels", "images", "columns"):
-            values = getattr(plan, name)
-            if min(values if isinstance(values, Sequence) else [values]) < 1:
-                raise ConfigError(f"--{name}: expected positive integers, got {values}")
-        return plan
 
     def columns_of(self, channels: int) -> int:
         """Columns timed: fewer for wide layers, whose work per column grows with K²."""
@@ -160,16 +147,12 @@ def measure_solvers(problems: list[Problem], plan: DynamicsPlan, report: Report)
                 for row in compared:
                     report.row(kind="solver", **row)
                 rows += compared
-    columns = {
-        "K": "channels", "solver": "solver", "residual": "tolerance", "reached": "residual", "error": "error",
-        "iterations": "num_iters", "mean": "iterations_mean", "of reference": "iterations_ratio",
-        "columns/s": "columns_per_second", "× reference": "speedup", "min": "speedup_min", "max": "speedup_max",
+    headings = {
+        "channels": "K", "solver": "solver", "tolerance": "residual", "residual": "reached", "error": "error",
+        "num_iters": "iterations", "iterations_mean": "mean", "iterations_ratio": "of reference",
+        "columns_per_second": "columns/s", "speedup": "× reference", "speedup_min": "min", "speedup_max": "max",
     }  # fmt: skip
-    report.table(
-        f"Solvers on trained M (reference: {REFERENCE} at 1.9/λmax)",
-        list(columns),
-        [[row[key] for key in columns.values()] for row in rows],
-    )
+    report.rows_table(f"Solvers on trained M (reference: {REFERENCE} at 1.9/λmax)", headings, rows)
     _slopes(rows, report)
     _draw_solvers(rows, report)
 
@@ -224,7 +207,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 def _slopes(rows: list[Row], report: Report) -> None:
     """How time per column grows with K, and the two factors that it is made of: iterations, and time of each."""
-    table = []
+    slopes = []
     for residual in RESIDUALS:
         for name in solver_names():
             chosen = [row for row in rows if row["solver"] == name and row["tolerance"] == residual]
@@ -234,19 +217,25 @@ def _slopes(rows: list[Row], report: Report) -> None:
             seconds = [1.0 / row["columns_per_second"] for row in chosen]
             counts = [float(row["iterations_mean"]) for row in chosen]
             each = [taken / count for taken, count in zip(seconds, counts, strict=True)]
-            exponents = {
-                "solver": name,
-                "tolerance": residual,
-                "slope": slope(sizes, seconds),
-                "slope_iterations": slope(sizes, counts),
-                "slope_iteration_seconds": slope(sizes, each),
-            }
-            report.row(kind="slope", channels=sizes, **exponents)
-            table.append(list(exponents.values()))
-    report.table(
+            slopes.append(
+                {
+                    "channels": sizes,
+                    "solver": name,
+                    "tolerance": residual,
+                    "slope": slope(sizes, seconds),
+                    "slope_iterations": slope(sizes, counts),
+                    "slope_iteration_seconds": slope(sizes, each),
+                }
+            )
+            report.row(kind="slope", **slopes[-1])
+    headings = {
+        "solver": "solver", "tolerance": "residual", "slope": "time per column", "slope_iterations": "iterations",
+        "slope_iteration_seconds": "time per iteration",
+    }  # fmt: skip
+    report.rows_table(
         "Growth with K: exponent of time per column = of iterations + of time per iteration and column",
-        ["solver", "residual", "time per column", "iterations", "time per iteration"],
-        table,
+        headings,
+        slopes,
     )
 
 

@@ -35,14 +35,14 @@ def measure_gemm(problems: list[Problem], rounds: int, round_s: float, report: R
         for problem in problems:
             for solver in SOLVERS:
                 step(f"K = {problem.channels}: share of the GEMM rate, {solver}")
-                row = gemm_share(problem, solver, rounds, round_s)
-                report.row(kind="gemm", **row)
-                table.append(row)
-    keys = ("channels", "solver", "tile_columns", "gemm_gflops", "gflops", "share", "share_min", "share_max")
-    report.table(
-        f"Share of the GEMM rate that the gradient methods reach, {FIXED_ITERATIONS} iterations",
-        ["K", "solver", "tile", "mm GFLOP/s", "solve GFLOP/s", "share", "min", "max"],
-        [[row[key] for key in keys] for row in table],
+                table.append(gemm_share(problem, solver, rounds, round_s))
+                report.row(kind="gemm", **table[-1])
+    headings = {
+        "channels": "K", "solver": "solver", "tile_columns": "tile", "gemm_gflops": "mm GFLOP/s",
+        "gflops": "solve GFLOP/s", "share": "share", "share_min": "min", "share_max": "max",
+    }  # fmt: skip
+    report.rows_table(
+        f"Share of the GEMM rate that the gradient methods reach, {FIXED_ITERATIONS} iterations", headings, table
     )
 
 
@@ -99,11 +99,13 @@ def measure_memory(dataset: Dataset, images: int, report: Report) -> None:
     with report.progress(len(KERNELS)) as step:
         for kernel_size in KERNELS:
             step(f"memory, k = {kernel_size}")
-            row = step_memory(kernel_size, dataset.in_channels, dataset.image_size, images=images)
-            report.row(kind="memory", **row)
-            table.append([row[key] for key in ("kernel_size", "activities_bytes", "ratio", "resident_ratio")])
-    report.table("Peak memory of a training step over its activities", ["k", "activities, bytes", "ratio",
-                                                                        "ratio, resident"], table)  # fmt: skip
+            table.append(step_memory(kernel_size, dataset.in_channels, dataset.image_size, images=images))
+            report.row(kind="memory", **table[-1])
+    headings = {
+        "kernel_size": "k", "activities_bytes": "activities, bytes", "ratio": "ratio",
+        "resident_ratio": "ratio, resident",
+    }  # fmt: skip
+    report.rows_table("Peak memory of a training step over its activities", headings, table)
 
 
 def step_memory(

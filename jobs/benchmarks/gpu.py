@@ -15,35 +15,23 @@ import torch
 from jobs.benchmarks.gpu_columns import measure_columns, measure_compiled
 from jobs.benchmarks.gpu_layer import GpuPlan, Row, measure_encoding, measure_updates
 from jobs.benchmarks.gpu_wide import measure_wide
+from jobs.options import add_counts, add_parts
 from jobs.reporting import MissingError, Report
 from simmatch import kernels
 from simmatch.precision import exact_float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
-        help=f"what to measure (default: all of {', '.join(PARTS)})",
-    )  # fmt: skip
+    add_parts(parser, PARTS)
     parser.add_argument(
         "--root", metavar="DIR", help="folder of the data sets (default: where data.root would be looked up)"
     )
     parser.add_argument(
         "--device", default="cuda", metavar="NAME", help="torch device; cpu for a dry run (default: cuda)"
     )
-    parser.add_argument(
-        "--channels",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="layer widths of the part `columns` (default: 64 128 256 512)",
-    )
-    parser.add_argument(
-        "--wide",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="layer widths of the part `wide`, on CIFAR-10 (default: 256 1024 2048)",
+    add_counts(parser, "channels", "K", "layer widths of the part `columns` (default: 64 128 256 512)", several=True)
+    add_counts(
+        parser, "wide", "K", "layer widths of the part `wide`, on CIFAR-10 (default: 256 1024 2048)", several=True
     )
 
 

@@ -51,14 +51,14 @@ def measure_columns(plan: GpuPlan, report: Report) -> None:
                    largest_eigenvalue=problem.largest, condition=problem.condition)  # fmt: skip
         for tolerance in RESIDUALS:
             for row in compare(problem, tolerance, plan):
-                report.row(kind="columns", channels=channels, tolerance=tolerance, **row)
-                table.append(row | {"channels": channels, "tolerance": tolerance})
-    keys = ("channels", "tolerance", "name", "columns_per_second", "columns_per_second_min", "columns_per_second_max",
-            "speedup", "residual", "residual_reported", "error")  # fmt: skip
-    report.table(
-        "Columns per second at equal residual", ["K", "residual", "way", "columns/s", "min", "max", "× eager",
-        "float64", "reported", "error"], [[row.get(key) for key in keys] for row in table],
-    )  # fmt: skip
+                table.append({"channels": channels, "tolerance": tolerance} | row)
+                report.row(kind="columns", **table[-1])
+    headings = {
+        "channels": "K", "tolerance": "residual", "name": "way", "columns_per_second": "columns/s",
+        "columns_per_second_min": "min", "columns_per_second_max": "max", "speedup": "× eager", "residual": "float64",
+        "residual_reported": "reported", "error": "error",
+    }  # fmt: skip
+    report.rows_table("Columns per second at equal residual", headings, table)
 
 
 def compare(problem: Problem, tolerance: float, plan: GpuPlan) -> list[Row]:

@@ -11,32 +11,24 @@ that moves so many. The limit is checked by a plain TCP transfer in the same nam
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from jobs.benchmarks import sweep
 from jobs.benchmarks.links import Link, exits_on_sigterm, measure_link
 from jobs.benchmarks.processes import RankGroup
-from jobs.benchmarks.updates import (
-    BASELINE,
-    Comparison,
-    compare,
-    images_within,
-    joined,
-    keep_inputs,
-    modes,
-    sample,
-    trained,
-)
+from jobs.benchmarks.sweep import Cell, Sizes
+from jobs.benchmarks.updates import BASELINE, Comparison, keep_inputs, modes, sample, trained
 from jobs.reporting import Report
 from simmatch.config import ConfigError, DynamicsConfig
 
-CHANNELS, BATCHES, RATES, UPDATE_SECONDS = (256,), (8, 128), (1000.0, 200.0), 15.0
-QUICK_CHANNELS, QUICK_BATCHES, QUICK_UPDATE_SECONDS = (128,), (8,), 0.3
+FULL, QUICK = Sizes((256,), (8, 128), update_seconds=15.0), Sizes((128,), (8,), update_seconds=0.3)
+
+RATES = (1000.0, 200.0)
+"""Limits of the link in Mbit/s."""
 
 PLAIN = f"{BASELINE}, float32"
 """Name of the way that the others are compared with."""
@@ -53,33 +45,15 @@ TRANSFER_S, TRANSFER_BYTES = 0.5, 1 << 28
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones; `--threads` is per rank, 1 by default."""
-    parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
+    sweep.add_arguments(parser, FULL, QUICK, "float32 exchange")
     parser.add_argument(
-        "--channels", type=int, nargs="+", metavar="K", help=f"layer widths (default: {joined(CHANNELS)})"
-    )
+        "--rates", type=float, nargs="+", default=RATES, metavar="R",
+        help="limits in Mbit/s, one run each (default: 1000 200)",
+    )  # fmt: skip
     parser.add_argument(
-        "--batches", type=int, nargs="+", metavar="B", help=f"images per update (default: {joined(BATCHES)})"
-    )
-    parser.add_argument(
-        "--rates", type=float, nargs="+", metavar="R", help=f"limits in Mbit/s, one run each (default: {joined(RATES)})"
-    )
-    parser.add_argument(
-        "--delay",
-        type=float,
-        default=0.0,
-        metavar="MS",
+        "--delay", type=float, default=0.0, metavar="MS",
         help="delay of the link in each direction, in milliseconds; needs netem (default: 0)",
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-2, metavar="R", help="residual of the dynamics (default: 0.01)"
-    )
-    parser.add_argument(
-        "--update-seconds",
-        type=float,
-        metavar="S",
-        help=f"reduce batches to what float32 exchange learns from in S seconds (default: {UPDATE_SECONDS:g}, quick: "
-        f"{QUICK_UPDATE_SECONDS:g})",
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,14 +71,14 @@ class LinkSpeed:
 
 @dataclass(frozen=True)
 class LinkResult:
-    """All ways to make one update over one link: `batch` images were asked for, `images` measured."""
+    """All ways to make one update over one link."""
 
     speed: LinkSpeed
-    channels: int
-    batch: int
-    images: int
-    columns: int
-    compared: Comparison
+    cell: Cell
+
+    @property
+    def compared(self) -> Comparison:
+        return self.cell.compared
 
     def fields(self, way: str) -> dict[str, Any]:
         """A way's part of a row; `wire_s`: what the busier direction carries, in seconds at the nominal rate."""
@@ -140,12 +114,15 @@ def run(options: argparse.Namespace, report: Report) -> None:
     MissingError
         Network namespaces cannot be made here.
     """
-    _check(options)
-    channels, batches = _sizes(options)
-    rates = [None, *(megabits * 1e6 for megabits in options.rates or RATES)]
-    images = sample(options.data, max(batches), options.seed)
+    if min(options.rates) < 1:
+        raise ConfigError(f"--rates: expected at least 1 Mbit/s, got {min(options.rates):g}")
+    if not 0 <= options.delay < 1e4:
+        raise ConfigError(f"--delay: expected milliseconds from 0 to 9999, got {options.delay:g}")
+    sizes = sweep.sizes_of(options, FULL, QUICK, ranks=2)
+    rates = [None, *(megabits * 1e6 for megabits in options.rates)]
+    images = sample(options.data, max(sizes.batches), options.seed)
     results: list[LinkResult] = []
-    steps = len(channels) * (1 + len(rates) * len(batches))
+    steps = len(sizes.channels) * (1 + len(rates) * len(sizes.batches))
     with (
         exits_on_sigterm(),
         Link() as link,
@@ -153,79 +130,27 @@ def run(options: argparse.Namespace, report: Report) -> None:
         report.progress(steps) as step,
     ):
         weights = {}
-        for count in channels:
+        for count in sizes.channels:
             step(f"K = {count}: learning weights")
             weights[count] = trained(group, options.data, count, options.seed)
         for rate in rates:
             link.limit(rate, delay_ms=options.delay)
-            speed = _speed(group, rate)
+            size = TRANSFER_BYTES if rate is None else int(rate / 8 * TRANSFER_S)
+            speed = LinkSpeed(rate, *measure_link(group, size))
             report.row(
-                kind="link",
-                link=speed.name,
-                delay_ms=options.delay,
-                rate_bits_per_s=speed.rate,
-                measured_bits_per_s=speed.measured,
-                exchange_s=speed.exchange_s,
-            )
-            for count in channels:
-                for result in _measure(group, speed, weights[count], images, options, step):
-                    results.append(result)
-                    _write_rows(result, options, report)
+                kind="link", link=speed.name, delay_ms=options.delay, rate_bits_per_s=rate,
+                measured_bits_per_s=speed.measured, exchange_s=speed.exchange_s,
+            )  # fmt: skip
+            for count in sizes.channels:
+                group.ask(keep_inputs, weights[count], images)
+                chosen = {way: (group, config) for way, config in ways(options.tolerance).items()}
+                shape = count, images.shape[2] * images.shape[3]
+                for cell in sweep.cells(chosen, PLAIN, shape, sizes, options, step, where=f"{speed.name}: "):
+                    results.append(LinkResult(speed, cell))
+                    _write_rows(results[-1], options, report)
     _table(results, report)
     with report.figure("network", width=3.0 + 1.2 * len(ways(1e-2)), height=1.0 + 2.6 * len(results)) as figure:
         draw(figure, results)
-
-
-def _sizes(options: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """Channels, and images per update in ascending order."""
-    channels = options.channels or (QUICK_CHANNELS if options.quick else CHANNELS)
-    return list(channels), sorted(options.batches or (QUICK_BATCHES if options.quick else BATCHES))
-
-
-def _check(options: argparse.Namespace) -> None:
-    for name, values in {"--channels": options.channels or [2], "--batches": options.batches or [1]}.items():
-        least = 2 if name == "--channels" else 1
-        if min(values) < least:
-            raise ConfigError(f"{name}: expected integers of at least {least}, got {joined(values)}")
-    if min(options.rates or RATES) < 1:
-        raise ConfigError(f"--rates: expected at least 1 Mbit/s, got {min(options.rates):g}")
-    if not 0 <= options.delay < 1e4:
-        raise ConfigError(f"--delay: expected milliseconds from 0 to 9999, got {options.delay:g}")
-    if options.update_seconds is not None and not options.update_seconds > 0:
-        raise ConfigError(f"--update-seconds: expected a positive number, got {options.update_seconds:g}")
-    modes(options.tolerance)
-
-
-def _speed(group: RankGroup, rate: float | None) -> LinkSpeed:
-    size = TRANSFER_BYTES if rate is None else int(rate / 8 * TRANSFER_S)
-    return LinkSpeed(rate, *measure_link(group, size))
-
-
-def _measure(
-    group: RankGroup,
-    speed: LinkSpeed,
-    weights: dict[str, Tensor],
-    images: Tensor,
-    options: argparse.Namespace,
-    step: Callable[[str], None],
-) -> Iterator[LinkResult]:
-    """All batches of one width over one link. A batch that is cut to one already measured is left out."""
-    channels, columns = len(weights["feedforward"]), images.shape[2] * images.shape[3]
-    group.ask(keep_inputs, weights, images)
-    configs = ways(options.tolerance)
-    limit_s = options.update_seconds or (QUICK_UPDATE_SECONDS if options.quick else UPDATE_SECONDS)
-    most = images_within(group, configs[PLAIN], seed=options.seed, limit_s=limit_s)
-    before = 0
-    for batch in _sizes(options)[1]:
-        count = min(batch, most)
-        cut = f", cut to {count}" if count < batch else ""
-        step(f"{speed.name}: K = {channels}, {batch} images{cut}")
-        if count == before:
-            continue
-        before = count
-        chosen = {way: (group, config) for way, config in configs.items()}
-        comparison = compare(chosen, batch=count, seed=options.seed, rounds=options.rounds, min_s=0.0)
-        yield LinkResult(speed, channels, batch, count, count * columns, comparison)
 
 
 # -- rows, tables, figures ---------------------------------------------------------------------------------------------
@@ -236,10 +161,7 @@ def _write_rows(result: LinkResult, options: argparse.Namespace, report: Report)
     where = {
         "link": result.speed.name,
         "rate_bits_per_s": result.speed.rate,
-        "channels": result.channels,
-        "batch": result.batch,
-        "images": result.images,
-        "columns": result.columns,
+        **result.cell.fields(),
         "tolerance": options.tolerance,
     }
     for way in result.compared.candidates:
@@ -260,9 +182,10 @@ def _table(results: list[LinkResult], report: Report) -> None:
             rows.append(
                 [way, *(values[name] for name in ("seconds", "wire_s", "ratio", "exchanges", "bytes", "waiting"))]
             )
-        images = f"{result.images} images" + (f" (cut from {result.batch})" if result.images < result.batch else "")
+        cell = result.cell
+        images = f"{cell.images} images" + (f" (cut from {cell.batch})" if cell.images < cell.batch else "")
         measured = " and ".join(f"{rate / 1e6:,.0f}" for rate in result.speed.measured)
-        title = f"{result.speed.name} (a plain transfer: {measured} Mbit/s) · K = {result.channels} · {images}"
+        title = f"{result.speed.name} (a plain transfer: {measured} Mbit/s) · K = {cell.channels} · {images}"
         report.table(title, ["way", "s/update", "s on the wire", "ratio", "exchanges", "bytes", "waiting"], rows)
 
 
@@ -282,4 +205,4 @@ def draw(figure: Figure, results: list[LinkResult]) -> None:
         axes.set_xticks(places, [way.replace(", ", "\n") for way in names], fontsize=8)
         axes.set_ylabel("seconds per update")
         axes.margins(y=0.15)
-        axes.set_title(f"{result.speed.name}, K = {result.channels}, {result.images} images", fontsize=9)
+        axes.set_title(f"{result.speed.name}, K = {result.cell.channels}, {result.cell.images} images", fontsize=9)

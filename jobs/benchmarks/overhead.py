@@ -24,6 +24,7 @@ from typing import Any
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from jobs.benchmarks.timing import Spread
+from jobs.options import add_counts
 from jobs.reporting import Report
 from simmatch.config import ConfigError
 
@@ -50,19 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: fashion_mnist.yaml cut to 6,000 images)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument(
-        "--every",
-        type=int,
-        default=EVERY_STEPS,
-        metavar="N",
-        help=f"updates between checkpoints (default: {EVERY_STEPS})",
-    )
+    add_counts(parser, "every", "N", f"updates between checkpoints (default: {EVERY_STEPS})", default=EVERY_STEPS)
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure, print, compare with the targets."""
-    if options.every < 1:
-        raise ConfigError(f"--every: expected at least 1, got {options.every}")
     short = () if options.config else SHORT
     config = options.config or str(CONFIGS / ("digits.yaml" if options.quick else "fashion_mnist.yaml"))
     assignments = [*(() if options.quick else short), f"checkpoint.every_steps={options.every}", *options.set]

@@ -15,6 +15,7 @@ from jobs.benchmarks.problems import Problem, error
 from jobs.benchmarks.pynsm_layer import KERNEL, PynsmPlan, State, columns, trained_states
 from jobs.benchmarks.pynsm_training import measure_training
 from jobs.benchmarks.timing import alternate
+from jobs.options import add_counts, add_parts
 from jobs.pynsm import CHANNELS, ITERATIONS, require_pynsm
 from jobs.reporting import Report
 from simmatch.config import DataConfig, DynamicsConfig
@@ -31,23 +32,18 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
-    parser.add_argument(
-        "--after", type=int, nargs="+", metavar="N",
-        help="encode with the weights after this many training images (default: 5000 20000 60000; quick: 500 1000)",
+    add_counts(
+        parser, "after", "N", "encode with the weights after this many training images (default: 5000 20000 60000; "
+        "quick: 500 1000)", several=True,
     )  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", help="images to encode (default: 200; quick: 20)")
-    parser.add_argument(
-        "--train-images", type=int, metavar="N", help="training images of both libraries (default: 20000; quick: 1000)"
-    )
-    parser.add_argument(
-        "--positions", type=int, default=64, metavar="N",
-        help="positions per image of the candidate that learns from a sample of positions (default: 64)",
+    add_counts(parser, "images", "N", "images to encode (default: 200; quick: 20)")
+    add_counts(parser, "train-images", "N", "training images of both libraries (default: 20000; quick: 1000)")
+    add_counts(
+        parser, "positions", "N", "positions per image of the candidate that learns from a sample of positions "
+        "(default: 64)", default=64,
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images per batch (default: 100)")
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
-        help=f"what to measure (default: all of {', '.join(PARTS)})",
-    )  # fmt: skip
+    add_counts(parser, "batch-size", "N", "images per batch (default: 100)", default=100)
+    add_parts(parser, PARTS)
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
@@ -102,18 +98,13 @@ def measure_encoding(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[
                 step(f"after {after} images: encoding to {residual:g}")
                 rows.append({"after": after} | encode(state, images, problem, exact, residual, plan))
                 report.row(kind="encoding", **rows[-1])
-    report.table(
-        "Encoding to a residual with the same frozen weights",
-        ["images learnt", "λmax", "residual", "pynsm steps", "pynsm images/s", "error", "images/s", "error", "×",
-         "min", "max", "× at their error"],
-        [
-            [row[key] for key in ("after", "largest_eigenvalue", "tolerance", "pynsm_iterations",
-                                  "pynsm_images_per_second", "pynsm_error", "images_per_second", "error", "speedup",
-                                  "speedup_min", "speedup_max")]
-            + [row.get("as_close_speedup", float("nan"))]
-            for row in rows
-        ],
-    )  # fmt: skip
+    headings = {
+        "after": "images learnt", "largest_eigenvalue": "λmax", "tolerance": "residual",
+        "pynsm_iterations": "pynsm steps", "pynsm_images_per_second": "pynsm images/s", "pynsm_error": "error",
+        "images_per_second": "images/s", "error": "error", "speedup": "×", "speedup_min": "min", "speedup_max": "max",
+        "as_close_speedup": "× at their error",
+    }  # fmt: skip
+    report.rows_table("Encoding to a residual with the same frozen weights", headings, rows)
     return [row | {"label": f"encode to {row['tolerance']:g}\nafter {row['after']}"} for row in rows]
 
 
@@ -202,15 +193,11 @@ def measure_fixed(plan: PynsmPlan, dataset: Dataset, report: Report) -> list[Row
             measured = side_by_side(model, layer, images, problem, problem.exact(), plan)
             rows.append({"after": after, "iterations": ITERATIONS} | measured)
             report.row(kind="fixed", **rows[-1])
-    report.table(
-        f"Encoding with exactly {ITERATIONS} float32 projected-gradient iterations",
-        ["images learnt", "pynsm images/s", "images/s", "difference", "residual", "×", "min", "max"],
-        [
-            [row[key] for key in ("after", "pynsm_images_per_second", "images_per_second", "difference", "residual",
-                                  "speedup", "speedup_min", "speedup_max")]
-            for row in rows
-        ],
-    )  # fmt: skip
+    headings = {
+        "after": "images learnt", "pynsm_images_per_second": "pynsm images/s", "images_per_second": "images/s",
+        "difference": "difference", "residual": "residual", "speedup": "×", "speedup_min": "min", "speedup_max": "max",
+    }  # fmt: skip
+    report.rows_table(f"Encoding with exactly {ITERATIONS} float32 projected-gradient iterations", headings, rows)
     return [row | {"label": f"{ITERATIONS} steps\nafter {row['after']}"} for row in rows]
 
 

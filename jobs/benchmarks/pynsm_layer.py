@@ -154,7 +154,7 @@ class PynsmPlan:
         """Sizes from the options, checked against the data set."""
         quick, batch_size = options.quick, options.batch_size
         train_images = options.train_images or (1000 if quick else 20_000)
-        least = max(1, batch_size) * options.rounds
+        least = batch_size * options.rounds
         positions = (dataset.image_size[0] - KERNEL + 1) * (dataset.image_size[1] - KERNEL + 1)
         plan = cls(
             after=tuple(sorted(options.after or ((500, 1000) if quick else (5000, 20_000, 60_000)))),
@@ -176,8 +176,6 @@ class PynsmPlan:
         for name, (value, fewest, most) in limits.items():
             if not fewest <= value <= most:
                 raise ConfigError(f"--{name}: expected {fewest} to {most}, got {value}")
-        if plan.after[0] < 1:
-            raise ConfigError(f"--after: expected positive integers, got {plan.after[0]}")
         return plan
 
 

@@ -160,16 +160,19 @@ def _tables(rows: list[Row], curves: dict[Key, Curve], plan: PynsmPlan, report: 
     """All learners at all rates, and each side at the rates that are best for each figure."""
     summaries = {f"after {images}": partial(after, images=images) for images in AFTER if images <= plan.train_images}
     summaries |= {f"s to {objective:g}": partial(seconds_to, objective=objective) for objective in REACHED}
-    report.table(
+    headings = {
+        "trainer": "", "lr": "η", "tau": "τ", **{what: what for what in summaries}, "objective": "in the end",
+        "images_per_second": "images/s", "largest_eigenvalue": "λmax", "speedup_total": "×, whole run",
+        "speedup": "×, median round", "speedup_min": "min", "speedup_max": "max",
+    }  # fmt: skip
+    report.rows_table(
         f"Training on {plan.train_images} images: objective held out and seconds of learning, at every rate",
-        ["", "η", "τ", *summaries, "in the end", "images/s", "λmax", "×, whole run", "×, median round", "min", "max"],
+        headings,
         [
-            [row["trainer"], row["lr"], row["tau"], *(figure(curve) for figure in summaries.values())]
-            + [row[key] for key in ("objective", "images_per_second", "largest_eigenvalue", "speedup_total",
-                                    "speedup", "speedup_min", "speedup_max")]
+            row | {what: figure(curve) for what, figure in summaries.items()}
             for row, curve in zip(rows, curves.values(), strict=True)
         ],
-    )  # fmt: skip
+    )
     best = []
     for trainer in dict.fromkeys(name for name, _ in curves):
         own = {rates: curve for (name, rates), curve in curves.items() if name == trainer}
@@ -177,7 +180,5 @@ def _tables(rows: list[Row], curves: dict[Key, Curve], plan: PynsmPlan, report: 
             rates = min(own, key=lambda rates: figure(own[rates]))
             best.append({"trainer": trainer, "figure": what, "value": figure(own[rates])} | _fields((trainer, rates)))
             report.row(kind="best", **best[-1])
-    report.table(
-        "Each at the best of its rates for the figure", ["", "figure", "value", "η", "τ"],
-        [[row[key] for key in ("trainer", "figure", "value", "lr", "tau")] for row in best],
-    )  # fmt: skip
+    headings = {"trainer": "", "figure": "figure", "value": "value", "lr": "η", "tau": "τ"}
+    report.rows_table("Each at the best of its rates for the figure", headings, best)

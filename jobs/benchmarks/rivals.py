@@ -136,15 +136,12 @@ def measure_rivals(problems: list[Problem], columns: int, rounds: int, report: R
             for row in compared:
                 report.row(kind="rival", **row)
             rows += compared
-    report.table(
-        "Independent solvers at equal residual (columns/s)",
-        ["K", "rival", "residual", "theirs", "their error", "ours", "our error", "times faster", "min", "max"],
-        [
-            [row[key] for key in ("channels", "rival", "tolerance", "rival_columns_per_second", "rival_error",
-                                  "columns_per_second", "error", "speedup", "speedup_min", "speedup_max")]
-            for row in rows
-        ],
-    )  # fmt: skip
+    headings = {
+        "channels": "K", "rival": "rival", "tolerance": "residual", "rival_columns_per_second": "theirs",
+        "rival_error": "their error", "columns_per_second": "ours", "error": "our error", "speedup": "times faster",
+        "speedup_min": "min", "speedup_max": "max",
+    }  # fmt: skip
+    report.rows_table("Independent solvers at equal residual (columns/s)", headings, rows)
 
 
 def against_nnls(problem: Problem, few: Problem, rounds: int) -> Row:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,24 +24,16 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from jobs.benchmarks import sweep
 from jobs.benchmarks.processes import Host, RankGroup
-from jobs.benchmarks.updates import (
-    BASELINE,
-    Comparison,
-    compare,
-    exchanges,
-    images_within,
-    joined,
-    keep_inputs,
-    modes,
-    sample,
-    trained,
-)
+from jobs.benchmarks.sweep import Cell, Sizes
+from jobs.benchmarks.updates import BASELINE, exchanges, keep_inputs, modes, sample, trained
+from jobs.options import at_least
 from jobs.reporting import Report
 from simmatch.config import ConfigError, DynamicsConfig
 
-CHANNELS, BATCHES, UPDATE_SECONDS = (64, 128, 256, 512, 1024, 2048), (1, 8, 128), 4.0
-QUICK_CHANNELS, QUICK_BATCHES, QUICK_UPDATE_SECONDS = (64, 256), (8,), 0.5
+FULL = Sizes((64, 128, 256, 512, 1024, 2048), (1, 8, 128), update_seconds=4.0)
+QUICK = Sizes((64, 256), (8,), update_seconds=0.5)
 
 TARGETS = {512: 0.75, 1024: 0.85}
 """K → ratio that `every_iteration` should reach."""
@@ -51,34 +42,25 @@ BEST_TARGET = 0.95
 """Ratio that the best mode of a cell should reach."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One square of the map: `batch` images were asked for, `images` measured."""
+def fastest(cell: Cell) -> str:
+    """The fastest way of one rank."""
+    lone = [way for way in cell.compared.timings.seconds if way not in exchanges()]
+    return min(lone, key=lambda way: cell.compared.timings.spread(way).median)
 
-    channels: int
-    batch: int
-    images: int
-    columns: int
-    compared: Comparison
 
-    @property
-    def fastest(self) -> str:
-        """The fastest way of one rank."""
-        lone = [way for way in self.compared.timings.seconds if way not in exchanges()]
-        return min(lone, key=lambda way: self.compared.timings.spread(way).median)
+def worth(cell: Cell, way: str) -> float:
+    """Seconds of one rank's fastest way over seconds of this one."""
+    return cell.compared.timings.speedup(way, fastest(cell)).median
 
-    def worth(self, mode: str) -> float:
-        """Seconds of one rank's fastest way over seconds of a mode."""
-        return self.compared.timings.speedup(mode, self.fastest).median
 
-    @property
-    def best(self) -> str:
-        """The mode that is worth most."""
-        return max(exchanges(), key=self.worth)
+def best(cell: Cell) -> str:
+    """The mode that is worth most."""
+    return max(exchanges(), key=lambda mode: worth(cell, mode))
 
-    def target(self, mode: str) -> float | None:
-        """The ratio asked of a mode at this width, if any."""
-        return TARGETS.get(self.channels) if mode == BASELINE else None
+
+def target(cell: Cell, way: str) -> float | None:
+    """The ratio asked of a way at this width, if any."""
+    return TARGETS.get(cell.channels) if way == BASELINE else None
 
 
 def alone(solver: str) -> str:
@@ -93,24 +75,8 @@ def baseline(way: str, configs: Mapping[str, DynamicsConfig]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
-    parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="data set (default: fashion_mnist)")
-    parser.add_argument("--ranks", type=int, default=2, metavar="G", help="number of shards (default: 2)")
-    parser.add_argument(
-        "--channels", type=int, nargs="+", metavar="K", help=f"layer widths (default: {joined(CHANNELS)})"
-    )
-    parser.add_argument(
-        "--batches", type=int, nargs="+", metavar="B", help=f"images per update (default: {joined(BATCHES)})"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-2, metavar="R", help="residual of the dynamics (default: 0.01)"
-    )
-    parser.add_argument(
-        "--update-seconds",
-        type=float,
-        metavar="S",
-        help=f"reduce batches to what one rank learns from in S seconds (default: {UPDATE_SECONDS:g}, quick: "
-        f"{QUICK_UPDATE_SECONDS:g})",
-    )
+    parser.add_argument("--ranks", type=at_least(2), default=2, metavar="G", help="number of shards (default: 2)")
+    sweep.add_arguments(parser, FULL, QUICK, "one rank")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
@@ -121,74 +87,48 @@ def run(options: argparse.Namespace, report: Report) -> None:
     ConfigError
         Options out of range.
     """
-    threads = _checked_threads(options)
-    channels = options.channels or (QUICK_CHANNELS if options.quick else CHANNELS)
-    batches = sorted(options.batches or (QUICK_BATCHES if options.quick else BATCHES))
-    images = sample(options.data, max(batches), options.seed)
-    one = RankGroup([Host()], threads=threads)
-    many = RankGroup([Host()] * options.ranks, threads=threads // options.ranks)
-    cells: list[Cell] = []
-    with one, many, report.progress(len(channels) * (len(batches) + 1)) as step:
-        for count in channels:
-            for cell in _row_of_cells((one, many), count, batches, images, options, step):
-                cells.append(cell)
-                _write_rows(cell, threads, options, report)
-    _table(cells, options.tolerance, report)
-    with report.figure("map", width=2.0 + 2.2 * len(batches), height=1.5 + 0.7 * len(channels)) as figure:
-        draw_map(figure, cells)
-    with report.figure("ratio", width=2.0 + 3.2 * len(batches), height=4.0) as figure:
-        draw_ratios(figure, cells, modes(options.tolerance))
-
-
-def _checked_threads(options: argparse.Namespace) -> int:
-    """Threads of one rank, which the shards divide among them."""
-    for name, values in {"--channels": options.channels or [1], "--batches": options.batches or [1]}.items():
-        if min(values) < 1:
-            raise ConfigError(f"{name}: expected integers of at least 1, got {joined(values)}")
-    if options.ranks < 2:
-        raise ConfigError(f"--ranks: expected at least 2, got {options.ranks}")
-    if options.channels and min(options.channels) < options.ranks:
-        raise ConfigError(f"--channels: expected at least {options.ranks}, one per rank, got {min(options.channels)}")
-    if options.update_seconds is not None and not options.update_seconds > 0:
-        raise ConfigError(f"--update-seconds: expected a positive number, got {options.update_seconds:g}")
-    modes(options.tolerance)
+    sizes = sweep.sizes_of(options, FULL, QUICK, options.ranks)
     threads: int = options.threads or options.ranks
     if threads % options.ranks:
         raise ConfigError(f"--threads: expected a multiple of {options.ranks} for so many ranks, got {threads}")
-    return threads
+    images = sample(options.data, max(sizes.batches), options.seed)
+    one = RankGroup([Host()], threads=threads)
+    many = RankGroup([Host()] * options.ranks, threads=threads // options.ranks)
+    cells: list[Cell] = []
+    with one, many, report.progress(len(sizes.channels) * (len(sizes.batches) + 1)) as step:
+        for channels in sizes.channels:
+            for cell in _row_of_cells((one, many), channels, sizes, images, options, step):
+                cells.append(cell)
+                _write_rows(cell, threads, options, report)
+    _table(cells, options.tolerance, report)
+    with report.figure("map", width=2.0 + 2.2 * len(sizes.batches), height=1.5 + 0.7 * len(sizes.channels)) as figure:
+        draw_map(figure, cells)
+    with report.figure("ratio", width=2.0 + 3.2 * len(sizes.batches), height=4.0) as figure:
+        draw_ratios(figure, cells, modes(options.tolerance))
 
 
 def _row_of_cells(
     sides: tuple[RankGroup, RankGroup],
     channels: int,
-    batches: list[int],
+    sizes: Sizes,
     images: Tensor,
     options: argparse.Namespace,
     step: Callable[[str], None],
 ) -> Iterator[Cell]:
-    """All batches of one width, one rank against many. A batch that is cut to one already measured is left out."""
+    """All batches of one width, one rank against many."""
     one, many = sides
     configs = modes(options.tolerance)
-    lone = {alone(config.solver): config.model_copy(update={"exchange": BASELINE}) for config in configs.values()}
+    ways = {
+        alone(config.solver): (one, config.model_copy(update={"exchange": BASELINE})) for config in configs.values()
+    }
+    ways |= {mode: (many, config) for mode, config in configs.items()}
     step(f"K = {channels}: learning weights")
     weights = trained(one, options.data, channels, options.seed)
     for group in sides:
         group.ask(keep_inputs, weights, images)
-    limit_s = options.update_seconds or (QUICK_UPDATE_SECONDS if options.quick else UPDATE_SECONDS)
-    most = images_within(one, configs[BASELINE], seed=options.seed, limit_s=limit_s)
-    columns, before = images.shape[2] * images.shape[3], 0
-    for batch in batches:
-        count = min(batch, most)
-        step(f"K = {channels}, {batch} images" + (f", cut to {count}" if count < batch else ""))
-        if count == before:
-            continue
-        before = count
-        ways = {way: (one, config) for way, config in lone.items()}
-        ways |= {mode: (many, config) for mode, config in configs.items()}
-        comparison = compare(
-            ways, batch=count, seed=options.seed, rounds=options.rounds, min_s=0.05 if options.quick else 0.3
-        )
-        yield Cell(channels, batch, count, count * columns, comparison)
+    shape = channels, images.shape[2] * images.shape[3]
+    limiting = alone(configs[BASELINE].solver)
+    yield from sweep.cells(ways, limiting, shape, sizes, options, step, min_s=0.05 if options.quick else 0.3)
 
 
 # -- rows, tables, figures ---------------------------------------------------------------------------------------------
@@ -196,13 +136,7 @@ def _row_of_cells(
 
 def _write_rows(cell: Cell, threads: int, options: argparse.Namespace, report: Report) -> None:
     """A row for every way, and one for the best of the modes."""
-    where = {
-        "channels": cell.channels,
-        "batch": cell.batch,
-        "images": cell.images,
-        "columns": cell.columns,
-        "tolerance": options.tolerance,
-    }
+    where = cell.fields() | {"tolerance": options.tolerance}
     configs = modes(options.tolerance)
     for way in cell.compared.candidates:
         ranks = options.ranks if way in configs else 1
@@ -214,19 +148,19 @@ def _write_rows(cell: Cell, threads: int, options: argparse.Namespace, report: R
             baseline=same,
             ranks=ranks,
             threads_per_rank=threads // ranks,
-            target=cell.target(way),
-            ratio_fastest=cell.worth(way),
+            target=target(cell, way),
+            ratio_fastest=worth(cell, way),
             **cell.compared.fields(way, same),
         )
-    best = cell.worth(cell.best)
+    ratio = worth(cell, best(cell))
     report.row(
         kind="best",
         **where,
-        way=cell.best,
-        fastest=cell.fastest,
-        ratio_fastest=best,
+        way=best(cell),
+        fastest=fastest(cell),
+        ratio_fastest=ratio,
         target=BEST_TARGET,
-        reached=best >= BEST_TARGET,
+        reached=ratio >= BEST_TARGET,
     )
 
 
@@ -236,7 +170,7 @@ def _table(cells: list[Cell], tolerance: float, report: Report) -> None:
     for cell in cells:
         for way in cell.compared.candidates:
             values = cell.compared.fields(way, baseline(way, configs))
-            ratios = [values["seconds"], values["ratio"], cell.target(way), cell.worth(way)]
+            ratios = [values["seconds"], values["ratio"], target(cell, way), worth(cell, way)]
             counts = [values[name] for name in ("exchanges", "bytes", "waiting")]
             rows.append([f"{cell.channels} · {_images(cell)} · {way}", *ratios, *counts])
     columns = ["K · images · way", "s/update", "ratio", "target", "to fastest", "exchanges", "bytes", "waiting"]
@@ -255,8 +189,8 @@ def draw_map(figure: Figure, cells: list[Cell]) -> None:
     axes = figure.subplots()
     for cell in cells:
         row, column = widths.index(cell.channels), batches.index(cell.batch)
-        winners[row, column] = modes.index(cell.best)
-        text = f"{cell.worth(cell.best):.2f}\n{cell.best}"
+        winners[row, column] = modes.index(best(cell))
+        text = f"{worth(cell, best(cell)):.2f}\n{best(cell)}"
         if cell.images < cell.batch:
             text += f"\nat {cell.images} of them"
         axes.text(column, row, text, ha="center", va="center", fontsize=8)
@@ -270,7 +204,7 @@ def draw_map(figure: Figure, cells: list[Cell]) -> None:
 
 
 def draw_ratios(figure: Figure, cells: list[Cell], configs: Mapping[str, DynamicsConfig]) -> None:
-    """LinkSpeed relative to one rank with the same solver against K: a panel per batch, a line per mode, bars from the
+    """Speed relative to one rank with the same solver against K: a panel per batch, a line per mode, bars from the
     least round to the greatest."""
     batches = sorted({cell.batch for cell in cells})
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]

@@ -8,7 +8,7 @@ outside of the measured seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, get_args
@@ -295,8 +295,3 @@ def trained(group: RankGroup, data: str, channels: int, seed: int) -> dict[str, 
     recipe = Recipe(data, channels, TRAIN_UPDATES * batch, batch, columns=0, seed=seed)
     weights: dict[str, Tensor] = group.ask(train, recipe, sample(data, recipe.images, seed))[0]
     return weights
-
-
-def joined(values: Sequence[float]) -> str:
-    """Numbers for a message: `64 128`."""
-    return " ".join(f"{value:g}" for value in values)
