@@ -398,7 +398,7 @@ def test_every_row_has_the_same_search_budget(digits: Dataset) -> None:
                 assert len(row.row.settings) == (1 if row.name == "pixels" else count)
             else:
                 assert isinstance(row, NetworkRun)
-                assert row.plan.candidates == count
+                assert row.config.candidates == count
     config = read(read_yaml(CONFIG), ["candidates=1"], quick=False)
     [network] = [row for row in rows_of(config, material, None) if row.name == "lenet"]
     assert network.tune(lambda *_: None) == {"10": 0, "50": 0, "all": 0}  # at once: nothing is trained
