@@ -27,19 +27,6 @@ CANDIDATES = 4
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-class ShapeConfig(Frozen):
-    """Geometry of the learners that similarity matching is compared with; see `jobs.evaluation.learners.Shape`."""
-
-    channels: PositiveInt
-    kernel_size: PositiveInt
-    stride: PositiveInt = 1
-    padding: NonNegativeInt = 0
-    pool: PositiveInt = 4
-
-    def shape(self) -> Shape:
-        return Shape(**self.model_dump())
-
-
 class StackRow(Frozen):
     """A similarity-matching stack, the rows of the table that it fills, and up to four variants to choose from."""
 
@@ -121,7 +108,7 @@ class EvaluationConfig(MeasurementConfig):
     held_out: PositiveInt = 5000
     """The last so many training images are not trained on: settings and penalties are chosen on them."""
 
-    shape: ShapeConfig
+    shape: Shape
     """Geometry of the rivals, that of the single similarity-matching layer."""
 
     stacks: Annotated[dict[str, StackRow], Field(min_length=1)]

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from simmatch.config import Frozen, NonNegativeInt, PositiveInt
+
 BATCH = 250
 """Images encoded at a time."""
 
@@ -29,22 +31,18 @@ def no_progress(what: str, done: int, total: int) -> None:
     """An `OnProgress` that does nothing."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Geometry that all learners share.
+class Shape(Frozen):
+    """Geometry that all learners share."""
 
-    Attributes
-    ----------
-    channels: K, features per position.
-    kernel_size, stride, padding: of the patches.
-    pool: height and width of the map that readouts see.
-    """
+    channels: PositiveInt
+    """K, features per position."""
 
-    channels: int
-    kernel_size: int
-    stride: int = 1
-    padding: int = 0
-    pool: int = 4
+    kernel_size: PositiveInt
+    stride: PositiveInt = 1
+    padding: NonNegativeInt = 0
+
+    pool: PositiveInt = 4
+    """Height and width of the map that readouts see."""
 
 
 @dataclass(frozen=True)

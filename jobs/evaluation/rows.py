@@ -205,7 +205,7 @@ def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
 def _rival_maker(
     name: str, config: EvaluationConfig, material: Material
 ) -> Callable[[int, int, OnProgress], FeatureLearner]:
-    rival, shape, size = RIVALS[name], config.shape.shape(), material.source.image_size
+    rival, shape, size = RIVALS[name], config.shape, material.source.image_size
 
     def make(index: int, seed: int, on_progress: OnProgress) -> FeatureLearner:
         return PooledFeatures(rival(shape, rival.candidates[index], seed), shape, size, on_progress)

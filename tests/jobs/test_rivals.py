@@ -144,7 +144,7 @@ def test_learning_does_not_change_the_images(name: str, images: Tensor) -> None:
 def test_colours_and_a_kernel_that_covers_the_image(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     colours = torch.rand(40, 3, 5, 5, generator=generator)
-    learner = RIVALS[name](Shape(4, 5), RIVALS[name].candidates[1], 0)
+    learner = RIVALS[name](Shape(channels=4, kernel_size=5), RIVALS[name].candidates[1], 0)
     learner.fit(colours)
     assert learner.maps(colours).shape == (40, 4, 1, 1)
     assert learner.cost((5, 5)).operations >= 4 * 75
@@ -342,7 +342,7 @@ def longer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("longer")
 def test_the_autoencoder_learns(images: Tensor, digits: Dataset) -> None:
-    learner = Autoencoder(Shape(16, 3, 1, 1), AutoencoderSettings(lr=1e-2, **RAW), 0)
+    learner = Autoencoder(Shape(channels=16, kernel_size=3, padding=1), AutoencoderSettings(lr=1e-2, **RAW), 0)
     learner.fit(to_unit(digits.train_images[:400]))
     assert learner.coder is not None
     variance = float(images.var(dim=0).mean())
@@ -413,7 +413,7 @@ def test_winners_take_all_finds_planted_clusters() -> None:
     length = 0.8 + 0.8 * torch.rand(1500, 1, generator=generator)
     noise = 0.05 * torch.rand(1500, 16, generator=generator)
     planted = (directions[which] * length + noise).view(-1, 1, 4, 4)
-    learner = HebbianWTA(Shape(8, 4), HebbianSettings(temperature=0.1, **RAW), 0)
+    learner = HebbianWTA(Shape(channels=8, kernel_size=4), HebbianSettings(temperature=0.1, **RAW), 0)
     learner.fit(planted)
     likeness = directions @ learner.encoder.weight.flatten(1).T
     assert float(likeness.amax(dim=1).amin()) > 0.99
