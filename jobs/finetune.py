@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,9 +64,8 @@ from simmatch.files import write_whole
 
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
 
+K = TypeVar("K", bound=tuple[Any, ...])
 T = TypeVar("T")
-Task = tuple[str, Callable[[], T]]
-"""A description of some work, and a function that does it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,68 +148,58 @@ class Finetuning:
     def _pretrain(self) -> dict[tuple[str, int], Trial]:
         """Similarity matching for every network and seed."""
         most = max(budget.seeds for budget in self.config.budgets)
-        keys = [(network, seed) for network in self.config.networks for seed in range(most)]
-        tasks: list[Task[tuple[tuple[str, int], Trial]]] = []
-        for network, seed in keys:
+        tasks = {}
+        for network, seed in product(self.config.networks, range(most)):
             path = self.run_dir / "filters" / f"{network}-{seed}.safetensors"
-            make = partial(Trial.of, self.config, network, seed, self.material, path)
-            tasks.append((f"similarity matching: {network}, seed {seed}", partial(_keyed, (network, seed), make)))
-        return dict(self._each("similarity matching", tasks))
+            tasks[network, seed] = partial(Trial.of, self.config, network, seed, self.material, path)
+        return dict(self._each("similarity matching", tasks, "similarity matching: {}, seed {}"))
 
     def _choose(self, trials: dict[tuple[str, int], Trial]) -> None:
         """Settings for every network, budget and start that has none yet."""
-        tasks: list[Task[tuple[tuple[str, int, StartName, int], list[float]]]] = []
-        wanted: dict[tuple[str, int, StartName], int] = {}
-        for network in self.config.networks:
-            for budget in self.config.budgets:
-                for start in STARTS:
-                    if self.settings.known(f"{network}/{budget.labels}/{start}") is not None:
-                        continue
-                    key = (network, budget.labels, start)
-                    wanted[key] = min(self.config.tuning_seeds, budget.seeds)
-                    for seed in range(wanted[key]):
-                        make = partial(trials[network, seed].tune, budget.labels, start)
-                        words = f"settings: {network}, {budget.labels} labels, {tables.WORDS[start]}, seed {seed}"
-                        tasks.append((words, partial(_keyed, (*key, seed), make)))
+        tasks = {}
         held_out: dict[tuple[str, int, StartName], dict[int, list[float]]] = {}
-        for (network, labels, start, seed), accuracies in self._each("settings", tasks):
-            key = (network, labels, start)
-            by_seed = held_out.setdefault(key, {})
+        seeds = {budget.labels: min(self.config.tuning_seeds, budget.seeds) for budget in self.config.budgets}
+        for network, labels, start in product(self.config.networks, seeds, STARTS):
+            if self.settings.known(f"{network}/{labels}/{start}") is None:
+                held_out[network, labels, start] = {}
+                for seed in range(seeds[labels]):
+                    tasks[network, labels, start, seed] = partial(trials[network, seed].tune, labels, start)
+        for (network, labels, start, seed), accuracies in self._each(
+            "settings", tasks, "settings: {}, {} labels, {}, seed {}"
+        ):
+            by_seed = held_out[network, labels, start]
             by_seed[seed] = accuracies
-            if len(by_seed) == wanted[key]:
-                self.settings.keep("/".join(map(str, key)), chosen_candidate(list(by_seed.values())))
+            if len(by_seed) == seeds[labels]:
+                self.settings.keep(f"{network}/{labels}/{start}", chosen_candidate(list(by_seed.values())))
 
     def _compare(self, trials: dict[tuple[str, int], Trial]) -> list[StartResult]:
         """Train, and measure on the test images; results are in the order of the tables."""
-        keys = [
-            (network, budget.labels, seed, start)
-            for network in self.config.networks
-            for budget in self.config.budgets
-            for seed in range(budget.seeds)
-            for start in STARTS
-        ]
-        results = {key: self.results.load(*key) for key in keys}
-        tasks: list[Task[StartResult]] = []
-        for key in (key for key, result in results.items() if result is None):
-            network, labels, seed, start = key
-            settings = self.settings.known(f"{network}/{labels}/{start}")["chosen"]
-            words = f"{network}, {labels} labels, {tables.WORDS[start]}, seed {seed}"
-            tasks.append((words, partial(trials[network, seed].result, labels, start, settings)))
-        for result in self._each("comparison", tasks):
+        results, tasks = {}, {}
+        for network, budget in product(self.config.networks, self.config.budgets):
+            for seed, start in product(range(budget.seeds), STARTS):
+                key = network, budget.labels, seed, start
+                results[key] = self.results.load(*key)
+                if results[key] is None:
+                    settings = self.settings.known(f"{network}/{budget.labels}/{start}")["chosen"]
+                    tasks[key] = partial(trials[network, seed].result, budget.labels, start, settings)
+        for key, result in self._each("comparison", tasks, "{0}, {1} labels, {3}, seed {2}"):
             self.results.save(result)
-            results[result.network, result.labels, result.seed, result.start] = result
+            results[key] = result
         return [result for result in results.values() if result is not None]
 
-    def _each(self, name: str, tasks: Sequence[Task[T]]) -> Iterator[T]:
-        """Results of the tasks as they come, several at a time; a line at the end."""
+    def _each(self, name: str, tasks: Mapping[K, Callable[[], T]], words: str) -> Iterator[tuple[K, T]]:
+        """(key, result) of the tasks as they come, several at a time; a line at the end.
+
+        words: describes a task, formatted with the values of its key.
+        """
         if not tasks:
             return
-        started = time.monotonic()
+        started, keys = time.monotonic(), list(tasks)
         with ProgressBars(self.console) as bars:
             bars.update(name, 0, len(tasks))
-            for done, (index, result) in enumerate(run_in_threads([work for _, work in tasks], self.threads), 1):
-                yield result
-                bars.update(name, done, len(tasks), text=tasks[index][0])
+            for done, (index, result) in enumerate(run_in_threads(list(tasks.values()), self.threads), 1):
+                yield keys[index], result
+                bars.update(name, done, len(tasks), text=words.format(*keys[index]))
         seconds = time.monotonic() - started
         self.console.print(f"{name}: {len(tasks)} done · {seconds:.0f} s", highlight=False)
 
@@ -233,10 +223,6 @@ class Finetuning:
         self.tracker.artifact(self.run_dir / SETTINGS)
         self.tracker.metrics(0, tables.metrics(known, agreement))
         self.console.print(f"table, figure, results: {self.run_dir}", highlight=False, soft_wrap=True)
-
-
-def _keyed(key: Any, make: Callable[[], T]) -> tuple[Any, T]:
-    return key, make()
 
 
 if __name__ == "__main__":
