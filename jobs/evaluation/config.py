@@ -150,7 +150,7 @@ def command_parser(program: str, purpose: str, default: Path) -> argparse.Argume
         help="override a key, e.g. --set held_out=500; repeatable",
     )
     parser.add_argument("--run-dir", metavar="DIR", help="folder of results and figures (default: runs/<name>)")
-    parser.add_argument("--quick", action="store_true", help="same tables from fewer images or seeds: minutes, less precise")
+    parser.add_argument("--quick", action="store_true", help="same tables from less: minutes, less precise")
     return parser
 
 
