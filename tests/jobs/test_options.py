@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import RunConfig
-from jobs.evaluation import config as evaluation
-from jobs.evaluation import finetuning
+from jobs.evaluation.config import EvaluationConfig, overridden
+from jobs.evaluation.finetuning import FinetuneConfig
 from jobs.options import override, read_yaml
 from simmatch.config import ConfigError, parse
 
@@ -131,9 +131,11 @@ def test_every_configuration_here_is_valid() -> None:
 
 def _name(path: Path) -> str:
     """The name of a file's configuration, read by the job that it is for, with its shortcuts too where it has them."""
-    reader = {"evaluate": evaluation.read, "finetune": finetuning.read}.get(path.stem.partition("_")[0])
-    if reader is None:
+    kinds: dict[str, type[EvaluationConfig] | type[FinetuneConfig]]
+    kinds = {"evaluate": EvaluationConfig, "finetune": FinetuneConfig}
+    kind = kinds.get(path.stem.partition("_")[0])
+    if kind is None:
         return parse(RunConfig, read_yaml(path)).name
-    quick = reader(read_yaml(path), [], quick=True)
-    assert reader(read_yaml(path), [], quick=False).name == quick.name
+    quick = parse(kind, overridden(read_yaml(path), [], quick=True))
+    assert parse(kind, overridden(read_yaml(path), [], quick=False)).name == quick.name
     return quick.name
