@@ -64,7 +64,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir()
     except FileNotFoundError:
         make_folder(folder.parent)
-        make_folder(folder)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
     except FileExistsError:
         if not folder.is_dir():
             raise

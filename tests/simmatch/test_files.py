@@ -46,6 +46,13 @@ def test_content_is_on_the_disk_before_its_name_and_both_before_the_end(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that makes no folders")
+def test_a_folder_that_no_parent_helps_is_an_error() -> None:
+    """/proc exists and makes no folders: its answer is that of a missing parent."""
+    with pytest.raises(FileNotFoundError, match="/proc/simmatch"):
+        make_folder(Path("/proc/simmatch/runs"))
+
+
 def test_new_folders_are_on_the_disk_as_well(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
     write_whole(tmp_path / "a" / "b" / "file", b"")
     assert calls == [
