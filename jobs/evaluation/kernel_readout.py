@@ -110,7 +110,7 @@ def kernel_path(
     order = torch.arange(count) if exact else torch.randperm(count, generator=seeded("landmarks", 0))[:most]
     landmarks = scaling(features[order])
     rate = width / median_distance(landmarks)
-    targets = one_hot(labels, num_classes, features).T
+    targets = one_hot(labels, num_classes, features).T.contiguous()  # its layout decides how sums round
     bias = targets.mean(dim=0)
     square = gaussian(landmarks, landmarks, rate).fill_diagonal_(1.0)
     if exact:

@@ -107,7 +107,7 @@ def ridge_path(
         A label out of range.
     """
     scaling = scaling_of(features, power)
-    targets = one_hot(labels, num_classes, features).T
+    targets = one_hot(labels, num_classes, features).T.contiguous()  # its layout decides how sums round
     bias = targets.mean(dim=0)
     centred = targets - bias
     solve = _by_kernel if len(features) <= features.shape[1] else _by_sums
