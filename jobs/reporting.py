@@ -166,12 +166,21 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
     def show(self, console: Console) -> None:
-        """Print it. In a narrow terminal names are folded and cells broken at spaces; a log is as wide as needed."""
+        """Print it. In a narrow terminal names are folded and cells broken at spaces, and columns that still do not fit
+        follow as a table of their own; a log is as wide as needed."""
         table = self._rich(folded=False)
-        needed = console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum
-        if needed > console.width and console.is_terminal:
+        unlimited = console.options.update(max_width=sys.maxsize)
+        needed = console.measure(table, options=unlimited).maximum
+        if not console.is_terminal:
+            console.width = max(console.width, needed)
+        elif needed > console.width:
             table = self._rich(folded=True)
-        console.width = console.width if console.is_terminal else max(console.width, needed)
+            if len(self.columns) > 2 and console.measure(table, options=unlimited).minimum > console.width:
+                half = 1 + len(self.columns) // 2
+                for title, part in ((self.title, slice(1, half)), (f"{self.title} (continued)", slice(half, None))):
+                    columns, *rows = ((row[0], *row[part]) for row in (self.columns, *self.rows))
+                    Table(title, columns, rows).show(console)
+                return
         console.print(table)
 
     def markdown(self) -> str:

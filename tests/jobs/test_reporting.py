@@ -122,9 +122,9 @@ def test_a_log_is_as_wide_as_its_table() -> None:
     assert shown(Table("none", ("a", "b"), []), 20, terminal=False)
 
 
-@pytest.mark.parametrize("width", [66, 70, 80, 120])
+@pytest.mark.parametrize("width", [44, 66, 70, 80, 120])
 def test_no_word_is_cut_in_a_terminal(width: int) -> None:
-    """Names are folded and cells broken at spaces where it is narrow."""
+    """Names are folded and cells broken at spaces where it is narrow; then columns are shown in parts."""
     lines = shown(TABLE, width, terminal=True)
     text = "\n".join(lines)
     for code in ("\x1b[1m", "\x1b[3m", "\x1b[0m"):
