@@ -29,12 +29,13 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.checkpoints.manifest import MANIFEST, folder_of
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, locate, read
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
-from tests.faults import HOLD_S, MOMENTS, FaultPlan, Kind, wait_for
+from tests.faults import COMMIT_S, HOLD_S, MOMENTS, FaultPlan, Kind, wait_for
 from tests.object_store import BUCKET, ObjectStore, object_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -367,6 +368,9 @@ def test_another_machine_goes_on(ray: Any, make_cell: Callable[..., Cell], undis
     signals.mkdir()
     cell.start(FaultPlan.at("in mid-epoch", "tell", signals=str(signals)))
     wait_for(signals / "here", HOLD_S)
+    wait_for(
+        folder_of(cell.run_dir, 12) / MANIFEST, COMMIT_S
+    )  # commits take their time: the updates until here took less
     signal_driver(signal.SIGKILL)(cell)
     assert cell.end() == -signal.SIGKILL
     shutil.rmtree(cell.work / "runs")

@@ -195,7 +195,8 @@ def test_a_closed_terminal_leaves_a_last_checkpoint(
     os.close(theirs)
     os.set_blocking(ours, False)
     deadline = time.monotonic() + 100
-    while not (tmp_path / "run/checkpoints/step-00000060/manifest.json").exists():
+    # one of these: a writer that is busy leaves a checkpoint out, and old ones are pruned
+    while not any(path.parent.name >= "step-00000060" for path in tmp_path.glob("run/checkpoints/*/manifest.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         with suppress(BlockingIOError):
