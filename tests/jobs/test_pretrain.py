@@ -52,6 +52,23 @@ SUMMARY = {
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
+def all_end(pids: list[int], limit_s: float = 10.0) -> bool:
+    """Whether these processes are gone in time: what was killed exists until the system has reaped it."""
+    deadline = time.monotonic() + limit_s
+    while any(is_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @dataclass(frozen=True)
 class Ended:
     """A process that has ended."""
@@ -170,7 +187,7 @@ def test_plain_output(finished: Ended) -> None:
 def test_nothing_is_left_running(finished: Ended) -> None:
     pids = [int(pid) for pid in re.findall(r"\(pid (\d+)\)", finished.out)]
     assert len(pids) == 2
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert all_end(pids)
 
 
 def test_the_newest_checkpoint_holds_the_exported_model(finished: Ended) -> None:
@@ -361,7 +378,7 @@ def test_an_interrupted_run_says_so(interrupted: Ended) -> None:
     assert summary["accuracy"] is None
     pids = [int(pid) for pid in re.findall(r"\(pid (\d+)\)", interrupted.out)]
     assert len(pids) == 2
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert all_end(pids)
 
 
 def test_a_continued_run_ends_as_the_undisturbed_one(finished: Ended, continued: Ended) -> None:
