@@ -367,7 +367,7 @@ class SimilarityMatchingConv2d(Synapses):
         fault = LocalFault(self.exchange)
         batch = self._batch(x, labels, fault)
         check_not_empty(batch.patches.batch_size)
-        if not self.calibrated and isinstance(x, Tensor) and (self.whiten or self.label_gain > 0):
+        if (self.whiten or self.label_gain > 0) and isinstance(x, Tensor) and not self.calibrated:
             self.calibrate(x)
             batch = replace(batch, patches=self.prepare(x))  # the patches of a dense layer are whitened already
         state = self._own_state(fault)

@@ -66,7 +66,7 @@ class StackLearner(Observer):
     Attributes
     ----------
     depth: layers that have learnt, and encode.
-    fit_seconds: that each layer took to learn, with the encoding of its input, and the settling of its labels.
+    fit_seconds: learning time of each layer, with the encoding of its input and the scaling of its label weights.
     """
 
     def __init__(
@@ -131,16 +131,16 @@ class StackLearner(Observer):
             self._lap(layer)
 
     def _lap(self, index: int) -> None:
-        """The time since the last call is this layer's."""
+        """Add the time since the last call to this layer."""
         now = time.monotonic()
         self.fit_seconds[index] += now - self._started
         self._started = now
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Features of every layer, and scores decoded from V where the last is supervised.
+        """Features of every layer, and scores decoded from V if the last layer is supervised.
 
-        Those of the images that were learnt from are known when they are asked for first.
+        `fit` has encoded the images that it learnt from; the first call with them returns that result.
 
         Returns
         -------
@@ -168,11 +168,11 @@ class StackLearner(Observer):
             self.on_progress("encode", min((number + 1) * BATCH, len(images)), len(images))
 
     def seconds(self, depth: int) -> tuple[float, float]:
-        """That learning took, and encoding the images encoded last; of the first `depth` layers."""
+        """Seconds of learning, and of encoding the images encoded last, for the first `depth` layers."""
         return sum(self.fit_seconds[:depth]), sum(layer.seconds for layer in self._encoded[:depth])
 
     def active(self) -> list[float]:
-        """Share of nonzero activities of each layer, over the images encoded last."""
+        """Fraction of nonzero activities of each layer, over the images encoded last."""
         return [nonzero / max(every, 1) for nonzero, every in (layer.active for layer in self._encoded)]
 
     def cost(self, depth: int) -> Cost:

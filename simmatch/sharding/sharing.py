@@ -85,9 +85,11 @@ class RowSharing:
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
         """Solve a batch: y [K, N] and residual [N]. All owners raise an exception of any of them."""
         lateral = state.weights.lateral
-        drive = lateral.new_zeros(self._rows.count, batch.columns)
+        drive = None
         with state.fault:
             drive = batch_drive(batch, state.weights, state.alpha)
+        if drive is None:  # a fault: zeros, so that the exchange keeps its shape
+            drive = lateral.new_zeros(self._rows.count, batch.columns)
         return self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=state.fault)
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
@@ -141,11 +143,12 @@ class ColumnSharing:
         weights = self._weights(state)
         shares = split_columns(batch.columns, self.column_exchange.world_size)
         columns = shares[self.column_exchange.rank]
-        own = _unsolved(weights, columns)
         if batch.columns == 0:
-            return own
+            return _unsolved(weights, columns)
+        own = None
         with state.fault:
             own = self._solve(*covering(columns, batch), weights, state, fixed=fixed)
+        own = own or _unsolved(weights, columns)
         values = torch.cat([own.y, own.residual.unsqueeze(0)])
         counts = [len(share) for share in shares]
         joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, state.fault)
@@ -158,13 +161,15 @@ class ColumnSharing:
         """
         weights = self._weights(state)
         columns = split_columns(batch.columns, self.column_exchange.world_size)[self.column_exchange.rank]
-        solution, sums = _unsolved(weights, columns), None
+        solution, sums = None, None
         with state.fault:
             part, inside = covering(columns, batch)
             solution = self._solve(part, inside, weights, state)
             y = F.pad(solution.y, (inside.start, part.columns - inside.stop))  # zero in the other columns of the part
             sums = with_totals(batch_statistics(part, y, self._all_rows, self._num_classes), batch)
-        return solution, self._state.statistics(sums, weights.lateral, state.fault)
+        statistics = self._state.statistics(sums, weights.lateral, state.fault)
+        assert solution is not None  # else the fault has been raised
+        return solution, statistics
 
     def _weights(self, state: OwnState) -> Weights:
         return self._state.weights(state.weights, label=state.alpha is not None)
@@ -176,7 +181,7 @@ class ColumnSharing:
 
 
 def _unsolved(weights: Weights, columns: range) -> Solution:
-    """Placeholder of zeros for the solution of an owner with a fault, so that the exchange keeps its shape."""
+    """Zeros: of no columns, or a placeholder for an owner with a fault, so that the exchange keeps its shape."""
     zeros = weights.lateral.new_zeros(weights.lateral.shape[1] + 1, len(columns))
     return Solution(zeros[:-1], 0, zeros[-1])
 
