@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.image
-import psutil
 import pytest
 import torch
 import yaml
@@ -37,6 +36,7 @@ from simmatch import load_model
 from simmatch.config import parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import Stack
+from tests.cluster.actors import assert_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -50,23 +50,6 @@ SUMMARY = {
     "bytes_exchanged", "num_exchanges", "restarts", "mlflow_run_id", "layers",
 }  # fmt: skip
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
-
-
-def all_end(pids: list[int], limit_s: float = 10.0) -> bool:
-    """Whether these processes are gone in time: what was killed exists until the system has reaped it."""
-    deadline = time.monotonic() + limit_s
-    while any(is_alive(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @dataclass(frozen=True)
@@ -187,7 +170,7 @@ def test_plain_output(finished: Ended) -> None:
 def test_nothing_is_left_running(finished: Ended) -> None:
     pids = [int(pid) for pid in re.findall(r"\(pid (\d+)\)", finished.out)]
     assert len(pids) == 2
-    assert all_end(pids)
+    assert_gone(pids)  # killed ones exist until the system has reaped them
 
 
 def test_the_newest_checkpoint_holds_the_exported_model(finished: Ended) -> None:
@@ -378,7 +361,7 @@ def test_an_interrupted_run_says_so(interrupted: Ended) -> None:
     assert summary["accuracy"] is None
     pids = [int(pid) for pid in re.findall(r"\(pid (\d+)\)", interrupted.out)]
     assert len(pids) == 2
-    assert all_end(pids)
+    assert_gone(pids)  # killed ones exist until the system has reaped them
 
 
 def test_a_continued_run_ends_as_the_undisturbed_one(finished: Ended, continued: Ended) -> None:
