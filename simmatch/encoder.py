@@ -45,7 +45,7 @@ from torch import Tensor
 from simmatch.config import DynamicsConfig
 from simmatch.geometry import PatchConfig, Patches, draw_positions, inverse_contrast, prepare
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.seeding import seeded
+from simmatch.seeding import stream
 from simmatch.solvers.quadratic import ConvergenceWarning, solve
 
 SAMPLE_COLUMNS = 20_000
@@ -198,7 +198,7 @@ def _draw(layer: SimilarityMatchingConv2d, images: Tensor) -> Tensor:
         raise ValueError("images: expected at least one, got none")
     map_size = layer.patch.map_size((images.shape[2], images.shape[3]))
     count = min(map_size[0] * map_size[1], -(-SAMPLE_COLUMNS // len(images)))
-    return draw_positions(count, len(images), map_size, seeded("encoder", layer.seed))
+    return draw_positions(count, len(images), map_size, stream("encoder", layer.seed), images.device)
 
 
 def _empty_response(layer: SimilarityMatchingConv2d) -> Tensor:

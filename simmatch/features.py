@@ -14,7 +14,7 @@ from torch import Tensor
 from simmatch.data.sources import to_unit
 from simmatch.geometry import Patches, draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.seeding import seeded
+from simmatch.seeding import folded, stream
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_padded
 
@@ -203,9 +203,11 @@ class LayerInputs:
         return self._prepare(gather_images(self._below(own), len(chosen), exchange))
 
     def _prepare(self, x: Tensor) -> Patches:
+        return self._layer.prepare(x) if self._positions is None else self._layer.prepare(x, self._draw(x))
+
+    def _draw(self, x: Tensor) -> Tensor:
         """Positions depend only on the seed and the number of updates of the layer, not on the number of ranks."""
-        if self._positions is None:
-            return self._layer.prepare(x)
+        assert self._positions is not None
         map_size = self._layer.patch.map_size((x.shape[2], x.shape[3]))
-        generator = seeded("positions", self._layer.seed, int(self._layer.updates))
-        return self._layer.prepare(x, draw_positions(self._positions, len(x), map_size, generator))
+        key = folded(stream("positions", self._layer.seed), self._layer.updates)
+        return draw_positions(self._positions, len(x), map_size, key, x.device)

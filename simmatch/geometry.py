@@ -29,6 +29,7 @@ from torch import Tensor
 
 from simmatch.config import LayerConfig
 from simmatch.convolution import Convolution, images_per_chunk
+from simmatch.seeding import folded
 from simmatch.whitening import Whitening
 
 
@@ -176,15 +177,27 @@ def prepare(
     return Patches(config, whitening, map_size, images=images, inverse_scale=scale)
 
 
-def draw_positions(count: int, batch_size: int, map_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+def draw_positions(
+    count: int, batch_size: int, map_size: tuple[int, int], key: int | Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
     """Draw `count` distinct positions of each image, uniformly: int64 [batch_size, count], ascending in each row.
+
+    A function of its arguments alone, with the same bits on every device; see `simmatch.seeding`.
+
+    Parameters
+    ----------
+    count: positions per image.
+    batch_size: B.
+    map_size: (H', W') of the activities.
+    key: from `stream` or `folded`; another key gives an independent draw. A tensor is 0-d.
+    device: of the result.
 
     Raises
     ------
     ValueError
         The map has fewer than `count` positions.
 
-    >>> draw_positions(4, 100, (24, 24), torch.Generator().manual_seed(0)).shape
+    >>> draw_positions(4, 100, (24, 24), key=0).shape
     torch.Size([100, 4])
     """
     available = map_size[0] * map_size[1]
@@ -192,8 +205,11 @@ def draw_positions(count: int, batch_size: int, map_size: tuple[int, int], gener
         raise ValueError(
             f"positions: expected at most {available}, the map of {map_size[0]} × {map_size[1]} activities, got {count}"
         )
-    keys = torch.rand(batch_size, available, generator=generator, dtype=torch.float64, device="cpu")
-    return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    images, positions = (torch.arange(size, device=device) for size in (batch_size, available))
+    # the largest of random keys; each holds its position in its low bits, so no two are equal
+    low = (1 << (available - 1).bit_length()) - 1
+    keys = folded(key, images.unsqueeze(1), positions).bitwise_and_(~low).bitwise_or_(positions)
+    return keys.topk(count, dim=1, sorted=False).values.bitwise_and_(low).sort(dim=1).values
 
 
 def inverse_contrast(images: Tensor, config: PatchConfig) -> Tensor:

@@ -26,7 +26,7 @@ from einops import einsum
 from torch import Tensor
 
 from simmatch.config import PlasticityConfig
-from simmatch.seeding import seeded
+from simmatch.seeding import folded, seeded, stream, uniform
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,28 @@ def draw_filter(seed: int, channel: int, draw: int, like: Tensor) -> Tensor:
     generator, shape = seeded("feedforward", seed, channel, draw), like.shape[1:]
     row = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (row / math.sqrt(shape.numel())).to(like)
+
+
+def revived_filters(seed: int, channels: Tensor, updates: int | Tensor, like: Tensor) -> Tensor:
+    """Draw rows [n, C, k, k] of W anew: uniform entries, of expected squared norm 1, the same for any number of shards.
+
+    Arithmetic on the device of `like`, with the same bits on every device; see `simmatch.seeding`.
+
+    Parameters
+    ----------
+    seed: of the layer.
+    channels: [n], numbers of the rows.
+    updates: number of updates of the layer; a tensor is 0-d.
+    like: [K_g, C, k, k], a tensor with the shape, dtype and device of W.
+
+    >>> revived_filters(0, torch.tensor([7, 2]), 50, like=torch.zeros(8, 3, 5, 5)).shape
+    torch.Size([2, 3, 5, 5])
+    """
+    shape = like.shape[1:]
+    entries = torch.arange(shape.numel(), device=like.device)
+    keys = folded(stream("revived", seed), updates, channels.unsqueeze(1), entries)
+    rows = (2.0 * uniform(keys) - 1.0) * math.sqrt(3.0 / shape.numel())
+    return rows.to(like.dtype).reshape(-1, *shape)
 
 
 def dead_channels(silent: Tensor, inhibition: Tensor, config: PlasticityConfig) -> Tensor:

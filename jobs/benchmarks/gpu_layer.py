@@ -22,7 +22,7 @@ from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.seeding import seeded
+from simmatch.seeding import stream
 from simmatch.sharding.exchange import IdentityExchange
 
 Row = dict[str, Any]
@@ -121,7 +121,8 @@ def first_layer(plan: GpuPlan, **changes: Any) -> SimilarityMatchingConv2d:
 
 
 def learn_once(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, plan: GpuPlan) -> None:
-    """One batch, as a job has it: images and positions drawn on the host; the residual looked at every tenth time."""
+    """One batch, as a job has it: images from the host, positions drawn on the device; the residual looked at every
+    tenth time."""
     images, positions = draw(dataset, update, plan)
     solution = layer.partial_fit(layer.prepare(images, positions))
     if update % 10 == 0:
@@ -130,7 +131,7 @@ def learn_once(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, p
 
 def draw(dataset: Dataset, update: int, plan: GpuPlan) -> tuple[Tensor, Tensor]:
     """100 images on the device and 196 positions of each."""
-    positions = draw_positions(196, 100, (22, 22), seeded("positions", plan.seed, update))
+    positions = draw_positions(196, 100, (22, 22), stream("positions", plan.seed, update), plan.device)
     return batch(dataset, update, 100, plan), positions
 
 

@@ -24,7 +24,7 @@ from simmatch.data.order import epoch_order
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.seeding import seeded
+from simmatch.seeding import folded, stream
 
 KERNEL = 6
 """Side of the example's patches."""
@@ -225,8 +225,8 @@ class OwnTraining:
             self.layer.partial_fit(batch)
             return
         map_size = self.layer.patch.map_size((batch.shape[2], batch.shape[3]))
-        generator = seeded("positions", self.layer.seed, int(self.layer.updates))
-        drawn = draw_positions(self.positions, len(batch), map_size, generator)
+        key = folded(stream("positions", self.layer.seed), self.layer.updates)
+        drawn = draw_positions(self.positions, len(batch), map_size, key, batch.device)
         self.layer.partial_fit(self.layer.prepare(batch, drawn))
 
     def state(self) -> State:

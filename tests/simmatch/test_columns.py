@@ -63,7 +63,7 @@ def test_drawn_positions_split_alike(images: int, parts: int) -> None:
     generator = torch.Generator().manual_seed(4)
     config = PatchConfig(2, 3, 1, 1, contrast=True)
     x = torch.rand(images, 2, 6, 6, generator=generator, dtype=torch.float64)
-    patches = prepare(x, config, positions=draw_positions(5, images, (6, 6), generator))
+    patches = prepare(x, config, positions=draw_positions(5, images, (6, 6), 4))
     weight = torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64)
     parts_of_drive = []
     for columns in split_columns(images * 5, parts):

@@ -13,7 +13,7 @@ from simmatch.config import DynamicsConfig
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import PatchConfig, correlate, draw_positions, drive, explicit, prepare
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.seeding import seeded
+from simmatch.seeding import stream
 from simmatch.whitening import Whitening
 from tests.reference import normalised, patch_matrix
 
@@ -24,7 +24,7 @@ FLOOR = 0.15
 
 def test_positions_are_distinct_and_equally_likely() -> None:
     """6000 draws of 5 out of 12: each position 2500 times, with a deviation of √(6000 · 5/12 · 7/12) = 38."""
-    drawn = draw_positions(5, 6000, (3, 4), seeded("test"))
+    drawn = draw_positions(5, 6000, (3, 4), stream("test"))
     assert drawn.shape == (6000, 5)
     assert bool((drawn.diff(dim=1) > 0).all())
     assert int(drawn.min()) >= 0
@@ -36,19 +36,19 @@ def test_positions_are_distinct_and_equally_likely() -> None:
     assert abs(together - 909) < 5 * 28
 
 
-def test_the_same_generator_draws_the_same() -> None:
-    one, again, other = (draw_positions(5, 10, (3, 4), seeded("test", number)) for number in (0, 0, 1))
+def test_the_same_key_draws_the_same() -> None:
+    one, again, other = (draw_positions(5, 10, (3, 4), stream("test", number)) for number in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
 
 def test_all_positions_come_in_order() -> None:
-    assert torch.equal(draw_positions(12, 2, (3, 4), seeded("test")), torch.arange(12).repeat(2, 1))
+    assert torch.equal(draw_positions(12, 2, (3, 4), stream("test")), torch.arange(12).repeat(2, 1))
 
 
 def test_more_positions_than_the_map_has_are_refused() -> None:
     with pytest.raises(ValueError, match="positions: expected at most 12, the map of 3 × 4 activities, got 13"):
-        draw_positions(13, 2, (3, 4), seeded("test"))
+        draw_positions(13, 2, (3, 4), stream("test"))
 
 
 # -- geometry ----------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class Case:
             self.whitening = Whitening(root + root.T, torch.randn(size, generator=generator, dtype=torch.float64))
             every = (every - self.whitening.mean) @ self.whitening.matrix.T
         map_size = self.config.map_size((8, 7))
-        self.positions = draw_positions(POSITIONS, IMAGES, map_size, generator)
+        self.positions = draw_positions(POSITIONS, IMAGES, map_size, stream("test"))
         every = rearrange(every, "(b l) p -> b l p", b=IMAGES)
         self.explicit = torch.cat([patches[chosen] for patches, chosen in zip(every, self.positions, strict=True)])
         self.patches = prepare(self.images, self.config, self.whitening, self.positions)
@@ -148,7 +148,7 @@ def test_statistics_count_the_drawn_columns_and_repeat_their_label(digits: Datas
     layer = make_layer()
     images, labels = to_unit(digits.train_images[:6], torch.float64), digits.train_labels[:6]
     layer.calibrate(images)
-    positions = draw_positions(5, 6, (4, 4), seeded("test"))
+    positions = draw_positions(5, 6, (4, 4), stream("test"))
     patches = layer.prepare(images, positions)
     y = layer.solve(patches, labels).y
     assert y.shape == (6, 8, 1, 5)
@@ -182,7 +182,7 @@ def test_the_mean_over_drawn_columns_estimates_the_mean_over_all(digits: Dataset
     every = rearrange(y, "k (b l) -> b k l", b=10)
     draws = []
     for number in range(400):
-        positions = draw_positions(4, 10, (4, 4), seeded("test", number))
+        positions = draw_positions(4, 10, (4, 4), stream("test", number))
         chosen = every.gather(2, positions.unsqueeze(1).expand(-1, 8, -1)).unsqueeze(2)
         sums = layer.statistics(layer.prepare(images, positions), chosen)
         draws.append(torch.cat([sums.yx.flatten(), sums.yy.flatten()]) / sums.count)

@@ -19,7 +19,7 @@ from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import pooled
 from simmatch.observer import Observer, Update
-from simmatch.seeding import seeded
+from simmatch.seeding import folded, stream
 from simmatch.sharding.exchange import IDENTITY
 
 MODEL = parse(
@@ -84,8 +84,8 @@ def slowly(images: Tensor, labels: Tensor, *, to_tolerance: bool) -> Stack:
             for chosen in order.split(train.batch_size):
                 drawn = None
                 if train.positions is not None:
-                    generator = seeded("positions", SEED + index, int(layer.updates))
-                    drawn = draw_positions(train.positions, len(chosen), (6, 6), generator)
+                    key = folded(stream("positions", SEED + index), int(layer.updates))
+                    drawn = draw_positions(train.positions, len(chosen), (6, 6), key)
                 layer.partial_fit(layer.prepare(x[chosen], drawn), labels[chosen] if config.supervised else None)
         layer.recertify()
         y = encoded(layer, x, to_tolerance=to_tolerance)
