@@ -39,7 +39,7 @@ def accelerate(
     low,
     diagonal,
     scaling,
-    step,
+    pace,
     columns,
     along,
     across,
@@ -52,13 +52,13 @@ def accelerate(
     FIXED: tl.constexpr,
     WARM: tl.constexpr,
 ):
-    """drive, start, y_out [N, K] of strides (along, across); scaling: c as in `System`; step: 1/λ̂."""
+    """drive, start, y_out [N, K] of strides (along, across); scaling, pace: pointers to c and 1/λ̂, as in `System`."""
     channel = tl.arange(0, BLOCK)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < columns)[:, None] & (channel < CHANNELS)[None, :]
     place = column.to(tl.int64)[:, None] * along + channel.to(tl.int64)[None, :] * across
     factor = tl.load(scaling)
-    step /= factor
+    step = tl.load(pace) / factor
     m = tl.load(high + channel[:, None] * BLOCK + channel[None, :])
     rest = tl.load(low + channel[:, None] * BLOCK + channel[None, :])
 
@@ -91,9 +91,9 @@ def accelerate(
             live = tl.max(tl.abs(tl.minimum(own, g)), 1) > goal
             working = tl.max(live.to(tl.int32), 0) > 0
         going = live.to(tl.float32)
-        pace = going * step  # a column that has stopped keeps its value: Δ = relu(y) − y = 0
+        reach = going * step  # a column that has stopped keeps its value: Δ = relu(y) − y = 0
         for inner in range(0, tl.minimum(CHECK, limit - 1 - done)):
-            w = y - pace[:, None] * g
+            w = y - reach[:, None] * g
             beta = k / (k + 3.0) * going
             move = tl.maximum(w + beta[:, None] * (w - w_prev), 0.0) - y
             k += 1.0
@@ -148,7 +148,7 @@ def solve(
     assert start is None or start.stride() == drive.stride()
     accelerate[(triton.cdiv(columns, COLUMNS),)](
         drive, drive if start is None else start, y, iterations, high, low, system.diagonal, system.factor,
-        1.0 / system.bound, columns, *drive.stride(), tolerance, limit,
+        system.step, columns, *drive.stride(), tolerance, limit,
         CHANNELS=channels, BLOCK=system.block, COLUMNS=COLUMNS, CHECK=check_every, FIXED=tolerance == 0,
         WARM=start is not None, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -19,8 +19,8 @@ class System:
     Attributes
     ----------
     lateral: [K, K], M in float32.
-    ridge: ε.
-    bound: λ̂ ≥ λmax(M) + ε.
+    ridge: ε, a number or a 0-d tensor on the device.
+    bound: λ̂ ≥ λmax(M) + ε, likewise.
 
     >>> system = System(torch.eye(50), ridge=0.0, bound=1.0)
     >>> system.block, system.rows.shape, system.halves.shape
@@ -28,8 +28,8 @@ class System:
     """
 
     lateral: Tensor
-    ridge: float
-    bound: float
+    ridge: float | Tensor
+    bound: float | Tensor
 
     @property
     def block(self) -> int:
@@ -57,6 +57,11 @@ class System:
         """1 / (M_ii + ε) [BLOCK]; 0 where padded, and where M_ii + ε = 0."""
         diagonal = self.matrix.diagonal()
         return torch.where(diagonal > 0, 1 / diagonal, 0.0)
+
+    @cached_property
+    def step(self) -> Tensor:
+        """1/λ̂ [1], which a kernel reads by pointer."""
+        return self.lateral.new_ones(1) / self.bound
 
     @cached_property
     def rows(self) -> Tensor:

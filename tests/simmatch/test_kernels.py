@@ -114,9 +114,9 @@ def test_fused_gradient_stays_on_chip(channels: int, most_stack: int, most_share
     """Products are the tensor cores'; two programs fit a multiprocessor."""
     from simmatch.kernels.gradient import COLUMNS, WARPS, accelerate
 
-    types = {"columns": "i32", "across": "i32", "tolerance": "fp32", "limit": "i32", "step": "fp32"}
+    types = {"columns": "i32", "across": "i32", "tolerance": "fp32", "limit": "i32"}
     types |= {"high": HALVES, "low": HALVES, "iterations": INTEGERS}
-    types |= dict.fromkeys(("drive", "start", "y_out", "diagonal", "scaling"), FLOATS)
+    types |= dict.fromkeys(("drive", "start", "y_out", "diagonal", "scaling", "pace"), FLOATS)
     constants = {"CHANNELS": channels, "BLOCK": channels, "COLUMNS": COLUMNS, "CHECK": 4}
     kernel = compiled(accelerate, types, constants | {"FIXED": True, "WARM": False}, WARPS, aligned=True)
     registers, stack, code = resources(kernel.asm["cubin"], tmp_path)
