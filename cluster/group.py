@@ -91,6 +91,7 @@ class WorkerGroup:
         nonce = self._at_run_dir(lambda: write_nonce(self.assignment.run_dir, self.assignment.token))
         calls = [actor.describe.remote(address) for actor, address in zip(self._actors, addresses, strict=True)]
         self.ranks = self._gather(calls, "start")
+        refuse_ranks("device: ", {rank: rank.device_error.removeprefix("device: ") for rank in self.ranks})
         self._check_run_dir(nonce)
         if self.world_size > 1:
             self._rendezvous()
@@ -116,13 +117,8 @@ class WorkerGroup:
         run_dir, token = self.assignment.run_dir, self.assignment.token
         errors = [rank.run_dir_error for rank in self.ranks]
         errors = self._at_run_dir(lambda: check_copies(run_dir, token, nonce, errors))
-        faults = [f"rank {r.rank} on {r.host} {error}" for r, error in zip(self.ranks, errors, strict=True) if error]
-        if faults:
-            more = f"; and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
-            raise ConfigError(
-                f"--run-dir: expected a folder that all nodes share, got {run_dir}: "
-                f"{'; '.join(faults[:MOST_NAMED])}{more}"
-            )
+        expected = f"--run-dir: expected a folder that all nodes share, got {run_dir}: "
+        refuse_ranks(expected, dict(zip(self.ranks, errors, strict=True)))
 
     def _place(self) -> None:
         """Reserve the resources of all ranks."""
@@ -130,14 +126,8 @@ class WorkerGroup:
         if self.assignment.config.device == "cuda":
             bundle["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
         ranks = count(self.world_size, "rank")
-        total = self._ask("report its resources", ray.cluster_resources)
-        for kind, amount in bundle.items():
-            # a cluster that has had room for the group may have lost a node for a while
-            if total.get(kind, 0.0) < amount * self.world_size and self.assignment.generation == 0:
-                raise ConfigError(
-                    f"mesh: expected a cluster with at least {amount * self.world_size:g} {kind} "
-                    f"for {ranks}, got one with {total.get(kind, 0.0):g}"
-                )
+        if self.assignment.generation == 0:  # later a cluster that had room for the group may have lost a node
+            self._check_room(bundle, ranks)
         place = partial(placement_group, [bundle] * self.world_size, strategy="PACK")
         self._placement = self._ask("create a placement group", place)
         limit_s = self.config.start_timeout_s
@@ -153,6 +143,20 @@ class WorkerGroup:
                     fits=room_for(bundle, free, nodes),
                 )
             )
+
+    def _check_room(self, bundle: dict[str, float], ranks: str) -> None:
+        """Refuse a cluster that has no room for the ranks even while nothing else runs on it."""
+        total = self._ask("report its resources", ray.cluster_resources)
+        for kind, amount in bundle.items():
+            if total.get(kind, 0.0) < amount * self.world_size:
+                raise ConfigError(
+                    f"mesh: expected a cluster with at least {amount * self.world_size:g} {kind} "
+                    f"for {ranks}, got one with {total.get(kind, 0.0):g}"
+                )
+        nodes = self._ask("list its nodes", ray.nodes)
+        if room_for(bundle, total, nodes) < self.world_size:  # such as nodes with half a GPU each
+            held = shortage(bundle, self.world_size, nodes)
+            raise ConfigError(f"mesh: expected nodes with room for {ranks} of {bundle}, got {held}")
 
     def _create(self) -> None:
         assert self._placement is not None
@@ -291,6 +295,14 @@ class WorkerGroup:
 
         with suppress(TimeoutError, RayError, ConnectionError):
             run_with_timeout(END_S, "release the group", release)
+
+
+def refuse_ranks(expected: str, errors: dict[RankInfo, str]) -> None:
+    """Raise a ConfigError that names the ranks with an error, if there are any."""
+    faults = [f"rank {rank.rank} on {rank.host}: {error}" for rank, error in errors.items() if error]
+    if faults:
+        more = f"; and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
+        raise ConfigError(f"{expected}{'; '.join(faults[:MOST_NAMED])}{more}")
 
 
 def lease_s(config: GroupConfig) -> float:

@@ -140,6 +140,7 @@ class RankInfo:
     ----------
     cpus: how many its process may use.
     run_dir_error: why it cannot use the run directory, see `cluster.shared_folder`; empty where it can.
+    device_error: why it cannot use the run's device; empty where it can.
     """
 
     rank: int
@@ -148,6 +149,7 @@ class RankInfo:
     pid: int
     cpus: int
     run_dir_error: str = ""
+    device_error: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"

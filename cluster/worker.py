@@ -26,6 +26,8 @@ from cluster.policy import Failure
 from cluster.redaction import Redactor
 from cluster.shared_folder import copy_nonce
 from cluster.training import Assignment, Stopped, Training
+from simmatch.config import ConfigError
+from simmatch.devices import check_device
 from simmatch.precision import exact_float32
 from simmatch.sharding.exchange import IDENTITY, Exchange
 
@@ -67,11 +69,16 @@ class Worker:
             faulthandler.dump_traceback_later(self._lease_s, exit=True, file=2)
 
     def describe(self, address: str) -> RankInfo:
-        """Where this rank runs, and whether it can use the run directory. `address` is that of its node."""
+        """Where this rank runs, and what it cannot use of what the run needs. `address` is that of its node."""
         self._renew()
         rank = self.assignment.rank
-        error = copy_nonce(self.assignment.run_dir, self.assignment.token, rank)
-        return RankInfo(rank, socket.gethostname(), address, os.getpid(), allowed_cpus(), error)
+        no_device = ""
+        try:
+            check_device(self._device)
+        except ConfigError as error:
+            no_device = str(error)
+        no_folder = copy_nonce(self.assignment.run_dir, self.assignment.token, rank)
+        return RankInfo(rank, socket.gethostname(), address, os.getpid(), allowed_cpus(), no_folder, no_device)
 
     def bind(self, interface: str | None, address: str) -> tuple[str, int]:
         """Rank 0: bind the store of the rendezvous on a free port. Returns its address and port."""
@@ -93,7 +100,7 @@ class Worker:
             self.assignment.generation,
             self.assignment.rank,
             config.mesh.world_size,
-            self._device(),
+            self._device,
             config.cluster.collective_timeout_s,
         )
 
@@ -132,9 +139,9 @@ class Worker:
             self._mark, self._moved = mark, now
         return now - self._moved
 
+    @property
     def _device(self) -> torch.device:
-        if self.assignment.config.device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"device: expected a CUDA device on {socket.gethostname()}, got none")
+        """The device of all tensors; Ray hides all GPUs but the rank's own."""
         return torch.device(self.assignment.config.device)
 
     def _run(self, threads: int) -> None:
@@ -142,7 +149,7 @@ class Worker:
             torch.set_num_threads(threads)
             exact_float32()
             with torch.no_grad():
-                self.training_class(self.assignment, self._exchange, self._outbox, self._device()).run()
+                self.training_class(self.assignment, self._exchange, self._outbox, self._device).run()
         except Stopped:
             self._stopped = True
         except PeerTimeout as error:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 from cluster.checkpoints.manifest import read_manifest
 from cluster.checkpoints.reader import Reader
 from cluster.config import RunConfig
 from cluster.storage import AnyPath
+from cluster.text import count
 from cluster.training import check_data
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
 from simmatch.data.order import steps_per_epoch
 from simmatch.data.sources import Dataset, load_dataset
+from simmatch.devices import check_device
 from simmatch.geometry import PatchConfig
 from simmatch.model import layer_inputs
 
@@ -42,6 +48,22 @@ def check(config: RunConfig) -> Dataset:
     if labelled is not None and labelled > available:
         raise ConfigError(f"probe.train_images: expected at most {available}, got {labelled}")
     return dataset
+
+
+def check_device_of_ranks(config: RunConfig) -> None:
+    """Refuse a device that this machine lacks, where it is to run all ranks: a cluster's own nodes check theirs.
+
+    Raises
+    ------
+    ConfigError
+        torch cannot use the device here, or finds fewer GPUs than ranks.
+    """
+    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return
+    check_device(config.device, touch=False)
+    ranks, gpus = config.mesh.world_size, torch.cuda.device_count()
+    if config.device == "cuda" and gpus < ranks:
+        raise ConfigError(f"mesh: expected a GPU for each of {count(ranks, 'rank')}, got {gpus} on this machine")
 
 
 def check_checkpoint(config: RunConfig, folder: AnyPath, dataset: Dataset) -> None:

@@ -22,7 +22,7 @@ from jobs.display import MakeDisplay, RunDisplay
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import override, read_yaml
 from jobs.plan import print_plan
-from jobs.preflight import check, check_checkpoint
+from jobs.preflight import check, check_checkpoint, check_device_of_ranks
 from jobs.run_directory import as_begun, choose
 from jobs.training_job import TrainingJob
 from simmatch.config import ConfigError, parse
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
             return 0
         start = as_begun(choose(config, options.run_dir, options.resume))
         config = start.config
+        check_device_of_ranks(config)
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
         tracker = Tracker(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from simmatch.arguments import check_dtype, check_statistics
 from simmatch.config import LayerArguments
+from simmatch.devices import check_device
 from simmatch.geometry import PatchConfig
 from simmatch.objective import divergence_warning, worse_than_silence
 from simmatch.plasticity import (
@@ -96,6 +97,7 @@ class Synapses(nn.Module):
     ) -> None:
         super().__init__()
         check_dtype(dtype)
+        device = check_device(device)
         self.in_channels, self.out_channels = arguments.in_channels, arguments.out_channels
         self.num_classes, self.label_gain = arguments.num_classes, arguments.label_gain
         self.whiten, self.whiten_ridge, self.seed = arguments.whiten, arguments.whiten_ridge, arguments.seed

@@ -20,6 +20,7 @@ from jobs.reporting import Report
 from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
 from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset, to_unit
+from simmatch.devices import check_device
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.seeding import stream
@@ -46,7 +47,7 @@ class GpuPlan:
     def of(cls, options: argparse.Namespace) -> GpuPlan:
         quick = options.quick
         return cls(
-            device=torch.device(options.device),
+            device=check_device(options.device),
             root=options.root,
             channels=tuple(options.channels or ((32,) if quick else (64, 128, 256, 512))),
             wide=tuple(options.wide or ((32,) if quick else (256, 1024, 2048))),

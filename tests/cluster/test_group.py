@@ -50,6 +50,7 @@ def ray() -> Iterator[Any]:
     ray.init(
         address="local",
         num_cpus=CPUS,
+        num_gpus=1,  # as Ray was told; whether there is a card is another matter
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -247,6 +248,35 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_sizes(
     group.end()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_node_whose_torch_has_no_gpu_is_refused(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    """Ray counts a GPU there. Known to the rank alone, and before anything is trained."""
+    group = WorkerGroup(Assignment(digits_config(1, device="cuda", cluster=limits()), tmp_path, 0))
+    with pytest.raises(ConfigError) as caught:
+        group.start()
+    group.end()
+    assert str(caught.value).startswith(
+        f"device: rank 0 on {socket.gethostname()}: expected one that torch can use here, got 'cuda': "
+    )
+    assert_gone([rank.pid for rank in group.ranks])
+
+
+def test_parts_of_a_gpu_on_many_nodes_are_no_gpu(
+    digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"Alive": True, "NodeManagerAddress": "10.0.0.7", "Resources": {"CPU": 8.0, "GPU": 0.5}}
+    nodes = [node, node | {"NodeManagerAddress": "10.0.0.8"}]
+    group = WorkerGroup(Assignment(digits_config(1, device="cuda"), tmp_path, 0))
+    answers = {"report its resources": {"CPU": 16.0, "GPU": 1.0}, "list its nodes": nodes}
+    monkeypatch.setattr(group, "_ask", lambda verb, call, limit_s=0.0: answers[verb])
+    with pytest.raises(ConfigError) as caught:
+        group._place()
+    assert str(caught.value) == (
+        "mesh: expected nodes with room for 1 rank of {'CPU': 1.0, 'GPU': 1.0}, got nodes: 10.0.0.7 with 8 CPU and "
+        "0.5 GPU, 10.0.0.8 with 8 CPU and 0.5 GPU; 1 rank more than there is room for"
+    )
+
+
 def test_a_busy_cluster_is_waited_for_and_then_named(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
     blocker = ray.util.placement_group([{"CPU": 3.0}])
     assert blocker.wait(20)
@@ -279,7 +309,7 @@ def test_a_run_directory_that_is_not_shared_is_refused(ray: Any, digits_config: 
         controller.run()
     assert str(caught.value) == (
         f"--run-dir: expected a folder that all nodes share, got {tmp_path}: "
-        f"rank 1 on {socket.gethostname()} does not see the file that this job wrote there"
+        f"rank 1 on {socket.gethostname()}: does not see the file that this job wrote there"
     )
     assert (quiet.rows, quiet.notes) == ([], [])
     assert [path.name for path in tmp_path.rglob("*")] == ["own"]

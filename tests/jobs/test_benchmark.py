@@ -387,7 +387,7 @@ def test_gpu_benchmark_asks_for_a_device(tmp_path: Path, capsys: pytest.CaptureF
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     assert main(["gpu", "--run-dir", str(tmp_path)]) == BAD_INPUT
-    assert "gpu: expected a CUDA device" in capsys.readouterr().err
+    assert "device: expected one that torch can use here, got 'cuda': " in capsys.readouterr().err
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -119,6 +119,22 @@ def test_a_wrong_value_is_named(refuse: Refuse, assignment: str, message: str) -
     assert message in refuse("--set", assignment)
 
 
+def test_devices_that_this_machine_lacks_are_refused_before_anything_starts(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks; no CUDA in this build, no card, one card."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert refuse("--set", "device=cuda").endswith("has no CUDA")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "got 'cuda': torch sees no CUDA device" in refuse("--set", "device=cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert refuse("--set", "device=cuda") == "mesh: expected a GPU for each of 2 ranks, got 1 on this machine"
+    assert refuse("--set", "device=cuda:1") == "device: expected 'cpu' or 'cuda', got 'cuda:1'"
+    assert refuse("--set", "mesh.channel=0.5") == "mesh.channel: expected an integer, got 0.5"
+
+
 def test_all_faults_are_told_at_once(refuse: Refuse) -> None:
     message = refuse("--set", "seed=-1", "--set", "mesh.channel=x", "--set", "sed=1")
     for part in ("seed: expected", "mesh.channel: expected", "sed: unknown key"):
