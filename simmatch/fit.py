@@ -30,6 +30,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
 from simmatch.model import InputConfig, Stack, build_layer, pooled
 from simmatch.observer import Observer, Update
+from simmatch.parts import timed
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
 from simmatch.sharding.state import broadcast_from_rank_zero, gather_layer, sum_over_ranks
@@ -168,7 +169,8 @@ class Trainer:
             chosen = batches[update]
             labels = self._labels(chosen) if config.supervised else None
             with self.observer.updating(index, layer):
-                patches = inputs.batch(chosen)
+                with timed("input"):
+                    patches = inputs.batch(chosen)
                 solution = layer.partial_fit(patches, labels)
             number, every = update + 1, self._measure_every
             due = every is not None and (number % every == 0 or number == len(batches))

@@ -27,6 +27,7 @@ from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOp
 from simmatch.geometry import PatchConfig, Patches, prepare, sample_patches
 from simmatch.labels import one_hot
 from simmatch.objective import batch_objective
+from simmatch.parts import timed
 from simmatch.plasticity import Statistics
 from simmatch.precision import eager_full_precision
 from simmatch.seeding import seeded
@@ -372,7 +373,8 @@ class SimilarityMatchingConv2d(Synapses):
             batch = replace(batch, patches=self.prepare(x))  # the patches of a dense layer are whitened already
         state = self._own_state(fault)
         solution, statistics = self.sharing.learn(batch, state)
-        self._learn(statistics, state)
+        with timed("plasticity"):
+            self._learn(statistics, state)
         return solution
 
     @eager_full_precision

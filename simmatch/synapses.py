@@ -17,6 +17,7 @@ from simmatch.config import LayerArguments
 from simmatch.devices import check_device
 from simmatch.geometry import PatchConfig
 from simmatch.objective import divergence_warning, worse_than_silence
+from simmatch.parts import timed
 from simmatch.plasticity import (
     RULES,
     Statistics,
@@ -253,15 +254,16 @@ class Synapses(nn.Module):
                 check_statistics(statistics, self.weights)
                 after = self._learnt(statistics)
         dead = dead_channels(after["silent"], after["lateral"].diagonal(offset=self.rows.start), self.plasticity)
-        bound = certify(
-            after["lateral"],
-            perron,
-            self.rows,
-            ridge=self.dynamics.ridge,
-            exchange=self.exchange,
-            flagged=dead + status_of(after["feedforward"], after["label"]),
-            fault=state.fault,
-        )
+        with timed("bound"):
+            bound = certify(
+                after["lateral"],
+                perron,
+                self.rows,
+                ridge=self.dynamics.ridge,
+                exchange=self.exchange,
+                flagged=dead + status_of(after["feedforward"], after["label"]),
+                fault=state.fault,
+            )
         assert statistics is not None  # else the fault has been raised
         for name, value in after.items():
             getattr(self, name).copy_(value)

@@ -23,6 +23,8 @@ from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.devices import check_device
 from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.parts import timed
+from simmatch.profile import Recorder
 from simmatch.seeding import stream
 from simmatch.sharding.exchange import IdentityExchange
 
@@ -109,9 +111,10 @@ def measure_updates(plan: GpuPlan, report: Report) -> None:
         for update in range(20):
             draw(dataset, update, plan)
         row["seconds_of_input"] = (plan.now() - started) / 20
+        once = partial(learn_once, layer, dataset, 1, plan)
         if plan.device.type == "cuda":
-            once = partial(learn_once, layer, dataset, 1, plan)
-            row |= {"waits": synchronisations(once), "profile": profile(once)}
+            row["waits"] = synchronisations(once)
+        row |= profile(once, plan)
         report.row(kind="updates", mode=name, updates=updates, **row)
 
 
@@ -148,17 +151,20 @@ def synchronisations(action: Callable[[], object]) -> dict[str, int]:
     return dict(Counter(f"{one.filename.rpartition('/')[2]}:{one.lineno}" for one in caught).most_common())
 
 
-def profile(action: Callable[[], object]) -> list[tuple[str, int, float]]:
-    """(kernel, calls, microseconds) of one call, the longest first; the time of all of them last."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
+def profile(action: Callable[[], object], plan: GpuPlan) -> Row:
+    """Milliseconds of every part of one update, on the host and on the device; and the longest kernels."""
+    recorder = Recorder(plan.device)
+    recorder.start()
+    with timed("update"):
         action()
-        torch.cuda.synchronize()
-    rows = [(event.key[:60], event.count, event.self_device_time_total) for event in recorded.key_averages()]
-    rows.sort(key=lambda row: -row[2])
-    return [*rows[:12], ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
+        with timed("waiting"):
+            plan.now()
+    trace = recorder.stop()
+    return {
+        "host_ms": {name: 1e3 * time.host_s for name, time in trace.parts.items()},
+        "device_ms": {name: 1e3 * time.device_s for name, time in trace.parts.items()},
+        "kernels": trace.kernels,
+    }
 
 
 def measure_encoding(plan: GpuPlan, report: Report) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from simmatch.batch import Batch, batch_drive, batch_statistics, with_totals
 from simmatch.config import DynamicsConfig
+from simmatch.parts import timed
 from simmatch.plasticity import Statistics, Weights
 from simmatch.sharding.columns import covering, split_columns
 from simmatch.sharding.exchange import IDENTITY, Exchange
@@ -86,16 +87,17 @@ class RowSharing:
         """Solve a batch: y [K, N] and residual [N]. All owners raise an exception of any of them."""
         lateral = state.weights.lateral
         drive = None
-        with state.fault:
+        with timed("drive"), state.fault:
             drive = batch_drive(batch, state.weights, state.alpha)
         if drive is None:  # a fault: zeros, so that the exchange keeps its shape
             drive = lateral.new_zeros(self._rows.count, batch.columns)
-        return self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=state.fault)
+        with timed("dynamics"):
+            return self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=state.fault)
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
         """Solve a batch, and compute the statistics of this owner's rows; None if `state.fault` holds an exception."""
         solution, statistics = self.solve(batch, state), None
-        with state.fault:
+        with timed("statistics"), state.fault:
             statistics = batch_statistics(batch, solution.y, self._rows, state.weights.label.shape[1])
         return solution, statistics
 
@@ -151,7 +153,8 @@ class ColumnSharing:
         own = own or _unsolved(weights, columns)
         values = torch.cat([own.y, own.residual.unsqueeze(0)])
         counts = [len(share) for share in shares]
-        joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, state.fault)
+        with timed("exchange"):
+            joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, state.fault)
         return Solution(joined[:-1], int(singles.amax()), joined[-1])
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
@@ -165,19 +168,24 @@ class ColumnSharing:
         with state.fault:
             part, inside = covering(columns, batch)
             solution = self._solve(part, inside, weights, state)
-            y = F.pad(solution.y, (inside.start, part.columns - inside.stop))  # zero in the other columns of the part
-            sums = with_totals(batch_statistics(part, y, self._all_rows, self._num_classes), batch)
-        statistics = self._state.statistics(sums, weights.lateral, state.fault)
+            with timed("statistics"):
+                y = F.pad(solution.y, (inside.start, part.columns - inside.stop))  # zero in the other columns
+                sums = with_totals(batch_statistics(part, y, self._all_rows, self._num_classes), batch)
+        with timed("exchange"):
+            statistics = self._state.statistics(sums, weights.lateral, state.fault)
         assert solution is not None  # else the fault has been raised
         return solution, statistics
 
     def _weights(self, state: OwnState) -> Weights:
-        return self._state.weights(state.weights, label=state.alpha is not None)
+        with timed("exchange"):
+            return self._state.weights(state.weights, label=state.alpha is not None)
 
     def _solve(self, part: Batch, inside: slice, weights: Weights, state: OwnState, *, fixed: bool = False) -> Solution:
         """Solve this owner's columns: y [K, n] and residual [n]."""
-        drive = batch_drive(part, weights, state.alpha)[:, inside]
-        return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed)
+        with timed("drive"):
+            drive = batch_drive(part, weights, state.alpha)[:, inside]
+        with timed("dynamics"):
+            return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed)
 
 
 def _unsolved(weights: Weights, columns: range) -> Solution:
