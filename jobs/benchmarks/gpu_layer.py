@@ -127,8 +127,10 @@ def first_layer(plan: GpuPlan, **changes: Any) -> SimilarityMatchingConv2d:
 def learn_once(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, plan: GpuPlan) -> None:
     """One batch, as a job has it: images from the host, positions drawn on the device; the residual looked at every
     tenth time."""
-    images, positions = draw(dataset, update, plan)
-    solution = layer.partial_fit(layer.prepare(images, positions))
+    with timed("input"):
+        images, positions = draw(dataset, update, plan)
+        patches = layer.prepare(images, positions)
+    solution = layer.partial_fit(patches)
     if update % 10 == 0:
         float(solution.residual.mean())
 
@@ -161,8 +163,8 @@ def profile(action: Callable[[], object], plan: GpuPlan) -> Row:
             plan.now()
     trace = recorder.stop()
     return {
-        "host_ms": {name: 1e3 * time.host_s for name, time in trace.parts.items()},
-        "device_ms": {name: 1e3 * time.device_s for name, time in trace.parts.items()},
+        "host_ms": {name: 1e3 * time.host_s for name, time in trace.parts.items() if time.host_s},
+        "device_ms": {name: 1e3 * time.device_s for name, time in trace.parts.items() if time.device_s},
         "kernels": trace.kernels,
     }
 
