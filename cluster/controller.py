@@ -33,11 +33,12 @@ from cluster.messages import (
     TrainingWarning,
 )
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, GroupFailure, Restart, Stop
-from cluster.storage import AnyPath, retry
+from cluster.storage import AnyPath
 from cluster.summary import ABANDONED_TAG, RATE_TAG, RunRecord, abandoned
 from cluster.text import count
 from cluster.tracking.tracker import Tracker
 from cluster.training import Assignment
+from simmatch.remote import retry
 
 if TYPE_CHECKING:
     from cluster.group import WorkerGroup  # imports ray, whose environment must be set by then

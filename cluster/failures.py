@@ -18,7 +18,7 @@ from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout
 from cluster.messages import RankStatus
 from cluster.policy import Failure
-from cluster.storage import StorageError
+from simmatch.remote import StorageError
 
 RETRYABLE_IN_RAY = frozenset(
     {

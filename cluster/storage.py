@@ -1,8 +1,7 @@
 """Files by URI: folders of this machine and object stores (`s3://bucket/prefix`, `gs://…`) behind the same few calls.
 
-universal_pathlib and fsspec know the protocols; s3fs is the extra `simmatch[s3]`. This module adds what a run needs:
-files that are whole or absent, one class of errors, and a time-out for every wait. Credentials and endpoints come from
-the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, … or the provider's own files), never from a URI.
+universal_pathlib and fsspec know the protocols, see `simmatch.remote`. This module adds what a run needs: files that
+are whole or absent, one class of errors, and a time-out for every wait.
 """
 
 from __future__ import annotations
@@ -10,36 +9,25 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from fsspec.core import url_to_fs
 from upath import UPath
 
 from cluster.timeouts import run_with_timeout
 from simmatch import files
 from simmatch.files import Content
+from simmatch.remote import StorageError, file_system
 
 AnyPath = Path | UPath
 """A folder or file, of this machine or remote."""
 
-CONNECT_S, ANSWER_S, ATTEMPTS = 5, 30, 3
-"""Of one request to an object store: longest waits for a connection and for an answer, and number of attempts."""
-
 LIMIT_S = 600.0
 """Longest wait for the transfer of a whole file."""
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
-"""Between attempts."""
-
 T = TypeVar("T")
-
-
-class StorageError(OSError):
-    """A remote file system failed; the message names the path."""
 
 
 def locate(place: str | os.PathLike[str]) -> AnyPath:
@@ -59,20 +47,8 @@ def locate(place: str | os.PathLike[str]) -> AnyPath:
         return Path(text).absolute()
     if protocol in ("file", "local"):
         return Path(rest).absolute()
-    if "@" in rest.partition("/")[0] or "?" in rest:
-        raise ValueError(f"a URI without credentials or options, got one of protocol {protocol} that holds some")
-    options: dict[str, Any] = {"use_listings_cache": False}  # others write there as well
-    if protocol in ("s3", "s3a"):
-        retries = {"max_attempts": ATTEMPTS - 1}
-        options["config_kwargs"] = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": retries}
-    try:
-        url_to_fs(text, **options)  # imports what the protocol needs
-        path: AnyPath = UPath(text, **options)
-    except ImportError as error:
-        hint = "pip install -e '.[s3]' in the checkout" if protocol in ("s3", "s3a") else str(error)
-        raise ValueError(f"a URI whose protocol is installed, got {text!r}: {hint}") from None
-    except ValueError:
-        raise ValueError(f"a folder or a URI such as s3://bucket/prefix, got {text!r}") from None
+    _, _, options = file_system(text)
+    path: AnyPath = UPath(text, **options)
     return path
 
 
@@ -119,34 +95,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, target)
-
-
-def retry(
-    call: Callable[[], T],
-    limit_s: float,
-    failing: Callable[[OSError], None] = lambda error: None,
-    errors: type[OSError] = StorageError,
-) -> T:
-    """The result of a call, which is repeated for about `limit_s` while a remote file system fails.
-
-    failing: called with every failure before the next attempt.
-    errors: OSError where failures of a disk are to be repeated as well.
-
-    Raises
-    ------
-    OSError
-        Of the last attempt.
-    """
-    deadline, pause_s = time.monotonic() + limit_s, FIRST_PAUSE_S
-    while True:
-        try:
-            return call()
-        except errors as error:
-            if time.monotonic() + pause_s > deadline:
-                raise
-            failing(error)
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def read(path: AnyPath) -> bytes:

@@ -34,7 +34,7 @@ from cluster.messages import LayerMetrics, ModelExported, Outbox, Progress
 from cluster.monitors import GrowthMonitor, MetricsWindow, ObjectiveMonitor, TrainingFault
 from cluster.one_rank import on_one_rank
 from cluster.read_out import read_out
-from cluster.storage import AnyPath, copy_whole, retry
+from cluster.storage import AnyPath, copy_whole
 from cluster.timeouts import run_with_timeout
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset, load_dataset
@@ -43,6 +43,7 @@ from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
 from simmatch.observer import Observer, Phase, Update
+from simmatch.remote import retry
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.state import gather_from_ranks

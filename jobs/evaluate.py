@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         threads = options.threads or max(1, allowed_cpus() // options.workers)
         job = Evaluation(config, rows, material, tracker, console)
         params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})
-        begin(tracker, values, params, config.data.name, material, other)
+        begin(tracker, values, params, config.data.title, material, other)
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT

@@ -23,8 +23,9 @@ from pathlib import Path
 from cluster.redaction import one_line
 from jobs.entry_point import run_main
 from simmatch.config import ConfigError, DataConfig
+from simmatch.data.builtin import DATASETS, DataNotFoundError, default_root, download
 from simmatch.data.formats import DataError
-from simmatch.data.sources import DATASETS, DataNotFoundError, Dataset, default_root, download, load_dataset
+from simmatch.data.sources import Dataset, load_dataset
 from simmatch.files import make_folder, write_whole
 
 CONNECT_TIMEOUT_S = 10.0

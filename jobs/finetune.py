@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         tracker = Tracker(run_dir, config.tracking)
         job = Finetuning(config, material, tracker, console, options.threads or allowed_cpus())
         params = config.model_dump(mode="json", exclude={"tracking", "quick"})
-        begin(tracker, definition, params, config.data.name, material)
+        begin(tracker, definition, params, config.data.title, material)
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT

@@ -11,10 +11,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, read, retry, write_whole
+from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, read, write_whole
 from cluster.tracking.delivery import PROGRESS_NAME
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from simmatch.model import MODEL_FILES
+from simmatch.remote import retry
 
 SMALL = ("config.yaml", "summary.json")
 

@@ -17,7 +17,7 @@ from einops import reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, PositiveInt, parse
+from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, NonNegativeInt, PositiveInt, parse
 from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
 from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
@@ -48,8 +48,8 @@ class InputConfig(Frozen):
     width: PositiveInt
     """W, in pixels."""
 
-    num_classes: PositiveInt
-    """Number of classes of the labels."""
+    num_classes: NonNegativeInt
+    """Number of classes of the labels; 0 for images without labels."""
 
     @classmethod
     def of(cls, images: Tensor, num_classes: int) -> InputConfig:

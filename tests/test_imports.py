@@ -23,10 +23,10 @@ ALLOWED = {
 
 EXTRAS = {
     "simmatch": (),
-    "simmatch, inside functions": ("eval",),
+    "simmatch, inside functions": ("eval", "images"),
     "cluster": ("cluster",),
     "jobs": ("cluster", "eval"),
-    "tests": ("cluster", "eval", "s3", "test"),
+    "tests": ("cluster", "eval", "images", "s3", "test"),
 }
 """Whose imports `dependencies` and these extras of pyproject.toml declare, all of them."""
 
@@ -143,7 +143,13 @@ def test_what_is_imported_is_declared(package: str) -> None:
 
 def test_what_is_declared_is_imported() -> None:
     modules = {package: set(third_party(package)) for package in (*ALLOWED, "tests")}
-    users = {"cluster": ("cluster", "jobs"), "eval": ("simmatch", "jobs"), "s3": ("tests",), "test": ("tests",)}
+    users = {
+        "cluster": ("simmatch", "cluster", "jobs"),
+        "eval": ("simmatch", "jobs"),
+        "images": ("simmatch",),
+        "s3": ("tests",),
+        "test": ("tests",),
+    }
     unused = declared() - set[str]().union(*map(distributions_of, modules["simmatch"]))
     for extra, packages in users.items():
         used = set[str]().union(*(distributions_of(module) for package in packages for module in modules[package]))

@@ -37,7 +37,8 @@ ABSENT = (
 NEEDS_AN_EXTRA = """
 from pathlib import Path
 from simmatch.config import DataConfig
-from simmatch.data.sources import download, load_dataset
+from simmatch.data.builtin import download
+from simmatch.data.sources import load_dataset
 from simmatch.readout import fit_readout
 
 for call in (

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from cluster.checkpoints.manifest import MANIFEST, Manifest, folder_of, write_manifest
-from cluster.storage import AnyPath, copy_whole, exists, find, remove, retry, size_bytes
+from cluster.storage import AnyPath, copy_whole, exists, find, remove, size_bytes
 from simmatch.model import MODEL_FILES
+from simmatch.remote import retry
 
 MODEL = "model"
 """Folder of the exported model."""

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.checkpoints.manifest import MANIFEST, CheckpointError, DamagedError, Manifest, Shard, read_manifest
-from cluster.storage import AnyPath, fetch, find, is_local, retry
+from cluster.storage import AnyPath, fetch, find, is_local
+from simmatch.remote import retry
 from simmatch.sharding.rows import Rows
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard, folder_of
 from cluster.messages import Outbox, ShardFailed, ShardWritten
-from cluster.storage import AnyPath, retry, write_whole
+from cluster.storage import AnyPath, write_whole
+from simmatch.remote import retry
 from simmatch.sharding.rows import Rows
 
 WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], Shard]

@@ -140,6 +140,6 @@ def _prepared(text: str, digest: str) -> tuple[EvaluationConfig, list[Row], Mate
     material, other = load(config)
     if (own := digest_of(material, other)) != digest:
         raise DataError(
-            f"{config.data.name} on {gethostname()}: expected the data of this comparison, {digest}, got {own}"
+            f"{config.data.title} on {gethostname()}: expected the data of this comparison, {digest}, got {own}"
         )
     return config, rows_of(config, material, other), material

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import cluster.controller
-import cluster.storage
+import simmatch.remote
 from cluster.checkpoints.manifest import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, read_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
@@ -213,7 +213,7 @@ def test_a_disk_that_cannot_be_read_after_a_failure_is_tried_again(
         return newest_good(run_dir, warn)
 
     monkeypatch.setattr(cluster.controller, "newest_good", read)
-    monkeypatch.setattr(cluster.storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(simmatch.remote, "FIRST_PAUSE_S", 0.01)
     playing = scene([LOST], [])
     config = playing.controller.config
     checkpoint = config.checkpoint.model_copy(update={"patience_s": 0.2})

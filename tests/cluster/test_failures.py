@@ -20,8 +20,8 @@ from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_
 from cluster.failures import classify
 from cluster.monitors import TrainingFault
 from cluster.policy import Failure
-from cluster.storage import StorageError
 from simmatch.config import ConfigError
+from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault
 
 LOOPBACK = "127.0.0.1"

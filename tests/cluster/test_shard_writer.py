@@ -16,7 +16,7 @@ from torch import Tensor
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard, folder_of
 from cluster.checkpoints.shard_writer import ShardWriter, Snapshot, write_shard
 from cluster.messages import Outbox, ShardFailed, ShardWritten
-from cluster.storage import StorageError
+from simmatch.remote import StorageError
 from simmatch.sharding.rows import Rows
 from tests.exchanges import of_type
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import cluster.storage
+import simmatch.remote
 from cluster.checkpoints.committer import Committed, Committer, commit, prune, publish_model
 from cluster.checkpoints.manifest import (
     MANIFEST,
@@ -29,21 +30,9 @@ from cluster.checkpoints.manifest import (
 )
 from cluster.checkpoints.reader import Reader, newest_good
 from cluster.checkpoints.shard_writer import write_shard
-from cluster.storage import (
-    AnyPath,
-    StorageError,
-    copy_whole,
-    exists,
-    fetch,
-    find,
-    is_local,
-    locate,
-    read,
-    remove,
-    retry,
-    write_whole,
-)
+from cluster.storage import AnyPath, copy_whole, exists, fetch, find, is_local, locate, read, remove, write_whole
 from simmatch.model import MODEL_FILES
+from simmatch.remote import StorageError, retry
 from simmatch.sharding.rows import Rows, split_rows
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -284,7 +273,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients made from here on ask once."""
     import s3fs
 
-    monkeypatch.setattr(cluster.storage, "ATTEMPTS", 1)
+    monkeypatch.setattr(simmatch.remote, "ATTEMPTS", 1)
     s3fs.S3FileSystem.clear_instance_cache()
 
 

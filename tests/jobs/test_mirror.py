@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from cluster.config import RunConfig, public
-from cluster.storage import AnyPath, StorageError, locate, read, write_whole
+from cluster.storage import AnyPath, locate, read, write_whole
 from cluster.tracking.delivery import PROGRESS_NAME
 from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from jobs.mirror import Mirror
 from jobs.run_directory import choose
 from simmatch.config import ConfigError
+from simmatch.remote import StorageError
 from tests.object_store import BUCKET, ObjectStore, object_store
 
 FIRST, SECOND, OTHER = (json.dumps({"kind": "metrics", "step": step}).encode() + b"\n" for step in (1, 2, 3))

@@ -24,7 +24,6 @@ import jobs.training_job
 from cluster.config import RunConfig
 from cluster.controller import RunFailed, RunStopped
 from cluster.messages import ReadoutScored
-from cluster.storage import StorageError
 from cluster.summary import RunRecord
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.tracker import Tracker
@@ -36,6 +35,7 @@ from jobs.signals import termination_signals
 from jobs.training_job import TrainingJob
 from simmatch.data.sources import Dataset
 from simmatch.model import Stack, save_model
+from simmatch.remote import StorageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAYER = {"objective": 0.5, "residual": 1e-3, "num_iters": 9.0, "active_fraction": 0.1, "dead_channels": 0.0}

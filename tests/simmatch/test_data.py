@@ -12,8 +12,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from simmatch.config import ConfigError, DataConfig
+from simmatch.data.builtin import DATASETS, DataNotFoundError, download
 from simmatch.data.formats import DataError
-from simmatch.data.sources import DATASETS, DataNotFoundError, Dataset, download, load_dataset, to_unit, without_damage
+from simmatch.data.sources import Dataset, load_dataset, to_unit, without_damage
 from tests.image_files import IDX_FILES, cifar_arrays, idx_bytes, python2_batch, write_mnist
 
 
@@ -110,7 +111,7 @@ def test_download_only_where_allowed(nowhere, monkeypatch):
         calls.append((name, root))
         write_mnist(root / "MNIST" / "raw")
 
-    monkeypatch.setattr("simmatch.data.sources.download", fake)
+    monkeypatch.setattr("simmatch.data.builtin.download", fake)
     with pytest.raises(DataNotFoundError):
         load_dataset(DataConfig(name="mnist"))
     with pytest.raises(DataNotFoundError):

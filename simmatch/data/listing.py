@@ -1,0 +1,190 @@
+"""Own images: which format a place holds, what is in it, and which images are for training and which for testing.
+
+To add a format, write a function `(path, config) -> (samples, classes, number of other files)`, as in `folders`, `tars`
+and `parquet`, and add it to `FORMATS` and to `DataConfig.format`. What an image file becomes is in `decoding`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmatch.config import ConfigError, DataConfig
+from simmatch.data.folders import list_folder
+from simmatch.data.formats import DataError
+from simmatch.data.parquet import list_parquet
+from simmatch.data.places import absolute, contents, is_folder, is_pattern
+from simmatch.data.samples import Samples
+from simmatch.data.tars import list_tars
+from simmatch.documents import shortened
+from simmatch.labels import UNLABELLED
+from simmatch.remote import is_remote
+
+ListFormat = Callable[[str, DataConfig], tuple[Samples, tuple[str, ...], int]]
+
+FORMATS: dict[str, ListFormat] = {"folder": list_folder, "tar": list_tars, "parquet": list_parquet}
+"""Value of `data.format` → what lists the images of such a place, their classes and the number of other files."""
+
+TEST_NAMES = ("test", "val", "valid", "validation")
+"""Parts of names that mark test images, beside `train`; of several, the first one is used."""
+
+
+MOST_CLASSES = 100_000
+"""Where the files do not name the classes, a larger label is taken for a mistake."""
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """Own images that have not been read yet.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for index in range(10):
+    ...         os.makedirs(f"{folder}/{index % 2}", exist_ok=True)
+    ...         open(f"{folder}/{index % 2}/{index}.jpg", "w").close()
+    ...     listing = list_samples(DataConfig(path=folder, test_fraction=0.2))
+    >>> len(listing.train), len(listing.test), listing.classes
+    (8, 2, ('0', '1'))
+    """
+
+    train: Samples
+    test: Samples
+    classes: tuple[str, ...]
+    """Names of the classes; none if no image has a label."""
+
+    note: str
+    """One line that says what was found."""
+
+
+def list_samples(config: DataConfig) -> Listing:
+    """Find the images of `data.path`, and of `data.test_path` if it is given; no image is read.
+
+    Raises
+    ------
+    ConfigError
+        The configuration does not say how to understand what is there, for example which images are test images.
+    DataError
+        There are no images, labels are missing or of one class only, or a file cannot be read. One line.
+
+    >>> list_samples(DataConfig(path="/nowhere/photos", test_fraction=0.1))
+    Traceback (most recent call last):
+    simmatch.data.formats.DataError: /nowhere/photos: no such folder
+    """
+    assert config.path is not None, "own images have a path"
+    path = absolute(config.path)
+    train_path, test_path = path, None if config.test_path is None else absolute(config.test_path)
+    kind = _format(path) if config.format == "auto" else config.format
+    named = _named_split(path)
+    if named is not None:
+        if test_path is not None or config.test_fraction is not None:
+            key = "test_fraction" if test_path is None else "test_path"
+            raise ConfigError(
+                f"data.{key}: expected nothing, as {shortened(path)} holds train and test images; name one part of it "
+                f"in data.path, or leave out data.{key}"
+            )
+        train_path, test_path = named
+        if config.format == "auto" and is_folder(train_path):
+            kind = _format(train_path)
+    train, classes, ignored = FORMATS[kind](train_path, config)
+    if test_path is not None:
+        test, test_classes, more = FORMATS[kind](test_path, config)
+        test, ignored = _as_in(test, test_classes, classes, train_path), ignored + more
+        how = "by their names" if named is not None else f"data.test_path: {test_path}"
+    elif config.test_fraction is not None:
+        train, test = train.split(config.test_fraction, config.split_seed)
+        how = f"data.test_fraction: {config.test_fraction:g}"
+        if not len(test):
+            raise ConfigError(
+                f"data.test_fraction: expected a share of {len(train)} images, got {config.test_fraction:g}"
+            )
+    else:
+        raise ConfigError(
+            f"data.test_path: expected test images, or a share of {shortened(path)} for testing in data.test_fraction, "
+            "got neither"
+        )
+    classes = _checked_classes(train, test, classes, train_path, config)
+    labelled = int((train.labels != UNLABELLED).sum() + (test.labels != UNLABELLED).sum())
+    note = (
+        f"{shortened(path)}: {kind}, {len(train):,} training images, {len(test):,} test images ({shortened(how)}), "
+        f"{len(classes)} classes, {labelled:,} images labelled, {ignored:,} other files left out"
+    )
+    return Listing(train, test, classes, note)
+
+
+def _format(path: str) -> str:
+    """The format of a place, by the names of its files."""
+    suffixes = {".tar": "tar", ".parquet": "parquet"}
+    if is_pattern(path) or not is_folder(path):
+        kind = suffixes.get(os.path.splitext(path)[1].lower())
+        if kind is None and is_pattern(path):
+            raise ConfigError(f"data.path: expected a pattern of files .tar or .parquet, got {shortened(path)}")
+        return kind or "folder"
+    found = sorted({kind for name in contents(path)[1] if (kind := suffixes.get(os.path.splitext(name)[1].lower()))})
+    if len(found) > 1:
+        raise ConfigError(f"data.format: expected one of {', '.join(found)}, as {shortened(path)} holds both, got auto")
+    return found[0] if found else "folder"
+
+
+def _named_split(path: str) -> tuple[str, str] | None:
+    """The places of training and test images in a folder that names them so."""
+    if is_pattern(path) or not is_folder(path):
+        return None
+    folders, files = contents(path)
+    for test in TEST_NAMES:
+        if "train" in folders and test in folders:
+            return f"{path}/train", f"{path}/{test}"
+    shards = [name for name in files if name.lower().endswith((".tar", ".parquet"))]
+    parts = {
+        part: [name for name in shards if part in re.split(r"[-_.]", name.lower())] for part in ("train", *TEST_NAMES)
+    }
+    for test in TEST_NAMES:
+        if parts["train"] and parts[test]:
+            below = path if is_remote(path) else glob.escape(path)
+            train_files, test_files = (f"{below}/{{{','.join(parts[part])}}}" for part in ("train", test))
+            return train_files, test_files
+    return None
+
+
+def _as_in(test: Samples, own: tuple[str, ...], classes: tuple[str, ...], train_path: str) -> Samples:
+    """Test images with the numbers that their classes have among the training images."""
+    if not own or own == classes:
+        return test
+    number = {name: index for index, name in enumerate(classes)}
+    unknown = [name for name in own if name not in number]
+    if unknown:
+        raise DataError(
+            f"class '{shortened(unknown[0])}' of the test images: expected one of the training images' classes, "
+            f"got none of this name in {shortened(train_path)}"
+        )
+    numbers = np.array([number[name] for name in own] + [UNLABELLED])  # index −1 for unlabelled
+    return Samples(test.origin, test.keys, test.locations, numbers[test.labels])
+
+
+def _checked_classes(
+    train: Samples, test: Samples, names: tuple[str, ...], path: str, config: DataConfig
+) -> tuple[str, ...]:
+    """The names of the classes; numbers where the files hold no names."""
+    lowest = min(int(part.labels.min()) for part in (train, test))
+    largest = max(int(part.labels.max()) for part in (train, test))
+    where = shortened(path)
+    most = len(names) or MOST_CLASSES
+    if lowest < UNLABELLED or largest >= most:
+        wrong = lowest if lowest < UNLABELLED else largest
+        raise DataError(f"{where}: expected labels 0 to {most - 1}, or {UNLABELLED} for none, got {wrong}")
+    found = np.unique(train.labels[train.labels != UNLABELLED])
+    if len(found) == 0:
+        if config.labels is True or largest != UNLABELLED:
+            raise DataError(f"{where}: expected training images with labels, got none")
+        return ()
+    if len(found) == 1:
+        name = names[found[0]] if names else str(found[0])
+        raise DataError(
+            f"{where}: expected labels of two classes at least, got '{shortened(name)}' only; set data.labels: false "
+            "to use the images without labels"
+        )
+    return names or tuple(map(str, range(largest + 1)))
