@@ -84,10 +84,15 @@ class TorchExchange:
             work = dist.all_to_all_single(received.view(-1), sent.view(-1), group=self.group, async_op=True)
             return self._pending(work)
 
-    def _count(self, part: Tensor) -> None:
-        """Count an exchange in which such a slice comes from each of the others."""
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        self._count(tensor, slices=int(self.rank != source))
+        with timed("exchange"):
+            return self._pending(dist.broadcast(tensor, group_src=source, group=self.group, async_op=True))
+
+    def _count(self, part: Tensor, slices: int | None = None) -> None:
+        """Count an exchange in which so many slices come from others; None: one from each of them."""
         self.num_exchanges += 1
-        self.bytes_exchanged += part.nbytes * (self.world_size - 1)
+        self.bytes_exchanged += part.nbytes * (self.world_size - 1 if slices is None else slices)
 
     def _pending(self, work: dist.Work | None) -> Pending:
         assert work is not None  # asked for with async_op

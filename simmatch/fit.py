@@ -33,7 +33,7 @@ from simmatch.observer import Observer, Update
 from simmatch.parts import timed
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
-from simmatch.sharding.state import broadcast_from_rank_zero, gather_layer, sum_over_ranks
+from simmatch.sharding.state import gather_layer, sum_over_ranks
 
 MEASURED = ("whitening", "whitening_mean", "input_power")
 """Buffers that calibration fills, if they exist."""
@@ -189,8 +189,7 @@ class Trainer:
         self.observer.on_one_rank(work if self.exchange.rank == 0 else None)
         for name in MEASURED:
             if hasattr(layer, name):
-                target = getattr(layer, name)
-                target.copy_(broadcast_from_rank_zero(target, self.exchange))
+                self.exchange.broadcast(getattr(layer, name), source=0).wait()
         self.observer.progress("calibrate", 1, 1, layer=index)
 
     # ------------------------------------------------------------------------------------------- encoding

@@ -103,21 +103,34 @@ class ThreadExchange:
             if rank != self.rank:
                 gathered[rank].copy_(part)
 
-        return Pending(self, self._post(own, own.nbytes), gathered[self.rank], own, deliver)
+        return Pending(self, self._post(own, own.nbytes * (self.world_size - 1)), gathered[self.rank], own, deliver)
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
         assert received.shape == sent.shape
         assert sent.shape[0] == self.world_size
         received.fill_(torch.nan)
         posted = sent.clone()
-        page = self._post(posted, sent[0].nbytes)
+        page = self._post(posted, sent[0].nbytes * (self.world_size - 1))
         return Pending(self, page, sent, posted, lambda rank, part: received[rank].copy_(part[self.rank]))
 
-    def _post(self, own: Tensor, slice_bytes: int) -> int:
+    def broadcast(self, tensor: Tensor, source: int) -> Pending:
+        assert tensor.is_contiguous()
+        if self.rank != source:
+            tensor.fill_(torch.nan)
+        posted = tensor.clone()
+        page = self._post(posted, 0 if self.rank == source else tensor.nbytes)
+
+        def deliver(rank: int, part: Tensor) -> None:
+            if rank == source:
+                tensor.copy_(part)
+
+        return Pending(self, page, tensor, posted, deliver)
+
+    def _post(self, own: Tensor, received_bytes: int) -> int:
         """Page on the board of the exchange that this begins."""
         time.sleep(self.delay_s)
         page, self.num_exchanges = self.num_exchanges, self.num_exchanges + 1
-        self.bytes_exchanged += slice_bytes * (self.world_size - 1)
+        self.bytes_exchanged += received_bytes
         self.board.post(page, self.rank, own)
         return page
 

@@ -21,6 +21,7 @@ from cluster.collectives import PeerTimeout, TorchExchange, connect_store, join_
 from simmatch.features import gather_images, own_part
 from simmatch.sharding.exchange import Exchange, IdentityExchange
 from simmatch.sharding.rows import split_rows
+from simmatch.sharding.state import sum_over_ranks
 from tests.exchanges import results
 
 LOOPBACK = "127.0.0.1"
@@ -116,6 +117,45 @@ def test_every_rank_receives_what_each_sent_to_it(ranks: Any, world_size: int) -
         slices = [torch.empty(shape, dtype=dtype) for shape, dtype in cases]
         assert counted == [(world_size - 1) * part.numel() * part.element_size() for part in slices]
     assert world_size == 1 or ranks.num_exchanges == [len(cases)] * world_size
+
+
+def broadcast_everything(exchange: TorchExchange) -> tuple[list[Tensor], list[Counted]]:
+    """The last owner sends its pattern."""
+    found, counted = [], []
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            before = exchange.bytes_exchanged
+            found.append(pattern(exchange.rank, shape, dtype))
+            exchange.broadcast(found[-1], source=exchange.world_size - 1).wait()
+            counted.append((exchange.num_completed, exchange.bytes_exchanged - before))
+    return found, counted
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_broadcast_reaches_every_rank_once(ranks: Any, world_size: int) -> None:
+    """In place, and not more bytes with more ranks: a gather brings a copy from each."""
+    last = world_size - 1
+    cases = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+    for rank, (found, counted) in enumerate(results(ranks(broadcast_everything, world_size))):
+        for number, (tensor, (shape, dtype)) in enumerate(zip(found, cases, strict=True), 1):
+            assert torch.equal(tensor, pattern(last, shape, dtype))
+            assert counted[number - 1] == (number, tensor.nbytes if rank != last else 0)
+
+
+def sums(exchange: TorchExchange) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(exchange.rank)
+    return [sum_over_ranks(torch.randn(shape, generator=generator), exchange) for shape in SHAPES]
+
+
+def test_a_sum_over_ranks_is_added_in_their_order(ranks: Any) -> None:
+    """Bit by bit; gloo's own reduction adds in an order that depends on the rank."""
+    generators = [torch.Generator().manual_seed(rank) for rank in range(3)]
+    expected = []
+    for shape in SHAPES:
+        one, two, three = (torch.randn(shape, generator=generator) for generator in generators)
+        expected.append(one + two + three)
+    for found in results(ranks(sums, 3)):
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def everything_alone() -> Any:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import simmatch.convolution
 from jobs.benchmarks.efficiency import peak_allocated_bytes
 from simmatch.config import DynamicsConfig
 from simmatch.convolution import Convolution
 from simmatch.layer import SimilarityMatchingConv2d
+from tests.live_bytes import LiveBytes
 from tests.reference import patch_matrix
 
 # (in_channels, kernel, stride, padding, height, width)
@@ -87,27 +85,6 @@ def test_gathered_patches_are_those_of_their_positions(
 
 SIZE, CHANNELS, BATCH = 14, 64, 20
 ACTIVITY_BYTES = 4 * CHANNELS * BATCH * SIZE * SIZE
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside and alive at the same time, at their most; views count nothing of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                storage = leaf.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive = {key: (weak, size) for key, (weak, size) in self.alive.items() if not weak.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return result
 
 
 def test_the_counter_counts() -> None:
