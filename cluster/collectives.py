@@ -39,6 +39,8 @@ class Pending:
         try:
             with timed("waiting"):
                 self._work.wait()
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
+            raise  # of this rank's own device
         except RuntimeError as error:
             raise PeerTimeout(
                 f"rank {exchange.rank} of {exchange.world_size} waited for exchange {exchange.num_exchanges} "

@@ -1,8 +1,9 @@
 """Why a group cannot go on: `classify` reads one error, `group_failure` the status of all ranks.
 
 A failure is retryable where a rank, a node or a link is gone: Ray reports it by type, gloo, nccl and torch's store by
-type and text. Any other would happen again: a configuration, a program, memory that does not suffice. What is unknown
-counts as one of these, since a wrong restart costs more than a clear end.
+type and text. So is an error of a GPU after which its process can no longer use it: a new group has new processes. Any
+other would happen again: a configuration, a program, memory that does not suffice. What is unknown counts as one of
+these, since a wrong restart costs more than a clear end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cluster.collectives import PeerTimeout
 from cluster.messages import RankStatus
 from cluster.policy import Failure
 from simmatch.remote import StorageError
+from simmatch.sharding.faults import SharedFault
 
 RETRYABLE_IN_RAY = frozenset(
     {
@@ -81,8 +83,26 @@ RETRYABLE_TEXTS = (
     "fallen off the bus",
     "device unavailable",
     "devices unavailable",
+    "busy or unavailable",
+    # a device that this process can no longer use
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "invalid program counter",
+    "hardware stack error",
+    "cuda error: unknown error",
+    "status_execution_failed",
 )
-"""Parts of the lower-case text of a RuntimeError: gloo and CUDA have no types for these."""
+"""Parts of the lower-case text of a RuntimeError: gloo has no types for these, and torch one type for all of CUDA's."""
+
+ADVICE = (" Some common causes include", " CUDA kernel errors might be asynchronously", " Search for `cuda")
+"""Where the text of Ray, or of torch, goes on with guesses and general advice."""
+
+SETTLE_S = 5.0
+"""Longest wait for the rank whose exception the others have been told of: it reports its own at about the same time."""
 
 FATAL_TEXTS = ("ncclinvalidusage", "ncclinvalidargument", "invalidauthtoken")
 """Parts of the text of errors whose type is retryable."""
@@ -105,18 +125,29 @@ def classify(error: BaseException) -> Failure:
         return Failure(_last_line(error), retryable=False)
     if ray:
         return Failure(_sentence(error), retryable=bool(ray & RETRYABLE_IN_RAY) and not _is_fatal(error))
+    chain = _chain(error)
     diverged = bool(getattr(error, "diverged", False))
-    retryable = not diverged and any(map(_is_retryable, _chain(error)))
-    return Failure(_sentence(error), retryable=retryable, diverged=diverged)
+    retryable = not diverged and any(map(_is_retryable, chain))
+    shared = any(isinstance(one, SharedFault) and one.kind == "exception" for one in chain)
+    told = shared and isinstance(chain[-1], SharedFault)  # of another rank's; else its own stands behind it
+    message = _sentence(error) + (f": {_sentence(chain[-1])}" if shared and not told else "")
+    secondary = told or any(map(_is_lost_peer, chain))
+    return Failure(message, retryable=retryable, diverged=diverged, secondary=secondary)
 
 
 def group_failure(statuses: Sequence[RankStatus], stall_timeout_s: float) -> Failure | None:
     """Why the group cannot go on, or None while it can."""
-    failures = [status.failure for status in statuses if status.failure is not None]
-    if not failures:
+    failed = {status.rank: status.failure for status in statuses if status.failure is not None}
+    if not failed:
         return stalled(statuses, stall_timeout_s)
-    failure = min(failures, key=lambda failure: failure.retryable)  # a fault of the program explains lost peers
-    return _name_missing(failure, statuses) if failure.retryable else failure
+    # what a rank did by itself explains what the others report; a fault of the program explains lost peers
+    failure = min(failed.values(), key=lambda failure: (failure.secondary, failure.retryable))
+    if failure.retryable:
+        return _name_missing(failure, statuses) if failure.secondary else failure
+    waits = failure.secondary and any(status.failure is None for status in statuses)
+    if waits and min(status.idle_s for status in statuses if status.rank in failed) < SETTLE_S:
+        return None
+    return failure
 
 
 def stalled(statuses: Sequence[RankStatus], limit_s: float) -> Failure | None:
@@ -176,6 +207,10 @@ def _is_retryable(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in text for part in RETRYABLE_TEXTS)
 
 
+def _is_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, PeerTimeout | dist.DistBackendError) and not _is_fatal(error)
+
+
 def _is_fatal(error: BaseException) -> bool:
     text = str(error).lower()
     return any(part in text for part in FATAL_TEXTS)
@@ -186,7 +221,9 @@ def _sentence(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("\t", "  "))]
     if isinstance(error, PeerTimeout):
         return lines[0]  # names the rank and what it waited for
-    text = " ".join(lines).partition(" Some common causes include")[0]  # Ray's guesses
+    text = " ".join(lines)
+    for advice in ADVICE:
+        text = text.partition(advice)[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

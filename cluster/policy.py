@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Divergence = Literal["stop", "lower_rate"]
@@ -49,12 +49,14 @@ class Failure:
     retryable: a rank died, hung or was cut off, through no fault of the program: a new group may succeed.
     fits: number of ranks that the cluster has room for, where that was too few.
     diverged: values became NaN or infinite, or exploded; the same learning rates would lead there again.
+    secondary: the rank that reports it has lost another one, or has been told of the other's exception.
     """
 
     message: str
     retryable: bool
     fits: int | None = None
     diverged: bool = False
+    secondary: bool = field(default=False, repr=False)
 
 
 class GroupFailure(RuntimeError):

@@ -144,6 +144,14 @@ class Worker:
         """The device of all tensors; Ray hides all GPUs but the rank's own."""
         return torch.device(self.assignment.config.device)
 
+    @property
+    def _name(self) -> str:
+        """This rank in a message, with the GPU that may be the cause."""
+        rank = f"rank {self.assignment.rank}"
+        if self._device.type != "cuda":
+            return rank
+        return f"{rank} on {socket.gethostname()}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES') or 0}"
+
     def _run(self, threads: int) -> None:
         try:
             torch.set_num_threads(threads)
@@ -158,5 +166,5 @@ class Worker:
             hide = Redactor(os.environ)  # this node's secrets may differ from the driver's
             self._outbox.send(Traceback(hide(traceback.format_exc())))
             failure = classify(error)
-            self._failure = replace(failure, message=hide(f"rank {self.assignment.rank}: {failure.message}"))
+            self._failure = replace(failure, message=hide(f"{self._name}: {failure.message}"))
         self._done = True

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ Kind = Literal[
     "nan label",
     "explode",
     "exception",
+    "card",
     "error",
     "kill",
     "hold",
@@ -47,6 +49,7 @@ Kind = Literal[
 nan …       a NaN in the last own row of W, M or V, before the update
 explode     the own rows of W a million times too large, before the update
 exception   the rank's statistics raise, in the middle of the update; elsewhere the rank raises on the spot
+card        the same, with what torch raises when a GPU has failed
 error       the rank's next update raises before its batch is made, outside of what the ranks tell each other
 kill        the process ends, by SIGKILL
 hold        the training thread stays away for `HOLD_S`
@@ -68,7 +71,7 @@ MOMENTS: dict[str, tuple[Phase, int, int]] = {
 """Phase, layer and update in the run of `digits_config`, which writes a checkpoint every four updates."""
 
 
-OF_A_LAYER = ("nan feedforward", "nan lateral", "nan label", "explode", "exception", "error")
+OF_A_LAYER = ("nan feedforward", "nan lateral", "nan label", "explode", "exception", "card", "error")
 """Kinds that a rank's layer or its batches suffer."""
 
 
@@ -80,6 +83,15 @@ COMMIT_S = 30.0
 
 class InjectedError(RuntimeError):
     """What a planned exception raises."""
+
+
+ERRORS: dict[str, Exception] = {
+    "exception": InjectedError("injected"),
+    "card": torch.AcceleratorError(
+        "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"
+    ),
+}
+"""What a rank's own arithmetic raises."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +219,8 @@ def inject(kind: Kind, layer: SimilarityMatchingConv2d) -> None:
     """Let one rank's layer, or the making of its batch, suffer one fault now."""
     if kind == "error":
         raise InjectedError("injected")
-    elif kind == "exception":
-        layer._learnt = _raise  # type: ignore[method-assign]
+    elif kind in ERRORS:
+        layer._learnt = partial(_raise, ERRORS[kind])  # type: ignore[method-assign]
     elif kind == "explode":
         with torch.no_grad():
             layer.feedforward *= 1e6
@@ -217,8 +229,8 @@ def inject(kind: Kind, layer: SimilarityMatchingConv2d) -> None:
             getattr(layer, kind.removeprefix("nan "))[-1].view(-1)[0] = torch.nan
 
 
-def _raise(*_: Any) -> Any:
-    raise InjectedError("injected")
+def _raise(error: Exception, *_: Any) -> Any:
+    raise error
 
 
 def faulty_training(*plans: FaultPlan) -> type[FaultyTraining]:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_store
-from cluster.failures import classify
+from cluster.failures import SETTLE_S, classify, group_failure
+from cluster.messages import RankStatus
 from cluster.monitors import TrainingFault
 from cluster.policy import Failure
 from simmatch.config import ConfigError
@@ -25,6 +26,13 @@ from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault
 
 LOOPBACK = "127.0.0.1"
+
+CUDA_ADVICE = (
+    "Search for `cudaErrorAssert' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for it.\n"
+    "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
+    "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
 
 
 def in_an_actor(error: Exception) -> rx.RayTaskError:
@@ -67,6 +75,12 @@ RETRYABLE = [
     dist.DistBackendError("NCCL error in: …, unhandled system error\nncclSystemError: Call to ibv_modify_qp failed"),
     RuntimeError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 120000 ms"),
     RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+    torch.AcceleratorError(f"CUDA error: device-side assert triggered\n{CUDA_ADVICE}"),
+    RuntimeError(f"CUDA error: unspecified launch failure\n{CUDA_ADVICE}"),
+    torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered\n{CUDA_ADVICE}"),
+    torch.AcceleratorError("CUDA error: the launch timed out and was terminated"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
     RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\ndevices unavailable"),
     torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution"),
     ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
@@ -89,7 +103,9 @@ FATAL = [
     dist.DistBackendError("NCCL error in: …, invalid usage\nncclInvalidUsage: Duplicate GPU detected"),
     dist.DistBackendError("NCCL error in: …, invalid argument\nncclInvalidArgument: …"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-    RuntimeError("CUDA error: device-side assert triggered"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    torch.AcceleratorError("CUDA error: invalid device ordinal"),
+    torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     MemoryError(),
     OSError(errno.ENOSPC, "No space left on device"),
@@ -148,7 +164,43 @@ def test_the_message_is_one_line_without_details() -> None:
     assert classify(error) == Failure("ValueError: cluster.interface: expected eth7,", retryable=False)
     error = rx.ActorDiedError(rx.RayTaskError("__init__", "Traceback\nModuleNotFoundError: No module 'x'", None))
     assert classify(error).message == "ModuleNotFoundError: No module 'x'"
+    error = torch.AcceleratorError(f"CUDA error: device-side assert triggered\n{CUDA_ADVICE}")
+    assert classify(error).message == "AcceleratorError: CUDA error: device-side assert triggered"
     assert classify(PeerTimeout("rank 0 waited: closed\nat pair.cc:547")).message == "rank 0 waited: closed"
+
+
+# -- one rank's error and what the others say of it --------------------------------------------------------------------
+
+
+def of_rank(rank: int, error: Exception | None, idle_s: float = 0.0) -> RankStatus:
+    failure = None if error is None else classify(error)
+    return RankStatus(rank, error is not None, failure, [], [], num_exchanges=7, idle_s=idle_s)
+
+
+def in_update(error: Exception | None = None) -> Exception:
+    """What a rank's training ends with after an exception of rank 1; `error` is its own."""
+    shared = SharedFault("exception", [1])
+    shared.__cause__ = error
+    return raised_from(TrainingFault("layer 0, step 3: exception on rank 1"), shared)
+
+
+LOST_CARD = torch.AcceleratorError("CUDA error: unspecified launch failure")
+LOST_PEER = PeerTimeout("rank 0 of 2 waited for exchange 7 (limit 3 s): closed")
+
+
+@pytest.mark.parametrize("told", [in_update(), LOST_PEER], ids=["told", "waited"])
+@pytest.mark.parametrize("own", [in_update(LOST_CARD), LOST_CARD, in_update(KeyError("lr"))], ids=named)
+def test_the_rank_with_the_error_speaks_for_all(told: Exception, own: Exception) -> None:
+    """Whoever reports first, and whether or not the error is one that a new group may survive."""
+    for statuses in ([of_rank(0, told), of_rank(1, own)], [of_rank(0, own), of_rank(1, told)]):
+        assert group_failure(statuses, 100.0) == classify(own)
+
+
+def test_the_rank_with_the_error_is_waited_for() -> None:
+    """The others have been told of it, and their poll may come before its own report."""
+    assert group_failure([of_rank(0, in_update()), of_rank(1, None, 99.0)], 100.0) is None
+    failure = group_failure([of_rank(0, in_update(), SETTLE_S + 1.0), of_rank(1, None)], 100.0)
+    assert failure == classify(in_update())
 
 
 # -- what gloo and the store raise -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from simmatch.config import ConfigError
 from simmatch.layer import SimilarityMatchingConv2d
 from tests.cluster.actors import assert_gone, limits, nothing_reserved, train
 from tests.exchanges import results
-from tests.faults import FaultPlan, faulty_worker
+from tests.faults import FaultPlan, Kind, faulty_worker
 
 pytestmark = pytest.mark.slow
 
@@ -145,18 +145,20 @@ def test_a_run_of_two_actors_gives_the_model_of_two_processes(
     assert committed == [f"step-{step:08d}" for step in (4, 8, 10, 12, 16, 20, 22)]
 
 
-def test_a_run_survives_a_killed_actor_bit_by_bit(
-    ray: Any, digits_config: ConfigMaker, without_ray: bytes, tmp_path: Path
+@pytest.mark.parametrize("kind", ["kill", "card"])
+def test_a_run_survives_a_lost_process_or_card_bit_by_bit(
+    ray: Any, digits_config: ConfigMaker, without_ray: bytes, tmp_path: Path, kind: Kind
 ) -> None:
-    """Rank 1 of the first group dies at update 7 of layer 1; the second group continues from a checkpoint."""
+    """Rank 1 of the first group is lost at update 7 of layer 1; the second group continues from a checkpoint."""
     quiet, config = Quiet(), digits_config(2, cluster=limits())
-    worker = faulty_worker(FaultPlan(rank=1, layer=1, step=7, kind="kill"))
+    worker = faulty_worker(FaultPlan(rank=1, layer=1, step=7, kind=kind))
     record = Controller(config, tmp_path, lambda assignment: WorkerGroup(assignment, worker), quiet, quiet).run()
     assert record.restarts == 1
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == without_ray
     assert quiet.rows == [(0, 5), (0, 10), (1, 5), (1, 10), (1, 12)]
     (note,) = [note for note in quiet.notes if "starting a new group" in note]
-    assert "rank 1" in note
+    assert note.startswith("rank 1")
+    assert ("CUDA error: unspecified launch failure; starting" in note) == (kind == "card")
     assert "from step-" in note  # 16 updates were done, and the controller had seconds to commit those of layer 0
 
 
