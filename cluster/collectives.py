@@ -24,6 +24,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 """Called `all_gather_into_tensor` before torch 2.14."""
 
 
+WATCHDOG_FACTOR = 2.0
+"""nccl's own limit on an exchange, over the run's."""
+
+
 class PeerTimeout(RuntimeError):
     """An exchange did not complete: a rank is missing, or the time limit is over."""
 
@@ -50,8 +54,39 @@ class Pending:
         exchange.num_completed += 1
 
 
+class DeviceCounter:
+    """Counts what a device has come to, in memory of the host: reading it asks no device, which might not answer.
+
+    Counting is queued like any other work, so that it also counts in every replay of a captured graph: one addition to
+    a number on the device, and a copy of it to pinned memory.
+
+    >>> counter = DeviceCounter(torch.device("cpu"))
+    >>> counter.advance()
+    >>> counter.value
+    1
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
+        self._copy = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def advance(self) -> None:
+        """Count one more, once the device has done all that is queued before."""
+        self._count += 1
+        self._copy.copy_(self._count, non_blocking=True)
+
+    @property
+    def value(self) -> int:
+        """What the device has counted so far; may be read in any thread."""
+        return int(self._copy)
+
+
 class TorchExchange:
     """Collectives of one group of ranks.
+
+    Parameters
+    ----------
+    counter: counts the exchanges that the rank's device has come to. None: they are started by the host itself.
 
     Attributes
     ----------
@@ -62,12 +97,17 @@ class TorchExchange:
 
     asynchronous = True
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float, counter: DeviceCounter | None = None) -> None:
+        self.group, self._counter = group, counter
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.num_exchanges = self.num_completed = self.bytes_exchanged = 0
         self.waited_s = 0.0
+
+    @property
+    def num_started(self) -> int:
+        """Exchanges that this rank has come to: under nccl its device, of which the host is ahead."""
+        return self.num_exchanges if self._counter is None else self._counter.value
 
     def all_gather(self, gathered: Tensor) -> Handle:
         own = gathered[self.rank]
@@ -95,6 +135,8 @@ class TorchExchange:
         """Count an exchange in which so many slices come from others; None: one from each of them."""
         self.num_exchanges += 1
         self.bytes_exchanged += part.nbytes * (self.world_size - 1 if slices is None else slices)
+        if self._counter is not None:
+            self._counter.advance()
 
     def _pending(self, work: dist.Work | None) -> Pending:
         assert work is not None  # asked for with async_op
@@ -124,8 +166,17 @@ def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
 def join_group(
     store: dist.TCPStore, generation: int, rank: int, world_size: int, device: torch.device, timeout_s: float
 ) -> TorchExchange:
-    """Join the group of one generation. Blocks until all ranks have joined, at most `timeout_s`."""
+    """Join the group of one generation. Blocks until all ranks have joined, at most `timeout_s`.
+
+    gloo ends an exchange after `timeout_s` with an exception. nccl's watchdog ends the process of every rank that is
+    waiting, and none of them can say for whom (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default). No other setting
+    helps: with 2 the rank goes on computing with what the exchange left, and TORCH_NCCL_BLOCKING_WAIT makes the host
+    wait for every exchange. So the watchdog gets `WATCHDOG_FACTOR` times as long, and the controller is the first to
+    know.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
+    counter = DeviceCounter(device) if backend == "nccl" else None
+    timeout_s *= WATCHDOG_FACTOR if backend == "nccl" else 1.0
     dist.init_process_group(
         backend,
         store=dist.PrefixStore(f"generation-{generation}", store),
@@ -135,4 +186,4 @@ def join_group(
     )
     group = dist.group.WORLD
     assert group is not None
-    return TorchExchange(group, timeout_s)
+    return TorchExchange(group, timeout_s, counter)

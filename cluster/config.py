@@ -60,7 +60,8 @@ class GroupConfig(Frozen):
     """A rank that has not answered the controller for this long is lost."""
 
     collective_timeout_s: PositiveFloat = 120.0
-    """Longest wait inside one exchange; longer than the heartbeat, so that the controller is the first to know."""
+    """Longest wait inside one exchange; longer than the heartbeat, so that the controller is the first to know. nccl's
+    own limit, which ends the waiting ranks, is twice as long."""
 
     stall_timeout_s: PositiveFloat = 900.0
     """A rank whose training thread has made no progress for this long (no update, no exchange, no batch encoded, no

@@ -244,7 +244,8 @@ class Controller:
         self._learning = latest_phase is not None and latest_phase.phase == "learn"
         self._step = max([self._step, *(phase.step for phase in statuses[0].phases if phase.step is not None)])
         self.record.steps = max(self.record.steps, self._step)
-        failure = group_failure(statuses, self.config.cluster.stall_timeout_s)
+        limits = self.config.cluster
+        failure = group_failure(statuses, limits.stall_timeout_s, limits.collective_timeout_s)
         if failure is not None:
             return False, failure
         done = all(status.done for status in statuses)

@@ -9,6 +9,7 @@ these, since a wrong restart costs more than a clear end.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -135,46 +136,64 @@ def classify(error: BaseException) -> Failure:
     return Failure(message, retryable=retryable, diverged=diverged, secondary=secondary)
 
 
-def group_failure(statuses: Sequence[RankStatus], stall_timeout_s: float) -> Failure | None:
-    """Why the group cannot go on, or None while it can."""
+def group_failure(statuses: Sequence[RankStatus], stall_timeout_s: float, wait_timeout_s: float) -> Failure | None:
+    """Why the group cannot go on, or None while it can. The limits are those of `stalled`."""
     failed = {status.rank: status.failure for status in statuses if status.failure is not None}
     if not failed:
-        return stalled(statuses, stall_timeout_s)
+        return stalled(statuses, stall_timeout_s, wait_timeout_s)
     # what a rank did by itself explains what the others report; a fault of the program explains lost peers
     failure = min(failed.values(), key=lambda failure: (failure.secondary, failure.retryable))
     if failure.retryable:
-        return _name_missing(failure, statuses) if failure.secondary else failure
+        missing = _missing(statuses, list(failed)) if failure.secondary else ""  # it knows only itself
+        return replace(failure, message=f"{missing}: {failure.message}") if missing else failure
     waits = failure.secondary and any(status.failure is None for status in statuses)
     if waits and min(status.idle_s for status in statuses if status.rank in failed) < SETTLE_S:
         return None
     return failure
 
 
-def stalled(statuses: Sequence[RankStatus], limit_s: float) -> Failure | None:
-    """A retryable failure where a rank that is not done has been idle for longer than the limit, else None.
+def stalled(statuses: Sequence[RankStatus], limit_s: float, wait_limit_s: float = math.inf) -> Failure | None:
+    """A retryable failure where a rank stands still for too long, else None. A rank that is done does not.
 
-    It names the idle ranks that have started the fewest exchanges: the others wait for them. No exchange times out for
-    a rank that is alone, or for ranks that are all stuck outside of one.
+    A rank that has started fewer exchanges than another is waited for, and may be for `wait_limit_s`. Ranks that are
+    alone, or all stuck outside of an exchange, may be idle for `limit_s`. It names those that have started the fewest.
     """
-    idle = [status for status in statuses if not status.done and status.idle_s > limit_s]
+    running = [status for status in statuses if not status.done]
+    missing = _missing(running, [status.rank for status in running if status.idle_s > wait_limit_s])
+    if missing:
+        return Failure(f"{missing} for {wait_limit_s:g} s", retryable=True)
+    idle = [status for status in running if status.idle_s > limit_s]
     if not idle:
         return None
-    least = min(status.num_exchanges for status in idle)
-    culprits = [status for status in idle if status.num_exchanges == least]
-    latest = culprits[0].progress
-    layer = "" if latest is None or latest.layer is None else f"layer {latest.layer}, "
-    phase = "start" if latest is None else f"{layer}{latest.phase} {latest.done}/{latest.total}"
+    culprits = _fewest(idle)
+    where = f"{_position(culprits[0])}, exchange {culprits[0].num_exchanges}"
     names = named([status.rank for status in culprits])
-    return Failure(f"{names}: no progress for {limit_s:g} s ({phase}, exchange {least})", retryable=True)
+    return Failure(f"{names}: no progress for {limit_s:g} s ({where})", retryable=True)
 
 
-def _name_missing(failure: Failure, statuses: Sequence[RankStatus]) -> Failure:
-    """A rank whose exchange timed out knows only itself: the ranks that have started the fewest are missing."""
-    least = min(status.num_exchanges for status in statuses)
-    behind = [status.rank for status in statuses if status.num_exchanges == least]
-    if len(behind) == len(statuses):
-        return failure
-    return replace(failure, message=f"{failure.message}; missing: {named(behind)} at exchange {least}")
+def _fewest(statuses: Sequence[RankStatus]) -> list[RankStatus]:
+    """The ranks that have started the fewest exchanges."""
+    least = min((status.num_exchanges for status in statuses), default=0)
+    return [status for status in statuses if status.num_exchanges == least]
+
+
+def _missing(statuses: Sequence[RankStatus], waiting: Sequence[int]) -> str:
+    """For whom some ranks wait, in a sentence; empty where they have started no more exchanges than the others."""
+    behind = _fewest(statuses)
+    ranks = [status.rank for status in behind]
+    late = [rank for rank in waiting if rank not in ranks]
+    if not late:
+        return ""
+    where = f"exchange {behind[0].num_exchanges + 1} ({_position(behind[0])})"
+    return f"{named(ranks)} {'has' if len(ranks) == 1 else 'have'} not started {where}, {named(late)} waited for it"
+
+
+def _position(status: RankStatus) -> str:
+    latest = status.progress
+    if latest is None:
+        return "start"
+    layer = "" if latest.layer is None else f"layer {latest.layer}, "
+    return f"{layer}{latest.phase} {latest.done}/{latest.total}"
 
 
 def named(ranks: Sequence[int]) -> str:

@@ -163,10 +163,11 @@ class RankStatus:
     ----------
     phases: the latest progress of each phase so far, in order; the last is the present phase.
     messages: those sent since the poll before.
-    num_exchanges: exchanges started; the others wait for the rank that has started the fewest.
+    num_exchanges: exchanges started, on a GPU those that the device has come to; the others wait for the rank that has
+        started the fewest.
     stopped: it is done because it was asked to stop, and its shard is written.
-    idle_s: since a poll last found that its training thread had moved: started or ended an exchange, sent a message or
-        reported progress. A rank that waits in an exchange is idle as well; see `cluster.failures.stalled`.
+    idle_s: since a poll last found that its training thread or its GPU had moved: started or ended an exchange, sent a
+        message or reported progress. A rank that waits in an exchange is idle as well; see `cluster.failures.stalled`.
     """
 
     rank: int

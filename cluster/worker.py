@@ -125,15 +125,20 @@ class Worker:
             failure=failure,
             phases=list(self._outbox.phases),
             messages=self._outbox.messages[first:],
-            num_exchanges=self._exchange.num_exchanges,
+            num_exchanges=self._num_started,
             stopped=self._stopped,
             idle_s=self._idle_s(),
         )
 
+    @property
+    def _num_started(self) -> int:
+        return getattr(self._exchange, "num_started", 0)  # a lone rank exchanges nothing
+
     def _idle_s(self) -> float:
         """See `RankStatus`. Compares what the training thread counts anyway, so it costs that thread nothing."""
         exchange, outbox = self._exchange, self._outbox
-        mark = (exchange.num_exchanges, getattr(exchange, "num_completed", 0), outbox.beats, len(outbox.messages))
+        completed = getattr(exchange, "num_completed", 0)
+        mark = (exchange.num_exchanges, self._num_started, completed, outbox.beats, len(outbox.messages))
         now = time.monotonic()
         if mark != self._mark:
             self._mark, self._moved = mark, now

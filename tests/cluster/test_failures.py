@@ -193,13 +193,13 @@ LOST_PEER = PeerTimeout("rank 0 of 2 waited for exchange 7 (limit 3 s): closed")
 def test_the_rank_with_the_error_speaks_for_all(told: Exception, own: Exception) -> None:
     """Whoever reports first, and whether or not the error is one that a new group may survive."""
     for statuses in ([of_rank(0, told), of_rank(1, own)], [of_rank(0, own), of_rank(1, told)]):
-        assert group_failure(statuses, 100.0) == classify(own)
+        assert group_failure(statuses, 100.0, 100.0) == classify(own)
 
 
 def test_the_rank_with_the_error_is_waited_for() -> None:
     """The others have been told of it, and their poll may come before its own report."""
-    assert group_failure([of_rank(0, in_update()), of_rank(1, None, 99.0)], 100.0) is None
-    failure = group_failure([of_rank(0, in_update(), SETTLE_S + 1.0), of_rank(1, None)], 100.0)
+    assert group_failure([of_rank(0, in_update()), of_rank(1, None, 99.0)], 100.0, 100.0) is None
+    failure = group_failure([of_rank(0, in_update(), SETTLE_S + 1.0), of_rank(1, None)], 100.0, 100.0)
     assert failure == classify(in_update())
 
 

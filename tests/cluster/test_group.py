@@ -22,7 +22,7 @@ import torch
 import cluster.read_out
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
-from cluster.failures import stalled
+from cluster.failures import group_failure, stalled
 from cluster.group import WorkerGroup, lease_s
 from cluster.messages import GroupStarted, Note, Progress, RankStatus
 from cluster.policy import Failure, GroupFailure
@@ -208,6 +208,11 @@ def test_a_rank_that_keeps_the_others_waiting_is_a_loss(ray: Any, digits_config:
     assert failure.retryable
     assert failure.message.startswith("rank 1 of 2 waited for exchange ")
     assert "(limit 3 s)" in failure.message
+    told = group_failure(statuses, 900.0, 3.0)
+    assert told is not None
+    exchange = statuses[1].num_exchanges
+    missing = f"rank 0 has not started exchange {exchange} (layer 0, learn 3/10), rank 1 waited for it: "
+    assert told.message == f"{missing}{failure.message}"
 
 
 def test_an_exception_of_one_rank_alone_names_it_and_stops_the_run(
@@ -447,6 +452,9 @@ def test_a_stuck_rank_is_told_from_those_that_wait_for_it(ray: Any, digits_confi
     assert stalled(statuses, 100.0) is None
 
 
+FIFTH = "exchange 5 (layer 1, learn 3/10)"
+
+
 def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -> RankStatus:
     progress = Progress("learn", 3, 10, layer=1)
     return RankStatus(rank, done, None, [progress], [], num_exchanges, idle_s=idle_s)
@@ -457,13 +465,21 @@ def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -
     [
         ([still(0, 1.0, 5), still(1, 1.0, 5)], None),
         ([still(0, 9.0, 5), still(1, 1.0, 5)], "rank 0: no progress for 8 s (layer 1, learn 3/10, exchange 5)"),
-        ([still(0, 9.0, 5), still(1, 9.0, 4)], "rank 1: no progress for 8 s (layer 1, learn 3/10, exchange 4)"),
         ([still(0, 9.0, 5), still(1, 9.0, 5)], "ranks 0, 1: no progress for 8 s (layer 1, learn 3/10, exchange 5)"),
         ([still(0, 9.0, 5, done=True), still(1, 1.0, 5)], None),
+        ([still(0, 3.5, 5), still(1, 0.0, 5)], None),
+        ([still(0, 2.5, 5), still(1, 3.5, 4)], None),
+        ([still(0, 3.5, 5), still(1, 0.0, 4)], f"rank 1 has not started {FIFTH}, rank 0 waited for it for 3 s"),
+        ([still(0, 9.0, 5), still(1, 9.0, 4)], f"rank 1 has not started {FIFTH}, rank 0 waited for it for 3 s"),
+        (
+            [still(0, 3.5, 5), still(1, 1.0, 4), still(2, 9.0, 6), still(3, 4.0, 4)],
+            f"ranks 1, 3 have not started {FIFTH}, ranks 0, 2 waited for it for 3 s",
+        ),
+        ([still(0, 9.0, 5, done=True), still(1, 1.0, 4)], None),
     ],
 )
 def test_who_holds_up_the_rest(statuses: list[RankStatus], expected: str | None) -> None:
-    assert stalled(statuses, 8.0) == (None if expected is None else Failure(expected, retryable=True))
+    assert stalled(statuses, 8.0, 3.0) == (None if expected is None else Failure(expected, retryable=True))
 
 
 class Patient(Training):
