@@ -33,26 +33,19 @@ def check_labels(labels: Any, num_classes: int, images: int) -> None:
         raise ValueError(f"labels: expected classes 0 … {num_classes - 1} or {UNLABELLED}, got {worst}")
 
 
-def one_hot(labels: Tensor, num_classes: int, like: Tensor, *, images: int | None = None) -> Tensor:
+def one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
     """One-hot labels z [num_classes, B], with zero columns where unlabelled.
 
     Parameters
     ----------
-    labels: [B].
+    labels: [B], valid: see `check_labels`.
     num_classes: number of rows of z.
     like: a tensor with the dtype and device of the result.
-    images: expected B, if it is known.
-
-    Raises
-    ------
-    ValueError
-        The labels are not integers [B] in 0 … num_classes − 1 or `UNLABELLED`.
 
     >>> one_hot(torch.tensor([1, UNLABELLED]), num_classes=3, like=torch.zeros(()))
     tensor([[0., 0.],
             [1., 0.],
             [0., 0.]])
     """
-    check_labels(labels, num_classes, len(labels) if images is None else images)
     classes = torch.arange(num_classes, device=like.device)
     return (rearrange(labels.to(classes), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(like.dtype)

@@ -25,7 +25,7 @@ from simmatch.arguments import check_activities, check_images, check_not_empty, 
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
 from simmatch.geometry import PatchConfig, Patches, prepare, sample_patches
-from simmatch.labels import one_hot
+from simmatch.labels import check_labels, one_hot
 from simmatch.objective import batch_objective
 from simmatch.parts import timed
 from simmatch.plasticity import Statistics
@@ -212,7 +212,10 @@ class SimilarityMatchingConv2d(Synapses):
         patches, z = x if isinstance(x, Patches) else self.prepare(x), None
         with fault or LocalFault(IDENTITY):
             check_patches(patches, self.patch, self._whitening)
-            z = None if labels is None else one_hot(labels, self.num_classes, self.label, images=patches.batch_size)
+            if labels is not None:
+                if fault is None or not fault.recorded:
+                    check_labels(labels, self.num_classes, patches.batch_size)
+                z = one_hot(labels, self.num_classes, self.label)
         return Batch(patches, z)
 
     @eager_full_precision
@@ -292,7 +295,7 @@ class SimilarityMatchingConv2d(Synapses):
         solution = self.sharing.solve(batch, self._own_state(fault))
         height, width = batch.patches.map_size
         residual = rearrange(solution.residual, "(b h w) -> b h w", h=height, w=width)
-        return Solution(_as_maps(solution.y, batch.patches), solution.num_iters, residual)
+        return Solution(_as_maps(solution.y, batch.patches), solution.iterations, residual)
 
     @eager_full_precision
     def forward(self, x: Tensor | Patches) -> Tensor:
@@ -339,7 +342,7 @@ class SimilarityMatchingConv2d(Synapses):
 
     @eager_full_precision
     @torch.no_grad()
-    def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None) -> Solution:
+    def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None, *, recorded: bool = False) -> Solution:
         """Learn from one batch: `solve`, `statistics` and `update` in one call.
 
         A layer with whitening or a label gain calibrates itself on its first batch if `calibrate` was not called.
@@ -348,6 +351,9 @@ class SimilarityMatchingConv2d(Synapses):
         ----------
         x: [B, C, H, W], or `Patches`.
         labels: [B], as for `solve`.
+        recorded: whether faults are recorded on the device and raised by `raise_faults`, so that the host need not wait
+            for the device. An update with a fault, and all later ones, then change nothing. Labels must be valid, as
+            they are not checked. Dynamics that no kernel solves need the host, and may raise faults at once.
 
         Returns
         -------
@@ -365,7 +371,7 @@ class SimilarityMatchingConv2d(Synapses):
         >>> layer.partial_fit(torch.rand(2, 1, 8, 8)).y.shape, int(layer.updates)
         (torch.Size([4, 72]), 1)
         """
-        fault = LocalFault(self.exchange)
+        fault = self._fault(recorded=recorded)
         batch = self._batch(x, labels, fault)
         check_not_empty(batch.patches.batch_size)
         if (self.whiten or self.label_gain > 0) and isinstance(x, Tensor) and not self.calibrated:

@@ -72,8 +72,10 @@ def batch_objective(batch: Batch, y: Tensor, alpha: float, *, columns: int) -> f
     return float(similarity_objective(x, y[:, : images * positions], z, alpha))
 
 
-def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> bool:
+def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> Tensor:
     """Whether the relative objective of a batch is above 1, that is ‖Y Yᵀ‖² > 2 ‖Y Sᵀ‖²; S Sᵀ is not needed.
+
+    A 0-d tensor on the device.
 
     Parameters
     ----------
@@ -82,12 +84,12 @@ def worse_than_silence(statistics: Statistics, alpha: Tensor | float = 0.0) -> b
 
     >>> none = torch.zeros(1, 0), torch.zeros(0, 0)
     >>> worse_than_silence(Statistics(torch.ones(1, 1, 1, 1), torch.tensor([[2.0]]), *none, count=1))
-    True
+    tensor(True)
     """
     frequency = statistics.zz.diagonal() / statistics.count
     by_label = (statistics.yz.square() / frequency.clamp(min=torch.finfo(frequency.dtype).tiny)).sum()
     yy, yx = statistics.yy.flatten(), statistics.yx.flatten()
-    return bool(yy.dot(yy) > 2 * (yx.dot(yx) + alpha * by_label))
+    return yy.dot(yy) > 2 * (yx.dot(yx) + alpha * by_label)
 
 
 def divergence_warning(config: PlasticityConfig, updates: int, *, above_one: bool) -> str | None:

@@ -166,13 +166,18 @@ def settled_label(label: Tensor, yz: Tensor, zz: Tensor) -> Tensor:
     return label * ((means * known).sum() / known.square().sum().clamp(min=torch.finfo(label.dtype).tiny))
 
 
-def learning_rate(config: PlasticityConfig, update: int) -> float:
+def learning_rate(config: PlasticityConfig, update: int | Tensor) -> float | Tensor:
     """η of an update, counted from 0: lr / (1 + update / lr_decay_steps).
+
+    From a 0-d tensor, where the rate decays, a 0-d tensor in float64: with the same bits, and without waiting for it.
 
     >>> learning_rate(PlasticityConfig(lr=0.1, lr_decay_steps=100), update=100)
     0.05
     """
-    return config.lr if config.lr_decay_steps is None else config.lr / (1.0 + update / config.lr_decay_steps)
+    if config.lr_decay_steps is None:
+        return config.lr
+    steps = update.double() if isinstance(update, Tensor) else update
+    return config.lr / (1.0 + steps / config.lr_decay_steps)
 
 
 def start_share(config: PlasticityConfig, updates: int) -> float:
@@ -188,14 +193,14 @@ def start_share(config: PlasticityConfig, updates: int) -> float:
     return math.exp(-config.lr / config.tau * steps)
 
 
-def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float) -> Tensor:
+def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float | Tensor) -> Tensor:
     """Change of the running class frequency p̂ [num_classes]: η (p − p̂), or 0 for a batch without labels.
 
     Parameters
     ----------
     statistics: sums over the batch.
     frequency: [num_classes], p̂.
-    lr: η.
+    lr: η, a number or a 0-d tensor.
 
     >>> zz = torch.diag(torch.tensor([3.0, 1.0]))
     >>> sums = Statistics(torch.zeros(4, 1, 3, 3), torch.zeros(4, 4), torch.zeros(4, 2), zz, count=4)
@@ -208,7 +213,7 @@ def class_frequency_change(statistics: Statistics, frequency: Tensor, lr: float)
 
 
 def similarity_matching(
-    weights: Weights, statistics: Statistics, frequency: Tensor, lr: float, config: PlasticityConfig
+    weights: Weights, statistics: Statistics, frequency: Tensor, lr: float | Tensor, config: PlasticityConfig
 ) -> Weights:
     """The changes ΔW, ΔM, ΔV of similarity matching, as new tensors; see the equations of this module.
 
@@ -217,7 +222,7 @@ def similarity_matching(
     weights: the rows of W, M and V held here.
     statistics: sums over the batch, for the same rows.
     frequency: [num_classes], p̂ > 0.
-    lr: η.
+    lr: η, a number or a 0-d tensor.
     config: τ.
 
     >>> weights = Weights(torch.zeros(2, 1, 1, 1), torch.eye(2), torch.zeros(2, 0))
@@ -231,7 +236,7 @@ def similarity_matching(
     label = (statistics.yz - einsum(weights.label, statistics.zz, "k c, c d -> k d")) / labelled
     smallest = torch.finfo(frequency.dtype).tiny
     present = statistics.zz.diagonal() / labelled
-    rate = torch.minimum(lr / frequency.clamp(min=smallest), 1.0 / present.clamp(min=smallest))
+    rate = torch.minimum(lr * frequency.clamp(min=smallest).reciprocal(), 1.0 / present.clamp(min=smallest))
     return Weights(
         feedforward=(statistics.yx / count).sub_(weights.feedforward).mul_(lr),
         lateral=(statistics.yy / count).sub_(weights.lateral).mul_(lr / config.tau),
@@ -239,7 +244,7 @@ def similarity_matching(
     )
 
 
-Rule = Callable[[Weights, Statistics, Tensor, float, PlasticityConfig], Weights]
+Rule = Callable[[Weights, Statistics, Tensor, float | Tensor, PlasticityConfig], Weights]
 
 RULES: dict[str, Rule] = {"similarity_matching": similarity_matching}
 """Plasticity rules by the name used in `PlasticityConfig.rule`."""

@@ -2,6 +2,9 @@
 
 An owner holds all rows, or the rows of one shard (`rows`), and changes them by the functions of `simmatch.plasticity`.
 Owners exchange a certified bound of λmax(M), which the dynamics need, together with the faults of any owner.
+
+A step is arithmetic on the device, counters and revivals included. The host reads the device in two cases only: faults
+are raised, not recorded (`simmatch.sharding.faults`), or it asks (`raise_faults`, `dead_channels`, `Bound.value`).
 """
 
 from __future__ import annotations
@@ -26,17 +29,15 @@ from simmatch.plasticity import (
     dead_channels,
     draw_filter,
     learning_rate,
+    revived_filters,
     settled_label,
 )
 from simmatch.precision import eager_full_precision
 from simmatch.sharding.exchange import IDENTITY, Exchange
-from simmatch.sharding.faults import LocalFault, status_of
+from simmatch.sharding.faults import FaultRecord, LocalFault, RecordedFault, status_of
 from simmatch.sharding.rows import Rows
 from simmatch.sharding.sharing import OwnState
-from simmatch.solvers.bound import Bound, certify, certify_afresh, fingerprint
-
-PLASTIC = ("feedforward", "lateral", "label", "class_frequency", "silent")
-"""Buffers that a step of plasticity changes."""
+from simmatch.solvers.bound import Bound, certify, certify_afresh, warm_up
 
 STALE_BOUND = (
     "lateral: expected the rows for which the bound was last certified, got other rows or no bound yet; "
@@ -67,7 +68,8 @@ class Synapses(nn.Module):
     perron: [K], approximate Perron vector of M; together with M it determines the bound of λmax(M).
     updates: number of updates.
     revived: number of channels that were drawn anew.
-    dead_channels: number of channels, of all owners, that were dead at the last update (and revived, if configured).
+    dead: number of channels, of all owners, that were dead at the last update (and revived, if configured); not saved.
+    above_one: whether the relative objective was above 1 in an update since the host last looked; not saved.
 
     >>> arguments = LayerArguments(in_channels=3, out_channels=16, kernel_size=5, num_classes=10)
     >>> synapses = Synapses(arguments, Rows.all(16), IDENTITY, dtype=torch.float32, device="cpu")
@@ -86,6 +88,8 @@ class Synapses(nn.Module):
     perron: Tensor
     updates: Tensor
     revived: Tensor
+    dead: Tensor
+    above_one: Tensor
 
     def __init__(
         self,
@@ -113,8 +117,8 @@ class Synapses(nn.Module):
         )
         self.rows, self.exchange = rows, exchange
         self._bound: Bound | None = None
-        self._bounded: tuple[Tensor, tuple[int, float]] | None = None  # the M of this bound, and its fingerprint
-        self.dead_channels = 0
+        self._bounded: tuple[Tensor, int, Tensor] | None = None  # the M of this bound, its version, and ‖M‖
+        self._record: FaultRecord | None = None
         self._register(dtype, device)
 
     def _register(self, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -134,11 +138,18 @@ class Synapses(nn.Module):
         self.register_buffer("class_frequency", zeros(self.num_classes).add_(1.0 / max(self.num_classes, 1)))
         self.register_buffer("silent", zeros(own, dtype=torch.int64))
         self.register_buffer("perron", zeros(self.out_channels).add_(1.0))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self.register_buffer("revived", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.register_buffer("updates", zeros(dtype=torch.int64))
+        self.register_buffer("revived", zeros(dtype=torch.int64))
+        self.register_buffer("dead", zeros(dtype=torch.int64), persistent=False)
+        self.register_buffer("above_one", zeros(dtype=torch.bool), persistent=False)
         self.lateral.diagonal(offset=self.rows.start).fill_(1.0)
         for channel in range(self.rows.start, self.rows.stop):
             self.feedforward[channel - self.rows.start] = draw_filter(self.seed, channel, 0, self.feedforward)
+
+    @property
+    def dead_channels(self) -> int:
+        """Number of channels, of all owners, that were dead at the last update (and revived, if configured)."""
+        return int(self.dead)
 
     @property
     def weights(self) -> Weights:
@@ -165,16 +176,27 @@ class Synapses(nn.Module):
             raise RuntimeError(STALE_BOUND)
         return self._bound
 
-    def _bound_is_valid(self) -> bool:
-        """Whether `lateral` is the tensor that was certified last, and has not been written to since."""
+    def _bound_is_valid(self, *, look: bool = True) -> bool:
+        """Whether `lateral` is the tensor that was certified last, and has not been written to since.
+
+        torch counts most writes; ‖M‖ detects the others, for which the host has to `look` at the device.
+        """
         if self._bounded is None:
             return False
-        lateral, written = self._bounded
-        return lateral is self.lateral and written == fingerprint(lateral)
+        lateral, version, norm = self._bounded
+        same = lateral is self.lateral and version == _version(lateral)
+        return same and (not look or bool(norm == torch.linalg.vector_norm(lateral)))
 
-    def _keep(self, bound: Bound) -> None:
-        """Keep the certified bound of the current `lateral`."""
-        self._bound, self._bounded = bound, (self.lateral, fingerprint(self.lateral))
+    def _keep(self, bound: Bound, ok: Tensor | None = None) -> None:
+        """Keep the certified bound of the current `lateral`; see `_put` for `ok`."""
+        norm = torch.linalg.vector_norm(self.lateral)
+        if ok is not None:  # in place: a captured update reads what the one before it has written
+            assert self._bound is not None
+            assert self._bounded is not None
+            for name in ("largest", "epsilon", "perron"):
+                _put(getattr(self._bound, name), getattr(bound, name), ok)
+            bound, norm = self._bound, self._bounded[2].copy_(norm)
+        self._bound, self._bounded = bound, (self.lateral, _version(self.lateral), norm)
 
     @eager_full_precision
     def certify(self) -> None:
@@ -205,7 +227,7 @@ class Synapses(nn.Module):
         """
         if self._bound is None:
             self.certify()
-        elif not self._bound_is_valid():
+        elif not self._bound_is_valid(look=not fault.recorded):
             if self.exchange.world_size == 1:
                 self.certify()
             elif bool(self.lateral.isfinite().all()):  # rows that are not finite are reported by the dynamics
@@ -248,41 +270,36 @@ class Synapses(nn.Module):
 
     def _learn(self, statistics: Statistics | None, state: OwnState) -> None:
         """`update`; without statistics, `state.fault` holds the exception of this owner."""
-        after, perron = {name: getattr(self, name) for name in PLASTIC}, state.bound.perron
-        with state.fault:
+        rows, fault, ridge = self.rows, state.fault, self.dynamics.ridge
+        after, dead = {"feedforward": self.feedforward, "lateral": self.lateral, "label": self.label}, self.silent < 0
+        with fault:
             if statistics is not None:
                 check_statistics(statistics, self.weights)
                 after = self._learnt(statistics)
-        dead = dead_channels(after["silent"], after["lateral"].diagonal(offset=self.rows.start), self.plasticity)
+                dead = dead_channels(after["silent"], after["lateral"].diagonal(offset=rows.start), self.plasticity)
+        flagged = dead + status_of(after["feedforward"], after["label"])
         with timed("bound"):
-            bound = certify(
-                after["lateral"],
-                perron,
-                self.rows,
-                ridge=self.dynamics.ridge,
-                exchange=self.exchange,
-                flagged=dead + status_of(after["feedforward"], after["label"]),
-                fault=state.fault,
+            perron, dead = warm_up(
+                after["lateral"], state.bound.perron, rows, flagged=flagged, exchange=self.exchange, fault=fault
             )
-        assert statistics is not None  # else the fault has been raised
+        after |= {"perron": perron, "dead": dead.sum()}
+        with fault:
+            if self.plasticity.revive and statistics is not None and (fault.recorded or bool(dead.any())):
+                after |= self._revived(after, dead)
+        with timed("bound"):
+            bound = certify(after["lateral"], perron, rows, ridge=ridge, exchange=self.exchange, fault=fault)
+        ok = fault.settle()
         for name, value in after.items():
-            getattr(self, name).copy_(value)
-        self.perron.copy_(perron)
-        self.updates.add_(1)
-        self._keep(bound)
-        channels = torch.nonzero(bound.flagged).flatten().tolist()
-        self.dead_channels = len(channels)
-        if channels and self.plasticity.revive:
-            self._revive(channels)
-        if self.exchange is IDENTITY:  # with an exchange, its provider measures the objective of all owners
-            above_one = worse_than_silence(statistics, self.alpha)
-            warning = divergence_warning(self.plasticity, int(self.updates), above_one=above_one)
-            if warning is not None:
-                warnings.warn(warning, stacklevel=5)  # the call of `partial_fit` or `update`
+            _put(getattr(self, name), value, ok)
+        self._keep(bound, ok)
+        if self.exchange is IDENTITY and statistics is not None:  # else the exchange's provider measures the objective
+            self.above_one.logical_or_(worse_than_silence(statistics, self.alpha))
+            if ok is None:
+                self._warn_of_divergence(stacklevel=6)  # the call of `partial_fit` or `update`
 
     def _learnt(self, statistics: Statistics) -> dict[str, Tensor]:
-        """New values of the buffers in `PLASTIC` after a step; the buffers are not changed."""
-        lr = learning_rate(self.plasticity, int(self.updates))
+        """New values of the buffers that a step of plasticity changes; the buffers are not changed."""
+        lr = learning_rate(self.plasticity, self.updates)
         change = RULES[self.plasticity.rule](self.weights, statistics, self.class_frequency, lr, self.plasticity)
         active = statistics.yy.diagonal(offset=self.rows.start) > 0
         return {
@@ -291,26 +308,68 @@ class Synapses(nn.Module):
             "label": change.label.add_(self.label),
             "class_frequency": self.class_frequency + class_frequency_change(statistics, self.class_frequency, lr),
             "silent": (self.silent + 1).masked_fill_(active, 0),
+            "updates": self.updates + 1,
         }
 
-    def _revive(self, channels: list[int]) -> None:
-        """Reset dead channels: a newly drawn row of W, M_ii = 1, and no other lateral or label weights.
+    def _revived(self, after: dict[str, Tensor], dead: Tensor) -> dict[str, Tensor]:
+        """Reset dead channels, bool [K]: a newly drawn row of W, M_ii = 1, and no other lateral or label weights.
 
-        Every owner has the same list and clears its part of the rows and columns, so that M stays symmetric, positive
-        semidefinite and nonnegative.
+        Every owner knows all dead channels and clears its part of the rows and columns, so that M stays symmetric,
+        positive semidefinite and nonnegative. Without dead channels, nothing changes.
         """
-        for channel in channels:
-            self.revived.add_(1)
-            self.lateral[:, channel] = 0.0
-            row = channel - self.rows.start
-            if 0 <= row < self.rows.count:
-                self.feedforward[row] = draw_filter(self.seed, channel, int(self.updates), self.feedforward)
-                self.lateral[row] = 0.0
-                self.lateral[row, channel] = 1.0
-                self.label[row] = 0.0
-                self.silent[row] = 0
-        self.perron.fill_(1.0)
-        self.certify()
+        rows, own = self.rows, dead[self.rows.start : self.rows.stop].unsqueeze(1)
+        channels = torch.arange(rows.start, rows.stop, device=dead.device)
+        drawn = revived_filters(self.seed, channels, after["updates"], self.feedforward)
+        unit = torch.zeros_like(after["lateral"])
+        unit.diagonal(offset=rows.start).fill_(1.0)
+        return {
+            "feedforward": torch.where(own.view(-1, 1, 1, 1), drawn, after["feedforward"]),
+            "lateral": torch.where(own | dead, unit, after["lateral"]),
+            "label": after["label"].masked_fill(own, 0.0),
+            "silent": after["silent"].masked_fill(own.squeeze(1), 0),
+            "revived": self.revived + dead.sum(),
+        }
+
+    # ------------------------------------------------------------------------------------------- what the host looks at
+
+    def _fault(self, *, recorded: bool) -> LocalFault:
+        """Where the faults of one update go."""
+        if not recorded:
+            return LocalFault(self.exchange)
+        if self._record is None:
+            self._record = FaultRecord(self.lateral.device)
+        return RecordedFault(self.exchange, self._record)
+
+    def raise_faults(self) -> None:
+        """Raise the fault that an update has recorded, if one has; all owners call this together.
+
+        Since that update nothing has changed on any owner: the weights are those before it. Where no faults have been
+        recorded, this does nothing; else the host waits for the device.
+
+        Raises
+        ------
+        SharedFault
+            As `partial_fit` would have raised it, with the number of the update.
+        RuntimeError
+            M was written to between two updates with `recorded=True`.
+
+        Warns
+        -----
+        UserWarning
+            As `update`, for any update since the last call.
+        """
+        if self._record is not None:
+            self._record.raise_first(self.updates)
+            if not self._bound_is_valid():
+                raise RuntimeError(STALE_BOUND)
+            self._warn_of_divergence(stacklevel=3)
+
+    def _warn_of_divergence(self, stacklevel: int) -> None:
+        if bool(self.above_one):
+            self.above_one.fill_(False)
+            warning = divergence_warning(self.plasticity, int(self.updates), above_one=True)
+            if warning is not None:
+                warnings.warn(warning, stacklevel=stacklevel)
 
     @torch.no_grad()
     def settle_label(self, yz: Tensor, zz: Tensor) -> None:
@@ -323,3 +382,16 @@ class Synapses(nn.Module):
         yz, zz: [K, num_classes] and [num_classes, num_classes], as in `Statistics`.
         """
         self.label.copy_(settled_label(self.label, yz, zz))
+
+
+def _version(tensor: Tensor) -> int:
+    """The number of writes to a tensor, as counted by torch."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _put(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
+    """Write a value into a buffer; if `ok` is given, only where it is true, and without waiting for the device."""
+    if ok is None:
+        target.copy_(value)
+    else:
+        torch.where(ok, value, target, out=target)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from simmatch.plasticity import Statistics, Weights
 from simmatch.sharding.exchange import Exchange
-from simmatch.sharding.faults import LocalFault, raise_shared, status_of
+from simmatch.sharding.faults import LocalFault, status_of
 from simmatch.sharding.rows import Rows, join_rows, split_rows
 
 
@@ -61,7 +61,8 @@ class GatheredState:
 
     >>> from simmatch.sharding.exchange import IDENTITY
     >>> state = GatheredState(Rows.all(4), IDENTITY, filters=(1, 3, 3), num_classes=0)
-    >>> state.weights(Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), label=False).feedforward.shape
+    >>> own = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0))
+    >>> state.weights(own, LocalFault(IDENTITY), label=False).feedforward.shape
     torch.Size([4, 1, 3, 3])
     """
 
@@ -70,12 +71,13 @@ class GatheredState:
         self.widths = [math.prod(filters), rows.total, num_classes]
         self._parts = split_rows(rows.total, exchange.world_size)
 
-    def weights(self, own: Weights, *, label: bool) -> Weights:
+    def weights(self, own: Weights, fault: LocalFault, *, label: bool) -> Weights:
         """Gather all rows of W, M and, with `label`, V on every owner.
 
         Parameters
         ----------
         own: rows held here: W [K_g, C, k, k], M [K_g, K], V [K_g, num_classes].
+        fault: raises or records faults; what it holds is left to the next exchange.
 
         Raises
         ------
@@ -87,14 +89,14 @@ class GatheredState:
         _fill(buffer.table[rank], [own.feedforward.flatten(1), own.lateral, own.label], widths)
         buffer.statuses[rank] = status_of(buffer.table[rank])
         self.exchange.all_gather(buffer.flat).wait()
-        raise_shared(buffer.statuses, "weights")
+        fault.raise_shared(buffer.statuses, "weights")
         feedforward, lateral, *rest = (
             join_rows(part, self.rows.total) for part in torch.split(buffer.table, widths, dim=2)
         )
         whole_label = rest[0] if label else lateral.new_zeros(self.rows.total, self.widths[2])
         return Weights(feedforward.view(-1, *self.filters), lateral, whole_label)
 
-    def statistics(self, sums: Statistics | None, like: Tensor, fault: LocalFault) -> Statistics:
+    def statistics(self, sums: Statistics | None, like: Tensor, fault: LocalFault) -> Statistics | None:
         """Turn sums over this owner's columns for all rows into sums over all columns for this owner's rows.
 
         Parameters
@@ -118,7 +120,8 @@ class GatheredState:
         fault.mark(sent.statuses)
         self.exchange.all_to_all(received.flat, sent.flat).wait()
         fault.raise_shared(received.statuses, "activities or statistics")
-        assert sums is not None  # else this owner's own status has been raised
+        if sums is None:
+            return None
         total = received.table[0, : self.rows.count]
         for other in received.table[1:, : self.rows.count]:
             total += other

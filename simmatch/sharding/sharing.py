@@ -160,7 +160,7 @@ class ColumnSharing:
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
         """Solve this owner's columns, y [K, n] and residual [n], and sum statistics of its rows over all columns.
 
-        All owners raise an exception of any of them.
+        All owners raise an exception of any of them; where it is recorded, its owner has no statistics.
         """
         weights = self._weights(state)
         columns = split_columns(batch.columns, self.column_exchange.world_size)[self.column_exchange.rank]
@@ -173,19 +173,19 @@ class ColumnSharing:
                 sums = with_totals(batch_statistics(part, y, self._all_rows, self._num_classes), batch)
         with timed("exchange"):
             statistics = self._state.statistics(sums, weights.lateral, state.fault)
-        assert solution is not None  # else the fault has been raised
-        return solution, statistics
+        return solution or _unsolved(weights, columns), statistics
 
     def _weights(self, state: OwnState) -> Weights:
         with timed("exchange"):
-            return self._state.weights(state.weights, label=state.alpha is not None)
+            return self._state.weights(state.weights, state.fault, label=state.alpha is not None)
 
     def _solve(self, part: Batch, inside: slice, weights: Weights, state: OwnState, *, fixed: bool = False) -> Solution:
         """Solve this owner's columns: y [K, n] and residual [n]."""
         with timed("drive"):
             drive = batch_drive(part, weights, state.alpha)[:, inside]
         with timed("dynamics"):
-            return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed)
+            fault = state.fault.alone()
+            return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed, fault=fault)
 
 
 def _unsolved(weights: Weights, columns: range) -> Solution:

@@ -1,17 +1,21 @@
 """A certified upper bound of the largest eigenvalue of the lateral matrix M.
 
-Every owner of channels holds its rows of M. `certify` takes two matrix–vector products and two small gathers, from
-which all owners compute the same bound from the same bytes, and learn of a fault of any owner.
+For nonnegative M and any v > 0, λmax(M) ≤ max_i (Mv)_i / v_i (Collatz–Wielandt). Every owner of channels holds its rows
+of M. An update makes two matrix–vector products, each followed by a small gather, from which all owners compute the
+same bound from the same bytes, and learn of a fault of any owner:
 
-The bound depends only on M and on the starting vector. A copied or loaded layer with the same M and vector has exactly
-the same bound. A bound is not used after M has changed.
+    warm_up    v ← M v for the new M: a channel that has just become active is nearly absent from the old v
+    certify    the bound from v, and M v for the next update
+
+They are arithmetic on the device: the host does not wait for it.
+
+The bound depends only on M and on v. A copied or loaded layer with the same M and vector has exactly the same bound.
+A bound is not used after M has changed.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,45 +27,38 @@ from simmatch.sharding.rows import Rows, join_rows
 PERRON_FLOOR = 1e-2
 """Smallest entry of the vector v relative to its largest: keeps v > 0 on rows of M that are zero, or were recently."""
 
-TIGHT = 1.2
-"""Ratio of the bound to a lower bound of λmax(|M|) above which another round is made. While a layer learns, the ratio
-stays below, so that an update needs one round; from an arbitrary vector it is above."""
+NOT_FINITE_LATERAL = "lateral weights"
+"""Name, in messages, of the values checked at both exchanges."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bound:
-    """A certified upper bound of λmax(M + εI), equal on all owners.
+    """A certified upper bound of λmax(M + εI), equal on all owners, on the device.
 
     Attributes
     ----------
-    value: λ̂ ≥ λmax(M) + ε. For nonnegative M and v > 0, λmax(M) ≤ max_i (Mv)_i / v_i (Collatz–Wielandt).
-    ridge: ε, which is added to the diagonal of M in the dynamics, but not stored.
-    perron: [K], the vector v for the next call. It converges to the Perron vector of M, which makes the bound tight.
-    flagged: bool [K], channels flagged by their owners.
+    largest: λ̂ ≥ λmax(M) + ε, 0-d in float64.
+    epsilon: ε, which is added to the diagonal of M in the dynamics, but not stored; 0-d in float64.
+    perron: [K], the vector v for the next update. It converges to the Perron vector of M, which makes the bound tight.
 
     >>> bound = certify_afresh(torch.eye(4), Rows.all(4), ridge=0.0)
-    >>> round(bound.value, 3), bound.perron.shape
-    (1.0, torch.Size([4]))
+    >>> round(bound.value, 3), bound.ridge, bound.perron.shape
+    (1.0, 0.0, torch.Size([4]))
     """
 
-    value: float
-    ridge: float
+    largest: Tensor
+    epsilon: Tensor
     perron: Tensor
-    flagged: Tensor
 
+    @property
+    def value(self) -> float:
+        """λ̂ as a number; waits for the device."""
+        return float(self.largest)
 
-def fingerprint(lateral: Tensor) -> tuple[int, float]:
-    """A value that changes when M is written to: the number of writes counted by torch, and ‖M‖_F.
-
-    The norm detects writes that torch does not count.
-
-    >>> lateral = torch.eye(4)
-    >>> before = fingerprint(lateral)
-    >>> fingerprint(lateral.mul_(2.0)) == before
-    False
-    """
-    version = 0 if lateral.is_inference() else lateral._version
-    return version, float(torch.linalg.vector_norm(lateral))
+    @property
+    def ridge(self) -> float:
+        """ε as a number; waits for the device."""
+        return float(self.epsilon)
 
 
 def certify(
@@ -71,14 +68,11 @@ def certify(
     *,
     ridge: float,
     exchange: Exchange = IDENTITY,
-    flagged: Tensor | None = None,
     fault: LocalFault | None = None,
-    tight: float = TIGHT,
 ) -> Bound:
-    """Bound λmax(M) in rounds of two matrix–vector products, each followed by a gather of at most 3 K values.
+    """Bound λmax(M) by one matrix–vector product and one gather of 2 K values.
 
-    One round is made, and more only if the bound is above `tight` times a lower bound (the Rayleigh quotient of |M|);
-    then until a round improves the bound by less than 0.1 %, at most 100 rounds.
+    The trace of a positive semidefinite M is a bound too; the smaller is returned.
 
     Parameters
     ----------
@@ -87,10 +81,7 @@ def certify(
     rows: the channels held here.
     ridge: ε relative to the mean of the diagonal of M.
     exchange: connects to the other owners.
-    flagged: [K_g], 1 for channels to report to all owners (dead ones), else 0; NaN if this owner's feedforward or label
-        weights are not finite.
     fault: holds the exception of this owner, if any.
-    tight: see above.
 
     Raises
     ------
@@ -101,32 +92,72 @@ def certify(
     >>> 1.0 <= bound.value < 1.001
     True
     """
-    own_flags = lateral.new_zeros(rows.count) if flagged is None else flagged
     fault = fault or LocalFault(exchange)
-    one_round = partial(_round, lateral.abs(), rows, ridge=ridge, exchange=exchange, fault=fault)
-    first, lower = one_round(_floored(perron), own_flags)
-    bound = first
-    for _ in range(100):
-        if bound.value <= tight * lower:
-            break
-        previous = bound.value
-        bound, lower = one_round(bound.perron, torch.zeros_like(own_flags))
-        if bound.value >= 0.999 * previous:
-            break
-    return replace(bound, flagged=first.flagged)
+    vector = _floored(perron)
+    own = [lateral.abs() @ vector, lateral.diagonal(offset=rows.start).abs()]
+    gathered = _gather(own, rows, exchange, fault)
+    fault.raise_shared(gathered, NOT_FINITE_LATERAL)
+    product, diagonal = join_rows(gathered, rows.total, dim=1)
+    largest, epsilon = _bound(product, vector, diagonal, ridge)
+    return Bound(largest, epsilon, _floored(product))
+
+
+def warm_up(
+    lateral: Tensor,
+    perron: Tensor,
+    rows: Rows,
+    *,
+    flagged: Tensor,
+    exchange: Exchange = IDENTITY,
+    fault: LocalFault | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of the power method, v ← |M| v, and the flags of all owners, in one gather of 2 K values.
+
+    Parameters
+    ----------
+    lateral, perron, rows, exchange, fault: as for `certify`.
+    flagged: [K_g], 1 for channels to report to all owners (dead ones), else 0; NaN if this owner's feedforward or label
+        weights are not finite.
+
+    Returns
+    -------
+    v [K], and which channels were flagged by their owners, bool [K].
+
+    Raises
+    ------
+    SharedFault
+        As for `certify`.
+
+    >>> warm_up(torch.eye(2), torch.ones(2), Rows.all(2), flagged=torch.tensor([0.0, 1.0]))
+    (tensor([1., 1.]), tensor([False,  True]))
+    """
+    fault = fault or LocalFault(exchange)
+    gathered = _gather([lateral.abs() @ _floored(perron), flagged], rows, exchange, fault)
+    fault.raise_shared(gathered[:, 1], "feedforward or label weights")
+    fault.raise_shared(gathered[:, 0], NOT_FINITE_LATERAL)
+    product, flags = join_rows(gathered, rows.total, dim=1)
+    return _floored(product), flags > 0
 
 
 def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, exchange: Exchange = IDENTITY) -> Bound:
-    """Bound λmax(M) without a starting vector, with rounds until one improves the bound by less than 0.1 %.
+    """Bound λmax(M) without a starting vector: `certify` until a product improves the bound by less than 0.05 %.
+
+    The host decides, and waits for the device.
 
     >>> round(certify_afresh(torch.diag(torch.tensor([3.0, 1.0])), Rows.all(2), ridge=0.0).value, 3)
     3.0
     """
-    return certify(lateral, lateral.new_ones(rows.total), rows, ridge=ridge, exchange=exchange, tight=1.0)
+    bound = certify(lateral, lateral.new_ones(rows.total), rows, ridge=ridge, exchange=exchange)
+    for _ in range(200):
+        previous = bound
+        bound = certify(lateral, bound.perron, rows, ridge=ridge, exchange=exchange)
+        if bound.value >= 0.9995 * previous.value:
+            break
+    return bound
 
 
 def traced_bound(lateral: Tensor, perron: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
-    """One round of `certify` for a single owner as a graph, for export.
+    """`certify` for a single owner as a graph, for export.
 
     Returns
     -------
@@ -136,86 +167,45 @@ def traced_bound(lateral: Tensor, perron: Tensor, *, ridge: float) -> tuple[Tens
     >>> round(float(bound), 3), float(epsilon)
     (1.5, 0.5)
     """
-    magnitudes, first = lateral.abs(), _floored(perron)
-    product = magnitudes @ first
-    second = _floored(product)
-    diagonal = magnitudes.diagonal()
-    value, epsilon = _least((product, magnitudes @ second), (first, second), diagonal), ridge * diagonal.mean()
-    return value * rounding_factor(lateral) + epsilon, epsilon
+    vector = _floored(perron)
+    return _bound(lateral.abs() @ vector, vector, lateral.diagonal().abs(), ridge)
 
 
-def _round(
-    magnitudes: Tensor,
-    rows: Rows,
-    perron: Tensor,
-    flagged: Tensor,
-    *,
-    ridge: float,
-    exchange: Exchange,
-    fault: LocalFault,
-) -> tuple[Bound, float]:
-    """An upper bound of λmax(M) + ε from this owner's rows of |M|, and a lower bound of λmax(|M|) + ε.
-
-    The first product starts from `perron`, the second from the result of the first: a channel that has just become
-    active is nearly absent from the first and present in the second. Both give a bound, and so does the trace of a
-    positive semidefinite M; the smallest is returned.
-    """
-    gathered = magnitudes.new_zeros(exchange.world_size, 3, rows.padded)
-    product, diagonal, flags = gathered[exchange.rank]
-    product[: rows.count] = magnitudes @ perron
-    diagonal[: rows.count] = magnitudes.diagonal(offset=rows.start)
-    flags[: rows.count] = flagged
-    fault.mark(flags)
+def _gather(own: list[Tensor], rows: Rows, exchange: Exchange, fault: LocalFault) -> Tensor:
+    """Values [K_g] of every owner: [G, len(own), K_pad]; those of an owner with a fault are its status."""
+    gathered = own[0].new_zeros(exchange.world_size, len(own), rows.padded)
+    for target, values in zip(gathered[exchange.rank], own, strict=True):
+        target[: rows.count] = values
+    fault.mark(gathered[exchange.rank])
     exchange.all_gather(gathered).wait()
-    received = gathered.cpu()  # a few values; on a device every access would wait
-    fault.raise_shared(received[:, 2], "feedforward or label weights")
-    fault.raise_shared(received[:, :2], "lateral weights")
-    product, diagonal, flags = join_rows(received, rows.total, dim=1)
-    second = _floored(product)
-
-    gathered = magnitudes.new_zeros(exchange.world_size, rows.padded)
-    gathered[exchange.rank, : rows.count] = magnitudes @ second.to(magnitudes.device)
-    exchange.all_gather(gathered).wait()
-    third = join_rows(gathered.cpu(), rows.total)
-
-    value = (
-        float(_least((product, third), (perron.cpu(), second), diagonal)) or 1.0
-    )  # any positive number is a bound for M = 0
-    epsilon = ridge * float(diagonal.mean())
-    lower = _dot(second, third) / _dot(second, second)
-    bound = Bound(
-        value * rounding_factor(magnitudes) + epsilon,
-        epsilon,
-        _floored(third).to(perron),
-        (flags > 0).to(perron.device),
-    )
-    return bound, lower + epsilon
+    return gathered
 
 
-def _least(products: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], diagonal: Tensor) -> Tensor:
-    """The smallest of the bounds max_i (Mv)_i / v_i and trace M."""
-    quotients = [(product / vector).amax(dim=0) for product, vector in zip(products, vectors, strict=True)]
-    return torch.stack([*quotients, diagonal.sum()]).amin(dim=0)
+def _bound(product: Tensor, vector: Tensor, diagonal: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """λ̂ and ε from |M| v, v and the diagonal of M, all [K]."""
+    least = torch.minimum((product / vector).amax(dim=0), diagonal.sum()).double()
+    least = torch.where(least > 0, least, 1.0)  # any positive number is a bound for M = 0
+    epsilon = ridge * diagonal.mean().double()
+    return least * rounding_factor(product) + epsilon, epsilon
 
 
 def rounding_factor(lateral: Tensor) -> float:
     """Factor for rounding: a nonnegative dot product of length K has relative error below (K + 2) eps; doubled.
 
+    Parameters
+    ----------
+    lateral: rows or a column of M: a tensor of M's dtype whose last dimension is K.
+
     >>> rounding_factor(torch.eye(62)) - 1 == 128 * torch.finfo(torch.float32).eps
     True
     """
-    return 1.0 + 2 * (lateral.shape[1] + 2) * torch.finfo(lateral.dtype).eps
+    return 1.0 + 2 * (lateral.shape[-1] + 2) * torch.finfo(lateral.dtype).eps
 
 
 def _floored(product: Tensor) -> Tensor:
     """A product M v as the next v: largest entry 1, none below `PERRON_FLOOR`; all ones if no entry is positive."""
     top = product.amax(dim=0)
     return torch.where(top > 0, product.div(top).clamp(min=PERRON_FLOOR), 1.0)
-
-
-def _dot(one: Tensor, other: Tensor) -> float:
-    """Exactly rounded inner product, independent of the order of summation: owners on any hardware decide alike."""
-    return math.fsum(a * b for a, b in zip(one.tolist(), other.tolist(), strict=True))
 
 
 def check_lateral(lateral: Tensor) -> None:

@@ -27,7 +27,6 @@ channels, `simmatch.solvers.coordinate` solves columns one by one instead.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,7 @@ from torch import Tensor
 from simmatch import kernels
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import IDENTITY, Exchange, Handle
-from simmatch.sharding.faults import LocalFault, SharedFault, raise_shared, status_of
+from simmatch.sharding.faults import LocalFault, raise_shared, status_of
 from simmatch.sharding.rows import Rows, join_rows
 from simmatch.solvers.block import Blocks, BlockTile, iterate_block
 from simmatch.solvers.bound import Bound
@@ -57,16 +56,21 @@ class Solution:
     Attributes
     ----------
     y: [K, N], activities of all channels; [B, K, H', W'] from `SimilarityMatchingConv2d.solve`.
-    num_iters: number of iterations of the slowest column.
+    iterations: number of iterations of the slowest column, a number or a 0-d tensor on the device.
     residual: [N], relative residual of each column of y; [B, H', W'] from `SimilarityMatchingConv2d.solve`.
 
-    >>> Solution(y=torch.zeros(64, 1000), num_iters=12, residual=torch.zeros(1000)).y.shape
-    torch.Size([64, 1000])
+    >>> Solution(torch.zeros(64, 1000), 12, residual=torch.zeros(1000)).num_iters
+    12
     """
 
     y: Tensor
-    num_iters: int
+    iterations: int | Tensor
     residual: Tensor
+
+    @property
+    def num_iters(self) -> int:
+        """Number of iterations of the slowest column; waits for the device, if it is there."""
+        return int(self.iterations)
 
 
 class Dynamics:
@@ -140,12 +144,13 @@ class Dynamics:
         config = self.config.encoding() if fixed else self.config
         if drive.shape[1] == 0:
             return Solution(drive.new_empty(self.rows.total, 0), 0, drive.new_zeros(0))
+        fault = fault or LocalFault(self.exchange)
         if self.alone and (kernel := kernels.select(config, drive)) is not None:
-            return self._by_kernel(kernel, drive, lateral, bound, config, start)
+            return self._by_kernel(kernel, drive, lateral, bound, config, fault=fault, start=start)
         config = config.model_copy(update={"solver": config.solver_on(drive.device.type, alone=self.alone)})
         if config.solver == "coordinate_descent":
             return self._by_column(drive, lateral, bound, start)
-        return self._by_tile(drive, lateral, bound, config, fault or LocalFault(self.exchange), start)
+        return self._by_tile(drive, lateral, bound, config, fault, start)
 
     def _by_column(self, drive: Tensor, lateral: Tensor, bound: Bound, start: Tensor | None) -> Solution:
         """Coordinate descent, with all channels in this process."""
@@ -176,16 +181,16 @@ class Dynamics:
         lateral: Tensor,
         bound: Bound,
         config: DynamicsConfig,
+        *,
+        fault: LocalFault,
         start: Tensor | None,
     ) -> Solution:
-        """A kernel on the device, with all channels there; waits for the device once, at the end."""
-        drive, system = drive.contiguous(), kernels.System(lateral, bound.ridge, bound.value)
+        """A kernel on the device, with all channels there; if faults are recorded, the host does not wait for it."""
+        drive, system = drive.contiguous(), kernels.System(lateral, bound.epsilon, bound.largest)
         result = kernels.solve(kernel, drive.T, system, config, None if start is None else start.T)
-        worst, num_iters = torch.stack([result.residual.amax(), result.iterations.amax().to(drive.dtype)]).tolist()
-        if not math.isfinite(worst):
-            raise_shared(status_of(drive, lateral), NOT_FINITE_INPUT)
-            raise SharedFault(f"non-finite {NOT_FINITE_RESULT}", [0])
-        return Solution(result.y.T, int(num_iters), result.residual)
+        fault.raise_shared(status_of(drive, lateral), NOT_FINITE_INPUT)
+        fault.raise_shared(status_of(result.residual), NOT_FINITE_RESULT)
+        return Solution(result.y.T, result.iterations.amax(), result.residual)
 
     def _by_tile(
         self,

@@ -94,7 +94,7 @@ def solve(
             ConvergenceWarning,
             stacklevel=2,
         )
-    return Solution(y, solution.num_iters, solution.residual)
+    return Solution(y, solution.iterations, solution.residual)
 
 
 def _power_of_two(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import Rows, split_rows
-from simmatch.solvers.bound import certify, certify_afresh
+from simmatch.solvers.bound import certify, certify_afresh, warm_up
 from simmatch.solvers.dynamics import Dynamics, Solution
 from tests.exchanges import ThreadExchange, held, results, run_owners
 from tests.reference import random_drive, random_lateral, relative_residual
@@ -108,6 +108,7 @@ def test_bound_stays_useful_when_a_silent_channel_wakes() -> None:
     for _ in range(60):
         perron = certify(silent, perron, Rows.all(8), ridge=0).perron
     awake = silent + 0.2 * (lateral - silent)
+    perron, _ = warm_up(awake, perron, Rows.all(8), flagged=torch.zeros(8))  # as an update does
     assert certify(awake, perron, Rows.all(8), ridge=0).value <= 1.5 * largest_eigenvalue(awake)
 
 
@@ -131,7 +132,7 @@ def test_ridge_and_flags_are_reported() -> None:
     assert bound.ridge == pytest.approx(1.5, rel=1e-15)  # half the mean of the diagonal
     assert bound.value == pytest.approx(7.5, rel=1e-2)
     assert bound.value >= 7.5
-    assert torch.equal(certify(lateral, torch.ones(3).double(), Rows.all(3), ridge=0, flagged=flagged).flagged, flagged)
+    assert torch.equal(warm_up(lateral, torch.ones(3).double(), Rows.all(3), flagged=flagged)[1], flagged)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -141,6 +142,8 @@ def test_non_finite_weights_are_refused(bad: float, place: tuple[int, int]) -> N
     lateral[place] = bad
     with pytest.raises(SharedFault, match="non-finite lateral weights on rank 0"):
         certify(lateral, torch.ones(5), Rows.all(5), ridge=0)
+    with pytest.raises(SharedFault, match="non-finite lateral weights on rank 0"):
+        warm_up(lateral, torch.ones(5), Rows.all(5), flagged=torch.zeros(5))
 
 
 # -- several owners: the bound -----------------------------------------------------------------------------------------
@@ -150,21 +153,23 @@ def test_non_finite_weights_are_refused(bad: float, place: tuple[int, int]) -> N
 def test_owners_agree_on_the_bound(world_size: int) -> None:
     lateral = random_lateral(10, 7, largest=3.0)
     flagged = (torch.arange(10) % 4 == 1).double()
-    single = certify(lateral, torch.ones(10).double(), Rows.all(10), ridge=0.1, flagged=flagged)
+    start, _ = warm_up(lateral, torch.ones(10).double(), Rows.all(10), flagged=flagged)
+    single = certify(lateral, start, Rows.all(10), ridge=0.1)
     parts = split_rows(10, world_size)
 
     def owner(exchange: ThreadExchange) -> Any:
         rows = parts[exchange.rank]
         own = slice(rows.start, rows.stop)
         perron = torch.ones(10).double()
-        return certify(lateral[own], perron, rows, ridge=0.1, exchange=exchange, flagged=flagged[own])
+        perron, flags = warm_up(lateral[own], perron, rows, flagged=flagged[own], exchange=exchange)
+        return certify(lateral[own], perron, rows, ridge=0.1, exchange=exchange), flags
 
-    for bound in results(run_owners(world_size, owner)):
+    for bound, flags in results(run_owners(world_size, owner)):
         # a matrix–vector product by blocks of rows: rounding of 10 terms
         assert bound.value == pytest.approx(single.value, rel=1e-14)
         assert bound.ridge == pytest.approx(single.ridge, rel=1e-14)
         torch.testing.assert_close(bound.perron, single.perron, rtol=1e-14, atol=0)
-        assert torch.equal(bound.flagged, flagged > 0)
+        assert torch.equal(flags, flagged > 0)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
