@@ -24,13 +24,13 @@ from torch import Tensor
 from simmatch.arguments import check_activities, check_images, check_not_empty, check_patches, check_positions
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
-from simmatch.geometry import PatchConfig, Patches, prepare, sample_patches
+from simmatch.geometry import PatchConfig, Patches, draw_positions, prepare, sample_patches
 from simmatch.labels import check_labels, one_hot
 from simmatch.objective import batch_objective
 from simmatch.parts import timed
 from simmatch.plasticity import Statistics
 from simmatch.precision import eager_full_precision
-from simmatch.seeding import seeded
+from simmatch.seeding import folded, seeded, stream
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.rows import Rows
@@ -196,6 +196,30 @@ class SimilarityMatchingConv2d(Synapses):
             check_positions(positions, x.shape[0], self.patch.map_size((x.shape[2], x.shape[3])))
         return prepare(x, self.patch, self._whitening, positions)
 
+    @eager_full_precision
+    def prepare_drawn(self, x: Tensor, count: int) -> Patches:
+        """Prepare images as `Patches` at `count` distinct positions of each, drawn for the next update.
+
+        They depend on the seed and the number of updates only, not on the number of owners; drawn on the device.
+
+        Parameters
+        ----------
+        x: [B, C, H, W].
+        count: positions per image.
+
+        Raises
+        ------
+        ValueError
+            As for `prepare`, or the map of activities has fewer positions.
+
+        >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).prepare_drawn(torch.rand(2, 1, 8, 8), 5).matrix.shape
+        torch.Size([10, 9])
+        """
+        check_images(x, self.in_channels, self.feedforward)
+        key = folded(stream("positions", self.seed), self.updates)
+        map_size = self.patch.map_size((x.shape[2], x.shape[3]))
+        return prepare(x, self.patch, self._whitening, draw_positions(count, len(x), map_size, key, x.device))
+
     def explicit_patches(self, matrix: Tensor, *, whitened: bool = True) -> Patches:
         """Normalised patches [B, P], one per image, as `Patches`; `whitened` if Π and μ have been applied.
 
@@ -254,6 +278,11 @@ class SimilarityMatchingConv2d(Synapses):
     @property
     def calibrated(self) -> bool:
         return bool(self.input_power > 0)
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether a kernel solves the dynamics of an update, all channels on this device, so that it needs no host."""
+        return self.sharing.by_kernel(self.lateral)
 
     # ------------------------------------------------------------------------------------------- fast: dynamics
 

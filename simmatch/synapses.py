@@ -34,7 +34,8 @@ from simmatch.plasticity import (
 )
 from simmatch.precision import eager_full_precision
 from simmatch.sharding.exchange import IDENTITY, Exchange
-from simmatch.sharding.faults import FaultRecord, LocalFault, RecordedFault, status_of
+from simmatch.sharding.faults import LocalFault, status_of
+from simmatch.sharding.recording import FaultRecord, RecordedFault
 from simmatch.sharding.rows import Rows
 from simmatch.sharding.sharing import OwnState
 from simmatch.solvers.bound import Bound, certify, certify_afresh, warm_up

@@ -13,7 +13,7 @@ To raise an error the host has to wait for the device. There are two modes, with
 
     LocalFault      raises at the exchange: nothing is computed after it
     RecordedFault   an update continues, and changes nothing if some status reported a fault; its statuses remain
-                    on the device (`FaultRecord`), until all owners read them and raise the same error
+                    on the device, until all owners read them and raise the same error (`simmatch.sharding.recording`)
 """
 
 from __future__ import annotations
@@ -108,116 +108,6 @@ class LocalFault:
     def settle(self) -> Tensor | None:
         """After the last exchange: whether no fault was recorded, bool on the device; None if faults are raised."""
         return None
-
-
-class FaultRecord:
-    """The statuses of the first update with a fault, on the device of a layer.
-
-    Attributes
-    ----------
-    ok: bool, 0-d: False from that update on.
-
-    >>> from simmatch.sharding.exchange import IDENTITY
-    >>> record = FaultRecord(torch.device("cpu"))
-    >>> for status in (0.0, float("nan"), 0.0):
-    ...     fault = RecordedFault(IDENTITY, record)
-    ...     fault.raise_shared(torch.tensor([status]), "activities")  # recorded, not raised
-    ...     fault.settle()
-    tensor(True)
-    tensor(False)
-    tensor(False)
-    >>> record.raise_first(updates=1)
-    Traceback (most recent call last):
-    simmatch.sharding.faults.SharedFault: non-finite activities on rank 0 in update 2
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.ok = torch.ones((), dtype=torch.bool, device=device)
-        self._statuses: Tensor | None = None
-        self._values: list[str] = []
-        self.error: Exception | None = None
-
-    def add(self, stages: list[tuple[Tensor, str]], error: Exception | None) -> None:
-        """Record the statuses [G, 2] of the stages of an update, each with the name of its values."""
-        statuses = torch.stack([status for status, _ in stages])
-        if self._statuses is None:
-            self._statuses, self._values = statuses.clone(), [values for _, values in stages]
-        torch.where(self.ok, statuses, self._statuses, out=self._statuses)
-        self.ok.logical_and_((statuses * 0.0).sum() == 0.0)
-        self.error = self.error or error
-
-    def raise_first(self, updates: int | Tensor) -> None:
-        """Raise the error of the first update with a fault, if there is one; this waits for the device.
-
-        Parameters
-        ----------
-        updates: number of updates without a fault.
-
-        Raises
-        ------
-        SharedFault
-            As it would have been raised at the exchange, with the number of the update. The record is then empty again.
-        """
-        if self._statuses is None or bool(self.ok):
-            return
-        statuses, error, self.error = self._statuses.cpu(), self.error, None
-        self.ok.fill_(True)
-        for stage, values in zip(statuses, self._values, strict=True):
-            try:
-                raise_shared(stage, values, error)
-            except SharedFault as fault:
-                raise SharedFault(fault.kind, fault.ranks, int(updates) + 1) from error
-
-
-class RecordedFault(LocalFault):
-    """Faults of one update, recorded instead of raised; see this module.
-
-    The exception of an owner is held until the next exchange too, and that of a single owner raised where it occurs.
-
-    Parameters
-    ----------
-    exchange: connects to the other owners.
-    record: of the layer.
-    """
-
-    recorded = True
-
-    def __init__(self, exchange: Exchange, record: FaultRecord) -> None:
-        super().__init__(exchange)
-        self._record = record
-        self._stages: list[tuple[Tensor, str]] = []
-        self._own: list[Tensor] = []
-
-    def mark(self, status: Tensor) -> None:
-        """Write what this owner has found, alone, into its status."""
-        for own in self._own:
-            status.add_(own)
-        self._own.clear()
-        super().mark(status)
-
-    def raise_shared(self, statuses: Tensor, values: str) -> None:
-        """Record the statuses of one exchange: the least and the greatest of every owner."""
-        self._stages.append((torch.stack(statuses.reshape(len(statuses), -1).aminmax(dim=1), dim=1), values))
-
-    def alone(self) -> LocalFault:
-        return self if self._alone else OwnFault(self._own)
-
-    def settle(self) -> Tensor:
-        self._record.add(self._stages, self.error)
-        return self._record.ok
-
-
-class OwnFault(LocalFault):
-    """What an owner finds in its own columns, collected for its status at the next exchange with the others."""
-
-    recorded = True
-
-    def __init__(self, collected: list[Tensor]) -> None:
-        super().__init__(IDENTITY)
-        self._collected = collected
-
-    def raise_shared(self, statuses: Tensor, values: str) -> None:
-        self._collected.append(status_of(statuses))
 
 
 def status_of(*values: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ class RowSharing:
     def __init__(self, dynamics: DynamicsConfig, rows: Rows, exchange: Exchange, *, alone: bool = False) -> None:
         self._rows, self._solver = rows, Dynamics(dynamics, rows, exchange, alone=alone)
 
+    def by_kernel(self, like: Tensor) -> bool:
+        """See `Dynamics.by_kernel`."""
+        return self._solver.by_kernel(like)
+
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
         """Solve a batch: y [K, N] and residual [N]. All owners raise an exception of any of them."""
         lateral = state.weights.lateral
@@ -139,6 +143,10 @@ class ColumnSharing:
         self._all_rows, self._num_classes = Rows.all(rows.total), num_classes
         self._solver = Dynamics(dynamics, self._all_rows, alone=True)
         self._state = GatheredState(rows, exchange, filters, num_classes)
+
+    def by_kernel(self, like: Tensor) -> bool:
+        """See `Dynamics.by_kernel`."""
+        return self._solver.by_kernel(like)
 
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
         """Solve a batch and gather the columns of all owners: y [K, N] and residual [N]."""

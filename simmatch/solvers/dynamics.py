@@ -108,6 +108,10 @@ class Dynamics:
         self._coordinates: CoordinateDescent | None = None
         self._tiles = Pool()
 
+    def by_kernel(self, like: Tensor) -> bool:
+        """Whether a kernel solves to the tolerance, for weights `like` these: the host then need not wait for it."""
+        return self.alone and kernels.select(self.config, like.new_empty(self.rows.total, 0)) is not None
+
     def solve(
         self,
         drive: Tensor,

@@ -1,0 +1,229 @@
+"""Updates whose faults are recorded: the bits of updates that raise them, and the same error, later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.exchange import IdentityExchange
+from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.rows import split_rows
+from tests.exchanges import ThreadExchange, results, run_owners
+from tests.simmatch import scripted
+
+CHANNELS, CLASSES = 10, 4
+REVIVING = PlasticityConfig(lr=0.2, lr_decay_steps=20, tau=0.7, dead_after=2)
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"plasticity": PlasticityConfig(lr=0.1, lr_decay_steps=7, dead_after=2)},
+    "supervised": {"num_classes": CLASSES, "label_gain": 2.0, "plasticity": REVIVING},
+    "whitened": {"whiten": True, "normalize": "contrast", "padding": 1, "plasticity": REVIVING},
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted.use(monkeypatch)
+
+
+def batch(update: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(update)
+    return torch.rand(6, 1, 9, 9, generator=generator), torch.randint(-1, CLASSES, (6,), generator=generator)
+
+
+def make_layer(case: str, exchange: ThreadExchange | IdentityExchange | None = None) -> SimilarityMatchingConv2d:
+    """`exchange`: columns are split over its owners; None: no exchange."""
+    options = dict(CASES[case])
+    if exchange is not None:
+        options["dynamics"] = DynamicsConfig(exchange="gather_state")
+        options |= {"exchange": exchange, "rows": split_rows(CHANNELS, exchange.world_size)[exchange.rank]}
+    layer = SimilarityMatchingConv2d(1, CHANNELS, 4, **options)
+    layer.calibrate(batch(0)[0])
+    return layer
+
+
+def learn(layer: SimilarityMatchingConv2d, update: int, recorded: bool, images: Tensor | None = None) -> Any:
+    x, labels = batch(update)
+    if layer.rows.start == 0 and update == 1:  # from here on, this channel is silent: it is dead two updates later
+        layer.feedforward[3] = -20.0
+        layer.label[3] = 0.0
+    given = layer.prepare(x if images is None else images)
+    return layer.partial_fit(given, labels if layer.num_classes else None, recorded=recorded)
+
+
+def state_of(layer: SimilarityMatchingConv2d) -> dict[str, Tensor]:
+    bound = layer.bound
+    values = {name: tensor.clone() for name, tensor in layer.named_buffers()}
+    return values | {"bound": bound.largest.clone(), "ridge": bound.epsilon.clone(), "next": bound.perron.clone()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+WAYS: dict[str, Callable[[Callable[[Any], Any]], list[Any]]] = {
+    "alone": lambda program: [program(None)],
+    "gather_state, 1 owner": lambda program: [program(IdentityExchange())],
+    "gather_state, 2 owners": lambda program: results(run_owners(2, program)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_updates_have_the_bits_of_others(case: str, way: str) -> None:
+    """30 updates with a revival, the host looking at every tenth; the activities too."""
+
+    def program(exchange: Any) -> int:
+        own, other = make_layer(case, exchange), make_layer(case, exchange)
+        for update in range(30):
+            solutions = [learn(layer, update, layer is own) for layer in (own, other)]
+            assert torch.equal(solutions[0].y, solutions[1].y)
+            assert solutions[0].num_iters == solutions[1].num_iters
+            if update % 10 == 9:
+                own.raise_faults()
+                assert_same(state_of(own), state_of(other))
+        return int(own.revived)
+
+    revived = WAYS[way](program)
+    assert min(revived) >= 1
+    assert int(revived[0]) == revived[-1]
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+FAULTY = 4
+
+
+def spoil(kind: str, layer: SimilarityMatchingConv2d, monkeypatch: pytest.MonkeyPatch) -> Tensor | None:
+    """Prepare a fault of this owner in the next update; images to learn from, if they are the fault."""
+    if kind == "image":
+        images = batch(FAULTY)[0]
+        images[:, 0, 3, 3] = torch.nan
+        return images
+    if kind == "feedforward":
+        layer.feedforward[0, 0, 0, 0] = torch.inf
+    else:  # the new W overflows; the drive and the statistics are finite
+        monkeypatch.setattr(layer, "_learnt", overflowing(layer._learnt))
+    return None
+
+
+def overflowing(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    def changed(statistics: Any) -> dict[str, Tensor]:
+        after = function(statistics)
+        after["feedforward"][0, 0, 0, 0] = torch.inf
+        return after
+
+    return changed
+
+
+def failing(*_: Any, **__: Any) -> Any:
+    raise OSError("disk full")
+
+
+EXPECTED = {
+    ("image", 1): "non-finite values in the drive or the lateral weights",
+    ("image", 2): "non-finite activities or statistics",
+    ("overflow", 1): "non-finite feedforward or label weights",
+    ("overflow", 2): "non-finite feedforward or label weights",
+    ("feedforward", 1): "non-finite weights",
+    ("feedforward", 2): "non-finite weights",
+}
+
+
+@pytest.mark.parametrize("owners", [1, 2])
+@pytest.mark.parametrize("kind", ["image", "overflow", "feedforward"])
+def test_values_that_are_not_finite_are_raised_at_the_next_look(
+    kind: str, owners: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kind and the ranks of the error that is raised at once; no owner has changed since."""
+    guilty = owners - 1
+
+    def program(exchange: Any) -> tuple[str, list[int]]:
+        own, other = make_layer("plain", exchange), make_layer("plain", exchange)
+        for update in range(FAULTY):
+            for layer in (own, other):
+                learn(layer, update, layer is own)
+        images = [spoil(kind, layer, monkeypatch) if exchange.rank == guilty else None for layer in (own, other)]
+        before = state_of(own)
+        learn(own, FAULTY, True, images[0])
+        for update in range(FAULTY + 1, FAULTY + 4):  # later updates, sound again, change nothing
+            learn(own, update, True)
+        assert_same(state_of(own), before)
+        with pytest.raises(SharedFault) as late:
+            own.raise_faults()
+        assert_same(state_of(own), before)
+        with pytest.raises(SharedFault) as early:
+            learn(other, FAULTY, False, images[1])
+        assert (late.value.kind, late.value.ranks) == (early.value.kind, early.value.ranks)
+        assert late.value.update == FAULTY + 1
+        assert f"in update {FAULTY + 1}" in str(late.value)
+        return late.value.kind, late.value.ranks
+
+    outcomes = [program(IdentityExchange())] if owners == 1 else results(run_owners(owners, program))
+    assert outcomes == [(EXPECTED[kind, owners], [guilty])] * owners
+
+
+def test_an_exception_of_one_owner_is_raised_by_all_at_the_next_look() -> None:
+    def program(exchange: ThreadExchange) -> Exception | None:
+        layer = make_layer("plain", exchange)
+        for update in range(FAULTY):
+            learn(layer, update, True)
+        before = state_of(layer)
+        if exchange.rank == 1:
+            layer.sharing._solve = failing  # type: ignore[method-assign, union-attr]
+        learn(layer, FAULTY, True)
+        learn(layer, FAULTY + 1, True)
+        with pytest.raises(SharedFault, match=f"exception on rank 1 in update {FAULTY + 1}") as caught:
+            layer.raise_faults()
+        assert_same(state_of(layer), before)
+        return caught.value.__cause__  # type: ignore[return-value]
+
+    causes = results(run_owners(2, program))
+    assert causes[0] is None
+    assert str(causes[1]) == "disk full"
+
+
+def test_a_layer_learns_on_after_its_fault_was_raised() -> None:
+    own, other = make_layer("plain"), make_layer("plain")
+    images = batch(0)[0]
+    images[0] = torch.nan
+    learn(own, 0, True, images)
+    with pytest.raises(SharedFault, match="in update 1"):
+        own.raise_faults()
+    for update in range(3):
+        learn(own, update, True)
+        learn(other, update, False)
+    own.raise_faults()
+    assert_same(state_of(own), state_of(other))
+
+
+def test_weights_written_to_between_recorded_updates_are_noticed() -> None:
+    """torch counts this write; the other only ‖M‖ shows."""
+    for write in (lambda tensor: tensor.mul_(2.0), lambda tensor: tensor.numpy().__imul__(2.0)):
+        layer = make_layer("plain")
+        learn(layer, 0, True)
+        layer.raise_faults()
+        write(layer.lateral)
+        with pytest.raises(RuntimeError, match="expected the rows for which the bound was last certified"):
+            layer.raise_faults()
+
+
+def test_divergence_is_reported_at_the_next_look() -> None:
+    """By the same warning, once for all updates since the last."""
+    layer = SimilarityMatchingConv2d(1, CHANNELS, 4, plasticity=PlasticityConfig(lr=0.9))
+    for update in range(4):
+        learn(layer, update, True)
+    layer.above_one.fill_(True)
+    with pytest.warns(UserWarning, match="the relative objective is above 1"):
+        layer.raise_faults()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.raise_faults()
