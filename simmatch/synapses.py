@@ -70,7 +70,7 @@ class Synapses(nn.Module):
     updates: number of updates.
     revived: number of channels that were drawn anew.
     dead: number of channels, of all owners, that were dead at the last update (and revived, if configured); not saved.
-    above_one: whether the relative objective was above 1 in an update since the host last looked; not saved.
+    above_one: whether the relative objective was above 1 in the last update; not saved.
 
     >>> arguments = LayerArguments(in_channels=3, out_channels=16, kernel_size=5, num_classes=10)
     >>> synapses = Synapses(arguments, Rows.all(16), IDENTITY, dtype=torch.float32, device="cpu")
@@ -294,7 +294,7 @@ class Synapses(nn.Module):
             _put(getattr(self, name), value, ok)
         self._keep(bound, ok)
         if self.exchange is IDENTITY and statistics is not None:  # else the exchange's provider measures the objective
-            self.above_one.logical_or_(worse_than_silence(statistics, self.alpha))
+            self.above_one.copy_(worse_than_silence(statistics, self.alpha))
             if ok is None:
                 self._warn_of_divergence(stacklevel=6)  # the call of `partial_fit` or `update`
 
@@ -357,7 +357,7 @@ class Synapses(nn.Module):
         Warns
         -----
         UserWarning
-            As `update`, for any update since the last call.
+            As `update`, for the last update.
         """
         if self._record is not None:
             self._record.raise_first(self.updates)
@@ -366,11 +366,9 @@ class Synapses(nn.Module):
             self._warn_of_divergence(stacklevel=3)
 
     def _warn_of_divergence(self, stacklevel: int) -> None:
-        if bool(self.above_one):
-            self.above_one.fill_(False)
-            warning = divergence_warning(self.plasticity, int(self.updates), above_one=True)
-            if warning is not None:
-                warnings.warn(warning, stacklevel=stacklevel)
+        warning = divergence_warning(self.plasticity, int(self.updates), above_one=bool(self.above_one))
+        if warning is not None:
+            warnings.warn(warning, stacklevel=stacklevel)
 
     @torch.no_grad()
     def settle_label(self, yz: Tensor, zz: Tensor) -> None:
