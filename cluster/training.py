@@ -193,24 +193,30 @@ class Training(Observer):
         self._window = MetricsWindow(index, self.exchange, self.writer)
         self._objective = ObjectiveMonitor(index, layer, self.report)
         self._latest: LayerMetrics | None = None
+        self._updates = int(layer.updates)
 
     @contextmanager
     def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
-        step = int(layer.updates) + 1  # all ranks name the same step, whoever noticed first
         try:
             yield
         except PeerTimeout:
             raise
-        except Exception as fault:
-            what = str(fault) if isinstance(fault, SharedFault) else f"{type(fault).__name__}: {fault}"
-            diverged = isinstance(fault, SharedFault) and fault.kind.startswith("non-finite")
+        except SharedFault as fault:
+            # all ranks name the same step, whoever noticed first; a recorded fault is from one since the last look
+            step, what = fault.update or self._updates + 1, str(SharedFault(fault.kind, fault.ranks))
+            diverged = fault.kind.startswith("non-finite")
             raise TrainingFault(f"layer {index}, step {step}: {what}", diverged=diverged) from fault
+        except Exception as fault:
+            what = f"{type(fault).__name__}: {fault}"
+            raise TrainingFault(f"layer {index}, step {self._updates + 1}: {what}") from fault
 
     def updated(self, update: Update) -> None:
         index, number = update.index, update.number
         self.step += 1
         self.images += update.images
-        self._growth.check(number - 1, update.layer.bound.value)
+        self._updates = number
+        if update.looked:  # else reading the bound would wait for the device
+            self._growth.check(number - 1, update.layer.bound.value)
         self._window.count(update.images)
         if update.measurement is not None:
             self._latest = self._window.close(update.layer, update.measurement, self.images)
@@ -221,6 +227,8 @@ class Training(Observer):
         stop = number % self.config.log_every == 0 and self._all_stop()
         needed = number == update.total or stop
         if needed or self.step % self.config.checkpoint.every_steps == 0:
+            with self.updating(index, update.layer):
+                update.layer.raise_faults()  # a checkpoint holds no update after a fault
             self._save(update, needed=needed)
         if stop:
             self.writer.close()

@@ -28,6 +28,9 @@ class Update:
     total: number of updates of the layer.
     images: number of images in the batch.
     measurement: metrics of the update, or None if it was not measured.
+    looked: whether faults up to this update have been raised. False where they are recorded on the device, and the host
+        has not looked: anything that is read from the layer waits for the device, and `layer.raise_faults()` must come
+        before anything is kept.
 
     >>> layer = SimilarityMatchingConv2d(1, 8, kernel_size=3)
     >>> Update(index=0, layer=layer, number=1, total=60, images=100, measurement=None).images
@@ -40,6 +43,7 @@ class Update:
     total: int
     images: int
     measurement: Measurement | None
+    looked: bool = True
 
 
 class Observer:

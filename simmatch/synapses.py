@@ -366,7 +366,9 @@ class Synapses(nn.Module):
             self._warn_of_divergence(stacklevel=3)
 
     def _warn_of_divergence(self, stacklevel: int) -> None:
-        warning = divergence_warning(self.plasticity, int(self.updates), above_one=bool(self.above_one))
+        if not bool(self.above_one):
+            return
+        warning = divergence_warning(self.plasticity, int(self.updates), above_one=True)
         if warning is not None:
             warnings.warn(warning, stacklevel=stacklevel)
 
