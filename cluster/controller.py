@@ -22,6 +22,7 @@ from cluster.messages import (
     Display,
     GroupStarted,
     LayerMetrics,
+    LayerProfiled,
     Message,
     ModelExported,
     RankInfo,
@@ -67,6 +68,7 @@ class Controller:
     before_commit: see `cluster.checkpoints.committer.Committer`.
     data: digest of the data set that all ranks must load, in this process and in every one that continues the run.
     on_config: called with the configuration once its open values are known, see `GroupConfig.threads_per_rank`.
+    profile: number of updates of every layer that each rank profiles; 0: none.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class Controller:
         before_commit: Callable[[], None] = lambda: None,
         data: str | None = None,
         on_config: Callable[[RunConfig], None] = lambda _: None,
+        profile: int = 0,
     ) -> None:
         self.config, self.run_dir, self.resume, self.data, self.on_config = config, run_dir, resume, data, on_config
+        self.profile = profile
         self.make_group, self.recorder, self.display = make_group, recorder, display
         group = config.cluster
         self.policy = FailurePolicy(group.max_restarts, group.min_shards, group.backoff_s, config.divergence)
@@ -122,7 +126,9 @@ class Controller:
         """
         while True:
             config = self.config.at_rate(self.record.rate)
-            assignment = Assignment(config, self.run_dir, 0, self.record.restarts, self.resume, token_hex(4), self.data)
+            assignment = Assignment(
+                config, self.run_dir, 0, self.record.restarts, self.resume, token_hex(4), self.data, self.profile
+            )
             try:
                 failure = self._run_group(assignment)
             except Exception:  # not KeyboardInterrupt and the like, which end the program at once
@@ -269,6 +275,10 @@ class Controller:
                 self._checkpoints.shard_failed(rank, message)
             case Traceback(text):
                 self.display.note(f"rank {rank}:\n{text}")
+            case LayerProfiled():
+                problem = self.record.add_profile(rank, message)
+                if problem is not None:
+                    self.display.note(problem)
             case LayerMetrics() | TrainingWarning() | ModelExported() | ReadoutScored() if rank > 0:
                 pass  # the same as rank 0 sends
             case LayerMetrics():

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard
 from cluster.policy import Failure
+from simmatch.parts import PartTime
 
 Phase = Literal["calibrate", "cache", "learn", "encode", "readout"]
 
@@ -127,8 +128,39 @@ class ReadoutScored:
     accuracy_decode: float | None = None
 
 
-Message = ShardWritten | ShardFailed | Traceback | LayerMetrics | TrainingWarning | ModelExported | ReadoutScored
-"""The first three concern the rank that sends them; of the others, which all ranks send alike, the controller takes
+@dataclass(frozen=True)
+class LayerProfiled:
+    """Where this rank's time went in some updates of a layer, see `simmatch.profile`.
+
+    Attributes
+    ----------
+    first, updates: number of the first recorded update of the layer, and how many were recorded; none if 0.
+    parts: name of a part → its time in all these updates.
+    kernels: (name, calls, seconds) of the longest kernels on the device.
+    file: name of the trace in the run's folder of profiles; empty if there is none.
+    problem: why there is none.
+    """
+
+    layer: int
+    first: int
+    updates: int
+    parts: dict[str, PartTime]
+    kernels: list[tuple[str, int, float]]
+    file: str = ""
+    problem: str = ""
+
+
+Message = (
+    ShardWritten
+    | ShardFailed
+    | Traceback
+    | LayerProfiled
+    | LayerMetrics
+    | TrainingWarning
+    | ModelExported
+    | ReadoutScored
+)
+"""The first four concern the rank that sends them; of the others, which all ranks send alike, the controller takes
 rank 0's."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.checkpoints.manifest import Cursor
 from cluster.config import RunConfig
-from cluster.messages import LayerMetrics, ReadoutScored
+from cluster.messages import LayerMetrics, LayerProfiled, ReadoutScored
 from cluster.tracking.events import MetricsEvent, TagsEvent
 from cluster.tracking.spool import Spool
 
@@ -51,6 +51,9 @@ class RunRecord:
     rate: float = 1.0
     """Factor of the learning rates; below 1 after a divergence."""
 
+    profiles: dict[int, dict[int, LayerProfiled]] = field(default_factory=dict)
+    """Layer → rank → its profile; all ranks recorded the same updates."""
+
     _before: tuple[int, float, float] = (0, 0.0, 0.0)
 
     def start_group(self, images: int) -> None:
@@ -69,6 +72,19 @@ class RunRecord:
         totals = {"bytes_exchanged": self.bytes_exchanged, "num_exchanges": self.num_exchanges}
         values = metrics.values() | totals
         return values if self._append(metrics.layer, metrics.update, values) else None
+
+    def add_profile(self, rank: int, profile: LayerProfiled) -> str | None:
+        """Take in a rank's profile of a layer. Returns what to tell: the first problem with that layer's."""
+        of_layer = self.profiles.setdefault(profile.layer, {})
+        if any(other.first != profile.first for other in of_layer.values()):  # of a group before this one
+            of_layer.clear()
+        told = any(other.problem for other in of_layer.values())
+        of_layer[rank] = profile
+        return (
+            f"profile of layer {profile.layer}, rank {rank}: {profile.problem}"
+            if profile.problem and not told
+            else None
+        )
 
     def _append(self, layer: int, update: int, values: dict[str, float]) -> bool:
         """Append to a layer's curve; returns False where it has reached this update already, before a restart."""

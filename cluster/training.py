@@ -33,6 +33,7 @@ from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, ModelExported, Outbox, Progress
 from cluster.monitors import GrowthMonitor, MetricsWindow, ObjectiveMonitor, TrainingFault
 from cluster.one_rank import on_one_rank
+from cluster.profiles import TraceWriter
 from cluster.read_out import read_out
 from cluster.storage import AnyPath, copy_whole
 from cluster.timeouts import run_with_timeout
@@ -43,6 +44,7 @@ from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
 from simmatch.observer import Observer, Phase, Update
+from simmatch.profile import Profile
 from simmatch.remote import retry
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import SharedFault
@@ -63,6 +65,7 @@ class Assignment:
     generation: number of groups before this one.
     token: part of the names of this group's shards, unique to the group.
     data: digest of the data set that every rank must find on its node; None: any data set.
+    profile: number of updates of every layer to profile; 0: none.
     """
 
     config: RunConfig
@@ -72,6 +75,7 @@ class Assignment:
     resume: AnyPath | None = None
     token: str = ""
     data: str | None = None
+    profile: int = 0
 
 
 class Stopped(Exception):
@@ -134,6 +138,9 @@ class Training(Observer):
             patience_s=config.checkpoint.patience_s,
             write=partial(write_shard, token=assignment.token),
         )
+        patience_s = config.checkpoint.patience_s
+        self.traces = TraceWriter(assignment.run_dir, assignment.rank, report, patience_s=patience_s)
+        self.profile = Profile(assignment.profile, self.traces.submit) if assignment.profile else Observer()
 
     def run(self) -> None:
         """Train the stack, export the model, and measure the accuracy of readouts."""
@@ -156,6 +163,11 @@ class Training(Observer):
             report=self.report,
             long_work=partial(self.on_one_rank, exchange=IDENTITY),
         )
+        self._close()
+
+    def _close(self) -> None:
+        """Wait for the files that are written beside training."""
+        self.traces.close()
         self.writer.close()
 
     def _reader(self, folder: AnyPath) -> Reader:
@@ -188,6 +200,7 @@ class Training(Observer):
         self.step += int(layer.updates)
 
     def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        self.profile.started(index, layer)
         states = [] if self.reader is None else self.reader.manifest.layers
         self._growth = GrowthMonitor(index, states[index].usual if index < len(states) else None)
         self._window = MetricsWindow(index, self.exchange, self.writer)
@@ -198,7 +211,8 @@ class Training(Observer):
     @contextmanager
     def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
         try:
-            yield
+            with self.profile.updating(index, layer):
+                yield
         except PeerTimeout:
             raise
         except SharedFault as fault:
@@ -211,6 +225,7 @@ class Training(Observer):
             raise TrainingFault(f"layer {index}, step {self._updates + 1}: {what}") from fault
 
     def updated(self, update: Update) -> None:
+        self.profile.updated(update)
         index, number = update.index, update.number
         self.step += 1
         self.images += update.images
@@ -231,7 +246,7 @@ class Training(Observer):
                 update.layer.raise_faults()  # a checkpoint holds no update after a fault
             self._save(update, needed=needed)
         if stop:
-            self.writer.close()
+            self._close()
             raise Stopped
 
     def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:

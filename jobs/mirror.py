@@ -8,9 +8,10 @@ checkpoint then has all records up to it. Checkpoints and the model do not pass 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cluster.profiles import FOLDER
 from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, read, write_whole
 from cluster.tracking.delivery import PROGRESS_NAME
 from cluster.tracking.spool import SPOOL_NAME, Spool
@@ -96,19 +97,23 @@ class Mirror:
 
     def fetch_model(self) -> Path:
         """The exported model on this machine."""
-        folder = self.work / "model"
+        return self.fetch("model", MODEL_FILES)
+
+    def fetch(self, name: str, files: Sequence[str]) -> Path:
+        """A folder of the run directory on this machine, with these files that ranks have written."""
+        folder = self.work / name
         if self.remote:
             retry(
-                lambda: [fetch(self.destination / "model" / name, lambda: folder) for name in MODEL_FILES],
+                lambda: [fetch(self.destination / name / file, lambda: folder) for file in files],
                 self._patience_s,
             )
         return folder
 
     def close(self) -> None:
-        """Copy the rest, with the figures; raises as `push` does."""
+        """Copy the rest, with figures and tables; raises as `push` does."""
         if not self.remote:
             return
         retry(self.push, self._patience_s)
-        if (self.work / "figures").exists():
-            for figure in sorted((self.work / "figures").iterdir()):
-                copy_whole(figure, self.destination / "figures" / figure.name)
+        for folder, pattern in (("figures", "*"), (FOLDER, "*.json"), (FOLDER, "*.md")):  # ranks have written traces
+            for file in sorted((self.work / folder).glob(pattern)):
+                copy_whole(file, self.destination / folder / file.name)

@@ -82,13 +82,15 @@ def _index(target: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An `argparse` type: an integer of at least `least`."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An `argparse` type: an integer of at least `least`, and of at most `most` if given."""
+    expected = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
 
     def integer(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-        return int(text)
+        number = int(text) if text.isascii() and text.isdecimal() and len(text) < 100 else -1
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return number
 
     return integer
 

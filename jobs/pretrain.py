@@ -20,13 +20,17 @@ from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.tracker import Tracker
 from jobs.display import MakeDisplay, RunDisplay
 from jobs.entry_point import BAD_INPUT, run_main
-from jobs.options import override, read_yaml
+from jobs.options import at_least, override, read_yaml
 from jobs.plan import print_plan
 from jobs.preflight import check, check_checkpoint, check_device_of_ranks
 from jobs.run_directory import as_begun, choose
 from jobs.training_job import TrainingJob
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
+from simmatch.profile import WARM_UP
+
+MOST_PROFILED = 100
+"""Updates of a layer: one makes thousands of events."""
 
 
 def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisplay) -> int:
@@ -53,7 +57,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    return TrainingJob(config, dataset, start, tracker, console, make_display).run()
+    return TrainingJob(config, dataset, start, tracker, console, make_display, profile=options.profile).run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|never|DIR",
         help="auto (default): continue an unfinished run of this configuration; never: start a new run; "
         "DIR: start from this run or checkpoint",
+    )
+    parser.add_argument(
+        "--profile",
+        type=at_least(1, MOST_PROFILED),
+        default=0,
+        metavar="N",
+        help=f"record N updates of every layer, after its first {WARM_UP}, on every rank: traces in RUN_DIR/profile "
+        "and in MLflow, and a table of where the time went; what is learnt does not change",
     )
     parser.add_argument("--dry-run", action="store_true", help="print configuration, mesh and sizes, then exit")
     return parser

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
+from cluster.profiles import FOLDER
 from cluster.redaction import one_line
 from cluster.summary import RunRecord, summarise
 from cluster.text import count
@@ -18,6 +19,7 @@ from cluster.tracking.events import RunStatus
 from cluster.tracking.tracker import Tracker
 from jobs import figures
 from jobs.mirror import Mirror
+from jobs.profiles import profile_rows, profile_tables, with_earlier
 from jobs.recording import outcome_fields, send_records
 from jobs.reporting import Table
 from jobs.run_directory import RunStart
@@ -75,6 +77,25 @@ class RunResults:
             self.tracker.figure(path)
         figures.training_curves(record.curves, folder / "training-curves.png")
         self.tracker.figure(folder / "training-curves.png")
+
+    def write_profiles(self, record: RunRecord, asked: int) -> list[Table]:
+        """Write what ranks have profiled, and log it with their traces; returns it as tables."""
+        rows, tables = profile_rows(record), profile_tables(record, asked)
+        if not rows:
+            return []
+        traces = [(row["trace"], row["layer"]) for row in rows if row["trace"]]
+        try:
+            folder = self.mirror.fetch(FOLDER, [name for name, _ in traces])
+            for name, layer in traces:
+                self.tracker.artifact(folder / name, FOLDER, layer=layer)
+            summary, text = folder / "summary.json", folder / "tables.md"
+            write_whole(summary, dump_json(with_earlier(rows, summary)))
+            write_whole(text, "\n".join(table.markdown() for table in tables))
+            for file in (summary, text):
+                self.tracker.artifact(file, FOLDER)
+        except OSError as error:  # the tables are still shown
+            self.report(f"the profile is not written: {one_line(error)}")
+        return tables
 
     def write_summary(
         self, config: RunConfig, record: RunRecord, outcome: RunOutcome, seconds: float

@@ -42,6 +42,7 @@ class TrainingJob:
     start: the run directory, and the checkpoint to continue from.
     tracker: of this run, not started yet.
     make_display: makes what shows the progress.
+    profile: number of updates of every layer to profile; 0: none.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class TrainingJob:
         tracker: Tracker,
         console: Console,
         make_display: MakeDisplay = RunDisplay,
+        *,
+        profile: int = 0,
     ) -> None:
-        self._make_display = make_display
+        self._make_display, self._profile = make_display, profile
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
         self.run_dir = start.run_dir
         self._hide = Redactor(os.environ)
@@ -136,6 +139,7 @@ class TrainingJob:
             before_commit=self.mirror.push,
             data=self.data,
             on_config=partial(self._on_config, display),
+            profile=self._profile,
         )
         self._controller, self.record = controller, controller.record
         self.record.steps = start_step
@@ -159,9 +163,12 @@ class TrainingJob:
     def _close(self, outcome: RunOutcome) -> None:
         """Write and show the results, then wait for Ray and for MLflow."""
         try:
+            tables = self.results.write_profiles(self.record, self._profile)
             summary = self.results.write_summary(self.config, self.record, outcome, time.monotonic() - self.started)
             if outcome.message is not None:
                 print(f"error: {one_line(outcome.message)}", file=sys.stderr)
+            for table in tables:
+                table.show(self.console)
             if outcome.status == "FINISHED":
                 table_of(self.config.name, summary).show(self.console)
                 for line in (*lines_of(summary), f"model, figures, summary: {self.start.destination}"):

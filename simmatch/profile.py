@@ -61,14 +61,22 @@ class Recorder:
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profiler = torch.profiler.profile(activities=activities)
+        self._prepared = self._started = False
+
+    def prepare(self) -> None:
+        """What takes long about the start, a second in a new process."""
+        if not self._prepared:
+            self._profiler.prepare_trace()
+            self._prepared = True
 
     def start(self) -> None:
-        """The first profiler of a process takes about a second to start."""
-        self._profiler.start()
+        self.prepare()
+        self._profiler.start_trace()
+        self._started = True
 
     def stop(self) -> Trace:
         """Raises `OSError` if there is no room for a temporary file."""
-        self._profiler.stop()
+        self._profiler.stop_trace()
         with tempfile.TemporaryDirectory(prefix="simmatch-") as folder:
             path = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(path))  # does not raise if it could not write
@@ -79,7 +87,9 @@ class Recorder:
 
     def abandon(self) -> None:
         """Stop without a trace."""
-        self._profiler.stop()
+        if not self._started:
+            self.start()  # what is only prepared cannot be stopped
+        self._profiler.stop_trace()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +149,7 @@ class Profile(Observer):
         self._first = self._last = 0
 
     def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        self._seen = 0
+        self._seen = self._last = 0
 
     @contextmanager
     def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
@@ -161,12 +171,16 @@ class Profile(Observer):
         if self._recorder is not None and update.number == self._last:
             recorder, self._recorder = self._recorder, None
             self._finish(update.index, recorder)
-        elif self._seen == min(WARM_UP, self._seen + left - 1):
-            self._first, self._last = update.number + 1, update.number + min(self._updates, left)
-            self._recorder = Recorder(update.layer.feedforward.device)
-            self._recorder.start()
-        elif left == 0 and self._seen == 1:
+            return
+        warm_up = min(WARM_UP, self._seen + left - 1)
+        if warm_up == 0:
             self._done(Recording(update.index, update.number, 0, missing="the layer had a single update left"))
+        elif self._seen in (warm_up - 1, warm_up):
+            self._recorder = self._recorder or Recorder(update.layer.feedforward.device)
+            self._recorder.prepare()  # one update earlier, so that ranks do not wait for each other's in the first one
+            if self._seen == warm_up:
+                self._first, self._last = update.number + 1, update.number + min(self._updates, left)
+                self._recorder.start()
 
     def _finish(self, index: int, recorder: Recorder) -> None:
         """Hand out what was recorded."""
