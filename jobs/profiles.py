@@ -40,8 +40,10 @@ def with_earlier(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]
         earlier = load_json(path.read_bytes())
     except (FileNotFoundError, DocumentError):
         return rows
+    if not isinstance(earlier, list):
+        return rows
     known = {row["layer"] for row in rows}
-    kept = [row for row in earlier if isinstance(row, dict) and row.get("layer") not in known]
+    kept = [row for row in earlier if isinstance(row, dict) and row.get("layer") not in known | {None}]
     return [*kept, *rows]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import os
 import re
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from cluster.failures import group_failure, stalled
 from cluster.group import WorkerGroup, lease_s
 from cluster.messages import GroupStarted, Note, Progress, RankStatus
 from cluster.policy import Failure, GroupFailure
+from cluster.profiles import FOLDER
 from cluster.training import Assignment, Training
 from cluster.worker import Worker
 from simmatch.config import ConfigError
@@ -160,6 +164,22 @@ def test_a_run_survives_a_lost_process_or_card_bit_by_bit(
     assert note.startswith("rank 1")
     assert ("CUDA error: unspecified launch failure; starting" in note) == (kind == "card")
     assert "from step-" in note  # 16 updates were done, and the controller had seconds to commit those of layer 0
+
+
+def test_a_killed_actor_leaves_no_half_of_a_trace(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
+    """Rank 1 dies while both record; the next group records other updates of the layer."""
+    quiet, config = Quiet(), digits_config(2, cluster=limits())
+    worker = faulty_worker(FaultPlan(rank=1, layer=1, step=6, kind="kill"))
+    make_group = partial(WorkerGroup, worker_class=worker)
+    record = Controller(config, tmp_path, make_group, quiet, quiet, profile=4).run()
+    assert record.restarts == 1
+    files = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
+    assert files == [f"layer-{layer}-rank-{rank}.json.gz" for layer in range(2) for rank in range(2)]
+    for layer, of_layer in record.profiles.items():
+        for rank, profile in of_layer.items():
+            trace = json.loads(gzip.decompress((tmp_path / FOLDER / profile.file).read_bytes()))
+            updates = [event for event in trace["traceEvents"] if event.get("name") == "simmatch.update"]
+            assert len(updates) == profile.updates > 0, (layer, rank)
 
 
 # -- ranks that are lost -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ they say of themselves is computed anew here.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import signal
@@ -44,6 +45,9 @@ LIMIT_S = 180.0
 UPDATES = (29, 87)
 """Of the two layers: 1437 images in batches of 50, for 1 and for 3 epochs."""
 
+PROFILED = 5
+"""Updates of a layer in the profile of the run that is continued."""
+
 LAYER_METRICS = ("objective", "residual", "num_iters", "active_fraction", "dead_channels")
 SUMMARY = {
     "status", "accuracy", "accuracy_decode", "world_size", "mesh", "steps", "images_per_second", "seconds",
@@ -66,7 +70,7 @@ class Ended:
         return json.loads((self.run_dir / "summary.json").read_text())
 
 
-Begin = Callable[[Path], subprocess.Popen[str]]
+Begin = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +84,9 @@ def begin(digits_yaml: Path, environment: dict[str, str], runs: Path) -> Iterato
     """Start `python -m jobs.pretrain`; what still runs at the end is ended."""
     processes = []
 
-    def start(run_dir: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "jobs.pretrain", "--config", str(digits_yaml), "--run-dir", str(run_dir)]
+    def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
+        options = ["--config", str(digits_yaml), "--run-dir", str(run_dir), *more]
+        command = [sys.executable, "-m", "jobs.pretrain", *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=runs.parent, env=environment, **pipes))
         return processes[-1]
@@ -346,8 +351,8 @@ def interrupted(begin: Begin, finished: Ended, runs: Path) -> Ended:
 
 @pytest.fixture(scope="module")
 def continued(begin: Begin, interrupted: Ended) -> Ended:
-    """The interrupted run, started again with the same words: `--resume auto` is the default."""
-    return end(begin(interrupted.run_dir), interrupted.run_dir)
+    """The interrupted run, started again: `--resume auto` is the default, and a profile makes it no other run."""
+    return end(begin(interrupted.run_dir, "--profile", str(PROFILED)), interrupted.run_dir)
 
 
 def test_an_interrupted_run_says_so(interrupted: Ended) -> None:
@@ -390,3 +395,31 @@ def test_a_continued_run_is_one_run_in_mlflow(
             found = history(store, children[f"layer {index}"], metric)
             assert sorted(found) == recorded_steps(updates), metric
             assert found == history(store, undisturbed[f"layer {index}"], metric)
+
+
+def test_the_profile_of_the_continued_run_is_in_mlflow(
+    interrupted: Ended, continued: Ended, store: MlflowClient
+) -> None:
+    """Of the layers that still learnt: each trace in the run of its layer, the tables in that of the job."""
+    parent, children = family(store, continued.summary["mlflow_run_id"])
+    rows = json.loads((continued.run_dir / "profile" / "summary.json").read_text())
+    assert {row["updates"] for row in rows} <= {*range(1, PROFILED + 1)}
+    layers = {row["layer"] for row in rows}
+    assert layers in ({0, 1}, {1})
+    for layer in layers:
+        run_id = children[f"layer {layer}"].info.run_id
+        names = [artifact.path for artifact in store.list_artifacts(run_id, "profile")]
+        assert names == [f"profile/layer-{layer}-rank-{rank}.json.gz" for rank in range(2)]
+        for name in names:
+            logged = Path(store.download_artifacts(run_id, name, str(continued.run_dir.parent))).read_bytes()
+            assert logged == (continued.run_dir / name).read_bytes()
+            assert json.loads(gzip.decompress(logged))["traceEvents"]
+    found = {artifact.path for artifact in store.list_artifacts(parent.info.run_id, "profile")}
+    assert found == {"profile/summary.json", "profile/tables.md"}
+    lines = [line.split() for line in continued.out.splitlines()]
+    tables = [line for line in lines if line[:1] == ["total"]]
+    assert len(tables) == len(layers)
+    for layer, total in zip(sorted(layers), tables, strict=True):
+        seconds = [row["seconds"] / row["updates"] for row in rows if row["layer"] == layer]
+        assert total == ["total", "100", "%", *(f"{1e3 * each:.2f}" for each in seconds)]
+    assert "profile" not in (continued.run_dir / "config.yaml").read_text()
