@@ -6,15 +6,18 @@ are split over the ranks. Encoded images are exchanged only if a layer or a read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from simmatch.data.order import Batches
 from simmatch.data.sources import to_unit
-from simmatch.geometry import Patches, draw_positions
+from simmatch.data.staging import Images, Tensors, in_memory, select, staged
+from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.seeding import folded, stream
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_padded
 
@@ -49,7 +52,7 @@ class FeatureStore:
 
     Parameters
     ----------
-    images: [N, C, H, W], uint8 or floating-point in [0, 1].
+    images: [N, C, H, W], uint8 or floating-point in [0, 1]; only their number and `images[indices]` are used.
     exchange: connects to the other ranks.
     batch: number of images that a rank encodes at a time.
     dtype, device: of the images and features that the store returns.
@@ -71,7 +74,7 @@ class FeatureStore:
     """
 
     def __init__(
-        self, images: Tensor, exchange: Exchange, *, batch: int, dtype: torch.dtype, device: torch.device
+        self, images: Images, exchange: Exchange, *, batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.count, self.exchange, self.depth = len(images), exchange, 0
         chunk = batch * exchange.world_size
@@ -79,13 +82,26 @@ class FeatureStore:
         self._images, self._dtype, self._device = images, dtype, device
         self._own: list[Tensor] = []
 
-    def images(self, chosen: Tensor | slice) -> Tensor:
-        """Images [n, C, H, W] in [0, 1], whatever the depth of the store."""
-        return to_unit(self._images[chosen], self._dtype).to(self._device)
+    def stored(self, chosen: Tensor | slice) -> Tensor:
+        """Images [n, C, H, W] as stored, on the host, whatever the depth of the store."""
+        return select(self._images, chosen)
 
-    def own(self, index: int) -> Tensor:
-        """This rank's share of the features of chunk `index`."""
-        return self.images(self._part(self.chunks[index])) if self.depth == 0 else self._own[index]
+    def unit(self, stored: Tensor) -> Tensor:
+        """Images in [0, 1], of the dtype of the features; arithmetic on the device of `stored`."""
+        return to_unit(stored, self._dtype)
+
+    def staged(self, batches: Iterator[Tensors]) -> Generator[Tensors]:
+        """Tensors of the host on the device, one batch ahead where that hides something: see `simmatch.data`."""
+        return staged(batches, self._device, ahead=not in_memory(self._images, self._device))
+
+    def _shares(self) -> Generator[Tensor]:
+        """This rank's share of the features of every chunk."""
+        if self.depth > 0:
+            yield from self._own
+            return
+        with closing(self.staged((self.stored(self._part(chunk)),) for chunk in self.chunks)) as parts:
+            for (part,) in parts:
+                yield self.unit(part)
 
     def _part(self, chunk: slice) -> slice:
         """The images of a chunk that this rank encodes."""
@@ -105,14 +121,15 @@ class FeatureStore:
         on_progress: called with the number of images encoded so far, by all ranks.
         """
         encoded = []
-        for index, chunk in enumerate(self.chunks):
-            encoded.append(encode(self.own(index), self._part(chunk)))
-            on_progress(chunk.stop)
+        with closing(self._shares()) as shares:
+            for share, chunk in zip(shares, self.chunks, strict=True):
+                encoded.append(encode(share, self._part(chunk)))
+                on_progress(chunk.stop)
         self._own, self.depth = encoded, self.depth + 1
 
     def gathered(self, encode: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
         """The chunks in order, complete on every rank. `encode`, if given, is applied to each rank's share first."""
-        parts = (self.own(index) for index in range(len(self.chunks)))
+        parts = self._shares()
         return self.gather_parts(parts if encode is None else map(encode, parts))
 
     def gather_parts(self, own: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -140,8 +157,31 @@ def first_rows(parts: Iterable[Tensor], count: int) -> Tensor:
     return torch.cat(selected)[:count]
 
 
+@dataclass(frozen=True)
+class Staged:
+    """One batch on the device, before anything is computed from it.
+
+    Attributes
+    ----------
+    source: images as stored [n, C, H, W], or the indices [n] of cached features. Where a rank encodes its part of every
+        batch, the images of that part.
+    labels: [images], or None for a layer without labels.
+    images: number of images of the batch, on all ranks.
+
+    >>> Staged(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), labels=None, images=5).images
+    5
+    """
+
+    source: Tensor
+    labels: Tensor | None
+    images: int
+
+
 class LayerInputs:
     """Batches of patches for one layer, equal on every rank: from images, cached features, or newly encoded images.
+
+    `staged` brings batches to the device, one ahead of their use, and `prepare` computes patches from them there.
+    `prepare` starts work on the device only, except with `below`, so it may be part of a CUDA graph.
 
     Parameters
     ----------
@@ -150,14 +190,16 @@ class LayerInputs:
     positions: number of positions per image, drawn anew for every update; None: all.
     below: function from images to the input of the layer, called for every batch. None: all features are cached.
     on_progress: called with the number of images cached so far.
+    labels: [N], on the host, for a layer that learns from them.
 
     >>> from simmatch.sharding.exchange import IDENTITY
     >>> images = torch.rand(10, 1, 8, 8)
     >>> store = FeatureStore(images, IDENTITY, batch=4, dtype=torch.float32, device=torch.device("cpu"))
     >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
     >>> inputs = LayerInputs(layer, store, positions=5, below=None, on_progress=print)
-    >>> inputs.batch(torch.tensor([0, 3, 7])).matrix.shape
-    torch.Size([15, 9])
+    >>> batches = Batches(10, batch_size=3, epochs=1, seed=0)
+    >>> [inputs.prepare(batch).matrix.shape for batch in inputs.staged(batches, first=2)]
+    [torch.Size([15, 9]), torch.Size([5, 9])]
     """
 
     def __init__(
@@ -168,8 +210,10 @@ class LayerInputs:
         positions: int | None,
         below: Callable[[Tensor], Tensor] | None,
         on_progress: Callable[[int], None],
+        labels: Tensor | None = None,
     ) -> None:
         self._layer, self._store, self._positions, self._below = layer, store, positions, below
+        self._labels = None if labels is None else labels.cpu()
         self._cache = self._fill(on_progress) if store.depth > 0 and below is None else None
 
     def _fill(self, on_progress: Callable[[int], None]) -> Tensor:
@@ -191,23 +235,38 @@ class LayerInputs:
             on_progress(done)
         return cache
 
-    def batch(self, chosen: Tensor) -> Patches:
-        """Patches of the images with these indices [n], equal on every rank; at drawn positions, if configured."""
+    def staged(self, batches: Batches, first: int = 0) -> Generator[Staged]:
+        """The batches on the device, from number `first` on."""
+
+        def selected() -> Iterator[Tensors]:
+            for number in range(first, len(batches)):
+                chosen = batches[number]
+                labels = () if self._labels is None else (self._labels.index_select(0, chosen),)
+                yield self._source(chosen), *labels
+
+        number = first
+        with closing(self._store.staged(selected())) as parts:
+            for source, *labels in parts:
+                yield Staged(source, labels[0] if labels else None, batches.size(number))
+                number += 1
+
+    def _source(self, chosen: Tensor) -> Tensor:
+        """What of the images with these indices [n] has to be brought to the device."""
         if self._cache is not None:
-            features = self._cache[chosen.to(self._cache.device)]
-            return self._layer.explicit_patches(features) if features.ndim == 2 else self._prepare(features)
-        if self._below is None:
-            return self._prepare(self._store.images(chosen))
-        exchange = self._store.exchange
-        own = self._store.images(chosen[own_part(len(chosen), exchange)])
-        return self._prepare(gather_images(self._below(own), len(chosen), exchange))
+            return chosen
+        part = slice(None) if self._below is None else own_part(len(chosen), self._store.exchange)
+        return self._store.stored(chosen[part])
 
-    def _prepare(self, x: Tensor) -> Patches:
-        return self._layer.prepare(x) if self._positions is None else self._layer.prepare(x, self._draw(x))
-
-    def _draw(self, x: Tensor) -> Tensor:
-        """Positions depend only on the seed and the number of updates of the layer, not on the number of ranks."""
-        assert self._positions is not None
-        map_size = self._layer.patch.map_size((x.shape[2], x.shape[3]))
-        key = folded(stream("positions", self._layer.seed), self._layer.updates)
-        return draw_positions(self._positions, len(x), map_size, key, x.device)
+    def prepare(self, batch: Staged) -> Patches:
+        """Patches of a batch, equal on every rank; at positions drawn for the layer's next update, if configured."""
+        if self._cache is not None:
+            features = self._cache.index_select(0, batch.source)
+            return (
+                self._layer.explicit_patches(features)
+                if features.ndim == 2
+                else self._layer.prepare(features, self._positions)
+            )
+        x = self._store.unit(batch.source)
+        if self._below is not None:
+            x = gather_images(self._below(x), batch.images, self._store.exchange)
+        return self._layer.prepare(x, self._positions)

@@ -16,6 +16,7 @@ on gathered bytes.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from simmatch.config import LayerConfig, ModelConfig
 from simmatch.data.order import Batches
+from simmatch.data.staging import Images, select
 from simmatch.features import FeatureStore, LayerInputs
 from simmatch.labels import check_labels, one_hot
 from simmatch.layer import SimilarityMatchingConv2d
@@ -76,7 +78,7 @@ class Trainer:
     def __init__(
         self,
         stack: Stack,
-        images: Tensor,
+        images: Images,
         labels: Tensor | None = None,
         *,
         exchange: Exchange | None = None,
@@ -101,11 +103,12 @@ class Trainer:
         self.device = stack.layer(0).feedforward.device
         self.store = FeatureStore(images, self.exchange, batch=encode_batch, dtype=stack.dtype, device=self.device)
 
-    def _check(self, images: Tensor) -> None:
+    def _check(self, images: Images) -> None:
         source = self.stack.source
-        expected = (source.in_channels, source.height, source.width)
-        if images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
-            raise ValueError(f"images: expected [N, {', '.join(map(str, expected))}], got {list(images.shape)}")
+        expected = [source.in_channels, source.height, source.width]
+        shape = list(images.shape) if isinstance(images, Tensor) else _shape(images)
+        if shape[1:] != expected or shape[0] == 0:
+            raise ValueError(f"images: expected [N, {', '.join(map(str, expected))}], got {shape}")
         for index, config in enumerate(self.layers):
             if config.supervised and self.labels is None:
                 raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
@@ -163,21 +166,22 @@ class Trainer:
             positions=train.positions,
             below=None if self._cache or index == 0 else partial(self._below, index),
             on_progress=lambda done: self.observer.progress("cache", done, self.store.count, layer=index),
+            labels=self.labels if config.supervised else None,
         )
         self.observer.started(index, layer)
-        for update in range(first, len(batches)):
-            chosen = batches[update]
-            labels = self._labels(chosen) if config.supervised else None
-            with self.observer.updating(index, layer):
-                with timed("input"):
-                    patches = inputs.batch(chosen)
-                solution = layer.partial_fit(patches, labels)
-            number, every = update + 1, self._measure_every
-            due = every is not None and (number % every == 0 or number == len(batches))
-            measurement = measure(layer, patches, solution, labels) if due else None
-            self.observer.updated(Update(index, layer, number, len(batches), len(chosen), measurement))
+        with closing(inputs.staged(batches, first)) as staged:
+            for number in range(first + 1, len(batches) + 1):
+                with self.observer.updating(index, layer):
+                    with timed("input"):
+                        batch = next(staged)
+                        patches = inputs.prepare(batch)
+                    solution = layer.partial_fit(patches, batch.labels)
+                every = self._measure_every
+                due = every is not None and (number % every == 0 or number == len(batches))
+                measurement = measure(layer, patches, solution, batch.labels) if due else None
+                self.observer.updated(Update(index, layer, number, len(batches), batch.images, measurement))
 
-    def _labels(self, chosen: Tensor | slice) -> Tensor:
+    def _labels(self, chosen: slice) -> Tensor:
         assert self.labels is not None
         return self.labels[chosen].to(self.device)
 
@@ -231,6 +235,11 @@ class Trainer:
         self.store.advance(encode, on_progress)
         if settling:
             layer.settle_label(sum_over_ranks(yz, self.exchange), sum_over_ranks(zz, self.exchange))
+
+
+def _shape(images: Images) -> list[int]:
+    """[N, C, H, W] of images that are no tensor, by reading the first."""
+    return [len(images), *(select(images, slice(1)).shape[1:] if len(images) else ())]
 
 
 def fit_stack(

@@ -172,53 +172,42 @@ class SimilarityMatchingConv2d(Synapses):
         return Whitening(self.whitening, self.whitening_mean) if self.whiten else None
 
     @eager_full_precision
-    def prepare(self, x: Tensor, positions: Tensor | None = None) -> Patches:
+    def prepare(self, x: Tensor, positions: Tensor | int | None = None) -> Patches:
         """Prepare images as `Patches`, which all other methods accept in place of images.
 
         Parameters
         ----------
         x: [B, C, H, W].
         positions: [B, n], integers h · W' + w: the positions of each image to use; activities are then maps of 1 × n.
-            None: all.
+            A number: that many of each image, drawn anew for every update of the layer. None: all.
 
         Raises
         ------
         ValueError
-            Images or positions have the wrong shape, dtype or device, or images require a gradient.
+            Images or positions have the wrong shape, dtype or device, the map has fewer positions, or images require a
+            gradient.
 
         >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
         >>> patches = layer.prepare(torch.rand(2, 1, 8, 8), positions=torch.tensor([[0, 7, 9], [3, 4, 35]]))
-        >>> layer.solve(patches).y.shape
-        torch.Size([2, 4, 1, 3])
+        >>> layer.solve(patches).y.shape, layer.prepare(torch.rand(2, 1, 8, 8), positions=5).map_size
+        (torch.Size([2, 4, 1, 3]), (1, 5))
         """
         check_images(x, self.in_channels, self.feedforward)
-        if positions is not None:
+        if isinstance(positions, int):
+            positions = self.draw_positions(positions, x)
+        elif positions is not None:
             check_positions(positions, x.shape[0], self.patch.map_size((x.shape[2], x.shape[3])))
         return prepare(x, self.patch, self._whitening, positions)
 
-    @eager_full_precision
-    def prepare_drawn(self, x: Tensor, count: int) -> Patches:
-        """Prepare images as `Patches` at `count` distinct positions of each, drawn for the next update.
+    def draw_positions(self, count: int, x: Tensor) -> Tensor:
+        """The positions [B, count] that `prepare` draws: a function of the layer's seed and number of updates.
 
-        They depend on the seed and the number of updates only, not on the number of owners; drawn on the device.
-
-        Parameters
-        ----------
-        x: [B, C, H, W].
-        count: positions per image.
-
-        Raises
-        ------
-        ValueError
-            As for `prepare`, or the map of activities has fewer positions.
-
-        >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).prepare_drawn(torch.rand(2, 1, 8, 8), 5).matrix.shape
-        torch.Size([10, 9])
+        >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).draw_positions(5, torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 5])
         """
-        check_images(x, self.in_channels, self.feedforward)
-        key = folded(stream("positions", self.seed), self.updates)
         map_size = self.patch.map_size((x.shape[2], x.shape[3]))
-        return prepare(x, self.patch, self._whitening, draw_positions(count, len(x), map_size, key, x.device))
+        key = folded(stream("positions", self.seed), self.updates)
+        return draw_positions(count, x.shape[0], map_size, key, x.device)
 
     def explicit_patches(self, matrix: Tensor, *, whitened: bool = True) -> Patches:
         """Normalised patches [B, P], one per image, as `Patches`; `whitened` if Π and μ have been applied.

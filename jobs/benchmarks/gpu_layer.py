@@ -21,11 +21,10 @@ from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
 from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.devices import check_device
-from simmatch.geometry import draw_positions
+from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.parts import timed
 from simmatch.profile import Recorder
-from simmatch.seeding import stream
 from simmatch.sharding.exchange import IdentityExchange
 
 Row = dict[str, Any]
@@ -109,7 +108,7 @@ def measure_updates(plan: GpuPlan, report: Report) -> None:
         row: Row = Spread.of(seconds).fields("seconds_per_update")
         started = plan.now()
         for update in range(20):
-            draw(dataset, update, plan)
+            patches_of(layer, dataset, update, plan)
         row["seconds_of_input"] = (plan.now() - started) / 20
         once = partial(learn_once, layer, dataset, 1, plan)
         if plan.device.type == "cuda":
@@ -125,20 +124,17 @@ def first_layer(plan: GpuPlan, **changes: Any) -> SimilarityMatchingConv2d:
 
 
 def learn_once(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, plan: GpuPlan) -> None:
-    """One batch, as a job has it: images from the host, positions drawn on the device; the residual looked at every
-    tenth time."""
+    """One batch, as a job has it; the residual is looked at every tenth time."""
     with timed("input"):
-        images, positions = draw(dataset, update, plan)
-        patches = layer.prepare(images, positions)
+        patches = patches_of(layer, dataset, update, plan)
     solution = layer.partial_fit(patches)
     if update % 10 == 0:
         float(solution.residual.mean())
 
 
-def draw(dataset: Dataset, update: int, plan: GpuPlan) -> tuple[Tensor, Tensor]:
-    """100 images on the device and 196 positions of each."""
-    positions = draw_positions(196, 100, (22, 22), stream("positions", plan.seed, update), plan.device)
-    return batch(dataset, update, 100, plan), positions
+def patches_of(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, plan: GpuPlan) -> Patches:
+    """100 images, brought to the device, at 196 positions of each, drawn there."""
+    return layer.prepare(batch(dataset, update, 100, plan), positions=196)
 
 
 def synchronisations(action: Callable[[], object]) -> dict[str, int]:

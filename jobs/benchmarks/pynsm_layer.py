@@ -22,9 +22,7 @@ from jobs.reporting import Report
 from simmatch.config import ConfigError, DynamicsConfig, PlasticityConfig
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.geometry import draw_positions
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.seeding import folded, stream
 
 KERNEL = 6
 """Side of the example's patches."""
@@ -221,13 +219,7 @@ class OwnTraining:
 
     def learn(self, batch: Tensor) -> None:
         """One update on images [B, C, H, W]."""
-        if self.positions is None:
-            self.layer.partial_fit(batch)
-            return
-        map_size = self.layer.patch.map_size((batch.shape[2], batch.shape[3]))
-        key = folded(stream("positions", self.layer.seed), self.layer.updates)
-        drawn = draw_positions(self.positions, len(batch), map_size, key, batch.device)
-        self.layer.partial_fit(self.layer.prepare(batch, drawn))
+        self.layer.partial_fit(self.layer.prepare(batch, self.positions))
 
     def state(self) -> State:
         return State(self.layer.feedforward, self.layer.lateral)

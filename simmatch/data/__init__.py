@@ -1,1 +1,1 @@
-"""Data sets: file formats, sources, and the order in which images are used."""
+"""Data sets: file formats, sources, the order in which images are used, and their way to the device."""

@@ -55,18 +55,23 @@ class Batches:
     images: number of images per epoch; None: all.
 
     >>> batches = Batches(100, 40, epochs=2, seed=0)
-    >>> len(batches), batches[0].shape, batches[5].shape
-    (6, torch.Size([40]), torch.Size([20]))
+    >>> len(batches), batches[0].shape, batches[5].shape, batches.size(5)
+    (6, torch.Size([40]), torch.Size([20]), 20)
     """
 
     def __init__(self, num_images: int, batch_size: int, *, epochs: int, seed: int, images: int | None = None) -> None:
         self.per_epoch = steps_per_epoch(num_images, batch_size, images=images)
         self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
         self._seed, self._images = seed, images
+        self._per_epoch_images = _images_per_epoch(num_images, images)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return self.per_epoch * self._epochs
+
+    def size(self, update: int) -> int:
+        """Number of images of one update."""
+        return min(self._batch_size, self._per_epoch_images - update % self.per_epoch * self._batch_size)
 
     def __getitem__(self, update: int) -> Tensor:
         if not 0 <= update < len(self):

@@ -217,6 +217,8 @@ def _first_images(dataset: Dataset, config: DataConfig) -> Dataset:
 def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Images of any shape as floats in [0, 1]: uint8 is divided by 255, floats are only converted to `dtype`.
 
+    The same bits on every device.
+
     Raises
     ------
     ValueError
@@ -226,8 +228,9 @@ def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     tensor([0., 1.])
     """
     if images.dtype == torch.uint8:
-        # divided in float32 or wider, then rounded once
-        return images.to(torch.promote_types(dtype, torch.float32)).div_(255).to(dtype)
+        # divided in float32 or wider, then rounded once; by a tensor: a GPU multiplies by the reciprocal of a number
+        wide = images.to(torch.promote_types(dtype, torch.float32))
+        return wide.div_(wide.new_full((), 255.0)).to(dtype)
     if not images.is_floating_point():
         raise ValueError(f"expected uint8 or floating-point images, got {images.dtype}")
     return images.to(dtype)

@@ -18,7 +18,7 @@ from cluster.messages import Message, Outbox, ShardWritten
 from cluster.monitors import TrainingFault
 from cluster.training import Assignment, Training
 from simmatch.config import parse
-from simmatch.features import LayerInputs
+from simmatch.features import LayerInputs, Staged
 from simmatch.geometry import Patches
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from tests.exchanges import of_type, results
@@ -138,15 +138,15 @@ class Spy(LayerInputs):
     """Notes what every update learns from; the same images give the same patches before it, and others after it."""
 
     batches: ClassVar[list[Patches]] = []
-    latest: tuple[Tensor, Tensor] | None = None
+    latest: tuple[Staged, Tensor] | None = None
 
-    def batch(self, chosen: Tensor) -> Patches:
-        patches = super().batch(chosen)
-        assert torch.equal(matrix_of(super().batch(chosen)), matrix_of(patches))
+    def prepare(self, batch: Staged) -> Patches:
+        patches = super().prepare(batch)
+        assert torch.equal(matrix_of(super().prepare(batch)), matrix_of(patches))
         if self.latest is not None:
             before, matrix = self.latest
-            assert not torch.equal(matrix_of(super().batch(before)), matrix)
-        self.latest = chosen, matrix_of(patches)
+            assert not torch.equal(matrix_of(super().prepare(before)), matrix)
+        self.latest = batch, matrix_of(patches)
         self.batches.append(patches)
         return patches
 

@@ -29,7 +29,7 @@ from jobs.run_directory import as_begun, choose
 from simmatch import load_model
 from simmatch.config import parse
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.features import LayerInputs
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import ExportConfig
 from simmatch.seeding import seeded
 from simmatch.sharding.exchange import IDENTITY
@@ -118,15 +118,12 @@ def test_an_unfinished_run_of_two_ranks_ends_as_the_uninterrupted_one(
     assert len({start["run_key"] for start in starts}) == 1
 
 
-class AsV1Drew(LayerInputs):
+def as_v1_drew(layer: SimilarityMatchingConv2d, count: int, x: Tensor) -> Tensor:
     """Positions of the largest of uniform numbers from a generator of the host, as in the versions that wrote `v1`."""
-
-    def _draw(self, x: Tensor) -> Tensor:
-        assert self._positions is not None
-        height, width = self._layer.patch.map_size((x.shape[2], x.shape[3]))
-        generator = seeded("positions", self._layer.seed, int(self._layer.updates))
-        keys = torch.rand(len(x), height * width, generator=generator, dtype=torch.float64)
-        return keys.topk(self._positions, dim=1, sorted=False).indices.sort(dim=1).values
+    height, width = layer.patch.map_size((x.shape[2], x.shape[3]))
+    generator = seeded("positions", layer.seed, int(layer.updates))
+    keys = torch.rand(len(x), height * width, generator=generator, dtype=torch.float64)
+    return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
 
 
 @pytest.mark.parametrize("unfinished", ["one_rank"], indirect=True)
@@ -136,7 +133,7 @@ def test_an_unfinished_run_of_one_rank_ends_as_the_uninterrupted_one(
 ) -> None:
     """With the positions that its version would have drawn; with those of today it goes on, and ends as good."""
     if as_before:
-        monkeypatch.setattr("simmatch.fit.LayerInputs", AsV1Drew)
+        monkeypatch.setattr(SimilarityMatchingConv2d, "draw_positions", as_v1_drew)
     start = as_begun(choose(parse(RunConfig, read_yaml(V1 / "one_rank.yaml")), str(unfinished), "auto"))
     assert start.resume == unfinished / "checkpoints" / "step-00000024"
     assert start.config.cluster.threads_per_rank == 1

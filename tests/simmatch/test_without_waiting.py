@@ -109,7 +109,7 @@ def test_an_update_neither_waits_for_the_device_nor_copies_to_it(
 
         def step() -> Tensor:
             x = to_unit(images)
-            patches = layer.prepare_drawn(x, POSITIONS) if drawn else layer.prepare(x)
+            patches = layer.prepare(x, POSITIONS) if drawn else layer.prepare(x)
             return layer.partial_fit(patches, labels, recorded=True).y
 
         step()  # the first one makes the record of faults
