@@ -1,4 +1,4 @@
-"""A Triton kernel for accelerated projected gradient, up to 128 channels: a tile stays on chip for all iterations.
+"""Triton kernels for accelerated projected gradient, up to 256 channels: a tile stays on chip for all iterations.
 
 A program solves `COLUMNS` columns. y, the previous gradient step and g = (M + εI) y − d stay in registers, M stays in
 shared memory, and one iteration is
@@ -14,6 +14,8 @@ are those of `simmatch.solvers.tile`. A column that has reached its tolerance ge
 depend on each other, not even in the last bit.
 
 The result is one more step t in float32, so that a silent channel is exactly zero.
+
+`accelerate` is for up to 128 channels. For more, `simmatch.kernels.gradient_wide` computes the same with M in blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simmatch.kernels.gradient_wide import WIDE_COLUMNS, WIDE_WARPS, accelerate_wide
+from simmatch.kernels.increments import advance, power_below, shortened
 from simmatch.kernels.system import System
+
+NARROW = 128
+"""Most channels of `accelerate`."""
 
 COLUMNS, WARPS = 64, 4
 """Columns and warps per program: 450 TFLOP/s in products at K = 128 on an H200; doubling both changes nothing."""
@@ -64,15 +71,12 @@ def accelerate(
 
     d = tl.load(drive + place, mask=inside, other=0.0)
     largest = tl.max(tl.abs(d), 1)
-    # the power of two below max|d|; 1 for what is 0 or nearly
-    scale = tl.where(
-        largest > 1e-37, (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1.0
-    )
+    scale = power_below(largest)
     goal = tolerance * (largest / scale)
     g = -(d / scale[:, None])
     if WARM:
         begin = tl.load(start + place, mask=inside, other=0.0) / (scale * factor)[:, None]
-        delta = tl.minimum(begin, 60000.0).to(tl.float16, fp_downcast_rounding="rtz")
+        delta = shortened(tl.minimum(begin, 60000.0))
         y = delta.to(tl.float32)
         g = tl.dot(delta, m, g)
         g = tl.dot(delta, rest, g)
@@ -93,18 +97,16 @@ def accelerate(
         going = live.to(tl.float32)
         reach = going * step  # a column that has stopped keeps its value: Δ = relu(y) − y = 0
         for inner in range(0, tl.minimum(CHECK, limit - 1 - done)):
-            w = y - reach[:, None] * g
             beta = k / (k + 3.0) * going
-            move = tl.maximum(w + beta[:, None] * (w - w_prev), 0.0) - y
+            w_prev, move = advance(y, g, w_prev, reach[:, None], beta[:, None])
             k += 1.0
             if inner == 0:
                 k = tl.where(tl.sum(g * move, 1) > 0, 0.0, k)
-            delta = move.to(tl.float16, fp_downcast_rounding="rtz")
+            delta = shortened(move)
             y += delta.to(tl.float32)
-            w_prev = w
             g = tl.dot(delta, m, g)
             g = tl.dot(delta, rest, g)
-            left = (move - delta.to(tl.float32)).to(tl.float16, fp_downcast_rounding="rtz")
+            left = shortened(move - delta.to(tl.float32))
             y += left.to(tl.float32)
             g = tl.dot(left, m, g)
         count += tl.where(live, tl.minimum(CHECK, limit - 1 - done), 0)
@@ -146,10 +148,12 @@ def solve(
     iterations = torch.empty(columns, dtype=torch.int32, device=drive.device)
     high, low = system.halves
     assert start is None or start.stride() == drive.stride()
-    accelerate[(triton.cdiv(columns, COLUMNS),)](
+    narrow = system.block <= NARROW
+    kernel, tile, warps = (accelerate, COLUMNS, WARPS) if narrow else (accelerate_wide, WIDE_COLUMNS, WIDE_WARPS)
+    kernel[(triton.cdiv(columns, tile),)](
         drive, drive if start is None else start, y, iterations, high, low, system.diagonal, system.factor,
         system.step, columns, *drive.stride(), tolerance, limit,
-        CHANNELS=channels, BLOCK=system.block, COLUMNS=COLUMNS, CHECK=check_every, FIXED=tolerance == 0,
-        WARM=start is not None, num_warps=WARPS, enable_fp_fusion=True,
+        CHANNELS=channels, BLOCK=system.block, COLUMNS=tile, CHECK=check_every, FIXED=tolerance == 0,
+        WARM=start is not None, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return y, iterations

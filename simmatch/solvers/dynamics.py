@@ -159,8 +159,8 @@ class Dynamics:
     def _by_column(self, drive: Tensor, lateral: Tensor, bound: Bound, start: Tensor | None) -> Solution:
         """Coordinate descent, with all channels in this process."""
         if drive.device.type != "cpu":
-            missing = kernels.supports("coordinate_descent", self.rows.total, drive.dtype, self.config.tolerance)
-            why = missing or "there is no kernel for this device"
+            problem = (self.rows.total, drive.dtype, self.config.tolerance, kernels.capability(drive.device))
+            why = kernels.supports("coordinate_descent", *problem) or "there is no kernel for this device"
             raise ValueError(f"solver: expected accelerated on {drive.device.type}, got coordinate_descent ({why})")
         raise_shared(status_of(drive, lateral), NOT_FINITE_INPUT)
         if self._coordinates is None:

@@ -22,10 +22,21 @@ from simmatch.solvers.dynamics import Dynamics
 from tests.reference import random_drive, random_lateral
 
 SOLVERS = ("accelerated", "coordinate_descent")
+WIDE = (129, 160, 192, 250, 256)
 RIDGE = 1e-6
 
 FEW, SEVERAL = 9, 70
 """Columns that the interpreter takes one by one; columns that it takes by the tile, one and a ragged one."""
+
+CASES = (
+    ("coordinate_descent", 50, SEVERAL),
+    ("accelerated", 50, SEVERAL),
+    *(("accelerated", channels, 34) for channels in WIDE),
+)
+"""Every kernel that solves, with channels and columns. Above 128 channels gradient steps have a kernel of their own,
+whose tiles are half as wide."""
+
+NARROW_AND_WIDE = (*CASES[:2], CASES[2], CASES[-1])
 
 Check = Callable[[torch.device], None]
 
@@ -60,27 +71,27 @@ def exact_residual(drive: Tensor, y: Tensor, system: System) -> Tensor:
 
 def reaches_the_tolerance(device: torch.device) -> None:
     """Ragged tiles, channels that are no power of two; the reported residual is that of float64."""
-    for channels, columns in ((20, 1), (50, SEVERAL), (64, 5)):
+    more = tuple((name, channels, columns) for channels, columns in ((20, 1), (64, 5)) for name in SOLVERS)
+    for name, channels, columns in (*more, *CASES):
         whole, system = problem(channels, columns, device)
-        for name in SOLVERS:
-            drive = some(name, whole)
-            for tolerance in (1e-2, 1e-3, 1e-5):
-                solution = solve(name, drive, system, tolerance)
-                exact = exact_residual(drive, solution.y, system)
-                assert (solution.y >= 0).all()
-                assert (solution.residual <= tolerance).all(), (name, channels, tolerance, solution.residual.amax())
-                assert (exact <= solution.residual + 2e-6).all(), (name, channels, (exact - solution.residual).amax())
-                assert (solution.iterations >= 1).all()
+        drive = some(name, whole)
+        for tolerance in (1e-2, 1e-3, 1e-5) if channels <= 64 else (1e-3,):
+            solution = solve(name, drive, system, tolerance)
+            exact = exact_residual(drive, solution.y, system)
+            assert (solution.y >= 0).all()
+            assert (solution.residual <= tolerance).all(), (name, channels, tolerance, solution.residual.amax())
+            assert (exact <= solution.residual + 2e-6).all(), (name, channels, (exact - solution.residual).amax())
+            assert (solution.iterations >= 1).all()
 
 
 def every_value_is_written(device: torch.device) -> None:
     """Fresh memory holds NaN."""
-    drive, system = problem(50, SEVERAL, device)
     make = Tensor.new_empty_strided
     try:
         Tensor.new_empty_strided = lambda *given: make(*given).fill_(torch.nan)  # type: ignore[method-assign]
-        for name in SOLVERS:
-            assert solve(name, some(name, drive), system, 1e-2).y.isfinite().all()
+        for name, channels, columns in NARROW_AND_WIDE:
+            drive, system = problem(channels, columns, device)
+            assert solve(name, some(name, drive), system, 1e-2).y.isfinite().all(), (name, channels)
     finally:
         Tensor.new_empty_strided = make  # type: ignore[method-assign]
 
@@ -90,8 +101,8 @@ def columns_are_independent(device: torch.device) -> None:
 
     In the interpreter a tile is multiplied by NumPy, whose order of sums depends on the row.
     """
-    whole, system = problem(50, SEVERAL, device)
-    for name in SOLVERS:
+    for name, channels, columns in NARROW_AND_WIDE:
+        whole, system = problem(channels, columns, device)
         drive = some(name, whole)
         order = torch.randperm(len(drive), generator=torch.Generator().manual_seed(3)).to(device)
         together = solve(name, drive, system)
@@ -101,22 +112,22 @@ def columns_are_independent(device: torch.device) -> None:
             values = getattr(together, field)
             exact = device.type == "cuda" or (name == "coordinate_descent" and field != "residual")
             same = torch.equal if exact else lambda a, b: bool((a - b).norm() <= 1e-3 * b.norm())
-            assert same(getattr(shuffled, field) * 1.0, values[order] * 1.0), (name, field)
-            assert same(getattr(few, field) * 1.0, values[2:5] * 1.0), (name, field)
+            assert same(getattr(shuffled, field) * 1.0, values[order] * 1.0), (name, channels, field)
+            assert same(getattr(few, field) * 1.0, values[2:5] * 1.0), (name, channels, field)
 
 
 def repeats_every_bit(device: torch.device) -> None:
-    drive, system = problem(64, SEVERAL, device)
-    for name in SOLVERS:
+    for name, channels, columns in NARROW_AND_WIDE:
+        drive, system = problem(channels, columns, device)
         one, other = (solve(name, some(name, drive), system) for _ in range(2))
         assert torch.equal(one.y, other.y), name
 
 
 def starts_where_it_is_told(device: torch.device) -> None:
     """Starting from the solution takes almost no work; starting from anywhere else reaches the same solution."""
-    drive, system = problem(50, 5, device)
-    solved = solve("coordinate_descent", drive, system, 1e-5).y
-    for name in SOLVERS:
+    for name, channels, _ in NARROW_AND_WIDE:
+        drive, system = problem(channels, 5, device)
+        solved = solve("coordinate_descent", drive, system, 1e-5).y
         cold, warm = solve(name, drive, system), solve(name, drive, system, start=solved)
         assert (warm.residual <= 1e-3).all()
         assert (warm.iterations <= cold.iterations).all()
@@ -128,22 +139,23 @@ def starts_where_it_is_told(device: torch.device) -> None:
 
 def fixed_iterations_are_those_of_torch(device: torch.device) -> None:
     """What evaluation runs, and what an exported model computes: the same iterates to float32's rounding."""
-    drive, system = problem(50, SEVERAL, device)
     config = DynamicsConfig(tolerance=0, max_iterations=30, solver="accelerated")
-    bound = certify_afresh(system.lateral, Rows.all(50), ridge=RIDGE)
-    expected = Dynamics(config, Rows.all(50)).solve(drive.T, system.lateral, bound).y.T
-    solution = solve("accelerated", drive, system, 0.0, max_iterations=30)
-    assert (solution.iterations == 30).all()
-    off = (solution.y - expected).abs().amax(dim=1) / expected.amax(dim=1)
-    assert (off <= 1e-4).all(), off.amax()
+    for channels in (50, *WIDE):
+        drive, system = problem(channels, SEVERAL if channels == 50 else 34, device)
+        bound = certify_afresh(system.lateral, Rows.all(channels), ridge=RIDGE)
+        expected = Dynamics(config, Rows.all(channels)).solve(drive.T, system.lateral, bound).y.T
+        solution = solve("accelerated", drive, system, 0.0, max_iterations=30)
+        assert (solution.iterations == 30).all()
+        off = (solution.y - expected).abs().amax(dim=1) / expected.amax(dim=1)
+        assert (off <= 1e-4).all(), (channels, off.amax())
 
 
 def silence_and_disaster_stay_in_their_column(device: torch.device) -> None:
     """No drive: y = 0 with residual 0. NaN or infinity: a residual that is not finite. Neighbours: unchanged."""
-    drive, system = problem(50, 8, device)
-    broken = drive.clone()
-    broken[1], broken[3, 7], broken[5, 2], broken[6] = 0.0, torch.nan, torch.inf, -drive[6].abs()
-    for name in SOLVERS:
+    for name, channels, _ in CASES:
+        drive, system = problem(channels, 8, device)
+        broken = drive.clone()
+        broken[1], broken[3, 7], broken[5, -2], broken[6] = 0.0, torch.nan, torch.inf, -drive[6].abs()
         good, bad = solve(name, drive, system), solve(name, broken, system)
         assert (bad.y[[1, 6]] == 0).all()
         assert (bad.residual[[1, 6]] == 0).all()
@@ -175,16 +187,16 @@ def moves_are_those_of_the_reference(device: torch.device) -> None:
 
 def iterations_are_those_of_the_reference(device: torch.device) -> None:
     """Rounding decides a look or a restart here and there."""
-    drive, system = problem(50, 40, device)
-    y, iterations = gradient.solve(drive, system, 1e-2, 200)
-    expected, counted = reference.accelerated(
-        drive.cpu().double(), system.matrix[:50, :50].cpu().double(), system.diagonal[:50].cpu().double(),
-        1 / system.bound, 1e-2, 200, 4,
-    )  # fmt: skip
-    assert (iterations.cpu() == counted).double().mean() > 0.9
-    same = iterations.cpu() == counted
-    off = ((y.cpu() - expected).abs().amax(dim=1) / expected.amax(dim=1))[same]
-    assert (off <= 1e-4).double().mean() > 0.9, off
+    for channels in (50, 250):
+        drive, system = problem(channels, 40, device)
+        y, iterations = gradient.solve(drive, system, 1e-2, 200)
+        matrix, diagonal = system.matrix[:channels, :channels], system.diagonal[:channels]
+        given = (part.cpu().double() for part in (drive, matrix, diagonal))
+        expected, counted = reference.accelerated(*given, 1 / system.bound, 1e-2, 200, 4)
+        assert (iterations.cpu() == counted).double().mean() > 0.9
+        same = iterations.cpu() == counted
+        off = ((y.cpu() - expected).abs().amax(dim=1) / expected.amax(dim=1))[same]
+        assert (off <= 1e-4).double().mean() > 0.9, off
 
 
 def certificate_is_the_residual(device: torch.device) -> None:
@@ -198,8 +210,8 @@ def certificate_is_the_residual(device: torch.device) -> None:
 
 def orientation_changes_nothing(device: torch.device) -> None:
     """Columns side by side, [K, N] as a layer has them, or each in one piece."""
-    whole, system = problem(50, SEVERAL, device)
-    for name in SOLVERS:
+    for name, channels, columns in NARROW_AND_WIDE:
+        whole, system = problem(channels, columns, device)
         drive = some(name, whole)
         turned = solve(name, drive.T.contiguous().T, system)
         assert torch.equal(turned.y, solve(name, drive, system).y), name
@@ -226,10 +238,10 @@ def main() -> int:
     torch.set_num_threads(1)
     failed = 0
     for check in CHECKS:
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             check(torch.device("cpu"))
-            print(f"ok      {check.__name__} {time.perf_counter() - started:.1f} s", flush=True)
+            print(f"ok      {check.__name__} {time.process_time() - started:.1f} s", flush=True)
         except Exception as error:
             failed += 1
             print(f"FAILED  {check.__name__}: {type(error).__name__}: {error}", flush=True)

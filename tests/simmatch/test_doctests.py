@@ -18,10 +18,10 @@ import simmatch
 
 ROOT = Path(__file__).parents[2]
 
-ON_A_CARD = ("certificate", "coordinate", "gradient", "transpose")
+ON_A_CARD = ("certificate", "coordinate", "gradient", "gradient_wide", "increments", "transpose")
 """Modules of `simmatch.kernels` written in Triton, whose examples need a CUDA device."""
 
-WITHOUT_EXAMPLES = {"simmatch.kernels.capability", "simmatch.kernels.solve"}
+WITHOUT_EXAMPLES = {"simmatch.kernels.solve"}
 """Public names whose example would need a CUDA device."""
 
 

@@ -90,6 +90,18 @@ def resources(binary: bytes, folder: Path) -> tuple[int, int, str]:
     return int(usage[1]), int(usage[2]), dump("--dump-sass")
 
 
+def innermost(code: str) -> str:
+    """The shortest loop that has products of tensor cores in it, as machine code."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    places = {int(place, 16): line for line, (place, _) in enumerate(lines)}
+    loops = []
+    for last, (place, instruction) in enumerate(lines):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < int(place, 16):
+            loops.append("\n".join(text for _, text in lines[places[int(target[1], 16)] : last + 1]))
+    return min((loop for loop in loops if "HGMMA" in loop), key=len)
+
+
 @needs_measured_triton
 @pytest.mark.parametrize(("channels", "most"), [(64, 48), (128, 64), (256, 96), (512, 168)])
 def test_coordinate_descent_stays_in_registers(channels: int, most: int, tmp_path: Path) -> None:
@@ -108,22 +120,45 @@ def test_coordinate_descent_stays_in_registers(channels: int, most: int, tmp_pat
     assert "REDUX" in code
 
 
+GRADIENT = {"columns": "i32", "across": "i32", "tolerance": "fp32", "limit": "i32", "iterations": INTEGERS}
+GRADIENT |= {"high": HALVES, "low": HALVES}
+GRADIENT |= dict.fromkeys(("drive", "start", "y_out", "diagonal", "scaling", "pace"), FLOATS)
+MULTIPROCESSOR = {"registers": 65536, "shared": 227 * 1024}
+
+
 @needs_measured_triton
 @pytest.mark.parametrize(("channels", "most_stack", "most_shared"), [(64, 0, 48), (128, 900, 114)])
 def test_fused_gradient_stays_on_chip(channels: int, most_stack: int, most_shared: int, tmp_path: Path) -> None:
-    """Products are the tensor cores'; two programs fit a multiprocessor."""
+    """Products are the tensor cores'; two programs fit a multiprocessor; no shared memory for the increments."""
     from simmatch.kernels.gradient import COLUMNS, WARPS, accelerate
 
-    types = {"columns": "i32", "across": "i32", "tolerance": "fp32", "limit": "i32"}
-    types |= {"high": HALVES, "low": HALVES, "iterations": INTEGERS}
-    types |= dict.fromkeys(("drive", "start", "y_out", "diagonal", "scaling", "pace"), FLOATS)
     constants = {"CHANNELS": channels, "BLOCK": channels, "COLUMNS": COLUMNS, "CHECK": 4}
-    kernel = compiled(accelerate, types, constants | {"FIXED": True, "WARM": False}, WARPS, aligned=True)
+    kernel = compiled(accelerate, GRADIENT, constants | {"FIXED": True, "WARM": False}, WARPS, aligned=True)
     registers, stack, code = resources(kernel.asm["cubin"], tmp_path)
-    assert registers * WARPS * 32 * 2 <= 65536
+    assert registers * WARPS * 32 * 2 <= MULTIPROCESSOR["registers"]
     assert stack <= most_stack
     assert kernel.metadata.shared <= most_shared * 1024
     assert code.count("HGMMA") == 3 * channels // 16
+    iteration = innermost(code)
+    assert iteration.count("STS") == 0
+    assert iteration.count("LDL") + iteration.count("STL") <= (0 if channels == 64 else 170)
+
+
+@needs_measured_triton
+@pytest.mark.parametrize(("changes", "most_spilled"), [({}, 15), ({"FIXED": False}, 15), ({"WARM": True}, 80)])
+def test_wide_gradient_stays_on_chip(changes: dict[str, Any], most_spilled: int, tmp_path: Path) -> None:
+    """One program fits a multiprocessor, M and the increments included; three products of 256 × 256 by 16 columns."""
+    from simmatch.kernels.gradient_wide import WIDE_COLUMNS, WIDE_WARPS, accelerate_wide
+
+    constants = {"CHANNELS": 256, "BLOCK": 256, "COLUMNS": WIDE_COLUMNS, "CHECK": 4, "FIXED": True, "WARM": False}
+    kernel = compiled(accelerate_wide, GRADIENT, constants | changes, WIDE_WARPS, aligned=True)
+    registers, _, code = resources(kernel.asm["cubin"], tmp_path)
+    assert registers * WIDE_WARPS * 32 <= MULTIPROCESSOR["registers"]
+    assert 192 * 1024 < kernel.metadata.shared <= MULTIPROCESSOR["shared"]  # three of four blocks, twice
+    iteration = innermost(code)
+    assert len(re.findall(r"HGMMA\.64x32x16\.F32 ", iteration)) == 3 * 256 * 256 // (128 * 16)
+    assert iteration.count("LDL") + iteration.count("STL") <= most_spilled
+    assert "LDG" not in iteration
 
 
 @needs_triton
@@ -147,12 +182,15 @@ def test_what_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reason names what was given; then torch does it."""
     monkeypatch.setattr(kernels, "installed", lambda: True)
     assert kernels.supports("coordinate_descent", 512, torch.float32, 1e-3) is None
-    assert kernels.supports("accelerated", 128, torch.float32, 0.0) is None
+    assert kernels.supports("accelerated", 256, torch.float32, 0.0) is None
+    assert kernels.supports("coordinate_descent", 512, torch.float32, 1e-3, 10) is None
     for reason, arguments in {
         "float32, got torch.float64": ("accelerated", 64, torch.float64, 1e-3),
         "a tolerance of at least 1e-05, got 1e-07": ("accelerated", 64, torch.float32, 1e-7),
         "no fixed number": ("coordinate_descent", 64, torch.float32, 0.0),
-        "up to 128 channels, got 129": ("accelerated", 129, torch.float32, 1e-2),
+        "up to 256 channels, got 257": ("accelerated", 257, torch.float32, 0.0),
+        "accelerated needs compute capability 9, got 10": ("accelerated", 64, torch.float32, 0.0, 10),
+        "descent needs compute capability 8 or more, got 7": ("coordinate_descent", 64, torch.float32, 1e-2, 7),
         "up to 4096 channels, got 5000": ("coordinate_descent", 5000, torch.float32, 1e-2),
         "no kernel for projected_gradient": ("projected_gradient", 64, torch.float32, 1e-2),
     }.items():
@@ -178,7 +216,11 @@ class OnCard:
         (128, 7, {}, None),
         (128, 9, {"tolerance": 0}, "accelerated"),
         (128, 8, {"tolerance": 0}, None),
-        (512, 9, {"tolerance": 0}, None),
+        (256, 9, {"tolerance": 0}, "accelerated"),
+        (257, 9, {"tolerance": 0}, None),
+        (128, 10, {"tolerance": 0}, None),
+        (128, 10, {}, "coordinate_descent"),
+        (5000, 9, {}, None),
         (128, 9, {"solver": "accelerated"}, "accelerated"),
         (512, 9, {"solver": "accelerated"}, None),
         (128, 9, {"solver": "projected_gradient"}, None),
