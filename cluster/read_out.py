@@ -14,6 +14,7 @@ from cluster.messages import Outbox, Progress, ReadoutScored, TrainingWarning
 from cluster.redaction import one_line
 from simmatch.data.sources import Dataset
 from simmatch.features import FeatureStore, first_rows
+from simmatch.labels import UNLABELLED
 from simmatch.model import Stack
 from simmatch.readout import accuracy, fit_readout
 
@@ -28,7 +29,8 @@ def read_out(
     report: Outbox,
     long_work: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Report the accuracy of the readouts on the test images. All ranks call it; a readout that fails is left out.
+    """Report the accuracy of the readouts on the labelled test images. All ranks call it; a readout that fails is left
+    out.
 
     Parameters
     ----------
@@ -37,19 +39,27 @@ def read_out(
     long_work: does what takes long on this rank alone.
     """
     results: dict[str, float] = {}
+    known = dataset.test_labels != UNLABELLED
     keep = test.exchange.rank == 0
     count = min(probe.train_images or len(dataset.train_images), len(dataset.train_images))
     test_features, scores = _encode(stack, test, report, keep=keep)
     report.progress(Progress("readout", 0, 1))
     train_features = _collect(train, count, keep=keep)
     if keep:
-        if stack.config.layers[-1].supervised:
-            results["accuracy_decode"] = accuracy(scores, dataset.test_labels)
+        if stack.config.layers[-1].supervised and bool(known.any()):
+            results["accuracy_decode"] = accuracy(scores[known], dataset.test_labels[known])
 
         def fit() -> None:
             with all_cpus():
-                readout = fit_readout(probe.readout, train_features, dataset.train_labels[:count])
-                results["accuracy"] = float(readout.score(test_features.numpy(), dataset.test_labels.numpy()))
+                labels = dataset.train_labels[:count]
+                given = labels != UNLABELLED
+                for which, some in (("training", given), ("test", known)):
+                    if not bool(some.any()):
+                        raise ValueError(f"no {which} image has a label")
+                readout = fit_readout(probe.readout, train_features[given], labels[given])
+                results["accuracy"] = float(
+                    readout.score(test_features[known].numpy(), dataset.test_labels[known].numpy())
+                )
 
         try:
             long_work(fit)

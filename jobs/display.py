@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from rich.cells import cell_len
@@ -29,6 +30,8 @@ from rich.text import Text
 
 from cluster.messages import Display, Progress
 from cluster.text import size
+from simmatch.config import DataConfig
+from simmatch.data.sources import Dataset, load_dataset
 
 LINE_EVERY_S = 5.0
 SEPARATOR = " · "
@@ -161,6 +164,15 @@ class ProgressBars:
 
     def _print(self, text: str) -> None:
         self.console.print(without_control(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def load_shown(console: Console, config: DataConfig) -> Dataset:
+    """`load_dataset`, which shows how far it is, and then how own images were understood."""
+    with ProgressBars(console, line_every_s=LINE_EVERY_S) as bars:
+        dataset = load_dataset(config, progress=partial(bars.update, "decode"))
+        for note in dataset.notes:
+            bars.note(note)
+    return dataset
 
 
 class _Bar(BarColumn):

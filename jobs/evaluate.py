@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,7 @@ from rich.console import Console
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.tracking.tracker import Tracker
-from jobs.display import ProgressBars
+from jobs.display import ProgressBars, load_shown
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.evaluation import charts, tables
 from jobs.evaluation.config import EvaluationConfig, command_parser, read
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     try:
         config = read(read_yaml(Path(options.config)), options.set, quick=options.quick)
-        material, other = load(config)
+        material, other = load(config, partial(load_shown, console))
         check(config, material)
         rows = rows_of(config, material, other)
         if options.rows:

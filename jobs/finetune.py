@@ -24,7 +24,7 @@ from rich.console import Console
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.tracking.tracker import Tracker
-from jobs.display import ProgressBars
+from jobs.display import ProgressBars, load_shown
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.evaluation import finetuning_tables as tables
 from jobs.evaluation.config import command_parser, overridden
@@ -59,7 +59,6 @@ from jobs.run_directory import default_root, local_folder
 from jobs.signals import SignalHandler
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
-from simmatch.data.sources import load_dataset
 from simmatch.files import write_whole
 
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
@@ -75,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         values = overridden(read_yaml(Path(options.config)), options.set, quick=options.quick)
         config = parse(FinetuneConfig, values)
-        material = Material.of(load_dataset(config.data), config.held_out)
+        material = Material.of(load_shown(console, config.data), config.held_out)
         check(config, material)
         default = default_root() / f"{config.name}{'-quick' if options.quick else ''}"
         run_dir = local_folder("--run-dir", options.run_dir, default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -12,17 +13,20 @@ from cluster.config import RunConfig
 from cluster.storage import AnyPath
 from cluster.text import count
 from cluster.training import check_data
-from simmatch.config import ConfigError
+from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.order import steps_per_epoch
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.devices import check_device
 from simmatch.geometry import PatchConfig
+from simmatch.labels import UNLABELLED
 from simmatch.model import layer_inputs
 
 
-def check(config: RunConfig) -> Dataset:
+def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_dataset) -> Dataset:
     """Everything that can be wrong before a process starts; returns the data set.
+
+    load: reads the data set, and may show its progress.
 
     Raises
     ------
@@ -30,9 +34,15 @@ def check(config: RunConfig) -> Dataset:
         One line each, naming the key.
     """
     config.check_mesh()
-    dataset = load_dataset(config.data)
+    dataset = load(config.data)
+    labelled = bool((dataset.train_labels != UNLABELLED).any())
     inputs = layer_inputs(config.model, dataset.source)
     for index, layer in enumerate(config.model.layers):
+        if layer.supervised and not labelled:
+            raise ConfigError(
+                f"model.layers.{index}.supervised: expected false, as no training image of {dataset.name} has a label, "
+                "got true"
+            )
         channels, size = inputs[index]
         height, width = PatchConfig.of_layer(layer, channels, size).map_size(size)
         if layer.train.positions is not None and layer.train.positions > height * width:
@@ -44,9 +54,9 @@ def check(config: RunConfig) -> Dataset:
             steps_per_epoch(len(dataset.train_images), layer.train.batch_size, images=layer.train.images)
         except ValueError as error:
             raise ConfigError(f"model.layers.{index}.train.images: {error}") from None
-    labelled, available = config.probe.train_images, len(dataset.train_images)
-    if labelled is not None and labelled > available:
-        raise ConfigError(f"probe.train_images: expected at most {available}, got {labelled}")
+    wanted, available = config.probe.train_images, len(dataset.train_images)
+    if wanted is not None and wanted > available:
+        raise ConfigError(f"probe.train_images: expected at most {available}, got {wanted}")
     return dataset
 
 

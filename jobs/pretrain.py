@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from cluster.redaction import one_line
 from cluster.storage import is_local
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.tracker import Tracker
-from jobs.display import MakeDisplay, RunDisplay
+from jobs.display import MakeDisplay, RunDisplay, load_shown
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import at_least, override, read_yaml
 from jobs.plan import print_plan
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
     console = Console()
     try:
         config = parse(RunConfig, override(read_yaml(Path(options.config)), options.set))
-        dataset = check(config)
+        dataset = check(config, partial(load_shown, console))
         if options.dry_run:
             print_plan(console, config, dataset.source, len(dataset.train_images))
             return 0

@@ -13,6 +13,7 @@ from jobs.evaluation.corruptions import CORRUPTIONS, corrupt
 from simmatch.config import ConfigError
 from simmatch.data.order import stratified_subset
 from simmatch.data.sources import Dataset, to_unit
+from simmatch.labels import UNLABELLED
 from simmatch.model import InputConfig
 from simmatch.seeding import seeded
 
@@ -55,9 +56,14 @@ class Material:
         Raises
         ------
         ConfigError
-            Fewer training images than that.
+            Fewer training images than that, or images without labels.
         """
         count = len(dataset.train_images)
+        for part, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
+            if missing := int((labels == UNLABELLED).sum()):
+                raise ConfigError(
+                    f"data: expected a label of each {part} image of {dataset.name}, got none of {missing:,}"
+                )
         if held_out >= count:
             raise ConfigError(f"held_out: expected less than the {count} training images, got {held_out}")
         every = Labelled(to_unit(dataset.train_images, torch.float32), dataset.train_labels)

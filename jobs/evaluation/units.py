@@ -7,7 +7,7 @@ configuration, so they may run side by side (`jobs.evaluation.ray_units`).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,8 @@ from jobs.evaluation.rows import Row
 from jobs.evaluation.stacks import StackLearner
 from jobs.figures import filters
 from jobs.reporting import MissingError, save_figure
-from simmatch.data.sources import load_dataset
+from simmatch.config import DataConfig
+from simmatch.data.sources import Dataset, load_dataset
 
 FIGURE_IMAGES = 500
 """Test images by whose activities filters are ordered and scaled."""
@@ -66,18 +67,22 @@ class UnitResult:
     seconds: float = 0.0
 
 
-def load(config: EvaluationConfig) -> tuple[Material, Material | None]:
+def load(
+    config: EvaluationConfig, read: Callable[[DataConfig], Dataset] = load_dataset
+) -> tuple[Material, Material | None]:
     """The images of an evaluation, and those of the data set that nothing learns from.
+
+    read: reads a data set, and may show its progress.
 
     Raises
     ------
     ConfigError, DataError
         Images that do not exist, or too few of them.
     """
-    material = Material.of(load_dataset(config.data), config.held_out)
+    material = Material.of(read(config.data), config.held_out)
     if config.unseen is None:
         return material, None
-    dataset = load_dataset(config.unseen)
+    dataset = read(config.unseen)
     return material, Material.of(dataset, max(1, len(dataset.train_images) // HELD_OUT_SHARE))
 
 

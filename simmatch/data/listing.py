@@ -23,7 +23,7 @@ from simmatch.data.samples import Samples
 from simmatch.data.tars import list_tars
 from simmatch.documents import shortened
 from simmatch.labels import UNLABELLED
-from simmatch.remote import is_remote
+from simmatch.remote import file_system, is_remote
 
 ListFormat = Callable[[str, DataConfig], tuple[Samples, tuple[str, ...], int]]
 
@@ -76,8 +76,8 @@ def list_samples(config: DataConfig) -> Listing:
     simmatch.data.formats.DataError: /nowhere/photos: no such folder
     """
     assert config.path is not None, "own images have a path"
-    path = absolute(config.path)
-    train_path, test_path = path, None if config.test_path is None else absolute(config.test_path)
+    path = _located("path", config.path)
+    train_path, test_path = path, None if config.test_path is None else _located("test_path", config.test_path)
     kind = _format(path) if config.format == "auto" else config.format
     named = _named_split(path)
     if named is not None:
@@ -98,22 +98,32 @@ def list_samples(config: DataConfig) -> Listing:
     elif config.test_fraction is not None:
         train, test = train.split(config.test_fraction, config.split_seed)
         how = f"data.test_fraction: {config.test_fraction:g}"
-        if not len(test):
-            raise ConfigError(
-                f"data.test_fraction: expected a share of {len(train)} images, got {config.test_fraction:g}"
-            )
     else:
         raise ConfigError(
             f"data.test_path: expected test images, or a share of {shortened(path)} for testing in data.test_fraction, "
             "got neither"
         )
     classes = _checked_classes(train, test, classes, train_path, config)
+    if not len(test):
+        raise ConfigError(
+            f"data.test_fraction: expected a share that gives one test image of {len(train)}, got "
+            f"{config.test_fraction:g}"
+        )
     labelled = int((train.labels != UNLABELLED).sum() + (test.labels != UNLABELLED).sum())
     note = (
         f"{shortened(path)}: {kind}, {len(train):,} training images, {len(test):,} test images ({shortened(how)}), "
         f"{len(classes)} classes, {labelled:,} images labelled, {ignored:,} other files left out"
     )
     return Listing(train, test, classes, note)
+
+
+def _located(key: str, place: str) -> str:
+    if is_remote(place):
+        try:
+            file_system(place)
+        except ValueError as error:
+            raise ConfigError(f"data.{key}: expected {error}") from None
+    return absolute(place)
 
 
 def _format(path: str) -> str:
@@ -169,8 +179,8 @@ def _checked_classes(
     train: Samples, test: Samples, names: tuple[str, ...], path: str, config: DataConfig
 ) -> tuple[str, ...]:
     """The names of the classes; numbers where the files hold no names."""
-    lowest = min(int(part.labels.min()) for part in (train, test))
-    largest = max(int(part.labels.max()) for part in (train, test))
+    labels = np.concatenate([train.labels, test.labels])
+    lowest, largest = int(labels.min()), int(labels.max())
     where = shortened(path)
     most = len(names) or MOST_CLASSES
     if lowest < UNLABELLED or largest >= most:

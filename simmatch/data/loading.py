@@ -131,7 +131,7 @@ class Loader:
                 if images is None:
                     images = _room(len(rows), pixels)
                 images[row], labels[row] = pixels, part.labels[index]
-                if (index + 1) % PROGRESS_EVERY == 0:
+                if (index + 1) % PROGRESS_EVERY == 0 or index + 1 == len(part) > PROGRESS_EVERY:
                     self._progress(index + 1, len(part))
             free = np.array(sorted(lost), dtype=np.int64)
         if images is None:

@@ -112,7 +112,7 @@ def _walk(root: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator
     folder = os.path.join(root, below)
     status = ask(folder, lambda: os.stat(folder), remote=False)
     if (identity := (status.st_dev, status.st_ino)) in above:
-        raise DataError(f"{shortened(folder)}: expected a folder, got a link to a folder around it")
+        raise DataError(f"{shortened(folder.rstrip('/'))}: expected a folder, got a link to a folder around it")
     folders = []
     with ask(folder, lambda: os.scandir(folder), remote=False) as scan:
         for entry in scan:
