@@ -121,6 +121,7 @@ class Training(Observer):
             self.stack,
             self.dataset.train_images,
             self.dataset.train_labels,
+            blocks=self.dataset.blocks if config.data.order == "blocks" else None,
             exchange=exchange,
             observer=self,
             settled=0 if done is None else done.layer,

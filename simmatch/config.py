@@ -396,6 +396,17 @@ class DataConfig(Frozen):
     max_skipped: PositiveInt = 100
     """Maximum number of images to leave out; more are an error of the data set."""
 
+    order: Literal["permutation", "blocks"] = "permutation"
+    """Order of the images of an epoch. `permutation`: of all images. `blocks`: the shards of a prepared data set in
+    random order, and the images of some shards at a time in random order; for data in an object store."""
+
+    cache_dir: str | None = None
+    """Folder on each node for copies of shards from an object store, and for images prepared on the way. None:
+    `$SIMMATCH_CACHE`, or else `~/.cache/simmatch`."""
+
+    cache_bytes: PositiveInt = 2**36
+    """Bytes that copies of shards may take on each node; the least recently used ones are removed."""
+
     @model_validator(mode="after")
     def _one_place(self) -> DataConfig:
         if (self.name is None) == (self.path is None):

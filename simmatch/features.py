@@ -48,7 +48,7 @@ def gather_images(own: Tensor, count: int, exchange: Exchange) -> Tensor:
 class FeatureStore:
     """Images at some depth of a stack: at depth 0 the images themselves, at depth l the output of layer l − 1.
 
-    All ranks have all images. Of the features every rank keeps its share of each chunk.
+    All ranks can read all images. Of the features every rank keeps its share of each chunk.
 
     Parameters
     ----------

@@ -7,9 +7,12 @@ does the same for object stores.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +21,9 @@ Content = bytes | str | Callable[[Path], object]
 
 PARTIAL = ".partial"
 """Suffix of a file that is not complete yet."""
+
+LOCK_POLL_S = 0.02
+"""Between two looks at a lock."""
 
 
 def write_whole(path: Path, content: Content) -> None:
@@ -89,6 +95,38 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+@contextmanager
+def locked(path: Path, limit_s: float) -> Iterator[None]:
+    """Hold a lock file, which is made if there is none, and stays. The lock of a process that ends is free.
+
+    Raises
+    ------
+    TimeoutError
+        Another process, or another thread, has held it for `limit_s` seconds.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder, "lock"), 1.0):
+    ...     with locked(Path(folder, "lock"), 0.0):
+    ...         pass
+    Traceback (most recent call last):
+    TimeoutError: /.../lock: expected a free lock, another process holds it
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"{path}: expected a free lock, another process holds it") from None
+                time.sleep(LOCK_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def path_parts(path: str) -> list[str]:

@@ -49,6 +49,7 @@ class Trainer:
     stack: the stack to train. Its seed determines the order of the data, drawn positions and initial weights.
     images: [N, C, H, W], uint8 or floating-point in [0, 1]; only their number and `images[indices]` are used.
     labels: [N], classes of the images for supervised layers, `UNLABELLED` where unknown.
+    blocks: indices at which blocks of images begin that are read together, see `simmatch.data.order`; None: any order.
     exchange: connects to the other ranks, each of which holds a share of the channels. None: a single process, in which
         `solver: auto` selects the fastest solver.
     observer: follows the training.
@@ -81,6 +82,7 @@ class Trainer:
         images: Images,
         labels: Tensor | None = None,
         *,
+        blocks: Tensor | None = None,
         exchange: Exchange | None = None,
         observer: Observer | None = None,
         depth: int | None = None,
@@ -99,7 +101,7 @@ class Trainer:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
         self.exchange, self._alone = exchange or IDENTITY, exchange is None
         self._settled, self._encode_last, self._to_tolerance = settled, encode_last, to_tolerance
-        self._cache, self._measure_every = cache, measure_every
+        self._cache, self._measure_every, self._blocks = cache, measure_every, blocks
         self.device = stack.layer(0).feedforward.device
         self.store = FeatureStore(images, self.exchange, batch=encode_batch, dtype=stack.dtype, device=self.device)
 
@@ -154,7 +156,14 @@ class Trainer:
         """Make the remaining updates of one layer."""
         config, train = self.layers[index], self.layers[index].train
         images = None if train.images is None else min(train.images, self.store.count)
-        batches = Batches(self.store.count, train.batch_size, epochs=train.epochs, seed=self.stack.seed, images=images)
+        batches = Batches(
+            self.store.count,
+            train.batch_size,
+            epochs=train.epochs,
+            seed=self.stack.seed,
+            images=images,
+            blocks=self._blocks,
+        )
         first = int(layer.updates)
         if first >= len(batches):
             return

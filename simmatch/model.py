@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, NonNegativeInt, PositiveInt, parse
+from simmatch.data.prepared import StoredImages
 from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
 from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
@@ -52,7 +53,7 @@ class InputConfig(Frozen):
     """Number of classes of the labels; 0 for images without labels."""
 
     @classmethod
-    def of(cls, images: Tensor, num_classes: int) -> InputConfig:
+    def of(cls, images: StoredImages, num_classes: int) -> InputConfig:
         """The configuration for images [N, C, H, W]."""
         channels, height, width = images.shape[1:]
         return parse(cls, {"in_channels": channels, "height": height, "width": width, "num_classes": num_classes})

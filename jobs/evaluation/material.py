@@ -66,12 +66,12 @@ class Material:
                 )
         if held_out >= count:
             raise ConfigError(f"held_out: expected less than the {count} training images, got {held_out}")
-        every = Labelled(to_unit(dataset.train_images, torch.float32), dataset.train_labels)
+        every = Labelled(to_unit(dataset.train_images[:], torch.float32), dataset.train_labels)
         return cls(
             dataset.source,
             every.take(slice(0, count - held_out)),
             every.take(slice(count - held_out, count)),
-            Labelled(to_unit(dataset.test_images, torch.float32), dataset.test_labels),
+            Labelled(to_unit(dataset.test_images[:], torch.float32), dataset.test_labels),
             dataset.digest(),
         )
 

@@ -64,6 +64,12 @@ class Shape:
         self.shape: tuple[int, int, int] | None = None
         """[C, H, W]."""
 
+    @property
+    def known(self) -> tuple[int, int, int]:
+        """[C, H, W], after an image was checked."""
+        assert self.shape is not None, "no image was checked"
+        return self.shape
+
     def check(self, name: str, pixels: Pixels) -> None:
         """Raise DataError unless an image has the shape of the first one."""
         channels, height, width = pixels.shape

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from simmatch.seeding import seeded
 
+WINDOW = 8
+"""Blocks whose images are mixed."""
 
-def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = None) -> Tensor:
+
+def epoch_order(
+    num_images: int, *, seed: int, epoch: int, images: int | None = None, blocks: Tensor | None = None
+) -> Tensor:
     """Indices of the images used in one epoch: a permutation of `range(num_images)`, or its first `images` entries.
+
+    With blocks, such as the shards of a file format, the blocks are permuted, and then the images within each window of
+    `WINDOW` blocks. So an epoch reads each block in one go, and no more than a window of them at a time.
 
     Parameters
     ----------
     num_images: number of images in the data set.
     seed, epoch: determine the permutation.
     images: number of images per epoch; None: all.
+    blocks: indices at which blocks begin, and `num_images`: int64 [S + 1]. None: every permutation is equally likely.
 
     Returns
     -------
@@ -23,10 +34,22 @@ def epoch_order(num_images: int, *, seed: int, epoch: int, images: int | None = 
 
     >>> epoch_order(1000, seed=0, epoch=3, images=100).shape
     torch.Size([100])
+    >>> first = epoch_order(100, seed=0, epoch=0, images=16, blocks=torch.arange(0, 101, 2))
+    >>> len(set((first // 2).tolist()))  # eight blocks of two images
+    8
     """
     count = _images_per_epoch(num_images, images)
-    order = torch.randperm(num_images, generator=seeded("order", seed, epoch), device="cpu")
-    return order[:count].clone()
+    generator = seeded("order", seed, epoch)
+    if blocks is None:
+        return torch.randperm(num_images, generator=generator, device="cpu")[:count].clone()
+    parts = [torch.arange(start, stop) for start, stop in pairwise(blocks.tolist())]
+    turns = torch.randperm(len(parts), generator=generator, device="cpu").tolist()
+    mixed, done = [], 0
+    while done < count:
+        window = torch.cat([parts[turn] for turn in turns[:WINDOW]])
+        mixed.append(window[torch.randperm(len(window), generator=generator, device="cpu")])
+        turns, done = turns[WINDOW:], done + len(window)
+    return torch.cat(mixed)[:count]
 
 
 def steps_per_epoch(num_images: int, batch_size: int, *, images: int | None = None) -> int:
@@ -53,16 +76,26 @@ class Batches:
     epochs: number of epochs.
     seed: of the order.
     images: number of images per epoch; None: all.
+    blocks: as for `epoch_order`.
 
     >>> batches = Batches(100, 40, epochs=2, seed=0)
     >>> len(batches), batches[0].shape, batches[5].shape, batches.size(5)
     (6, torch.Size([40]), torch.Size([20]), 20)
     """
 
-    def __init__(self, num_images: int, batch_size: int, *, epochs: int, seed: int, images: int | None = None) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        epochs: int,
+        seed: int,
+        images: int | None = None,
+        blocks: Tensor | None = None,
+    ) -> None:
         self.per_epoch = steps_per_epoch(num_images, batch_size, images=images)
         self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
-        self._seed, self._images = seed, images
+        self._seed, self._images, self._blocks = seed, images, blocks
         self._per_epoch_images = _images_per_epoch(num_images, images)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
@@ -78,7 +111,9 @@ class Batches:
             raise IndexError(f"expected an update from 0 to {len(self) - 1}, got {update}")
         epoch, within = divmod(update, self.per_epoch)
         if epoch != self._epoch:
-            self._order = epoch_order(self._num_images, seed=self._seed, epoch=epoch, images=self._images)
+            self._order = epoch_order(
+                self._num_images, seed=self._seed, epoch=epoch, images=self._images, blocks=self._blocks
+            )
             self._epoch = epoch
         return self._order[within * self._batch_size :][: self._batch_size]
 

@@ -6,6 +6,7 @@ A built-in data set is added in `builtin`, a format of own images in `listing`.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,12 +19,17 @@ from simmatch.data.builtin import read_builtin, source_of
 from simmatch.data.formats import DataError
 from simmatch.data.listing import list_samples
 from simmatch.data.loading import Loader
+from simmatch.data.preparation import plan_if_large, prepared_in_cache
+from simmatch.data.prepared import PreparedData, PreparedImages, StoredImages, open_prepared
 from simmatch.model import InputConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images and labels as stored. The constructor checks shapes, types and counts; `without_damage` checks values.
+
+    Of images only their shape and `images[indices]` are used: they may be those of a prepared data set, which are read
+    when they are needed.
 
     Raises
     ------
@@ -37,11 +43,11 @@ class Dataset:
     """
 
     name: str
-    train_images: Tensor
+    train_images: StoredImages
     """`[N, C, H, W]`, uint8, or float32 in [0, 1]."""
     train_labels: Tensor
     """`[N]`, int64; −1 for an unlabelled image, only in own images."""
-    test_images: Tensor
+    test_images: StoredImages
     test_labels: Tensor
     num_classes: int
     """0 where no image has a label."""
@@ -61,9 +67,9 @@ class Dataset:
         """Some of the images, with their labels."""
         return dataclasses.replace(
             self,
-            train_images=self.train_images[train],
+            train_images=_some(self.train_images, train),
             train_labels=self.train_labels[train],
-            test_images=self.test_images[test],
+            test_images=_some(self.test_images, test),
             test_labels=self.test_labels[test],
         )
 
@@ -73,8 +79,15 @@ class Dataset:
         layout = [(list(tensor.shape), str(tensor.dtype)) for tensor in tensors]
         digest = sha256(repr((self.name, self.num_classes, layout)).encode())
         for tensor in tensors:
-            digest.update(tensor.contiguous().numpy().data)
+            digest.update(
+                tensor.digest.encode() if isinstance(tensor, PreparedImages) else tensor.contiguous().numpy().data
+            )
         return digest.hexdigest()[:16]
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """Indices at which the shards of the training images begin, and N: int64 [S + 1]; None: they are in memory."""
+        return self.train_images.blocks if isinstance(self.train_images, PreparedImages) else None
 
     @property
     def source(self) -> InputConfig:
@@ -92,7 +105,14 @@ class Dataset:
         return self.train_images.shape[2], self.train_images.shape[3]
 
 
-def _check_split(what: str, images: Tensor, labels: Tensor) -> None:
+def _some(images: StoredImages, chosen: Tensor | slice) -> StoredImages:
+    """Some images; those of a range of a prepared data set are not read."""
+    if isinstance(images, PreparedImages) and isinstance(chosen, slice):
+        return images.range(chosen)
+    return images[chosen]
+
+
+def _check_split(what: str, images: StoredImages, labels: Tensor) -> None:
     if images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32) or 0 in images.shape:
         raise DataError(
             f"{what}: expected uint8 or float32 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}"
@@ -119,8 +139,11 @@ def without_damage(dataset: Dataset, config: DataConfig) -> Dataset:
     >>> without_damage(dataset, DataConfig(name="example", damaged="skip")).skipped
     1
     """
-    train = _sound(f"{dataset.name} train", dataset.train_images, dataset.train_labels, dataset.num_classes, config)
-    test = _sound(f"{dataset.name} test", dataset.test_images, dataset.test_labels, dataset.num_classes, config)
+    train_images, test_images = dataset.train_images, dataset.test_images
+    if not isinstance(train_images, Tensor) or not isinstance(test_images, Tensor):
+        return dataset  # checked when it was prepared
+    train = _sound(f"{dataset.name} train", train_images, dataset.train_labels, dataset.num_classes, config)
+    test = _sound(f"{dataset.name} test", test_images, dataset.test_labels, dataset.num_classes, config)
     skipped = int((~train).sum() + (~test).sum())
     if skipped == 0:
         return dataset
@@ -147,17 +170,24 @@ def _sound(what: str, images: Tensor, labels: Tensor, num_classes: int, config: 
     raise DataError(f"{what}: expected values in [0, 1], got {value:g} in image {index} at {position}")
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 def load_dataset(
     config: DataConfig,
     *,
     allow_download: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = _warn,
 ) -> Dataset:
     """Find, read and check a data set: own images (`data.path`) or a built-in one (`data.name`).
 
     Own images are decoded one by one, see `simmatch.data.decoding`, and mixed, see `data.split_seed`; `progress` is
-    called with the number of images done and of all. For a built-in data set the first of these places that holds all
-    files is used:
+    called with the number of images done and of all. Where `data.path` is a prepared data set, or its images would take
+    more than `preparation.IN_MEMORY_BYTES`, which are prepared first, images are read when they are needed, see
+    `simmatch.data.prepared`; `warn` is told what the reader should know. For a built-in data set the first of these
+    places that holds all files is used:
 
     1. `data.root`; if it is given, no other place is searched;
     2. `$SIMMATCH_DATA`;
@@ -183,14 +213,18 @@ def load_dataset(
     torch.Size([100, 1, 8, 8])
     """
     if config.path is not None:
-        return _first_images(_own_images(config, progress), config)
+        return _first_images(_own_images(config, progress, warn), config)
     parts = read_builtin(config, allow_download=allow_download)
     dataset = Dataset(config.title, *parts, source_of(config.title).num_classes)
     return _first_images(without_damage(dataset, config), config)
 
 
-def _own_images(config: DataConfig, progress: Callable[[int, int], None]) -> Dataset:
+def _own_images(config: DataConfig, progress: Callable[[int, int], None], warn: Callable[[str], None]) -> Dataset:
+    if (prepared := open_prepared(config, warn)) is not None:
+        return _prepared(prepared)
     listing = list_samples(config)
+    if (plan := plan_if_large(config, listing)) is not None:
+        return _prepared(PreparedData(prepared_in_cache(plan, warn, progress), config, warn))
     loader = Loader(config, progress)
     train_images, train_labels = loader.load(listing.train, config.train_images)
     test_images, test_labels = loader.load(listing.test, config.test_images)
@@ -203,6 +237,20 @@ def _own_images(config: DataConfig, progress: Callable[[int, int], None]) -> Dat
         num_classes=len(listing.classes),
         skipped=len(loader.damaged),
         notes=(listing.note, *loader.notes()),
+    )
+
+
+def _prepared(prepared: PreparedData) -> Dataset:
+    manifest = prepared.manifest
+    return Dataset(
+        manifest.name,
+        prepared.images("train"),
+        prepared.labels("train"),
+        prepared.images("test"),
+        prepared.labels("test"),
+        num_classes=len(manifest.classes),
+        skipped=len(manifest.skipped),
+        notes=(f"{prepared.location}: prepared from {manifest.source}",),
     )
 
 
