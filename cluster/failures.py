@@ -20,6 +20,7 @@ from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout
 from cluster.messages import RankStatus
 from cluster.policy import Failure
+from simmatch.memory import OutOfMemory
 from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault
 
@@ -131,7 +132,9 @@ def classify(error: BaseException) -> Failure:
     retryable = not diverged and any(map(_is_retryable, chain))
     shared = any(isinstance(one, SharedFault) and one.kind == "exception" for one in chain)
     told = shared and isinstance(chain[-1], SharedFault)  # of another rank's; else its own stands behind it
-    message = _sentence(error) + (f": {_sentence(chain[-1])}" if shared and not told else "")
+    message = _sentence(error)
+    if shared and not told and not isinstance(error, OutOfMemory):
+        message += f": {_sentence(chain[-1])}"
     secondary = told or any(map(_is_lost_peer, chain))
     return Failure(message, retryable=retryable, diverged=diverged, secondary=secondary)
 
@@ -217,6 +220,8 @@ def _is_retryable(error: BaseException) -> bool:
     text = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError) or _is_fatal(error):
         return False
+    if isinstance(error, OutOfMemory):
+        return error.elsewhere  # such as in the process of a rank that is not quite gone; else it would happen again
     if isinstance(error, DamagedError | StorageError):
         return True  # a new group looks again for a checkpoint that can be read
     if isinstance(error, PeerTimeout | dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError):
@@ -238,8 +243,8 @@ def _is_fatal(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str:
     """Type and text in one line, without Ray's indented details (class, actor id)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("\t", "  "))]
-    if isinstance(error, PeerTimeout):
-        return lines[0]  # names the rank and what it waited for
+    if isinstance(error, PeerTimeout | OutOfMemory):
+        return lines[0]  # a sentence
     text = " ".join(lines)
     for advice in ADVICE:
         text = text.partition(advice)[0]

@@ -15,6 +15,7 @@ from cluster.redaction import one_line
 from simmatch.data.sources import Dataset
 from simmatch.features import FeatureStore, first_rows
 from simmatch.labels import UNLABELLED
+from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import Stack
 from simmatch.readout import accuracy, fit_readout
 
@@ -50,7 +51,8 @@ def read_out(
             results["accuracy_decode"] = accuracy(scores[known], dataset.test_labels[known])
 
         def fit() -> None:
-            with all_cpus():
+            with all_cpus(), MemoryWatch(torch.device("cpu")) as memory:
+                memory.begin("fitting it", Lever("probe.train_images", count))
                 labels = dataset.train_labels[:count]
                 given = labels != UNLABELLED
                 for which, some in (("training", given), ("test", known)):

@@ -42,6 +42,7 @@ from simmatch.data.sources import Dataset, load_dataset
 from simmatch.features import FeatureStore
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
 from simmatch.observer import Observer, Phase, Update
 from simmatch.profile import Profile
@@ -149,21 +150,23 @@ class Training(Observer):
         # before the readouts: the model is worth more than its accuracy
         self.on_one_rank(self._export if self.assignment.rank == 0 else None)
         parts = (torch.cat(blocks, dim=1) for blocks in zip(*self._features.values(), strict=True))
-        read_out(
-            self.config.probe,
-            self.stack,
-            self.dataset,
-            self.trainer.store.gather_parts(parts),
-            FeatureStore(
-                self.dataset.test_images,
-                self.exchange,
-                batch=self.config.encode_batch,
-                dtype=self.stack.dtype,
-                device=self.device,
-            ),
-            report=self.report,
-            long_work=partial(self.on_one_rank, exchange=IDENTITY),
-        )
+        with MemoryWatch(self.device) as memory:
+            memory.begin("reading out", Lever("encode_batch", self.config.encode_batch), otherwise="use more ranks")
+            read_out(
+                self.config.probe,
+                self.stack,
+                self.dataset,
+                self.trainer.store.gather_parts(parts),
+                FeatureStore(
+                    self.dataset.test_images,
+                    self.exchange,
+                    batch=self.config.encode_batch,
+                    dtype=self.stack.dtype,
+                    device=self.device,
+                ),
+                report=self.report,
+                long_work=partial(self.on_one_rank, exchange=IDENTITY),
+            )
         self._close()
 
     def _close(self) -> None:

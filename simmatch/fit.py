@@ -30,6 +30,7 @@ from simmatch.features import FeatureStore, LayerInputs
 from simmatch.labels import check_labels, one_hot
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
+from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import InputConfig, Stack, build_layer, pooled
 from simmatch.observer import Observer, Update
 from simmatch.parts import timed
@@ -102,8 +103,10 @@ class Trainer:
         self.exchange, self._alone = exchange or IDENTITY, exchange is None
         self._settled, self._encode_last, self._to_tolerance = settled, encode_last, to_tolerance
         self._cache, self._measure_every, self._blocks = cache, measure_every, blocks
+        self._encode_batch = encode_batch
         self.device = stack.layer(0).feedforward.device
         self.store = FeatureStore(images, self.exchange, batch=encode_batch, dtype=stack.dtype, device=self.device)
+        self._memory = MemoryWatch(self.device)
 
     def _check(self, images: Images) -> None:
         source = self.stack.source
@@ -120,24 +123,27 @@ class Trainer:
     @torch.no_grad()
     def fit(self) -> Stack:
         """Train the layers and return the stack, in evaluation mode."""
-        for index, config in enumerate(self.layers):
-            layer = self._layer(index)
-            self.observer.restore(index, layer)
-            self._learn(index, layer)
-            whole = self.stack.layer(index)
-            if layer is whole:
-                layer.recertify()  # activities are then equal to those of the exported model
-            else:
-                gather_layer(layer, whole)
-            self.observer.learnt(index, whole)
-            if config.supervised or self._encode_last or index + 1 < len(self.layers):
-                self._encode(index)
+        with self._memory:
+            for index, config in enumerate(self.layers):
+                layer = self._layer(index)
+                self.observer.restore(index, layer)
+                self._learn(index, layer)
+                whole = self.stack.layer(index)
+                if layer is whole:
+                    layer.recertify()  # activities are then equal to those of the exported model
+                else:
+                    gather_layer(layer, whole)
+                self.observer.learnt(index, whole)
+                if config.supervised or self._encode_last or index + 1 < len(self.layers):
+                    self._encode(index)
         return self.stack.eval()
 
     def _layer(self, index: int) -> SimilarityMatchingConv2d:
         """This rank's rows of an untrained layer; in a single process, the stack's own layer."""
         if self._alone:
             return self.stack.layer(index)
+        channels = Lever(f"model.layers.{index}.out_channels", self.layers[index].out_channels)
+        self._memory.begin(f"layer {index}, making its weights", channels)
         stack, shards = self.stack, split_rows(self.layers[index].out_channels, self.exchange.world_size)
         return build_layer(
             stack.config,
@@ -167,8 +173,12 @@ class Trainer:
         first = int(layer.updates)
         if first >= len(batches):
             return
+        key = f"model.layers.{index}"
         if not layer.calibrated:
+            sample = Lever(f"{key}.whiten_images", min(config.whiten_images, self.store.count))
+            self._memory.begin(f"layer {index}, calibrating", sample)
             self._calibrate(index, config, layer)
+        self._memory.begin(f"layer {index}, caching its input", otherwise="set cache_features to false")
         inputs = LayerInputs(
             layer,
             self.store,
@@ -177,6 +187,9 @@ class Trainer:
             on_progress=lambda done: self.observer.progress("cache", done, self.store.count, layer=index),
             labels=self.labels if config.supervised else None,
         )
+        levers = [Lever(f"{key}.train.batch_size", min(train.batch_size, self.store.count))]
+        levers += [] if train.positions is None else [Lever(f"{key}.train.positions", train.positions)]
+        self._memory.begin(f"layer {index}, learning", *levers, otherwise="use more ranks")
         self.observer.started(index, layer)
         with closing(inputs.staged(batches, first)) as staged:
             for number in range(first + 1, len(batches) + 1):
@@ -240,7 +253,10 @@ class Trainer:
         def on_progress(done: int) -> None:
             rate = done / max(time.monotonic() - started, 1e-9)
             self.observer.progress("encode", done, self.store.count, layer=index, images_per_second=rate)
+            self._memory.proceed(done / self.store.count)
 
+        size = Lever("encode_batch", min(self._encode_batch, self.store.count))
+        self._memory.begin(f"layer {index}, encoding", size, otherwise="use more ranks")
         self.store.advance(encode, on_progress)
         if settling:
             layer.settle_label(sum_over_ranks(yz, self.exchange), sum_over_ranks(zz, self.exchange))

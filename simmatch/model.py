@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, NonNegativeInt, PositiveInt, parse
 from simmatch.data.prepared import StoredImages
+from simmatch.devices import check_device
 from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
 from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.memory import Lever, MemoryWatch
 from simmatch.readout import decode
 from simmatch.solvers.bound import check_lateral
 
@@ -186,10 +188,12 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.source, self.seed = model, source, seed
-        self.layers = nn.ModuleList(
-            build_layer(model, source, index, seed=seed, dtype=dtype, device=device)
-            for index in range(len(model.layers))
-        )
+        self.layers = nn.ModuleList()
+        with MemoryWatch(check_device(device)) as memory:
+            for index, config in enumerate(model.layers):
+                channels = Lever(f"model.layers.{index}.out_channels", config.out_channels)
+                memory.begin(f"layer {index}, making its weights", channels)
+                self.layers.append(build_layer(model, source, index, seed=seed, dtype=dtype, device=device))
 
     @property
     def dtype(self) -> torch.dtype:

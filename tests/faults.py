@@ -36,6 +36,7 @@ Kind = Literal[
     "explode",
     "exception",
     "card",
+    "memory",
     "error",
     "kill",
     "hold",
@@ -50,6 +51,7 @@ nan …       a NaN in the last own row of W, M or V, before the update
 explode     the own rows of W a million times too large, before the update
 exception   the rank's statistics raise, in the middle of the update; elsewhere the rank raises on the spot
 card        the same, with what torch raises when a GPU has failed
+memory      the same, with what torch raises when a GPU has too little memory
 error       the rank's next update raises before its batch is made, outside of what the ranks tell each other
 kill        the process ends, by SIGKILL
 hold        the training thread stays away for `HOLD_S`
@@ -71,7 +73,7 @@ MOMENTS: dict[str, tuple[Phase, int, int]] = {
 """Phase, layer and update in the run of `digits_config`, which writes a checkpoint every four updates."""
 
 
-OF_A_LAYER = ("nan feedforward", "nan lateral", "nan label", "explode", "exception", "card", "error")
+OF_A_LAYER = ("nan feedforward", "nan lateral", "nan label", "explode", "exception", "card", "memory", "error")
 """Kinds that a rank's layer or its batches suffer."""
 
 
@@ -89,6 +91,11 @@ ERRORS: dict[str, Exception] = {
     "exception": InjectedError("injected"),
     "card": torch.AcceleratorError(
         "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"
+    ),
+    "memory": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.10 GiB. GPU 0 has a total capacity of 79.19 GiB of which 812.06 MiB "
+        "is free. Including non-PyTorch memory, this process has 78.30 GiB memory in use. Of the allocated memory "
+        "70.10 GiB is allocated by PyTorch, and 3.20 GiB is reserved by PyTorch but unallocated."
     ),
 }
 """What a rank's own arithmetic raises."""

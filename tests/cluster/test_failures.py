@@ -22,6 +22,7 @@ from cluster.messages import RankStatus
 from cluster.monitors import TrainingFault
 from cluster.policy import Failure
 from simmatch.config import ConfigError
+from simmatch.memory import OutOfMemory
 from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault
 
@@ -83,6 +84,7 @@ RETRYABLE = [
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
     RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\ndevices unavailable"),
     torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution"),
+    OutOfMemory("layer 0, learning: out of GPU memory", elsewhere=True),
     ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
     TimeoutError("timed out"),
     OSError(errno.ENETUNREACH, "Network is unreachable"),
@@ -104,6 +106,7 @@ FATAL = [
     dist.DistBackendError("NCCL error in: …, invalid argument\nncclInvalidArgument: …"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     torch.AcceleratorError("CUDA error: out of memory"),
+    raised_from(OutOfMemory("layer 0, learning: out of memory"), MemoryError()),
     torch.AcceleratorError("CUDA error: invalid device ordinal"),
     torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),

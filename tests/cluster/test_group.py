@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import cluster.read_out
+from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.failures import group_failure, stalled
@@ -249,6 +250,25 @@ def test_an_exception_of_one_rank_alone_names_it_and_stops_the_run(
     assert any("Traceback" in note and note.startswith("rank 1:") for note in quiet.notes)
     assert "layer 0, step 3" in str(caught.value)
     assert "rank 1" in str(caught.value)
+
+
+def test_a_rank_without_enough_memory_ends_the_run_with_advice(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """The others learn of it at the same exchange. It is not tried again, and the checkpoint before it stands."""
+    quiet, config = Quiet(), digits_config(2, cluster=limits())
+    worker = faulty_worker(FaultPlan(rank=1, layer=1, step=9, kind="memory"))
+    controller = Controller(config, tmp_path, lambda assignment: WorkerGroup(assignment, worker), quiet, quiet)
+    with pytest.raises(RunFailed) as caught:
+        controller.run()
+    assert str(caught.value) == (
+        "rank 1: layer 1, learning: out of GPU memory (asked for 2.1 GiB, 812 MiB of 79.2 GiB free): "
+        "set model.layers.1.train.batch_size to at most 10 (now 20), or use more ranks"
+    )
+    assert controller.record.restarts == 0
+    newest = newest_good(tmp_path, pytest.fail)
+    assert newest is not None
+    assert newest.name == "step-00000016"  # before update 9 of layer 1, the run's 19th
 
 
 # -- groups that do not come up ----------------------------------------------------------------------------------------
