@@ -169,8 +169,12 @@ def plan_if_large(config: DataConfig, listing: Listing) -> Plan | None:
     return plan if count * int(np.prod(plan.shape.known)) > IN_MEMORY_BYTES else None
 
 
-def _place(plan: Plan) -> Location:
-    """Where images are prepared in the cache of the node: it depends on their names, labels and policy."""
+def place_in_cache(plan: Plan) -> Location:
+    """Where images are prepared in the cache of the node: it depends on their names, labels and policy.
+
+    >>> place_in_cache.__name__
+    'place_in_cache'
+    """
     digest = sha256(json.dumps(policy_of(plan.config)).encode())
     for samples in (plan.listing.train, plan.listing.test):
         digest.update(json.dumps(list(samples.keys)).encode())
@@ -195,7 +199,7 @@ def prepared_in_cache(plan: Plan, note: Callable[[str], None], progress: Progres
     >>> prepared_in_cache.__name__
     'prepared_in_cache'
     """
-    config, to = plan.config, _place(plan)
+    config, to = plan.config, place_in_cache(plan)
     assert to.path is not None, "the cache is a folder"
     if finished(config, to) is not None:
         return to
