@@ -1,4 +1,5 @@
-"""The dynamics on a GPU: columns per second at equal residual, updates in a row, encoding, wide layers.
+"""The dynamics on a GPU: columns per second at equal residual and after a fixed number of iterations, updates in a
+row, encoding, wide layers.
 
 Runs on a bare machine: torch for CUDA, Triton, and what `simmatch` imports; neither Ray nor MLflow. Every part writes
 its rows as soon as they are known, and a part that fails leaves the others alone.
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from jobs.benchmarks.gpu_columns import measure_columns, measure_compiled
+from jobs.benchmarks.gpu_fixed import measure_fixed
 from jobs.benchmarks.gpu_layer import GpuPlan, Row, measure_encoding, measure_updates
 from jobs.benchmarks.gpu_wide import measure_wide
 from jobs.options import add_counts, add_parts
@@ -29,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda", metavar="NAME", help="torch device; cpu for a dry run (default: cuda)"
     )
-    add_counts(parser, "channels", "K", "layer widths of the part `columns` (default: 64 128 256 512)", several=True)
+    widths = "layer widths of the parts `columns` and `fixed` (default: 64 128 256 512)"
+    add_counts(parser, "channels", "K", widths, several=True)
     add_counts(
         parser, "wide", "K", "layer widths of the part `wide`, on CIFAR-10 (default: 256 1024 2048)", several=True
     )
@@ -76,6 +79,7 @@ def measure_rates(plan: GpuPlan, report: Report) -> None:
 PARTS: dict[str, Callable[[GpuPlan, Report], None]] = {
     "rates": measure_rates,
     "columns": measure_columns,
+    "fixed": measure_fixed,
     "updates": measure_updates,
     "encode": measure_encoding,
     "wide": measure_wide,

@@ -368,7 +368,7 @@ def test_gpu_benchmark_runs_dry_on_a_cpu(
 ) -> None:
     """The command that a card gets, as far as a CPU can follow: residuals are those asked for, nothing fails."""
     monkeypatch.setattr("jobs.benchmarks.gpu_layer.load_dataset", pictures)
-    arguments = ["gpu", "--device", "cpu", "--quick", "--parts", "rates", "columns", "wide"]
+    arguments = ["gpu", "--device", "cpu", "--quick", "--parts", "rates", "columns", "fixed", "wide"]
     assert main([*arguments, "--run-dir", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if row["kind"] == "failed"] == []
@@ -379,6 +379,10 @@ def test_gpu_benchmark_runs_dry_on_a_cpu(
         if "truth_above_reported" in row:
             assert row["truth_above_reported"] <= 1e-5
     assert all(row["same_bits"] for row in columns if row["name"] == "simmatch")
+    (fixed,) = (row for row in rows if row["kind"] == "fixed")
+    assert (fixed["name"], fixed["missing"], fixed["iterations"]) == ("plain loop", "there is no kernel for cpu", 30)
+    assert fixed["off_median"] <= 1e-4
+    assert fixed["same"] > 0.9
     (wide,) = (row for row in rows if row["kind"] == "wide")
     assert set(wide["ridge_accuracy"]) == {"simmatch", "exemplars", "k_means"}
 
