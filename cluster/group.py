@@ -246,7 +246,7 @@ class WorkerGroup:
         limit_s = limit_s or self.config.start_timeout_s
         deadline = time.monotonic() + limit_s
         results: dict[int, Any] = {}
-        failed: list[Failure] = []
+        failed: dict[int, Failure] = {}
         waiting = {ref: rank for rank, ref in enumerate(refs)}
         while waiting and (left_s := deadline - time.monotonic()) > 0:
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left_s)
@@ -255,7 +255,7 @@ class WorkerGroup:
                 try:
                     results[rank] = ray.get(ref, timeout=self.config.heartbeat_s)
                 except RayError as error:
-                    failed.append(self._failure(rank, verb, error))
+                    failed[rank] = self._failure(rank, verb, error)
                     deadline = min(deadline, time.monotonic() + self.config.heartbeat_s)
         if not waiting and not failed:
             return [results[rank] for rank in range(len(refs))]
@@ -264,8 +264,10 @@ class WorkerGroup:
         if not failed:
             raise GroupFailure(Failure(late, retryable=True))
         # a failure that would happen again explains the ranks that are late; any other is explained by them
-        failure = min(failed, key=lambda failure: failure.retryable)
-        causes = (late, failure.message) if failure.retryable else (failure.message, late)
+        first = min(failed, key=lambda rank: failed[rank].retryable)
+        failure, others = failed[first], [rank for rank in failed if rank != first]
+        also = f"likewise {', '.join(map(self._name, sorted(others)))}" if others else ""
+        causes = (late, failure.message, also) if failure.retryable else (failure.message, late)
         raise GroupFailure(replace(failure, message="; ".join(filter(None, causes))))
 
     def _failure(self, rank: int, verb: str, error: RayError) -> Failure:

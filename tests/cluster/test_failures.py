@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +22,17 @@ from cluster.failures import SETTLE_S, classify, group_failure
 from cluster.messages import RankStatus
 from cluster.monitors import TrainingFault
 from cluster.policy import Failure
-from simmatch.config import ConfigError
-from simmatch.memory import OutOfMemory
+from cluster.training import Assignment
+from cluster.worker import Worker
+from simmatch.config import ConfigError, DynamicsConfig
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.memory import Lever, MemoryWatch, OutOfMemory
 from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.rows import split_rows
+from tests.exchanges import results
+from tests.faults import Kind, inject
+from tests.simmatch import scripted
 
 LOOPBACK = "127.0.0.1"
 
@@ -204,6 +212,60 @@ def test_the_rank_with_the_error_is_waited_for() -> None:
     assert group_failure([of_rank(0, in_update()), of_rank(1, None, 99.0)], 100.0, 100.0) is None
     failure = group_failure([of_rank(0, in_update(), SETTLE_S + 1.0), of_rank(1, None)], 100.0, 100.0)
     assert failure == classify(in_update())
+
+
+def learn_and_look(exchange: TorchExchange, kind: Kind) -> Failure | None:
+    """Updates whose faults are recorded, as on a GPU: rank 1's second one fails, and all ranks look after the third."""
+    rows = split_rows(8, exchange.world_size)[exchange.rank]
+    dynamics = DynamicsConfig(exchange="gather_state")
+    layer = SimilarityMatchingConv2d(1, 8, kernel_size=3, dynamics=dynamics, rows=rows, exchange=exchange)
+    try:
+        with MemoryWatch(torch.device("cpu")) as memory, pytest.MonkeyPatch.context() as patch:
+            scripted.use(patch)
+            memory.begin("layer 0, learning", Lever("model.layers.0.train.batch_size", 5))
+            for update in range(3):
+                if (exchange.rank, update) == (1, 1):
+                    inject(kind, layer)
+                layer.partial_fit(layer.prepare(torch.rand(5, 1, 6, 6)), recorded=True)
+            layer.raise_faults()
+    except Exception as error:
+        return classify(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "retryable"),
+    [
+        ("memory", "layer 0, learning: out of GPU memory (asked for 2.1 GiB, ", False),
+        ("card", "SharedFault: exception on rank 1 in update 2: AcceleratorError: CUDA error: unspecified", True),
+        ("exception", "SharedFault: exception on rank 1 in update 2: InjectedError: injected", False),
+        ("nan feedforward", "SharedFault: non-finite weights on rank 1 in update 2", False),
+    ],
+)
+def test_recorded_faults_keep_their_rank_and_their_cause(ranks: Any, kind: Kind, text: str, retryable: bool) -> None:
+    told, own = results(ranks(learn_and_look, 2, kind))
+    assert own.message.startswith(text)
+    assert (own.retryable, own.secondary) == (retryable, False)
+    assert told.secondary == (kind != "nan feedforward")
+    assert told.message.endswith(f"{'weights' if 'nan' in kind else 'exception'} on rank 1 in update 2")
+    statuses = [RankStatus(rank, True, failure, [], [], num_exchanges=12) for rank, failure in enumerate((told, own))]
+    assert group_failure(statuses, 100.0, 100.0) == own
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "rank 0"), ("cuda", f"rank 0 on {socket.gethostname()}, GPU 3")])
+def test_a_rank_on_a_gpu_is_named_with_it(
+    device: str, name: str, digits_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def __init__(self, *_: Any) -> None:
+            raise LOST_CARD
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    worker = Worker(Assignment(digits_config(1, device=device), tmp_path, 0))
+    worker.training_class = Failing  # type: ignore[assignment]
+    worker._run(torch.get_num_threads())
+    failure = worker.poll(0).failure
+    assert failure == Failure(f"{name}: AcceleratorError: CUDA error: unspecified launch failure", retryable=True)
 
 
 # -- what gloo and the store raise -------------------------------------------------------------------------------------

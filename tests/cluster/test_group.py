@@ -17,11 +17,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
 
+import cluster.group
 import cluster.read_out
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
@@ -199,6 +202,24 @@ def test_a_killed_actor_is_named(ray: Any, digits_config: ConfigMaker, tmp_path:
     assert f"rank 1 (pid {pid} on " in caught.value.failure.message
     assert "rank 0" not in caught.value.failure.message
     assert "\n" not in caught.value.failure.message
+
+
+def test_all_ranks_that_are_lost_are_named(
+    digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose GPU has failed, and those that nccl has ended for it, in whatever order they are found."""
+
+    def get(ref: int, timeout: float) -> int:
+        if ref == 1:
+            return ref
+        raise ActorDiedError
+
+    monkeypatch.setattr(cluster.group, "ray", SimpleNamespace(wait=lambda refs, **_: (refs[:1], refs[1:]), get=get))
+    group = WorkerGroup(Assignment(digits_config(3), tmp_path, 0))
+    with pytest.raises(GroupFailure) as caught:
+        group._gather([2, 1, 0], "answer", 5.0)
+    assert caught.value.failure.retryable
+    assert re.fullmatch(r"rank 0 was lost: ActorDiedError: [^;]*; likewise rank 2", caught.value.failure.message)
 
 
 def test_a_stopped_actor_is_named_within_the_heartbeat(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
