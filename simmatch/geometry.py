@@ -206,9 +206,10 @@ def draw_positions(
             f"positions: expected at most {available}, the map of {map_size[0]} × {map_size[1]} activities, got {count}"
         )
     images, positions = (torch.arange(size, device=device) for size in (batch_size, available))
+    counters = (images << 32).unsqueeze(1) + positions
     # the largest of random keys; each holds its position in its low bits, so no two are equal
     low = (1 << (available - 1).bit_length()) - 1
-    keys = folded(key, images.unsqueeze(1), positions).bitwise_and_(~low).bitwise_or_(positions)
+    keys = folded(key, counters).bitwise_and_(~low).bitwise_or_(positions)
     return keys.topk(count, dim=1, sorted=False).values.bitwise_and_(low).sort(dim=1).values
 
 

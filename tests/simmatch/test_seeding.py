@@ -130,7 +130,7 @@ def test_positions_are_those_of_the_largest_keys() -> None:
     """By hand: of 6 positions of an image the 2 with the largest signed keys, their lowest three bits replaced."""
 
     def rank(key: int, image: int, position: int) -> int:
-        value = by_hand(key, image, position)
+        value = by_hand(key, (image << 32) + position)
         return ((value - (1 << 64) if value >> 63 else value) & ~7) | position
 
     for key in range(20):
