@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from simmatch.precision import repeatable_convolutions
+
 CHUNK_VALUES = 1 << 18
 """Values per chunk on a CPU: 1 MiB in float32, so that a chunk stays in cache."""
 
@@ -101,7 +103,8 @@ class Convolution:
             return result
         bias = offset if scale is None else None
         for chunk in self._chunks(images, channels):
-            maps_of_chunk = F.conv2d(chunk.images, weight, bias, self.stride)
+            with repeatable_convolutions(images.device):
+                maps_of_chunk = F.conv2d(chunk.images, weight, bias, self.stride)
             target = maps[chunk.batch, :, chunk.rows]
             if scale is None:
                 target.copy_(maps_of_chunk)
@@ -148,9 +151,10 @@ class Convolution:
         """Gradient [K, C, k, k] of a convolution without padding, as automatic differentiation computes it."""
         stride, none, once = [self.stride] * 2, [0, 0], [1, 1]
         gradient: Tensor
-        _, gradient, _ = torch.ops.aten.convolution_backward(
-            scaled, images, weight, None, stride, none, once, False, none, 1, [False, True, False]
-        )
+        with repeatable_convolutions(images.device):
+            _, gradient, _ = torch.ops.aten.convolution_backward(
+                scaled, images, weight, None, stride, none, once, False, none, 1, [False, True, False]
+            )
         return gradient
 
     def gather(self, images: Tensor, batch: Tensor, position: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Control of numerical precision: full float32, whatever the settings of the process and the caller."""
+"""Control of arithmetic: full float32 and the same bits in every run, whatever the settings of process and caller."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -25,6 +26,29 @@ def exact_float32() -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def repeatable_convolutions(device: torch.device) -> Iterator[None]:
+    """Convolutions on a GPU that give the same bits in every run on GPUs of one type.
+
+    Some of cuDNN's weight gradients add up in the order in which threads finish; they are left out. Nor is an algorithm
+    selected by timing, which may end differently in every run.
+
+    >>> with repeatable_convolutions(torch.device("cuda")):
+    ...     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    (True, False)
+    """
+    cudnn = torch.backends.cudnn
+    if device.type != "cuda" or (cudnn.deterministic and not cudnn.benchmark):
+        yield
+        return
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def eager_full_precision(method: FunctionT) -> FunctionT:
