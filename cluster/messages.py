@@ -6,10 +6,10 @@ A rank describes itself once (`RankInfo`), then sends a `Message` for whatever h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from cluster.checkpoints.manifest import Cursor, LayerState, Shard
+from cluster.checkpoints.manifest import Constant, Cursor, LayerState, Shard
 from cluster.policy import Failure
 from simmatch.parts import PartTime
 
@@ -76,11 +76,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardWritten:
-    """This rank's part of a checkpoint is in the run directory; `layers` goes into the manifest."""
+    """This rank's part of a checkpoint is in the run directory; `layers` and `constants` go into the manifest."""
 
     cursor: Cursor
     shard: Shard
     layers: list[LayerState]
+    constants: list[Constant] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -150,18 +151,11 @@ class LayerProfiled:
     problem: str = ""
 
 
-Message = (
-    ShardWritten
-    | ShardFailed
-    | Traceback
-    | LayerProfiled
-    | LayerMetrics
-    | TrainingWarning
-    | ModelExported
-    | ReadoutScored
-)
-"""The first four concern the rank that sends them; of the others, which all ranks send alike, the controller takes
-rank 0's."""
+OfOneRank = ShardWritten | ShardFailed | Traceback | LayerProfiled
+"""Messages about the rank that sends them."""
+OfTheRun = LayerMetrics | TrainingWarning | ModelExported | ReadoutScored
+"""Messages that all ranks would send alike: rank 0 sends them."""
+Message = OfOneRank | OfTheRun
 
 
 @dataclass(frozen=True)
@@ -193,7 +187,7 @@ class RankStatus:
 
     Attributes
     ----------
-    phases: the latest progress of each phase so far, in order; the last is the present phase.
+    phases: of rank 0 the latest progress of each phase so far, in order; of other ranks that of the present phase.
     messages: those sent since the poll before.
     num_exchanges: exchanges started, on a GPU those that the device has come to; the others wait for the rank that has
         started the fewest.
@@ -258,12 +252,14 @@ class Outbox:
 
     Attributes
     ----------
+    rank: of the sender. What all ranks would send alike is kept on rank 0 only.
     messages: sent so far; each reaches the controller once, in order.
-    phases: the latest progress of every phase so far.
+    phases: the latest progress of every phase so far; on other ranks than 0 of the present phase, without metrics.
     stopping: whether the controller has asked this rank to stop at a step that all ranks agree on.
     beats: signs of life so far.
     """
 
+    rank: int = 0
     messages: list[Message] = field(default_factory=list)
     phases: list[Progress] = field(default_factory=list)
     stopping: bool = False
@@ -276,11 +272,14 @@ class Outbox:
     def progress(self, progress: Progress) -> None:
         """How far the present phase is."""
         self.beat()
-        if self.phases and (self.phases[-1].layer, self.phases[-1].phase) == (progress.layer, progress.phase):
+        if self.rank > 0:
+            self.phases[:] = [replace(progress, metrics=None)]
+        elif self.phases and (self.phases[-1].layer, self.phases[-1].phase) == (progress.layer, progress.phase):
             self.phases[-1] = progress
         else:
             self.phases.append(progress)
 
     def send(self, message: Message) -> None:
         """Send a message that has to be kept."""
-        self.messages.append(message)
+        if self.rank == 0 or isinstance(message, OfOneRank):
+            self.messages.append(message)

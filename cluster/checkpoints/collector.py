@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.checkpoints.committer import Committer
-from cluster.checkpoints.manifest import Manifest, Shard
+from cluster.checkpoints.manifest import Manifest
 from cluster.config import RunConfig, public
 from cluster.messages import ShardFailed, ShardWritten
 
@@ -28,7 +28,7 @@ class CheckpointCollector:
 
     def __init__(self, committer: Committer, note: Callable[[str], None], data: str | None) -> None:
         self._committer, self._note, self._data = committer, note, data
-        self._shards: dict[int, dict[int, Shard]] = {}
+        self._shards: dict[int, dict[int, ShardWritten]] = {}
         self.committed_step: int | None = None
         self.settled_step = 0
         self.model_error: str | None = None
@@ -42,7 +42,7 @@ class CheckpointCollector:
         """Commit the checkpoint if this is its last shard."""
         step = written.cursor.step
         shards = self._shards.setdefault(step, {})
-        shards[rank] = written.shard
+        shards[rank] = written
         if len(shards) < config.mesh.world_size:
             return
         del self._shards[step]
@@ -50,7 +50,8 @@ class CheckpointCollector:
             cursor=written.cursor,
             config=public(config),
             layers=written.layers,
-            shards=[shards[number] for number in sorted(shards)],
+            shards=[shards[number].shard for number in sorted(shards)],
+            constants=[constant for number in sorted(shards) for constant in shards[number].constants],
             rate=rate,
             data=self._data,
         )

@@ -8,12 +8,20 @@ from __future__ import annotations
 import queue
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.checkpoints.manifest import MANIFEST, Manifest, folder_of, write_manifest
+from cluster.checkpoints.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    Shard,
+    folder_of,
+    read_manifest,
+    write_manifest,
+)
 from cluster.storage import AnyPath, copy_whole, exists, find, remove, size_bytes
 from simmatch.model import MODEL_FILES
 from simmatch.remote import retry
@@ -35,11 +43,12 @@ def commit(folder: AnyPath, manifest: Manifest) -> None:
         A shard is not there, because the rank that wrote it reaches another folder under the same name; or the disk or
         the object store did not take the manifest.
     """
-    for shard in manifest.shards:
-        size = size_bytes(folder / shard.file)
-        if size is None or shard.size_bytes not in (None, size):
-            difference = f"expected {shard.size_bytes} bytes of rank {shard.rank}, got {size or 'nothing'}"
-            raise OSError(f"{folder / shard.file}: {difference}; does every node reach the same run directory?")
+    for file in manifest.files:
+        size = size_bytes(path := file.path(folder))
+        if size is None or file.size_bytes not in (None, size):
+            rank = file.rank if isinstance(file, Shard) else 0
+            difference = f"expected {file.size_bytes} bytes of rank {rank}, got {size or 'nothing'}"
+            raise OSError(f"{path}: {difference}; does every node reach the same run directory?")
     write_manifest(folder, manifest)
 
 
@@ -66,14 +75,38 @@ def prune(run_dir: AnyPath, keep: int, step: int) -> None:
     """Delete all but the newest `keep` checkpoints up to `step`, and uncommitted folders before them.
 
     Later ones belong to an attempt that had gone further, and was perhaps abandoned because they are damaged: they
-    neither count nor are deleted; training will write them again.
+    neither count nor are deleted; training will write them again. A constant goes with the last manifest that names it;
+    one that no manifest names yet stays.
     """
     newest = folder_of(run_dir, step).name
     folders = [folder for folder in find(run_dir / "checkpoints", "step-*") if folder.name <= newest]
     committed = [folder for folder in folders if exists(folder / MANIFEST)]
-    if len(committed) > keep:
-        for folder in folders[: folders.index(committed[-keep])]:
-            remove(folder)
+    if len(committed) <= keep:
+        return
+    old = folders[: folders.index(committed[-keep])]
+    unused = _constants_of(old) - _constants_of(committed[-1:])
+    if unused:
+        manifests = find(run_dir / "checkpoints", f"step-*/{MANIFEST}")
+        unused -= _constants_of(path.parent for path in manifests if path.parent not in old)
+    for folder in old:
+        remove(folder)
+    for path in unused:
+        remove(path)
+
+
+def _constants_of(checkpoints: Iterable[AnyPath]) -> set[AnyPath]:
+    """The constants that these checkpoints consist of; a manifest that is damaged or missing names none.
+
+    Raises
+    ------
+    OSError
+        A store does not answer.
+    """
+    paths = set()
+    for folder in checkpoints:
+        with suppress(CheckpointError):
+            paths |= {constant.path(folder) for constant in read_manifest(folder).constants}
+    return paths
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@
         rank-0-of-2.safetensors     rows of rank 0, and the tensors that are equal on all ranks
         rank-1-of-2.safetensors     rows of rank 1
         manifest.json               absent until every shard is whole
+    RUN_DIR/checkpoints/constants/
+        SHA256.safetensors          a layer that has learnt, or a whitening: written once, named in many manifests
 
 Ranks write shards and report their digests (`shard_writer`); the controller, having heard from all of them, writes the
 manifest (`committer`); any number of ranks reads the tensors by row range (`reader`). RUN_DIR may be a folder or a URI
@@ -25,8 +27,9 @@ from cluster.storage import AnyPath, is_local, read, write_whole
 from simmatch.config import ConfigError, Frozen, NonNegativeFloat, NonNegativeInt, parse
 from simmatch.documents import DocumentError, dump_json, load_json, quoted
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
+CONSTANTS = "constants"
 DIGEST = "sha256"
 """Key of the manifest's own digest, over everything else in it."""
 
@@ -44,16 +47,35 @@ class DamagedError(CheckpointError):
     """A shard that is missing or not what its manifest says: an earlier checkpoint may be sound."""
 
 
-class Shard(Frozen):
-    """One rank's file: its digest, and the rows it holds of every sharded tensor, as [start, stop)."""
+class TensorFile(Frozen):
+    """A file of a checkpoint: its digest, its tensors, and the rows it holds of the sharded ones, as [start, stop)."""
 
-    rank: NonNegativeInt
-    file: Annotated[str, Field(pattern=r"^rank-\d+-of-\d+(-\w+)?\.safetensors$")]
     sha256: str
     size_bytes: NonNegativeInt | None = None
     """None in checkpoints of earlier versions."""
     rows: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
     shapes: dict[str, list[NonNegativeInt]]
+
+
+class Shard(TensorFile):
+    """One rank's file."""
+
+    rank: NonNegativeInt
+    file: Annotated[str, Field(pattern=r"^rank-\d+-of-\d+(-\w+)?\.safetensors$")]
+
+    def path(self, folder: AnyPath) -> AnyPath:
+        """Where it is; `folder` is that of the checkpoint."""
+        return folder / self.file
+
+
+class Constant(TensorFile):
+    """Tensors that do not change any more, in a file beside the checkpoints, named by its content."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    def path(self, folder: AnyPath) -> AnyPath:
+        """Where it is; `folder` is that of a checkpoint."""
+        return folder.parent / CONSTANTS / f"{self.sha256}.safetensors"
 
 
 class Cursor(Frozen):
@@ -87,12 +109,19 @@ class Manifest(Frozen):
     config: dict[str, Any]
     layers: list[LayerState]
     shards: list[Shard]
+    constants: list[Constant] = Field(default_factory=list)
+    """None in checkpoints of earlier versions, whose shards hold everything."""
 
     rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rates in force, over those of the configuration."""
 
     data: str | None = None
     """Digest of the data set, see `simmatch.data.sources.Dataset.digest`; None where an earlier version wrote it."""
+
+    @property
+    def files(self) -> list[Shard | Constant]:
+        """All files that the checkpoint consists of."""
+        return [*self.shards, *self.constants]
 
 
 def folder_of(run_dir: AnyPath, step: int) -> AnyPath:
@@ -140,7 +169,7 @@ def read_manifest(folder: AnyPath) -> Manifest:
         raise CheckpointError(f"{path}: expected a manifest that can be read, {error.strerror or error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a manifest, got {type(values).__name__}")
-    if values.get("format") not in (2, FORMAT):
+    if values.get("format") not in (2, 3, FORMAT):
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {quoted(values.get('format'))}")
     digest = values.pop(DIGEST, None)
     try:
@@ -166,10 +195,10 @@ def cursor_of(manifest: Manifest | None) -> Cursor:
 
 
 def _of_this_format(values: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of format 2 without its retired keys; any other as it is."""
+    """A manifest of an earlier format as one of this: format 2 without its retired keys, format 3 as it is."""
     layers = values.get("layers")
-    if values["format"] == FORMAT or not isinstance(layers, list):
-        return values
+    if values["format"] != 2 or not isinstance(layers, list):
+        return {**values, "format": FORMAT}
     kept = [_without(layer, RETIRED_OF_A_LAYER) if isinstance(layer, dict) else layer for layer in layers]
     return {**_without(values, RETIRED), "format": FORMAT, "layers": kept}
 

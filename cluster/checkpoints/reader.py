@@ -13,10 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.checkpoints.manifest import MANIFEST, CheckpointError, DamagedError, Manifest, Shard, read_manifest
+from cluster.checkpoints.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Constant,
+    DamagedError,
+    Manifest,
+    Shard,
+    read_manifest,
+)
 from cluster.storage import AnyPath, fetch, find, is_local
 from simmatch.remote import retry
 from simmatch.sharding.rows import Rows
+
+File = Shard | Constant
 
 
 class Reader:
@@ -42,8 +52,8 @@ class Reader:
 
     def verify(self) -> None:
         """Compare every shard with its digest."""
-        for shard in self.manifest.shards:
-            self._file(shard)
+        for file in self.manifest.files:
+            self._file(file)
 
     def rows(self, key: str, rows: Rows) -> Tensor:
         """Rows start … stop − 1 of a sharded tensor, from whichever files hold them."""
@@ -71,36 +81,36 @@ class Reader:
         if stored != channels:
             raise CheckpointError(f"{self.folder}: expected {channels} channels in {key}, got {stored}")
 
-    def _holding(self, key: str) -> list[Shard]:
-        return [shard for shard in sorted(self.manifest.shards, key=lambda shard: shard.rank) if key in shard.shapes]
+    def _holding(self, key: str) -> list[File]:
+        return [file for file in self.manifest.files if key in file.shapes]
 
-    def _rows_of(self, key: str) -> Iterator[tuple[Shard, int, int]]:
-        for shard in self._holding(key):
-            if key not in shard.rows:
-                raise CheckpointError(f"{self.folder}: expected rows of {key} in {shard.file}, found none")
-            start, stop = shard.rows[key]
-            yield shard, start, stop
+    def _rows_of(self, key: str) -> Iterator[tuple[File, int, int]]:
+        for file in sorted(self._holding(key), key=lambda file: file.rows.get(key, [0])[0]):
+            if key not in file.rows:
+                raise CheckpointError(f"{file.path(self.folder)}: expected rows of {key}, found none")
+            start, stop = file.rows[key]
+            yield file, start, stop
 
-    def _file(self, shard: Shard) -> Path:
-        """The shard on this machine, its digest compared."""
-        if shard.file in self._checked:
-            return self._checked[shard.file]
-        path = self.folder / shard.file
+    def _file(self, file: File) -> Path:
+        """The file on this machine, its digest compared."""
+        path = file.path(self.folder)
+        if path.name in self._checked:
+            return self._checked[path.name]
         try:
             local = retry(lambda: fetch(path, self._folder_of_copies), self._patience_s)
             if local.is_symlink() or (local.exists() and not local.is_file()):  # another file's, or a pipe that hangs
                 raise DamagedError(f"{path}: expected a file of the checkpoint, found a link or something else")
-            with local.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with local.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
         except FileNotFoundError:
             raise DamagedError(f"{path}: expected the shard that the manifest names, found no such file") from None
         except OSError as error:
             if not is_local(path):
                 raise
             raise DamagedError(f"{path}: expected a shard, {error.strerror or error}") from None
-        if digest != shard.sha256:
-            raise DamagedError(f"{path}: expected sha256 {shard.sha256[:12]}…, got {digest[:12]}…")
-        self._checked[shard.file] = local
+        if digest != file.sha256:
+            raise DamagedError(f"{path}: expected sha256 {file.sha256[:12]}…, got {digest[:12]}…")
+        self._checked[path.name] = local
         return local
 
     def _folder_of_copies(self) -> Path:
@@ -109,13 +119,13 @@ class Reader:
             weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
         return self._copies
 
-    def _get(self, shard: Shard, key: str, rows: slice | None) -> Tensor:
+    def _get(self, file: File, key: str, rows: slice | None) -> Tensor:
         try:
-            with safe_open(self._file(shard), framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+            with safe_open(self._file(file), framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
                 return tensor
         except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / shard.file}: {error}") from None
+            raise CheckpointError(f"{file.path(self.folder)}: {error}") from None
 
 
 def load_into(target: Tensor, stored: Tensor, key: str, folder: AnyPath) -> None:

@@ -7,20 +7,23 @@ told of every shard, knows when all ranks have written theirs.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.checkpoints.manifest import Cursor, LayerState, Shard, folder_of
+from cluster.checkpoints.manifest import CONSTANTS, Constant, Cursor, LayerState, Shard, folder_of
 from cluster.messages import Outbox, ShardFailed, ShardWritten
-from cluster.storage import AnyPath, write_whole
+from cluster.storage import AnyPath, copy_whole, size_bytes, write_whole
+from simmatch.files import make_folder
 from simmatch.remote import retry
 from simmatch.sharding.rows import Rows
 
@@ -40,41 +43,60 @@ def write_shard(
         The disk, or the object store, did not take it.
     """
     name = f"rank-{rank}-of-{world_size}{f'-{token}' if token else ''}.safetensors"
-    written: list[tuple[str, int]] = []
+    written: list[dict[str, Any]] = []
+    write_whole(folder / name, lambda file: written.append(_save(tensors, rows, file, folder / name)))
+    return Shard(rank=rank, file=name, **written[0])
 
-    def save(file: Path) -> None:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
-        with file.open("rb") as content:
-            written.append((hashlib.file_digest(content, "sha256").hexdigest(), file.stat().st_size))
 
+def write_constant(folder: AnyPath, tensors: dict[str, Tensor], rows: dict[str, Rows]) -> Constant:
+    """Write tensors that will not change into a file named by its content, beside the checkpoint `folder`.
+
+    Raises
+    ------
+    OSError
+        The disk, or the object store, did not take it.
+    """
+    constants = folder.parent / CONSTANTS
+    if isinstance(constants, Path):
+        make_folder(constants)
+    with tempfile.TemporaryDirectory(prefix="simmatch-", dir=constants if isinstance(constants, Path) else None) as own:
+        file = Path(own) / "constant"
+        constant = Constant(**_save(tensors, rows, file, constants))
+        copy_whole(file, constant.path(folder))
+    return constant
+
+
+def _save(tensors: dict[str, Tensor], rows: dict[str, Rows], file: Path, target: AnyPath) -> dict[str, Any]:
+    """Save tensors to a file of this machine; returns what a manifest says of them. `target` is for the message."""
     try:
-        write_whole(folder / name, save)
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
     except SafetensorError as error:  # which the library raises on a full disk
-        raise OSError(f"{folder / name}: {error}") from error
-    ((digest, size_bytes),) = written
-    return Shard(
-        rank=rank,
-        file=name,
-        sha256=digest,
-        size_bytes=size_bytes,
-        rows={name: [part.start, part.stop] for name, part in rows.items()},
-        shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
-    )
+        raise OSError(f"{target}: {error}") from error
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {
+        "sha256": digest,
+        "size_bytes": file.stat().st_size,
+        "rows": {name: [part.start, part.stop] for name, part in rows.items()},
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+    }
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The content of a rank's shard; nobody changes the tensors.
+    """What a rank has to write; nobody changes the tensors.
 
     Attributes
     ----------
     rows: of the tensors that are row ranges of a larger one.
     layers: goes into the manifest.
+    constants: tensors that will not change, and their rows, by a name; they are written once.
     """
 
     tensors: dict[str, Tensor]
     rows: dict[str, Rows]
     layers: list[LayerState]
+    constants: dict[str, tuple[dict[str, Tensor], dict[str, Rows]]] = field(default_factory=dict)
 
 
 class ShardWriter:
@@ -112,6 +134,7 @@ class ShardWriter:
         self._error: BaseException | None = None
         self._writing: Cursor | None = None
         self._hangs = self._failing = False
+        self._constants: dict[str, Constant] = {}
 
     def submit(self, cursor: Cursor, take: Callable[[], Snapshot], *, needed: bool = False) -> None:
         """Write the snapshot that `take` returns now, as the checkpoint of `cursor`.
@@ -163,6 +186,11 @@ class ShardWriter:
         folder = folder_of(self.run_dir, cursor.step)
         self._failing = False
         try:
+            constants = retry(
+                lambda: [self._constant(folder, name, *part) for name, part in snapshot.constants.items()],
+                self._patience_s,
+                self._note_failing,
+            )
             shard = retry(
                 lambda: self._write(folder, self.rank, self.world_size, snapshot.tensors, snapshot.rows),
                 self._patience_s,
@@ -173,7 +201,14 @@ class ShardWriter:
         except BaseException as error:
             self._error = error
         else:
-            self._report.send(ShardWritten(cursor, shard, snapshot.layers))
+            self._report.send(ShardWritten(cursor, shard, snapshot.layers, constants))
+
+    def _constant(self, folder: AnyPath, name: str, tensors: dict[str, Tensor], rows: dict[str, Rows]) -> Constant:
+        """Write a constant, unless this writer has done so and the file is still there."""
+        known = self._constants.get(name)
+        if known is None or size_bytes(known.path(folder)) != known.size_bytes:
+            known = self._constants[name] = write_constant(folder, tensors, rows)
+        return known
 
     def _note_failing(self, _: OSError) -> None:
         self._failing = True

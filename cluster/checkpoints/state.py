@@ -7,12 +7,13 @@ from cluster.checkpoints.reader import Reader, load_into
 from cluster.checkpoints.shard_writer import Snapshot
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack
-from simmatch.sharding.rows import split_rows
-from simmatch.sharding.state import SHARDED, replicated_state, shard_state, take_rows
+from simmatch.sharding.state import replicated_state, shard_state
 
 
 def take_snapshot(stack: Stack, index: int, learning: SimilarityMatchingConv2d, usual: float | None) -> Snapshot:
-    """A rank's shard: its rows of all layers up to `index`, and on rank 0 what is equal on all ranks.
+    """What a rank writes: its rows of layer `index`, and on rank 0 what is equal on all ranks.
+
+    Whitenings, and the finished layers, whole, are constants, which rank 0 writes once.
 
     Parameters
     ----------
@@ -20,21 +21,22 @@ def take_snapshot(stack: Stack, index: int, learning: SimilarityMatchingConv2d, 
     learning: this rank's rows of layer `index`, which may change while the shard is written: they are copied.
     usual: the bound that the layer's growth is measured from.
     """
-    exchange = learning.exchange
-    snapshot = Snapshot({}, {}, [])
+    snapshot = Snapshot({}, {}, [*[LayerState()] * index, LayerState(usual=usual)])
     for number in range(index + 1):
         layer = learning if number == index else stack.layer(number)
-        rows = split_rows(layer.out_channels, exchange.world_size)[exchange.rank]
-        tensors = {name: getattr(layer, name) for name in SHARDED}
-        if number < index:
-            tensors = {name: take_rows(tensor, rows) for name, tensor in tensors.items()}
-        snapshot.rows.update(dict.fromkeys((f"layers.{number}.{name}" for name in tensors), rows))
-        if exchange.rank == 0:
-            tensors |= replicated_state(layer)
-        for name, tensor in tensors.items():
-            snapshot.tensors[f"layers.{number}.{name}"] = tensor.to("cpu", copy=number == index)
-        reference = usual if number == index else None
-        snapshot.layers.append(LayerState(usual=reference))
+        own = {f"layers.{number}.{name}": tensor for name, tensor in shard_state(layer).items()}
+        rows = dict.fromkeys(own, layer.rows)
+        if learning.exchange.rank == 0:
+            equal = {f"layers.{number}.{name}": tensor for name, tensor in replicated_state(layer).items()}
+            whitening = {name: equal.pop(name) for name in list(equal) if "whitening" in name}
+            own |= equal
+            if whitening:
+                snapshot.constants[f"whitening {number}"] = whitening, {}
+            if number < index:
+                snapshot.constants[f"layer {number}"] = own, rows
+        if number == index:
+            snapshot.tensors.update({name: tensor.to("cpu", copy=True) for name, tensor in own.items()})
+            snapshot.rows.update(rows)
     return snapshot
 
 

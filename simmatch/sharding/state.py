@@ -34,15 +34,6 @@ def replicated_state(layer: SimilarityMatchingConv2d) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in layer.state_dict().items() if name not in SHARDED}
 
 
-def take_rows(tensor: Tensor, rows: Rows) -> Tensor:
-    """The rows of a whole tensor [K, …] that one owner holds.
-
-    >>> take_rows(torch.zeros(10, 7), Rows(4, 7, total=10, padded=4)).shape
-    torch.Size([3, 7])
-    """
-    return tensor[rows.start : rows.stop]
-
-
 def gather_padded(own: Tensor, length: int, exchange: Exchange) -> Tensor:
     """Gather tensors [n, …] of all owners, each padded with zeros to n = `length`: [G, length, …], on every owner.
 

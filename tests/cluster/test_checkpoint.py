@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cluster.checkpoints.committer import commit, prune
 from cluster.checkpoints.manifest import (
+    CONSTANTS,
     FORMAT,
     MANIFEST,
     CheckpointError,
@@ -31,15 +32,17 @@ from cluster.checkpoints.manifest import (
     read_manifest,
 )
 from cluster.checkpoints.reader import Reader, load_into, newest_good
-from cluster.checkpoints.shard_writer import write_shard
+from cluster.checkpoints.shard_writer import write_constant, write_shard
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, Outbox, ShardWritten
 from cluster.monitors import GrowthMonitor, TrainingFault
+from cluster.storage import AnyPath, find, locate
 from cluster.training import Assignment, Stopped, Training
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, split_rows
 from tests.exchanges import of_type, results
+from tests.object_store import BUCKET, object_store
 
 CHANNELS = 10
 
@@ -194,6 +197,59 @@ def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> Non
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 12)
 
 
+def write_with(run_dir: AnyPath, step: int, *values: float) -> list[AnyPath]:
+    """A checkpoint of one rank with constants; returns their paths."""
+    folder = folder_of(run_dir, step)
+    shard = write_shard(folder, 0, 1, {"w": torch.full((3,), float(step))}, {"w": Rows.all(3)})
+    constants = [write_constant(folder, {f"c{value}": torch.full((5,), value)}, {}) for value in values]
+    cursor = Cursor(step=step, layer=0, updates=step)
+    commit(folder, Manifest(cursor=cursor, config={}, layers=[], shards=[shard], constants=constants))
+    return [constant.path(folder) for constant in constants]
+
+
+@pytest.fixture(params=["folder", "object store"])
+def run_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyPath]:
+    if request.param == "folder":
+        yield tmp_path
+        return
+    with object_store():
+        yield locate(f"s3://{BUCKET}/{tmp_path.name}")
+
+
+def test_a_constant_goes_with_the_last_checkpoint_that_names_it(run_place: AnyPath) -> None:
+    """Also if an attempt that had gone further names it, or a rank has written it for a checkpoint to come."""
+    (first,) = write_with(run_place, 4, 1.0)
+    assert write_with(run_place, 8, 1.0, 2.0)[0] == first
+    _, third = write_with(run_place, 12, 2.0, 3.0)
+    (second,) = write_with(run_place, 16, 2.0)
+    coming = write_constant(folder_of(run_place, 20), {"c": torch.ones(2)}, {}).path(folder_of(run_place, 20))
+
+    def left() -> set[str]:
+        return {path.name for path in find(run_place / "checkpoints" / CONSTANTS, "*")}
+
+    prune(run_place, 1, 8)  # 12 and 16 are of an attempt that had gone further
+    assert left() == {path.name for path in (first, second, third, coming)}
+    prune(run_place, 2, 16)  # 12 names 2.0 and 3.0 still
+    assert left() == {path.name for path in (second, third, coming)}
+    prune(run_place, 1, 16)
+    assert left() == {second.name, coming.name}
+    reader = Reader(folder_of(run_place, 16), read_manifest(folder_of(run_place, 16)))
+    reader.verify()
+    assert torch.equal(reader.whole("c2.0"), torch.full((5,), 2.0))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"other bytes of whatever length"])
+def test_a_constant_that_is_damaged_or_gone_is_named(tmp_path: Path, content: bytes | None) -> None:
+    (path,) = write_with(tmp_path, 4, 1.0)
+    assert isinstance(path, Path)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    warnings: list[str] = []
+    assert newest_good(tmp_path, warnings.append) is None
+    assert str(path) in warnings[0]
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
@@ -320,8 +376,10 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, damage: Callable
     assert "\n" not in message
 
 
-def test_a_manifest_of_format_2_is_read_without_its_retired_keys(tmp_path: Path) -> None:
+def test_manifests_of_earlier_formats_are_read_without_retired_keys(tmp_path: Path) -> None:
     manifest = write(tmp_path, 2)
+    edit_manifest(tmp_path, format=3)
+    assert read_manifest(tmp_path) == manifest
     edit_manifest(
         tmp_path, format=2, seed=3, world_size=2, mlflow_run_id=None, mlflow_layer_run_ids={"0": "run"},
         last_step_sent={"0": 10}, layers=[{"bound": 2.5, "ridge": 1e-6, "usual": 2.5}],
@@ -402,11 +460,13 @@ def commit_all(config: RunConfig, run_dir: Path, messages: list[list[Message]]) 
         assert all(other.cursor == cursor for other in written)
         assert all(other.layers == written[0].layers for other in written)
         shards: list[Shard] = [other.shard for other in written]
+        constants = [constant for other in written for constant in other.constants]
         manifest = Manifest(
             cursor=cursor,
             config=config.model_dump(mode="json"),
             layers=written[0].layers,
             shards=shards,
+            constants=constants,
         )
         commit(folder_of(run_dir, cursor.step), manifest)
         cursors.append(cursor)
@@ -466,10 +526,35 @@ def test_resuming_repeats_every_bit_on_one_rank(ranks: Any, alone: Reference, tm
     for name, tensor in exported(tmp_path / "run").items():
         assert torch.equal(tensor, expected[name]), name
     assert metrics_of(messages[0]).items() <= alone.metrics.items()
-    written = [(message.cursor, message.layers, [message.shard]) for message in of_type(messages[0], ShardWritten)]
+    written = [
+        (message.cursor, message.layers, [message.shard, *message.constants])
+        for message in of_type(messages[0], ShardWritten)
+    ]
     later = [cursor for cursor in alone.cursors if cursor.step > step]  # it did not begin again
     manifests = [read_manifest(folder_of(alone.run_dir, cursor.step)) for cursor in later]
-    assert written == [(manifest.cursor, manifest.layers, manifest.shards) for manifest in manifests]
+    assert written == [(manifest.cursor, manifest.layers, manifest.files) for manifest in manifests]
+
+
+def test_what_does_not_change_is_written_once(pair: Reference) -> None:
+    """The whitening of each layer and, from layer 1 on, layer 0: in one file each, named by every manifest."""
+    manifests = [read_manifest(folder_of(pair.run_dir, cursor.step)) for cursor in pair.cursors]
+    named = [{name for file in manifest.constants for name in file.shapes} for manifest in manifests]
+    whitening = [{f"layers.{layer}.whitening", f"layers.{layer}.whitening_mean"} for layer in (0, 1)]
+    for cursor, manifest, names in zip(pair.cursors, manifests, named, strict=True):
+        in_shards = {name for shard in manifest.shards for name in shard.shapes}
+        assert {name.partition("whitening")[0] for name in in_shards} >= {f"layers.{cursor.layer}.lateral"}
+        assert not in_shards & names
+        assert {name.split(".")[1] for name in in_shards} == {str(cursor.layer)}
+        assert names & (whitening[0] | whitening[1]) == (whitening[0] if cursor.layer == 0 else set.union(*whitening))
+    kept = {path.name: path for path in (pair.run_dir / "checkpoints" / CONSTANTS).iterdir()}
+    assert kept.keys() == {
+        f"{constant.sha256}.safetensors" for manifest in manifests for constant in manifest.constants
+    }
+    assert len(kept) == 3
+    for name, path in kept.items():
+        assert name == f"{sha256(path.read_bytes()).hexdigest()}.safetensors"
+    whole = load_file(next(path for path in kept.values() if "layers.0.lateral" in load_file(path)))
+    assert torch.equal(whole["layers.0.lateral"], exported(pair.run_dir)["layers.0.lateral"])
 
 
 @pytest.mark.parametrize("step", [8, 16])

@@ -77,6 +77,7 @@ def commit_step(config: RunConfig, run_dir: Path, messages: list[list[Message]],
         config=config.model_dump(mode="json"),
         layers=parts[0].layers,
         shards=[part.shard for part in parts],
+        constants=[constant for part in parts for constant in part.constants],
     )
     commit(folder_of(run_dir, step), manifest)
     return folder_of(run_dir, step)

@@ -6,6 +6,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,20 @@ def test_a_store_that_is_away_is_asked_again_and_training_does_not_wait(tmp_path
     writing.submit(cursor(10), snapshot, needed=True)
     writing.close()
     assert [written.cursor.step for written in of_type(outbox.messages[1:], ShardWritten)] == [4, 10]
+
+
+def test_a_constant_is_written_once_and_again_if_it_is_gone(tmp_path: Path) -> None:
+    outbox = Outbox()
+    writer = ShardWriter(tmp_path, 0, 1, outbox, patience_s=20.0)
+    with_constant = replace(snapshot(), constants={"layer 0": ({"w": torch.arange(4.0)}, {"w": Rows.all(4)})})
+    times = []
+    for step in (4, 8, 12):
+        writer.submit(cursor(step), lambda: with_constant)
+        writer.close()
+        ((constant,),) = (message.constants for message in outbox.messages[-1:])
+        path = constant.path(folder_of(tmp_path, step))
+        times.append(path.stat().st_mtime_ns)
+        if step == 8:
+            path.unlink()
+    assert times[0] == times[1] < times[2]
+    assert [path.name for path in (tmp_path / "checkpoints" / "constants").iterdir()] == [path.name]
