@@ -1,20 +1,23 @@
 """The local working folder of a run whose run directory is in an object store.
 
 A spool grows line by line, but an object store only takes whole files. So records are written to the working folder and
-copied to the run directory before every checkpoint is committed, and at the end: a machine that continues from a
-checkpoint then has all records up to it. Checkpoints and the model do not pass through here: ranks write them directly.
+new ones are copied to the run directory before every checkpoint is committed (`cluster.tracking.spool_parts`), and all
+at the end: a machine that continues from a checkpoint then has all records up to it. Checkpoints and the model do not
+pass through here: ranks write them directly.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.profiles import FOLDER
-from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, read, write_whole
+from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, write_whole
 from cluster.tracking.delivery import PROGRESS_NAME
 from cluster.tracking.spool import SPOOL_NAME, Spool
+from cluster.tracking.spool_parts import SpoolParts
 from simmatch.model import MODEL_FILES
 from simmatch.remote import retry
 
@@ -46,6 +49,8 @@ class Mirror:
         self._flush, self._pushed = flush, pushed
         self.remote = not is_local(destination)
         self._lock = threading.Lock()
+        self._records = SpoolParts(destination)
+        self._copied: dict[str, bytes] = {}
 
     def pull(self) -> None:
         """Copy the records of the run directory here, unless those here begin with them.
@@ -60,9 +65,9 @@ class Mirror:
         if not self.remote:
             return
         spool = self.work / SPOOL_NAME
-        theirs = read(self.destination / SPOOL_NAME) if exists(self.destination / SPOOL_NAME) else b""
         Spool(spool).open().close()
-        self._pushed(theirs.rfind(b"\n") + 1)
+        theirs = self._records.read()
+        self._pushed(len(theirs))
         if spool.read_bytes().startswith(theirs):
             return
         write_whole(spool, theirs)
@@ -70,8 +75,8 @@ class Mirror:
         if exists(self.destination / PROGRESS_NAME):
             copy_whole(self.destination / PROGRESS_NAME, self.work / PROGRESS_NAME)
 
-    def push(self) -> None:
-        """Copy all records so far to the run directory.
+    def push(self, *, whole: bool = False) -> None:
+        """Copy what is new to the run directory; `whole`: the records as one file.
 
         The offset is copied last: it must not be ahead of its spool.
 
@@ -83,17 +88,22 @@ class Mirror:
         self._flush()
         if not self.remote:
             return
-        offset = self.work / PROGRESS_NAME
+        offset, spool = self.work / PROGRESS_NAME, self.work / SPOOL_NAME
         with self._lock:
             sent = offset.read_bytes() if offset.exists() else None
-            for name in (*SMALL, SPOOL_NAME):
+            for name in SMALL:
                 if (self.work / name).exists():
-                    content = (self.work / name).read_bytes()
-                    write_whole(self.destination / name, content)
-                    if name == SPOOL_NAME:
-                        self._pushed(content.rfind(b"\n") + 1)
+                    self._copy(name, (self.work / name).read_bytes())
+            if spool.exists():
+                self._pushed(self._records.close(spool) if whole else self._records.append(spool))
             if sent is not None:
-                write_whole(self.destination / PROGRESS_NAME, sent)
+                self._copy(PROGRESS_NAME, sent)
+
+    def _copy(self, name: str, content: bytes) -> None:
+        """Write a small file, unless this was its content the last time."""
+        if self._copied.get(name) != content:
+            write_whole(self.destination / name, content)
+            self._copied[name] = content
 
     def fetch_model(self) -> Path:
         """The exported model on this machine."""
@@ -113,7 +123,7 @@ class Mirror:
         """Copy the rest, with figures and tables; raises as `push` does."""
         if not self.remote:
             return
-        retry(self.push, self._patience_s)
+        retry(partial(self.push, whole=True), self._patience_s)
         for folder, pattern in (("figures", "*"), (FOLDER, "*.json"), (FOLDER, "*.md")):  # ranks have written traces
             for file in sorted((self.work / folder).glob(pattern)):
                 copy_whole(file, self.destination / folder / file.name)
