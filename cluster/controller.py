@@ -279,8 +279,6 @@ class Controller:
                 problem = self.record.add_profile(rank, message)
                 if problem is not None:
                     self.display.note(problem)
-            case LayerMetrics() | TrainingWarning() | ModelExported() | ReadoutScored() if rank > 0:
-                pass  # the same as rank 0 sends
             case LayerMetrics():
                 values = self.record.add(message)
                 if values is not None:

@@ -41,6 +41,9 @@ LEASE_FACTOR = 2.0
 MOST_NAMED = 3
 """Ranks in one message."""
 
+LOOK_S = 0.1
+"""Longest time for which a rank's error is not noticed while others have not answered."""
+
 END_S = 10.0
 """Longest wait for Ray to release actors and resources at the end of a group."""
 
@@ -249,7 +252,8 @@ class WorkerGroup:
         failed: dict[int, Failure] = {}
         waiting = {ref: rank for rank, ref in enumerate(refs)}
         while waiting and (left_s := deadline - time.monotonic()) > 0:
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left_s)
+            # all that are ready at once: one call for each would look through all ranks for each of them
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=min(left_s, LOOK_S))
             for ref in ready:
                 rank = waiting.pop(ref)
                 try:
@@ -259,7 +263,8 @@ class WorkerGroup:
                     deadline = min(deadline, time.monotonic() + self.config.heartbeat_s)
         if not waiting and not failed:
             return [results[rank] for rank in range(len(refs))]
-        missing = ", ".join(self._name(rank) for rank in sorted(waiting.values()))
+        missing = ", ".join(self._name(rank) for rank in sorted(waiting.values())[:MOST_NAMED])
+        missing += f" and {len(waiting) - MOST_NAMED} more" if len(waiting) > MOST_NAMED else ""
         late = f"{missing} did not {verb} within {limit_s:g} s" if waiting else ""
         if not failed:
             raise GroupFailure(Failure(late, retryable=True))

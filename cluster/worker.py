@@ -47,7 +47,7 @@ class Worker:
         self.assignment = assignment
         self._store: dist.Store | None = None
         self._exchange: Exchange = IDENTITY
-        self._outbox = Outbox()
+        self._outbox = Outbox(assignment.rank)
         self._done = self._stopped = False
         self._failure: Failure | None = None
         self._thread: threading.Thread | None = None
