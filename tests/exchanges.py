@@ -97,7 +97,7 @@ class ThreadExchange:
         own = gathered[self.rank].clone()
         for rank in range(self.world_size):
             if rank != self.rank:
-                gathered[rank] = torch.nan
+                gathered[rank] = _undefined(gathered)
 
         def deliver(rank: int, part: Tensor) -> None:
             if rank != self.rank:
@@ -108,7 +108,7 @@ class ThreadExchange:
     def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
         assert received.shape == sent.shape
         assert sent.shape[0] == self.world_size
-        received.fill_(torch.nan)
+        received.fill_(_undefined(received))
         posted = sent.clone()
         page = self._post(posted, sent[0].nbytes * (self.world_size - 1))
         return Pending(self, page, sent, posted, lambda rank, part: received[rank].copy_(part[self.rank]))
@@ -116,7 +116,7 @@ class ThreadExchange:
     def broadcast(self, tensor: Tensor, source: int) -> Pending:
         assert tensor.is_contiguous()
         if self.rank != source:
-            tensor.fill_(torch.nan)
+            tensor.fill_(_undefined(tensor))
         posted = tensor.clone()
         page = self._post(posted, 0 if self.rank == source else tensor.nbytes)
 
@@ -176,6 +176,11 @@ def results(outcomes: list[Any]) -> list[Any]:
         if isinstance(outcome, BaseException):
             raise outcome
     return outcomes
+
+
+def _undefined(tensor: Tensor) -> float | int:
+    """A value that no owner sends."""
+    return torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -63,7 +63,8 @@ class SpoolParts:
             start, lines = int(name[1]), _lines(read(path))
             if start <= len(content) < start + len(lines):
                 content = content[:start] + lines
-                self._parts.append(Part(start, len(content), path))
+                if len(content) == int(name[2]):  # a torn part stays as it is, and the next one begins within it
+                    self._parts.append(Part(start, len(content), path))
         self._size_bytes = len(content)
         return content
 

@@ -249,9 +249,9 @@ def test_metrics_of_rank_zero_are_recorded_once(scene: MakeScene) -> None:
     assert playing.groups[0].calls == ["start", "poll", "poll", "poll", "poll", "end"]
 
 
-def test_the_result_comes_from_rank_zero(scene: MakeScene) -> None:
+def test_the_result_is_recorded(scene: MakeScene) -> None:
     scored = ReadoutScored("ridge", 100, accuracy=0.9, accuracy_decode=0.8)
-    record = scene([[[scored], [replace(scored, accuracy=0.1)]]]).controller.run()
+    record = scene([[[scored], []]]).controller.run()
     assert record.readout == scored
 
 
@@ -394,7 +394,7 @@ def test_only_the_group_in_force_publishes_its_model(scene: MakeScene, tmp_path:
         model_exported(tmp_path, "0123abcd", b"of the old group")
         return LOST
 
-    playing = scene([late], [[[model_exported(tmp_path, "0123abce")], [ModelExported("model-of-rank-1")]]])
+    playing = scene([late], [[[model_exported(tmp_path, "0123abce")], []]])
     playing.controller.run()
     model_exported(tmp_path, "0123abcd", b"of the old group")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
@@ -848,10 +848,9 @@ def test_an_interrupt_ends_the_group(scene: MakeScene) -> None:
     assert playing.groups[0].calls == ["start", "end"]
 
 
-def test_warnings_of_rank_zero_are_shown(scene: MakeScene) -> None:
-    """All ranks find the same."""
+def test_warnings_are_shown(scene: MakeScene) -> None:
     warning = TrainingWarning("layer 0, step 5: the relative objective is above 1")
-    playing = scene([[[warning], [warning]]])
+    playing = scene([[[warning], []]])
     playing.controller.run()
     assert playing.display.notes.count("warning: layer 0, step 5: the relative objective is above 1") == 1
 
