@@ -9,6 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 
 import torch
@@ -22,6 +23,9 @@ from simmatch.data.loading import Loader
 from simmatch.data.preparation import plan_if_large, prepared_in_cache
 from simmatch.data.prepared import PreparedData, PreparedImages, StoredImages, open_prepared
 from simmatch.model import InputConfig
+
+HASHED = 1024
+"""Images that are hashed at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +78,20 @@ class Dataset:
         )
 
     def digest(self) -> str:
-        """A hash of the images, labels, number of classes and name: 16 hexadecimal digits."""
+        """A hash of the images, labels, number of classes and name: 16 hexadecimal digits, computed once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
         layout = [(list(tensor.shape), str(tensor.dtype)) for tensor in tensors]
         digest = sha256(repr((self.name, self.num_classes, layout)).encode())
         for tensor in tensors:
-            digest.update(
-                tensor.digest.encode() if isinstance(tensor, PreparedImages) else tensor.contiguous().numpy().data
-            )
+            if isinstance(tensor, PreparedImages):
+                digest.update(tensor.digest.encode())
+                continue
+            for block in torch.split(tensor, HASHED):  # no copy of the whole, however the tensor lies in memory
+                digest.update(block.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
     @property

@@ -602,9 +602,9 @@ def test_ranks_without_a_controller_end_by_themselves(
 
 STUCK = """
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 from cluster.worker import Worker
-worker = Worker(None)
+worker = Worker(SimpleNamespace(rank=0))
 worker.expire_after(0.5)
 print("begun", flush=True)
 sum(range(10**12))  # holds the interpreter: no thread of Python's own could end this process

@@ -132,7 +132,11 @@ def test_the_run_directory(finished: Ended, make_config: Callable[..., RunConfig
     assert parse(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text())) == expected
     kinds = [json.loads(line)["kind"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert (kinds[0], *kinds[-2:]) == ("start", "finish", "model")
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000100", "step-00000116"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "constants",
+        "step-00000100",
+        "step-00000116",
+    ]
     assert {path.name for path in (run_dir / "model").iterdir()} == {"model.safetensors", "config.yaml"}
     assert not list(run_dir.rglob("*.partial"))
     assert finished.err == ""

@@ -16,6 +16,7 @@ from simmatch.data.builtin import DATASETS, DataNotFoundError, download
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset, load_dataset, to_unit, without_damage
 from tests.image_files import IDX_FILES, cifar_arrays, idx_bytes, python2_batch, write_mnist
+from tests.live_bytes import LiveBytes
 
 
 @pytest.fixture(autouse=True)
@@ -305,3 +306,18 @@ def test_a_digest_names_everything(digits: Dataset) -> None:
     assert digests[5] == digits.digest()  # the counts show how many were left out
     assert len({*digests}) == len(digests)
     assert len(digits.digest()) == 16
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+def test_a_digest_copies_no_data_set_and_is_computed_once(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the order of the values, however they lie in memory."""
+    images = torch.arange(5000 * 3 * 4 * 4).reshape(5000, 3, 4, 4).to(torch.uint8)
+    held = images if layout == "contiguous" else images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    labels = torch.zeros(5000, dtype=torch.int64)
+    dataset = Dataset("held", held, labels, held[:10], labels[:10], num_classes=10)
+    with LiveBytes() as live:
+        digest = dataset.digest()
+    assert live.peak <= (0 if layout == "contiguous" else 2 * 1024 * images[0].nbytes)
+    assert digest == Dataset("held", images, labels, images[:10], labels[:10], num_classes=10).digest()
+    monkeypatch.setattr("simmatch.data.sources.sha256", None)
+    assert dataset.digest() == digest
