@@ -22,7 +22,7 @@ from cluster.messages import RankStatus
 from cluster.policy import Failure
 from simmatch.memory import OutOfMemory
 from simmatch.remote import StorageError
-from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.faults import SharedFault, named
 
 RETRYABLE_IN_RAY = frozenset(
     {
@@ -197,15 +197,6 @@ def _position(status: RankStatus) -> str:
         return "start"
     layer = "" if latest.layer is None else f"layer {latest.layer}, "
     return f"{layer}{latest.phase} {latest.done}/{latest.total}"
-
-
-def named(ranks: Sequence[int]) -> str:
-    """Ranks by number, for a message.
-
-    >>> named([1]), named([0, 2])
-    ('rank 1', 'ranks 0, 2')
-    """
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

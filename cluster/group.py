@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.capacity import room_for, shortage
 from cluster.config import GroupConfig
 from cluster.cpus import threads_per_rank
-from cluster.failures import classify, named
+from cluster.failures import classify
 from cluster.messages import RankInfo, RankStatus
 from cluster.network import LOOPBACK, RayHead
 from cluster.policy import Failure, GroupFailure
@@ -32,6 +32,7 @@ from cluster.timeouts import run_with_timeout
 from cluster.training import Assignment
 from cluster.worker import Worker
 from simmatch.config import ConfigError
+from simmatch.sharding.faults import named
 
 Result = TypeVar("Result")
 

@@ -19,12 +19,16 @@ To raise an error the host has to wait for the device. There are two modes, with
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from simmatch.sharding.exchange import IDENTITY, Exchange
+
+MOST_NAMED = 8
+"""Ranks that a message names."""
 
 EXCEPTION = -math.inf
 """Status of an owner that has an exception."""
@@ -47,12 +51,21 @@ class SharedFault(RuntimeError):
 
     def __init__(self, kind: str, ranks: list[int], update: int | None = None) -> None:
         self.kind, self.ranks, self.update = kind, ranks, update
-        names = ", ".join(str(rank) for rank in ranks)
         when = "" if update is None else f" in update {update}"
-        super().__init__(f"{kind} on rank{'s' if len(ranks) > 1 else ''} {names}{when}")
+        super().__init__(f"{kind} on {named(ranks)}{when}")
 
     def __reduce__(self) -> tuple[type[SharedFault], tuple[str, list[int], int | None]]:
         return type(self), (self.kind, self.ranks, self.update)
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks by number, for a message; of many the first, as each of them may send such a message.
+
+    >>> named([1]), named([0, 2]), named(range(512))
+    ('rank 1', 'ranks 0, 2', 'ranks 0, 1, 2, 3, 4, 5, 6, 7 and 504 more')
+    """
+    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks[:MOST_NAMED]))}{more}"
 
 
 class LocalFault:
