@@ -99,6 +99,7 @@ class TorchExchange:
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float, counter: DeviceCounter | None = None) -> None:
         self.group, self._counter = group, counter
+        self.capturable = counter is not None  # exchanges are queued on the device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.num_exchanges = self.num_completed = self.bytes_exchanged = 0
@@ -130,6 +131,11 @@ class TorchExchange:
         self._count(tensor, slices=int(self.rank != source))
         with timed("exchange"):
             return self._pending(dist.broadcast(tensor, group_src=source, group=self.group, async_op=True))
+
+    def count(self, exchanges: int, received: int) -> None:
+        self.num_exchanges += exchanges
+        self.num_completed += exchanges
+        self.bytes_exchanged += received
 
     def _count(self, part: Tensor, slices: int | None = None) -> None:
         """Count an exchange in which so many slices come from others; None: one from each of them."""

@@ -23,10 +23,12 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from simmatch.captured import Updates, new_graph
 from simmatch.config import LayerConfig, ModelConfig
 from simmatch.data.order import Batches
 from simmatch.data.staging import Images, select
-from simmatch.features import FeatureStore, LayerInputs
+from simmatch.features import FeatureStore, LayerInputs, Staged
+from simmatch.geometry import Patches
 from simmatch.labels import check_labels, one_hot
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
@@ -37,6 +39,10 @@ from simmatch.parts import timed
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
 from simmatch.sharding.state import gather_layer, sum_over_ranks
+from simmatch.solvers.dynamics import Solution
+
+LOOK_EVERY = 100
+"""Updates between two looks at recorded faults, if no update is measured."""
 
 MEASURED = ("whitening", "whitening_mean", "input_power")
 """Buffers that calibration fills, if they exist."""
@@ -63,7 +69,8 @@ class Trainer:
     cache: whether every rank keeps the encoded input of a layer in memory while the layer learns. False: each batch is
         encoded anew.
     measure_every: number of updates of a layer between two measurements; the last update is always measured. None: no
-        update is measured.
+        update is measured. Where a kernel solves the dynamics on a GPU, faults are recorded there, and raised when an
+        update is measured (None: every `LOOK_EVERY` updates); see `simmatch.captured` for how updates are started.
 
     Raises
     ------
@@ -179,11 +186,12 @@ class Trainer:
             self._memory.begin(f"layer {index}, calibrating", sample)
             self._calibrate(index, config, layer)
         self._memory.begin(f"layer {index}, caching its input", otherwise="set cache_features to false")
+        below = None if self._cache or index == 0 else partial(self._below, index)
         inputs = LayerInputs(
             layer,
             self.store,
             positions=train.positions,
-            below=None if self._cache or index == 0 else partial(self._below, index),
+            below=below,
             on_progress=lambda done: self.observer.progress("cache", done, self.store.count, layer=index),
             labels=self.labels if config.supervised else None,
         )
@@ -191,17 +199,36 @@ class Trainer:
         levers += [] if train.positions is None else [Lever(f"{key}.train.positions", train.positions)]
         self._memory.begin(f"layer {index}, learning", *levers, otherwise="use more ranks")
         self.observer.started(index, layer)
-        with closing(inputs.staged(batches, first)) as staged:
+        graph = new_graph(self.device) if layer.by_kernel and below is None and self.exchange.capturable else None
+        with (
+            closing(inputs.staged(batches, first)) as staged,
+            closing(self._updates(layer, inputs, graph)) as updates,
+        ):
             for number in range(first + 1, len(batches) + 1):
+                look = number == len(batches) or number % (self._measure_every or LOOK_EVERY) == 0
                 with self.observer.updating(index, layer):
                     with timed("input"):
                         batch = next(staged)
-                        patches = inputs.prepare(batch)
-                    solution = layer.partial_fit(patches, batch.labels)
-                every = self._measure_every
-                due = every is not None and (number % every == 0 or number == len(batches))
-                measurement = measure(layer, patches, solution, batch.labels) if due else None
-                self.observer.updated(Update(index, layer, number, len(batches), batch.images, measurement))
+                    patches, solution = updates(batch)
+                    if look:
+                        layer.raise_faults()
+                measured = look and self._measure_every is not None
+                measurement = measure(layer, patches, solution, batch.labels) if measured else None
+                looked = look or not layer.by_kernel
+                self.observer.updated(Update(index, layer, number, len(batches), batch.images, measurement, looked))
+
+    def _updates(
+        self, layer: SimilarityMatchingConv2d, inputs: LayerInputs, graph: Graph | None
+    ) -> Updates[tuple[Patches, Solution]]:
+        """Updates of one layer, each from a batch on the device; with a kernel, the host does not wait for the device."""
+        recorded = layer.by_kernel
+
+        def make(batch: Staged) -> tuple[Patches, Solution]:
+            with timed("input"):
+                patches = inputs.prepare(batch)
+            return patches, layer.partial_fit(patches, batch.labels, recorded=recorded)
+
+        return Updates(make, graph, self.exchange)
 
     def _labels(self, chosen: slice) -> Tensor:
         assert self.labels is not None

@@ -86,6 +86,8 @@ class ThreadExchange:
     num_exchanges, bytes_exchanged, waited_s: as in the protocol.
     """
 
+    capturable = False
+
     def __init__(self, board: Board, rank: int, *, asynchronous: bool = False, delay_s: float = 0.0) -> None:
         self.board, self.rank, self.asynchronous, self.delay_s = board, rank, asynchronous, delay_s
         self.world_size = board.world_size

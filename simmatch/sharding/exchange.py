@@ -41,6 +41,9 @@ class Exchange(Protocol):
     asynchronous: bool
     """Whether an exchange proceeds while its caller computes, so that several in progress save time."""
 
+    capturable: bool
+    """Whether exchanges may be part of a CUDA graph."""
+
     num_exchanges: int
     """Number of exchanges started so far, equal for all owners."""
 
@@ -63,6 +66,9 @@ class Exchange(Protocol):
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         """Start to send a contiguous tensor of owner `source` to all others: after `wait`, every owner's `tensor` holds
         its values. No owner allocates more than the tensor it gives."""
+
+    def count(self, exchanges: int, received: int) -> None:
+        """Count exchanges, and bytes that they received, which a replay of a CUDA graph makes."""
 
 
 class Done:
@@ -87,6 +93,7 @@ class IdentityExchange:
     rank = 0
     world_size = 1
     asynchronous = False
+    capturable = True
     num_exchanges = 0
     bytes_exchanged = 0
     waited_s = 0.0
@@ -103,6 +110,9 @@ class IdentityExchange:
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         return Done()
+
+    def count(self, exchanges: int, received: int) -> None:
+        return None
 
 
 IDENTITY = IdentityExchange()

@@ -1,0 +1,156 @@
+"""Updates of one layer, replayed as a CUDA graph.
+
+An update of a small layer is a few hundred kernels of some microseconds each. The host needs longer to start them than
+the device to run them. Captured once in a CUDA graph, they are started together.
+
+A graph has fixed shapes and addresses. So an update that is captured keeps all state in tensors that it changes in
+place, never waits for the device (`partial_fit(…, recorded=True)`), and reads its batch from tensors into which each
+batch is copied. The first updates, and batches of another size, run uncaptured. The same updates in the same order
+give the same bits either way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from simmatch.features import Staged
+from simmatch.parts import recording
+from simmatch.sharding.exchange import Exchange
+
+T = TypeVar("T")
+
+WARM_UP = 3
+"""Uncaptured updates of a batch size before one is captured: kernels get compiled, and libraries their workspaces."""
+
+
+class Graph(Protocol):
+    """Work of a device that is recorded once and then repeated.
+
+    >>> graph: Graph | None = new_graph(torch.device("cpu"))
+    >>> graph is None
+    True
+    """
+
+    def capture(self, function: Callable[[], T]) -> T:
+        """Record what the function starts, without running it; its result is filled by `replay`."""
+        ...
+
+    def replay(self) -> None:
+        """Run what was recorded, on the tensors that were used then."""
+
+    def close(self) -> None:
+        """Release the memory that the recorded work uses."""
+
+
+class CudaGraph:
+    """`torch.cuda.CUDAGraph` as a `Graph`.
+
+    >>> graph = CudaGraph()  # doctest: +SKIP
+    >>> total = graph.capture(lambda: x + y)  # doctest: +SKIP
+    >>> graph.replay()  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, function: Callable[[], T]) -> T:
+        # the outer context restores the stream if capturing fails; other threads may use the device meanwhile
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+        ):
+            return function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def close(self) -> None:
+        self._graph.reset()
+
+
+def new_graph(device: torch.device) -> Graph | None:
+    """A graph of work on a device; None where work is not started separately.
+
+    >>> new_graph(torch.device("cpu")) is None
+    True
+    """
+    return CudaGraph() if device.type == "cuda" else None
+
+
+class Updates(Generic[T]):
+    """Makes the updates of a layer, captured if there is a graph.
+
+    Parameters
+    ----------
+    make: makes the update of a batch on the device, and returns tensors in any form. A captured update overwrites what
+        the one before it returned.
+    graph: from `new_graph`; None: updates are not captured.
+    exchange: the layer's, which counts the exchanges of replays too.
+
+    Warns
+    -----
+    UserWarning
+        Once, if an update cannot be captured. Updates then go on uncaptured.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> updates = Updates(lambda batch: batch.source.sum(), graph=None, exchange=IDENTITY)
+    >>> updates(Staged(torch.ones(5, 2), labels=None, images=5))
+    tensor(10.)
+    >>> updates.close()
+    """
+
+    def __init__(self, make: Callable[[Staged], T], graph: Graph | None, exchange: Exchange) -> None:
+        self._make, self._graph, self._exchange = make, graph, exchange
+        self._seen: Counter[Any] = Counter()
+        self._captured: tuple[Staged, T] | None = None
+        self._exchanges = self._bytes = 0  # of one replay
+
+    def __call__(self, batch: Staged) -> T:
+        """Make one update."""
+        if self._graph is None or recording():  # a replay has no parts that a profiler could tell apart
+            return self._make(batch)
+        if self._captured is None:
+            self._seen[_shape(batch)] += 1
+            if self._seen[_shape(batch)] > WARM_UP:
+                self._capture(self._graph, batch)
+        if self._captured is None or _shape(self._captured[0]) != _shape(batch):
+            return self._make(batch)
+        inputs, result = self._captured
+        inputs.source.copy_(batch.source)
+        if inputs.labels is not None:
+            assert batch.labels is not None
+            inputs.labels.copy_(batch.labels)
+        self._graph.replay()
+        self._exchange.count(self._exchanges, self._bytes)
+        return result
+
+    def _capture(self, graph: Graph, batch: Staged) -> None:
+        labels = None if batch.labels is None else batch.labels.clone()
+        inputs = replace(batch, source=batch.source.clone(), labels=labels)
+        exchanges, received = self._exchange.num_exchanges, self._exchange.bytes_exchanged
+        try:
+            self._captured = inputs, graph.capture(lambda: self._make(inputs))
+        except Exception as error:
+            self.close()
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(f"updates are not captured in a CUDA graph, and take longer: {why}", stacklevel=3)
+        self._exchanges = self._exchange.num_exchanges - exchanges
+        self._bytes = self._exchange.bytes_exchanged - received
+        self._exchange.count(-self._exchanges, -self._bytes)  # captured, not made
+
+    def close(self) -> None:
+        """Release the memory of the graph. Updates after it are not captured."""
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = self._captured = None
+
+
+def _shape(batch: Staged) -> tuple[Any, ...]:
+    """What a captured update has fixed of its batch."""
+    return batch.source.shape, batch.source.dtype, batch.labels is None, batch.images

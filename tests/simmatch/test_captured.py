@@ -1,0 +1,221 @@
+"""Updates that are replayed: the flow of captured updates, on a CPU, where a replay makes the update anew.
+
+What a device makes of a graph is tested in `test_on_a_card`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from simmatch import captured, fit
+from simmatch.config import LayerConfig, ModelConfig, PlasticityConfig, TrainConfig
+from simmatch.fit import Trainer
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.model import InputConfig, Stack
+from simmatch.observer import Observer, Update
+from simmatch.sharding.faults import SharedFault
+from tests.simmatch import scripted
+
+IMAGES, BATCH, EPOCHS = 50, 20, 4
+PER_EPOCH = 3  # the last of 10 images
+
+
+class Follower(Observer):
+    """Knows the layer that learns, and remembers every update."""
+
+    def __init__(self) -> None:
+        self.layer: Any = None
+        self.updates: list[Update] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        self.layer = layer
+
+    def updated(self, update: Update) -> None:
+        self.updates.append(update)
+        self.states.append({name: tensor.clone() for name, tensor in update.layer.state_dict().items()})
+
+
+class Replayed:
+    """A graph that makes the captured work anew at each replay; capturing it leaves no trace in the layer."""
+
+    def __init__(self, follower: Follower, fault: Exception | None = None) -> None:
+        self.follower, self.fault, self.replays, self.closed = follower, fault, 0, False
+
+    def tensors(self) -> list[Tensor]:
+        layer = self.follower.layer
+        bound, record = layer._bound, layer._record
+        kept = [bound.largest, bound.epsilon, bound.perron, layer._bounded[2], record.ok, record._statuses]
+        return [*layer.buffers(), *kept]
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        before = [tensor.clone() for tensor in self.tensors()]
+        self.function, self.result = function, function()
+        for tensor, value in zip(self.tensors(), before, strict=True):
+            tensor.copy_(value)
+        layer = self.follower.layer
+        layer._bounded = (layer.lateral, layer.lateral._version, layer._bounded[2])
+        if self.fault is not None:
+            raise self.fault
+        return self.result
+
+    def replay(self) -> None:
+        self.replays += 1
+        (patches, solution), (new_patches, new_solution) = self.result, self.function()
+        for name in ("images", "inverse_scale", "matrix"):
+            if (target := getattr(patches, name)) is not None:
+                target.copy_(getattr(new_patches, name))
+        for name in ("y", "iterations", "residual"):
+            getattr(solution, name).copy_(getattr(new_solution, name))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted.use(monkeypatch)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (IMAGES, 1, 9, 9), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, 3, (IMAGES,), generator=generator)
+
+
+def train(follower: Follower, images: Tensor | None = None, measure_every: int | None = 4) -> Stack:
+    """A layer at drawn positions, and a supervised one on cached features."""
+    learning = TrainConfig(epochs=EPOCHS, batch_size=BATCH, positions=20)
+    rates = PlasticityConfig(lr=0.2, lr_decay_steps=10, dead_after=2)
+    model = ModelConfig(
+        layers=(
+            LayerConfig(out_channels=6, kernel_size=4, pool=2, train=learning, plasticity=rates),
+            LayerConfig(
+                out_channels=5, kernel_size="full", supervised=True, train=TrainConfig(epochs=EPOCHS, batch_size=BATCH)
+            ),
+        )
+    )
+    stack = Stack(model, InputConfig(in_channels=1, height=9, width=9, num_classes=3), seed=3)
+    default, labels = data()
+    Trainer(stack, default if images is None else images, labels, observer=follower, measure_every=measure_every).fit()
+    return stack
+
+
+def assert_same(one: Stack, other: Stack) -> None:
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def graphs_for(follower: Follower, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> list[Replayed]:
+    made: list[Replayed] = []
+
+    def new_graph(device: torch.device) -> Replayed:
+        made.append(Replayed(follower, fault))
+        return made[-1]
+
+    monkeypatch.setattr(fit, "new_graph", new_graph)
+    return made
+
+
+def test_captured_updates_have_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both layers, with metrics; a smaller batch is not replayed. Without kernels for a graph: the same weights."""
+    plain, follower = Follower(), Follower()
+    expected = train(plain)
+    graphs = graphs_for(follower, monkeypatch)
+    assert_same(train(follower), expected)
+    measured = [[update.measurement for update in each.updates] for each in (plain, follower)]
+    assert measured[0] == measured[1]
+    full = EPOCHS * (PER_EPOCH - 1)
+    assert [graph.replays for graph in graphs] == [full - captured.WARM_UP] * 2
+    assert all(graph.closed for graph in graphs)
+    assert [update.looked for update in follower.updates] == [n % 4 == 0 for n in range(1, 13)] * 2
+
+
+def test_updates_that_raise_faults_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train(Follower())
+    monkeypatch.setattr(SimilarityMatchingConv2d, "by_kernel", False)
+    follower = Follower()
+    assert_same(train(follower), expected)
+    assert all(update.looked for update in follower.updates)
+
+
+def test_updates_go_on_uncaptured_where_capturing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning for each layer, that says why."""
+    expected = train(Follower())
+    follower = Follower()
+    graphs = graphs_for(follower, monkeypatch, RuntimeError("operation not permitted when stream is capturing"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_same(train(follower), expected)
+    messages = [str(one.message) for one in caught if "captured" in str(one.message)]
+    assert len(messages) == 2
+    assert all("RuntimeError: operation not permitted when stream is capturing" in message for message in messages)
+    assert [(graph.replays, graph.closed) for graph in graphs] == [(0, True)] * 2
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("measure_every", [4, None])
+def test_a_fault_is_raised_at_the_next_look(
+    measure_every: int | None, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update is named; the weights are those before it."""
+    plain, follower = Follower(), Follower()
+    train(plain)
+    images = data()[0].float() / 255.0
+    broken = 6  # of the first layer: the last update before it that is the same
+    original = scripted.solve
+    calls = 0
+
+    def solve(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        solution = original(*arguments, **options)
+        # one call more is made for capturing, after which the fourth update of a full batch is replayed
+        if calls == broken + (1 if replayed else 0):
+            solution.residual[3] = torch.nan
+        return solution
+
+    monkeypatch.setattr("simmatch.kernels.solve", solve)
+    if replayed:
+        graphs_for(follower, monkeypatch)
+    with pytest.raises(SharedFault, match=f"non-finite activities on rank 0 in update {broken}"):
+        train(follower, images, measure_every)
+    looks = 8 if measure_every else EPOCHS * PER_EPOCH
+    assert len(follower.updates) == looks - 1
+    last = dict(follower.layer.state_dict())
+    assert int(last["updates"]) == broken - 1
+    for name, tensor in last.items():
+        assert torch.equal(tensor, plain.states[broken - 2][name]), name
+
+
+def test_exchanges_of_replays_are_counted() -> None:
+    """Capturing makes none; every replay makes as many as the update that was captured."""
+
+    class Counting:
+        num_exchanges, bytes_exchanged = 10, 1000
+
+        def count(self, exchanges: int, received: int) -> None:
+            self.num_exchanges += exchanges
+            self.bytes_exchanged += received
+
+    class Silent:
+        def capture(self, function: Callable[[], Any]) -> Any:
+            return function()
+
+        def replay(self) -> None:
+            return None
+
+        def close(self) -> None:
+            return None
+
+    exchange: Any = Counting()
+    updates = captured.Updates(lambda batch: exchange.count(3, 50), Silent(), exchange)
+    for number in range(captured.WARM_UP + 4):
+        updates(fit.Staged(torch.zeros(5, 2), labels=None, images=5))
+        assert (exchange.num_exchanges, exchange.bytes_exchanged) == (13 + 3 * number, 1050 + 50 * number)
