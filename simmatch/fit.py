@@ -23,7 +23,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from simmatch.captured import Updates, new_graph
+from simmatch.captured import Graph, Updates, new_graph
 from simmatch.config import LayerConfig, ModelConfig
 from simmatch.data.order import Batches
 from simmatch.data.staging import Images, select
@@ -199,10 +199,11 @@ class Trainer:
         levers += [] if train.positions is None else [Lever(f"{key}.train.positions", train.positions)]
         self._memory.begin(f"layer {index}, learning", *levers, otherwise="use more ranks")
         self.observer.started(index, layer)
-        graph = new_graph(self.device) if layer.by_kernel and below is None and self.exchange.capturable else None
+        recorded = layer.by_kernel  # the host then never waits for the device within an update
+        graph = new_graph(self.device) if recorded and below is None and self.exchange.capturable else None
         with (
             closing(inputs.staged(batches, first)) as staged,
-            closing(self._updates(layer, inputs, graph)) as updates,
+            closing(self._updates(layer, inputs, graph, recorded=recorded)) as updates,
         ):
             for number in range(first + 1, len(batches) + 1):
                 look = number == len(batches) or number % (self._measure_every or LOOK_EVERY) == 0
@@ -214,14 +215,13 @@ class Trainer:
                         layer.raise_faults()
                 measured = look and self._measure_every is not None
                 measurement = measure(layer, patches, solution, batch.labels) if measured else None
-                looked = look or not layer.by_kernel
+                looked = look or not recorded
                 self.observer.updated(Update(index, layer, number, len(batches), batch.images, measurement, looked))
 
     def _updates(
-        self, layer: SimilarityMatchingConv2d, inputs: LayerInputs, graph: Graph | None
+        self, layer: SimilarityMatchingConv2d, inputs: LayerInputs, graph: Graph | None, *, recorded: bool
     ) -> Updates[tuple[Patches, Solution]]:
-        """Updates of one layer, each from a batch on the device; with a kernel, the host does not wait for the device."""
-        recorded = layer.by_kernel
+        """Updates of one layer, each from a batch on the device."""
 
         def make(batch: Staged) -> tuple[Patches, Solution]:
             with timed("input"):

@@ -17,15 +17,19 @@ from torch import Tensor
 
 from jobs.benchmarks.timing import Spread, Timings, alternate
 from jobs.reporting import Report
+from simmatch.captured import Updates, new_graph
 from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
 from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.devices import check_device
+from simmatch.features import FeatureStore, LayerInputs, Staged
 from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.measurement import measure
 from simmatch.parts import timed
 from simmatch.profile import Recorder
 from simmatch.sharding.exchange import IdentityExchange
+from simmatch.solvers.dynamics import Solution
 
 Row = dict[str, Any]
 
@@ -83,38 +87,48 @@ def batch(dataset: Dataset, update: int, size: int, plan: GpuPlan) -> Tensor:
 # -- updates and encoding ----------------------------------------------------------------------------------------------
 
 
+WAYS = ("raised", "recorded", "captured")
+"""How updates run: the host waits for the device in each; it looks at recorded faults; updates are replayed."""
+
+LOOK_EVERY = 10
+"""Updates between two looks at faults, residuals and the objective."""
+
+
 def measure_updates(plan: GpuPlan, report: Report) -> None:
-    """Updates in a row with their input: K = 128, 7 × 7, batches of 100 images × 196 positions."""
+    """Updates in a row with their input and metrics: K = 128, 7 × 7, batches of 100 images × 196 positions."""
     dataset = plan.dataset("fashion_mnist")
     modes: dict[str, Row] = {
         "alone": {},
         "gather_state": {"dynamics": DynamicsConfig(exchange="gather_state"), "exchange": IdentityExchange()},
         "every_iteration": {"exchange": IdentityExchange()},
     }
-    for name, changes in modes.items():
-        layer = first_layer(plan, **changes)
-        updates = max(5, plan.updates // (20 if name == "every_iteration" else 1))
+    for mode, changes in modes.items():
+        # the iterations of the last are decided by the host
+        slow = mode == "every_iteration"
+        for way in WAYS[:1] if slow else WAYS:
+            updates = max(5, plan.updates // (20 if slow else 1))
+            with LayerAtWork(first_layer(plan, **changes), dataset, plan, way) as work:
+                report.row(kind="updates", mode=mode, way=way, updates=updates, **times_of(work, updates, plan))
 
-        def some(first: int, count: int, layer: SimilarityMatchingConv2d = layer) -> None:
-            for update in range(first, first + count):
-                learn_once(layer, dataset, update, plan)
 
-        some(0, min(20, updates))
-        seconds = []
-        for part in range(5):
-            started = plan.now()
-            some(20 + part * (updates // 5), updates // 5)
-            seconds.append((plan.now() - started) / (updates // 5))
-        row: Row = Spread.of(seconds).fields("seconds_per_update")
+def times_of(work: LayerAtWork, updates: int, plan: GpuPlan) -> Row:
+    """Seconds of updates and of their input; waits of the host in updates without a look; parts of one update."""
+    few = min(20, updates)
+    work.some(few)
+    seconds = []
+    for _ in range(5):
         started = plan.now()
-        for update in range(20):
-            patches_of(layer, dataset, update, plan)
-        row["seconds_of_input"] = (plan.now() - started) / 20
-        once = partial(learn_once, layer, dataset, 1, plan)
-        if plan.device.type == "cuda":
-            row["waits"] = synchronisations(once)
-        row |= profile(once, plan)
-        report.row(kind="updates", mode=name, updates=updates, **row)
+        work.some(updates // 5)
+        seconds.append((plan.now() - started) / (updates // 5))
+    row: Row = Spread.of(seconds).fields("seconds_per_update")
+    started = plan.now()
+    for _ in range(few):
+        work.inputs.prepare(next(work.batches))
+    row["seconds_of_input"] = (plan.now() - started) / few
+    unobserved = partial(work.some, LOOK_EVERY - 1, look=False)
+    if plan.device.type == "cuda":
+        row["waits"] = synchronisations(unobserved)
+    return row | profile(partial(work.some, 1, look=False), plan)
 
 
 def first_layer(plan: GpuPlan, **changes: Any) -> SimilarityMatchingConv2d:
@@ -123,18 +137,41 @@ def first_layer(plan: GpuPlan, **changes: Any) -> SimilarityMatchingConv2d:
     return SimilarityMatchingConv2d(1, 128, 7, normalize="contrast", plasticity=rates, **changes).to(plan.device)
 
 
-def learn_once(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, plan: GpuPlan) -> None:
-    """One batch, as a job has it; the residual is looked at every tenth time."""
-    with timed("input"):
-        patches = patches_of(layer, dataset, update, plan)
-    solution = layer.partial_fit(patches)
-    if update % 10 == 0:
-        float(solution.residual.mean())
+class LayerAtWork:
+    """A layer that learns from batches of 100 images at 196 positions, by the parts of the trainer."""
 
+    def __init__(self, layer: SimilarityMatchingConv2d, dataset: Dataset, plan: GpuPlan, way: str) -> None:
+        images, recorded = dataset.train_images, way != "raised"
+        store = FeatureStore(images, layer.exchange, batch=500, dtype=torch.float32, device=plan.device)
+        order = Batches(len(images), 100, epochs=1000, seed=plan.seed, images=len(images) // 100 * 100)
+        self.layer, self.updates = layer, 0
+        self.inputs = LayerInputs(layer, store, positions=196, below=None, on_progress=lambda done: None)
+        self.batches = self.inputs.staged(order)
 
-def patches_of(layer: SimilarityMatchingConv2d, dataset: Dataset, update: int, plan: GpuPlan) -> Patches:
-    """100 images, brought to the device, at 196 positions of each, drawn there."""
-    return layer.prepare(batch(dataset, update, 100, plan), positions=196)
+        def make(batch: Staged) -> tuple[Patches, Solution]:
+            with timed("input"):
+                patches = self.inputs.prepare(batch)
+            return patches, layer.partial_fit(patches, recorded=recorded)
+
+        self.make = Updates(make, new_graph(plan.device) if way == "captured" else None, layer.exchange)
+
+    def some(self, count: int, *, look: bool = True) -> None:
+        """Make some updates; with a `look`, raise faults and measure every tenth."""
+        for _ in range(count):
+            with timed("input"):
+                batch = next(self.batches)
+            patches, solution = self.make(batch)
+            self.updates += 1
+            if look and self.updates % LOOK_EVERY == 0:
+                self.layer.raise_faults()
+                measure(self.layer, patches, solution)
+
+    def __enter__(self) -> LayerAtWork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.batches.close()
+        self.make.close()
 
 
 def synchronisations(action: Callable[[], object]) -> dict[str, int]:
