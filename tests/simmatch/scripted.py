@@ -23,7 +23,8 @@ def solve(
         y = (y - system.step * (y @ matrix - drive)).clamp(min=0.0)
     least = torch.minimum(diagonal * y, y @ matrix - drive).abs().amax(dim=1)
     iterations = torch.full((len(drive),), STEPS, dtype=torch.int32, device=drive.device)
-    return kernels.KernelSolution(y.nan_to_num(0.0), iterations, least / drive.abs().amax(dim=1))
+    scale = drive.abs().amax(dim=1)
+    return kernels.KernelSolution(y.nan_to_num(0.0), iterations, least / torch.where(scale == 0, 1.0, scale))
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
