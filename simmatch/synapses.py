@@ -192,11 +192,12 @@ class Synapses(nn.Module):
         """Keep the certified bound of the current `lateral`; see `_put` for `ok`."""
         norm = torch.linalg.vector_norm(self.lateral)
         if ok is not None:  # in place: a captured update reads what the one before it has written
-            assert self._bound is not None
-            assert self._bounded is not None
-            for name in ("largest", "epsilon", "perron"):
-                _put(getattr(self._bound, name), getattr(bound, name), ok)
-            bound, norm = self._bound, self._bounded[2].copy_(norm)
+            if self._bound is None or self._bounded is None:
+                return  # a fault: this owner has no bound of its rows
+            kept = (self._bound.largest, self._bound.epsilon, self._bound.perron, self._bounded[2])
+            for target, value in zip(kept, (bound.largest, bound.epsilon, bound.perron, norm), strict=True):
+                _put(target, value, ok)
+            bound, norm = self._bound, self._bounded[2]
         self._bound, self._bounded = bound, (self.lateral, _version(self.lateral), norm)
 
     @eager_full_precision
@@ -337,7 +338,7 @@ class Synapses(nn.Module):
         """Where the faults of one update go."""
         if not recorded:
             return LocalFault(self.exchange)
-        if self._record is None:
+        if self._record is None or self._record.ok.device != self.lateral.device:
             self._record = FaultRecord(self.lateral.device)
         return RecordedFault(self.exchange, self._record)
 
