@@ -40,35 +40,32 @@ def read_out(
     long_work: does what takes long on this rank alone.
     """
     results: dict[str, float] = {}
-    known = dataset.test_labels != UNLABELLED
     keep = test.exchange.rank == 0
     count = min(probe.train_images or len(dataset.train_images), len(dataset.train_images))
+    labels, given = dataset.train_labels[:count], dataset.train_labels[:count] != UNLABELLED
+    test_labels, known = dataset.test_labels, dataset.test_labels != UNLABELLED
     test_features, scores = _encode(stack, test, report, keep=keep)
     report.progress(Progress("readout", 0, 1))
     train_features = _collect(train, count, keep=keep)
     if keep:
         if stack.config.layers[-1].supervised and bool(known.any()):
-            results["accuracy_decode"] = accuracy(scores[known], dataset.test_labels[known])
+            results["accuracy_decode"] = accuracy(scores[known], test_labels[known])
 
         def fit() -> None:
             with all_cpus(), MemoryWatch(torch.device("cpu")) as memory:
                 memory.begin("fitting it", Lever("probe.train_images", count))
-                labels = dataset.train_labels[:count]
-                given = labels != UNLABELLED
                 for which, some in (("training", given), ("test", known)):
                     if not bool(some.any()):
                         raise ValueError(f"no {which} image has a label")
                 readout = fit_readout(probe.readout, train_features[given], labels[given])
-                results["accuracy"] = float(
-                    readout.score(test_features[known].numpy(), dataset.test_labels[known].numpy())
-                )
+                results["accuracy"] = float(readout.score(test_features[known].numpy(), test_labels[known].numpy()))
 
         try:
             long_work(fit)
         except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
             why = f"{type(error).__name__}: {error}"
             report.send(TrainingWarning(f"the {probe.readout} readout is left out: {one_line(why)}"))
-        report.send(ReadoutScored(probe.readout, count, **results))
+        report.send(ReadoutScored(probe.readout, int(given.sum()), **results))
     report.progress(Progress("readout", 1, 1))
 
 

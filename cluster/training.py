@@ -121,7 +121,7 @@ class Training(Observer):
         self.trainer = Trainer(
             self.stack,
             self.dataset.train_images,
-            self.dataset.train_labels,
+            self.dataset.train_labels if self.dataset.num_classes else None,
             blocks=self.dataset.blocks if config.data.order == "blocks" else None,
             exchange=exchange,
             observer=self,
