@@ -29,6 +29,8 @@ THREAD = "simmatch-input"
 class Images(Protocol):
     """Images wherever they are stored: their number, and some of them by index. A tensor [N, C, H, W] is one.
 
+    Several threads may read them at the same time: one of those that `staged` starts, and another that is about to end.
+
     >>> images: Images = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
     >>> len(images), images[torch.tensor([3, 7])].shape
     (10, torch.Size([2, 1, 8, 8]))

@@ -22,7 +22,7 @@ from simmatch.data.staging import THREAD, Tensors, Transfer, staged
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack
-from simmatch.observer import Observer
+from simmatch.observer import Observer, Update
 
 CPU = torch.device("cpu")
 END_S = 5.0
@@ -304,6 +304,25 @@ def test_a_read_that_fails_stops_its_own_update_and_nothing_is_lost(digits: Data
     assert_no_thread_is_left()
     resumed = trainer(Read(images), digits, stack=first.stack).fit().state_dict()
     for name, value in trainer(images, digits).fit().state_dict().items():
+        assert torch.equal(resumed[name], value), name
+
+
+class Stop(Observer):
+    """Stops in the middle of the second layer's epoch, as a job does that is asked to."""
+
+    def updated(self, update: Update) -> None:
+        if (update.index, update.number) == (1, 2):
+            raise InterruptedError
+
+
+def test_a_stop_ends_the_thread_and_loses_nothing(digits: Dataset) -> None:
+    images = digits.train_images[:IMAGES]
+    first = trainer(Read(images), digits, observer=Stop(), cache=False)
+    with pytest.raises(InterruptedError):
+        first.fit()
+    assert_no_thread_is_left()
+    resumed = trainer(Read(images), digits, stack=first.stack, cache=False).fit().state_dict()
+    for name, value in trainer(images, digits, cache=False).fit().state_dict().items():
         assert torch.equal(resumed[name], value), name
 
 
