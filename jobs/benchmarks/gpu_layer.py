@@ -44,6 +44,7 @@ class GpuPlan:
     wide: tuple[int, ...]
     values: int
     updates: int
+    batch: int
     images: int
     rounds: int
     seed: int
@@ -58,6 +59,7 @@ class GpuPlan:
             wide=tuple(options.wide or ((32,) if quick else (256, 1024, 2048))),
             values=2**15 if quick else 2**26,
             updates=5 if quick else 500,
+            batch=10 if quick else 100,
             images=40 if quick else 60_000,
             rounds=options.rounds,
             seed=options.seed,
@@ -138,12 +140,13 @@ def first_layer(plan: GpuPlan, **changes: Any) -> SimilarityMatchingConv2d:
 
 
 class LayerAtWork:
-    """A layer that learns from batches of 100 images at 196 positions, by the parts of the trainer."""
+    """A layer that learns from batches of images at 196 positions of each, by the parts of the trainer."""
 
     def __init__(self, layer: SimilarityMatchingConv2d, dataset: Dataset, plan: GpuPlan, way: str) -> None:
         images, recorded = dataset.train_images, way != "raised"
         store = FeatureStore(images, layer.exchange, batch=500, dtype=torch.float32, device=plan.device)
-        order = Batches(len(images), 100, epochs=1000, seed=plan.seed, images=len(images) // 100 * 100)
+        whole = len(images) // plan.batch * plan.batch  # no smaller last batch
+        order = Batches(len(images), plan.batch, epochs=1000, seed=plan.seed, images=whole)
         self.layer, self.updates = layer, 0
         self.inputs = LayerInputs(layer, store, positions=196, below=None, on_progress=lambda done: None)
         self.batches = self.inputs.staged(order)

@@ -368,7 +368,7 @@ def test_gpu_benchmark_runs_dry_on_a_cpu(
 ) -> None:
     """The command that a card gets, as far as a CPU can follow: residuals are those asked for, nothing fails."""
     monkeypatch.setattr("jobs.benchmarks.gpu_layer.load_dataset", pictures)
-    arguments = ["gpu", "--device", "cpu", "--quick", "--parts", "rates", "columns", "fixed", "wide"]
+    arguments = ["gpu", "--device", "cpu", "--quick", "--parts", "rates", "columns", "fixed", "updates", "wide"]
     assert main([*arguments, "--run-dir", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if row["kind"] == "failed"] == []
@@ -383,6 +383,12 @@ def test_gpu_benchmark_runs_dry_on_a_cpu(
     assert (fixed["name"], fixed["missing"], fixed["iterations"]) == ("plain loop", "there is no kernel for cpu", 30)
     assert fixed["off_median"] <= 1e-4
     assert fixed["same"] > 0.9
+    updates = [row for row in rows if row["kind"] == "updates"]
+    assert [(row["mode"], row["way"]) for row in updates] == [
+        *((mode, way) for mode in ("alone", "gather_state") for way in ("raised", "recorded", "captured")),
+        ("every_iteration", "raised"),
+    ]
+    assert all(row["seconds_per_update"] > 0 for row in updates)
     (wide,) = (row for row in rows if row["kind"] == "wide")
     assert set(wide["ridge_accuracy"]) == {"simmatch", "exemplars", "k_means"}
 
