@@ -113,9 +113,10 @@ def accelerate_wide(
             left_1 = shortened(move_1 - delta_1.to(tl.float32))
             y_0 += left_0.to(tl.float32)
             y_1 += left_1.to(tl.float32)
-            g_0, g_1 = product(a, b, c, delta_0, delta_1, g_0, g_1)
-            g_0, g_1 = product(a_rest, b_rest, c_rest, delta_0, delta_1, g_0, g_1)
+            # the small terms first: that order needs no registers beyond those there are
             g_0, g_1 = product(a, b, c, left_0, left_1, g_0, g_1)
+            g_0, g_1 = product(a_rest, b_rest, c_rest, delta_0, delta_1, g_0, g_1)
+            g_0, g_1 = product(a, b, c, delta_0, delta_1, g_0, g_1)
         count += tl.where(live, tl.minimum(CHECK, limit - 1 - done), 0)
         done += CHECK
     w_0 = y_0 - step * g_0

@@ -149,7 +149,7 @@ def test_fused_gradient_stays_on_chip(channels: int, most_stack: int, most_share
 
 
 @needs_measured_triton
-@pytest.mark.parametrize(("changes", "most_spilled"), [({}, 15), ({"FIXED": False}, 15), ({"WARM": True}, 80)])
+@pytest.mark.parametrize(("changes", "most_spilled"), [({}, 0), ({"FIXED": False}, 0), ({"WARM": True}, 125)])
 def test_wide_gradient_stays_on_chip(changes: dict[str, Any], most_spilled: int, tmp_path: Path) -> None:
     """One program fits a multiprocessor, M and the increments included; three products of 256 × 256 by 16 columns."""
     from simmatch.kernels.gradient_wide import WIDE_COLUMNS, WIDE_WARPS, accelerate_wide

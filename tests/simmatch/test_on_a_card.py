@@ -32,14 +32,16 @@ def precision() -> None:
     exact_float32()
 
 
-def make_layer(device: torch.device, mode: str = "alone", **changes: object) -> SimilarityMatchingConv2d:
-    """40 channels on the digits; `alone`: no exchange at all, else that of one owner."""
+def make_layer(
+    device: torch.device, mode: str = "alone", *, channels: int = 40, **changes: object
+) -> SimilarityMatchingConv2d:
+    """A layer for the digits; `alone`: no exchange at all, else that of one owner."""
     exchange = {} if mode == "alone" else {"exchange": IdentityExchange()}
     dynamics = DynamicsConfig(
         tolerance=1e-3, max_iterations=400, exchange="every_iteration" if mode == "alone" else mode
     )
     values = {"normalize": "contrast", "dynamics": dynamics, "plasticity": PlasticityConfig(lr=0.1, tau=0.5)}
-    return SimilarityMatchingConv2d(1, 40, 4, **(values | exchange | changes), device=device)  # type: ignore[arg-type]
+    return SimilarityMatchingConv2d(1, channels, 4, **(values | exchange | changes), device=device)  # type: ignore[arg-type]
 
 
 def learn(layer: SimilarityMatchingConv2d, digits: Dataset, updates: int = 12, labels: bool = False) -> None:
@@ -93,16 +95,17 @@ def test_a_supervised_dense_layer_learns(dtype: torch.dtype, cuda: torch.device,
     assert float(layer.label.abs().amax()) > 0.01
 
 
-def test_encoding_and_export_agree_with_the_cpu(cuda: torch.device, digits: Dataset) -> None:
+@pytest.mark.parametrize("channels", [40, 200])
+def test_encoding_and_export_agree_with_the_cpu(channels: int, cuda: torch.device, digits: Dataset) -> None:
     """The fixed iterations of evaluation: on the device, on the CPU with the same weights, and as an exported graph.
 
     To rounding, but for a column here and there whose momentum restarts one look earlier or later.
     """
-    layer = make_layer(cuda)
+    layer = make_layer(cuda, channels=channels)
     learn(layer, digits)
     images = to_unit(digits.test_images[:30])
     codes_on_card = layer(images.to(cuda)).cpu()
-    other = make_layer(torch.device("cpu"))
+    other = make_layer(torch.device("cpu"), channels=channels)
     other.load_state_dict({name: tensor.cpu() for name, tensor in layer.state_dict().items()})
     expected = other(images)
     exported = torch.export.export(other, (images,)).module()(images)
