@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console
+from torch import Tensor
 
 from cluster.config import RunConfig, public
 from cluster.text import count, size
+from jobs.plan_memory import PROGRAM_BYTES, plan_disk, plan_memory
 from jobs.reporting import Table
 from simmatch.config import LayerConfig
+from simmatch.data.sources import Dataset
 from simmatch.documents import dump_yaml
 from simmatch.geometry import PatchConfig
 from simmatch.model import InputConfig, layer_inputs
@@ -110,8 +113,9 @@ def slice_bytes(layer: LayerConfig, rows: int, columns: int, patch_size: int, cl
     return columns * (body_bytes * rows + value_bytes * tails)
 
 
-def print_plan(console: Console, config: RunConfig, source: InputConfig, train_images: int) -> None:
-    """The resolved configuration, the mesh, and a table of the layers."""
+def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
+    """The resolved configuration, the mesh, and tables of the layers and of the memory."""
+    source, train_images = dataset.source, len(dataset.train_images)
     text = dump_yaml(public(config))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     mesh = config.mesh
@@ -138,3 +142,33 @@ def print_plan(console: Console, config: RunConfig, source: InputConfig, train_i
         highlight=False,
         soft_wrap=True,
     )
+    _print_memory(console, config, dataset)
+
+
+def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None:
+    """Memory of rank 0 and the driver, and what goes to the disk."""
+    images = sum(held.nbytes for held in (dataset.train_images, dataset.test_images) if isinstance(held, Tensor))
+    phases = plan_memory(config, dataset.source, len(dataset.train_images), len(dataset.test_images))
+    rows = [
+        (phase.phase, *map(size, (images, phase.features, phase.weights, phase.working, images + phase.total)))
+        for phase in phases
+    ]
+    columns = ("phase", "images", "features", "weights", "working", "in all")
+    Table("memory of rank 0, which needs most", columns, rows).show(console)
+    place = "images: in every rank and in the driver"
+    if config.device == "cuda":
+        place += f", {size(images)} of the host's memory; all else is on the device"
+    cache = []
+    if images == 0:
+        stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images))
+        held = min(stored, config.data.cache_bytes)
+        cache = [f"node cache: {size(held)} of each node's disk, for {size(stored)} of images"]
+    disk, program = plan_disk(config, dataset.source), f"{size(PROGRAM_BYTES)} for the program itself in each process"
+    for line in (
+        f"{place}; features: encoded images that the rank keeps; working: batches, the solver, a whitening, a readout; "
+        f"add {program}",
+        *cache,
+        f"disk: {size(disk.checkpoint)} for a checkpoint, {size(disk.constants)} written once, {size(disk.kept)} in "
+        f"all for the checkpoints that are kept; {size(disk.model)} for the model",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)

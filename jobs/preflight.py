@@ -13,6 +13,7 @@ from cluster.config import RunConfig
 from cluster.storage import AnyPath
 from cluster.text import count
 from cluster.training import check_data
+from jobs.plan_memory import check_whitening
 from simmatch.config import ConfigError, DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.order import steps_per_epoch
@@ -54,10 +55,18 @@ def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_datase
             steps_per_epoch(len(dataset.train_images), layer.train.batch_size, images=layer.train.images)
         except ValueError as error:
             raise ConfigError(f"model.layers.{index}.train.images: {error}") from None
+    check_whitening(config, dataset.source, memory_of_ranks())
     wanted, available = config.probe.train_images, len(dataset.train_images)
     if wanted is not None and wanted > available:
         raise ConfigError(f"probe.train_images: expected at most {available}, got {wanted}")
     return dataset
+
+
+def memory_of_ranks() -> float | None:
+    """Bytes of memory of this machine, where it is to run all ranks; None where a cluster is."""
+    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return None
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def check_device_of_ranks(config: RunConfig) -> None:

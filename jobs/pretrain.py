@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
         config = parse(RunConfig, override(read_yaml(Path(options.config)), options.set))
         dataset = check(config, partial(load_shown, console))
         if options.dry_run:
-            print_plan(console, config, dataset.source, len(dataset.train_images))
+            print_plan(console, config, dataset)
             return 0
         start = as_begun(choose(config, options.run_dir, options.resume))
         config = start.config

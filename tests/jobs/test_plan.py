@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ import yaml
 from rich.console import Console
 
 from cluster.config import RunConfig
+from cluster.messages import Outbox, ShardWritten
+from cluster.training import Assignment, Training
 from jobs.plan import plan_layers, print_plan
-from simmatch.config import parse
+from jobs.plan_memory import check_whitening, plan_disk, plan_memory
+from simmatch.config import ConfigError, parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.model import Stack, layer_inputs
+from simmatch.model import Stack, layer_inputs, save_model
+from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.rows import split_rows
-from tests.exchanges import ThreadExchange, results, run_owners
+from tests.exchanges import ThreadExchange, of_type, results, run_owners
+from tests.live_bytes import LiveBytes
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -57,6 +63,89 @@ def test_double_precision_holds_and_moves_twice_as_much(make_config: MakeConfig,
 def test_nothing_is_cached_where_caching_is_off(make_config: MakeConfig, digits: Dataset) -> None:
     plans = plan_layers(make_config("cache_features=false", "mesh.channel=1"), digits.source, 1437)
     assert [(plan.cache_bytes, plan.exchange_bytes) for plan in plans] == [(0, 0), (0, 0)]
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def measured_peak(exchange: Exchange, config: RunConfig, run_dir: Path) -> int:
+    """Bytes of tensors that a rank holds at its most until its last layer is encoded."""
+    with LiveBytes() as live, torch.no_grad():
+        assignment = Assignment(config, run_dir, exchange.rank)
+        Training(assignment, exchange, Outbox(exchange.rank), torch.device("cpu")).trainer.fit()
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("channel", "changes"),
+    [
+        (1, ()),
+        (1, ("model.layers.1.out_channels=256", "model.layers.0.pool=4")),
+        (1, ("model.layers.0.train.positions=9", "cache_features=false")),
+        (2, ()),
+        (2, ("model.layers.0.dynamics.exchange=gather_state", "model.layers.1.dynamics.exchange=gather_state")),
+        (2, ("model.layers.0.whiten_images=1000", "encode_batch=50")),
+    ],
+)
+def test_memory_is_that_of_a_run_within_a_factor(
+    make_config: MakeConfig, digits: Dataset, tmp_path: Path, channel: int, changes: tuple[str, ...]
+) -> None:
+    """Rank 0, from its start to the end of the last layer: between 0.7 and 2 times what its tensors need."""
+    config = make_config(f"mesh.channel={channel}", *changes)
+    phases = plan_memory(config, digits.source, len(digits.train_images), len(digits.test_images))
+    planned = max(phase.total for phase in phases if phase.phase != "readout") + digits.train_images.nbytes
+    if channel == 1:
+        measured = measured_peak(IDENTITY, config, tmp_path)
+    else:
+        measured, _ = results(run_owners(channel, lambda exchange: measured_peak(exchange, config, tmp_path)))
+    assert 0.7 < planned / measured < 2.0, (planned, measured, phases)
+
+
+@pytest.mark.parametrize(
+    ("channels", "memory_bytes", "expected"),
+    [
+        (
+            2048,
+            1e15,
+            "model.layers.1.whiten: expected patches of at most 32,766 values, got 32,768 values, whose whitening "
+            "needs 42.9 GB and about 2 hours of a processor; lower pool or out_channels of the layer below, or the "
+            "kernel",
+        ),
+        (
+            128,
+            100e6,
+            "expected patches of at most what 100 MB hold, got 2,048 values, whose whitening needs 168 MB and",
+        ),
+        (128, 200e6, None),
+        (2047, None, None),
+    ],
+)
+def test_a_whitening_that_cannot_be_solved_is_refused(
+    make_config: MakeConfig, digits: Dataset, channels: int, memory_bytes: float | None, expected: str | None
+) -> None:
+    config = make_config(f"model.layers.0.out_channels={channels}", "model.layers.0.pool=4", "mesh.channel=1")
+    if expected is None:
+        check_whitening(config, digits.source, memory_bytes)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_whitening(config, digits.source, memory_bytes)
+    assert expected in str(caught.value)
+
+
+def test_bytes_on_the_disk_are_those_of_a_run(make_config: MakeConfig, digits: Dataset, tmp_path: Path) -> None:
+    """Within 5 %: files have headers, and counters."""
+    config = make_config("mesh.channel=1", "model.layers.1.out_channels=256")
+    plan = plan_disk(config, digits.source)
+    outbox = Outbox()
+    training = Training(Assignment(config, tmp_path, 0), IDENTITY, outbox, torch.device("cpu"))
+    training.trainer.fit()
+    training.writer.close()
+    written = of_type(outbox.messages, ShardWritten)
+    constants = {constant.sha256: constant for message in written for constant in message.constants}
+    assert sum(constant.size_bytes or 0 for constant in constants.values()) == pytest.approx(plan.constants, rel=0.05)
+    assert max(message.shard.size_bytes or 0 for message in written) == pytest.approx(plan.checkpoint, rel=0.05)
+    save_model(training.stack, tmp_path / "model")
+    assert sum(path.stat().st_size for path in (tmp_path / "model").iterdir()) == pytest.approx(plan.model, rel=0.05)
 
 
 class Counting:
@@ -146,7 +235,7 @@ def test_drawn_positions_are_fewer_columns(make_config: MakeConfig, digits: Data
 def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, digits: Dataset, terminal: bool) -> None:
     config = make_config("data.root=/" + "long/" * 30)
     out = io.StringIO()
-    print_plan(Console(file=out, width=80, force_terminal=terminal, no_color=True), config, digits.source, 1437)
+    print_plan(Console(file=out, width=80, force_terminal=terminal, no_color=True), config, digits)
     text = out.getvalue()
     above, _, below = text.partition("mesh: ")
     if not terminal:  # a log can be read back as it is, and nothing in its table is cut
@@ -161,6 +250,6 @@ def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, di
 def test_a_password_is_not_printed(make_config: MakeConfig, digits: Dataset) -> None:
     out = io.StringIO()
     config = make_config("tracking.uri=https://ada:secret@mlflow.example")
-    print_plan(Console(file=out), config, digits.source, 1437)
+    print_plan(Console(file=out), config, digits)
     assert "uri: https://***@mlflow.example\n" in out.getvalue()
     assert "secret" not in out.getvalue()

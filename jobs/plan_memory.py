@@ -1,0 +1,230 @@
+"""Memory and disk of a run before it starts: what each phase holds on rank 0, which holds most, and in the driver.
+
+The numbers count tensors. Each process needs about `PROGRAM_BYTES` for the program itself besides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cluster.config import RunConfig
+from cluster.text import size
+from simmatch.config import ConfigError, LayerConfig
+from simmatch.geometry import PatchConfig
+from simmatch.model import InputConfig, layer_inputs
+from simmatch.sharding.rows import split_rows
+from simmatch.solvers.tile import TAIL
+
+PROGRAM_BYTES = 450e6
+"""Resident memory of a process that has loaded the program and its libraries."""
+
+SOLVE_COPIES = 5
+"""Matrices [P, P] in float64 that a whitening holds at once: C_x, its eigenvectors, and LAPACK's workspace."""
+
+EIGENVALUES_S = 2e-10
+"""Processor seconds of the eigenvalues of a matrix [P, P], over P³: 0.19e-9 to 0.25e-9 for P = 512 to 3,072."""
+
+MOST_WHITENED = 32_766
+"""Largest P for which LAPACK can count its workspace of 1 + 6 P + 2 P² numbers."""
+
+OBJECTIVE_COLUMNS = 4096
+"""Columns on which a measured update computes its objective."""
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes that rank 0 holds in one phase, at its most.
+
+    Attributes
+    ----------
+    features: encoded images that it keeps: its share, or all where they are cached, and the readout's.
+    weights: of all layers, whole, and of its own rows while they learn.
+    working: of a batch, a calibration or a readout: patches, activities, the solver, gathered weights and statistics.
+    """
+
+    phase: str
+    features: float
+    weights: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return self.features + self.weights + self.working
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Counts of values of one layer.
+
+    Attributes
+    ----------
+    input, activities, output: of one image: before the layer, after the dynamics, and after pooling.
+    patch, channels, rows: P, K, and the rows of rank 0.
+    columns: of a batch.
+    whole, own: of W, M, V and the whitening: of the whole layer, and of the rows of rank 0.
+    """
+
+    config: LayerConfig
+    input: int
+    activities: int
+    output: int
+    patch: int
+    channels: int
+    rows: int
+    classes: int
+    columns: int
+
+    @property
+    def width(self) -> int:
+        """Of a row of W, M and V."""
+        return self.patch + self.channels + self.classes
+
+    @property
+    def whitening(self) -> int:
+        return self.patch * (self.patch + 1) if self.config.whiten else 0
+
+    @property
+    def whole(self) -> int:
+        return self.channels * self.width + self.whitening
+
+    @property
+    def own(self) -> int:
+        return self.rows * self.width + self.whitening
+
+
+def layer_sizes(config: RunConfig, source: InputConfig) -> list[LayerSizes]:
+    """Sizes of every layer."""
+    sizes = []
+    for layer, (channels, extent) in zip(config.model.layers, layer_inputs(config.model, source), strict=True):
+        patch = PatchConfig.of_layer(layer, channels, extent)
+        positions = math.prod(patch.map_size(extent))
+        sizes.append(
+            LayerSizes(
+                config=layer,
+                input=channels * math.prod(extent),
+                activities=layer.out_channels * positions,
+                output=layer.out_channels * (positions if layer.pool is None else layer.pool**2),
+                patch=patch.patch_size,
+                channels=layer.out_channels,
+                rows=split_rows(layer.out_channels, config.mesh.channel)[0].count,
+                classes=source.num_classes if layer.supervised else 0,
+                columns=layer.train.batch_size * (layer.train.positions or positions),
+            )
+        )
+    return sizes
+
+
+def check_whitening(config: RunConfig, source: InputConfig, memory_bytes: float | None = None) -> None:
+    """Refuse a layer whose whitening cannot be solved: its patches have too many values.
+
+    memory_bytes: of the machine of rank 0, which solves it; None if that is unknown.
+
+    Raises
+    ------
+    ConfigError
+        P is above `MOST_WHITENED`, or the matrices [P, P] do not fit into the memory.
+    """
+    for index, layer in enumerate(layer_sizes(config, source)):
+        needed = _solving(layer)
+        if layer.config.whiten and (layer.patch > MOST_WHITENED or needed > (memory_bytes or math.inf)):
+            limit = (
+                f"{MOST_WHITENED:,} values" if layer.patch > MOST_WHITENED else f"what {size(memory_bytes or 0)} hold"
+            )
+            raise ConfigError(
+                f"model.layers.{index}.whiten: expected patches of at most {limit}, got {layer.patch:,} values, whose "
+                f"whitening needs {size(needed)} and about {EIGENVALUES_S * layer.patch**3 / 3600:.2g} hours of a "
+                "processor; lower pool or out_channels of the layer below, or the kernel"
+            )
+
+
+def plan_memory(config: RunConfig, source: InputConfig, train_images: int, test_images: int = 0) -> list[PhaseMemory]:
+    """What rank 0 holds in every phase of a run."""
+    value, ranks = 8 if config.dtype == "float64" else 4, config.mesh.world_size
+    layers = layer_sizes(config, source)
+    stack = value * sum(layer.whole for layer in layers)
+    share = -(-train_images // ranks)
+    chunk = config.encode_batch * ranks  # images that ranks gather at a time
+    phases, scratch = [], 0  # of the solvers that have encoded
+    kept = 0  # values of a readout's input, per image
+    for index, layer in enumerate(layers):
+        own = value * layer.own
+        below = value * layer.input * share if index > 0 else 0
+        cache = value * layer.input * train_images if index > 0 and config.cache_features else below
+        features = value * kept * share
+        stage, calibration = f"layer {index}", _calibration(layer, value, chunk, train_images)
+        phases.append(PhaseMemory(f"{stage}, calibrate", below + features, stack + own, scratch + calibration))
+        update = value * (2 * layer.rows * layer.width + _batch(config, layer))
+        phases.append(PhaseMemory(f"{stage}, learn", cache + features, stack + own, scratch + update))
+        if index in config.model.feature_layers():
+            pool = config.model.feature_pool
+            kept += layer.output if pool is None else min(layer.output, layer.channels * pool**2)
+        after = value * (layer.output + kept) * share
+        scratch += value * _scratch(config, layer)
+        encoding = value * config.encode_batch * (2 * layer.input + 3 * layer.activities)
+        phases.append(PhaseMemory(f"{stage}, encode", below + after, stack, scratch + encoding))
+    labelled = config.probe.train_images or train_images
+    fitting = 2 * value * kept * (labelled + test_images) + value * kept * chunk
+    last = value * (layers[-1].output + kept) * share
+    return [*phases, PhaseMemory("readout", last, stack, scratch + fitting)]
+
+
+def _calibration(layer: LayerSizes, value: int, chunk: int, train_images: int) -> float:
+    """A sample of the input, gathered, and the patches, covariance and eigenvectors that rank 0 makes of it."""
+    images = min(layer.config.whiten_images, train_images)
+    patches = min(layer.config.whiten_patches, images * layer.activities // layer.channels)
+    sample = value * layer.input * (2 * images + chunk)
+    return sample + 2 * value * layer.patch * patches + _solving(layer)
+
+
+def _solving(layer: LayerSizes) -> int:
+    """Bytes of the matrices of a whitening while it is solved."""
+    return 8 * SOLVE_COPIES * layer.patch**2 if layer.config.whiten else 0
+
+
+def _scratch(config: RunConfig, layer: LayerSizes) -> int:
+    """Values that the solver keeps from batch to batch: six for each activity of a tile, in tiles of three widths."""
+    columns = config.encode_batch * layer.activities // layer.channels
+    return 3 * 6 * layer.channels * min(columns, layer.config.dynamics.columns_per_tile(layer.channels, config.device))
+
+
+def _batch(config: RunConfig, layer: LayerSizes) -> int:
+    """Values of a batch that learns."""
+    dynamics, ranks = layer.config.dynamics, config.mesh.channel
+    explicit = layer.config.train.positions is not None or layer.columns == layer.config.train.batch_size
+    patches = layer.columns * layer.patch if explicit else layer.config.train.batch_size * layer.input
+    objective = min(layer.columns, OBJECTIVE_COLUMNS) * (layer.patch + layer.channels)
+    if dynamics.exchange == "gather_state" and ranks > 1:
+        columns, gathered = -(-layer.columns // ranks), 5 * layer.channels * layer.width
+        return gathered + patches + objective + 5 * columns * layer.channels
+    tile = min(layer.columns, dynamics.columns_per_tile(layer.channels))
+    in_flight = dynamics.tiles_in_flight if ranks > 1 else 1
+    tiles = in_flight * tile * (layer.channels + ranks * TAIL + 5 * layer.rows)
+    return patches + objective + layer.columns * (layer.channels + layer.rows) + tiles
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """Bytes in the run directory.
+
+    Attributes
+    ----------
+    constants: written once: whitenings and layers that have learnt.
+    checkpoint: the largest of one commit, of all ranks.
+    kept: of the checkpoints that are kept, and the constants.
+    model: of the exported model.
+    """
+
+    constants: float
+    checkpoint: float
+    kept: float
+    model: float
+
+
+def plan_disk(config: RunConfig, source: InputConfig) -> DiskPlan:
+    """What a run writes into its directory, without records and figures."""
+    value, layers = 8 if config.dtype == "float64" else 4, layer_sizes(config, source)
+    commits = [value * layer.channels * layer.width for layer in layers]
+    model = value * sum(layer.whole for layer in layers)
+    constants = model - commits[-1]
+    return DiskPlan(constants, max(commits), constants + config.checkpoint.keep * max(commits), model)
