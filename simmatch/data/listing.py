@@ -23,7 +23,7 @@ from simmatch.data.samples import Samples
 from simmatch.data.tars import list_tars
 from simmatch.documents import shortened
 from simmatch.labels import UNLABELLED
-from simmatch.remote import file_system, is_remote
+from simmatch.remote import is_remote
 
 ListFormat = Callable[[str, DataConfig], tuple[Samples, tuple[str, ...], int]]
 
@@ -76,8 +76,8 @@ def list_samples(config: DataConfig) -> Listing:
     simmatch.data.formats.DataError: /nowhere/photos: no such folder
     """
     assert config.path is not None, "own images have a path"
-    path = _located("path", config.path)
-    train_path, test_path = path, None if config.test_path is None else _located("test_path", config.test_path)
+    path = absolute(config.path)
+    train_path, test_path = path, None if config.test_path is None else absolute(config.test_path)
     kind = _format(path) if config.format == "auto" else config.format
     named = _named_split(path)
     if named is not None:
@@ -115,15 +115,6 @@ def list_samples(config: DataConfig) -> Listing:
         f"{len(classes)} classes, {labelled:,} images labelled, {ignored:,} other files left out"
     )
     return Listing(train, test, classes, note)
-
-
-def _located(key: str, place: str) -> str:
-    if is_remote(place):
-        try:
-            file_system(place)
-        except ValueError as error:
-            raise ConfigError(f"data.{key}: expected {error}") from None
-    return absolute(place)
 
 
 def _format(path: str) -> str:

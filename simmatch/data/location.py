@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from simmatch.data.formats import DataError
-from simmatch.data.places import absolute, ask
+from simmatch.data.places import absolute, ask, store_of
 from simmatch.files import open_inside, write_whole
-from simmatch.remote import file_system, is_remote
+from simmatch.remote import is_remote
 
 T = TypeVar("T")
 
@@ -84,8 +84,5 @@ class Location:
             self._ask(file, lambda store, path: store.rm_file(path))
 
     def _ask(self, file: str, call: Callable[[Any, str], T]) -> T:
-        try:
-            store, folder, _ = file_system(self._name)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"data.path: expected {error}") from None
+        store, folder = store_of(self._name)
         return ask(f"{self}/{file}", lambda: call(store, f"{folder}/{file}"), remote=True)

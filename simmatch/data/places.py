@@ -53,6 +53,25 @@ def ask(what: str, call: Callable[[], T], *, remote: bool) -> T:
         raise DataError(f"{shortened(what)}: cannot be read: {' '.join(reason.split())}") from None
 
 
+def store_of(uri: str) -> tuple[Any, str]:
+    """fsspec's file system of a URI, and the path in it.
+
+    Raises
+    ------
+    DataError
+        As `simmatch.remote.file_system` for a URI that cannot be used.
+
+    >>> store_of("gopher://photos")
+    Traceback (most recent call last):
+    simmatch.data.formats.DataError: data: expected a folder or a URI such as s3://bucket/prefix, got 'gopher://photos'
+    """
+    try:
+        system, path, _ = file_system(uri)
+    except ValueError as error:
+        raise DataError(f"data: expected {error}") from None
+    return system, path
+
+
 def absolute(place: str) -> str:
     """A place as every process of this machine can use it, whatever its working directory.
 
@@ -70,7 +89,7 @@ def contents(folder: str) -> tuple[list[str], list[str]]:
     ['__init__.py', 'builtin.py']
     """
     if is_remote(folder):
-        system, path, _ = file_system(folder)
+        system, path = store_of(folder)
         entries = ask(folder, lambda: system.ls(path, detail=True), remote=True)
         found = [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory") for entry in entries]
         found = [(name, inner) for name, inner in found if name and name != path.rpartition("/")[2]]
@@ -97,7 +116,7 @@ def walk(folder: str) -> Iterator[str]:
     if not is_remote(folder):
         yield from _walk(folder, "", ())
         return
-    system, root, _ = file_system(folder)
+    system, root = store_of(folder)
     folders, files = contents(folder)
     yield from files
     for name in folders:  # one at a time: fsspec holds what it has found in a form that takes much memory
@@ -134,7 +153,7 @@ def is_folder(place: str) -> bool:
     """
     if not is_remote(place):
         return os.path.isdir(place)
-    system, path, _ = file_system(place)
+    system, path = store_of(place)
     return bool(ask(place, lambda: system.isdir(path), remote=True))
 
 
@@ -192,14 +211,14 @@ def _matching(place: str, suffix: str) -> list[str]:
 def _is_file(place: str) -> bool:
     if not is_remote(place):
         return os.path.isfile(place)
-    system, path, _ = file_system(place)
+    system, path = store_of(place)
     return bool(ask(place, lambda: system.isfile(path), remote=True))
 
 
 def _globbed(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return glob.glob(pattern)
-    system, path, _ = file_system(pattern)
+    system, path = store_of(pattern)
     return [system.unstrip_protocol(name) for name in ask(pattern, lambda: system.glob(path), remote=True)]
 
 
@@ -252,7 +271,7 @@ class Files:
         if self._file is None or self._path != path:
             self.close()
             if is_remote(path):
-                system, inner, _ = file_system(path)
+                system, inner = store_of(path)
                 self._file = system.open(inner, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
             else:
                 self._file = open(path, "rb")  # noqa: SIM115

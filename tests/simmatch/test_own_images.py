@@ -490,11 +490,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         {"test_path": "{}/../test", "test_fraction": None},
         r"class 'élan' of the test images: expected one of the training images' classes",
     ),
-    "protocol": (lambda f: None, {"path": "gopher://photos"}, r"data\.path: expected a folder or a URI"),
+    "protocol": (lambda f: None, {"path": "gopher://photos"}, r"data: expected a folder or a URI"),
     "credentials": (
         lambda f: None,
         {"path": "s3://me:secret@bucket/x"},
-        r"data\.path: expected a URI without credentials",
+        r"data: expected a URI without credentials",
     ),
 }
 
