@@ -35,10 +35,10 @@ from simmatch.plasticity import (
 from simmatch.precision import eager_full_precision
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault, status_of
-from simmatch.sharding.recording import FaultRecord, RecordedFault
+from simmatch.sharding.recording import FaultRecord, RecordedFault, put
 from simmatch.sharding.rows import Rows
 from simmatch.sharding.sharing import OwnState
-from simmatch.solvers.bound import Bound, certify, certify_afresh, warm_up
+from simmatch.solvers.bound import Bound, KeptBound, certify, certify_afresh, warm_up
 
 STALE_BOUND = (
     "lateral: expected the rows for which the bound was last certified, got other rows or no bound yet; "
@@ -117,8 +117,7 @@ class Synapses(nn.Module):
             arguments.contrast_floor,
         )
         self.rows, self.exchange = rows, exchange
-        self._bound: Bound | None = None
-        self._bounded: tuple[Tensor, int, Tensor] | None = None  # the M of this bound, its version, and ‖M‖
+        self._kept = KeptBound()
         self._record: FaultRecord | None = None
         self._register(dtype, device)
 
@@ -168,37 +167,16 @@ class Synapses(nn.Module):
     def bound(self) -> Bound:
         """The certified bound of λmax(M), equal on all owners; it depends on `lateral` and `perron` only.
 
+        The next update writes the next bound into the same tensors.
+
         Raises
         ------
         RuntimeError
             No bound has been certified yet, or the rows of M held here have been written to since.
         """
-        if self._bound is None or not self._bound_is_valid():
+        if self._kept.bound is None or not self._kept.holds_for(self.lateral):
             raise RuntimeError(STALE_BOUND)
-        return self._bound
-
-    def _bound_is_valid(self, *, look: bool = True) -> bool:
-        """Whether `lateral` is the tensor that was certified last, and has not been written to since.
-
-        torch counts most writes; ‖M‖ detects the others, for which the host has to `look` at the device.
-        """
-        if self._bounded is None:
-            return False
-        lateral, version, norm = self._bounded
-        same = lateral is self.lateral and version == _version(lateral)
-        return same and (not look or bool(norm == torch.linalg.vector_norm(lateral)))
-
-    def _keep(self, bound: Bound, ok: Tensor | None = None) -> None:
-        """Keep the certified bound of the current `lateral`; see `_put` for `ok`."""
-        norm = torch.linalg.vector_norm(self.lateral)
-        if ok is not None:  # in place: a captured update reads what the one before it has written
-            if self._bound is None or self._bounded is None:
-                return  # a fault: this owner has no bound of its rows
-            kept = (self._bound.largest, self._bound.epsilon, self._bound.perron, self._bounded[2])
-            for target, value in zip(kept, (bound.largest, bound.epsilon, bound.perron, norm), strict=True):
-                _put(target, value, ok)
-            bound, norm = self._bound, self._bounded[2]
-        self._bound, self._bounded = bound, (self.lateral, _version(self.lateral), norm)
+        return self._kept.bound
 
     @eager_full_precision
     def certify(self) -> None:
@@ -208,7 +186,8 @@ class Synapses(nn.Module):
         owner calls it whenever M has been written to or loaded since. Several owners raise an error instead, until they
         call `certify` or `recertify`: whether another owner has written to its rows is unknown to them.
         """
-        self._keep(certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange))
+        bound = certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
+        self._kept.keep(bound, self.lateral)
 
     @eager_full_precision
     def recertify(self) -> None:
@@ -227,19 +206,19 @@ class Synapses(nn.Module):
         A bound of an earlier M is never used: a single owner certifies M again; several owners, if one of them has
         written to its rows, raise an error at the next exchange.
         """
-        if self._bound is None:
+        if self._kept.bound is None:
             self.certify()
-        elif not self._bound_is_valid(look=not fault.recorded):
+        elif not self._kept.holds_for(self.lateral, look=not fault.recorded):
             if self.exchange.world_size == 1:
                 self.certify()
             elif bool(self.lateral.isfinite().all()):  # rows that are not finite are reported by the dynamics
                 with fault:
                     raise RuntimeError(STALE_BOUND)
-        assert self._bound is not None
-        return OwnState(self.weights, self._bound, self.alpha if self.label_gain > 0 else None, fault)
+        assert self._kept.bound is not None
+        return OwnState(self.weights, self._kept.bound, self.alpha if self.label_gain > 0 else None, fault)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self._bounded = None  # of the owners, perhaps only this one loads: it must not start an exchange
+        self._kept.forget()  # of the owners, perhaps only this one loads: it must not start an exchange
         super()._load_from_state_dict(*arguments, **options)
 
     # ------------------------------------------------------------------------------------------- plasticity
@@ -292,8 +271,8 @@ class Synapses(nn.Module):
             bound = certify(after["lateral"], perron, rows, ridge=ridge, exchange=self.exchange, fault=fault)
         ok = fault.settle()
         for name, value in after.items():
-            _put(getattr(self, name), value, ok)
-        self._keep(bound, ok)
+            put(getattr(self, name), value, ok)
+        self._kept.keep(bound, self.lateral, ok)
         if self.exchange is IDENTITY and statistics is not None:  # else the exchange's provider measures the objective
             self.above_one.copy_(worse_than_silence(statistics, self.alpha))
             if ok is None:
@@ -362,7 +341,7 @@ class Synapses(nn.Module):
         """
         if self._record is not None:
             self._record.raise_first(self.updates)
-            if not self._bound_is_valid():
+            if not self._kept.holds_for(self.lateral):
                 raise RuntimeError(STALE_BOUND)
             self._warn_of_divergence(stacklevel=3)
 
@@ -384,16 +363,3 @@ class Synapses(nn.Module):
         yz, zz: [K, num_classes] and [num_classes, num_classes], as in `Statistics`.
         """
         self.label.copy_(settled_label(self.label, yz, zz))
-
-
-def _version(tensor: Tensor) -> int:
-    """The number of writes to a tensor, as counted by torch."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _put(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
-    """Write a value into a buffer; if `ok` is given, only where it is true, and without waiting for the device."""
-    if ok is None:
-        target.copy_(value)
-    else:
-        torch.where(ok, value, target, out=target)

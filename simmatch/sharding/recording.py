@@ -140,3 +140,17 @@ class OwnFault(LocalFault):
 
     def raise_shared(self, statuses: Tensor, values: str) -> None:
         self._collected.append(status_of(statuses))
+
+
+def put(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
+    """Write a value into a tensor; if `ok` is given, only where it is true, and without waiting for the device.
+
+    >>> kept = torch.zeros(2)
+    >>> put(kept, torch.ones(2), ok=torch.tensor(False))
+    >>> kept
+    tensor([0., 0.])
+    """
+    if ok is None:
+        target.copy_(value)
+    else:
+        torch.where(ok, value, target, out=target)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault
+from simmatch.sharding.recording import put
 from simmatch.sharding.rows import Rows, join_rows
 
 PERRON_FLOOR = 1e-2
@@ -59,6 +60,62 @@ class Bound:
     def ridge(self) -> float:
         """ε as a number; waits for the device."""
         return float(self.epsilon)
+
+
+class KeptBound:
+    """The bound of one M, and whether M has been written to since.
+
+    It stays in the same tensors from update to update, so that a captured update finds what the one before it wrote.
+
+    >>> lateral, kept = torch.eye(4), KeptBound()
+    >>> kept.holds_for(lateral)
+    False
+    >>> kept.keep(certify_afresh(lateral, Rows.all(4), ridge=0.0), lateral)
+    >>> kept.holds_for(lateral), kept.holds_for(lateral.mul_(2.0))
+    (True, False)
+    """
+
+    def __init__(self) -> None:
+        self.bound: Bound | None = None
+        self._norm: Tensor | None = None
+        self._of: tuple[Tensor, int] | None = None
+
+    def keep(self, bound: Bound, lateral: Tensor, ok: Tensor | None = None) -> None:
+        """Keep the certified bound of M; if `ok` is given and false, on the device, keep what there is."""
+        norm = torch.linalg.vector_norm(lateral)
+        values = (bound.largest, bound.epsilon, bound.perron, norm)
+        for target, value in zip(self._storage(values), values, strict=True):
+            put(target, value, ok)
+        self._of = lateral, _version(lateral)
+
+    def _storage(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors of the bound and of ‖M‖; new ones if those cannot hold the values."""
+        if self.bound is not None and self._norm is not None:
+            kept = (self.bound.largest, self.bound.epsilon, self.bound.perron, self._norm)
+            pairs = zip(kept, values, strict=True)
+            if all((a.device, a.dtype) == (b.device, b.dtype) and not a.is_inference() for a, b in pairs):
+                return kept
+        largest, epsilon, perron, self._norm = (value.clone() for value in values)
+        self.bound = Bound(largest, epsilon, perron)
+        return largest, epsilon, perron, self._norm
+
+    def forget(self) -> None:
+        """M may have been written to."""
+        self._of = None
+
+    def holds_for(self, lateral: Tensor, *, look: bool = True) -> bool:
+        """Whether this is the tensor whose bound is kept, and it has not been written to since.
+
+        torch counts most writes; ‖M‖ detects the others, for which the host has to `look` at the device.
+        """
+        if self._of is None or self._of[0] is not lateral or self._of[1] != _version(lateral):
+            return False
+        return not look or bool(self._norm == torch.linalg.vector_norm(lateral))
+
+
+def _version(tensor: Tensor) -> int:
+    """The number of writes to a tensor, as counted by torch."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def certify(

@@ -50,8 +50,8 @@ class Replayed:
 
     def tensors(self) -> list[Tensor]:
         layer = self.follower.layer
-        bound, record = layer._bound, layer._record
-        kept = [bound.largest, bound.epsilon, bound.perron, layer._bounded[2], record.ok, record._statuses]
+        bound, record = layer._kept.bound, layer._record
+        kept = [bound.largest, bound.epsilon, bound.perron, layer._kept._norm, record.ok, record._statuses]
         return [*layer.buffers(), *kept]
 
     def capture(self, function: Callable[[], Any]) -> Any:
@@ -60,7 +60,7 @@ class Replayed:
         for tensor, value in zip(self.tensors(), before, strict=True):
             tensor.copy_(value)
         layer = self.follower.layer
-        layer._bounded = (layer.lateral, layer.lateral._version, layer._bounded[2])
+        layer._kept._of = (layer.lateral, layer.lateral._version)
         if self.fault is not None:
             raise self.fault
         return self.result

@@ -82,7 +82,7 @@ def make_layer(split: bool = False, **changes: Any) -> SimilarityMatchingConv2d:
         changes |= {"dynamics": DynamicsConfig(exchange="gather_state"), "exchange": IdentityExchange()}
     layer = SimilarityMatchingConv2d(1, CHANNELS, 5, normalize="contrast", device=CARD, **changes)
     number = torch.ones((), dtype=torch.float64, device=CARD)
-    layer._keep(Bound(number, number.clone(), torch.ones(CHANNELS, device=CARD)))
+    layer._kept.keep(Bound(number, number.clone(), torch.ones(CHANNELS, device=CARD)), layer.lateral)
     return layer
 
 
