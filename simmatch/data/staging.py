@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ Tensors = tuple[Tensor, ...]
 
 THREAD = "simmatch-input"
 """Name of the thread."""
+
+IN_FLIGHT = 3
+"""Batches between those that the host has received and those that the device has used."""
 
 
 class Images(Protocol):
@@ -113,6 +117,9 @@ def staged(batches: Iterator[Tensors], device: torch.device, *, ahead: bool) -> 
 class Transfer:
     """Copies from the host to a device; to a CUDA device through pinned memory, on a stream of its own.
 
+    The host may start many updates before the device makes them. So the thread that sends waits until the device is no
+    more than `IN_FLIGHT` batches behind: else every batch in between would take memory there.
+
     >>> transfer = Transfer(torch.device("cpu"))
     >>> with transfer.stream():
     ...     sent = transfer.send((torch.zeros(2),))
@@ -124,6 +131,7 @@ class Transfer:
         self._device = device
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._used: deque[torch.cuda.Event] = deque()  # each: all batches before the one that was received then
 
     def stream(self) -> Any:
         """The context in which batches are prepared and sent."""
@@ -133,6 +141,8 @@ class Transfer:
         """Start the copies; the event is recorded when they have arrived."""
         if self._stream is None:
             return tensors, None
+        if len(self._used) > IN_FLIGHT:
+            self._used.popleft().synchronize()
         # the allocator keeps a pinned block until the copy from it has ended
         copies = tuple(tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors)
         return copies, self._stream.record_event()
@@ -143,6 +153,8 @@ class Transfer:
         if arrived is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(arrived)
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._used.append(current.record_event(done))
             for tensor in tensors:
                 tensor.record_stream(current)  # its memory serves another batch only when this stream is done with it
         return tensors

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmatch.config import LayerConfig, ModelConfig, PlasticityConfig, TrainConfig
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.data.staging import THREAD, Tensors, Transfer, staged
+from simmatch.data.staging import IN_FLIGHT, THREAD, Tensors, Transfer, staged
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack
@@ -115,18 +115,27 @@ def test_reading_is_hidden_behind_computing() -> None:
 # -- to a CUDA device --------------------------------------------------------------------------------------------------
 
 
+class FakeEvent:
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def synchronize(self) -> None:
+        self.log.append("device reached")
+
+
 class FakeTransfers:
     """Stands in for streams, events and tensors of a card, and notes what is done with them."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def record_event(self) -> str:
+    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+        event = event or FakeEvent(self.log)
         self.log.append("event")
-        return "arrived"
+        return event
 
-    def wait_event(self, event: str) -> None:
-        self.log.append(f"wait for {event}")
+    def wait_event(self, event: FakeEvent) -> None:
+        self.log.append("wait for event")
 
     def pin_memory(self) -> FakeTransfers:
         self.log.append("pin")
@@ -140,7 +149,8 @@ class FakeTransfers:
         self.log.append("in use")
 
 
-def test_a_batch_is_pinned_copied_and_waited_for_by_the_stream_that_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTransfers:
     fake = FakeTransfers()
 
     @contextmanager
@@ -150,15 +160,35 @@ def test_a_batch_is_pinned_copied_and_waited_for_by_the_stream_that_uses_it(monk
         fake.log.append("end")
 
     monkeypatch.setattr("torch.cuda.Stream", lambda device: fake)
+    monkeypatch.setattr("torch.cuda.Event", lambda *, blocking: FakeEvent(fake.log))
     monkeypatch.setattr("torch.cuda.stream", stream)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: fake)
+    return fake
+
+
+def test_a_batch_is_pinned_copied_and_waited_for_by_the_stream_that_uses_it(fake: FakeTransfers) -> None:
     transfer = Transfer(torch.device("cuda"))
     tensors: Any = (fake, fake)
     with transfer.stream():
         sent = transfer.send(tensors)
     transfer.receive(sent)
     copy = ["pin", "copy to cuda, non_blocking=True"]
-    assert fake.log == ["side stream", *copy, *copy, "event", "end", "wait for arrived", "in use", "in use"]
+    received = ["wait for event", "event", "in use", "in use"]
+    assert fake.log == ["side stream", *copy, *copy, "event", "end", *received]
+
+
+def test_no_more_than_a_few_batches_wait_for_the_device(fake: FakeTransfers) -> None:
+    """Each batch is sent before the one before it is received, as by the thread."""
+    transfer, tensors = Transfer(torch.device("cuda")), (fake,)
+    waits = []
+    sent = transfer.send(tensors)  # type: ignore[arg-type]
+    for _ in range(10):
+        before = fake.log.count("device reached")
+        following = transfer.send(tensors)  # type: ignore[arg-type]
+        waits.append(fake.log.count("device reached") - before)
+        transfer.receive(sent)
+        sent = following
+    assert waits == [0] * (IN_FLIGHT + 1) + [1] * (9 - IN_FLIGHT)
 
 
 @pytest.mark.gpu
