@@ -81,6 +81,8 @@ class RunResults:
     def write_profiles(self, record: RunRecord, asked: int) -> list[Table]:
         """Write what ranks have profiled, and log it with their traces; returns it as tables."""
         rows, tables = profile_rows(record), profile_tables(record, asked)
+        if not rows and asked:
+            self.report("no profile: no update was recorded")
         if not rows:
             return []
         traces = [(row["trace"], row["layer"]) for row in rows if row["trace"]]

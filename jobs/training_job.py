@@ -163,8 +163,8 @@ class TrainingJob:
     def _close(self, outcome: RunOutcome) -> None:
         """Write and show the results, then wait for Ray and for MLflow."""
         try:
-            tables = self.results.write_profiles(self.record, self._profile)
             summary = self.results.write_summary(self.config, self.record, outcome, time.monotonic() - self.started)
+            tables = self.results.write_profiles(self.record, self._profile)
             if outcome.message is not None:
                 print(f"error: {one_line(outcome.message)}", file=sys.stderr)
             for table in tables:

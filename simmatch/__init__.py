@@ -7,6 +7,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack, load_model, save_model
 from simmatch.observer import Observer, Update
 from simmatch.plasticity import Statistics
+from simmatch.profile import Profile
 from simmatch.solvers.dynamics import Solution
 from simmatch.solvers.quadratic import ConvergenceWarning, solve
 
@@ -18,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "Observer",
     "PlasticityConfig",
+    "Profile",
     "SimilarityMatchingConv2d",
     "Solution",
     "Stack",

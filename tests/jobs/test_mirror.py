@@ -10,12 +10,15 @@ import pytest
 import yaml
 
 from cluster.config import RunConfig, public
+from cluster.messages import LayerProfiled, Outbox
+from cluster.profiles import FOLDER, TraceWriter
 from cluster.storage import AnyPath, locate, read, write_whole
 from cluster.tracking.delivery import PROGRESS_NAME
 from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from jobs.mirror import Mirror
 from jobs.run_directory import choose
 from simmatch.config import ConfigError
+from simmatch.profile import Recording, Trace
 from simmatch.remote import StorageError
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -111,6 +114,22 @@ def test_the_model_comes_to_this_machine(place: AnyPath, tmp_path: Path) -> None
         "config.yaml": b"layers",
         "model.safetensors": b"weights",
     }
+
+
+def test_traces_come_to_this_machine_and_their_tables_go_there(place: AnyPath, tmp_path: Path) -> None:
+    name, report = "layer-0-rank-1.json.gz", Outbox()
+    writer = TraceWriter(place, 1, report, patience_s=60.0)
+    writer.submit(Recording(0, 4, 20, Trace(b'{"traceEvents": []}')))
+    writer.close()
+    (told,) = report.messages
+    assert isinstance(told, LayerProfiled)
+    assert told.file == name
+    here = mirror(place, tmp_path / "here")
+    folder = here.fetch(FOLDER, [name])
+    assert (folder / name).read_bytes() == read(place / FOLDER / name)
+    (folder / "summary.json").write_bytes(b"[]")
+    here.close()
+    assert read(place / FOLDER / "summary.json") == b"[]"
 
 
 def test_a_store_that_is_away_takes_nothing(store: ObjectStore, place: AnyPath, tmp_path: Path) -> None:

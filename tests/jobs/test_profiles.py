@@ -164,8 +164,12 @@ def test_files_that_cannot_be_written_leave_the_tables(results: RunResults, two_
     assert lines[0].startswith("the profile is not written: ")
 
 
-def test_without_a_profile_nothing_is_written(results: RunResults) -> None:
-    assert results.write_profiles(RunRecord(), 0) == []
+@pytest.mark.parametrize(("asked", "expected"), [(0, []), (5, ["no profile: no update was recorded"])])
+def test_without_a_profile_nothing_is_written(results: RunResults, asked: int, expected: list[str]) -> None:
+    lines: list[str] = []
+    results.report = lines.append
+    assert results.write_profiles(RunRecord(), asked) == []
+    assert lines == expected
     results.tracker.close()
     assert not (results.start.run_dir / FOLDER).exists()
 
