@@ -19,6 +19,18 @@ READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ("simmatc
 NOT_RUN = "not run in tests"
 """In the comment behind a command that takes too long, or needs what a test machine lacks."""
 
+OF_A_RUN = (
+    "checkpoints/",
+    "checkpoints/constants/",
+    "figures/",
+    "model/",
+    "profile/",
+    "results/",
+    "summary.json",
+    "tables.md",
+)
+"""Files of a run, not of the project."""
+
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOMS = "simmatch|cluster|jobs|tests|infra"
 
@@ -92,8 +104,8 @@ def test_files_and_sections_that_it_names_exist(readme: Path) -> None:
     text = BLOCK.sub("", readme.read_text(encoding="utf-8"))
     named = re.findall(r"`([\w./-]+\.(?:py|md|yaml|lock|toml)|[\w/-]+/)`", text)
     for name in named:
-        if name.startswith("runs/") or name in ("checkpoints/", "figures/", "model/", "results/", "summary.json"):
-            continue  # of a run, not of the project
+        if name.startswith("runs/") or name in OF_A_RUN:
+            continue
         bases = [ROOT, readme.parent, ROOT / "jobs/configs"]
         known = name in ("config.yaml", "rayjob.yaml") or any((base / name).exists() for base in bases)
         assert known, f"{name_of(readme)} names {name}"
