@@ -20,15 +20,9 @@ NOT_RUN = "not run in tests"
 """In the comment behind a command that takes too long, or needs what a test machine lacks."""
 
 OF_A_RUN = (
-    "checkpoints/",
-    "checkpoints/constants/",
-    "figures/",
-    "model/",
-    "profile/",
-    "results/",
-    "summary.json",
+    "checkpoints/", "checkpoints/constants/", "events/", "figures/", "model/", "profile/", "results/", "summary.json",
     "tables.md",
-)
+)  # fmt: skip
 """Files of a run, not of the project."""
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
