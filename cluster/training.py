@@ -214,9 +214,14 @@ class Training(Observer):
 
     @contextmanager
     def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
+        with self._named(index), self.profile.updating(index, layer):
+            yield
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """Errors name layer and step."""
         try:
-            with self.profile.updating(index, layer):
-                yield
+            yield
         except PeerTimeout:
             raise
         except SharedFault as fault:
@@ -246,7 +251,7 @@ class Training(Observer):
         stop = number % self.config.log_every == 0 and self._all_stop()
         needed = number == update.total or stop
         if needed or self.step % self.config.checkpoint.every_steps == 0:
-            with self.updating(index, update.layer):
+            with self._named(index):
                 update.layer.raise_faults()  # a checkpoint holds no update after a fault
             self._save(update, needed=needed)
         if stop:
