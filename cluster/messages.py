@@ -253,7 +253,8 @@ class Outbox:
     Attributes
     ----------
     rank: of the sender. What all ranks would send alike is kept on rank 0 only.
-    messages: sent so far; each reaches the controller once, in order.
+    messages: sent so far, without those that the controller has; each reaches it once, in order.
+    arrived: number of those that it has.
     phases: the latest progress of every phase so far; on other ranks than 0 of the present phase, without metrics.
     stopping: whether the controller has asked this rank to stop at a step that all ranks agree on.
     beats: signs of life so far.
@@ -261,6 +262,7 @@ class Outbox:
 
     rank: int = 0
     messages: list[Message] = field(default_factory=list)
+    arrived: int = 0
     phases: list[Progress] = field(default_factory=list)
     stopping: bool = False
     beats: int = 0
@@ -278,6 +280,17 @@ class Outbox:
             self.phases[-1] = progress
         else:
             self.phases.append(progress)
+
+    @property
+    def sent(self) -> int:
+        """Number of messages so far."""
+        return self.arrived + len(self.messages)
+
+    def since(self, first: int) -> list[Message]:
+        """Messages from number `first` on; those before have arrived, and are not kept."""
+        del self.messages[: max(0, first - self.arrived)]
+        self.arrived = max(first, self.arrived)
+        return list(self.messages)
 
     def send(self, message: Message) -> None:
         """Send a message that has to be kept."""

@@ -124,7 +124,7 @@ class Worker:
             done=done,
             failure=failure,
             phases=list(self._outbox.phases),
-            messages=self._outbox.messages[first:],
+            messages=self._outbox.since(first),
             num_exchanges=self._num_started,
             stopped=self._stopped,
             idle_s=self._idle_s(),
@@ -138,7 +138,7 @@ class Worker:
         """See `RankStatus`. Compares what the training thread counts anyway, so it costs that thread nothing."""
         exchange, outbox = self._exchange, self._outbox
         completed = getattr(exchange, "num_completed", 0)
-        mark = (exchange.num_exchanges, self._num_started, completed, outbox.beats, len(outbox.messages))
+        mark = (exchange.num_exchanges, self._num_started, completed, outbox.beats, outbox.sent)
         now = time.monotonic()
         if mark != self._mark:
             self._mark, self._moved = mark, now

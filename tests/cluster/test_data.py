@@ -35,7 +35,7 @@ def test_a_rank_with_other_data_is_named(
     config = digits_config(1)
     whole = load_dataset(config.data)
 
-    def found(_: object) -> Dataset:
+    def found(_: object, **options: object) -> Dataset:
         return dataclasses.replace(whole.take(slice(lacking, None), slice(None)), skipped=lacking)
 
     monkeypatch.setattr("cluster.training.load_dataset", found)
@@ -58,7 +58,7 @@ def test_other_labels_are_other_data(
     config = digits_config(1)
     whole = load_dataset(config.data)
     other = dataclasses.replace(whole, test_labels=torch.zeros_like(whole.test_labels))
-    monkeypatch.setattr("cluster.training.load_dataset", lambda _: other)
+    monkeypatch.setattr("cluster.training.load_dataset", lambda _, **options: other)
     failure = ended(config, tmp_path, whole.digest()).failure
     assert failure is not None
     assert "expected the data of this run" in failure.message

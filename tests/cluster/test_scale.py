@@ -141,6 +141,16 @@ def test_ranks_that_do_not_answer_are_counted_and_some_are_named(
         scene.step()
 
 
+def test_a_rank_keeps_no_messages_that_have_arrived(
+    digits_config: ConfigMaker, tmp_path: Path, ray: PretendedRay
+) -> None:
+    scene = Scene(digits_config(2), 2, tmp_path)
+    for _ in range(20):
+        scene.step()
+    assert [len(worker._outbox.messages) for worker in scene.workers] == [1, 1]
+    assert [worker._outbox.sent for worker in scene.workers] == scene.group._received == [20, 20]
+
+
 def test_only_rank_0_sends_what_all_ranks_know(digits_config: ConfigMaker, tmp_path: Path, ray: PretendedRay) -> None:
     scene = Scene(digits_config(2), 3, tmp_path)
     scene.step()
