@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.config import RunConfig, public
 from cluster.text import count, size
-from jobs.plan_memory import PROGRAM_BYTES, plan_disk, plan_memory
+from jobs.plan_memory import DRIVER_BYTES, PROGRAM_BYTES, plan_disk, plan_memory
 from jobs.reporting import Table
 from simmatch.config import LayerConfig
 from simmatch.data.sources import Dataset
@@ -163,10 +163,11 @@ def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None
         stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images))
         held = min(stored, config.data.cache_bytes)
         cache = [f"node cache: {size(held)} of each node's disk, for {size(stored)} of images"]
-    disk, program = plan_disk(config, dataset.source), f"{size(PROGRAM_BYTES)} for the program itself in each process"
+    disk = plan_disk(config, dataset.source)
     for line in (
         f"{place}; features: encoded images that the rank keeps; working: batches, the solver, a whitening, a readout; "
-        f"add {program}",
+        f"add {size(PROGRAM_BYTES)} for the program itself",
+        f"driver: {size(DRIVER_BYTES + images)}",
         *cache,
         f"disk: {size(disk.checkpoint)} for a checkpoint, {size(disk.constants)} written once, {size(disk.kept)} in "
         f"all for the checkpoints that are kept; {size(disk.model)} for the model",

@@ -91,7 +91,8 @@ def test_memory_is_that_of_a_run_within_a_factor(
     make_config: MakeConfig, digits: Dataset, tmp_path: Path, channel: int, changes: tuple[str, ...]
 ) -> None:
     """Rank 0, from its start to the end of the last layer: between 0.7 and 2 times what its tensors need."""
-    config = make_config(f"mesh.channel={channel}", *changes)
+    brief = [f"model.layers.{layer}.train.images=150" for layer in range(2)]
+    config = make_config(f"mesh.channel={channel}", *brief, *changes)
     phases = plan_memory(config, digits.source, len(digits.train_images), len(digits.test_images))
     planned = max(phase.total for phase in phases if phase.phase != "readout") + digits.train_images.nbytes
     if channel == 1:
@@ -134,7 +135,8 @@ def test_a_whitening_that_cannot_be_solved_is_refused(
 
 def test_bytes_on_the_disk_are_those_of_a_run(make_config: MakeConfig, digits: Dataset, tmp_path: Path) -> None:
     """Within 5 %: files have headers, and counters."""
-    config = make_config("mesh.channel=1", "model.layers.1.out_channels=256")
+    brief = [f"model.layers.{layer}.train.images=150" for layer in range(2)]
+    config = make_config("mesh.channel=1", "model.layers.1.out_channels=256", *brief)
     plan = plan_disk(config, digits.source)
     outbox = Outbox()
     training = Training(Assignment(config, tmp_path, 0), IDENTITY, outbox, torch.device("cpu"))
