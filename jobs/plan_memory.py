@@ -171,10 +171,10 @@ def plan_memory(config: RunConfig, source: InputConfig, train_images: int, test_
 
 
 def _calibration(layer: LayerSizes, value: int, chunk: int, train_images: int) -> float:
-    """A sample of the input, gathered, and the patches, covariance and eigenvectors that rank 0 makes of it."""
+    """A sample of the input, gathered in chunks, and what rank 0 makes of it: patches, covariance, eigenvectors."""
     images = min(layer.config.whiten_images, train_images)
     patches = min(layer.config.whiten_patches, images * layer.activities // layer.channels)
-    sample = value * layer.input * (2 * images + chunk)
+    sample = value * layer.input * (images + 2 * chunk)
     return sample + 2 * value * layer.patch * patches + _solving(layer)
 
 

@@ -138,8 +138,9 @@ class FeatureStore:
             yield gather_images(part, chunk.stop - chunk.start, self.exchange)
 
     def first(self, count: int) -> Tensor:
-        """Features of the first `count` images, on every rank."""
-        return first_rows(self.gathered(), count)
+        """Features of the first `count` images on rank 0; the other ranks send theirs and get none, [count, 0, …]."""
+        keep = self.exchange.rank == 0
+        return first_rows((part if keep else part[:, :0] for part in self.gathered()), count)
 
 
 def first_rows(parts: Iterable[Tensor], count: int) -> Tensor:
@@ -148,13 +149,16 @@ def first_rows(parts: Iterable[Tensor], count: int) -> Tensor:
     >>> first_rows(iter([torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, 2)]), 6).shape
     torch.Size([6, 2])
     """
-    selected, rows = [], 0
+    selected, rows = torch.empty(0), 0
     for part in parts:
-        selected.append(part)
+        if rows == 0:
+            selected = part.new_empty(count, *part.shape[1:])
+        part = part[: count - rows]
+        selected[rows : rows + len(part)] = part
         rows += len(part)
-        if rows >= count:
+        if rows == count:
             break
-    return torch.cat(selected)[:count]
+    return selected[:rows]
 
 
 @dataclass(frozen=True)
