@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from cluster.redaction import one_line
-from jobs.benchmarks import dynamics, gpu, network, overhead, pynsm, scaling
+from jobs.benchmarks import dynamics, gpu, ingest, network, overhead, pynsm, scaling
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import at_least
@@ -29,6 +29,7 @@ from simmatch.data.formats import DataError
 SUBCOMMANDS = {
     "dynamics": (dynamics, "the solvers on one device: iterations, columns/s, share of the GEMM rate, memory"),
     "gpu": (gpu, "the dynamics, updates and encoding on a CUDA device, compared with plain torch"),
+    "ingest": (ingest, "reading an epoch of prepared images: speed and memory, compared with other ways to read"),
     "pynsm": (pynsm, "encoding and training compared with the authors' library"),
     "scaling": (scaling, "shards compared with one device, for every exchange mode"),
     "network": (network, "exchange modes and number formats between two hosts on a slow link"),

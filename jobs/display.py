@@ -169,7 +169,7 @@ class ProgressBars:
 def load_shown(console: Console, config: DataConfig) -> Dataset:
     """`load_dataset`, which shows how far it is, and then how own images were understood."""
     with ProgressBars(console, line_every_s=LINE_EVERY_S) as bars:
-        dataset = load_dataset(config, progress=partial(bars.update, "decode"))
+        dataset = load_dataset(config, progress=partial(bars.update, "decode"), warn=bars.note)
         for note in dataset.notes:
             bars.note(note)
     return dataset

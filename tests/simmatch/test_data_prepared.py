@@ -36,6 +36,9 @@ from simmatch.data.sources import Dataset, load_dataset
 from simmatch.files import locked
 from simmatch.fit import Trainer
 from simmatch.model import Stack
+from simmatch.observer import Observer
+from simmatch.sharding.exchange import Exchange
+from tests.exchanges import run_owners
 from tests.object_store import BUCKET, ObjectStore, object_store
 
 IMAGES, SIDE = 60, 5
@@ -542,3 +545,67 @@ def test_one_set_of_images_is_visited_whatever_the_blocks(folder: Path) -> None:
     assert torch.equal(visits.sort().values, torch.arange(48))
     prepared = PreparedData(Location(folder), DataConfig(path=str(folder)), pytest.fail)
     assert prepared.images("train").blocks.tolist() == [0, 10, 20, 30, 40, 48]
+
+
+class Recorded:
+    """Images that keep the indices that were asked for."""
+
+    def __init__(self, images: PreparedImages) -> None:
+        self._images, self.shape, self.asked = images, images.shape, []
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
+        self.asked.append(indices.tolist())
+        return self._images[indices]
+
+
+class Stopped(Exception):
+    """As on ranks that the controller asks to stop."""
+
+
+class Between(Observer):
+    """Goes on after `first` updates, and stops after `last`."""
+
+    def __init__(self, first: int, last: int, images: Recorded) -> None:
+        self._first, self._last, self._images = first, last, images
+
+    def restore(self, index, layer) -> None:
+        layer.updates.fill_(self._first)
+
+    def started(self, index, layer) -> None:
+        self._images.asked.clear()  # of the shape and of the calibration
+
+    def updated(self, update) -> None:
+        if update.number == self._last:
+            raise Stopped
+
+
+@pytest.mark.parametrize("order", ["permutation", "blocks"])
+def test_two_four_and_three_ranks_visit_the_images_of_one_undisturbed_run(folder: Path, order: str) -> None:
+    data = load_dataset(DataConfig(path=str(folder), order=order))
+    layer = LayerConfig(out_channels=4, kernel_size=3, train=TrainConfig(batch_size=5, epochs=2))
+
+    def visited(ranks: int, first: int, last: int) -> list[list[int]]:
+        images = [Recorded(data.train_images) for _ in range(ranks)]
+
+        def train(exchange: Exchange) -> None:
+            Trainer(
+                Stack(ModelConfig(layers=(layer,)), data.source, seed=4),
+                images[exchange.rank],
+                exchange=exchange,
+                observer=Between(first, last, images[exchange.rank]),
+                blocks=data.blocks if order == "blocks" else None,
+            ).fit()
+
+        for outcome in run_owners(ranks, train):
+            assert isinstance(outcome, Stopped)
+        asked = [each.asked[: last - first] for each in images]  # one more may have been read ahead
+        assert all(one == asked[0] for one in asked)
+        return asked[0]
+
+    parts = visited(2, 0, 4) + visited(4, 4, 13) + visited(3, 13, 20)  # an epoch has 10 updates
+    assert parts == visited(1, 0, 20)
+    for epoch in (parts[:10], parts[10:]):
+        assert sorted(index for batch in epoch for index in batch) == list(range(48))
