@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simmatch.config import DataConfig
+from simmatch.data.decoding import ImagePolicy, decode
 from simmatch.data.location import Location
 from simmatch.data.order import Batches
 from simmatch.data.prepared import PreparedData
@@ -105,13 +106,12 @@ def read_webdataset(folder: Path, images: int, processes: int) -> Iterator[tuple
     """webdataset on tar files of JPEG; images are mixed within a buffer of 1,000."""
     import webdataset  # type: ignore[import-not-found]
 
-    def item(sample: tuple[Any, int]) -> Item:
-        pixels = np.asarray(sample[0])
-        return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()), sample[1]
+    def item(sample: tuple[bytes, bytes]) -> Item:
+        return torch.from_numpy(decode(sample[0], ImagePolicy())), int(sample[1])
 
     files = sorted(map(str, folder.glob("*.tar")))
     data = webdataset.WebDataset(files, shardshuffle=len(files), workersplitter=webdataset.split_by_worker)
-    chosen = data.shuffle(1000).decode("pil").to_tuple("jpg", "cls").map(item)
+    chosen = data.shuffle(1000).to_tuple("jpg", "cls").map(item)
     done = 0
     for pixels, labels in DataLoader(chosen, batch_size=BATCH, num_workers=min(processes, len(files))):
         yield pixels, labels
