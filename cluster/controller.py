@@ -25,6 +25,7 @@ from cluster.messages import (
     LayerProfiled,
     Message,
     ModelExported,
+    NodeWarning,
     RankInfo,
     ReadoutScored,
     ShardFailed,
@@ -97,6 +98,7 @@ class Controller:
         self._training = self._learning = self._stop_asked = self._done = False
         self._deadline: float | None = None
         self._step = self._phases_shown = 0
+        self._node_warnings: set[str] = set()
         saving = config.checkpoint
         committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
         self._checkpoints = CheckpointCollector(committer, display.note, data)
@@ -285,6 +287,10 @@ class Controller:
                     self.recorder.metrics(message.update, values, layer=message.layer)
             case TrainingWarning(text):
                 self.display.note(f"warning: {text}")
+            case NodeWarning(text):
+                if text not in self._node_warnings:
+                    self._node_warnings.add(text)
+                    self.display.note(f"warning: {text}")
             case ModelExported(folder):
                 self._checkpoints.model_exported(folder)
             case ReadoutScored():

@@ -107,6 +107,13 @@ class TrainingWarning:
 
 
 @dataclass(frozen=True)
+class NodeWarning:
+    """Something to show to a person about this rank's node, which the text names; its other ranks may send the same."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class ModelExported:
     """The model is written to this folder of the run directory, and not yet published."""
 
@@ -151,7 +158,7 @@ class LayerProfiled:
     problem: str = ""
 
 
-OfOneRank = ShardWritten | ShardFailed | Traceback | LayerProfiled
+OfOneRank = ShardWritten | ShardFailed | Traceback | LayerProfiled | NodeWarning
 """Messages about the rank that sends them."""
 OfTheRun = LayerMetrics | TrainingWarning | ModelExported | ReadoutScored
 """Messages that all ranks would send alike: rank 0 sends them."""

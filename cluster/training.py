@@ -30,7 +30,7 @@ from cluster.checkpoints.shard_writer import ShardWriter, write_shard
 from cluster.checkpoints.state import restore_layer, take_snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
-from cluster.messages import LayerMetrics, ModelExported, Outbox, Progress, TrainingWarning
+from cluster.messages import LayerMetrics, ModelExported, NodeWarning, Outbox, Progress
 from cluster.monitors import GrowthMonitor, MetricsWindow, ObjectiveMonitor, TrainingFault
 from cluster.one_rank import on_one_rank
 from cluster.profiles import TraceWriter
@@ -111,7 +111,7 @@ class Training(Observer):
     def __init__(self, assignment: Assignment, exchange: Exchange, report: Outbox, device: torch.device) -> None:
         self.assignment, self.exchange, self.report, self.device = assignment, exchange, report, device
         self.config = config = assignment.config
-        self.dataset = load_dataset(config.data, warn=lambda text: report.send(TrainingWarning(text)))
+        self.dataset = load_dataset(config.data, warn=lambda text: report.send(NodeWarning(text)))
         check_data(self.dataset, assignment.data)
         dtype = getattr(torch, config.dtype)
         self.stack = Stack(config.model, self.dataset.source, seed=config.seed, dtype=dtype, device=device)

@@ -24,6 +24,7 @@ from cluster.messages import (
     LayerMetrics,
     Message,
     ModelExported,
+    NodeWarning,
     Note,
     Outbox,
     Phase,
@@ -853,6 +854,15 @@ def test_warnings_are_shown(scene: MakeScene) -> None:
     playing = scene([[[warning], []]])
     playing.controller.run()
     assert playing.display.notes.count("warning: layer 0, step 5: the relative objective is above 1") == 1
+
+
+def test_a_warning_about_a_node_is_shown_once_whichever_rank_sends_it(scene: MakeScene) -> None:
+    warning = NodeWarning("cache on node-2: shards are read past the cache: No space left on device")
+    other = NodeWarning("cache on node-3: shards are read past the cache: No space left on device")
+    playing = scene([[[], [warning]], [[other], [warning]]])
+    playing.controller.run()
+    shown = [note for note in playing.display.notes if note.startswith("warning: ")]
+    assert shown == [f"warning: {warning.text}", f"warning: {other.text}"]
 
 
 def test_metrics_are_not_recorded_twice_after_a_restart(scene: MakeScene, tmp_path: Path) -> None:
