@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from cluster.checkpoints.reader import Reader
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
 from jobs.options import override, read_yaml
-from simmatch.config import ConfigError, parse
+from simmatch.config import ConfigError, DataConfig, parse
 from simmatch.data.formats import DataError, read_idx
+from simmatch.data.sources import load_dataset
 from simmatch.sharding.rows import Rows, split_rows
 from tests.image_files import idx_bytes
+from tests.own_images import items, write_parquet, write_tars
 
 EXAMPLES = int(os.environ.get("SIMMATCH_FUZZ", "100"))
 fuzz = settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
@@ -121,6 +124,10 @@ def one_line(error: Exception, path: Path | None = None) -> None:
     assert path is None or str(path) in text
 
 
+def assert_printable(error: Exception) -> None:
+    assert str(error).isprintable()
+
+
 # -- IDX files ---------------------------------------------------------------------------------------------------------
 
 ARRAY = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
@@ -173,6 +180,33 @@ def test_bytes_that_were_never_idx(idx_path: Path, content: bytes) -> None:
     idx_path.write_bytes(content)
     with pytest.raises(DataError):
         read_idx(idx_path, 3)
+
+
+# -- own images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+@fuzz
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of a damaged image
+def test_files_of_own_images(tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject) -> None:
+    """Damage is found when the images are listed or decoded, or it has changed their content."""
+    path = tmp_path_factory.getbasetemp() / f"damaged{suffix}"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if suffix == ".tar":
+            [whole] = write_tars(folder, items(8), shards=1).iterdir()
+        else:
+            whole = write_parquet(folder / "a.parquet", items(8))
+        path.write_bytes(data.draw(damage(whole.read_bytes())))
+    try:
+        dataset = load_dataset(DataConfig(path=str(path), test_fraction=0.4, size=4, channels=3))
+    except (DataError, ConfigError) as error:
+        one_line(error)
+        assert_printable(error)
+    else:
+        assert dataset.train_images.shape[1:] == (3, 4, 4)
+        assert -1 <= int(dataset.train_labels.min()) <= int(dataset.train_labels.max()) < dataset.num_classes
 
 
 # -- manifests and shards ----------------------------------------------------------------------------------------------

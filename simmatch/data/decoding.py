@@ -15,6 +15,7 @@ import numpy as np
 
 from simmatch.config import DataConfig
 from simmatch.data.formats import DataError
+from simmatch.documents import shortened
 from simmatch.extras import extra
 
 if TYPE_CHECKING:
@@ -104,8 +105,7 @@ def decode(data: bytes, policy: ImagePolicy) -> Pixels:
     except UnidentifiedImageError:
         raise DataError(f"cannot be decoded: not an image in one of the formats {', '.join(READABLE)}") from None
     except Exception as error:  # a damaged image can raise almost any exception
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot be decoded: {reason}") from None
+        raise DataError(f"cannot be decoded: {shortened(str(error)) or type(error).__name__}") from None
     return np.ascontiguousarray(values[None] if values.ndim == 2 else values.transpose(2, 0, 1))
 
 

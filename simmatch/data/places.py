@@ -50,7 +50,7 @@ def ask(what: str, call: Callable[[], T], *, remote: bool) -> T:
         return retry(attempt, PATIENCE_S) if remote else attempt()
     except OSError as error:
         reason = "No such file or directory" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        raise DataError(f"{shortened(what)}: cannot be read: {' '.join(reason.split())}") from None
+        raise DataError(f"{shortened(what)}: cannot be read: {shortened(reason)}") from None
 
 
 def store_of(uri: str) -> tuple[Any, str]:
@@ -316,7 +316,7 @@ class Files:
         return data
 
 
-def message(error: Any) -> str:
+def message(error: Exception) -> str:
     """An exception of a library as a part of a one-line message.
 
     >>> message(ValueError("not a\\nfile"))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import pickle
-import tarfile
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -18,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 import simmatch.data.places
 from simmatch.config import ConfigError, DataConfig, parse
@@ -27,70 +23,7 @@ from simmatch.data.listing import list_samples
 from simmatch.data.loading import decoded
 from simmatch.data.sources import Dataset, load_dataset
 from tests.object_store import BUCKET, ObjectStore, object_store
-
-CLASSES = ("cat", "dog", "élan")
-Item = tuple[str, int, bytes]
-"""Key without suffix, class or −1, bytes of a PNG file."""
-
-
-def png(value: int, size: tuple[int, int] = (6, 8), channels: int = 3) -> bytes:
-    """A blank image of this grey level: a label of its own to find it again by."""
-    file = io.BytesIO()
-    Image.new("RGB" if channels == 3 else "L", size[::-1], (value,) * channels if channels == 3 else value).save(
-        file, "PNG"
-    )
-    return file.getvalue()
-
-
-def items(count: int = 30) -> list[Item]:
-    return [(f"{index:03d}", index % len(CLASSES), png(index)) for index in range(count)]
-
-
-# -- layouts, written by other code than that which reads them ---------------------------------------------------------
-
-
-def write_folder(folder: Path, some: list[Item]) -> Path:
-    for key, label, data in some:
-        path = folder / (CLASSES[label] if label >= 0 else "") / f"{key}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def write_tars(folder: Path, some: list[Item], shards: int = 3) -> Path:
-    """Labels in turn as key.cls and as key.json."""
-    for shard in range(shards):
-        members = []
-        for key, label, data in some[shard::shards]:
-            members.append((f"{key}.png", data))
-            if label >= 0:
-                text = ("cls", str(label)) if int(key) % 2 else ("json", json.dumps({"label": label, "more": "x"}))
-                members.append((f"{key}.{text[0]}", text[1].encode()))
-        write_tar(folder / f"shard-{shard:03d}.tar", members)
-    return folder
-
-
-def write_parquet(path: Path, some: list[Item], *, structs: bool = True, names: bool = True, **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = [data for _, _, data in some]
-    column = pa.array([{"bytes": data, "path": None} for data in images] if structs else images)
-    table = pa.table({"image": column, "label": pa.array([label for _, label, _ in some])})
-    if names:
-        features = {"info": {"features": {"label": {"names": list(CLASSES), "_type": "ClassLabel"}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
-    pq.write_table(table, path, **{"row_group_size": 4, **options})
-    return path
-
+from tests.own_images import CLASSES, Item, items, png, write_folder, write_parquet, write_tar, write_tars
 
 LAYOUTS: dict[str, Callable[[Path, list[Item]], object]] = {
     "folder": write_folder,
