@@ -38,7 +38,7 @@ from simmatch.sharding.faults import LocalFault, status_of
 from simmatch.sharding.recording import FaultRecord, RecordedFault, put
 from simmatch.sharding.rows import Rows
 from simmatch.sharding.sharing import OwnState
-from simmatch.solvers.bound import Bound, KeptBound, certify, certify_afresh, warm_up
+from simmatch.solvers.bound import WARM, Bound, KeptBound, certify, certify_afresh, warm_up
 
 STALE_BOUND = (
     "lateral: expected the rows for which the bound was last certified, got other rows or no bound yet; "
@@ -66,7 +66,8 @@ class Synapses(nn.Module):
     input_power: tr C_x, the mean squared norm of a patch after normalisation and whitening; 0 before `calibrate`.
     class_frequency: [num_classes], p̂, the running class frequency.
     silent: [K_g], number of consecutive updates in which a channel was silent on every column.
-    perron: [K], approximate Perron vector of M; together with M it determines the bound of λmax(M).
+    perron: [K], approximate Perron vector of M, see `simmatch.solvers.bound.WARM`; together with M it determines the
+        bound of λmax(M).
     updates: number of updates.
     revived: number of channels that were drawn anew.
     dead: number of channels, of all owners, that were dead at the last update (and revived, if configured); not saved.
@@ -186,7 +187,10 @@ class Synapses(nn.Module):
         owner calls it whenever M has been written to or loaded since. Several owners raise an error instead, until they
         call `certify` or `recertify`: whether another owner has written to its rows is unknown to them.
         """
-        bound = certify(self.lateral, self.perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
+        perron, _ = warm_up(
+            self.lateral, self.perron, self.rows, flagged=torch.zeros_like(self.silent), exchange=self.exchange
+        )
+        bound = certify(self.lateral, perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
         self._kept.keep(bound, self.lateral)
 
     @eager_full_precision
@@ -263,7 +267,7 @@ class Synapses(nn.Module):
             perron, dead = warm_up(
                 after["lateral"], state.bound.perron, rows, flagged=flagged, exchange=self.exchange, fault=fault
             )
-        after |= {"perron": perron, "dead": dead.sum()}
+        after |= {"perron": WARM * perron, "dead": dead.sum()}
         with fault:
             if self.plasticity.revive and statistics is not None and (fault.recorded or bool(dead.any())):
                 after |= self._revived(after, dead)
