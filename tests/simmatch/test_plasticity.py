@@ -394,6 +394,24 @@ def test_dead_channels_are_revived_and_become_active(digits: Dataset) -> None:
     assert layer.dead_channels == 0
 
 
+def test_a_state_saved_after_a_revival_goes_on_bit_by_bit(digits: Dataset) -> None:
+    """The bound is that of the revived M, although the vector that it comes from was known before the revival."""
+    images = to_unit(digits.train_images[:50])
+    options = {"plasticity": PlasticityConfig(dead_after=4), "dynamics": DynamicsConfig(solver="accelerated")}
+    layer, loaded = (SimilarityMatchingConv2d(1, 8, 4, **options) for _ in range(2))
+    silence(layer, [2, 5])
+    for update in range(4):
+        layer.partial_fit(images[10 * update : 10 * update + 10])
+    assert layer.revived == 2
+    loaded.load_state_dict(layer.state_dict())
+    loaded.certify()
+    assert (loaded.bound.value, loaded.bound.ridge) == (layer.bound.value, layer.bound.ridge)
+    for each in (layer, loaded):
+        each.partial_fit(images[40:])
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(loaded.get_buffer(name), tensor), name
+
+
 @pytest.mark.parametrize("solver", ["auto", "accelerated", "projected_gradient"])
 @pytest.mark.parametrize("revive", [True, False])
 def test_a_silent_batch_at_full_rate_leaves_a_layer_that_learns_on(digits: Dataset, solver: str, revive: bool) -> None:
