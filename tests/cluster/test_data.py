@@ -15,6 +15,11 @@ from cluster.config import RunConfig
 from cluster.messages import RankStatus
 from cluster.training import Assignment, load_dataset
 from cluster.worker import Worker
+from simmatch.config import DataConfig
+from simmatch.data.listing import list_samples
+from simmatch.data.location import Location
+from simmatch.data.preparation import in_threads, prepare
+from simmatch.data.preparing import Plan
 from simmatch.data.sources import Dataset
 
 
@@ -62,3 +67,25 @@ def test_other_labels_are_other_data(
     failure = ended(config, tmp_path, whole.digest()).failure
     assert failure is not None
     assert "expected the data of this run" in failure.message
+
+
+def test_another_preparation_is_other_data(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Two nodes whose folders of the same name hold shards of other images."""
+    digests = []
+    for node in range(2):
+        for index in range(12):
+            path = tmp_path / "photos" / f"class{index % 2}" / f"{index}.pgm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"P5 8 8 255 " + bytes([index + node] * 64))
+        data = DataConfig(path=str(tmp_path / "photos"), test_fraction=0.5)
+        to = Location(tmp_path / f"node{node}")
+        prepare(Plan(data, list_samples(data)), to, in_threads, lambda done, total: None)
+        digests.append(load_dataset(DataConfig(path=str(to))).digest())
+    config = digits_config(1)
+    here = config.model_copy(update={"data": DataConfig(path=str(tmp_path / "node1"))})
+    failure = ended(here, tmp_path / "run", digests[0]).failure
+    assert failure is not None
+    assert failure.message == (
+        f"rank 0: DataError: photos on {socket.gethostname()}: expected the data of this run, {digests[0]}, got "
+        f"{digests[1]}: 6 + 6 images, 0 damaged left out"
+    )
