@@ -168,7 +168,7 @@ def test_a_state_of_an_earlier_version_loads() -> None:
     torch.testing.assert_close(loaded(images(3)), layer(images(3)), rtol=1e-7, atol=1e-7)
 
 
-def test_a_vector_that_knows_nothing_of_m_bounds_it_and_a_new_one_within_a_fifth() -> None:
+def test_a_vector_that_knows_nothing_of_m_bounds_it_within_a_fifth() -> None:
     """M in which two strong channels have only just come up, from a vector in which they are almost absent."""
     lateral = torch.eye(40, dtype=torch.float64)
     lateral[:2, :2] = torch.tensor([[90.0, 80.0], [80.0, 90.0]], dtype=torch.float64)
@@ -177,8 +177,6 @@ def test_a_vector_that_knows_nothing_of_m_bounds_it_and_a_new_one_within_a_fifth
     layer.perron.fill_(1.0)
     layer.perron[:2] = 0.01
     layer.certify()
-    assert layer.bound.value >= 170.0
-    layer.recertify()
     assert 170.0 <= layer.bound.value <= 1.2 * 170.0
     # a row of small couplings to many others, as an approximate vector hides it
     hub = torch.eye(200, dtype=torch.float64)
@@ -189,8 +187,6 @@ def test_a_vector_that_knows_nothing_of_m_bounds_it_and_a_new_one_within_a_fifth
         wide.lateral.copy_(hub)
         wide.perron.copy_(start)
         wide.certify()
-        assert wide.bound.value >= top
-        wide.recertify()
         assert top <= wide.bound.value <= 1.2 * top * (1 + 1e-6)
 
 
@@ -201,8 +197,6 @@ def test_any_vector_bounds(start: list[float]) -> None:
     layer.load_state_dict({"perron": torch.tensor(start)}, strict=False)
     top = float(torch.linalg.eigvalsh(layer.lateral)[-1])
     layer.certify()
-    assert layer.bound.value >= top
-    layer.recertify()
     assert top <= layer.bound.value <= 1.2 * top
 
 
