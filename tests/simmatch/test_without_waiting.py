@@ -42,26 +42,51 @@ class Trace(TorchDispatchMode):
     A graph would copy such a tensor anew, from memory that is long reused, or keep the value that it had.
     """
 
+    active: Trace | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
+        self.calls: list[str] = []
         self.on_host: list[str] = []
+
+    def __enter__(self) -> Trace:
+        Trace.active = self
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        Trace.active = None
+        super().__exit__(*reason)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.operations[name] += 1
+        self.calls.append(f"{func} {[_constant(value) for value in tree_leaves((args, kwargs))]}")
         tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
         if any(tensor.device != CARD for tensor in tensors):
             self.on_host.append(f"{func} {[tuple(tensor.shape) for tensor in tensors]}")
         return result
 
 
+def _constant(value: Any) -> Any:
+    """What a graph keeps of an argument: of a tensor its place, of which only the shape shows here."""
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
 class NotLaunched:
-    """Stands for a compiled kernel."""
+    """Stands for a compiled kernel; notes its launches in `calls` of the trace that is active."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **options: None
+        def launch(*arguments: Any, **options: Any) -> None:
+            if Trace.active is not None:
+                values = [_constant(value) for value in tree_leaves((arguments, options))]
+                Trace.active.calls.append(f"{self.name} {grid} {values}")
+
+        return launch
 
 
 @pytest.fixture
@@ -71,7 +96,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     for module, kernel in (
         (certificate, "certify"), (coordinate, "descend"), (gradient, "accelerate"), (transpose, "turn"),
     ):  # fmt: skip
-        monkeypatch.setattr(module, kernel, NotLaunched())
+        monkeypatch.setattr(module, kernel, NotLaunched(kernel))
     monkeypatch.setattr(kernels, "capability", lambda device: 9)
     return FakeTensorMode()
 
@@ -115,10 +140,14 @@ def test_an_update_neither_waits_for_the_device_nor_copies_to_it(
         step()  # the first one makes the record of faults
         with Trace() as trace:
             y = step()
+        with Trace() as following:
+            step()
     assert y.device == CARD
+    assert following.calls == trace.calls  # a replay repeats the numbers of the captured update
     assert trace.on_host == []
     assert not [name for name in trace.operations if name.lstrip("_").startswith(NOT_IN_A_GRAPH)]
     assert sum(trace.operations.values()) > 100  # else nothing was traced
+    assert [call for call in trace.calls if call.startswith(("descend", "accelerate"))]
 
 
 def test_the_trace_notices_what_it_looks_for(card: FakeTensorMode) -> None:
