@@ -26,11 +26,12 @@ EXTRAS = {
     "simmatch, inside functions": ("eval", "images"),
     "cluster": ("cluster",),
     "jobs": ("cluster", "eval"),
+    "jobs, inside functions": ("cluster", "eval", "images"),
     "tests": ("cluster", "eval", "images", "s3", "test"),
 }
 """Whose imports `dependencies` and these extras of pyproject.toml declare, all of them."""
 
-UNDECLARED = {"triton", "pynsm"}
+UNDECLARED = {"triton", "pynsm", "webdataset"}
 """Modules that torch for CUDA brings in its own version, and that the Makefile installs without its dependencies."""
 
 NEVER_IMPORTED = {

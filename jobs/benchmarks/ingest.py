@@ -31,6 +31,7 @@ from jobs.benchmarks.ingest_readers import pss_bytes
 from jobs.benchmarks.timing import Spread
 from jobs.options import add_counts
 from jobs.reporting import MissingError, Report
+from simmatch.extras import extra
 from simmatch.files import write_whole
 
 LIMIT_S = 1800.0
@@ -182,7 +183,8 @@ def _members(driver: int) -> Iterator[tuple[str, int]]:
 
 def write_images(jpeg: Path, tar: Path, count: int, side: int, channels: int, *, seed: int) -> None:
     """JPEG files of smooth random images in ten folders, and the same files in tar files."""
-    from PIL import Image
+    with extra("images"):
+        from PIL import Image
 
     generator = np.random.default_rng(seed)
     contents = []

@@ -93,12 +93,8 @@ def read_folder(folder: Path, images: int, processes: int) -> Iterator[tuple[Ten
     from torchvision.datasets.folder import default_loader
     from torchvision.transforms import Compose, Grayscale, PILToTensor
 
-    first = next(folder.glob("*/*.jpg"))
-    from PIL import Image
-
-    with Image.open(first) as image:
-        grey = image.mode == "L"
-    transform = Compose([Grayscale(), PILToTensor()]) if grey else PILToTensor()
+    first = decode(next(folder.glob("*/*.jpg")).read_bytes(), ImagePolicy())
+    transform = Compose([Grayscale(), PILToTensor()]) if len(first) == 1 else PILToTensor()
     return _loaded(ImageFolder(str(folder), transform=transform, loader=default_loader), images, processes)
 
 
