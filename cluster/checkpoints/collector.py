@@ -37,6 +37,7 @@ class CheckpointCollector:
         """A new group starts from `step`: its shards never complete a checkpoint of the group before."""
         self._shards.clear()
         self.settled_step = step
+        self._committer.start_group()
 
     def shard_written(self, rank: int, written: ShardWritten, config: RunConfig, rate: float) -> None:
         """Commit the checkpoint if this is its last shard."""

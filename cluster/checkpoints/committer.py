@@ -8,12 +8,13 @@ from __future__ import annotations
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from cluster.checkpoints.manifest import (
+    CONSTANTS,
     MANIFEST,
     CheckpointError,
     Manifest,
@@ -75,38 +76,34 @@ def prune(run_dir: AnyPath, keep: int, step: int) -> None:
     """Delete all but the newest `keep` checkpoints up to `step`, and uncommitted folders before them.
 
     Later ones belong to an attempt that had gone further, and was perhaps abandoned because they are damaged: they
-    neither count nor are deleted; training will write them again. A constant goes with the last manifest that names it;
-    one that no manifest names yet stays.
+    neither count nor are deleted; training will write them again.
     """
     newest = folder_of(run_dir, step).name
     folders = [folder for folder in find(run_dir / "checkpoints", "step-*") if folder.name <= newest]
     committed = [folder for folder in folders if exists(folder / MANIFEST)]
-    if len(committed) <= keep:
-        return
-    old = folders[: folders.index(committed[-keep])]
-    unused = _constants_of(old) - _constants_of(committed[-1:])
-    if unused:
-        manifests = find(run_dir / "checkpoints", f"step-*/{MANIFEST}")
-        unused -= _constants_of(path.parent for path in manifests if path.parent not in old)
-    for folder in old:
+    for folder in folders[: folders.index(committed[-keep])] if len(committed) > keep else []:
         remove(folder)
-    for path in unused:
-        remove(path)
 
 
-def _constants_of(checkpoints: Iterable[AnyPath]) -> set[AnyPath]:
-    """The constants that these checkpoints consist of; a manifest that is damaged or missing names none.
+def remove_unnamed(run_dir: AnyPath) -> None:
+    """Delete constants that no manifest names, and what a killed process has left beside them.
+
+    Only before a group starts: constants of a group stay in use to its end, and are written before a manifest names
+    them.
 
     Raises
     ------
-    OSError
-        A store does not answer.
+    CheckpointError, OSError
+        A manifest cannot be read. What it names is unknown, so nothing is deleted.
     """
-    paths = set()
-    for folder in checkpoints:
-        with suppress(CheckpointError):
-            paths |= {constant.path(folder) for constant in read_manifest(folder).constants}
-    return paths
+    checkpoints = run_dir / "checkpoints"
+    present = find(checkpoints / CONSTANTS, "*")
+    if present:
+        manifests = [read_manifest(path.parent) for path in find(checkpoints, f"*/{MANIFEST}")]
+        named = {constant.file for manifest in manifests for constant in manifest.constants}
+        for path in present:
+            if path.name not in named:
+                remove(path)
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ class Committer:
         self, run_dir: AnyPath, keep: int, before: Callable[[], None] = lambda: None, *, patience_s: float = 0.0
     ) -> None:
         self._run_dir, self._keep, self._before, self._patience_s = run_dir, keep, before, patience_s
-        self._due: queue.SimpleQueue[Manifest | str] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[Manifest | str | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Committed] = queue.SimpleQueue()
         self._open = 0
         self._thread: threading.Thread | None = None
@@ -143,6 +140,13 @@ class Committer:
     def submit(self, due: Manifest | str) -> None:
         """Commit this checkpoint, or publish the model in this folder, after those before it."""
         self._open += 1
+        self._put(due)
+
+    def start_group(self) -> None:
+        """A new group starts: delete what groups before it have left, after their commits and before its own."""
+        self._put(None)
+
+    def _put(self, due: Manifest | str | None) -> None:
         self._due.put(due)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
@@ -162,6 +166,10 @@ class Committer:
     def _run(self) -> None:
         while True:
             due = self._due.get()
+            if due is None:
+                with suppress(CheckpointError, OSError):  # tried again before the next group
+                    remove_unnamed(self._run_dir)
+                continue
             step, reason = None if isinstance(due, str) else due.cursor.step, None
             try:
                 retry(partial(self._commit, due), self._patience_s)

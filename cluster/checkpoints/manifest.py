@@ -73,9 +73,14 @@ class Constant(TensorFile):
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return f"{self.sha256}.safetensors"
+
     def path(self, folder: AnyPath) -> AnyPath:
         """Where it is; `folder` is that of a checkpoint."""
-        return folder.parent / CONSTANTS / f"{self.sha256}.safetensors"
+        return folder.parent / CONSTANTS / self.file
 
 
 class Cursor(Frozen):

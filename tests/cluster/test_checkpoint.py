@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoints.committer import commit, prune
+from cluster.checkpoints.committer import Committer, commit, prune, remove_unnamed
 from cluster.checkpoints.manifest import (
     CONSTANTS,
     FORMAT,
@@ -216,26 +216,65 @@ def run_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyPat
         yield locate(f"s3://{BUCKET}/{tmp_path.name}")
 
 
+def constants_in(run_dir: AnyPath) -> set[str]:
+    return {path.name for path in find(run_dir / "checkpoints" / CONSTANTS, "*")}
+
+
 def test_a_constant_goes_with_the_last_checkpoint_that_names_it(run_place: AnyPath) -> None:
-    """Also if an attempt that had gone further names it, or a rank has written it for a checkpoint to come."""
+    """Once a new group starts; also those of an attempt that had gone further are kept."""
     (first,) = write_with(run_place, 4, 1.0)
     assert write_with(run_place, 8, 1.0, 2.0)[0] == first
     _, third = write_with(run_place, 12, 2.0, 3.0)
     (second,) = write_with(run_place, 16, 2.0)
     coming = write_constant(folder_of(run_place, 20), {"c": torch.ones(2)}, {}).path(folder_of(run_place, 20))
-
-    def left() -> set[str]:
-        return {path.name for path in find(run_place / "checkpoints" / CONSTANTS, "*")}
-
     prune(run_place, 1, 8)  # 12 and 16 are of an attempt that had gone further
-    assert left() == {path.name for path in (first, second, third, coming)}
+    assert constants_in(run_place) == {path.name for path in (first, second, third, coming)}
+    remove_unnamed(run_place)
+    assert constants_in(run_place) == {path.name for path in (first, second, third)}
     prune(run_place, 2, 16)  # 12 names 2.0 and 3.0 still
-    assert left() == {path.name for path in (second, third, coming)}
+    remove_unnamed(run_place)
+    assert constants_in(run_place) == {path.name for path in (second, third)}
     prune(run_place, 1, 16)
-    assert left() == {second.name, coming.name}
+    remove_unnamed(run_place)
+    assert constants_in(run_place) == {second.name}
     reader = Reader(folder_of(run_place, 16), read_manifest(folder_of(run_place, 16)))
     reader.verify()
     assert torch.equal(reader.whole("c2.0"), torch.full((5,), 2.0))
+
+
+def test_no_constant_goes_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
+    """It may be readable again, such as after an error of the disk, and name any of them."""
+    (first,) = write_with(tmp_path, 4, 1.0)
+    write_with(tmp_path, 8, 2.0)
+    manifest = folder_of(tmp_path, 4) / MANIFEST
+    assert isinstance(manifest, Path)
+    content = manifest.read_bytes()
+    for unreadable in (b"", content[:-20], content.replace(b'"format": 4', b'"format": 5')):
+        assert unreadable != content
+        manifest.write_bytes(unreadable)
+        with pytest.raises(CheckpointError):
+            remove_unnamed(tmp_path)
+        assert len(constants_in(tmp_path)) == 2
+    manifest.write_bytes(content)
+    remove_unnamed(tmp_path)
+    assert first.name in constants_in(tmp_path)
+
+
+def test_what_a_killed_process_left_goes_before_the_next_group_starts(tmp_path: Path) -> None:
+    """After the commits of the group before it, whose constants nothing names until then."""
+    left = tmp_path / "checkpoints" / CONSTANTS / "simmatch-abc"
+    left.mkdir(parents=True)
+    (left / "constant").write_bytes(b"half of one")
+    folder = folder_of(tmp_path, 4)
+    shard = write_shard(folder, 0, 1, {"w": torch.zeros(3)}, {"w": Rows.all(3)})
+    constant = write_constant(folder, {"c": torch.ones(5)}, {})
+    committer = Committer(tmp_path, keep=1)
+    cursor = Cursor(step=4, layer=0, updates=4)
+    committer.submit(Manifest(cursor=cursor, config={}, layers=[], shards=[shard], constants=[constant]))
+    committer.start_group()
+    committer.submit(Manifest(cursor=cursor, config={}, layers=[], shards=[shard], constants=[constant]))
+    assert [outcome.reason for outcome in committer.settled(20)] == [None, None]
+    assert constants_in(tmp_path) == {constant.file}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"other bytes of whatever length"])
