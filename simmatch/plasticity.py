@@ -176,8 +176,11 @@ def learning_rate(config: PlasticityConfig, update: int | Tensor) -> float | Ten
     """
     if config.lr_decay_steps is None:
         return config.lr
-    steps = update.double() if isinstance(update, Tensor) else update
-    return config.lr / (1.0 + steps / config.lr_decay_steps)
+    if isinstance(update, Tensor):  # by tensors: torch divides numbers, or by numbers, through a rounded reciprocal
+        steps = update.double()
+        lr, decay_steps = (torch.full_like(steps, number) for number in (config.lr, config.lr_decay_steps))
+        return lr / (1.0 + steps / decay_steps)
+    return config.lr / (1.0 + update / config.lr_decay_steps)
 
 
 def start_share(config: PlasticityConfig, updates: int) -> float:

@@ -279,6 +279,13 @@ def test_learning_rate_decays_as_documented() -> None:
     assert learning_rate(PlasticityConfig(lr=0.2), 10_000) == 0.2
 
 
+def test_learning_rate_of_a_tensor_has_the_bits_of_a_number() -> None:
+    for steps in (7, 100, 333):
+        config = PlasticityConfig(lr=0.1, lr_decay_steps=steps)
+        for update in range(300):
+            assert float(learning_rate(config, torch.tensor(update))) == learning_rate(config, update)
+
+
 def test_a_layer_uses_the_decayed_rate(digits: Dataset) -> None:
     """From the weights before and after each update: ΔM = (η_t/τ)(⟨y yᵀ⟩ − M), solved for η_t."""
     images = to_unit(digits.train_images[:80], torch.float64)
