@@ -251,7 +251,7 @@ class Synapses(nn.Module):
             The relative objective is above 1 although the initial weights no longer matter, see
             `simmatch.objective.divergence_warning`.
         """
-        self._learn(statistics, self._own_state(LocalFault(self.exchange)))
+        self._learn(statistics, self._own_state(self._fault(recorded=False)))
 
     def _learn(self, statistics: Statistics | None, state: OwnState) -> None:
         """`update`; without statistics, `state.fault` holds the exception of this owner."""
@@ -320,6 +320,8 @@ class Synapses(nn.Module):
     def _fault(self, *, recorded: bool) -> LocalFault:
         """Where the faults of one update go."""
         if not recorded:
+            if self._record is not None:  # this update must not follow one with a fault
+                self._record.raise_first(self.updates)
             return LocalFault(self.exchange)
         if self._record is None or self._record.ok.device != self.lateral.device:
             self._record = FaultRecord(self.lateral.device)

@@ -40,11 +40,11 @@ class FaultRecord:
         self._values: list[str] = []
         self.error: Exception | None = None
 
-    def add(self, stages: list[tuple[Tensor, str]], error: Exception | None) -> None:
-        """Record the statuses [G, 2] of the stages of an update, each with the name of its values."""
-        statuses = torch.stack([status for status, _ in stages])
+    def add(self, stages: dict[str, Tensor], error: Exception | None) -> None:
+        """Record the statuses [G, 2] of an update by the name of their values; all updates have the same names."""
+        statuses = torch.stack(list(stages.values()))
         if self._statuses is None:
-            self._statuses, self._values = statuses.clone(), [values for _, values in stages]
+            self._statuses, self._values = statuses.clone(), list(stages)
         torch.where(self.ok, statuses, self._statuses, out=self._statuses)
         self.ok.logical_and_((statuses * 0.0).sum() == 0.0)
         self.error = self.error or error
@@ -67,9 +67,10 @@ class FaultRecord:
         self.ok.fill_(True)
         for stage, values in zip(statuses, self._values, strict=True):
             try:
-                raise_shared(stage, values, error)
+                raise_shared(stage, values)
             except SharedFault as fault:
-                raise SharedFault(fault.kind, fault.ranks, int(updates) + 1) from error
+                cause = error if fault.kind == "exception" else None  # else the error is from a later update
+                raise SharedFault(fault.kind, fault.ranks, int(updates) + 1) from cause
 
 
 class RecordedFault(LocalFault):
@@ -101,7 +102,7 @@ class RecordedFault(LocalFault):
     def __init__(self, exchange: Exchange, record: FaultRecord) -> None:
         super().__init__(exchange)
         self._record = record
-        self._stages: list[tuple[Tensor, str]] = []
+        self._stages: dict[str, Tensor] = {}
         self._own: list[Tensor] = []
 
     def mark(self, status: Tensor) -> None:
@@ -112,8 +113,12 @@ class RecordedFault(LocalFault):
         super().mark(status)
 
     def raise_shared(self, statuses: Tensor, values: str) -> None:
-        """Record the statuses of one exchange: the least and the greatest of every owner."""
-        self._stages.append((torch.stack(statuses.reshape(len(statuses), -1).aminmax(dim=1), dim=1), values))
+        """Record the statuses of one exchange: the least and the greatest of every owner, over all exchanges of such
+        values, as the number of tiles depends on the batch."""
+        statuses = statuses.reshape(len(statuses), -1)
+        if values in self._stages:
+            statuses = torch.cat([self._stages[values], statuses], dim=1)
+        self._stages[values] = torch.stack(statuses.aminmax(dim=1), dim=1)
 
     def alone(self) -> LocalFault:
         return self if self._alone else OwnFault(self._own)

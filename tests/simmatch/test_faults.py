@@ -51,6 +51,14 @@ def test_all_owners_raise_and_the_guilty_one_knows_why(error: Exception, kind: s
     assert (str(copied), copied.ranks) == (f"{kind} on rank 1", [1])
 
 
+def test_large_statuses_are_no_fault() -> None:
+    """Each is finite; their sum is not."""
+    largest = torch.finfo(torch.float32).max
+    raise_shared(torch.tensor([largest, largest]), "activities")
+    with pytest.raises(SharedFault, match="activities on rank 2"):
+        raise_shared(torch.tensor([largest, largest, math.inf]), "activities")
+
+
 def test_an_exception_comes_before_values_that_are_not_finite() -> None:
     with pytest.raises(SharedFault, match=r"^exception on ranks 1, 3$"):
         raise_shared(torch.tensor([math.nan, -math.inf, 0.0, -math.inf]), "weights")

@@ -202,6 +202,33 @@ def test_a_layer_learns_on_after_its_fault_was_raised() -> None:
     assert_same(state_of(own), state_of(other))
 
 
+def test_an_update_that_raises_faults_does_not_follow_one_with_a_fault() -> None:
+    """Else the fault would be reported of another update, after a change of the weights."""
+    layer, x = make_layer("plain"), batch(1)[0]
+    statistics = layer.statistics(x, layer.solve(x).y)
+    before = state_of(layer)
+    for follow in (lambda: learn(layer, 2, False), lambda: layer.update(statistics)):
+        learn(layer, 0, True, torch.full_like(x, torch.nan))
+        with pytest.raises(SharedFault, match="in update 1"):
+            follow()
+        assert_same(state_of(layer), before)
+
+
+def test_batches_of_any_number_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a kernel there is one exchange per tile, and their number depends on the batch."""
+    monkeypatch.undo()
+    layer = SimilarityMatchingConv2d(1, CHANNELS, 4, dynamics=DynamicsConfig(solver="accelerated", tile_columns=50))
+    for update, images in enumerate((1, 5, 2)):
+        layer.partial_fit(batch(update)[0][:images], recorded=True)
+        layer.raise_faults()
+    for images in (4, 1):
+        x = batch(3)[0][:images]
+        x[-1] = torch.nan
+        with pytest.raises(SharedFault, match="non-finite"):  # at once: the host decides here
+            layer.partial_fit(x, recorded=True)
+    assert int(layer.updates) == 3
+
+
 def test_weights_written_to_between_recorded_updates_are_noticed() -> None:
     """torch counts this write; the other only ‖M‖ shows."""
     for write in (lambda tensor: tensor.mul_(2.0), lambda tensor: tensor.numpy().__imul__(2.0)):
