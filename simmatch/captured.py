@@ -49,21 +49,23 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """`torch.cuda.CUDAGraph` as a `Graph`.
+    """`torch.cuda.CUDAGraph` as a `Graph`, of work on one device, which need not be torch's current one.
 
-    >>> graph = CudaGraph()  # doctest: +SKIP
+    >>> graph = CudaGraph(torch.device("cuda", 0))  # doctest: +SKIP
     >>> total = graph.capture(lambda: x + y)  # doctest: +SKIP
     >>> graph.replay()  # doctest: +SKIP
     """
 
-    def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+    def __init__(self, device: torch.device) -> None:
+        self._graph, self._device = torch.cuda.CUDAGraph(), device
 
     def capture(self, function: Callable[[], T]) -> T:
+        # torch's own stream for captures belongs to the device that was the current one at the first capture
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         # the outer context restores the stream if capturing fails; other threads may use the device meanwhile
         with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
         ):
             return function()
 
@@ -80,7 +82,7 @@ def new_graph(device: torch.device) -> Graph | None:
     >>> new_graph(torch.device("cpu")) is None
     True
     """
-    return CudaGraph() if device.type == "cuda" else None
+    return CudaGraph(device) if device.type == "cuda" else None
 
 
 class Updates(Generic[T]):

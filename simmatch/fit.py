@@ -42,7 +42,7 @@ from simmatch.sharding.state import gather_layer, sum_over_ranks
 from simmatch.solvers.dynamics import Solution
 
 LOOK_EVERY = 100
-"""Updates between two looks at recorded faults, if no update is measured."""
+"""Updates between two looks at recorded faults, if none of them is measured."""
 
 MEASURED = ("whitening", "whitening_mean", "input_power")
 """Buffers that calibration fills, if they exist."""
@@ -70,7 +70,7 @@ class Trainer:
         encoded anew.
     measure_every: number of updates of a layer between two measurements; the last update is always measured. None: no
         update is measured. Where a kernel solves the dynamics on a GPU, faults are recorded there, and raised when an
-        update is measured (None: every `LOOK_EVERY` updates); see `simmatch.captured` for how updates are started.
+        update is measured and every `LOOK_EVERY` updates; see `simmatch.captured` for how updates are started.
 
     Raises
     ------
@@ -206,14 +206,15 @@ class Trainer:
             closing(self._updates(layer, inputs, graph, recorded=recorded)) as updates,
         ):
             for number in range(first + 1, len(batches) + 1):
-                look = number == len(batches) or number % (self._measure_every or LOOK_EVERY) == 0
+                last, every = number == len(batches), self._measure_every
+                measured = every is not None and (last or number % every == 0)
+                look = measured or last or number % LOOK_EVERY == 0
                 with self.observer.updating(index, layer):
                     with timed("input"):
                         batch = next(staged)
                     patches, solution = updates(batch)
                     if look:
                         layer.raise_faults()
-                measured = look and self._measure_every is not None
                 measurement = measure(layer, patches, solution, batch.labels) if measured else None
                 looked = look or not recorded
                 self.observer.updated(Update(index, layer, number, len(batches), batch.images, measurement, looked))

@@ -171,21 +171,22 @@ def solve(
     from simmatch.kernels import certificate, coordinate, gradient
     from simmatch.kernels.transpose import transposed
 
-    tolerance, limit = config.tolerance, config.max_iterations
-    if start is not None:
-        start = drive.new_empty_strided(drive.shape, drive.stride()).copy_(start)
-    if solver == "accelerated":
-        y, iterations = gradient.solve(drive, system, tolerance, limit, check_every=config.check_every, start=start)
-    elif start is not None:
-        y, iterations = start, torch.zeros(len(drive), dtype=torch.int32, device=drive.device)
-    elif drive.is_contiguous():
-        y, iterations = coordinate.solve(drive, system, tolerance, limit)
-    else:  # a warp reads a column, which should be contiguous
-        y, iterations = coordinate.solve(transposed(drive.T), system, tolerance, limit)
-        y = transposed(y).T
-    residual = certificate.residuals(drive, y, system)
-    if tolerance > 0:  # columns above the tolerance, from rounding or a start: more moves, from a fresh gradient
-        left = residual.masked_fill(iterations >= limit, 0.0)
-        coordinate.solve(drive, system, tolerance, limit, start=y, iterations=iterations, residual=left)
-        residual = certificate.residuals(drive, y, system, residual=residual, tolerance=tolerance)
+    with torch.cuda.device_of(drive):  # Triton launches on the current device, whatever device its arguments are on
+        tolerance, limit = config.tolerance, config.max_iterations
+        if start is not None:
+            start = drive.new_empty_strided(drive.shape, drive.stride()).copy_(start)
+        if solver == "accelerated":
+            y, iterations = gradient.solve(drive, system, tolerance, limit, check_every=config.check_every, start=start)
+        elif start is not None:
+            y, iterations = start, torch.zeros(len(drive), dtype=torch.int32, device=drive.device)
+        elif drive.is_contiguous():
+            y, iterations = coordinate.solve(drive, system, tolerance, limit)
+        else:  # a warp reads a column, which should be contiguous
+            y, iterations = coordinate.solve(transposed(drive.T), system, tolerance, limit)
+            y = transposed(y).T
+        residual = certificate.residuals(drive, y, system)
+        if tolerance > 0:  # columns above the tolerance, from rounding or a start: more moves, from a fresh gradient
+            left = residual.masked_fill(iterations >= limit, 0.0)
+            coordinate.solve(drive, system, tolerance, limit, start=y, iterations=iterations, residual=left)
+            residual = certificate.residuals(drive, y, system, residual=residual, tolerance=tolerance)
     return KernelSolution(y, iterations, residual)

@@ -6,7 +6,8 @@ What a device makes of a graph is tested in `test_on_a_card`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -219,3 +220,32 @@ def test_exchanges_of_replays_are_counted() -> None:
     for number in range(captured.WARM_UP + 4):
         updates(fit.Staged(torch.zeros(5, 2), labels=None, images=5))
         assert (exchange.num_exchanges, exchange.bytes_exchanged) == (13 + 3 * number, 1050 + 50 * number)
+
+
+def test_faults_are_looked_at_although_measurements_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "LOOK_EVERY", 5)
+    follower = Follower()
+    train(follower, measure_every=1000)
+    last = EPOCHS * PER_EPOCH
+    assert [update.looked for update in follower.updates] == [n % 5 == 0 or n == last for n in range(1, last + 1)] * 2
+    assert [update.measurement is not None for update in follower.updates] == [n == last for n in range(1, 13)] * 2
+
+
+def test_a_graph_is_captured_on_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one: torch would otherwise capture nothing there, and replays would do nothing."""
+    entered: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def context(*arguments: Any, **options: Any) -> Iterator[None]:
+        entered.append((*arguments, options.get("stream")))
+        yield
+
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, context)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"new stream of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current stream of {device}")
+    graph = captured.new_graph(torch.device("cuda", 1))
+    assert graph is not None
+    assert graph.capture(lambda: 7) == 7
+    assert entered == [("current stream of cuda:1", None), ("graph", "new stream of cuda:1")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -98,6 +99,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     ):  # fmt: skip
         monkeypatch.setattr(module, kernel, NotLaunched(kernel))
     monkeypatch.setattr(kernels, "capability", lambda device: 9)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
     return FakeTensorMode()
 
 
