@@ -171,7 +171,8 @@ def solve(
     from simmatch.kernels import certificate, coordinate, gradient
     from simmatch.kernels.transpose import transposed
 
-    with torch.cuda.device_of(drive):  # Triton launches on the current device, whatever device its arguments are on
+    # Triton launches on the current device, whatever device its arguments are on
+    with torch.cuda.device_of(drive):  # type: ignore[no-untyped-call]
         tolerance, limit = config.tolerance, config.max_iterations
         if start is not None:
             start = drive.new_empty_strided(drive.shape, drive.stride()).copy_(start)
