@@ -132,6 +132,12 @@ class TorchExchange:
         with timed("exchange"):
             return self._pending(dist.broadcast(tensor, group_src=source, group=self.group, async_op=True))
 
+    def gather(self, own: Tensor, gathered: Tensor) -> Handle:
+        self._count(own, slices=self.world_size - 1 if self.rank == 0 else 0)
+        targets = list(gathered.unbind()) if self.rank == 0 else None
+        with timed("exchange"):
+            return self._pending(dist.gather(own, targets, group_dst=0, group=self.group, async_op=True))
+
     def count(self, exchanges: int, received: int) -> None:
         self.num_exchanges += exchanges
         self.num_completed += exchanges

@@ -36,6 +36,11 @@ class ProbeConfig(Frozen):
     train_images: PositiveInt | None = None
     """The number of labelled images it is trained on, the first of the data set. None: all."""
 
+    max_feature_bytes: PositiveInt = 4 * 10**9
+    """Most bytes of features that rank 0 collects to fit `logistic` or `knn`; the fit takes a few times as much memory.
+    If the training images have more, a random subset is used, with as many images of every class as fit. `ridge` is
+    exact for any number of images: it collects features only if images are fewer than features."""
+
 
 class GroupConfig(Frozen):
     """The Ray actors, their waits and their network."""

@@ -128,12 +128,14 @@ class ReadoutScored:
     ----------
     readout: the one fitted on `train_images` images, whose accuracy is `accuracy`.
     accuracy_decode: of the label weights of a supervised last layer.
+    subset: which of the training images these are; empty for all.
     """
 
     readout: str
     train_images: int
     accuracy: float | None = None
     accuracy_decode: float | None = None
+    subset: str = ""
 
 
 @dataclass(frozen=True)

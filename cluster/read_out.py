@@ -1,95 +1,230 @@
-"""Accuracy on the test images: of the label weights themselves, and of a readout that rank 0 trains on the features."""
+"""Accuracy on the test images: of the label weights themselves, and of a readout that is trained on the features.
+
+Every rank computes the features of its own images, and scores its own test images. Nothing that a rank holds grows with
+the number of images:
+
+    ridge           each rank sums the moments of its training images, F × F values; rank 0 solves their sum
+    logistic, knn   rank 0 collects the features of the training images, at most `probe.max_feature_bytes`
+    test            counts of correct labels are summed. Neighbours are searched for on rank 0, a few rows at a time
+
+Where images are fewer than features, ridge collects them too: they have fewer values than the moments.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from cluster.config import ProbeConfig
+from cluster.config import RunConfig
 from cluster.cpus import all_cpus
 from cluster.messages import Outbox, Progress, ReadoutScored, TrainingWarning
 from cluster.redaction import one_line
+from cluster.text import size
+from simmatch.data.order import balanced_subset
 from simmatch.data.sources import Dataset
-from simmatch.features import FeatureStore, first_rows
-from simmatch.labels import UNLABELLED
+from simmatch.features import FeatureStore
+from simmatch.labels import UNLABELLED, distinct
 from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import Stack
-from simmatch.readout import accuracy, fit_readout
+from simmatch.moments import Moments
+from simmatch.readout import LinearReadout, Readout, ReadoutName, fit_readout, ridge_of_moments, with_targets
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.state import gather_from_ranks, moments_over_ranks, rows_at_first
+
+Parts = Iterable[tuple[slice, Tensor]]
+"""For each chunk this rank's range of images, and their features [n, F]: as many chunks on every rank."""
+
+OnOneRank = Callable[[Callable[[], None] | None], None]
+"""Does the work of rank 0 while the other ranks, which give None, wait."""
 
 
 def read_out(
-    probe: ProbeConfig,
+    config: RunConfig,
     stack: Stack,
     dataset: Dataset,
-    train: Iterable[Tensor],
+    train: Parts,
     test: FeatureStore,
     *,
     report: Outbox,
-    long_work: Callable[[Callable[[], None]], None],
+    on_one_rank: OnOneRank,
 ) -> None:
     """Report the accuracy of the readouts on the labelled test images. All ranks call it; a readout that fails is left
     out.
 
     Parameters
     ----------
-    train: features of the training images, chunk by chunk, whole on every rank.
+    train: features of this rank's training images.
     test: the test images.
-    long_work: does what takes long on this rank alone.
     """
-    results: dict[str, float] = {}
-    keep = test.exchange.rank == 0
-    count = min(probe.train_images or len(dataset.train_images), len(dataset.train_images))
-    labels, given = dataset.train_labels[:count], dataset.train_labels[:count] != UNLABELLED
-    test_labels, known = dataset.test_labels, dataset.test_labels != UNLABELLED
-    test_features, scores = _encode(stack, test, report, keep=keep)
     report.progress(Progress("readout", 0, 1))
-    train_features = _collect(train, count, keep=keep)
-    if keep:
-        if stack.config.layers[-1].supervised and bool(known.any()):
-            results["accuracy_decode"] = accuracy(scores[known], test_labels[known])
-
-        def fit() -> None:
-            with all_cpus(), MemoryWatch(torch.device("cpu")) as memory:
-                memory.begin("fitting it", Lever("probe.train_images", count))
-                for which, some in (("training", given), ("test", known)):
-                    if not bool(some.any()):
-                        raise ValueError(f"no {which} image has a label")
-                readout = fit_readout(probe.readout, train_features[given], labels[given])
-                results["accuracy"] = float(readout.score(test_features[known].numpy(), test_labels[known].numpy()))
-
-        try:
-            long_work(fit)
-        except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
-            why = f"{type(error).__name__}: {error}"
-            report.send(TrainingWarning(f"the {probe.readout} readout is left out: {one_line(why)}"))
-        report.send(ReadoutScored(probe.readout, int(given.sum()), **results))
+    device, name = stack.layer(0).feedforward.device, config.probe.readout
+    x = torch.zeros(1, *dataset.train_images.shape[1:], dtype=stack.dtype, device=device)
+    features = stack.features(x).shape[1]
+    sample = choose(config, dataset.train_labels, features, stack.dtype.itemsize)
+    if sample.subset:
+        report.send(TrainingWarning(f"the {name} readout is fitted on {sample.subset}"))
+    ranks = Ranks(test.exchange, device, on_one_rank, Lever("probe.train_images", len(sample.images)))
+    known = int((dataset.test_labels != UNLABELLED).sum())
+    for which, images in (("training", len(sample.images)), ("test", known)):
+        if images == 0:
+            ranks.problem = ranks.problem or f"ValueError: no {which} image has a label"
+    readout = None if ranks.problem else fit(name, train, sample, features, ranks)
+    results = {}
+    if known > 0 and (readout is not None or stack.config.layers[-1].supervised):
+        right = count_right(readout, stack, test, dataset.test_labels, ranks, report)
+        results = {key: each / known for key, each in right.items()}
+    if ranks.problem:
+        report.send(TrainingWarning(f"the {name} readout is left out: {ranks.problem}"))
+    report.send(ReadoutScored(name, len(sample.images), **results, subset=sample.subset))
     report.progress(Progress("readout", 1, 1))
 
 
-def _encode(stack: Stack, images: FeatureStore, report: Outbox, *, keep: bool) -> tuple[Tensor, Tensor]:
-    """Features [N, F] and scores [N, num_classes] (of no classes without labels) of images, where they are kept."""
-    classes = stack.source.num_classes if stack.config.layers[-1].supervised else 0
-    started = time.monotonic()
+@dataclass(frozen=True)
+class Sample:
+    """The images on which a readout is fitted.
 
-    def outputs(x: Tensor) -> Tensor:
-        return torch.cat(list(stack.outputs(x).values()), dim=1)
+    Attributes
+    ----------
+    images, labels: their indices, ascending, and their labels.
+    subset: what they are of; empty for all labelled images of `probe.train_images`.
+    """
 
-    def with_progress(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        done = 0
-        for part in parts:
-            done += len(part)
-            rate = done / max(time.monotonic() - started, 1e-9)
-            report.progress(Progress("encode", done, images.count, images_per_second=rate))
-            yield part
+    images: Tensor
+    labels: Tensor
+    subset: str = ""
 
-    values = _collect(with_progress(images.gathered(outputs)), images.count, keep=keep)
-    features = values.shape[1] - classes if keep else 0
-    return values[:, :features], values[:, features:]
+    def within(self, part: slice) -> Tensor:
+        """The numbers in this sample of those in a range of images."""
+        start, stop = torch.searchsorted(self.images, torch.tensor([part.start, part.stop])).tolist()
+        return torch.arange(start, stop)
 
 
-def _collect(parts: Iterable[Tensor], count: int, *, keep: bool) -> Tensor:
-    """The first `count` rows, where they are kept; the other ranks only contribute."""
-    return first_rows((part.cpu() if keep else part[:, :0] for part in parts), count)
+def choose(config: RunConfig, labels: Tensor, features: int, value_bytes: int) -> Sample:
+    """The images for a readout of so many features: a function of the configuration and the labels [N]."""
+    probe = config.probe
+    images = (labels[: probe.train_images] != UNLABELLED).nonzero().flatten()
+    most = probe.max_feature_bytes // (features * value_bytes)
+    if probe.readout == "ridge" or len(images) <= most:
+        return Sample(images, labels[images])
+    classes = len(distinct(labels[images]))
+    chosen = images[balanced_subset(labels[images], max(most, classes), config.seed)]
+    return Sample(
+        chosen,
+        labels[chosen],
+        f"{len(chosen):,} of {len(images):,} labelled images, drawn with seed {config.seed}, balanced over {classes} "
+        f"classes: probe.max_feature_bytes is {size(probe.max_feature_bytes)}, and the features of all take "
+        f"{size(features * value_bytes * len(images))}",
+    )
+
+
+class Ranks:
+    """The ranks that read out together, and what has gone wrong so far on rank 0.
+
+    Attributes
+    ----------
+    problem: why there is no readout; on other ranks than the first, only whether it is empty counts.
+    """
+
+    def __init__(self, exchange: Exchange, device: torch.device, on_one_rank: OnOneRank, lever: Lever) -> None:
+        self.exchange, self.device, self.problem = exchange, device, ""
+        self._on_one_rank, self._lever = on_one_rank, lever
+
+    @property
+    def first(self) -> bool:
+        return self.exchange.rank == 0
+
+    def attempt(self, work: Callable[[], None]) -> bool:
+        """Do what may fail on rank 0; returns, on every rank, whether it went well."""
+
+        def caught() -> None:
+            try:
+                with all_cpus(), MemoryWatch(torch.device("cpu")) as memory:
+                    memory.begin("fitting it", self._lever)
+                    work()
+            except Exception as error:  # such as labels of one class only: everything is learnt and exported by now
+                self.problem = f"{type(error).__name__}: {one_line(str(error))}"
+
+        self._on_one_rank(caught if self.first else None)
+        failed = torch.full((1,), float(bool(self.problem)), device=self.device)
+        if bool(gather_from_ranks(failed, self.exchange)[0]):
+            self.problem = self.problem or "rank 0 cannot fit it"
+        return not self.problem
+
+
+def fit(name: ReadoutName, train: Parts, sample: Sample, features: int, ranks: Ranks) -> Readout | None:
+    """A readout fitted on rank 0: on every rank if it is linear, else on rank 0. None where there is none."""
+    fitted: list[Readout] = []
+    classes = distinct(sample.labels)
+    if name == "ridge" and len(sample.images) >= features:
+        moments = Moments(features + len(classes), ranks.device)
+        for numbers, rows in _chosen(train, sample):
+            moments.add(with_targets(rows, sample.labels[numbers], classes))
+        moments = moments_over_ranks(moments, ranks.exchange)
+        well = ranks.attempt(lambda: fitted.append(ridge_of_moments(moments.cpu(), classes)))
+    else:
+        collected = _collect(_chosen(train, sample), len(sample.images), ranks)
+        well = ranks.attempt(lambda: fitted.append(fit_readout(name, collected, sample.labels)))
+    if not well or name == "knn":
+        return fitted[0] if fitted else None
+    shared = LinearReadout.empty(classes, features, ranks.device)
+    for number, value in enumerate(shared.values):
+        if isinstance(own := fitted[0] if fitted else None, LinearReadout):
+            value.copy_(own.values[number])
+        ranks.exchange.broadcast(value, source=0).wait()
+    return shared
+
+
+def _chosen(train: Parts, sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of this rank's images those of the sample, chunk by chunk: their numbers in it, and their features."""
+    for part, rows in train:
+        numbers = sample.within(part)
+        yield numbers, rows[(sample.images[numbers] - part.start).to(rows.device)]
+
+
+def _collect(own: Iterable[tuple[Tensor, Tensor]], count: int, ranks: Ranks) -> Tensor:
+    """The features of a whole sample on rank 0; the others get none."""
+    numbers, rows = (torch.cat(values) for values in zip(*own, strict=True))
+    whole = rows.new_empty(count if ranks.first else 0, *rows.shape[1:], device="cpu")
+    for part, places in rows_at_first(rows, numbers.to(ranks.device), ranks.exchange):
+        whole[places.cpu()] = part.cpu()
+    return whole
+
+
+def count_right(
+    readout: Readout | None, stack: Stack, test: FeatureStore, labels: Tensor, ranks: Ranks, report: Outbox
+) -> dict[str, int]:
+    """How many test images a readout, and the label weights of a supervised last layer, give their labels [N]."""
+    supervised, started = stack.config.layers[-1].supervised, time.monotonic()
+    by_readout, by_layer = (torch.zeros(1, dtype=torch.int64, device=ranks.device) for _ in range(2))
+    for chunk, (part, outputs) in zip(test.chunks, test.own(stack.outputs), strict=True):
+        expected = labels[part].to(ranks.device)  # where it is unknown, it is no class
+        if supervised:
+            by_layer += (outputs["scores"].argmax(dim=1) == expected).sum()
+        if isinstance(readout, LinearReadout):
+            by_readout += (readout.predict(outputs["features"]) == expected).sum()
+        elif not ranks.problem:
+            known = expected != UNLABELLED
+            by_readout += _count_at_first(readout, outputs["features"][known], expected[known], ranks)
+        rate = chunk.stop / max(time.monotonic() - started, 1e-9)
+        report.progress(Progress("encode", chunk.stop, test.count, images_per_second=rate))
+    used = {"accuracy": (not ranks.problem, by_readout), "accuracy_decode": (supervised, by_layer)}
+    return {key: int(gather_from_ranks(count, ranks.exchange).sum()) for key, (use, count) in used.items() if use}
+
+
+def _count_at_first(readout: Readout | None, features: Tensor, labels: Tensor, ranks: Ranks) -> int:
+    """How many images of all ranks a readout of rank 0 gives their labels; 0 on the other ranks."""
+    counts = [0]
+
+    def predict(rows: Tensor, expected: Tensor) -> None:
+        assert readout is not None
+        counts.append(int((readout.predict(rows) == expected).sum()))
+
+    for rows, expected in rows_at_first(features, labels, ranks.exchange):
+        if not ranks.attempt(partial(predict, rows.cpu(), expected.cpu())):
+            break
+    return sum(counts)

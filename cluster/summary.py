@@ -134,6 +134,8 @@ def summarise(
         "accuracy": readout and readout.accuracy,
         "accuracy_decode": readout and readout.accuracy_decode,
         "probe": readout and readout.readout,
+        "probe_images": readout and readout.train_images,
+        "probe_subset": readout and (readout.subset or None),
         "world_size": config.mesh.world_size,
         "mesh": config.mesh.model_dump(),
         "steps": record.steps,

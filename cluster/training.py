@@ -47,7 +47,7 @@ from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
 from simmatch.observer import Observer, Phase, Update
 from simmatch.profile import Profile
 from simmatch.remote import retry
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.state import gather_from_ranks
 
@@ -149,14 +149,14 @@ class Training(Observer):
         self.trainer.fit()
         # before the readouts: the model is worth more than its accuracy
         self.on_one_rank(self._export if self.assignment.rank == 0 else None)
-        parts = (torch.cat(blocks, dim=1) for blocks in zip(*self._features.values(), strict=True))
+        shares = (torch.cat(blocks, dim=1) for blocks in zip(*self._features.values(), strict=True))
         with MemoryWatch(self.device) as memory:
             memory.begin("reading out", Lever("encode_batch", self.config.encode_batch), otherwise="use more ranks")
             read_out(
-                self.config.probe,
+                self.config,
                 self.stack,
                 self.dataset,
-                self.trainer.store.gather_parts(parts),
+                zip(self.trainer.store.parts, shares, strict=True),
                 FeatureStore(
                     self.dataset.test_images,
                     self.exchange,
@@ -165,7 +165,7 @@ class Training(Observer):
                     device=self.device,
                 ),
                 report=self.report,
-                long_work=partial(self.on_one_rank, exchange=IDENTITY),
+                on_one_rank=self.on_one_rank,
             )
         self._close()
 
@@ -266,11 +266,11 @@ class Training(Observer):
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         self.report.progress(Progress(phase, done, total, layer=layer, images_per_second=images_per_second))
 
-    def on_one_rank(self, work: Callable[[], None] | None, exchange: Exchange | None = None) -> None:
-        """See `cluster.one_rank`; the ranks of the run's exchange wait, unless another one is given."""
+    def on_one_rank(self, work: Callable[[], None] | None) -> None:
+        """See `cluster.one_rank`."""
         limits = self.config.cluster
         pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
-        on_one_rank(work, exchange or self.exchange, self.report, device=self.device, pause_s=pause_s)
+        on_one_rank(work, self.exchange, self.report, device=self.device, pause_s=pause_s)
 
     def _all_stop(self) -> bool:
         """Whether any rank has been asked to stop: one gathered value, so that all stop at the same step."""

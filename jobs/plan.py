@@ -148,7 +148,7 @@ def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
 def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None:
     """Memory of rank 0 and the driver, and what goes to the disk."""
     images = sum(held.nbytes for held in (dataset.train_images, dataset.test_images) if isinstance(held, Tensor))
-    phases = plan_memory(config, dataset.source, len(dataset.train_images), len(dataset.test_images))
+    phases = plan_memory(config, dataset.source, len(dataset.train_images))
     rows = [
         (phase.phase, *map(size, (images, phase.features, phase.weights, phase.working, images + phase.total)))
         for phase in phases

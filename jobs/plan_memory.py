@@ -23,6 +23,9 @@ PROGRAM_BYTES, DRIVER_BYTES = 0.6e9, 0.9e9
 SOLVE_COPIES = 5
 """Matrices [P, P] in float64 that a whitening holds at once: C_x, its eigenvectors, and LAPACK's workspace."""
 
+READOUT_COPIES = 3
+"""Matrices [F, F] in float64 that a ridge readout of F features holds at once."""
+
 EIGENVALUES_S = 2e-10
 """Processor seconds of the eigenvalues of a matrix [P, P], over P³: 0.19e-9 to 0.25e-9 for P = 512 to 3,072."""
 
@@ -139,7 +142,7 @@ def check_whitening(config: RunConfig, source: InputConfig, memory_bytes: float 
             )
 
 
-def plan_memory(config: RunConfig, source: InputConfig, train_images: int, test_images: int = 0) -> list[PhaseMemory]:
+def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> list[PhaseMemory]:
     """What rank 0 holds in every phase of a run."""
     value, ranks = 8 if config.dtype == "float64" else 4, config.mesh.world_size
     layers = layer_sizes(config, source)
@@ -164,10 +167,19 @@ def plan_memory(config: RunConfig, source: InputConfig, train_images: int, test_
         scratch += value * _scratch(config, layer)
         encoding = value * config.encode_batch * (2 * layer.input + 3 * layer.activities)
         phases.append(PhaseMemory(f"{stage}, encode", below + after, stack, scratch + encoding))
-    labelled = config.probe.train_images or train_images
-    fitting = 2 * value * kept * (labelled + test_images) + value * kept * chunk
     last = value * (layers[-1].output + kept) * share
-    return [*phases, PhaseMemory("readout", last, stack, scratch + fitting)]
+    return [*phases, PhaseMemory("readout", last, stack, scratch + _readout(config, kept, value, train_images))]
+
+
+def _readout(config: RunConfig, features: int, value: int, train_images: int) -> float:
+    """Moments while they are summed and solved, or collected features and a copy of them; and a chunk with a copy."""
+    probe, chunk = config.probe, 2 * value * features * config.encode_batch
+    images = probe.train_images or train_images
+    if probe.readout != "ridge":
+        return chunk + 2 * min(value * features * images, probe.max_feature_bytes)
+    if images >= features:
+        return chunk + 8 * READOUT_COPIES * features**2
+    return chunk + (value + 2 * 8) * features * images + 2 * 8 * images**2
 
 
 def _calibration(layer: LayerSizes, value: int, chunk: int, train_images: int) -> float:

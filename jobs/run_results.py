@@ -29,7 +29,15 @@ from simmatch.files import write_whole
 from simmatch.model import load_model
 
 FIGURE_IMAGES = 1000
-METRICS = ("accuracy", "accuracy_decode", "images_per_second", "bytes_exchanged", "num_exchanges", "seconds")
+METRICS = (
+    "accuracy",
+    "accuracy_decode",
+    "probe_images",
+    "images_per_second",
+    "bytes_exchanged",
+    "num_exchanges",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,8 @@ class RunResults:
         tracker.metrics(
             record.steps, {name: float(self._summary[name]) for name in METRICS if self._summary[name] is not None}
         )
+        if record.readout is not None and record.readout.subset:
+            tracker.tags({"probe_subset": record.readout.subset})
         tracker.finish(outcome.status)
         if self._model is not None:
             tracker.model(self._model, tuple(self.dataset.train_images.shape[1:]))
@@ -158,7 +168,8 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
     readout, decode = summary["accuracy"], summary["accuracy_decode"]
     lines = []
     if readout is not None:
-        lines.append(f"test accuracy, {summary['probe']} readout on frozen features: {readout:.4f}")
+        part = " (fitted on a subset)" if summary["probe_subset"] else ""
+        lines.append(f"test accuracy, {summary['probe']} readout on frozen features{part}: {readout:.4f}")
     if decode is not None:
         lines.append(f"test accuracy, nearest column of V, no classifier: {decode:.4f}")
     return lines

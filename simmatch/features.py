@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_padded
+
+Result = TypeVar("Result")
 
 
 def own_part(count: int, exchange: Exchange) -> slice:
@@ -94,6 +97,17 @@ class FeatureStore:
         """Tensors of the host on the device, one batch ahead where that hides something: see `simmatch.data`."""
         return staged(batches, self._device, ahead=not in_memory(self._images, self._device))
 
+    @property
+    def parts(self) -> list[slice]:
+        """Of every chunk, the images that this rank encodes."""
+        return [self._part(chunk) for chunk in self.chunks]
+
+    def own(self, encode: Callable[[Tensor], Result]) -> Generator[tuple[slice, Result]]:
+        """Something computed from this rank's share of every chunk, and the range of its images."""
+        with closing(self._shares()) as shares:
+            for part, share in zip(self.parts, shares, strict=True):
+                yield part, encode(share)
+
     def _shares(self) -> Generator[Tensor]:
         """This rank's share of the features of every chunk."""
         if self.depth > 0:
@@ -129,12 +143,8 @@ class FeatureStore:
 
     def gathered(self, encode: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
         """The chunks in order, complete on every rank. `encode`, if given, is applied to each rank's share first."""
-        parts = self._shares()
-        return self.gather_parts(parts if encode is None else map(encode, parts))
-
-    def gather_parts(self, own: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Like `gathered`, for other tensors [share, …] computed by this rank, one per chunk."""
-        for part, chunk in zip(own, self.chunks, strict=True):
+        for share, chunk in zip(self._shares(), self.chunks, strict=True):
+            part = share if encode is None else encode(share)
             yield gather_images(part, chunk.stop - chunk.start, self.exchange)
 
     def first(self, count: int) -> Tensor:

@@ -49,3 +49,13 @@ def one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
     """
     classes = torch.arange(num_classes, device=like.device)
     return (rearrange(labels.to(classes), "b -> 1 b") == rearrange(classes, "c -> c 1")).to(like.dtype)
+
+
+def distinct(labels: Tensor) -> Tensor:
+    """The classes in labels [N], ascending.
+
+    >>> distinct(torch.tensor([7, 3, 7]))
+    tensor([3, 7])
+    """
+    classes: Tensor = torch.unique(labels)
+    return classes

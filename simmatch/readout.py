@@ -7,16 +7,16 @@ scipy, so that other threads of the process keep running. Logistic regression an
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from simmatch.extras import extra
-from simmatch.whitening import covariance
+from simmatch.labels import distinct
+from simmatch.moments import ROWS, Moments
 
 ReadoutName = Literal["ridge", "logistic", "knn"]
 
@@ -27,8 +27,8 @@ Chosen on 5,000 held-out training images of Fashion-MNIST, where 20 to 60 gave t
 RIDGE = 0.01
 """λ of the ridge readout, for standardised features."""
 
-ROWS = 2048
-"""Number of images converted to float64 at a time."""
+NEIGHBOURS = 10
+"""Number of neighbours of the readout `knn`."""
 
 
 def decode(activity: Tensor, label: Tensor) -> Tensor:
@@ -49,12 +49,67 @@ def decode(activity: Tensor, label: Tensor) -> Tensor:
     return activity @ label - 0.5 * label.square().sum(dim=0)
 
 
-class Ridge:
-    """Ridge regression on ±1 targets, fitted by its constructor in float64.
+class Readout(Protocol):
+    """A classifier of features that has been fitted.
+
+    >>> readout: Readout = fit_ridge(torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([3, 3, 7]))
+    """
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Labels [N] of features [N, F]."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearReadout:
+    """Scores Aᵀ (φ − m) / s + b of features φ; the label is that of the largest.
+
+    Attributes
+    ----------
+    classes: [classes], the distinct labels, ascending.
+    mean, deviation: [F], m and s.
+    matrix: [F, classes], A.
+    bias: [classes], b.
+
+    >>> readout = LinearReadout(torch.tensor([3, 7]), *map(torch.tensor, ([5.0], [2.0], [[-1.0, 1.0]], [0.0, 0.0])))
+    >>> readout.scores(torch.tensor([[1.0], [7.0]])).tolist(), readout.predict(torch.tensor([[1.0], [7.0]])).tolist()
+    ([[2.0, -2.0], [-1.0, 1.0]], [3, 7])
+    """
+
+    classes: Tensor
+    mean: Tensor
+    deviation: Tensor
+    matrix: Tensor
+    bias: Tensor
+
+    @classmethod
+    def empty(cls, classes: Tensor, features: int, device: torch.device) -> LinearReadout:
+        """One of this size, to be filled."""
+        shapes: list[tuple[int, ...]] = [(features,), (features,), (features, len(classes)), (len(classes),)]
+        values = (torch.empty(shape, dtype=torch.float64, device=device) for shape in shapes)
+        return cls(classes.to(device), *values)
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """All but the classes, in float64."""
+        return self.mean, self.deviation, self.matrix, self.bias
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores [N, classes] of features [N, F]."""
+        parts = [(part - self.mean) / self.deviation @ self.matrix for part in torch.split(features, ROWS)]
+        return torch.cat(parts) + self.bias
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Labels [N]."""
+        return self.classes[self.scores(features).argmax(dim=1)]
+
+
+def fit_ridge(features: Tensor, labels: Tensor, penalty: float = RIDGE) -> LinearReadout:
+    """Ridge regression on ±1 targets, in float64.
 
     Minimises ⟨‖Aᵀφ − t‖²⟩ + λ‖A‖² over A, with φ the standardised features, t the centred targets and ⟨·⟩ the mean over
-    images: A = (⟨φφᵀ⟩ + λI)⁻¹ ⟨φtᵀ⟩, or the equal Φ (ΦᵀΦ/N + λI)⁻¹ T/N where there are fewer images than features.
-    Source: Hoerl & Kennard (1970).
+    images: A = (⟨φφᵀ⟩ + λI)⁻¹ ⟨φtᵀ⟩ (`ridge_of_moments`), or the equal Φ (ΦᵀΦ/N + λI)⁻¹ T/N where there are fewer
+    images than features. Source: Hoerl & Kennard (1970).
 
     Parameters
     ----------
@@ -62,62 +117,84 @@ class Ridge:
     labels: [N].
     penalty: λ.
 
-    Attributes
-    ----------
-    classes: the distinct labels, ascending.
-    matrix: [F, classes], A.
-    bias: [classes], means of the targets.
-
     Raises
     ------
     ValueError
         The labels have fewer than two classes.
 
     >>> features, labels = torch.tensor([[0.0], [1.0], [9.0], [10.0]]), torch.tensor([3, 3, 7, 7])
-    >>> ridge = Ridge(features, labels)
-    >>> ridge.scores(features).shape, ridge.predict(features.numpy()).tolist()
+    >>> ridge = fit_ridge(features, labels)
+    >>> ridge.scores(features).shape, ridge.predict(features).tolist()
     (torch.Size([4, 2]), [3, 3, 7, 7])
     """
+    count, size = features.shape
+    classes = distinct(labels)
+    if count >= size:
+        moments = Moments(size + len(classes), features.device)
+        for part, some in zip(torch.split(features, ROWS), torch.split(labels, ROWS), strict=True):
+            moments.add(with_targets(part, some, classes))
+        return ridge_of_moments(moments, classes, penalty)
+    check_classes(classes)
+    targets = _targets(labels, classes).double()
+    bias = targets.mean(dim=0)
+    mean, deviation = features.double().mean(dim=0), features.double().std(dim=0, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    scaled = (features.double() - mean) / deviation
+    dual = solve_ridge(scaled @ scaled.T / count, (targets - bias) / count, penalty)
+    return LinearReadout(classes, mean, deviation, scaled.T @ dual, bias)
 
-    def __init__(self, features: Tensor, labels: Tensor, penalty: float = RIDGE) -> None:
-        count, size = features.shape
-        self.classes, indices = torch.unique(labels, return_inverse=True)
-        if len(self.classes) < 2:
-            raise ValueError(f"ridge: expected labels of at least 2 classes, got {self.classes.tolist()}")
-        targets = 2.0 * F.one_hot(indices, len(self.classes)).double() - 1.0
-        self.bias = targets.mean(dim=0)
-        targets -= self.bias
-        if count < size:
-            self._mean, deviation = features.double().mean(dim=0), features.double().std(dim=0, correction=0)
-            self._deviation = torch.where(deviation > 0, deviation, 1.0)
-            scaled = (features.double() - self._mean) / self._deviation
-            self.matrix = scaled.T @ solve_ridge(scaled @ scaled.T / count, targets / count, penalty)
-        else:
-            self._mean, gram = covariance(features)
-            deviation = gram.diagonal().sqrt()
-            self._deviation = torch.where(deviation > 0, deviation, 1.0)
-            right = gram.new_zeros(size, len(self.classes))
-            for part, target in zip(torch.split(features, ROWS), torch.split(targets, ROWS), strict=True):
-                right += (
-                    part.double().T @ target
-                )  # the targets are centred: subtracting the mean of the features would change nothing
-            gram /= self._deviation[:, None]
-            gram /= self._deviation
-            self.matrix = solve_ridge(gram, right / self._deviation[:, None] / count, penalty)
 
-    def scores(self, features: Tensor) -> Tensor:
-        """Scores [N, classes] of features [N, F]."""
-        parts = [(part - self._mean) / self._deviation @ self.matrix for part in torch.split(features, ROWS)]
-        return torch.cat(parts) + self.bias
+def ridge_of_moments(moments: Moments, classes: Tensor, penalty: float = RIDGE) -> LinearReadout:
+    """The ridge regression of `fit_ridge` from sums over images, whose scatter is overwritten.
 
-    def predict(self, features: NDArray[Any]) -> NDArray[Any]:
-        """Labels [N]."""
-        predicted: NDArray[Any] = self.classes[self.scores(torch.from_numpy(features)).argmax(dim=1)].numpy()
-        return predicted
+    Parameters
+    ----------
+    moments: of `with_targets`.
+    classes: [classes], ascending.
+    penalty: λ.
 
-    def score(self, features: NDArray[Any], labels: NDArray[Any]) -> float:
-        """Accuracy on features [N, F] with labels [N]."""
-        return float(np.mean(self.predict(features) == labels))
+    >>> features, labels = torch.rand(20, 3), torch.arange(20) % 2
+    >>> moments = Moments(3 + 2)
+    >>> for part in range(0, 20, 5):
+    ...     moments.add(with_targets(features[part : part + 5], labels[part : part + 5], torch.arange(2)))
+    >>> ridge = ridge_of_moments(moments, torch.arange(2))
+    >>> torch.allclose(ridge.matrix, fit_ridge(features, labels).matrix)
+    True
+    """
+    check_classes(classes)
+    size = len(moments.mean) - len(classes)
+    products = moments.scatter.div_(moments.count)[:size]
+    gram, right = products[:, :size], products[:, size:]
+    deviation = gram.diagonal().sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    gram /= deviation[:, None]
+    gram /= deviation
+    matrix = solve_ridge(gram, right / deviation[:, None], penalty)
+    return LinearReadout(classes, moments.mean[:size], deviation, matrix, moments.mean[size:])
+
+
+def with_targets(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Features [N, F] with their targets, ±1 for each class, beside them: [N, F + classes].
+
+    >>> with_targets(torch.zeros(2, 1), torch.tensor([7, 3]), torch.tensor([3, 7])).tolist()
+    [[0.0, -1.0, 1.0], [0.0, 1.0, -1.0]]
+    """
+    return torch.cat([features, _targets(labels, classes).to(features)], dim=1)
+
+
+def _targets(labels: Tensor, classes: Tensor) -> Tensor:
+    return 2 * (labels.unsqueeze(1) == classes).long() - 1
+
+
+def check_classes(classes: Tensor) -> None:
+    """Raise ValueError unless there are at least two classes.
+
+    >>> check_classes(torch.tensor([4]))
+    Traceback (most recent call last):
+    ValueError: labels: expected at least 2 classes, got [4]
+    """
+    if len(classes) < 2:
+        raise ValueError(f"labels: expected at least 2 classes, got {classes.tolist()}")
 
 
 def solve_ridge(matrix: Tensor, right: Tensor, penalty: float) -> Tensor:
@@ -136,47 +213,74 @@ def solve_ridge(matrix: Tensor, right: Tensor, penalty: float) -> Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 
 
-def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Any:
+class Neighbours:
+    """The majority of the `NEIGHBOURS` training images with the smallest cosine distance, by scikit-learn.
+
+    >>> Neighbours(torch.eye(20), torch.arange(20) % 2).predict(torch.eye(20)).shape
+    torch.Size([20])
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        with extra("eval"):
+            from sklearn.neighbors import KNeighborsClassifier
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+
+        if len(features) < NEIGHBOURS:
+            raise ValueError(f"knn: expected at least {NEIGHBOURS} images, got {len(features)}")
+        model = make_pipeline(StandardScaler(), KNeighborsClassifier(n_neighbors=NEIGHBOURS, metric="cosine"))
+        self._model = model.fit(features.numpy(), labels.numpy())
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Labels [N] of features [N, F]."""
+        return torch.from_numpy(self._model.predict(features.numpy()))
+
+
+def _fit_logistic(features: Tensor, labels: Tensor) -> LinearReadout:
+    with extra("eval"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    model = LogisticRegression(C=LOGISTIC_STRENGTH / len(features), max_iter=200, tol=1e-3)
+    model.fit(scaler.fit_transform(features.numpy()), labels.numpy())
+    matrix, bias = torch.from_numpy(model.coef_).double().T, torch.from_numpy(model.intercept_).double()
+    if len(model.classes_) == 2:  # one score, positive for the second class
+        matrix, bias = (torch.cat([torch.zeros_like(one), one], dim=-1) for one in (matrix, bias))
+    return LinearReadout(
+        torch.from_numpy(model.classes_), torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_), matrix, bias
+    )
+
+
+def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Readout:
     """Fit a readout of features [N, F] and labels [N].
 
     Parameters
     ----------
     name: `ridge`, closed-form least squares on ±1 targets; `logistic`, multinomial, by L-BFGS; `knn`, 10 nearest
-        neighbours by cosine distance.
+        neighbours by cosine distance. The first two are a `LinearReadout`.
     features: [N, F].
     labels: [N].
-
-    Returns
-    -------
-    A model with scikit-learn's methods `predict` and `score`, which take numpy arrays.
 
     Raises
     ------
     ValueError
-        The name is unknown.
+        The name is unknown, or there are too few images or classes.
     ImportError
         The readout is not `ridge`, and scikit-learn is not installed.
 
     >>> features, labels = torch.tensor([[0.0], [1.0], [9.0], [10.0]]), torch.tensor([0, 0, 1, 1])
-    >>> fit_readout("ridge", features, labels).score(features.numpy(), labels.numpy())
-    1.0
+    >>> fit_readout("ridge", features, labels).predict(features).tolist()
+    [0, 0, 1, 1]
     """
-    if name == "ridge":
-        return Ridge(features.cpu(), labels.cpu())
-    with extra("eval"):
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.neighbors import KNeighborsClassifier
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-    makers = {
-        "logistic": lambda: LogisticRegression(C=LOGISTIC_STRENGTH / features.shape[0], max_iter=200, tol=1e-3),
-        "knn": lambda: KNeighborsClassifier(n_neighbors=10, metric="cosine"),
+    fits: dict[str, Callable[[Tensor, Tensor], Readout]] = {
+        "ridge": fit_ridge,
+        "logistic": _fit_logistic,
+        "knn": Neighbours,
     }
-    if name not in makers:
+    if name not in fits:
         raise ValueError(f"readout: expected one of {', '.join(get_args(ReadoutName))}, got {name!r}")
-    model = make_pipeline(StandardScaler(), makers[name]())
-    return model.fit(features.cpu().numpy(), labels.cpu().numpy())
+    return fits[name](features.cpu(), labels.cpu())
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

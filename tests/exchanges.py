@@ -128,6 +128,20 @@ class ThreadExchange:
 
         return Pending(self, page, tensor, posted, deliver)
 
+    def gather(self, own: Tensor, gathered: Tensor) -> Pending:
+        assert own.is_contiguous()
+        first = self.rank == 0
+        assert gathered.shape == ((self.world_size if first else 0), *own.shape)
+        gathered.fill_(_undefined(gathered))
+        posted = own.clone()
+        page = self._post(posted, own.nbytes * (self.world_size - 1) if first else 0)
+
+        def deliver(rank: int, part: Tensor) -> None:
+            if first:
+                gathered[rank].copy_(part)
+
+        return Pending(self, page, own, posted, deliver)
+
     def _post(self, own: Tensor, received_bytes: int) -> int:
         """Page on the board of the exchange that this begins."""
         time.sleep(self.delay_s)

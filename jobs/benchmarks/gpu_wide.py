@@ -16,7 +16,7 @@ from simmatch.config import PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import drive, sample_patches
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.readout import Ridge
+from simmatch.readout import fit_ridge
 from simmatch.seeding import seeded
 
 
@@ -47,9 +47,8 @@ def wide_layer(dataset: Dataset, channels: int, plan: GpuPlan) -> Row:
         return [torch.cat([F.adaptive_avg_pool2d(code(to_unit(x)), 2).flatten(1) for x in parts]) for parts in chunks]
 
     def accuracy(splits: list[Tensor]) -> float:
-        ridge = Ridge(splits[0], labels[0])
-        classes = ridge.classes.to(plan.device)[ridge.scores(splits[1]).argmax(dim=1)]
-        return float((classes == labels[1]).double().mean())
+        predicted = fit_ridge(splits[0], labels[0]).predict(splits[1])
+        return float((predicted == labels[1]).double().mean())
 
     started_encoding = plan.now()
     codes = features(lambda x: layer.solve(x).y)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from simmatch.labels import distinct
 from simmatch.seeding import seeded
 
 WINDOW = 8
@@ -133,15 +134,43 @@ def stratified_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """
     if per_class < 1:
         raise ValueError(f"expected per_class of at least 1, got {per_class}")
-    shuffled = torch.randperm(len(labels), generator=seeded("subset", seed), device="cpu")
     chosen = []
-    labels = labels.cpu()
-    for label in sorted(set(labels.tolist())):
-        members = shuffled[labels[shuffled] == label]
+    for label, members in _shuffled_classes(labels, seed):
         if len(members) < per_class:
             raise ValueError(f"expected {per_class} examples of class {label}, got {len(members)}")
         chosen.append(members[:per_class])
     return torch.cat(chosen).sort().values
+
+
+def balanced_subset(labels: Tensor, most: int, seed: int) -> Tensor:
+    """Indices of random examples, as many of every class in `labels` [N] as `most` allows: int64, ascending.
+
+    Of a class with fewer examples all are taken. With the same seed, a smaller subset is contained in a larger one.
+
+    Raises
+    ------
+    ValueError
+        There are more classes than `most`.
+
+    >>> balanced_subset(torch.tensor([0, 1, 0, 1, 0, 1, 2]), most=5, seed=0).shape
+    torch.Size([5])
+    """
+    classes = _shuffled_classes(labels, seed)
+    sizes = torch.tensor([len(members) for _, members in classes])
+    if most < len(classes):
+        raise ValueError(f"expected at least {len(classes)} examples, one of each class, got {most}")
+    low, high = 1, most  # the largest number per class: at least `low`, at most `high`
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(sizes.clamp(max=middle).sum()) <= most else (low, middle - 1)
+    return torch.cat([members[:low] for _, members in classes]).sort().values
+
+
+def _shuffled_classes(labels: Tensor, seed: int) -> list[tuple[int, Tensor]]:
+    """Each class with the indices of its examples in random order."""
+    shuffled = torch.randperm(len(labels), generator=seeded("subset", seed), device="cpu")
+    labels = labels.cpu()
+    return [(label, shuffled[labels[shuffled] == label]) for label in distinct(labels).tolist()]
 
 
 def _images_per_epoch(num_images: int, images: int | None) -> int:

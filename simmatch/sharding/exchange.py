@@ -67,6 +67,10 @@ class Exchange(Protocol):
         """Start to send a contiguous tensor of owner `source` to all others: after `wait`, every owner's `tensor` holds
         its values. No owner allocates more than the tensor it gives."""
 
+    def gather(self, own: Tensor, gathered: Tensor) -> Handle:
+        """Start to send a contiguous tensor of every owner to owner 0: after `wait`, its `gathered` [G, …] holds all.
+        The others give an empty tensor for it."""
+
     def count(self, exchanges: int, received: int) -> None:
         """Count exchanges, and bytes that they received, which a replay of a CUDA graph makes."""
 
@@ -109,6 +113,10 @@ class IdentityExchange:
         return Done()
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        return Done()
+
+    def gather(self, own: Tensor, gathered: Tensor) -> Handle:
+        gathered[0].copy_(own)
         return Done()
 
     def count(self, exchanges: int, received: int) -> None:

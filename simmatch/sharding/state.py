@@ -5,10 +5,13 @@ A rank holds rows of W, M, V and of the counters `silent`. All other tensors are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.moments import ROWS, Moments
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, join_rows
 
@@ -105,3 +108,52 @@ def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
         total += other
     exchange.all_gather(parts).wait()
     return parts.view(-1)[:count].view_as(tensor)
+
+
+def moments_over_ranks(own: Moments, exchange: Exchange) -> Moments:
+    """The moments of the rows of all ranks together, added in the order of ranks, on every rank. Uses up `own`.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> moments = Moments(2)
+    >>> moments.add(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    >>> moments_over_ranks(moments, IDENTITY).mean.tolist()
+    [1.0, 1.0]
+    """
+    sums = sum_over_ranks(torch.cat([own.mean * own.count, own.mean.new_full((1,), own.count)]), exchange)
+    total = Moments(0, own.mean.device)
+    total.count, total.mean = int(sums[-1]), sums[:-1] / sums[-1]
+    shift = own.mean - total.mean
+    total.scatter = sum_over_ranks(own.scatter.addr_(shift, shift, alpha=own.count), exchange)
+    return total
+
+
+def rows_at_first(rows: Tensor, places: Tensor, exchange: Exchange) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of all ranks, with their places, on rank 0; the others get none, and no rank more than about `ROWS`.
+
+    Parameters
+    ----------
+    rows: [n, …] of this rank.
+    places: [n], int64 ≥ 0, say, where rank 0 puts each row.
+
+    Yields
+    ------
+    Rows [m, …] and places [m]: as often on every rank.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> [(part.shape, places) for part, places in rows_at_first(torch.rand(2, 5), torch.tensor([3, 7]), IDENTITY)]
+    [(torch.Size([2, 5]), tensor([3, 7]))]
+    """
+    most = int(gather_from_ranks(places.new_full((1,), len(places)), exchange).max())
+    height = min(most, max(1, ROWS // exchange.world_size))
+    first = exchange.rank == 0
+    for start in range(0, most, max(1, height)):
+        gathered = []
+        for own, filler in ((rows, 0), (places, -1)):
+            part = own.new_full((height, *own.shape[1:]), filler)
+            some = own[start : start + height]
+            part[: len(some)] = some
+            whole = part.new_empty(exchange.world_size if first else 0, *part.shape)
+            exchange.gather(part, whole).wait()
+            gathered.append(whole.flatten(0, 1))
+        kept = gathered[1] >= 0
+        yield gathered[0][kept], gathered[1][kept]

@@ -142,6 +142,27 @@ def test_a_broadcast_reaches_every_rank_once(ranks: Any, world_size: int) -> Non
             assert counted[number - 1] == (number, tensor.nbytes if rank != last else 0)
 
 
+def gather_at_first(exchange: TorchExchange) -> list[Tensor]:
+    found = []
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            whole = pattern(0, shape, dtype).new_empty(exchange.world_size if exchange.rank == 0 else 0, *shape)
+            before = exchange.bytes_exchanged
+            exchange.gather(pattern(exchange.rank, shape, dtype), whole).wait()
+            assert exchange.bytes_exchanged - before == max(0, whole.nbytes - whole[:1].nbytes)
+            found.append(whole)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_gather_reaches_rank_0_alone(ranks: Any, world_size: int) -> None:
+    first, *others = results(ranks(gather_at_first, world_size))
+    cases = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+    for whole, (shape, dtype) in zip(first, cases, strict=True):
+        assert torch.equal(whole, torch.stack([pattern(rank, shape, dtype) for rank in range(world_size)]))
+    assert all(len(whole) == 0 for found in others for whole in found)
+
+
 def sums(exchange: TorchExchange) -> list[Tensor]:
     generator = torch.Generator().manual_seed(exchange.rank)
     return [sum_over_ranks(torch.randn(shape, generator=generator), exchange) for shape in SHAPES]

@@ -557,7 +557,7 @@ class Patient(Training):
             return slow
 
         SimilarityMatchingConv2d.calibrate = longer(SimilarityMatchingConv2d.calibrate)  # type: ignore[method-assign]
-        cluster.read_out.fit_readout = longer(cluster.read_out.fit_readout)
+        cluster.read_out.ridge_of_moments = longer(cluster.read_out.ridge_of_moments)
         super().run()
 
 

@@ -93,7 +93,7 @@ def test_memory_is_that_of_a_run_within_a_factor(
     """Rank 0, from its start to the end of the last layer: between 0.7 and 2 times what its tensors need."""
     brief = [f"model.layers.{layer}.train.images=150" for layer in range(2)]
     config = make_config(f"mesh.channel={channel}", *brief, *changes)
-    phases = plan_memory(config, digits.source, len(digits.train_images), len(digits.test_images))
+    phases = plan_memory(config, digits.source, len(digits.train_images))
     planned = max(phase.total for phase in phases if phase.phase != "readout") + digits.train_images.nbytes
     if channel == 1:
         measured = measured_peak(IDENTITY, config, tmp_path)

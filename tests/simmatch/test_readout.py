@@ -9,14 +9,14 @@ from typing import get_args
 
 import pytest
 import torch
-from sklearn.linear_model import RidgeClassifier
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.readout import ReadoutName, Ridge, accuracy, decode, fit_readout
+from simmatch.readout import LOGISTIC_STRENGTH, ReadoutName, accuracy, decode, fit_readout, fit_ridge
 from simmatch.seeding import seeded
 
 
@@ -37,7 +37,7 @@ def test_a_readout_learns_what_can_be_read(name: str) -> None:
     features = centres[labels] + 0.5 * torch.randn(300, 6, generator=generator)
     readout = fit_readout(name, features[:200].clone(), labels[:200])  # type: ignore[arg-type]
     # centres are 5.7 apart, deviations 0.5: an error has probability below 1e-7
-    assert readout.score(features[200:].numpy(), labels[200:].numpy()) == 1.0
+    assert torch.equal(readout.predict(features[200:]), labels[200:])
 
 
 @pytest.mark.parametrize(("images", "classes"), [(40, 3), (300, 3), (300, 2)])
@@ -49,19 +49,38 @@ def test_ridge_is_scikit_learns(images: int, classes: int) -> None:
         torch.randn(images, 60, generator=generator, dtype=torch.float64) + labels[:, None] * torch.arange(60) / 60
     )
     features[:, 7] = 5.0
-    ours = Ridge(features, labels)
+    ours = fit_ridge(features, labels)
     theirs = make_pipeline(StandardScaler(), RidgeClassifier(alpha=0.01 * images, solver="cholesky"))
     theirs.fit(features.numpy(), labels.numpy())
     expected = torch.from_numpy(theirs.decision_function(features.numpy()))
     result = ours.scores(features)
     torch.testing.assert_close(result if classes > 2 else result[:, 1], expected, rtol=0, atol=1e-9)
-    assert (ours.predict(features.numpy()) == theirs.predict(features.numpy())).all()
-    assert ours.score(features.numpy(), labels.numpy()) == theirs.score(features.numpy(), labels.numpy())
+    assert (ours.predict(features).numpy() == theirs.predict(features.numpy())).all()
 
 
-def test_ridge_asks_for_two_classes() -> None:
-    with pytest.raises(ValueError, match=r"ridge: expected labels of at least 2 classes, got \[4\]"):
-        Ridge(torch.rand(20, 3), torch.full((20,), 4))
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_logistic_readout_is_scikit_learns(classes: int) -> None:
+    """Kept as scores that are linear in the features, so that every rank can compute them."""
+    labels = 2 * (torch.arange(200) % classes)
+    features = torch.randn(200, 12, generator=seeded("logistic")) + 0.2 * labels[:, None] * torch.arange(12) / 12
+    features[:, 7] = 5.0
+    ours = fit_readout("logistic", features, labels)
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=LOGISTIC_STRENGTH / 200, max_iter=200, tol=1e-3))
+    theirs.fit(features.numpy(), labels.numpy())
+    expected = theirs.predict(features.numpy())
+    assert 0.5 < (expected == labels.numpy()).mean() < 1.0  # some are near the boundary
+    assert (ours.predict(features).numpy() == expected).all()
+
+
+def test_neighbours_are_asked_for_as_many_images() -> None:
+    with pytest.raises(ValueError, match="knn: expected at least 10 images, got 9"):
+        fit_readout("knn", torch.rand(9, 3), torch.arange(9))
+
+
+@pytest.mark.parametrize("size", [3, 30])
+def test_ridge_asks_for_two_classes(size: int) -> None:
+    with pytest.raises(ValueError, match=r"labels: expected at least 2 classes, got \[4\]"):
+        fit_ridge(torch.rand(20, size), torch.full((20,), 4))
 
 
 def longest_wait(work: Callable[[], object]) -> float:
