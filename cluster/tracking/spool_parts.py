@@ -42,12 +42,13 @@ class SpoolParts:
     def __init__(self, run_dir: AnyPath) -> None:
         self._whole, self._folder = run_dir / SPOOL_NAME, run_dir / FOLDER
         self._parts: list[Part] = []
+        self._unused: list[AnyPath] = []
         self._size_bytes = 0
 
     def read(self) -> bytes:
         """All lines in the store, of this version or an earlier one. The next `append` continues there.
 
-        A line that is torn, such as the last of a part that a store has cut short, and what a gap follows, are left
+        A line that is torn, such as the last of a part that a store has cut short, and what follows a gap, are left
         out. Parts that an interrupted `append` or `close` left behind add nothing.
 
         Raises
@@ -56,15 +57,17 @@ class SpoolParts:
             The store does not answer.
         """
         content = _lines(read(self._whole)) if exists(self._whole) else b""
-        self._parts = []
+        self._parts, self._unused = [], []
         for path in find(self._folder, "*.jsonl"):
-            if (name := NAME.fullmatch(path.name)) is None or not int(name[1]) <= len(content) < int(name[2]):
+            if (name := NAME.fullmatch(path.name)) is None:
                 continue
-            start, lines = int(name[1]), _lines(read(path))
-            if start <= len(content) < start + len(lines):
+            start, stop = int(name[1]), int(name[2])
+            if start > len(content):
+                self._unused.append(path)
+            elif len(content) < stop and len(content) < start + len(lines := _lines(read(path))):
                 content = content[:start] + lines
-                if len(content) == int(name[2]):  # a torn part stays as it is, and the next one begins within it
-                    self._parts.append(Part(start, len(content), path))
+                if len(content) == stop:  # a torn part stays as it is, and the next one begins within it
+                    self._parts.append(Part(start, stop, path))
         self._size_bytes = len(content)
         return content
 
@@ -81,6 +84,9 @@ class SpoolParts:
             new = len(_lines(file.read()))
             if new == 0:
                 return self._size_bytes
+            while self._unused:  # what follows a gap; new lines will fill that, and need not lead up to it
+                remove(self._unused[-1])
+                self._unused.pop()
             stop = self._size_bytes + new
             kept, start = list(self._parts), self._size_bytes
             while kept and kept[-1].stop - kept[-1].start <= stop - start:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import AnyPath, find, locate, write_whole
+from cluster.storage import AnyPath, find, locate, remove, write_whole
 from cluster.tracking import spool_parts
 from cluster.tracking.spool import SPOOL_NAME
 from cluster.tracking.spool_parts import SpoolParts
@@ -91,6 +91,24 @@ def test_foreign_files_and_gaps_add_nothing(tmp_path: Path) -> None:
         write_whole(tmp_path / "events" / f"{start:012d}-{start + size:012d}.jsonl", content)
     write_whole(tmp_path / "events" / "notes.jsonl", b"not ours\n")
     assert SpoolParts(tmp_path).read() == lines(0, 2)
+
+
+def test_what_followed_a_gap_is_not_mixed_with_what_fills_it(tmp_path: Path) -> None:
+    """A store has lost a part. The next attempt records those lines again, and others."""
+    run_dir, spool = tmp_path / "run", tmp_path / SPOOL_NAME
+    parts = SpoolParts(run_dir)
+    for count in (16, 24, 28):
+        spool.write_bytes(lines(0, count))
+        parts.append(spool)
+    _, lost, _ = find(run_dir / "events", "*")
+    remove(lost)
+    parts = SpoolParts(run_dir)
+    assert parts.read() == lines(0, 16)
+    spool.write_bytes(
+        lines(0, 16) + b"".join(b"a longer line %d, of the next attempt\n" % number for number in range(9))
+    )
+    parts.append(spool)
+    assert SpoolParts(run_dir).read() == spool.read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(20))
