@@ -6,6 +6,7 @@ Sending again does no harm: MLflow keeps one copy of each row. Another server (`
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.mlflow_sink import PARENT, make_sender
 from cluster.tracking.sender import Sender
 from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
+from cluster.tracking.spool_parts import FOLDER, SpoolParts
 from jobs.display import ProgressBars
 from jobs.entry_point import run_main
 from jobs.run_directory import local_folder
 from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
+from simmatch.files import write_whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_dir = local_folder("RUN_DIR", options.run_dir, Path()).absolute()
         spool = Spool(run_dir / SPOOL_NAME)
+        _join_parts(spool.path)
         start, ended = _inspect(spool)
         uri = check_uri(options.uri or recorded_uri(start.uri, run_dir))
         spool.open()
@@ -53,6 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return signals.status
     finally:
         spool.close()
+
+
+def _join_parts(spool: Path) -> None:
+    """In a copy of a run that was killed while its run directory was an object store: add to the spool what only the
+    parts hold.
+    """
+    parts = list((spool.parent / FOLDER).glob("*.jsonl"))
+    present = [*parts, *([spool] if os.path.lexists(spool) else [])]
+    if not parts or any(path.is_symlink() or not path.is_file() for path in present):
+        return
+    lines = SpoolParts(spool.parent).read()
+    if not spool.exists() or len(lines) > spool.stat().st_size:
+        write_whole(spool, lines)
 
 
 def _inspect(spool: Spool) -> tuple[StartEvent, bool]:

@@ -13,6 +13,7 @@ import jobs.sync
 from cluster.tracking.config import TrackingConfig
 from cluster.tracking.mlflow_sink import make_sender
 from cluster.tracking.spool import Spool
+from cluster.tracking.spool_parts import SpoolParts
 from cluster.tracking.tracker import Tracker
 from jobs.sync import main
 from tests.outages import Outage, Proxy
@@ -42,6 +43,25 @@ def closed_port() -> Iterator[int]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_copy_of_a_run_that_was_killed(
+    tmp_path: Path, store: str, earlier: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its records are in parts, as in the object store, perhaps beside those of an attempt that had ended."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    events = record(tmp_path / "here", store, finish=False)
+    spool, parts = tmp_path / "spool", SpoolParts(tmp_path / "copy")
+    content = (tmp_path / "here" / "events.jsonl").read_bytes()
+    if earlier:
+        spool.write_bytes(content[: content.index(b"\n") + 1])
+        parts.close(spool)
+    spool.write_bytes(content)
+    parts.append(spool)
+    assert main([str(tmp_path / "copy")]) == 0
+    assert capsys.readouterr().out.startswith(f"{events} events sent to {store}, run ")
+    assert (tmp_path / "copy" / "events.jsonl").read_bytes() == content
 
 
 def test_what_is_left_is_sent_once(
