@@ -72,7 +72,7 @@ def read_out(
     known = int((dataset.test_labels != UNLABELLED).sum())
     for which, images in (("training", len(sample.images)), ("test", known)):
         if images == 0:
-            ranks.problem = ranks.problem or f"ValueError: no {which} image has a label"
+            ranks.problem = ranks.problem or f"no {which} image has a label"
     readout = None if ranks.problem else fit(name, train, sample, features, ranks)
     results = {}
     if known > 0 and (readout is not None or stack.config.layers[-1].supervised):

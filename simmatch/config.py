@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -26,6 +27,10 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+LARGEST_SIDE = 8192
+"""Pixels; such an image of three channels takes 200 MB."""
 
 
 class ConfigError(ValueError):
@@ -327,6 +332,15 @@ class ModelConfig(Frozen):
         return list(indices) if self.features == "all" else [len(self.layers) - 1]
 
 
+def _size(value: object) -> object:
+    """`DataConfig.size`, checked: the union's own messages would name every alternative."""
+    sides: Any = [value, value] if type(value) is int else value
+    pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+    if value is None or (pair and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)):
+        return value
+    raise ValueError(f"expected 1 to {LARGEST_SIDE} pixels, or [height, width], got {value!r}")
+
+
 class DataConfig(Frozen):
     """Which images to use: a built-in data set by its `name`, or own images by their `path`.
 
@@ -364,9 +378,9 @@ class DataConfig(Frozen):
     """Column of the labels, for `format: parquet`; key of the label in `key.json`, for `format: tar`. Integers, −1 for
     unlabelled."""
 
-    size: PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] | None = None
-    """Height and width of all images, or [height, width]: the short side is resized (bilinear, antialiased), the long
-    side is cropped around the centre. None: as stored, where all have one size."""
+    size: Annotated[int | Annotated[tuple[int, int], Field(strict=False)] | None, BeforeValidator(_size)] = None
+    """Height and width of all images, or [height, width], at most 8192: the short side is resized (bilinear,
+    antialiased), the long side is cropped around the centre. None: as stored, where all have one size."""
 
     channels: Literal[1, 3] | None = None
     """1: grey, RGB as luma (ITU-R BT.601); 3: RGB, grey repeated. None: as stored, where all are grey or all are not.

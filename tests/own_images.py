@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,15 @@ def write_tars(folder: Path, some: list[Item], shards: int = 3) -> Path:
     return folder
 
 
-def write_parquet(path: Path, some: list[Item], *, structs: bool = True, names: bool = True, **options: Any) -> Path:
+def write_parquet(
+    path: Path, some: list[Item], *, structs: bool = True, names: Sequence[str] = CLASSES, **options: Any
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [data for _, _, data in some]
     column = pa.array([{"bytes": data, "path": None} for data in images] if structs else images)
     table = pa.table({"image": column, "label": pa.array([label for _, label, _ in some])})
     if names:
-        features = {"info": {"features": {"label": {"names": list(CLASSES), "_type": "ClassLabel"}}}}
+        features = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}}
         table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
     pq.write_table(table, path, **{"row_group_size": 4, **options})
     return path

@@ -223,12 +223,16 @@ class ShardCache:
 
     def _copy(self, location: Location, shard: Shard, size: int) -> OpenFile | None:
         """Copy a shard into the cache; None if there is no room within the budget."""
-        with locked(self._root / "room.lock", LOCK_S):
+        room, path = self._root / "room.lock", self.folder / shard.file
+        with locked(room, LOCK_S):
             if not self._make_room(size):
                 return None
-        path = self.folder / shard.file
-        write_whole(path, _fetched(location, shard, size))
-        return self._held(path, size)
+        content = _fetched(location, shard, size)
+        with locked(room, LOCK_S):
+            if not self._make_room(size):  # others have copied shards meanwhile
+                return None
+            write_whole(path, content)
+            return self._held(path, size)
 
     def _make_room(self, size: int) -> bool:
         """Remove the least recently used copies that no process has open, until `size` more bytes fit."""

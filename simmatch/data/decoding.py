@@ -102,6 +102,8 @@ def decode(data: bytes, policy: ImagePolicy) -> Pixels:
         values = np.asarray(plain)
     except (DataError, MemoryError):
         raise
+    except Image.DecompressionBombError:  # Pillow's own check, of the size that the file declares
+        raise DataError(f"expected at most {MAX_PIXELS:,} pixels, got more than twice as many") from None
     except UnidentifiedImageError:
         raise DataError(f"cannot be decoded: not an image in one of the formats {', '.join(READABLE)}") from None
     except Exception as error:  # a damaged image can raise almost any exception

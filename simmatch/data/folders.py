@@ -32,6 +32,10 @@ class Folder:
         """The path of an image."""
         return f"{self.path}/{sample.key}"
 
+    def files_of(self, keys: Names) -> Iterator[str]:
+        """The path of each image."""
+        return (f"{self.path}/{key}" for key in keys)
+
     @contextmanager
     def open(self) -> Iterator[Callable[[Sample], bytes]]:
         """A reader of the images."""

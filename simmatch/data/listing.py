@@ -84,15 +84,17 @@ def list_samples(config: DataConfig) -> Listing:
         if test_path is not None or config.test_fraction is not None:
             key = "test_fraction" if test_path is None else "test_path"
             raise ConfigError(
-                f"data.{key}: expected nothing, as {shortened(path)} holds train and test images; name one part of it "
-                f"in data.path, or leave out data.{key}"
+                f"data.{key}: expected null, as {shortened(path)} holds train and test images (or name one part of it "
+                f"in data.path), got {getattr(config, key)}"
             )
         train_path, test_path = named
         if config.format == "auto" and is_folder(train_path):
             kind = _format(train_path)
     train, classes, ignored = FORMATS[kind](train_path, config)
+    _check_labels(train, classes, train_path)
     if test_path is not None:
         test, test_classes, more = FORMATS[kind](test_path, config)
+        _check_labels(test, test_classes, test_path)
         test, ignored = _as_in(test, test_classes, classes, train_path), ignored + more
         how = "by their names" if named is not None else f"data.test_path: {test_path}"
     elif config.test_fraction is not None:
@@ -166,17 +168,19 @@ def _as_in(test: Samples, own: tuple[str, ...], classes: tuple[str, ...], train_
     return Samples(test.origin, test.keys, test.locations, numbers[test.labels])
 
 
+def _check_labels(samples: Samples, names: tuple[str, ...], path: str) -> None:
+    lowest, largest = int(samples.labels.min()), int(samples.labels.max())
+    most = len(names) or MOST_CLASSES
+    if lowest < UNLABELLED or largest >= most:
+        wrong = lowest if lowest < UNLABELLED else largest
+        raise DataError(f"{shortened(path)}: expected labels 0 to {most - 1}, or {UNLABELLED} for none, got {wrong}")
+
+
 def _checked_classes(
     train: Samples, test: Samples, names: tuple[str, ...], path: str, config: DataConfig
 ) -> tuple[str, ...]:
     """The names of the classes; numbers where the files hold no names."""
-    labels = np.concatenate([train.labels, test.labels])
-    lowest, largest = int(labels.min()), int(labels.max())
-    where = shortened(path)
-    most = len(names) or MOST_CLASSES
-    if lowest < UNLABELLED or largest >= most:
-        wrong = lowest if lowest < UNLABELLED else largest
-        raise DataError(f"{where}: expected labels 0 to {most - 1}, or {UNLABELLED} for none, got {wrong}")
+    largest, where = max(int(train.labels.max()), int(test.labels.max(initial=UNLABELLED))), shortened(path)
     found = np.unique(train.labels[train.labels != UNLABELLED])
     if len(found) == 0:
         if config.labels is True or largest != UNLABELLED:

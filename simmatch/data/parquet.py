@@ -35,6 +35,10 @@ class ParquetFiles:
         """The file and row of an image."""
         return f"{self.files[sample.location[0]]}: row {int(sample.key.rpartition('/')[2])}"
 
+    def files_of(self, keys: Names) -> tuple[str, ...]:
+        """All of the files."""
+        return self.files
+
     @contextmanager
     def open(self) -> Iterator[Callable[[Sample], bytes]]:
         """A reader of the images, which holds one row group."""

@@ -39,7 +39,7 @@ def ask(what: str, call: Callable[[], T], *, remote: bool) -> T:
     def attempt() -> T:
         try:
             return call()
-        except (DataError, MemoryError, FileNotFoundError):
+        except (DataError, MemoryError, FileNotFoundError, PermissionError):  # the answer would be the same
             raise
         except Exception as error:
             if not remote:

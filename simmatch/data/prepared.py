@@ -16,6 +16,7 @@ from simmatch.data.cache import MOST_OPEN, OpenShards, ShardCache
 from simmatch.data.location import Location
 from simmatch.data.order import WINDOW
 from simmatch.data.places import absolute, is_folder, is_pattern
+from simmatch.data.preparing import policy_of
 from simmatch.data.shards import Manifest, Shard, Split, read_labels, read_manifest
 from simmatch.documents import quoted, shortened
 
@@ -211,9 +212,10 @@ def open_prepared(config: DataConfig, warn: Callable[[str], None]) -> PreparedDa
         prepared = PreparedData(Location(path), config, warn)
     except FileNotFoundError:
         return None
+    policy = policy_of(config)
     for key in OF_OWN_IMAGES:
-        given, known = getattr(config, key), prepared.manifest.policy.get(key)
-        if given != DataConfig.model_fields[key].default and config.model_dump(mode="json")[key] != known:
+        given, known = policy[key], prepared.manifest.policy.get(key)
+        if getattr(config, key) != DataConfig.model_fields[key].default and given != known:
             where = shortened(path)
             raise ConfigError(f"data.{key}: expected {quoted(known)}, as {where} was prepared, got {quoted(given)}")
     return prepared

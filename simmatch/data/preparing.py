@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from simmatch.config import ConfigError, DataConfig, Frozen, parse
+from simmatch.config import OF_OWN_IMAGES, ConfigError, DataConfig, Frozen, parse
 from simmatch.data.decoding import ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import Listing
@@ -48,10 +48,7 @@ need not be read in random order; image files are mixed one by one."""
 MOST_RECORD_BYTES = 2**28
 """Largest record of a part that is accepted."""
 
-POLICY = (
-    "path", "format", "labels", "image_column", "label_column", "size", "channels", "test_path", "test_fraction",
-    "split_seed",
-)  # fmt: skip
+POLICY = ("path", *OF_OWN_IMAGES)
 """Keys of `DataConfig` on which the shards depend."""
 
 
@@ -161,8 +158,10 @@ class Part:
         """The record of a part that is done, and whose shard is what it says."""
         try:
             record = parse(PartRecord, load_json(to.read(self.record, MOST_RECORD_BYTES)))
-            if record.identity != identity or record.count == 0:
-                return record if record.identity == identity else None
+            if record.identity != identity:
+                return None
+            if record.count == 0:  # all are damaged, so there is no shard
+                return record
             content = to.read(self.file, len(self.samples) * int(np.prod(self.shape.known)))
             return record if sha256(content).hexdigest() == record.sha256 else None
         except (FileNotFoundError, DocumentError, ConfigError, DataError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -64,6 +64,9 @@ class Origin(Protocol):
 
     def name(self, sample: Sample) -> str:
         """A sample's place, for messages."""
+
+    def files_of(self, keys: Names) -> Iterable[str]:
+        """The paths of the files that hold images with these keys."""
 
 
 class Names(Sequence[str]):

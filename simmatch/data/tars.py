@@ -39,6 +39,10 @@ class Tars:
         file = self.files[sample.location[0]]
         return f"{file}: {sample.key.removeprefix(os.path.basename(file) + '/')}"
 
+    def files_of(self, keys: Names) -> tuple[str, ...]:
+        """All of the files."""
+        return self.files
+
     @contextmanager
     def open(self) -> Iterator[Callable[[Sample], bytes]]:
         """A reader of the images."""
@@ -144,7 +148,7 @@ class _Group:
 
     key: str
     location: tuple[int, int] | None = None
-    label: int = UNLABELLED
+    label: int | None = None
     others: int = 0
 
     def take(self, member: tarfile.TarInfo, suffix: str, stream: BinaryIO, config: DataConfig) -> None:
@@ -188,4 +192,9 @@ class _Group:
         if self.location is not None:
             found.keys.append(prefix + os.fsencode(self.key))
             found.locations.append((number, *self.location))
-            found.labels.append(self.label)
+            found.labels.append(UNLABELLED if self.label is None else self.label)
+        elif self.label is not None and not self.others:
+            raise DataError(
+                f"expected each label next to its image, got the label of {shortened(self.key)} without an image; "
+                "`tar --sort=name` puts them side by side"
+            )

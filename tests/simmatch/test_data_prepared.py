@@ -269,6 +269,17 @@ def test_a_place_that_holds_other_images_is_refused(photos: Path, folder: Path) 
     assert len(load_dataset(config_of(folder)).test_images) == 12  # the split it was prepared with, named again
 
 
+def test_a_relative_place_of_test_images_is_that_of_the_preparation(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, "more")
+    prepared(DataConfig(path="photos", test_path="more"), tmp_path / "prepared")
+    assert len(load_dataset(DataConfig(path="prepared", test_path="more")).test_images) == 60
+    with pytest.raises(ConfigError, match=r"data.test_path: expected '/.*/more', as prepared was prepared"):
+        load_dataset(DataConfig(path="prepared", test_path="photos"))
+
+
 def test_damaged_images_are_left_out_and_named_whatever_the_workers(photos: Path, tmp_path: Path) -> None:
     for index in (3, 17, 40):
         next(photos.glob(f"*/{index:03d}.pgm")).write_bytes(b"P5 5 5 255 short")
@@ -317,6 +328,10 @@ def test_large_own_images_are_prepared_on_the_way(
     (photos / "class0" / "new.pgm").write_bytes(b"P5 5 5 255 " + bytes(25))
     assert len(load_dataset(config, warn=notes.append).train_images) == 49  # other images, another place
     assert isinstance(load_dataset(config_of(photos, train_images=20, test_images=10)).train_images, torch.Tensor)
+    (photos / "class0" / "new.pgm").write_bytes(b"P5 5 5 255 " + bytes(range(25)))  # the name is the same
+    changed = load_dataset(config, warn=notes.append)
+    monkeypatch.setattr(simmatch.data.preparation, "IN_MEMORY_BYTES", 2**30)
+    assert same(changed, load_dataset(config_of(photos)))
 
 
 def test_of_two_that_prepare_the_same_in_the_cache_one_does(
@@ -426,6 +441,26 @@ def test_least_recently_used_shards_make_room_and_open_ones_stay(
     del kept
     other.open(Location(bucket), shards[2], SHARD)
     assert shards[2].file in copies(tmp_path)
+
+
+def test_copies_that_are_made_at_once_share_the_budget(
+    folder: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, told = read_manifest(Location(folder)), []
+    shards, kept, read = manifest.train.shards, [], Location.read
+    one, other = (ShardCache(tmp_path / "cache", 3 * SHARD, digest=manifest.digest, warn=told.append) for _ in range(2))
+
+    def slow(location: Location, file: str, most_bytes: int) -> bytes:
+        if file == shards[0].file:  # while it is on its way, others fill the cache
+            kept.extend(other.open(location, shards[number], SHARD) for number in (1, 2, 3))
+        return read(location, file, most_bytes)
+
+    monkeypatch.setattr(Location, "read", slow)
+    content = bytearray(SHARD)
+    one.open(Location(bucket), shards[0], SHARD).read_into(memoryview(content), 0)
+    assert content == (folder / shards[0].file).read_bytes()
+    assert copies(tmp_path) == [shards[number].file for number in (1, 2, 3)]
+    assert len(told) == 1
 
 
 def test_a_full_disk_is_read_past_and_said_once(

@@ -29,7 +29,7 @@ LAYOUTS: dict[str, Callable[[Path, list[Item]], object]] = {
     "folder": write_folder,
     "tar": write_tars,
     "parquet": lambda folder, some: write_parquet(folder / "data.parquet", some),
-    "parquet, binary": lambda folder, some: write_parquet(folder / "a.parquet", some, structs=False, names=False),
+    "parquet, binary": lambda folder, some: write_parquet(folder / "a.parquet", some, structs=False, names=()),
 }
 
 
@@ -147,7 +147,7 @@ def test_a_place_that_names_its_parts_is_split_accordingly(layout: str, tmp_path
     dataset = load(tmp_path, test_fraction=None)
     assert sorted(int(image.max()) for image in dataset.test_images) == list(range(20, 30))
     assert found(dataset) == {index: index % 3 for index in range(30)}
-    with pytest.raises(ConfigError, match=r"data\.test_fraction: expected nothing, as .* holds train and test images"):
+    with pytest.raises(ConfigError, match=r"data\.test_fraction: expected null, as .* holds train and test images"):
         load(tmp_path)
 
 
@@ -352,6 +352,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         {},
         r"a\.tar: .*expected one image of each key, got two of a",
     ),
+    "labels apart from their images": (
+        lambda f: some_tar(f, a_png="x", b_png="x", a_cls="0", b_cls="1"),
+        {},
+        r"a\.tar: .*: expected each label next to its image, got the label of a without an image",
+    ),
     "no images in a tar": (lambda f: some_tar(f, a_txt="x"), {}, r"expected images \(.*\), got 1 other members"),
     "text for a tar": (lambda f: (f / "a.tar").write_text("x" * 600), {}, r"a\.tar: expected a tar file .*"),
     "tar cut off in a member": (
@@ -390,6 +395,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         lambda f: write_parquet(f / "a.parquet", [("1", 3, png(1)), *items()]),
         {},
         r"expected labels 0 to 2, or -1 for none, got 3",
+    ),
+    "a test label beyond the classes": (
+        lambda f: (
+            write_parquet(f / "a.parquet", items()),
+            write_parquet(f.parent / "t.parquet", [("1", 3, png(1))], names=CLASSES[::-1]),
+        ),
+        {"test_path": "{}/../t.parquet", "test_fraction": None},
+        r"t\.parquet: expected labels 0 to 2, or -1 for none, got 3",
     ),
     "huge labels": (lambda f: with_parquet(f, image=ONE, label=[0, 1, 1 << 40, 1]), {}, r"got 1099511627776"),
     "text for parquet": (
@@ -461,8 +474,10 @@ def test_every_fault_is_one_line(fault: str, tmp_path: Path) -> None:
         ({"path": "x", "format": "zip"}, "format: expected 'auto', 'folder', 'tar' or 'parquet', got 'zip'"),
         ({"path": "x", "channels": 4}, "channels: expected 1 or 3, got 4"),
         ({"path": "x", "test_fraction": 1.0}, "test_fraction: expected less than 1, got 1.0"),
-        ({"path": "x", "size": [8]}, "size.*expected"),
-        ({"path": "x", "size": 0}, "size: expected greater than 0"),
+        ({"path": "x", "size": [8]}, r"size: expected 1 to 8192 pixels, or \[height, width\], got \[8\]$"),
+        ({"path": "x", "size": 0}, r"size: expected 1 to 8192 pixels, or \[height, width\], got 0$"),
+        ({"path": "x", "size": 100_000}, r"size: expected 1 to 8192 pixels, .*, got 100000$"),
+        ({"path": "x", "size": [8, True]}, r"size: expected 1 to 8192 pixels, .*, got \[8, True\]$"),
     ],
 )
 def test_keys_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
