@@ -31,6 +31,8 @@ MODEL = "model"
 """Folder of the exported model."""
 MODEL_OF_A_GROUP = re.compile(rf"{MODEL}-[0-9a-f]{{8}}")
 """Folders of models that are not published, by the token of their group; a person's own folders do not match."""
+CONSTANT = re.compile(r"[0-9a-f]{64}\.safetensors(\.partial)?")
+"""Files of constants; nobody else's match, wherever a link in place of their folder leads."""
 
 
 def commit(folder: AnyPath, manifest: Manifest) -> None:
@@ -86,7 +88,7 @@ def prune(run_dir: AnyPath, keep: int, step: int) -> None:
 
 
 def remove_unnamed(run_dir: AnyPath) -> None:
-    """Delete constants that no manifest names, and what a killed process has left beside them.
+    """Delete constants that no manifest names.
 
     Only before a group starts: constants of a group stay in use to its end, and are written before a manifest names
     them.
@@ -102,7 +104,7 @@ def remove_unnamed(run_dir: AnyPath) -> None:
         manifests = [read_manifest(path.parent) for path in find(checkpoints, f"*/{MANIFEST}")]
         named = {constant.file for manifest in manifests for constant in manifest.constants}
         for path in present:
-            if path.name not in named:
+            if CONSTANT.fullmatch(path.name) and path.name not in named:
                 remove(path)
 
 

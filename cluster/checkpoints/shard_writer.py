@@ -56,12 +56,12 @@ def write_constant(folder: AnyPath, tensors: dict[str, Tensor], rows: dict[str, 
     OSError
         The disk, or the object store, did not take it.
     """
-    constants = folder.parent / CONSTANTS
-    if isinstance(constants, Path):
-        make_folder(constants)
-    with tempfile.TemporaryDirectory(prefix="simmatch-", dir=constants if isinstance(constants, Path) else None) as own:
+    local = folder if isinstance(folder, Path) else None  # what is left there if killed goes with the checkpoint
+    if local is not None:
+        make_folder(local)
+    with tempfile.TemporaryDirectory(prefix="simmatch-", dir=local) as own:
         file = Path(own) / "constant"
-        constant = Constant(**_save(tensors, rows, file, constants))
+        constant = Constant(**_save(tensors, rows, file, folder.parent / CONSTANTS))
         copy_whole(file, constant.path(folder))
     return constant
 

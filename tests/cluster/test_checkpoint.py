@@ -36,7 +36,7 @@ from cluster.checkpoints.shard_writer import write_constant, write_shard
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, Outbox, ShardWritten
 from cluster.monitors import GrowthMonitor, TrainingFault
-from cluster.storage import AnyPath, find, locate
+from cluster.storage import AnyPath, find, locate, write_whole
 from cluster.training import Assignment, Stopped, Training
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
@@ -262,9 +262,9 @@ def test_no_constant_goes_while_a_manifest_cannot_be_read(tmp_path: Path) -> Non
 
 def test_what_a_killed_process_left_goes_before_the_next_group_starts(tmp_path: Path) -> None:
     """After the commits of the group before it, whose constants nothing names until then."""
-    left = tmp_path / "checkpoints" / CONSTANTS / "simmatch-abc"
-    left.mkdir(parents=True)
-    (left / "constant").write_bytes(b"half of one")
+    left = [f"{64 * '0'}.safetensors", f"{64 * '1'}.safetensors.partial", "a person's own"]
+    for name in left:
+        write_whole(tmp_path / "checkpoints" / CONSTANTS / name, b"half of one")
     folder = folder_of(tmp_path, 4)
     shard = write_shard(folder, 0, 1, {"w": torch.zeros(3)}, {"w": Rows.all(3)})
     constant = write_constant(folder, {"c": torch.ones(5)}, {})
@@ -274,7 +274,7 @@ def test_what_a_killed_process_left_goes_before_the_next_group_starts(tmp_path: 
     committer.start_group()
     committer.submit(Manifest(cursor=cursor, config={}, layers=[], shards=[shard], constants=[constant]))
     assert [outcome.reason for outcome in committer.settled(20)] == [None, None]
-    assert constants_in(tmp_path) == {constant.file}
+    assert constants_in(tmp_path) == {constant.file, "a person's own"}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"other bytes of whatever length"])

@@ -265,6 +265,9 @@ def test_records_that_are_none_are_not_taken_over(tmp_path: Path) -> None:
         ({}, {"shapes": {"other": [6]}, "rows": {"other": [0, 6]}}),
         ({"cursor": {"step": -1, "layer": 0, "updates": 1}}, {}),
         ({"layers": [{"usual": "2"}]}, {}),
+        ({"constants": [{"sha256": "../../secret", "rows": {}, "shapes": {}}]}, {}),
+        ({"constants": [{"sha256": 63 * "0" + "/", "rows": {}, "shapes": {}}]}, {}),
+        ({"constants": [{"sha256": 64 * "0" + "\n", "rows": {}, "shapes": {}}]}, {}),
         ({"rate": 1e9}, {}),
     ],
 )
