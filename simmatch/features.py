@@ -84,10 +84,16 @@ class FeatureStore:
         self.chunks = [slice(start, min(start + chunk, self.count)) for start in range(0, self.count, chunk)]
         self._images, self._dtype, self._device = images, dtype, device
         self._own: list[Tensor] = []
+        self._shape: torch.Size | None = None
 
     def stored(self, chosen: Tensor | slice) -> Tensor:
         """Images [n, C, H, W] as stored, on the host, whatever the depth of the store."""
-        return select(self._images, chosen)
+        found = select(self._images, chosen)
+        self._shape = self._shape or found.shape[1:]
+        if found.shape[1:] != self._shape:
+            given, expected = list(found.shape[1:]), list(self._shape)
+            raise ValueError(f"images: expected the shape of those that were read first, {expected}, got {given}")
+        return found
 
     def unit(self, stored: Tensor) -> Tensor:
         """Images in [0, 1], of the dtype of the features; arithmetic on the device of `stored`."""

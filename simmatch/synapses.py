@@ -269,7 +269,7 @@ class Synapses(nn.Module):
             )
         after |= {"perron": WARM * perron, "dead": dead.sum()}
         with fault:
-            if self.plasticity.revive and statistics is not None and (fault.recorded or bool(dead.any())):
+            if self.plasticity.revive and statistics is not None and (fault.recorded or bool(after["dead"])):
                 after |= self._revived(after, dead)
         with timed("bound"):
             bound = certify(after["lateral"], perron, rows, ridge=ridge, exchange=self.exchange, fault=fault)

@@ -50,11 +50,21 @@ class Images(Protocol):
 def select(images: Images, chosen: Tensor | slice) -> Tensor:
     """Images [n, C, H, W] as stored, by index or range; a range of a tensor is a view.
 
+    Raises
+    ------
+    ValueError
+        Images that are no tensor return something else.
+
     >>> select(torch.zeros(10, 1, 8, 8), torch.tensor([3, 7])).shape, select(torch.zeros(10, 1, 8, 8), slice(4)).shape
     (torch.Size([2, 1, 8, 8]), torch.Size([4, 1, 8, 8]))
     """
     if not isinstance(images, Tensor):
-        return images[torch.arange(*chosen.indices(len(images))) if isinstance(chosen, slice) else chosen]
+        indices = torch.arange(*chosen.indices(len(images))) if isinstance(chosen, slice) else chosen
+        found = images[indices]
+        if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != len(indices):
+            given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"images: expected a tensor [{len(indices)}, C, H, W] for as many indices, got {given}")
+        return found
     if isinstance(chosen, slice):
         return images[chosen]
     return images.index_select(0, chosen.to(images.device))  # several times as fast as `images[chosen]`

@@ -360,3 +360,34 @@ def test_a_stop_ends_the_thread_and_loses_nothing(digits: Dataset) -> None:
 def test_read_images_of_another_shape_are_refused(shape: tuple[int, ...], given: str, digits: Dataset) -> None:
     with pytest.raises(ValueError, match=rf"images: expected \[N, 1, 8, 8\], got {given}"):
         trainer(Read(torch.zeros(shape, dtype=torch.uint8)), digits)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda found: found[:-1], r"expected a tensor \[30, C, H, W\] for as many indices, got \[29, 1, 8, 8\]"),
+        (lambda found: found.numpy(), r"expected a tensor \[30, C, H, W\] for as many indices, got ndarray"),
+        (
+            lambda found: found[:, :, :7],
+            r"expected the shape of those that were read first, \[1, 8, 8\], got \[1, 7, 8\]",
+        ),
+    ],
+)
+def test_reads_that_are_not_what_was_asked_for_are_refused(
+    spoil: Callable[[Tensor], Any], message: str, digits: Dataset
+) -> None:
+    """In the middle of learning, where a layer would learn from what it gets."""
+
+    class Spoilt(Read):
+        batches = 0
+
+        def __getitem__(self, indices: Tensor) -> Any:
+            self.batches += len(indices) == 30
+            found = super().__getitem__(indices)
+            return spoil(found) if self.batches == 4 else found
+
+    first = trainer(Spoilt(digits.train_images[:IMAGES]), digits)
+    with pytest.raises(ValueError, match=message):
+        first.fit()
+    assert int(first.stack.layer(0).updates) == 3
+    assert_no_thread_is_left()
