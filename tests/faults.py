@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from cluster.checkpoints.manifest import MANIFEST, Shard, folder_of
+from cluster.checkpoints.manifest import CONSTANTS, MANIFEST, Shard, folder_of
 from cluster.storage import AnyPath, find
 from cluster.training import Training
 from cluster.worker import Worker
@@ -45,6 +45,7 @@ Kind = Literal[
     "disk full",
     "corrupt shard",
     "corrupt manifest",
+    "corrupt constant",
 ]
 """
 nan …       a NaN in the last own row of W, M or V, before the update
@@ -193,10 +194,13 @@ class FaultyTraining(Training):
 
 
 def corrupt_newest(run_dir: AnyPath, what: str) -> None:
-    """Flip a bit in the middle of a shard, or of the manifest, of the newest committed checkpoint, if there is one."""
+    """Flip a bit in the middle of a file of the newest committed checkpoint, if there is one: a shard, the manifest, or
+    a constant, which the checkpoints before name as well.
+    """
     committed = find(run_dir / "checkpoints", f"step-*/{MANIFEST}")
     if committed:
-        path = committed[-1] if what == "manifest" else find(committed[-1].parent, "*.safetensors")[-1]
+        folder = run_dir / "checkpoints" / CONSTANTS if what == "constant" else committed[-1].parent
+        path = committed[-1] if what == "manifest" else find(folder, "*.safetensors")[-1]
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(bytes(content))

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -50,7 +50,7 @@ AWAY_S = 6.0
 
 SECRET = "simmatch-secret"
 
-LOST = ("kill", "stop", "corrupt shard", "corrupt manifest")
+LOST = ("kill", "stop", "corrupt shard", "corrupt manifest", "corrupt constant")
 """Faults that cost a group: the run replaces it by itself."""
 
 FAST = [
@@ -136,6 +136,7 @@ OUTSIDE = {
 TRACKERS = ("MLflow down", "MLflow hanging", "MLflow answers 500")
 RANK_KINDS: tuple[Kind, ...] = ("kill", "exception", "stop", "disk full", "corrupt shard", "corrupt manifest")
 CELLS = [(fault, moment) for fault in (*RANK_KINDS, *OUTSIDE, *TRACKERS) for moment in MOMENTS]
+CELLS.append(("corrupt constant", "in mid-epoch"))  # the first layer has none; this begins again, and writes it again
 
 
 # -- the cluster -------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def test_a_run_ends_as_if_nothing_had_happened(
     fault: str,
     moment: str,
 ) -> None:
-    if fault in RANK_KINDS:
+    if fault in get_args(Kind):
         of_a_rank(ray, make_cell(), undisturbed, fault, moment)
     elif fault in OUTSIDE:
         from_outside(ray, make_cell(remote=OUTSIDE[fault].remote), undisturbed, fault, moment)
