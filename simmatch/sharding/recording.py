@@ -35,7 +35,8 @@ class FaultRecord:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.ok = torch.ones((), dtype=torch.bool, device=device)
+        with torch.inference_mode(False):  # so that updates outside of it may write to them too
+            self.ok = torch.ones((), dtype=torch.bool, device=device)
         self._statuses: Tensor | None = None
         self._values: list[str] = []
         self.error: Exception | None = None
@@ -44,8 +45,9 @@ class FaultRecord:
         """Record the statuses [G, 2] of an update by the name of their values; all updates have the same names."""
         statuses = torch.stack(list(stages.values()))
         if self._statuses is None:
-            self._statuses, self._values = statuses.clone(), list(stages)
-        torch.where(self.ok, statuses, self._statuses, out=self._statuses)
+            with torch.inference_mode(False):
+                self._statuses, self._values = statuses.clone(), list(stages)
+        self._statuses.copy_(torch.where(self.ok, statuses, self._statuses))  # the layer may be of another dtype now
         self.ok.logical_and_((statuses * 0.0).sum() == 0.0)
         self.error = self.error or error
 

@@ -229,6 +229,19 @@ def test_batches_of_any_number_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None
     assert int(layer.updates) == 3
 
 
+def test_a_layer_of_another_dtype_or_grad_mode_goes_on_recording() -> None:
+    layer = make_layer("plain")
+    with torch.inference_mode():
+        learn(layer, 0, True)
+    learn(layer, 2, True)
+    layer.double()
+    layer.partial_fit(batch(3)[0].double(), recorded=True)
+    layer.raise_faults()
+    layer.partial_fit(torch.full_like(batch(4)[0], torch.nan).double(), recorded=True)
+    with pytest.raises(SharedFault, match="in update 4"):
+        layer.raise_faults()
+
+
 def test_weights_written_to_between_recorded_updates_are_noticed() -> None:
     """torch counts this write; the other only ‖M‖ shows."""
     for write in (lambda tensor: tensor.mul_(2.0), lambda tensor: tensor.numpy().__imul__(2.0)):
