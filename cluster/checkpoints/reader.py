@@ -103,11 +103,11 @@ class Reader:
             with local.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
         except FileNotFoundError:
-            raise DamagedError(f"{path}: expected the shard that the manifest names, found no such file") from None
+            raise DamagedError(f"{path}: expected the file that the manifest names, found none") from None
         except OSError as error:
             if not is_local(path):
                 raise
-            raise DamagedError(f"{path}: expected a shard, {error.strerror or error}") from None
+            raise DamagedError(f"{path}: expected a file that can be read, {error.strerror or error}") from None
         if digest != file.sha256:
             raise DamagedError(f"{path}: expected sha256 {file.sha256[:12]}…, got {digest[:12]}…")
         self._checked[path.name] = local

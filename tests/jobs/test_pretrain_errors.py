@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint(
     message = refuse("--resume", str(folder))
     assert {
         "shard": f"{shard}: expected sha256 ",
-        "missing shard": f"{shard}: expected the shard that the manifest names, found no such file",
+        "missing shard": f"{shard}: expected the file that the manifest names, found none",
         "manifest": f"{manifest}: expected a manifest",
         "format": f"{manifest}: expected format {FORMAT}, got 99",
         "nothing": f"--resume: expected auto, never, a run directory or a checkpoint, got {folder}",
