@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    except (RunFailed, OSError) as error:
+    except RunFailed as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return FAILED
     _say(console, f"prepared: {_summary(manifest)}")
@@ -73,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepared(plan: Plan, to: Location, workers: int | None, console: Console) -> Manifest:
     """Prepare, with progress; one process at a time where the place is a folder."""
     started = time.monotonic()
-    if to.path is not None:
-        make_folder(to.path)
     try:
+        if to.path is not None:
+            make_folder(to.path)
         with nullcontext() if to.path is None else locked(to.path / LOCK, 0.0):
             address = start_ray(workers or allowed_cpus(), START_S)
             with ProgressBars(console, keep=True, line_every_s=LINE_EVERY_S) as bars:
@@ -88,6 +88,8 @@ def _prepared(plan: Plan, to: Location, workers: int | None, console: Console) -
                 return prepare(plan, to, OnRay(workers), progress)
     except TimeoutError:
         raise ConfigError(f"--out: expected a folder that nobody else prepares, got {to}") from None
+    except OSError as error:  # such as a full disk
+        raise RunFailed(f"{to}: {error.strerror or error}") from error
     finally:
         shut_down_ray()
 

@@ -54,6 +54,13 @@ def config(photos: Path, tmp_path: Path) -> list[str]:
     return ["--config", str(tmp_path / "run.yaml")]
 
 
+def test_a_place_that_cannot_be_written_is_named(
+    config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.prepare.main([*config, "--out", "/proc/shards"]) == 1
+    assert capsys.readouterr().err == "error: /proc/shards: No such file or directory\n"
+
+
 def test_prepare_then_train_without_the_source(
     photos: Path, config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
