@@ -98,9 +98,10 @@ class PreparedImages:
         chosen = np.arange(count)[indices] if isinstance(indices, slice) else indices.cpu().numpy()
         if chosen.ndim != 1 or chosen.dtype != np.int64:
             raise IndexError(f"expected indices int64 [n], got {chosen.dtype} {list(chosen.shape)}")
+        if len(chosen) and not -count <= chosen.min() <= chosen.max() < count:
+            lowest, largest = int(chosen.min()), int(chosen.max())
+            raise IndexError(f"expected indices {-count} to {count - 1}, got {lowest} to {largest}")
         chosen = np.where(chosen < 0, chosen + count, chosen)
-        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < count:
-            raise IndexError(f"expected indices below {count}, got {int(chosen.min())} to {int(chosen.max())}")
         images = np.empty((len(chosen), *self._shape), dtype=np.uint8)
         self._read(chosen + self._part.start, images)
         return torch.from_numpy(images)

@@ -116,6 +116,8 @@ def test_any_indices_are_read_as_a_tensor_reads_them(photos: Path, folder: Path)
     for part in (slice(None), slice(5, 25), slice(47, 400), slice(None, None, 3), slice(20, 3, -2), slice(9, 9)):
         values = torch.from_numpy(memory.numpy()[part].copy())
         assert torch.equal(lazy[part], values)
+    with pytest.raises(IndexError, match="expected indices -48 to 47, got -49 to 3"):
+        lazy[torch.tensor([3, -49])]
     for wrong in (torch.tensor([48]), torch.tensor([-49]), torch.tensor([0.0]), torch.tensor([[1]])):
         with pytest.raises(IndexError, match="expected indices"):
             lazy[wrong]
