@@ -6,6 +6,8 @@ fault, and all owners have the same. When the host looks, all owners raise the e
 
 from __future__ import annotations
 
+from types import TracebackType
+
 import torch
 from torch import Tensor
 
@@ -106,6 +108,13 @@ class RecordedFault(LocalFault):
         self._record = record
         self._stages: dict[str, Tensor] = {}
         self._own: list[Tensor] = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        held = super().__exit__(kind, error, traceback)
+        # capturing moves nothing, so no owner waits; held, the exception would be reported anew at every replay
+        return held and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     def mark(self, status: Tensor) -> None:
         """Write what this owner has found, alone, into its status."""

@@ -188,6 +188,21 @@ def test_an_exception_of_one_owner_is_raised_by_all_at_the_next_look() -> None:
     assert results(run_owners(2, program)) == ["None", "disk full"]
 
 
+def test_an_exception_while_an_update_is_captured_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update goes on uncaptured then; a graph with the exception in it would report it at every replay."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    def program(exchange: ThreadExchange) -> str:
+        layer = make_layer("plain", exchange)
+        fault = layer._fault(recorded=True)
+        with pytest.raises(OSError, match="disk full"), fault:
+            failing()
+        return "raised"
+
+    assert results(run_owners(2, program)) == ["raised"] * 2
+
+
 def test_a_layer_learns_on_after_its_fault_was_raised() -> None:
     own, other = make_layer("plain"), make_layer("plain")
     images = batch(0)[0]
