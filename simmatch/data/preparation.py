@@ -19,13 +19,11 @@ from simmatch.data.decoding import ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import Listing
 from simmatch.data.location import Location
-from simmatch.data.places import ask
 from simmatch.data.prepared import cache_of
-from simmatch.data.preparing import Part, PartRecord, Plan, policy_of
+from simmatch.data.preparing import Part, PartRecord, Plan, digest_samples, policy_of
 from simmatch.data.shards import Manifest, read_manifest
 from simmatch.documents import quoted, shortened
 from simmatch.files import locked, make_folder
-from simmatch.remote import is_remote
 
 IN_MEMORY_BYTES = 2**30
 """Own images that take more are prepared when they are loaded; less are held in memory."""
@@ -172,23 +170,14 @@ def plan_if_large(config: DataConfig, listing: Listing) -> Plan | None:
 
 
 def place_in_cache(plan: Plan) -> Location:
-    """Where images are prepared in the cache of the node: it depends on their names, labels and policy.
-
-    It also depends on the size and the time of change of each file of this machine, so that changed images are prepared
-    again; files behind a URI are not asked for theirs.
+    """Where images are prepared in the cache of the node: it depends on the policy and on `digest_samples`.
 
     >>> place_in_cache.__name__
     'place_in_cache'
     """
     digest = sha256(json.dumps(policy_of(plan.config)).encode())
     for samples in (plan.listing.train, plan.listing.test):
-        digest.update(json.dumps(list(samples.keys)).encode())
-        for values in (samples.locations, samples.labels):
-            digest.update(np.ascontiguousarray(values, dtype="<i8").data)
-        for file in samples.origin.files_of(samples.keys):
-            if not is_remote(file):
-                status = ask(file, lambda file=file: os.stat(file), remote=False)  # type: ignore[misc]
-                digest.update(b"%d %d " % (status.st_size, status.st_mtime_ns))
+        digest_samples(digest, samples)
     folder = cache_of(plan.config) / "prepared"
     return Location(folder / f"{_plain(plan.config.title)}-{digest.hexdigest()[:16]}")
 

@@ -11,8 +11,10 @@ names of its images; a preparation that was interrupted goes on with the parts t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -25,7 +27,7 @@ from simmatch.data.formats import DataError
 from simmatch.data.listing import Listing
 from simmatch.data.loading import Shape, decoded
 from simmatch.data.location import Location
-from simmatch.data.places import absolute
+from simmatch.data.places import absolute, ask
 from simmatch.data.samples import Integers, Samples
 from simmatch.data.shards import (
     MANIFEST,
@@ -40,6 +42,7 @@ from simmatch.data.shards import (
     shard_file,
 )
 from simmatch.documents import DocumentError, dump_json, load_json
+from simmatch.remote import is_remote
 
 RUN = 128
 """Neighbours in a file of several images that stay neighbours until the images of a shard are mixed, so that the files
@@ -108,12 +111,10 @@ class Part:
         return f"parts/{self.split}-{self.number:05d}.json"
 
     def identity(self) -> str:
-        """A hash of everything that determines the shard, but for the content of the files it is read from."""
-        samples = self.samples
-        digest = sha256(repr((samples.origin, self.policy, self.shape.known)).encode())
-        for values in (samples.locations, samples.labels, self.order):
-            digest.update(np.ascontiguousarray(values, dtype="<i8").data)
-        digest.update(json.dumps(list(samples.keys)).encode())
+        """A hash of everything that determines the shard; files count as in `digest_samples`."""
+        digest = sha256(repr((self.samples.origin, self.policy, self.shape.known)).encode())
+        digest.update(np.ascontiguousarray(self.order, dtype="<i8").data)
+        digest_samples(digest, self.samples)
         return digest.hexdigest()[:32]
 
     def make(self, to: Location) -> PartRecord:
@@ -166,6 +167,28 @@ class Part:
             return record if sha256(content).hexdigest() == record.sha256 else None
         except (FileNotFoundError, DocumentError, ConfigError, DataError):
             return None
+
+
+def digest_samples(digest: Any, samples: Samples) -> None:
+    """Add images to a hash: their names, places and labels, and size and time of change of each file of this machine.
+
+    Files behind a URI are not asked for theirs.
+
+    >>> from simmatch.data.folders import Folder
+    >>> from simmatch.data.samples import Names
+    >>> samples = Samples(Folder("s3://bucket"), Names.of([b"a.png"]), np.zeros((1, 0), int), np.zeros(1, int))
+    >>> digest = sha256()
+    >>> digest_samples(digest, samples)
+    >>> digest.digest() == sha256().digest()
+    False
+    """
+    digest.update(json.dumps(list(samples.keys)).encode())
+    for values in (samples.locations, samples.labels):
+        digest.update(np.ascontiguousarray(values, dtype="<i8").data)
+    for file in samples.origin.files_of(samples.keys):
+        if not is_remote(file):
+            status = ask(file, partial(os.stat, file), remote=False)
+            digest.update(b"%d %d " % (status.st_size, status.st_mtime_ns))
 
 
 def _text(key: str) -> str:

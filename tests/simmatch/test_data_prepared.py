@@ -262,6 +262,17 @@ def test_parts_that_are_there_are_not_made_again(photos: Path, folder: Path) -> 
     assert (folder / "train-00002.bin").read_bytes() == content
 
 
+def test_parts_with_changed_images_are_made_again(photos: Path, folder: Path) -> None:
+    """An interrupted preparation must not mix images of before with others of the same names."""
+    (folder / MANIFEST).unlink()
+    before = {path.name: path.read_bytes() for path in folder.glob("t*-0*.bin")}
+    changed = photos / "class0" / "000.pgm"
+    changed.write_bytes(b"P5 %d %d 255 " % (SIDE, SIDE) + bytes(SIDE * SIDE))
+    prepared(config_of(photos), folder)
+    assert sum(path.read_bytes() != before[path.name] for path in folder.glob("t*-0*.bin")) == 1
+    assert same(load_dataset(DataConfig(path=str(folder))), load_dataset(config_of(photos)))
+
+
 def test_a_place_that_holds_other_images_is_refused(photos: Path, folder: Path) -> None:
     assert finished(config_of(photos), Location(folder)) is not None
     with pytest.raises(ConfigError, match=r"data.size: expected None, by which .*prepared was prepared, got 4"):
