@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from jobs.evaluation.readouts import ROWS, Scaling
-from simmatch.labels import one_hot
+from simmatch.labels import check_labels, one_hot
 from simmatch.readout import accuracy, solve_ridge
 from simmatch.seeding import seeded
 
@@ -110,6 +110,7 @@ def kernel_path(
     order = torch.arange(count) if exact else torch.randperm(count, generator=seeded("landmarks", 0))[:most]
     landmarks = scaling(features[order])
     rate = width / median_distance(landmarks)
+    check_labels(labels, num_classes, len(features))
     targets = one_hot(labels, num_classes, features).T.contiguous()  # its layout decides how sums round
     bias = targets.mean(dim=0)
     square = gaussian(landmarks, landmarks, rate).fill_diagonal_(1.0)

@@ -107,6 +107,7 @@ def ridge_path(
         A label out of range.
     """
     scaling = scaling_of(features, power)
+    check_labels(labels, num_classes, len(features))
     targets = one_hot(labels, num_classes, features).T.contiguous()  # its layout decides how sums round
     bias = targets.mean(dim=0)
     centred = targets - bias

@@ -50,6 +50,9 @@ class ParquetFiles:
                 file, group, row = sample.location
                 if held is None or held[0] != (file, group):
                     held = (file, group), self._column(files, file, group)
+                if row >= len(held[1]):
+                    expected = f"a row {row} in row group {group}, of which it has {len(held[1])}"
+                    raise DataError(f"{shortened(self.files[file])}: expected {expected}; the file is damaged")
                 return held[1][row].as_py() or b""
 
             yield read

@@ -6,6 +6,7 @@ they say of themselves is computed anew here.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -38,12 +39,16 @@ from simmatch.config import parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import Stack
 from tests.cluster.actors import assert_gone
+from tests.faults import FaultPlan, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 LIMIT_S = 180.0
 UPDATES = (29, 87)
 """Of the two layers: 1437 images in batches of 50, for 1 and for 3 epochs."""
+
+TOLD_S = 2.0
+"""Within this time after a signal, the ranks know that they are to stop."""
 
 PROFILED = 5
 """Updates of a layer in the profile of the run that is continued."""
@@ -84,9 +89,9 @@ def begin(digits_yaml: Path, environment: dict[str, str], runs: Path) -> Iterato
     """Start `python -m jobs.pretrain`; what still runs at the end is ended."""
     processes = []
 
-    def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    def start(run_dir: Path, *more: str, job: tuple[str, ...] = ("jobs.pretrain",)) -> subprocess.Popen[str]:
         options = ["--config", str(digits_yaml), "--run-dir", str(run_dir), *more]
-        command = [sys.executable, "-m", "jobs.pretrain", *options]
+        command = [sys.executable, "-m", *job, *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=runs.parent, env=environment, **pipes))
         return processes[-1]
@@ -336,16 +341,20 @@ def test_dry_run(
 
 
 @pytest.fixture(scope="module")
-def interrupted(begin: Begin, finished: Ended, runs: Path) -> Ended:
-    """The same run in another folder, asked to end once its first checkpoint is there."""
-    run_dir = runs / "interrupted"
-    process = begin(run_dir)
+def interrupted(begin: Begin, finished: Ended, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The same run in another folder, asked to end in mid-epoch, where a rank waits, after its first checkpoint."""
+    run_dir, signals = runs / "interrupted", tmp_path_factory.mktemp("signals")
+    plan = FaultPlan(rank=1, layer=1, step=20, kind="tell", signals=str(signals))
+    process = begin(run_dir, job=("tests.faulty_job", json.dumps(dataclasses.asdict(plan))))
+    wait_for(signals / "here", LIMIT_S)
     deadline = time.monotonic() + LIMIT_S
-    while not (run_dir / "checkpoints" / "step-00000020" / "manifest.json").exists():
+    while not list(run_dir.glob("checkpoints/step-*/manifest.json")):
         assert process.poll() is None, "".join(process.communicate())
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
+    time.sleep(TOLD_S)
+    (signals / "go").touch()
     ended = end(process, run_dir)
     # kept apart: the continuation writes another
     (run_dir / "summary.json").rename(run_dir / "summary-interrupted.json")
@@ -375,7 +384,7 @@ def test_an_interrupted_run_says_so(interrupted: Ended) -> None:
 
 def test_a_continued_run_ends_as_the_undisturbed_one(finished: Ended, continued: Ended) -> None:
     assert continued.status == 0, continued.out + continued.err
-    assert continued.out.startswith(f"continuing the unfinished run in {continued.run_dir}, from step-000000")
+    assert continued.out.startswith(f"continuing the unfinished run in {continued.run_dir}, from step-00")
     for name in ("model.safetensors", "config.yaml"):
         path = Path("model") / name
         assert (continued.run_dir / path).read_bytes() == (finished.run_dir / path).read_bytes(), name

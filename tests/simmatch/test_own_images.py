@@ -18,6 +18,7 @@ import torch
 
 import simmatch.data.places
 from simmatch.config import ConfigError, DataConfig, parse
+from simmatch.data.decoding import ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import list_samples
 from simmatch.data.loading import decoded
@@ -292,6 +293,14 @@ def cut(path: Path, end: int | None = None, *, at: int | None = None) -> None:
     if at is not None:
         data[at : at + 8] = b"\xff" * 8
     path.write_bytes(data[:end])
+
+
+def test_a_row_group_with_fewer_images_than_it_says_is_damaged(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", items(8))
+    listing = list_samples(DataConfig(path=str(tmp_path), test_fraction=0.2))
+    write_parquet(tmp_path / "a.parquet", items(1))
+    with pytest.raises(DataError, match=r"a\.parquet: expected a row \d in row group 0, of which it has 1;"):
+        list(decoded(listing.train, ImagePolicy()))
 
 
 def with_parquet(folder: Path, **columns: Any) -> None:
