@@ -217,7 +217,8 @@ def test_a_thread_that_traces_a_model_does_not_abort_the_end(start: Run) -> None
     for _ in range(5):
         process = start(TRACES)
         _, err = process.communicate(timeout=100)
-        assert (process.returncode, err) == (7, "")
+        own = [line for line in err.splitlines() if "triton not found" not in line]  # torch says so without Triton
+        assert (process.returncode, own) == (7, [])
 
 
 def test_every_job_is_such_a_program() -> None:
