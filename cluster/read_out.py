@@ -32,7 +32,7 @@ from simmatch.labels import UNLABELLED, distinct
 from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import Stack
 from simmatch.moments import Moments
-from simmatch.readout import LinearReadout, Readout, ReadoutName, fit_readout, ridge_of_moments, with_targets
+from simmatch.readout import LinearClassifier, Readout, ReadoutName, fit_readout, ridge_of_moments, with_targets
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_from_ranks, moments_over_ranks, rows_at_first
 
@@ -171,9 +171,9 @@ def fit(name: ReadoutName, train: Parts, sample: Sample, features: int, ranks: R
         well = ranks.attempt(lambda: fitted.append(fit_readout(name, collected, sample.labels)))
     if not well or name == "knn":
         return fitted[0] if fitted else None
-    shared = LinearReadout.empty(classes, features, ranks.device)
+    shared = LinearClassifier.empty(classes, features, ranks.device)
     for number, value in enumerate(shared.values):
-        if isinstance(own := fitted[0] if fitted else None, LinearReadout):
+        if isinstance(own := fitted[0] if fitted else None, LinearClassifier):
             value.copy_(own.values[number])
         ranks.exchange.broadcast(value, source=0).wait()
     return shared
@@ -205,7 +205,7 @@ def count_right(
         expected = labels[part].to(ranks.device)  # where it is unknown, it is no class
         if supervised:
             by_layer += (outputs["scores"].argmax(dim=1) == expected).sum()
-        if isinstance(readout, LinearReadout):
+        if isinstance(readout, LinearClassifier):
             by_readout += (readout.predict(outputs["features"]) == expected).sum()
         elif not ranks.problem:
             known = expected != UNLABELLED

@@ -61,7 +61,7 @@ class Readout(Protocol):
 
 
 @dataclass(frozen=True)
-class LinearReadout:
+class LinearClassifier:
     """Scores Aᵀ (φ − m) / s + b of features φ; the label is that of the largest.
 
     Attributes
@@ -71,7 +71,7 @@ class LinearReadout:
     matrix: [F, classes], A.
     bias: [classes], b.
 
-    >>> readout = LinearReadout(torch.tensor([3, 7]), *map(torch.tensor, ([5.0], [2.0], [[-1.0, 1.0]], [0.0, 0.0])))
+    >>> readout = LinearClassifier(torch.tensor([3, 7]), *map(torch.tensor, ([5.0], [2.0], [[-1.0, 1.0]], [0.0, 0.0])))
     >>> readout.scores(torch.tensor([[1.0], [7.0]])).tolist(), readout.predict(torch.tensor([[1.0], [7.0]])).tolist()
     ([[2.0, -2.0], [-1.0, 1.0]], [3, 7])
     """
@@ -83,7 +83,7 @@ class LinearReadout:
     bias: Tensor
 
     @classmethod
-    def empty(cls, classes: Tensor, features: int, device: torch.device) -> LinearReadout:
+    def empty(cls, classes: Tensor, features: int, device: torch.device) -> LinearClassifier:
         """One of this size, to be filled."""
         shapes: list[tuple[int, ...]] = [(features,), (features,), (features, len(classes)), (len(classes),)]
         values = (torch.empty(shape, dtype=torch.float64, device=device) for shape in shapes)
@@ -104,7 +104,7 @@ class LinearReadout:
         return self.classes[self.scores(features).argmax(dim=1)]
 
 
-def fit_ridge(features: Tensor, labels: Tensor, penalty: float = RIDGE) -> LinearReadout:
+def fit_ridge(features: Tensor, labels: Tensor, penalty: float = RIDGE) -> LinearClassifier:
     """Ridge regression on ±1 targets, in float64.
 
     Minimises ⟨‖Aᵀφ − t‖²⟩ + λ‖A‖² over A, with φ the standardised features, t the centred targets and ⟨·⟩ the mean over
@@ -141,10 +141,10 @@ def fit_ridge(features: Tensor, labels: Tensor, penalty: float = RIDGE) -> Linea
     deviation = torch.where(deviation > 0, deviation, 1.0)
     scaled = (features.double() - mean) / deviation
     dual = solve_ridge(scaled @ scaled.T / count, (targets - bias) / count, penalty)
-    return LinearReadout(classes, mean, deviation, scaled.T @ dual, bias)
+    return LinearClassifier(classes, mean, deviation, scaled.T @ dual, bias)
 
 
-def ridge_of_moments(moments: Moments, classes: Tensor, penalty: float = RIDGE) -> LinearReadout:
+def ridge_of_moments(moments: Moments, classes: Tensor, penalty: float = RIDGE) -> LinearClassifier:
     """The ridge regression of `fit_ridge` from sums over images, whose scatter is overwritten.
 
     Parameters
@@ -170,7 +170,7 @@ def ridge_of_moments(moments: Moments, classes: Tensor, penalty: float = RIDGE) 
     gram /= deviation[:, None]
     gram /= deviation
     matrix = solve_ridge(gram, right / deviation[:, None], penalty)
-    return LinearReadout(classes, moments.mean[:size], deviation, matrix, moments.mean[size:])
+    return LinearClassifier(classes, moments.mean[:size], deviation, matrix, moments.mean[size:])
 
 
 def with_targets(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class Neighbours:
         return torch.from_numpy(self._model.predict(features.numpy()))
 
 
-def _fit_logistic(features: Tensor, labels: Tensor) -> LinearReadout:
+def _fit_logistic(features: Tensor, labels: Tensor) -> LinearClassifier:
     with extra("eval"):
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
@@ -247,7 +247,7 @@ def _fit_logistic(features: Tensor, labels: Tensor) -> LinearReadout:
     matrix, bias = torch.from_numpy(model.coef_).double().T, torch.from_numpy(model.intercept_).double()
     if len(model.classes_) == 2:  # one score, positive for the second class
         matrix, bias = (torch.cat([torch.zeros_like(one), one], dim=-1) for one in (matrix, bias))
-    return LinearReadout(
+    return LinearClassifier(
         torch.from_numpy(model.classes_), torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_), matrix, bias
     )
 
@@ -258,7 +258,7 @@ def fit_readout(name: ReadoutName, features: Tensor, labels: Tensor) -> Readout:
     Parameters
     ----------
     name: `ridge`, closed-form least squares on ±1 targets; `logistic`, multinomial, by L-BFGS; `knn`, 10 nearest
-        neighbours by cosine distance. The first two are a `LinearReadout`.
+        neighbours by cosine distance. The first two are a `LinearClassifier`.
     features: [N, F].
     labels: [N].
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simmatch.moments import ROWS
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -30,10 +32,6 @@ class Whitening:
         return self.matrix @ self.mean
 
 
-COVARIANCE_ROWS = 2048
-"""Rows per matrix product: a longer sum in float32 would lose digits."""
-
-
 def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [P] and covariance [P, P] of rows [N, P] in float64: products in the rows' dtype, their sums in float64.
 
@@ -43,7 +41,7 @@ def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean = rows.mean(dim=0, dtype=torch.float64)
     total = mean.new_zeros(len(mean), len(mean))
-    for part in torch.split(rows, COVARIANCE_ROWS):
+    for part in torch.split(rows, ROWS):
         centred = part - mean.to(part.dtype)
         total += centred.T @ centred
     return mean, total.div_(len(rows))

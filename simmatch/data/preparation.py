@@ -94,24 +94,20 @@ def prepare(plan: Plan, to: Location, run: Run, progress: Progress) -> Manifest:
     8
     """
     records: dict[int, PartRecord] = {}
+    damaged: list[str] = []  # in the first parts without a gap: the same message, in whatever order parts are done
+    checked = 0
     done, total = 0, len(plan.listing.train) + len(plan.listing.test)
     progress(done, total)
     for number, record in run(plan.parts(), to):
         records[number] = record
         done += record.count + len(record.skipped)
         progress(done, total)
-        _check_records(records, plan.config)
+        while checked in records:
+            damaged += [each.reason for each in records[checked].skipped]
+            checked += 1
+        _check_damaged(damaged, plan.config)
     assert sorted(records) == list(range(len(plan))), "every part is made"
     return plan.commit([records[number] for number in range(len(plan))], to)
-
-
-def _check_records(records: dict[int, PartRecord], config: DataConfig) -> None:
-    """What is damaged, by the same message whatever the order in which parts are done."""
-    known = 0
-    while known in records:
-        known += 1
-    damaged = [each.reason for number in range(known) for each in records[number].skipped]
-    _check_damaged(damaged, config)
 
 
 def _check_damaged(damaged: list[str], config: DataConfig) -> None:

@@ -21,7 +21,7 @@ from simmatch.features import FeatureStore
 from simmatch.labels import UNLABELLED
 from simmatch.memory import Lever
 from simmatch.model import Stack
-from simmatch.readout import LinearReadout, ReadoutName, fit_readout
+from simmatch.readout import LinearClassifier, ReadoutName, fit_readout
 from simmatch.seeding import seeded
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from tests.exchanges import ThreadExchange, of_type, results, run_owners
@@ -120,7 +120,7 @@ def test_ranks_fit_what_one_fits_on_all_features(ranks: int, name: ReadoutName, 
         return fit(name, every_second(images, size, exchange), sample, size, together(exchange))
 
     for rank, readout in enumerate(results(run_owners(ranks, owner))):
-        if isinstance(expected, LinearReadout):
+        if isinstance(expected, LinearClassifier):
             torch.testing.assert_close(readout.scores(features), expected.scores(features), rtol=0, atol=2e-6)
         elif rank == 0:
             assert torch.equal(readout.predict(features), expected.predict(features))
