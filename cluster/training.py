@@ -49,6 +49,7 @@ from simmatch.profile import Profile
 from simmatch.remote import retry
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.state import gather_from_ranks
 
 PART_OF_LIMITS = 0.25
@@ -123,7 +124,7 @@ class Training(Observer):
             self.dataset.train_images,
             self.dataset.train_labels if self.dataset.num_classes else None,
             blocks=self.dataset.blocks if config.data.order == "blocks" else None,
-            exchange=exchange,
+            mesh=Mesh.of_owners(exchange),
             observer=self,
             settled=0 if done is None else done.layer,
             encode_batch=config.encode_batch,

@@ -9,7 +9,7 @@
                     scale V of a supervised layer to that activity
 
 `fit_stack` trains in this process with few arguments; `Trainer` has them all. A single process and the ranks of a group
-run the same code. Ranks communicate through the exchange only, and all their decisions depend on the configuration or
+run the same code. Ranks communicate through the mesh only, and all their decisions depend on the configuration or
 on gathered bytes.
 """
 
@@ -36,7 +36,7 @@ from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import InputConfig, Stack, build_layer, pooled
 from simmatch.observer import Observer, Update
 from simmatch.parts import timed
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from simmatch.sharding.state import gather_layer, sum_over_ranks
 from simmatch.solvers.dynamics import Solution
@@ -57,8 +57,7 @@ class Trainer:
     images: [N, C, H, W], uint8 or floating-point in [0, 1]; only their number and `images[indices]` are used.
     labels: [N], classes of the images for supervised layers, `UNLABELLED` where unknown.
     blocks: indices at which blocks of images begin that are read together, see `simmatch.data.order`; None: any order.
-    exchange: connects to the other ranks, each of which holds a share of the channels. None: a single process, in which
-        `solver: auto` selects the fastest solver.
+    mesh: connects to the other ranks. None: a single process, in which `solver: auto` selects the fastest solver.
     observer: follows the training.
     depth: number of layers to train, from the first one on; None: all.
     settled: number of layers, from the first one on, whose label weights an earlier run has scaled already.
@@ -91,7 +90,7 @@ class Trainer:
         labels: Tensor | None = None,
         *,
         blocks: Tensor | None = None,
-        exchange: Exchange | None = None,
+        mesh: Mesh | None = None,
         observer: Observer | None = None,
         depth: int | None = None,
         settled: int = 0,
@@ -107,12 +106,12 @@ class Trainer:
         for name, number in (("encode_batch", encode_batch), ("measure_every", measure_every)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        self.exchange, self._alone = exchange or IDENTITY, exchange is None
+        self.mesh, self._alone = mesh or Mesh(), mesh is None
         self._settled, self._encode_last, self._to_tolerance = settled, encode_last, to_tolerance
         self._cache, self._measure_every, self._blocks = cache, measure_every, blocks
         self._encode_batch = encode_batch
         self.device = stack.layer(0).feedforward.device
-        self.store = FeatureStore(images, self.exchange, batch=encode_batch, dtype=stack.dtype, device=self.device)
+        self.store = FeatureStore(images, self.mesh.everyone, batch=encode_batch, dtype=stack.dtype, device=self.device)
         self._memory = MemoryWatch(self.device)
 
     def _check(self, images: Images) -> None:
@@ -151,7 +150,7 @@ class Trainer:
             return self.stack.layer(index)
         channels = Lever(f"model.layers.{index}.out_channels", self.layers[index].out_channels)
         self._memory.begin(f"layer {index}, making its weights", channels)
-        stack, shards = self.stack, split_rows(self.layers[index].out_channels, self.exchange.world_size)
+        stack, shards = self.stack, split_rows(self.layers[index].out_channels, self.mesh.owners.world_size)
         return build_layer(
             stack.config,
             stack.source,
@@ -159,8 +158,8 @@ class Trainer:
             seed=stack.seed,
             dtype=stack.dtype,
             device=self.device,
-            rows=shards[self.exchange.rank],
-            exchange=self.exchange,
+            rows=shards[self.mesh.owners.rank],
+            exchange=self.mesh.owners,
         )
 
     # ------------------------------------------------------------------------------------------- learning
@@ -200,7 +199,7 @@ class Trainer:
         self._memory.begin(f"layer {index}, learning", *levers, otherwise="use more ranks")
         self.observer.started(index, layer)
         recorded = layer.by_kernel  # the host then never waits for the device within an update
-        graph = new_graph(self.device) if recorded and below is None and self.exchange.capturable else None
+        graph = new_graph(self.device) if recorded and below is None and layer.exchange.capturable else None
         with (
             closing(inputs.staged(batches, first)) as staged,
             closing(self._updates(layer, inputs, graph, recorded=recorded)) as updates,
@@ -229,7 +228,7 @@ class Trainer:
                 patches = inputs.prepare(batch)
             return patches, layer.partial_fit(patches, batch.labels, recorded=recorded)
 
-        return Updates(make, graph, self.exchange)
+        return Updates(make, graph, layer.exchange)
 
     def _labels(self, chosen: slice) -> Tensor:
         assert self.labels is not None
@@ -240,10 +239,10 @@ class Trainer:
         self.observer.progress("calibrate", 0, 1, layer=index)
         sample = self.store.first(min(config.whiten_images, self.store.count))
         work = partial(layer.calibrate, sample, config.whiten_patches)
-        self.observer.on_one_rank(work if self.exchange.rank == 0 else None)
+        self.observer.on_one_rank(work if self.mesh.everyone.rank == 0 else None)
         for name in MEASURED:
             if hasattr(layer, name):
-                self.exchange.broadcast(getattr(layer, name), source=0).wait()
+                self.mesh.everyone.broadcast(getattr(layer, name), source=0).wait()
         self.observer.progress("calibrate", 1, 1, layer=index)
 
     # ------------------------------------------------------------------------------------------- encoding
@@ -287,7 +286,7 @@ class Trainer:
         self._memory.begin(f"layer {index}, encoding", size, otherwise="use more ranks")
         self.store.advance(encode, on_progress)
         if settling:
-            layer.settle_label(sum_over_ranks(yz, self.exchange), sum_over_ranks(zz, self.exchange))
+            layer.settle_label(sum_over_ranks(yz, self.mesh.everyone), sum_over_ranks(zz, self.mesh.everyone))
 
 
 def _shape(images: Images) -> list[int]:

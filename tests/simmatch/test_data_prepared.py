@@ -38,6 +38,7 @@ from simmatch.fit import Trainer
 from simmatch.model import Stack
 from simmatch.observer import Observer
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import run_owners
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -642,7 +643,7 @@ def test_two_four_and_three_ranks_visit_the_images_of_one_undisturbed_run(folder
             Trainer(
                 Stack(ModelConfig(layers=(layer,)), data.source, seed=4),
                 images[exchange.rank],
-                exchange=exchange,
+                mesh=Mesh.of_owners(exchange),
                 observer=Between(first, last, images[exchange.rank]),
                 blocks=data.blocks if order == "blocks" else None,
             ).fit()

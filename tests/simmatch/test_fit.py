@@ -20,7 +20,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import pooled
 from simmatch.observer import Observer, Update
 from simmatch.seeding import folded, stream
-from simmatch.sharding.exchange import IDENTITY
+from simmatch.sharding.mesh import Mesh
 
 MODEL = parse(
     ModelConfig,
@@ -194,7 +194,7 @@ def test_an_exchange_of_one_rank_learns_the_same(images: Tensor, labels: Tensor)
     model = MODEL.model_copy(update={"layers": layers})
     stacks = [Stack(model, stack_of(images).source, seed=SEED, dtype=torch.float64) for _ in range(2)]
     one = Trainer(stacks[0], images, labels).fit().state_dict()
-    other = Trainer(stacks[1], images, labels, exchange=IDENTITY).fit().state_dict()
+    other = Trainer(stacks[1], images, labels, mesh=Mesh()).fit().state_dict()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 

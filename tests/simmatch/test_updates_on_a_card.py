@@ -22,6 +22,7 @@ from simmatch.observer import Observer, Update
 from simmatch.precision import exact_float32
 from simmatch.sharding.exchange import Exchange, IdentityExchange
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
 
@@ -113,7 +114,8 @@ def train(
     mode = "every_iteration" if exchange is None else "gather_state"
     stack = Stack(model(mode), InputConfig(in_channels=1, height=8, width=8, num_classes=10), seed=1, device=device)
     given = default if images is None else images
-    Trainer(stack, given, labels, exchange=exchange, observer=follower, measure_every=5, encode_batch=100).fit()
+    mesh = None if exchange is None else Mesh.of_owners(exchange)
+    Trainer(stack, given, labels, mesh=mesh, observer=follower, measure_every=5, encode_batch=100).fit()
     return stack
 
 
