@@ -10,7 +10,8 @@ from cluster.mesh import MeshConfig
 from cluster.policy import Divergence
 from cluster.redaction import redact
 from cluster.tracking.config import TrackingConfig
-from simmatch.config import ConfigError, DataConfig, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
+from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
+from simmatch.data.config import DataConfig
 
 
 class CheckpointConfig(Frozen):

@@ -30,7 +30,7 @@ from rich.text import Text
 
 from cluster.messages import Display, Progress
 from cluster.text import size
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 
 LINE_EVERY_S = 5.0

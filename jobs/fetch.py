@@ -22,8 +22,9 @@ from pathlib import Path
 
 from cluster.redaction import one_line
 from jobs.entry_point import run_main
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
 from simmatch.data.builtin import DATASETS, DataNotFoundError, default_root, download
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.files import make_folder, write_whole

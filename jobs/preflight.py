@@ -14,7 +14,8 @@ from cluster.storage import AnyPath
 from cluster.text import count
 from cluster.training import check_data
 from jobs.plan_memory import check_whitening
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.order import steps_per_epoch
 from simmatch.data.sources import Dataset, load_dataset

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -27,10 +26,6 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-LARGEST_SIDE = 8192
-"""Pixels; such an image of three channels takes 200 MB."""
 
 
 class ConfigError(ValueError):
@@ -330,133 +325,6 @@ class ModelConfig(Frozen):
         if self.features == "unsupervised":
             return [index for index in indices if not self.layers[index].supervised]
         return list(indices) if self.features == "all" else [len(self.layers) - 1]
-
-
-def _size(value: object) -> object:
-    """`DataConfig.size`, checked: the union's own messages would name every alternative."""
-    sides: Any = [value, value] if type(value) is int else value
-    pair = isinstance(sides, (list, tuple)) and len(sides) == 2
-    if value is None or (pair and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)):
-        return value
-    raise ValueError(f"expected 1 to {LARGEST_SIDE} pixels, or [height, width], got {value!r}")
-
-
-class DataConfig(Frozen):
-    """Which images to use: a built-in data set by its `name`, or own images by their `path`.
-
-    >>> DataConfig(name="fashion_mnist", train_images=10_000).damaged
-    'stop'
-    >>> DataConfig(path="s3://bucket/photos/", size=96, test_fraction=0.1).title
-    'photos'
-    """
-
-    name: str | None = None
-    """Name of the data set in `simmatch.data.builtin.DATASETS`."""
-
-    root: str | None = None
-    """Folder of its files. None: `$SIMMATCH_DATA`, then the folder of the Debian package, then a download."""
-
-    path: str | None = None
-    """Own images: a folder, a file, or a pattern of files with `*`, `?`, `[…]`, `{a,b}` or `{000..009}`; local, or a
-    URI such as `s3://bucket/photos`. If a folder holds `train` and `test` (or `val`, `valid`, `validation`), as folders
-    or in the names of its tar or Parquet files, these are the training and test images."""
-
-    format: Literal["auto", "folder", "tar", "parquet"] = "auto"
-    """See `simmatch.data.listing.FORMATS`. `folder`: image files; an image is of the class of the first folder below.
-    `tar`: files `*.tar` in the WebDataset layout, `key.jpg` with `key.cls` or `key.json`. `parquet`: files `*.parquet`
-    with image bytes, in the Hugging Face layout. `auto`: `tar` or `parquet` if there are such files, otherwise
-    `folder`."""
-
-    labels: bool | None = None
-    """Whether to read labels. False: all images are unlabelled. True: some must be labelled. None: as found; a folder
-    with images both beside and in folders is an error. An image without a label is used as unlabelled."""
-
-    image_column: str = "image"
-    """Column of the images, for `format: parquet`: structs of `bytes` and `path`, or binary values."""
-
-    label_column: str = "label"
-    """Column of the labels, for `format: parquet`; key of the label in `key.json`, for `format: tar`. Integers, −1 for
-    unlabelled."""
-
-    size: Annotated[int | Annotated[tuple[int, int], Field(strict=False)] | None, BeforeValidator(_size)] = None
-    """Height and width of all images, or [height, width], at most 8192: the short side is resized (bilinear,
-    antialiased), the long side is cropped around the centre. None: as stored, where all have one size."""
-
-    channels: Literal[1, 3] | None = None
-    """1: grey, RGB as luma (ITU-R BT.601); 3: RGB, grey repeated. None: as stored, where all are grey or all are not.
-    See `simmatch.data.decoding.decode` for transparency, 16 bits, CMYK and orientation."""
-
-    test_path: str | None = None
-    """The test images, a place as for `path`, of the same format."""
-
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the images of `path` to use as test images: of each class, and of the unlabelled images, those whose
-    names have the smallest hashes. It depends on nothing but names, labels and `split_seed`."""
-
-    split_seed: NonNegativeInt = 0
-    """Of the hashes, which also mix the images of `path`: `train_images: 100` are a random sample, of all classes."""
-
-    train_images: PositiveInt | None = None
-    """Use only this many training images, the first ones. None: all."""
-
-    test_images: PositiveInt | None = None
-    """Use only this many test images, the first ones. None: all."""
-
-    damaged: Literal["stop", "skip"] = "stop"
-    """What to do if an image cannot be decoded, has values that are not finite or outside [0, 1], or has a label that
-    is no class. `stop`: end with an error that names the first such image. `skip`: leave such images out, before
-    `train_images` are counted. A file of several images that is truncated or not of its format is always an error."""
-
-    max_skipped: PositiveInt = 100
-    """Maximum number of images to leave out; more are an error of the data set."""
-
-    order: Literal["permutation", "blocks"] = "permutation"
-    """Order of the images of an epoch. `permutation`: of all images. `blocks`: the shards of a prepared data set in
-    random order, and the images of some shards at a time in random order; for data in an object store."""
-
-    cache_dir: str | None = None
-    """Folder on each node for copies of shards from an object store, and for images prepared on the way. None:
-    `$SIMMATCH_CACHE`, or else `~/.cache/simmatch`."""
-
-    cache_bytes: PositiveInt = 2**36
-    """Bytes that copies of shards may take on each node; the least recently used ones are removed."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> DataConfig:
-        if (self.name is None) == (self.path is None):
-            raise ValueError(f"expected either name or path, got {'neither' if self.name is None else 'both'}")
-        if self.path is not None and self.root is not None:
-            raise ValueError("expected root with name only, got path and root")
-        if self.test_path is not None and self.test_fraction is not None:
-            raise ValueError("expected test_path or test_fraction, got both")
-        if self.path is None:
-            fields = type(self).model_fields
-            given = [key for key in OF_OWN_IMAGES if getattr(self, key) != fields[key].default]
-            if given:
-                raise ValueError(f"expected path with {', '.join(given)}, got name")
-        for key in ("path", "test_path"):
-            if getattr(self, key) == "":
-                raise ValueError(f"expected a folder, a file or a URI as {key}, got nothing")
-        return self
-
-    @property
-    def title(self) -> str:
-        """What the images are called in tables and records: `name`, or the last part of `path`."""
-        return self.name or str(self.path).rstrip("/").rpartition("/")[2]
-
-
-OF_OWN_IMAGES = (
-    "format",
-    "labels",
-    "image_column",
-    "label_column",
-    "size",
-    "channels",
-    "test_path",
-    "test_fraction",
-    "split_seed",
-)
-"""Keys of `DataConfig` that apply to images named by `path`."""
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

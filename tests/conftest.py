@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 
 # The problems are small and the machines that run them are shared: more threads only add noise.

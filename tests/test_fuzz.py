@@ -28,7 +28,8 @@ from cluster.checkpoints.reader import Reader
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
 from jobs.options import override, read_yaml
-from simmatch.config import ConfigError, DataConfig, parse
+from simmatch.config import ConfigError, parse
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError, read_idx
 from simmatch.data.sources import load_dataset
 from simmatch.sharding.rows import Rows, split_rows

@@ -36,7 +36,7 @@ ABSENT = (
 
 NEEDS_AN_EXTRA = """
 from pathlib import Path
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.builtin import download
 from simmatch.data.sources import load_dataset
 from simmatch.readout import fit_readout

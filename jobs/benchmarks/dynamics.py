@@ -19,7 +19,8 @@ from jobs.benchmarks.rivals import RESIDUALS, measure_rivals
 from jobs.benchmarks.timing import alternate
 from jobs.options import add_counts, add_parts
 from jobs.reporting import Report
-from simmatch.config import DataConfig, DynamicsConfig, parse
+from simmatch.config import DynamicsConfig, parse
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.solvers.dynamics import Dynamics, Solution
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from jobs.benchmarks.timing import Spread, Timings, alternate
 from jobs.reporting import Report
 from simmatch.captured import Updates, new_graph
-from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
+from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.devices import check_device

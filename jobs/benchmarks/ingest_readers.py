@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.decoding import ImagePolicy, decode
 from simmatch.data.location import Location
 from simmatch.data.order import Batches

@@ -18,7 +18,8 @@ from jobs.benchmarks.timing import alternate
 from jobs.options import add_counts, add_parts
 from jobs.pynsm import CHANNELS, ITERATIONS, require_pynsm
 from jobs.reporting import Report
-from simmatch.config import DataConfig, DynamicsConfig
+from simmatch.config import DynamicsConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from jobs.benchmarks.problems import Recipe
 from jobs.benchmarks.processes import Member, RankGroup
 from jobs.benchmarks.timing import Timings, alternate
-from simmatch.config import ConfigError, DataConfig, DynamicsConfig, parse
+from simmatch.config import ConfigError, DynamicsConfig, parse
+from simmatch.data.config import DataConfig
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d

@@ -11,15 +11,8 @@ from pydantic import Field, model_validator
 from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.learners import Shape
 from jobs.options import override
-from simmatch.config import (
-    ConfigError,
-    DataConfig,
-    Frozen,
-    ModelConfig,
-    NonNegativeInt,
-    PositiveInt,
-    parse,
-)
+from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeInt, PositiveInt, parse
+from simmatch.data.config import DataConfig
 
 CANDIDATES = 4
 """Most settings that a row may choose from."""

@@ -26,7 +26,8 @@ from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, t
 from jobs.evaluation.finetuning_start import PretrainedFilters, StartConfig, pretrain
 from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
 from jobs.evaluation.material import Material
-from simmatch.config import ConfigError, DataConfig, Frozen, PositiveInt
+from simmatch.config import ConfigError, Frozen, PositiveInt
+from simmatch.data.config import DataConfig
 from simmatch.readout import accuracy
 
 StartName = Literal["random", "random_frozen", "nsm_frozen", "nsm"]

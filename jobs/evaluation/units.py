@@ -21,7 +21,7 @@ from jobs.evaluation.rows import Row
 from jobs.evaluation.stacks import StackLearner
 from jobs.figures import filters
 from jobs.reporting import MissingError, save_figure
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 
 FIGURE_IMAGES = 500

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError, read_cifar_batch, read_idx
 from simmatch.extras import extra
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.documents import shortened
 from simmatch.extras import extra

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
+from simmatch.data.config import DataConfig
 from simmatch.data.decoding import SUFFIXES
 from simmatch.data.formats import DataError
 from simmatch.data.places import Files, contents, is_folder, walk

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
+from simmatch.data.config import DataConfig
 from simmatch.data.folders import list_folder
 from simmatch.data.formats import DataError
 from simmatch.data.parquet import list_parquet

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.decoding import ImagePolicy, Pixels, decode
 from simmatch.data.formats import DataError
 from simmatch.data.samples import Samples

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.places import Files, matching, message
 from simmatch.data.samples import Names, Sample, Samples

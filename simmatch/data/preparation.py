@@ -14,7 +14,8 @@ from hashlib import sha256
 
 import numpy as np
 
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
+from simmatch.data.config import DataConfig
 from simmatch.data.decoding import ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import Listing

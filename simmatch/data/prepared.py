@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmatch.config import OF_OWN_IMAGES, ConfigError, DataConfig
+from simmatch.config import ConfigError
 from simmatch.data.cache import MOST_OPEN, OpenShards, ShardCache
+from simmatch.data.config import OF_OWN_IMAGES, DataConfig
 from simmatch.data.location import Location
 from simmatch.data.order import WINDOW
 from simmatch.data.places import absolute, is_folder, is_pattern

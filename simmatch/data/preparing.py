@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from simmatch.config import OF_OWN_IMAGES, ConfigError, DataConfig, Frozen, parse
+from simmatch.config import ConfigError, Frozen, parse
+from simmatch.data.config import OF_OWN_IMAGES, DataConfig
 from simmatch.data.decoding import ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import Listing

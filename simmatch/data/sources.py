@@ -15,8 +15,9 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
 from simmatch.data.builtin import read_builtin, source_of
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.listing import list_samples
 from simmatch.data.loading import Loader

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.decoding import SUFFIXES
 from simmatch.data.formats import DataError
 from simmatch.data.places import Files, matching, message

@@ -15,7 +15,7 @@ from cluster.config import RunConfig
 from cluster.messages import RankStatus
 from cluster.training import Assignment, load_dataset
 from cluster.worker import Worker
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.listing import list_samples
 from simmatch.data.location import Location
 from simmatch.data.preparation import in_threads, prepare

@@ -19,7 +19,8 @@ from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, Outbox, ReadoutScored, TrainingWarning
 from cluster.monitors import TrainingFault
 from cluster.training import Assignment
-from simmatch.config import DataConfig, DynamicsConfig, ModelConfig, PlasticityConfig, TrainConfig
+from simmatch.config import DynamicsConfig, ModelConfig, PlasticityConfig, TrainConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange, Handle, IdentityExchange

@@ -22,7 +22,7 @@ from jobs.benchmarks.problems import Problem, Recipe, trained_problem
 from jobs.benchmarks.pynsm_training import RATES, edges
 from jobs.benchmarks.rivals import LeastSquares, nnls, tuned_descent
 from jobs.benchmarks.timing import MIN_ROUNDS, Spread, Timings, alternate
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.solvers.dynamics import Dynamics
 from tests.reference import nnls_columns, projected_gradient, random_drive, random_lateral, relative_residual

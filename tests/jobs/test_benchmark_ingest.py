@@ -13,7 +13,7 @@ import simmatch.data.shards
 from jobs.benchmark import main
 from jobs.benchmarks.ingest import write_images
 from jobs.benchmarks.ingest_readers import READERS, measure
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.listing import list_samples
 from simmatch.data.location import Location
 from simmatch.data.preparation import in_threads, prepare

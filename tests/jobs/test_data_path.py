@@ -18,7 +18,8 @@ from cluster.config import RunConfig
 from cluster.messages import Outbox, ReadoutScored, TrainingWarning
 from cluster.training import Assignment, Training
 from jobs.preflight import check
-from simmatch.config import DataConfig, parse
+from simmatch.config import parse
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import load_dataset
 from simmatch.sharding.exchange import IDENTITY
 from tests.exchanges import of_type

@@ -27,7 +27,8 @@ from jobs.evaluation.resume import identity, write_identity
 from jobs.evaluation.rows import FeatureRun, NetworkRun, only, rows_of
 from jobs.evaluation.stacks import StackLearner
 from jobs.options import read_yaml
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.model import InputConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import jobs.fetch
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.sources import load_dataset
 

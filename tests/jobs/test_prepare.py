@@ -19,7 +19,7 @@ import torch
 
 import jobs.prepare
 import jobs.pretrain
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.preparation import LOCK, in_threads
 from simmatch.data.shards import MANIFEST
 from simmatch.data.sources import load_dataset

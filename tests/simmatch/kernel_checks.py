@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from simmatch import kernels
-from simmatch.config import DataConfig, DynamicsConfig, PlasticityConfig
+from simmatch.config import DynamicsConfig, PlasticityConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.sources import load_dataset, to_unit
 from simmatch.kernels import certificate, coordinate, gradient, reference
 from simmatch.kernels.system import System

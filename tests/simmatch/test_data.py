@@ -11,8 +11,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from simmatch.config import ConfigError, DataConfig
+from simmatch.config import ConfigError
 from simmatch.data.builtin import DATASETS, DataNotFoundError, download
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset, load_dataset, to_unit, without_damage
 from tests.image_files import IDX_FILES, cifar_arrays, idx_bytes, python2_batch, write_mnist

@@ -22,8 +22,9 @@ import simmatch.data.preparation
 import simmatch.data.shards
 import simmatch.files
 import simmatch.remote
-from simmatch.config import ConfigError, DataConfig, LayerConfig, ModelConfig, TrainConfig
+from simmatch.config import ConfigError, LayerConfig, ModelConfig, TrainConfig
 from simmatch.data.cache import ShardCache
+from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
 from simmatch.data.listing import list_samples
 from simmatch.data.location import Location

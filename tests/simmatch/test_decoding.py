@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import decode_jpeg
 
-from simmatch.config import DataConfig
+from simmatch.data.config import DataConfig
 from simmatch.data.decoding import MAX_PIXELS, ImagePolicy, decode
 from simmatch.data.formats import DataError
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import simmatch.data.places
-from simmatch.config import ConfigError, DataConfig, parse
+from simmatch.config import ConfigError, parse
+from simmatch.data.config import DataConfig
 from simmatch.data.decoding import ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import list_samples
