@@ -32,7 +32,7 @@ from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import results
 from tests.faults import Kind, inject
-from tests.simmatch import scripted
+from tests.simmatch.kernels import scripted
 
 LOOPBACK = "127.0.0.1"
 

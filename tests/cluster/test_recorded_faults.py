@@ -14,7 +14,7 @@ from cluster.monitors import TrainingFault
 from cluster.training import Assignment
 from tests.exchanges import ThreadExchange, run_owners
 from tests.faults import FaultPlan, Kind, faulty_training
-from tests.simmatch import scripted
+from tests.simmatch.kernels import scripted
 
 LAYER = {
     "out_channels": 10,

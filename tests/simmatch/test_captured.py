@@ -21,7 +21,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack
 from simmatch.observer import Observer, Update
 from simmatch.sharding.faults import SharedFault
-from tests.simmatch import scripted
+from tests.simmatch.kernels import scripted
 
 IMAGES, BATCH, EPOCHS = 50, 20, 4
 PER_EPOCH = 3  # the last of 10 images

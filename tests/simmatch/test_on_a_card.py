@@ -20,7 +20,7 @@ from tests.reference import random_drive, random_lateral
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
 
-from tests.simmatch import kernel_checks
+from tests.simmatch.kernels import kernel_checks
 
 pytestmark = pytest.mark.gpu
 

@@ -1,6 +1,6 @@
 """What every kernel has to satisfy, on any device: on the CPU in Triton's interpreter, on a card as compiled.
 
-`python -m tests.simmatch.kernel_checks` runs all of them on the CPU; TRITON_INTERPRET=1 must be set before that.
+`python -m tests.simmatch.kernels.kernel_checks` runs all of them on the CPU; TRITON_INTERPRET=1 must be set first.
 """
 
 from __future__ import annotations

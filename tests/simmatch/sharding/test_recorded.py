@@ -15,7 +15,7 @@ from simmatch.sharding.exchange import IdentityExchange
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
-from tests.simmatch import scripted
+from tests.simmatch.kernels import scripted
 
 CHANNELS, CLASSES = 10, 4
 REVIVING = PlasticityConfig(lr=0.2, lr_decay_steps=20, tau=0.7, dead_after=2)

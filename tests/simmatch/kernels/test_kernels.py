@@ -23,7 +23,7 @@ from simmatch.solvers.bound import certify_afresh
 from simmatch.solvers.dynamics import Dynamics
 from tests.reference import random_drive, random_lateral
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(not kernels.installed(), reason="needs Triton, which is not installed")
 MEASURED = ("3.6", "3.8")
 needs_measured_triton = pytest.mark.skipif(
@@ -41,7 +41,7 @@ def test_what_the_kernels_compute() -> None:
     It takes half a minute of one processor, and several times that where others want the same processor.
     """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.simmatch.kernel_checks"],
+        [sys.executable, "-W", "ignore", "-m", "tests.simmatch.kernels.kernel_checks"],
         cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=290,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -23,7 +23,7 @@ from simmatch.data.config import DataConfig
 from simmatch.data.decoding import MAX_PIXELS, ImagePolicy, decode
 from simmatch.data.formats import DataError
 
-SHARED = Path(os.environ.get("SIMMATCH_SHARED", Path(__file__).parents[3] / "shared"))
+SHARED = Path(os.environ.get("SIMMATCH_SHARED", Path(__file__).parents[4] / "shared"))
 
 rng = np.random.default_rng(0)
 GREY = rng.integers(0, 256, (5, 7), dtype=np.uint8)
