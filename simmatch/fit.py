@@ -15,37 +15,22 @@ on gathered bytes.
 
 from __future__ import annotations
 
-import time
-from contextlib import closing
 from functools import partial
 
 import torch
-from einops import reduce
 from torch import Tensor
 
-from simmatch.captured import Graph, Updates, new_graph
 from simmatch.config import LayerConfig, ModelConfig
-from simmatch.data.order import Batches
 from simmatch.data.staging import Images, select
-from simmatch.features import FeatureStore, LayerInputs, Staged
-from simmatch.geometry import Patches
-from simmatch.labels import check_labels, one_hot
-from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.measurement import measure
-from simmatch.memory import Lever, MemoryWatch
-from simmatch.model import InputConfig, Stack, build_layer, pooled
-from simmatch.observer import Observer, Update
-from simmatch.parts import timed
+from simmatch.encoding import Encoder
+from simmatch.features import FeatureStore
+from simmatch.greedy import learn_layer
+from simmatch.labels import check_labels
+from simmatch.learning import Setup
+from simmatch.memory import MemoryWatch
+from simmatch.model import InputConfig, Stack
+from simmatch.observer import Observer
 from simmatch.sharding.mesh import Mesh
-from simmatch.sharding.rows import split_rows
-from simmatch.sharding.state import gather_layer, sum_over_ranks
-from simmatch.solvers.dynamics import Solution
-
-LOOK_EVERY = 100
-"""Updates between two looks at recorded faults, if none of them is measured."""
-
-MEASURED = ("whitening", "whitening_mean", "input_power")
-"""Buffers that calibration fills, if they exist."""
 
 
 class Trainer:
@@ -100,193 +85,55 @@ class Trainer:
         cache: bool = True,
         measure_every: int | None = None,
     ) -> None:
-        self.stack, self.labels, self.observer = stack, labels, observer or Observer()
-        self.layers = stack.config.layers[:depth]
-        self._check(images)
+        layers, device = stack.config.layers[:depth], stack.layer(0).feedforward.device
+        _check(stack, layers, images, labels)
         for name, number in (("encode_batch", encode_batch), ("measure_every", measure_every)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        self.mesh, self._alone = mesh or Mesh(), mesh is None
-        self._settled, self._encode_last, self._to_tolerance = settled, encode_last, to_tolerance
-        self._cache, self._measure_every, self._blocks = cache, measure_every, blocks
-        self._encode_batch = encode_batch
-        self.device = stack.layer(0).feedforward.device
-        self.store = FeatureStore(images, self.mesh.everyone, batch=encode_batch, dtype=stack.dtype, device=self.device)
-        self._memory = MemoryWatch(self.device)
-
-    def _check(self, images: Images) -> None:
-        source = self.stack.source
-        expected = [source.in_channels, source.height, source.width]
-        shape = list(images.shape) if isinstance(images, Tensor) else _shape(images)
-        if shape[1:] != expected or shape[0] == 0:
-            raise ValueError(f"images: expected [N, {', '.join(map(str, expected))}], got {shape}")
-        for index, config in enumerate(self.layers):
-            if config.supervised and self.labels is None:
-                raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
-        if self.labels is not None:
-            check_labels(self.labels, source.num_classes, len(images))
+        self.stack, ranks = stack, mesh or Mesh()
+        self.store = FeatureStore(images, ranks.everyone, batch=encode_batch, dtype=stack.dtype, device=device)
+        self.setup = Setup(
+            stack=stack,
+            layers=layers,
+            store=self.store,
+            labels=labels,
+            blocks=blocks,
+            mesh=ranks,
+            alone=mesh is None,
+            observer=observer or Observer(),
+            memory=MemoryWatch(device),
+            measure_every=measure_every,
+        )
+        self._encoder = Encoder(self.setup, settled, encode_batch, to_tolerance)
+        self._encode_last, self._cache = encode_last, cache
 
     @torch.no_grad()
     def fit(self) -> Stack:
         """Train the layers and return the stack, in evaluation mode."""
-        with self._memory:
-            for index, config in enumerate(self.layers):
-                layer = self._layer(index)
-                self.observer.restore(index, layer)
-                self._learn(index, layer)
-                whole = self.stack.layer(index)
-                if layer is whole:
-                    layer.recertify()  # activities are then equal to those of the exported model
-                else:
-                    gather_layer(layer, whole)
-                self.observer.learnt(index, whole)
-                if config.supervised or self._encode_last or index + 1 < len(self.layers):
-                    self._encode(index)
+        setup = self.setup
+        with setup.memory:
+            for index, config in enumerate(setup.layers):
+                layer = setup.new_layer(index)
+                setup.observer.restore(index, layer)
+                below = None if self._cache or index == 0 else partial(self._encoder.below, index)
+                learn_layer(setup, index, layer, below)
+                setup.complete(index, layer)
+                if config.supervised or self._encode_last or index + 1 < len(setup.layers):
+                    self._encoder.encode(index)
         return self.stack.eval()
 
-    def _layer(self, index: int) -> SimilarityMatchingConv2d:
-        """This rank's rows of an untrained layer; in a single process, the stack's own layer."""
-        if self._alone:
-            return self.stack.layer(index)
-        channels = Lever(f"model.layers.{index}.out_channels", self.layers[index].out_channels)
-        self._memory.begin(f"layer {index}, making its weights", channels)
-        stack, shards = self.stack, split_rows(self.layers[index].out_channels, self.mesh.owners.world_size)
-        return build_layer(
-            stack.config,
-            stack.source,
-            index,
-            seed=stack.seed,
-            dtype=stack.dtype,
-            device=self.device,
-            rows=shards[self.mesh.owners.rank],
-            exchange=self.mesh.owners,
-        )
 
-    # ------------------------------------------------------------------------------------------- learning
-
-    def _learn(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """Make the remaining updates of one layer."""
-        config, train = self.layers[index], self.layers[index].train
-        images = None if train.images is None else min(train.images, self.store.count)
-        batches = Batches(
-            self.store.count,
-            train.batch_size,
-            epochs=train.epochs,
-            seed=self.stack.seed,
-            images=images,
-            blocks=self._blocks,
-        )
-        first = int(layer.updates)
-        if first >= len(batches):
-            return
-        key = f"model.layers.{index}"
-        if not layer.calibrated:
-            sample = Lever(f"{key}.whiten_images", min(config.whiten_images, self.store.count))
-            self._memory.begin(f"layer {index}, calibrating", sample)
-            self._calibrate(index, config, layer)
-        self._memory.begin(f"layer {index}, caching its input", otherwise="set cache_features to false")
-        below = None if self._cache or index == 0 else partial(self._below, index)
-        inputs = LayerInputs(
-            layer,
-            self.store,
-            positions=train.positions,
-            below=below,
-            on_progress=lambda done: self.observer.progress("cache", done, self.store.count, layer=index),
-            labels=self.labels if config.supervised else None,
-        )
-        levers = [Lever(f"{key}.train.batch_size", min(train.batch_size, self.store.count))]
-        levers += [] if train.positions is None else [Lever(f"{key}.train.positions", train.positions)]
-        self._memory.begin(f"layer {index}, learning", *levers, otherwise="use more ranks")
-        self.observer.started(index, layer)
-        recorded = layer.by_kernel  # the host then never waits for the device within an update
-        graph = new_graph(self.device) if recorded and below is None and layer.exchange.capturable else None
-        with (
-            closing(inputs.staged(batches, first)) as staged,
-            closing(self._updates(layer, inputs, graph, recorded=recorded)) as updates,
-        ):
-            for number in range(first + 1, len(batches) + 1):
-                last, every = number == len(batches), self._measure_every
-                measured = every is not None and (last or number % every == 0)
-                look = measured or last or number % LOOK_EVERY == 0
-                with self.observer.updating(index, layer):
-                    with timed("input"):
-                        batch = next(staged)
-                    patches, solution = updates(batch)
-                    if look:
-                        layer.raise_faults()
-                measurement = measure(layer, patches, solution, batch.labels) if measured else None
-                looked = look or not recorded
-                self.observer.updated(Update(index, layer, number, len(batches), batch.images, measurement, looked))
-
-    def _updates(
-        self, layer: SimilarityMatchingConv2d, inputs: LayerInputs, graph: Graph | None, *, recorded: bool
-    ) -> Updates[tuple[Patches, Solution]]:
-        """Updates of one layer, each from a batch on the device."""
-
-        def make(batch: Staged) -> tuple[Patches, Solution]:
-            with timed("input"):
-                patches = inputs.prepare(batch)
-            return patches, layer.partial_fit(patches, batch.labels, recorded=recorded)
-
-        return Updates(make, graph, layer.exchange)
-
-    def _labels(self, chosen: slice) -> Tensor:
-        assert self.labels is not None
-        return self.labels[chosen].to(self.device)
-
-    def _calibrate(self, index: int, config: LayerConfig, layer: SimilarityMatchingConv2d) -> None:
-        """Rank 0 calibrates the layer, and all ranks use its result."""
-        self.observer.progress("calibrate", 0, 1, layer=index)
-        sample = self.store.first(min(config.whiten_images, self.store.count))
-        work = partial(layer.calibrate, sample, config.whiten_patches)
-        self.observer.on_one_rank(work if self.mesh.everyone.rank == 0 else None)
-        for name in MEASURED:
-            if hasattr(layer, name):
-                self.mesh.everyone.broadcast(getattr(layer, name), source=0).wait()
-        self.observer.progress("calibrate", 1, 1, layer=index)
-
-    # ------------------------------------------------------------------------------------------- encoding
-
-    def activities(self, index: int, x: Tensor) -> Tensor:
-        """Label-free activities [B, K, H', W'] of a trained layer for its input."""
-        layer = self.stack.layer(index)
-        activities: Tensor = layer.solve(x).y if self._to_tolerance else layer(x)
-        return activities
-
-    def _below(self, index: int, x: Tensor) -> Tensor:
-        """The input of a layer for images."""
-        for number, config in enumerate(self.layers[:index]):
-            x = pooled(self.activities(number, x), config)
-        return x
-
-    def _encode(self, index: int) -> None:
-        """Encode all images with one layer, and scale its V to label-free activity, unless that has been done."""
-        layer, config = self.stack.layer(index), self.layers[index]
-        settling = config.supervised and index >= self._settled
-        yz = torch.zeros_like(layer.label)
-        zz = yz.new_zeros(layer.num_classes, layer.num_classes)
-        started = time.monotonic()
-
-        def encode(x: Tensor, images: slice) -> Tensor:
-            activities = self.activities(index, x)
-            if settling:
-                z = one_hot(self._labels(images), layer.num_classes, layer.label)
-                yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
-                zz.add_(z @ z.T)
-            passed = pooled(activities, config)
-            self.observer.encoded(index, activities, passed)
-            return passed
-
-        def on_progress(done: int) -> None:
-            rate = done / max(time.monotonic() - started, 1e-9)
-            self.observer.progress("encode", done, self.store.count, layer=index, images_per_second=rate)
-            self._memory.proceed(done / self.store.count)
-
-        size = Lever("encode_batch", min(self._encode_batch, self.store.count))
-        self._memory.begin(f"layer {index}, encoding", size, otherwise="use more ranks")
-        self.store.advance(encode, on_progress)
-        if settling:
-            layer.settle_label(sum_over_ranks(yz, self.mesh.everyone), sum_over_ranks(zz, self.mesh.everyone))
+def _check(stack: Stack, layers: tuple[LayerConfig, ...], images: Images, labels: Tensor | None) -> None:
+    source = stack.source
+    expected = [source.in_channels, source.height, source.width]
+    shape = list(images.shape) if isinstance(images, Tensor) else _shape(images)
+    if shape[1:] != expected or shape[0] == 0:
+        raise ValueError(f"images: expected [N, {', '.join(map(str, expected))}], got {shape}")
+    for index, config in enumerate(layers):
+        if config.supervised and labels is None:
+            raise ValueError(f"labels: expected one for every image, layer {index} is supervised, got none")
+    if labels is not None:
+        check_labels(labels, source.num_classes, len(images))
 
 
 def _shape(images: Images) -> list[int]:

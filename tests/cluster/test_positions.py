@@ -159,7 +159,7 @@ def matrix_of(patches: Patches) -> Tensor:
 
 def test_every_update_draws_anew(with_positions: RunMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 updates of 20 images in layer 0, 2 epochs of 4 updates in layer 1."""
-    monkeypatch.setattr("simmatch.fit.LayerInputs", Spy)
+    monkeypatch.setattr("simmatch.greedy.LayerInputs", Spy)
     monkeypatch.setattr(Spy, "batches", [])
     train(IDENTITY, with_positions(1), tmp_path)
     for number, patches in enumerate(Spy.batches):

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmatch import captured, fit
+from simmatch import captured, learning
 from simmatch.config import LayerConfig, ModelConfig, PlasticityConfig, TrainConfig
+from simmatch.features import Staged
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack
@@ -120,7 +121,7 @@ def graphs_for(follower: Follower, monkeypatch: pytest.MonkeyPatch, fault: Excep
         made.append(Replayed(follower, fault))
         return made[-1]
 
-    monkeypatch.setattr(fit, "new_graph", new_graph)
+    monkeypatch.setattr(learning, "new_graph", new_graph)
     return made
 
 
@@ -218,12 +219,12 @@ def test_exchanges_of_replays_are_counted() -> None:
     exchange: Any = Counting()
     updates = captured.Updates(lambda batch: exchange.count(3, 50), Silent(), exchange)
     for number in range(captured.WARM_UP + 4):
-        updates(fit.Staged(torch.zeros(5, 2), labels=None, images=5))
+        updates(Staged(torch.zeros(5, 2), labels=None, images=5))
         assert (exchange.num_exchanges, exchange.bytes_exchanged) == (13 + 3 * number, 1050 + 50 * number)
 
 
 def test_faults_are_looked_at_although_measurements_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "LOOK_EVERY", 5)
+    monkeypatch.setattr(learning, "LOOK_EVERY", 5)
     follower = Follower()
     train(follower, measure_every=1000)
     last = EPOCHS * PER_EPOCH

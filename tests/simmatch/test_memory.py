@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import simmatch.features
 import simmatch.model
-from simmatch import LayerConfig, ModelConfig, SimilarityMatchingConv2d, Stack, Trainer, fit_stack
+from simmatch import LayerConfig, ModelConfig, SimilarityMatchingConv2d, Stack, fit_stack
 from simmatch.config import TrainConfig
+from simmatch.encoding import Encoder
 from simmatch.memory import Lever, MemoryWatch, OutOfMemory, Shortage
 from simmatch.sharding.faults import SharedFault
 
@@ -220,7 +221,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
         "layer 0, learning: {}: set model.layers.0.train.batch_size to at most 10 (now 20), or use more ranks",
     ),
     "encoding": (
-        Trainer,
+        Encoder,
         "activities",
         fail,
         "layer 0, encoding: {}: set encode_batch to at most 20 (now 40), or use more ranks",

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.collectives import join_group, open_store
-from simmatch import captured, fit
+from simmatch import captured, learning
 from simmatch.config import DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig, TrainConfig
+from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
@@ -147,7 +148,7 @@ def test_captured_updates_have_the_bits_of_others_and_the_values_of_a_cpu(
     stacks = [train(cuda, digits, exchange, follower=followers[0])]
     full = EPOCHS * (IMAGES // BATCH)
     assert len(replays) == 2 * (full - captured.WARM_UP)
-    monkeypatch.setattr(fit, "new_graph", lambda device: None)
+    monkeypatch.setattr(learning, "new_graph", lambda device: None)
     stacks.append(train(cuda, digits, exchange, follower=followers[1]))
     monkeypatch.setattr(SimilarityMatchingConv2d, "by_kernel", False)
     stacks.append(train(cuda, digits, exchange, follower=followers[2]))
@@ -167,7 +168,7 @@ def test_a_fault_in_a_replay_is_raised_at_the_next_look(
 ) -> None:
     """One image with NaN, not used to calibrate: the first update that uses it is named; nothing has changed since."""
     images, follower = to_unit(digits.train_images[:IMAGES]).clone(), Follower()
-    order = fit.Batches(IMAGES, BATCH, epochs=EPOCHS, seed=1)
+    order = Batches(IMAGES, BATCH, epochs=EPOCHS, seed=1)
     broken = next(number for number in range(len(order)) if number >= 5 and len(order[number]) == BATCH)
     earlier = torch.cat([order[number] for number in range(broken)])
     later = next(index for index in order[broken].tolist() if index >= BATCH and index not in earlier.tolist())

@@ -1,0 +1,94 @@
+"""Encoding all images with a layer that has learnt, and scaling the label weights of a supervised one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from simmatch.labels import one_hot
+from simmatch.learning import Setup
+from simmatch.memory import Lever
+from simmatch.model import pooled
+from simmatch.sharding.state import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes with the complete layers of a stack; every rank encodes its share of the images.
+
+    Attributes
+    ----------
+    setup: what the stack learns with.
+    settled: number of layers, from the first one on, whose label weights have been scaled already.
+    batch: number of images that a rank encodes at a time.
+    to_tolerance: whether to solve to the layer's tolerance, as learning does. False: by the fixed number of iterations
+        of an exported model.
+
+    >>> from simmatch import LayerConfig, ModelConfig, Stack
+    >>> from simmatch.fit import Trainer
+    >>> from simmatch.model import InputConfig
+    >>> images = torch.rand(20, 1, 8, 8)
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3, pool=2),))
+    >>> setup = Trainer(Stack(model, InputConfig.of(images, num_classes=0)), images).setup
+    >>> encoder = Encoder(setup, settled=0, batch=10, to_tolerance=False)
+    >>> encoder.below(1, images).shape
+    torch.Size([20, 8, 2, 2])
+    >>> with torch.no_grad():
+    ...     encoder.encode(0)
+    >>> setup.store.depth
+    1
+    """
+
+    setup: Setup
+    settled: int
+    batch: int
+    to_tolerance: bool
+
+    def activities(self, index: int, x: Tensor) -> Tensor:
+        """Label-free activities [B, K, H', W'] of a layer for its input."""
+        layer = self.setup.stack.layer(index)
+        activities: Tensor = layer.solve(x).y if self.to_tolerance else layer(x)
+        return activities
+
+    def below(self, index: int, x: Tensor) -> Tensor:
+        """The input of a layer for images."""
+        for number, config in enumerate(self.setup.layers[:index]):
+            x = pooled(self.activities(number, x), config)
+        return x
+
+    def encode(self, index: int) -> None:
+        """Replace the images by the output of a layer, and scale its V to label-free activity, unless that is done."""
+        setup, layer, config = self.setup, self.setup.stack.layer(index), self.setup.layers[index]
+        store, observer, memory = setup.store, setup.observer, setup.memory
+        settling = config.supervised and index >= self.settled
+        yz = torch.zeros_like(layer.label)
+        zz = yz.new_zeros(layer.num_classes, layer.num_classes)
+        started = time.monotonic()
+
+        def encode(x: Tensor, images: slice) -> Tensor:
+            activities = self.activities(index, x)
+            if settling:
+                assert setup.labels is not None
+                z = one_hot(setup.labels[images].to(setup.device), layer.num_classes, layer.label)
+                yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
+                zz.add_(z @ z.T)
+            passed = pooled(activities, config)
+            observer.encoded(index, activities, passed)
+            return passed
+
+        def on_progress(done: int) -> None:
+            rate = done / max(time.monotonic() - started, 1e-9)
+            observer.progress("encode", done, store.count, layer=index, images_per_second=rate)
+            memory.proceed(done / store.count)
+
+        memory.begin(
+            f"layer {index}, encoding", Lever("encode_batch", min(self.batch, store.count)), otherwise="use more ranks"
+        )
+        store.advance(encode, on_progress)
+        if settling:
+            everyone = setup.mesh.everyone
+            layer.settle_label(sum_over_ranks(yz, everyone), sum_over_ranks(zz, everyone))

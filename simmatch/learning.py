@@ -1,0 +1,199 @@
+"""What the schedules of learning share: the layers of this rank, their calibration, their updates, and their end.
+
+A schedule (`simmatch.greedy`) decides which layer learns when, and from which batches. How a layer is made, calibrated,
+updated, measured and completed is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from simmatch.captured import Updates, new_graph
+from simmatch.config import LayerConfig, TrainConfig
+from simmatch.data.order import Batches
+from simmatch.features import FeatureStore, Staged
+from simmatch.geometry import Patches
+from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.measurement import measure
+from simmatch.memory import Lever, MemoryWatch
+from simmatch.model import Stack, build_layer
+from simmatch.observer import Observer, Update
+from simmatch.parts import timed
+from simmatch.sharding.mesh import Mesh
+from simmatch.sharding.rows import split_rows
+from simmatch.sharding.state import gather_layer
+from simmatch.solvers.dynamics import Solution
+
+LOOK_EVERY = 100
+"""Updates between two looks at recorded faults, if none of them is measured."""
+
+MEASURED = ("whitening", "whitening_mean", "input_power")
+"""Buffers that calibration fills, if they exist."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a stack learns from and with, on this rank.
+
+    Attributes
+    ----------
+    stack: the stack; its layers are complete once they have learnt.
+    layers: configurations of the layers to train, from the first one on.
+    store: the images, and later their features.
+    labels: [N], or None.
+    blocks: as for `Trainer`.
+    mesh: this rank's connections.
+    alone: whether a single process trains the stack's own layers.
+    observer: follows the training.
+    memory: names what runs where memory does not suffice.
+    measure_every: as for `Trainer`.
+
+    >>> from simmatch.fit import Trainer
+    >>> from simmatch.model import InputConfig, ModelConfig
+    >>> images = torch.rand(250, 1, 8, 8)
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3),))
+    >>> setup = Trainer(Stack(model, InputConfig.of(images, num_classes=0)), images).setup
+    >>> len(setup.batches(model.layers[0].train)), setup.new_layer(0).feedforward.shape
+    (3, torch.Size([8, 1, 3, 3]))
+    """
+
+    stack: Stack
+    layers: tuple[LayerConfig, ...]
+    store: FeatureStore
+    labels: Tensor | None
+    blocks: Tensor | None
+    mesh: Mesh
+    alone: bool
+    observer: Observer
+    memory: MemoryWatch
+    measure_every: int | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.stack.layer(0).feedforward.device
+
+    def batches(self, train: TrainConfig) -> Batches:
+        """The batches from which a layer learns."""
+        count = self.store.count
+        images = None if train.images is None else min(train.images, count)
+        return Batches(
+            count, train.batch_size, epochs=train.epochs, seed=self.stack.seed, images=images, blocks=self.blocks
+        )
+
+    def new_layer(self, index: int) -> SimilarityMatchingConv2d:
+        """This rank's rows of an untrained layer; in a single process, the stack's own layer."""
+        if self.alone:
+            return self.stack.layer(index)
+        channels = Lever(f"model.layers.{index}.out_channels", self.layers[index].out_channels)
+        self.memory.begin(f"layer {index}, making its weights", channels)
+        stack, shards = self.stack, split_rows(self.layers[index].out_channels, self.mesh.owners.world_size)
+        return build_layer(
+            stack.config,
+            stack.source,
+            index,
+            seed=stack.seed,
+            dtype=stack.dtype,
+            device=self.device,
+            rows=shards[self.mesh.owners.rank],
+            exchange=self.mesh.owners,
+        )
+
+    def calibrate(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        """Rank 0 calibrates the layer, and all ranks use its result."""
+        config = self.layers[index]
+        sample = min(config.whiten_images, self.store.count)
+        self.memory.begin(f"layer {index}, calibrating", Lever(f"model.layers.{index}.whiten_images", sample))
+        self.observer.progress("calibrate", 0, 1, layer=index)
+        work = partial(layer.calibrate, self.store.first(sample), config.whiten_patches)
+        self.observer.on_one_rank(work if self.mesh.everyone.rank == 0 else None)
+        for name in MEASURED:
+            if hasattr(layer, name):
+                self.mesh.everyone.broadcast(getattr(layer, name), source=0).wait()
+        self.observer.progress("calibrate", 1, 1, layer=index)
+
+    def complete(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        """Gather all rows of a layer that has learnt, so that every rank can encode images alone."""
+        whole = self.stack.layer(index)
+        if layer is whole:
+            layer.recertify()  # activities are then equal to those of the exported model
+        else:
+            gather_layer(layer, whole)
+        self.observer.learnt(index, whole)
+
+
+class Learner:
+    """Makes the updates of one layer, and tells the observer of them.
+
+    Parameters
+    ----------
+    setup: what the stack learns with.
+    index, layer: the layer, calibrated.
+    total: number of updates of the layer.
+    prepare: patches of a batch on the device.
+    capture: whether `prepare` starts work on the device only, so that it may be part of a CUDA graph.
+
+    >>> from simmatch.fit import Trainer
+    >>> from simmatch.model import InputConfig, ModelConfig
+    >>> images = torch.rand(20, 1, 8, 8)
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3),))
+    >>> setup = Trainer(Stack(model, InputConfig.of(images, num_classes=0)), images).setup
+    >>> layer = setup.new_layer(0)
+    >>> learner = Learner(setup, 0, layer, total=1, prepare=lambda batch: layer.prepare(batch.source), capture=True)
+    >>> learner.update(1, lambda: Staged(images, labels=None, images=20))
+    >>> learner.close()
+    >>> int(layer.updates)
+    1
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        index: int,
+        layer: SimilarityMatchingConv2d,
+        *,
+        total: int,
+        prepare: Callable[[Staged], Patches],
+        capture: bool,
+    ) -> None:
+        self._setup, self.index, self.layer, self.total = setup, index, layer, total
+        self._recorded = recorded = layer.by_kernel  # the host then never waits for the device within an update
+        graph = new_graph(setup.device) if recorded and capture and layer.exchange.capturable else None
+
+        def make(batch: Staged) -> tuple[Patches, Solution]:
+            with timed("input"):
+                patches = prepare(batch)
+            return patches, layer.partial_fit(patches, batch.labels, recorded=recorded)
+
+        self._updates = Updates(make, graph, layer.exchange)
+
+    def begin(self) -> None:
+        """Note that this layer learns from now on, for the error where memory does not suffice."""
+        key, train = f"model.layers.{self.index}.train", self._setup.layers[self.index].train
+        levers = [Lever(f"{key}.batch_size", min(train.batch_size, self._setup.store.count))]
+        levers += [] if train.positions is None else [Lever(f"{key}.positions", train.positions)]
+        self._setup.memory.begin(f"layer {self.index}, learning", *levers, otherwise="use more ranks")
+
+    def update(self, number: int, next_batch: Callable[[], Staged]) -> None:
+        """Make one update; `number` counts from 1."""
+        layer, every = self.layer, self._setup.measure_every
+        last = number == self.total
+        measured = every is not None and (last or number % every == 0)
+        look = measured or last or number % LOOK_EVERY == 0
+        with self._setup.observer.updating(self.index, layer):
+            with timed("input"):
+                batch = next_batch()
+            patches, solution = self._updates(batch)
+            if look:
+                layer.raise_faults()
+        measurement = measure(layer, patches, solution, batch.labels) if measured else None
+        looked = look or not self._recorded
+        self._setup.observer.updated(Update(self.index, layer, number, self.total, batch.images, measurement, looked))
+
+    def close(self) -> None:
+        """Release the memory of a captured update."""
+        self._updates.close()
