@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.faults import LocalFault
+from simmatch.sharding.mesh import Mesh
 
 T = TypeVar("T")
 
@@ -168,17 +169,62 @@ def run_owners(
     delays_s: dict[int, float] | None = None,
 ) -> list[Any]:
     """Run `owner` once per rank, each in its thread; what each returned, or the exception it raised."""
+    delays_s = delays_s or {}
     board = Board(world_size)
-    outcomes: list[Any] = [TimeoutError("this owner never ended")] * world_size
+    ends = [
+        ThreadExchange(board, rank, asynchronous=asynchronous, delay_s=delays_s.get(rank, 0.0))
+        for rank in range(world_size)
+    ]
+    return _run(ends, owner)
+
+
+def meshes(
+    replicas: int = 1,
+    stages: int = 1,
+    owners: int = 1,
+    *,
+    asynchronous: bool = False,
+    delays_s: dict[int, float] | None = None,
+) -> list[Mesh]:
+    """The mesh of every rank, in order: rank = (replica · stages + stage) · owners + owner. Stages have no links."""
+    delays_s = delays_s or {}
+    boards: dict[tuple[Any, ...], Board] = {}
+
+    def end(group: tuple[Any, ...], size: int, place: int, rank: int) -> ThreadExchange:
+        board = boards.setdefault(group, Board(size))
+        return ThreadExchange(board, place, asynchronous=asynchronous, delay_s=delays_s.get(rank, 0.0))
+
+    made = []
+    for rank in range(replicas * stages * owners):
+        replica, stage, owner = rank // (stages * owners), rank // owners % stages, rank % owners
+        made.append(
+            Mesh(
+                everyone=end(("everyone",), replicas * stages * owners, rank, rank),
+                owners=end(("owners", replica, stage), owners, owner, rank),
+                replicas=end(("replicas", stage, owner), replicas, replica, rank),
+                columns=end(("columns", stage), replicas * owners, replica * owners + owner, rank),
+                stage=stage,
+                stages=stages,
+            )
+        )
+    return made
+
+
+def run_meshes(places: list[Mesh], member: Callable[[Mesh], Any]) -> list[Any]:
+    """Run `member` once per rank of a mesh, each in its thread; outcomes as of `run_owners`."""
+    return _run(places, member)
+
+
+def _run(places: list[Any], member: Callable[[Any], Any]) -> list[Any]:
+    outcomes: list[Any] = [TimeoutError("this rank never ended")] * len(places)
 
     def work(rank: int) -> None:
-        exchange = ThreadExchange(board, rank, asynchronous=asynchronous, delay_s=(delays_s or {}).get(rank, 0.0))
         try:
-            outcomes[rank] = owner(exchange)
+            outcomes[rank] = member(places[rank])
         except Exception as error:
             outcomes[rank] = error
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world_size)]
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(len(places))]
     for thread in threads:
         thread.start()
     for thread in threads:
