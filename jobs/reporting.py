@@ -20,7 +20,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -279,7 +279,10 @@ def _cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The full hash of the checkout's commit, with '+' where files differ from it; None outside a checkout."""
+    """The full hash of the checkout's commit, with '+' where files differ from it.
+
+    Outside a checkout what the image says in its file `COMMIT`; None where there is none.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -291,4 +294,6 @@ def git_commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        with suppress(OSError):
+            return (folder.parent / "COMMIT").read_text().strip()
+    return None

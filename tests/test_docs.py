@@ -101,7 +101,7 @@ def test_files_and_sections_that_it_names_exist(readme: Path) -> None:
         if name.startswith("runs/") or name in OF_A_RUN:
             continue
         bases = [ROOT, readme.parent, ROOT / "jobs/configs"]
-        known = name in ("config.yaml", "rayjob.yaml") or any((base / name).exists() for base in bases)
+        known = name == "config.yaml" or any((base / name).exists() for base in bases)
         assert known, f"{name_of(readme)} names {name}"
     for link in re.findall(r"\]\(([^)]+)\)", text):
         if link.startswith("http"):

