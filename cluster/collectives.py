@@ -1,7 +1,8 @@
-"""The exchange between ranks by torch.distributed, and its rendezvous.
+"""Exchanges between ranks by torch.distributed, and their rendezvous.
 
-`TorchExchange` implements `simmatch.sharding.exchange.Exchange`: nccl on CUDA, gloo on CPU. One rank uses
-`IdentityExchange`, the same code with nothing to move.
+`TorchExchange` implements `simmatch.sharding.exchange.Exchange`, and `TorchLink` `simmatch.sharding.mesh.Link`: nccl on
+CUDA, gloo on CPU. A rank alone uses `IdentityExchange`, the same code with nothing to move. `cluster.connections` makes
+those of all axes of a mesh.
 
 Rendezvous without a port race: rank 0 binds a socket on port 0 of the chosen interface, hands the listening socket
 to torch's store, and only then publishes the address.
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simmatch.parts import timed
-from simmatch.sharding.exchange import Handle
+from simmatch.sharding.exchange import Done, Handle
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Called `all_gather_into_tensor` before torch 2.14."""
@@ -35,23 +36,24 @@ class PeerTimeout(RuntimeError):
 class Pending:
     """An exchange that has started."""
 
-    def __init__(self, work: dist.Work, exchange: TorchExchange) -> None:
-        self._work, self._exchange = work, exchange
+    def __init__(self, work: dist.Work, connection: Connection) -> None:
+        self._work, self._connection = work, connection
 
     def wait(self) -> None:
-        exchange, started = self._exchange, time.perf_counter()
+        connection, started = self._connection, time.perf_counter()
         try:
             with timed("waiting"):
                 self._work.wait()
         except (torch.AcceleratorError, torch.OutOfMemoryError):
             raise  # of this rank's own device
         except RuntimeError as error:
+            of = f" of {connection.name}" if connection.name else ""
             raise PeerTimeout(
-                f"rank {exchange.rank} of {exchange.world_size} waited for exchange {exchange.num_exchanges} "
-                f"(limit {exchange.timeout_s:g} s): {error}"
+                f"{connection.own_name} waited for exchange {connection.num_exchanges}{of} "
+                f"(limit {connection.timeout_s:g} s): {error}"
             ) from error
-        exchange.waited_s += time.perf_counter() - started
-        exchange.num_completed += 1
+        connection.waited_s += time.perf_counter() - started
+        connection.num_completed += 1
 
 
 class DeviceCounter:
@@ -81,12 +83,16 @@ class DeviceCounter:
         return int(self._copy)
 
 
-class TorchExchange:
-    """Collectives of one group of ranks.
+class Connection:
+    """Ranks that exchange tensors with each other, and what this one has exchanged with them so far.
 
     Parameters
     ----------
+    group: of these ranks.
+    timeout_s: limit on a wait.
     counter: counts the exchanges that the rank's device has come to. None: they are started by the host itself.
+    name: which ranks these are, for messages, the same on all of them; empty for all ranks of the run.
+    own_name: this rank, for messages.
 
     Attributes
     ----------
@@ -95,13 +101,18 @@ class TorchExchange:
     waited_s: seconds spent waiting for exchanges. Under nccl a wait is queued on the device and takes no time here.
     """
 
-    asynchronous = True
-
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float, counter: DeviceCounter | None = None) -> None:
-        self.group, self._counter = group, counter
-        self.capturable = counter is not None  # exchanges are queued on the device
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        counter: DeviceCounter | None = None,
+        *,
+        name: str = "",
+        own_name: str = "",
+    ) -> None:
+        self.group, self.timeout_s, self.name, self._counter = group, timeout_s, name, counter
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.timeout_s = timeout_s
+        self.own_name = own_name or f"rank {self.rank} of {self.world_size}"
         self.num_exchanges = self.num_completed = self.bytes_exchanged = 0
         self.waited_s = 0.0
 
@@ -110,9 +121,31 @@ class TorchExchange:
         """Exchanges that this rank has come to: under nccl its device, of which the host is ahead."""
         return self.num_exchanges if self._counter is None else self._counter.value
 
+    def _count(self, received: int) -> None:
+        """Count an exchange that brings so many bytes."""
+        self.num_exchanges += 1
+        self.bytes_exchanged += received
+        if self._counter is not None:
+            self._counter.advance()
+
+    def _pending(self, work: dist.Work | None) -> Pending:
+        assert work is not None  # asked for with async_op
+        return Pending(work, self)
+
+
+class TorchExchange(Connection):
+    """Collectives of one group of ranks."""
+
+    asynchronous = True
+
+    @property
+    def capturable(self) -> bool:
+        """Whether exchanges are queued on the device."""
+        return self._counter is not None
+
     def all_gather(self, gathered: Tensor) -> Handle:
         own = gathered[self.rank]
-        self._count(own)
+        self._count(own.nbytes * (self.world_size - 1))
         with timed("exchange"):
             return self._pending(_all_gather(gathered.view(-1), own.view(-1), group=self.group, async_op=True))
 
@@ -122,18 +155,18 @@ class TorchExchange:
         gloo's reduce-scatter adds in an order that depends on the rank, and takes about twice as long: between three
         processes of one machine 7 ms for slices of 100,000 float32 values, against 4 ms for this and the sum.
         """
-        self._count(sent[0])
+        self._count(sent[0].nbytes * (self.world_size - 1))
         with timed("exchange"):
             work = dist.all_to_all_single(received.view(-1), sent.view(-1), group=self.group, async_op=True)
             return self._pending(work)
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        self._count(tensor, slices=int(self.rank != source))
+        self._count(tensor.nbytes if self.rank != source else 0)
         with timed("exchange"):
             return self._pending(dist.broadcast(tensor, group_src=source, group=self.group, async_op=True))
 
     def gather(self, own: Tensor, gathered: Tensor) -> Handle:
-        self._count(own, slices=self.world_size - 1 if self.rank == 0 else 0)
+        self._count(own.nbytes * (self.world_size - 1) if self.rank == 0 else 0)
         targets = list(gathered.unbind()) if self.rank == 0 else None
         with timed("exchange"):
             return self._pending(dist.gather(own, targets, group_dst=0, group=self.group, async_op=True))
@@ -143,16 +176,31 @@ class TorchExchange:
         self.num_completed += exchanges
         self.bytes_exchanged += received
 
-    def _count(self, part: Tensor, slices: int | None = None) -> None:
-        """Count an exchange in which so many slices come from others; None: one from each of them."""
-        self.num_exchanges += 1
-        self.bytes_exchanged += part.nbytes * (self.world_size - 1 if slices is None else slices)
-        if self._counter is not None:
-            self._counter.advance()
 
-    def _pending(self, work: dist.Work | None) -> Pending:
-        assert work is not None  # asked for with async_op
-        return Pending(work, self)
+class TorchLink(Connection):
+    """Tensors from one rank to another, in order: a group of two ranks, which nothing else uses.
+
+    gloo moves a tensor once both sides have started: `wait` of a sender returns when the receiver has taken it, so a
+    sender that waits for one of its earlier tensors is never further ahead than by those in between.
+    """
+
+    def send(self, tensor: Tensor) -> Handle:
+        self._count(0)
+        if tensor.numel() == 0:  # gloo would wait for ever
+            return self._nothing()
+        with timed("exchange"):
+            return self._pending(dist.isend(tensor, group=self.group, group_dst=1 - self.rank))
+
+    def receive(self, tensor: Tensor) -> Handle:
+        self._count(tensor.nbytes)
+        if tensor.numel() == 0:
+            return self._nothing()
+        with timed("exchange"):
+            return self._pending(dist.irecv(tensor, group=self.group, group_src=1 - self.rank))
+
+    def _nothing(self) -> Handle:
+        self.num_completed += 1
+        return Done()
 
 
 def open_store(address: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
