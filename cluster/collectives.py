@@ -111,6 +111,7 @@ class Connection:
         own_name: str = "",
     ) -> None:
         self.group, self.timeout_s, self.name, self._counter = group, timeout_s, name, counter
+        self.capturable = counter is not None  # exchanges are queued on the device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.own_name = own_name or f"rank {self.rank} of {self.world_size}"
         self.num_exchanges = self.num_completed = self.bytes_exchanged = 0
@@ -137,11 +138,6 @@ class TorchExchange(Connection):
     """Collectives of one group of ranks."""
 
     asynchronous = True
-
-    @property
-    def capturable(self) -> bool:
-        """Whether exchanges are queued on the device."""
-        return self._counter is not None
 
     def all_gather(self, gathered: Tensor) -> Handle:
         own = gathered[self.rank]

@@ -127,10 +127,19 @@ class RunConfig(Frozen):
     log_every: PositiveInt = 10
     """Updates between two records of a layer's metrics."""
 
-    def check_mesh(self) -> None:
-        """Raise ConfigError where the mesh does not fit the model's layers or the smallest group allowed."""
-        self.mesh.check(self.model)
+    def check_mesh(self, images: int | None = None) -> None:
+        """Raise ConfigError where the mesh does not fit the model's layers, the smallest group allowed, or the number
+        of training images, where it is known."""
+        self.mesh.check(self.model, images)
+        for axis in ("layer", "data"):  # groups and links are there, layers do not use them yet
+            if getattr(self.mesh, axis) > 1:
+                raise ConfigError(f"mesh.{axis}: expected 1, got {getattr(self.mesh, axis)}")
         least = self.cluster.min_shards
+        if least is not None and (self.mesh.data, self.mesh.layer) != (1, 1):
+            raise ConfigError(
+                f"cluster.min_shards: expected none with {self.mesh}, since a smaller group has fewer shards of "
+                f"channels only (mesh.data=1 and mesh.layer=1), got {least}"
+            )
         if least is not None and least > self.mesh.channel:
             raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={self.mesh.channel}, got {least}")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -59,8 +59,7 @@ class _Groups:
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         limit = timedelta(seconds=self._everyone.timeout_s)
-        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=limit)
-        return group
+        return cast(dist.ProcessGroup, dist.new_group(list(ranks), timeout=limit))
 
     def _settings(self, name: str) -> dict[str, Any]:
         """Of a connection of this rank."""
@@ -105,7 +104,8 @@ class Traffic:
 
     def __init__(self, mesh: Mesh) -> None:
         every = (mesh.everyone, mesh.owners, mesh.replicas, mesh.columns, mesh.below, mesh.above)
-        self.connections = [one for one in dict.fromkeys(every) if isinstance(one, Connection)]
+        distinct: dict[object, None] = dict.fromkeys(every)
+        self.connections = [one for one in distinct if isinstance(one, Connection)]
 
     @property
     def started(self) -> dict[str, int]:

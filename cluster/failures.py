@@ -20,6 +20,7 @@ from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout
 from cluster.messages import RankStatus
 from cluster.policy import Failure
+from cluster.waiting import cause_of, last
 from simmatch.memory import OutOfMemory
 from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault, named
@@ -158,8 +159,9 @@ def group_failure(statuses: Sequence[RankStatus], stall_timeout_s: float, wait_t
 def stalled(statuses: Sequence[RankStatus], limit_s: float, wait_limit_s: float = math.inf) -> Failure | None:
     """A retryable failure where a rank stands still for too long, else None. A rank that is done does not.
 
-    A rank that has started fewer exchanges than another is waited for, and may be for `wait_limit_s`. Ranks that are
-    alone, or all stuck outside of an exchange, may be idle for `limit_s`. It names those that have started the fewest.
+    A rank that has started fewer exchanges of a connection than another is waited for, and may be for `wait_limit_s`:
+    `cluster.waiting` finds who holds up the rest. Ranks that are alone, or all stuck outside of an exchange, may be
+    idle for `limit_s`.
     """
     running = [status for status in statuses if not status.done]
     missing = _missing(running, [status.rank for status in running if status.idle_s > wait_limit_s])
@@ -168,27 +170,21 @@ def stalled(statuses: Sequence[RankStatus], limit_s: float, wait_limit_s: float 
     idle = [status for status in running if status.idle_s > limit_s]
     if not idle:
         return None
-    culprits = _fewest(idle)
-    where = f"{_position(culprits[0])}, exchange {culprits[0].num_exchanges}"
+    culprits = last(idle) or idle
+    where = f"{_position(culprits[0])}, exchange {sum(culprits[0].exchanges.values())}"
     names = named([status.rank for status in culprits])
     return Failure(f"{names}: no progress for {limit_s:g} s ({where})", retryable=True)
 
 
-def _fewest(statuses: Sequence[RankStatus]) -> list[RankStatus]:
-    """The ranks that have started the fewest exchanges."""
-    least = min((status.num_exchanges for status in statuses), default=0)
-    return [status for status in statuses if status.num_exchanges == least]
-
-
 def _missing(statuses: Sequence[RankStatus], waiting: Sequence[int]) -> str:
     """For whom some ranks wait, in a sentence; empty where they have started no more exchanges than the others."""
-    behind = _fewest(statuses)
-    ranks = [status.rank for status in behind]
-    late = [rank for rank in waiting if rank not in ranks]
-    if not late:
+    cause = cause_of(statuses, waiting)
+    if cause is None:
         return ""
-    where = f"exchange {behind[0].num_exchanges + 1} ({_position(behind[0])})"
-    return f"{named(ranks)} {'has' if len(ranks) == 1 else 'have'} not started {where}, {named(late)} waited for it"
+    ranks = [status.rank for status in cause.ranks]
+    late = [rank for rank in waiting if rank not in ranks]
+    have = "has" if len(ranks) == 1 else "have"
+    return f"{named(ranks)} {have} not started {cause} ({_position(cause.ranks[0])}), {named(late)} waited for it"
 
 
 def _position(status: RankStatus) -> str:

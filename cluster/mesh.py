@@ -1,8 +1,8 @@
 """The mesh: how many parts every parallel axis has. Pure arithmetic, checked before any process starts.
 
-    data      replicas: each learns from a part of every batch, and their statistics are summed once per update
-    layer     stages of the stack, which learn at the same time (`schedule: together`)
-    channel   shards of a layer's output channels (the innermost axis: neighbours in rank)
+data      replicas: each learns from a part of every batch, and their statistics are summed once per update
+layer     stages of the stack, which learn at the same time (`schedule: together`)
+channel   shards of a layer's output channels (the innermost axis: neighbours in rank)
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class MeshConfig(Frozen):
         """The rank with these coordinates."""
         return (place.replica * self.layer + place.stage) * self.channel + place.owner
 
-    def ranks(
-        self, replica: int | None = None, stage: int | None = None, owner: int | None = None
-    ) -> tuple[int, ...]:
+    def ranks(self, replica: int | None = None, stage: int | None = None, owner: int | None = None) -> tuple[int, ...]:
         """The ranks with these coordinates, in order; None: any.
 
         >>> MeshConfig(data=2, layer=2, channel=2).ranks(stage=1)

@@ -198,8 +198,8 @@ class RankStatus:
     ----------
     phases: of rank 0 the latest progress of each phase so far, in order; of other ranks that of the present phase.
     messages: those sent since the poll before.
-    num_exchanges: exchanges started, on a GPU those that the device has come to; the others wait for the rank that has
-        started the fewest.
+    exchanges: connection → exchanges started, on a GPU those that the device has come to; the others of a connection
+        wait for the rank that has started the fewest. Connections by their names, "" for that of all ranks.
     stopped: it is done because it was asked to stop, and its shard is written.
     idle_s: since a poll last found that its training thread or its GPU had moved: started or ended an exchange, sent a
         message or reported progress. A rank that waits in an exchange is idle as well; see `cluster.failures.stalled`.
@@ -210,7 +210,7 @@ class RankStatus:
     failure: Failure | None
     phases: list[Progress]
     messages: list[Message]
-    num_exchanges: int
+    exchanges: dict[str, int]
     stopped: bool = False
     idle_s: float = 0.0
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 from cluster.checkpoints.shard_writer import ShardWriter
+from cluster.connections import Traffic
 from cluster.messages import LayerMetrics, Outbox, TrainingWarning
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement
 from simmatch.objective import divergence_warning
-from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
 
 EXPLOSION = 1e6
 """Growth of the bound of λmax(M), since update `SETTLED` of the layer, that counts as divergence."""
@@ -77,9 +78,10 @@ class MetricsWindow:
     """The updates of one layer between two metrics: throughput, and the shares of this rank's time spent waiting for
     other ranks and on checkpoints."""
 
-    def __init__(self, layer: int, exchange: Exchange, writer: ShardWriter) -> None:
-        self._layer, self._images, self._exchange, self._writer = layer, 0, exchange, writer
-        self._started, self._waited_s, self._saving_s = time.monotonic(), exchange.waited_s, writer.seconds
+    def __init__(self, layer: int, traffic: Traffic, mesh: Mesh, writer: ShardWriter) -> None:
+        self._layer, self._images, self._traffic, self._writer = layer, 0, traffic, writer
+        self._started, self._waited_s, self._saving_s = time.monotonic(), traffic.waited_s, writer.seconds
+        self._ranks = mesh.everyone.world_size // mesh.stages
 
     def count(self, images: int) -> None:
         self._images += images
@@ -89,7 +91,7 @@ class MetricsWindow:
 
         measurement: of the latest update; images: see `LayerMetrics`.
         """
-        exchange, now = self._exchange, time.monotonic()
+        traffic, now = self._traffic, time.monotonic()
         seconds = max(now - self._started, 1e-9)
         metrics = LayerMetrics(
             layer=self._layer,
@@ -103,11 +105,11 @@ class MetricsWindow:
             revived_channels=float(layer.revived),
             images_per_second=self._images / seconds,
             window_s=seconds,
-            waiting_share=(exchange.waited_s - self._waited_s) / seconds,
+            waiting_share=(traffic.waited_s - self._waited_s) / seconds,
             checkpoint_share=(self._writer.seconds - self._saving_s) / seconds,
-            bytes_exchanged=float(exchange.bytes_exchanged * exchange.world_size),
-            num_exchanges=float(exchange.num_exchanges),
+            bytes_exchanged=float(traffic.bytes_exchanged * self._ranks),
+            num_exchanges=float(traffic.num_exchanges),
         )
         self._images, self._started = 0, now
-        self._waited_s, self._saving_s = exchange.waited_s, self._writer.seconds
+        self._waited_s, self._saving_s = traffic.waited_s, self._writer.seconds
         return metrics

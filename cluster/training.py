@@ -1,6 +1,6 @@
 """The program that every rank runs: `simmatch.fit` with checkpoints, a way to stop, reports and an export.
 
-Phases of communication, all through the injected exchange:
+Phases of communication, all through the injected mesh:
 
     learn     by rows: every iteration of the dynamics gathers activities; by columns (`gather_state`): every update
               gathers the weights and scatters the statistics; every update gathers 4 K values for the bound of M
@@ -30,6 +30,7 @@ from cluster.checkpoints.shard_writer import ShardWriter, write_shard
 from cluster.checkpoints.state import restore_layer, take_snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
+from cluster.connections import Traffic
 from cluster.messages import LayerMetrics, ModelExported, NodeWarning, Outbox, Progress
 from cluster.monitors import GrowthMonitor, MetricsWindow, ObjectiveMonitor, TrainingFault
 from cluster.one_rank import on_one_rank
@@ -47,7 +48,6 @@ from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
 from simmatch.observer import Observer, Phase, Update
 from simmatch.profile import Profile
 from simmatch.remote import retry
-from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.state import gather_from_ranks
@@ -104,13 +104,14 @@ class Training(Observer):
     Parameters
     ----------
     assignment: the configuration, this rank's place in the group, and the run directory.
-    exchange: collective operations with the other ranks.
+    mesh: connects to the other ranks.
     report: messages to the controller.
     device: of all tensors.
     """
 
-    def __init__(self, assignment: Assignment, exchange: Exchange, report: Outbox, device: torch.device) -> None:
-        self.assignment, self.exchange, self.report, self.device = assignment, exchange, report, device
+    def __init__(self, assignment: Assignment, mesh: Mesh, report: Outbox, device: torch.device) -> None:
+        self.assignment, self.mesh, self.report, self.device = assignment, mesh, report, device
+        self.traffic = Traffic(mesh)
         self.config = config = assignment.config
         self.dataset = load_dataset(config.data, warn=lambda text: report.send(NodeWarning(text)))
         check_data(self.dataset, assignment.data)
@@ -124,7 +125,7 @@ class Training(Observer):
             self.dataset.train_images,
             self.dataset.train_labels if self.dataset.num_classes else None,
             blocks=self.dataset.blocks if config.data.order == "blocks" else None,
-            mesh=Mesh.of_owners(exchange),
+            mesh=mesh,
             observer=self,
             settled=0 if done is None else done.layer,
             encode_batch=config.encode_batch,
@@ -136,7 +137,7 @@ class Training(Observer):
         self.writer = ShardWriter(
             assignment.run_dir,
             assignment.rank,
-            exchange.world_size,
+            mesh.everyone.world_size,
             report,
             patience_s=config.checkpoint.patience_s,
             write=partial(write_shard, token=assignment.token),
@@ -160,7 +161,7 @@ class Training(Observer):
                 zip(self.trainer.store.parts, shares, strict=True),
                 FeatureStore(
                     self.dataset.test_images,
-                    self.exchange,
+                    self.mesh.everyone,
                     batch=self.config.encode_batch,
                     dtype=self.stack.dtype,
                     device=self.device,
@@ -208,7 +209,7 @@ class Training(Observer):
         self.profile.started(index, layer)
         states = [] if self.reader is None else self.reader.manifest.layers
         self._growth = GrowthMonitor(index, states[index].usual if index < len(states) else None)
-        self._window = MetricsWindow(index, self.exchange, self.writer)
+        self._window = MetricsWindow(index, self.traffic, self.mesh, self.writer)
         self._objective = ObjectiveMonitor(index, layer, self.report)
         self._latest: LayerMetrics | None = None
         self._updates = int(layer.updates)
@@ -271,12 +272,12 @@ class Training(Observer):
         """See `cluster.one_rank`."""
         limits = self.config.cluster
         pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
-        on_one_rank(work, self.exchange, self.report, device=self.device, pause_s=pause_s)
+        on_one_rank(work, self.mesh.everyone, self.report, device=self.device, pause_s=pause_s)
 
     def _all_stop(self) -> bool:
         """Whether any rank has been asked to stop: one gathered value, so that all stop at the same step."""
         asked = torch.full((1,), float(self.report.stopping), device=self.device)
-        return bool(gather_from_ranks(asked, self.exchange).any())
+        return bool(gather_from_ranks(asked, self.mesh.everyone).any())
 
     def _save(self, update: Update, *, needed: bool) -> None:
         """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
+from cluster.connections import Traffic, join_mesh
 from cluster.cpus import allowed_cpus
 from cluster.failures import classify
 from cluster.messages import Outbox, RankInfo, RankStatus, Traceback
@@ -29,7 +30,7 @@ from cluster.training import Assignment, Stopped, Training
 from simmatch.config import ConfigError
 from simmatch.devices import check_device
 from simmatch.precision import exact_float32
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.mesh import Mesh
 
 
 class Worker:
@@ -46,7 +47,7 @@ class Worker:
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self._store: dist.Store | None = None
-        self._exchange: Exchange = IDENTITY
+        self._mesh = Mesh()
         self._outbox = Outbox(assignment.rank)
         self._done = self._stopped = False
         self._failure: Failure | None = None
@@ -95,7 +96,7 @@ class Worker:
         use_interface(name)
         if self._store is None:
             self._store = connect_store(*store, config.cluster.start_timeout_s)
-        self._exchange = join_group(
+        everyone = join_group(
             self._store,
             self.assignment.generation,
             self.assignment.rank,
@@ -103,6 +104,7 @@ class Worker:
             self._device,
             config.cluster.collective_timeout_s,
         )
+        self._mesh = join_mesh(everyone, config.mesh, self._device)
 
     def begin(self, threads: int) -> None:
         """Start training in a thread; returns at once."""
@@ -125,20 +127,14 @@ class Worker:
             failure=failure,
             phases=list(self._outbox.phases),
             messages=self._outbox.since(first),
-            num_exchanges=self._num_started,
+            exchanges=Traffic(self._mesh).started,
             stopped=self._stopped,
             idle_s=self._idle_s(),
         )
 
-    @property
-    def _num_started(self) -> int:
-        return getattr(self._exchange, "num_started", 0)  # a lone rank exchanges nothing
-
     def _idle_s(self) -> float:
         """See `RankStatus`. Compares what the training thread counts anyway, so it costs that thread nothing."""
-        exchange, outbox = self._exchange, self._outbox
-        completed = getattr(exchange, "num_completed", 0)
-        mark = (exchange.num_exchanges, self._num_started, completed, outbox.beats, outbox.sent)
+        mark = (*Traffic(self._mesh).mark, self._outbox.beats, self._outbox.sent)
         now = time.monotonic()
         if mark != self._mark:
             self._mark, self._moved = mark, now
@@ -162,7 +158,7 @@ class Worker:
             torch.set_num_threads(threads)
             exact_float32()
             with torch.no_grad():
-                self.training_class(self.assignment, self._exchange, self._outbox, self._device).run()
+                self.training_class(self.assignment, self._mesh, self._outbox, self._device).run()
         except Stopped:
             self._stopped = True
         except PeerTimeout as error:

@@ -37,6 +37,7 @@ def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_datase
     """
     config.check_mesh()
     dataset = load(config.data)
+    config.check_mesh(len(dataset.train_images))
     labelled = bool((dataset.train_labels != UNLABELLED).any())
     inputs = layer_inputs(config.model, dataset.source)
     for index, layer in enumerate(config.model.layers):

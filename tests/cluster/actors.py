@@ -19,6 +19,7 @@ from cluster.config import RunConfig
 from cluster.messages import GroupStarted, Note, Outbox, Progress
 from cluster.training import Assignment, Training
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
 
 ConfigMaker = Callable[..., RunConfig]
 
@@ -30,7 +31,7 @@ def limits(**changes: Any) -> dict[str, Any]:
 
 def train(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
     """A rank's program without Ray and without faults."""
-    Training(Assignment(config, run_dir, exchange.rank), exchange, Outbox(), torch.device("cpu")).run()
+    Training(Assignment(config, run_dir, exchange.rank), Mesh.of_owners(exchange), Outbox(), torch.device("cpu")).run()
 
 
 def model(run_dir: Path) -> Path:

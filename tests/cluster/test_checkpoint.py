@@ -40,6 +40,7 @@ from cluster.storage import AnyPath, find, locate, write_whole
 from cluster.training import Assignment, Stopped, Training
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import Rows, split_rows
 from tests.exchanges import of_type, results
 from tests.object_store import BUCKET, object_store
@@ -482,7 +483,7 @@ ConfigMaker = Callable[..., RunConfig]
 def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[dict[str, Any]]:
     outbox = Outbox()
     assignment = Assignment(config, run_dir, exchange.rank, resume=resume)
-    Training(assignment, exchange, outbox, torch.device("cpu")).run()
+    Training(assignment, Mesh.of_owners(exchange), outbox, torch.device("cpu")).run()
     return outbox.messages
 
 
@@ -651,7 +652,9 @@ def train_until(exchange: Exchange, config: RunConfig, run_dir: Path, layer: int
     """Rank 1 alone is asked."""
     outbox = AskedAt(layer, step) if exchange.rank == 1 else Outbox()
     with pytest.raises(Stopped):
-        Training(Assignment(config, run_dir, exchange.rank), exchange, outbox, torch.device("cpu")).run()
+        Training(
+            Assignment(config, run_dir, exchange.rank), Mesh.of_owners(exchange), outbox, torch.device("cpu")
+        ).run()
     return outbox.messages
 
 

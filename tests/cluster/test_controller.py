@@ -124,7 +124,7 @@ def status(
     progress: Progress | None = None,
     stopped: bool = False,
 ) -> RankStatus:
-    return RankStatus(rank, done, failure, [progress] if progress else [], messages, num_exchanges=0, stopped=stopped)
+    return RankStatus(rank, done, failure, [progress] if progress else [], messages, {"": 0}, stopped=stopped)
 
 
 def metrics_of(
@@ -280,7 +280,7 @@ def test_phases_that_end_between_two_polls_are_shown(scene: MakeScene) -> None:
     playing = scene()
     group = ScriptedGroup(Assignment(playing.config, playing.run_dir, 0), [])
     outbox, shown = Outbox(), playing.display.progressed
-    group.poll = lambda: [RankStatus(0, False, None, list(outbox.phases), [], num_exchanges=0)]  # type: ignore[method-assign]
+    group.poll = lambda: [RankStatus(0, False, None, list(outbox.phases), [], {"": 0})]  # type: ignore[method-assign]
     steps: list[tuple[Phase, int, int]]
     steps = [("learn", 2, 0), ("learn", 8, 0), ("encode", 4, 0), ("learn", 1, 1), ("learn", 3, 1)]
     for phase, done, layer in steps:

@@ -185,7 +185,7 @@ def test_the_message_is_one_line_without_details() -> None:
 
 def of_rank(rank: int, error: Exception | None, idle_s: float = 0.0) -> RankStatus:
     failure = None if error is None else classify(error)
-    return RankStatus(rank, error is not None, failure, [], [], num_exchanges=7, idle_s=idle_s)
+    return RankStatus(rank, error is not None, failure, [], [], {"": 7}, idle_s=idle_s)
 
 
 def in_update(error: Exception | None = None) -> Exception:
@@ -248,7 +248,7 @@ def test_recorded_faults_keep_their_rank_and_their_cause(ranks: Any, kind: Kind,
     assert (own.retryable, own.secondary) == (retryable, False)
     assert told.secondary == (kind != "nan feedforward")
     assert told.message.endswith(f"{'weights' if 'nan' in kind else 'exception'} on rank 1 in update 2")
-    statuses = [RankStatus(rank, True, failure, [], [], num_exchanges=12) for rank, failure in enumerate((told, own))]
+    statuses = [RankStatus(rank, True, failure, [], [], {"": 12}) for rank, failure in enumerate((told, own))]
     assert group_failure(statuses, 100.0, 100.0) == own
 
 

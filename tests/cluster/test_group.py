@@ -101,7 +101,7 @@ def poll_until(group: WorkerGroup, reached: Callable[[list[RankStatus]], bool]) 
 
 def learning(statuses: list[RankStatus]) -> bool:
     """All ranks have exchanged something: training is under way."""
-    return all(status.num_exchanges > 20 for status in statuses)
+    return all(sum(status.exchanges.values()) > 20 for status in statuses)
 
 
 class Quiet:
@@ -252,7 +252,7 @@ def test_a_rank_that_keeps_the_others_waiting_is_a_loss(ray: Any, digits_config:
     assert "(limit 3 s)" in failure.message
     told = group_failure(statuses, 900.0, 3.0)
     assert told is not None
-    exchange = statuses[1].num_exchanges
+    exchange = sum(statuses[1].exchanges.values())
     missing = f"rank 0 has not started exchange {exchange} (layer 0, learn 3/10), rank 1 waited for it: "
     assert told.message == f"{missing}{failure.message}"
 
@@ -518,7 +518,7 @@ FIFTH = "exchange 5 (layer 1, learn 3/10)"
 
 def still(rank: int, idle_s: float, num_exchanges: int, *, done: bool = False) -> RankStatus:
     progress = Progress("learn", 3, 10, layer=1)
-    return RankStatus(rank, done, None, [progress], [], num_exchanges, idle_s=idle_s)
+    return RankStatus(rank, done, None, [progress], [], {"": num_exchanges}, idle_s=idle_s)
 
 
 @pytest.mark.parametrize(

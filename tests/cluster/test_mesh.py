@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.config import RunConfig
-from cluster.mesh import MeshConfig
+from cluster.mesh import MeshConfig, Place
 from simmatch.config import ConfigError, parse
 
 
@@ -25,8 +25,8 @@ def test_the_world_size_and_the_text_of_a_mesh() -> None:
         ({"channel": 1.5}, "mesh.channel", "1.5"),
         ({"channel": "2"}, "mesh.channel", "'2'"),
         ({"channel": True}, "mesh.channel", "True"),
-        ({"data": 2}, "mesh.data", "2"),
-        ({"layer": 3}, "mesh.layer", "3"),
+        ({"data": 0}, "mesh.data", "0"),
+        ({"layer": 1.5}, "mesh.layer", "1.5"),
         ({"chanel": 2}, "mesh.chanel", "'chanel'"),
     ],
 )
@@ -43,13 +43,94 @@ def test_a_bad_mesh_is_refused_by_key_expectation_and_value(
     assert "\n" not in message
 
 
+def test_ranks_are_numbered_by_replica_stage_and_owner() -> None:
+    """Every rank has one place, and neighbours in rank are owners of the same rows' neighbours."""
+    mesh = MeshConfig(data=2, layer=3, channel=4)
+    places = [mesh.place(rank) for rank in range(mesh.world_size)]
+    assert places == [Place(replica, stage, owner) for replica in range(2) for stage in range(3) for owner in range(4)]
+    assert [mesh.rank(place) for place in places] == list(range(24))
+    assert mesh.ranks(replica=1, stage=2) == (20, 21, 22, 23)
+    assert mesh.ranks(stage=0, owner=1) == (1, 13)
+    assert mesh.ranks(stage=1) == (4, 5, 6, 7, 16, 17, 18, 19)  # by replica, then owner
+
+
+def fits(config: RunConfig, images: int | None = None) -> str | None:
+    """What is wrong with its mesh, if anything."""
+    try:
+        config.mesh.check(config.model, images)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("mesh", "images", "expected"),
+    [
+        ({"channel": 10, "layer": 2, "data": 20}, None, None),  # the most of each
+        ({"channel": 11}, None, "mesh.channel: expected at most 10, the out_channels of model.layers.0, got 11"),
+        (  # replicas can take the place of shards, where that is as many ranks
+            {"channel": 20, "layer": 2},
+            None,
+            "mesh.channel: expected at most 10, the out_channels of model.layers.0, got 20; "
+            "the nearest mesh that fits is data 2 × layer 2 × channel 10",
+        ),
+        (
+            {"channel": 12, "data": 2, "layer": 3},
+            None,
+            "mesh.layer: expected at most 2, the number of layers, got 3; "
+            "the nearest mesh that fits is data 4 × layer 2 × channel 6",
+        ),
+        (
+            {"data": 21},
+            None,
+            "mesh.data: expected at most 20, the images of a batch of model.layers.0, got 21; "
+            "the nearest mesh that fits is data 20 × layer 1 × channel 1",
+        ),
+        (
+            {"data": 9, "channel": 2},
+            8,
+            "mesh.data: expected at most 8, the images of a batch of model.layers.0, got 9; "
+            "the nearest mesh that fits is data 8 × layer 1 × channel 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_by_axis_and_layer(
+    digits_config: Callable[..., RunConfig], mesh: dict[str, int], images: int | None, expected: str | None
+) -> None:
+    found = fits(digits_config(mesh=mesh), images)
+    assert found is None if expected is None else str(found).startswith(expected)
+    assert "\n" not in str(found)
+
+
+def test_a_solver_of_all_channels_takes_no_shards(digits_config: Callable[..., RunConfig]) -> None:
+    values = digits_config(2).model_dump(mode="json")
+    dynamics = values["model"]["layers"][1]["dynamics"] | {"solver": "coordinate_descent"}
+    values["model"]["layers"][1]["dynamics"] = dynamics
+    config = parse(RunConfig, values)
+    assert str(fits(config)).startswith(
+        "model.layers.1.dynamics.solver: expected auto or accelerated with mesh.channel=2"
+    )
+    values["mesh"] = {"data": 2}
+    assert fits(parse(RunConfig, values)) is None  # every replica has all channels
+
+
+def test_a_group_shrinks_along_its_shards_only(digits_config: Callable[..., RunConfig]) -> None:
+    config = digits_config(2, cluster={"min_shards": 1})
+    config.check_mesh()
+    for axis in ("data", "layer"):
+        other = config.model_copy(update={"mesh": config.mesh.model_copy(update={axis: 2})})
+        with pytest.raises(ConfigError, match=f"^(cluster.min_shards|mesh.{axis}): expected"):
+            other.check_mesh()
+
+
 def test_more_shards_than_channels_are_refused_with_all_sizes(digits_config: Callable[..., RunConfig]) -> None:
     config = digits_config(channel=10)
     config.check_mesh()
     assert config.mesh.world_size == 10  # one channel each is the most
     with pytest.raises(ConfigError) as caught:
         digits_config(channel=11).check_mesh()
-    assert str(caught.value) == ("mesh.channel: expected at most 10, the out_channels of model.layers.0, got 11")
+    message = str(caught.value)
+    assert message.startswith("mesh.channel: expected at most 10, the out_channels of model.layers.0, got 11")
 
 
 def test_the_narrowest_layer_decides(digits_config: Callable[..., RunConfig]) -> None:

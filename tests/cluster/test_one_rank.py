@@ -19,6 +19,7 @@ from cluster.training import Assignment, Training
 from cluster.worker import Worker
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import results
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def slowly(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
 
 
 def train(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
-    Training(Assignment(config, run_dir, exchange.rank), exchange, Outbox(), CPU).run()
+    Training(Assignment(config, run_dir, exchange.rank), Mesh.of_owners(exchange), Outbox(), CPU).run()
 
 
 def test_a_calibration_longer_than_all_limits_changes_nothing(

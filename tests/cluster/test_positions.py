@@ -21,6 +21,7 @@ from simmatch.config import parse
 from simmatch.features import LayerInputs, Staged
 from simmatch.geometry import Patches
 from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import of_type, results
 
 ConfigMaker = Callable[..., RunConfig]
@@ -56,7 +57,9 @@ def with_positions(digits_config: ConfigMaker) -> RunMaker:
 
 def train(exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | None = None) -> list[Message]:
     outbox = Outbox()
-    Training(Assignment(config, run_dir, exchange.rank, resume=resume), exchange, outbox, torch.device("cpu")).run()
+    Training(
+        Assignment(config, run_dir, exchange.rank, resume=resume), Mesh.of_owners(exchange), outbox, torch.device("cpu")
+    ).run()
     return outbox.messages
 
 

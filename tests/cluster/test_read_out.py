@@ -23,7 +23,8 @@ from simmatch.memory import Lever
 from simmatch.model import Stack
 from simmatch.readout import LinearClassifier, ReadoutName, fit_readout
 from simmatch.seeding import seeded
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import ThreadExchange, of_type, results, run_owners
 from tests.live_bytes import LiveBytes
 
@@ -50,7 +51,7 @@ def test_a_readout_sees_the_exported_models_features(
 
     monkeypatch.setattr("cluster.training.read_out", recorded)
     with torch.no_grad():
-        Training(Assignment(config, tmp_path, 0), IDENTITY, Outbox(), torch.device("cpu")).run()
+        Training(Assignment(config, tmp_path, 0), Mesh(), Outbox(), torch.device("cpu")).run()
     model, data = load_model(tmp_path / "model"), load_dataset(config.data)
     expected = {"train": data.train_images, "test": data.test_images}
     sizes = {"last": 10, "all": 10 * (pool or 3) ** 2 + 10, "unsupervised": 10 * (pool or 3) ** 2}
@@ -68,7 +69,7 @@ def test_a_readout_that_cannot_be_made_is_left_out(
     config = digits_config(1, probe={"readout": readout, "train_images": 1})
     outbox = Outbox()
     with torch.no_grad():
-        Training(Assignment(config, tmp_path, 0), IDENTITY, outbox, torch.device("cpu")).run()
+        Training(Assignment(config, tmp_path, 0), Mesh(), outbox, torch.device("cpu")).run()
     (warning,) = of_type(outbox.messages, TrainingWarning)
     assert warning.text.startswith(f"the {readout} readout is left out: ")
     (scored,) = of_type(outbox.messages, ReadoutScored)
@@ -171,7 +172,7 @@ def test_the_accuracy_on_a_subset_says_so(digits_config: Callable[..., RunConfig
     config = digits_config(1, probe={"readout": "logistic", "max_feature_bytes": 10 * 4 * 200})
     outbox = Outbox()
     with torch.no_grad():
-        Training(Assignment(config, tmp_path, 0), IDENTITY, outbox, CPU).run()
+        Training(Assignment(config, tmp_path, 0), Mesh(), outbox, CPU).run()
     (warning,) = of_type(outbox.messages, TrainingWarning)
     (scored,) = of_type(outbox.messages, ReadoutScored)
     assert warning.text == f"the logistic readout is fitted on {scored.subset}"

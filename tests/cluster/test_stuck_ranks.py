@@ -27,6 +27,7 @@ from cluster.messages import Outbox, RankStatus
 from cluster.policy import Failure
 from cluster.training import Assignment
 from cluster.worker import Worker
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import Board
 
 WORLD_SIZE, STUCK, EXCHANGES, STOP_AT = 3, 1, 8, 5
@@ -83,7 +84,7 @@ class Rank:
         group: Any = SimpleNamespace(own_rank=rank, device=self.device, board=board, page=0)
         self.exchange = TorchExchange(group, WAIT_S, QueuedCounter(self.device))
 
-        def program(_: Assignment, exchange: TorchExchange, report: Outbox, device: torch.device) -> Any:
+        def program(_: Assignment, mesh: Mesh, report: Outbox, device: torch.device) -> Any:
             def run() -> None:
                 for number in range(1, EXCHANGES + 1):
                     here = number == STOP_AT and rank == STUCK
@@ -92,17 +93,17 @@ class Rank:
                     elif here and stuck == "host":
                         self.released.wait()
                     if replayed and number > 1:
-                        exchange._counter.advance()  # type: ignore[union-attr]
+                        self.exchange._counter.advance()  # type: ignore[union-attr]
                         gather(torch.zeros(WORLD_SIZE, 2).view(-1), torch.zeros(2), group, async_op=True)
                     else:
-                        exchange.all_gather(torch.zeros(WORLD_SIZE, 2)).wait()
+                        mesh.everyone.all_gather(torch.zeros(WORLD_SIZE, 2)).wait()
                     report.beat()
                 self.device.synchronize()
 
             return SimpleNamespace(run=run)
 
         self.worker = Worker(assignment)
-        self.worker._exchange = self.exchange
+        self.worker._mesh = Mesh.of_owners(self.exchange)
         self.worker.training_class = program  # type: ignore[assignment]
         self.worker.begin(1)
 
@@ -165,7 +166,7 @@ def test_the_rank_whose_device_is_stuck_is_named(make_ranks: MakeRanks, replayed
     failure, statuses = verdict(ranks)
     assert failure == Failure(f"{EXPECTED} for {WAIT_S:g} s", retryable=True)
     assert {rank.exchange.num_exchanges for rank in ranks} == {1 if replayed else EXCHANGES}
-    assert [status.num_exchanges for status in statuses] == [STOP_AT, STOP_AT - 1, STOP_AT]
+    assert [status.exchanges[""] for status in statuses] == [STOP_AT, STOP_AT - 1, STOP_AT]
 
 
 def test_the_rank_whose_host_is_stuck_is_named(make_ranks: MakeRanks) -> None:
@@ -176,7 +177,7 @@ def test_the_rank_whose_host_is_stuck_is_named(make_ranks: MakeRanks) -> None:
 def test_ranks_that_are_aborted_first_do_not_change_the_verdict(make_ranks: MakeRanks) -> None:
     """Rank 0's error comes from the watchdog, before the controller's limit."""
     ranks = make_ranks("device")
-    while ranks[0].worker.poll(0).num_exchanges < STOP_AT:
+    while ranks[0].worker.poll(0).exchanges[""] < STOP_AT:
         time.sleep(0.01)
     ranks[0].device.aborted.set()
     failure, _ = verdict(ranks)
@@ -193,7 +194,7 @@ def test_ranks_that_move_are_left_alone(make_ranks: MakeRanks) -> None:
         assert group_failure(statuses, STALL_S, WAIT_S) is None
         time.sleep(0.01)
     assert [status.failure for status in statuses] == [None] * WORLD_SIZE
-    assert [status.num_exchanges for status in statuses] == [EXCHANGES] * WORLD_SIZE
+    assert [status.exchanges[""] for status in statuses] == [EXCHANGES] * WORLD_SIZE
 
 
 @pytest.mark.gpu

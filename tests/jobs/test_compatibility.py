@@ -32,7 +32,7 @@ from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import ExportConfig
 from simmatch.seeding import seeded
-from simmatch.sharding.exchange import IDENTITY
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import of_type
 
 V1 = Path(__file__).resolve().parents[1] / "fixtures" / "v1"
@@ -139,7 +139,7 @@ def test_an_unfinished_run_of_one_rank_ends_as_the_uninterrupted_one(
     assert start.config.cluster.threads_per_rank == 1
     outbox, assignment = Outbox(), Assignment(start.config, unfinished, 0, resume=start.resume)
     with torch.no_grad():
-        Training(assignment, IDENTITY, outbox, torch.device("cpu")).run()
+        Training(assignment, Mesh(), outbox, torch.device("cpu")).run()
     assert [each.layer for each in outbox.phases if each.phase == "learn"] == [1, 2]
     model = Path("model") / "model.safetensors"
     found, expected = load_file(unfinished / model), load_file(FINISHED / "one_rank" / model)

@@ -21,7 +21,7 @@ from jobs.preflight import check
 from simmatch.config import parse
 from simmatch.data.config import DataConfig
 from simmatch.data.sources import load_dataset
-from simmatch.sharding.exchange import IDENTITY
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import of_type
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def own(config: RunConfig, **data: object) -> RunConfig:
 def read_out(config: RunConfig, run_dir: Path) -> tuple[ReadoutScored, list[TrainingWarning]]:
     outbox = Outbox()
     with torch.no_grad():
-        Training(Assignment(config, run_dir, 0), IDENTITY, outbox, torch.device("cpu")).run()
+        Training(Assignment(config, run_dir, 0), Mesh(), outbox, torch.device("cpu")).run()
     messages = outbox.messages
     [scored] = of_type(messages, ReadoutScored)
     return scored, of_type(messages, TrainingWarning)

@@ -22,6 +22,7 @@ from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack, layer_inputs, save_model
 from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, of_type, results, run_owners
 from tests.live_bytes import LiveBytes
@@ -72,7 +73,7 @@ def measured_peak(exchange: Exchange, config: RunConfig, run_dir: Path) -> int:
     """Bytes of tensors that a rank holds at its most until its last layer is encoded."""
     with LiveBytes() as live, torch.no_grad():
         assignment = Assignment(config, run_dir, exchange.rank)
-        Training(assignment, exchange, Outbox(exchange.rank), torch.device("cpu")).trainer.fit()
+        Training(assignment, Mesh.of_owners(exchange), Outbox(exchange.rank), torch.device("cpu")).trainer.fit()
     return live.peak
 
 
@@ -139,7 +140,7 @@ def test_bytes_on_the_disk_are_those_of_a_run(make_config: MakeConfig, digits: D
     config = make_config("mesh.channel=1", "model.layers.1.out_channels=256", *brief)
     plan = plan_disk(config, digits.source)
     outbox = Outbox()
-    training = Training(Assignment(config, tmp_path, 0), IDENTITY, outbox, torch.device("cpu"))
+    training = Training(Assignment(config, tmp_path, 0), Mesh(), outbox, torch.device("cpu"))
     training.trainer.fit()
     training.writer.close()
     written = of_type(outbox.messages, ShardWritten)

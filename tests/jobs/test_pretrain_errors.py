@@ -84,7 +84,7 @@ def refuse(
         ("mesh.channel=0", "mesh.channel: expected greater than 0, got 0"),
         ("mesh.channel=17", "mesh.channel: expected at most 16, the out_channels of model.layers.0, got 17"),
         ("cluster.min_shards=3", "cluster.min_shards: expected at most mesh.channel=2, got 3"),
-        ("mesh.data=2", "mesh.data: expected less than or equal to 1, got 2"),
+        ("mesh.data=2", "mesh.data: expected 1, got 2"),
         (
             "model.layers.0.kernel_size=11",
             "model.layers.0.kernel_size: expected at most 10 for images of 8 × 8 with padding 1, got 11",

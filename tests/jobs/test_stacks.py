@@ -18,7 +18,7 @@ from simmatch.config import ModelConfig, parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, pooled
-from simmatch.sharding.exchange import IDENTITY
+from simmatch.sharding.mesh import Mesh
 
 SOURCE = InputConfig(in_channels=1, height=8, width=8, num_classes=10)
 
@@ -74,7 +74,7 @@ def test_the_first_layer_is_the_one_that_a_rank_learns(digits: Dataset, tmp_path
         RunConfig,
         {"name": "test", "data": {"name": "digits"}, "model": MODEL, "probe": {"readout": "ridge"}},
     )
-    rank = Training(Assignment(config, tmp_path, 0), IDENTITY, Silent(), torch.device("cpu"))  # type: ignore[arg-type]
+    rank = Training(Assignment(config, tmp_path, 0), Mesh(), Silent(), torch.device("cpu"))  # type: ignore[arg-type]
     rank.run()
     ours, theirs = learnt(digits).stack.layer(0), rank.stack.layer(0)
     assert torch.equal(ours.feedforward, theirs.feedforward)
