@@ -29,6 +29,7 @@ from jobs.evaluation.config import EvaluationConfig, command_parser, read
 from jobs.evaluation.corruptions import draw_corruptions
 from jobs.evaluation.lenet import LEAST_SIDE
 from jobs.evaluation.material import Material, digest_of
+from jobs.evaluation.memory import memory_line
 from jobs.evaluation.ray_units import run_side_by_side
 from jobs.evaluation.results import estimates
 from jobs.evaluation.resume import RESULTS, ChosenSettings, begin, identity, row_results
@@ -36,6 +37,7 @@ from jobs.evaluation.rows import Row, only, rows_of
 from jobs.evaluation.threads import limited_threads
 from jobs.evaluation.units import Unit, UnitResult, load, run_unit
 from jobs.options import at_least, read_yaml
+from jobs.preflight import memory_of_ranks
 from jobs.ray_session import shut_down_ray
 from jobs.recording import run_recorded
 from jobs.reporting import save_figure
@@ -45,6 +47,7 @@ from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
 from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
+from simmatch.memory import machine_bytes
 from simmatch.model import Stack
 
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
@@ -74,11 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError(f"--report: expected results in {run_dir / RESULTS}, found none")
             show(config, rows, material, run_dir, console)
             return 0
+        limit = machine_bytes() if options.workers == 1 else memory_of_ranks()
+        held = {row.name: row.held_bytes() for row in rows}
+        told = memory_line(held, material, other, limit=limit, workers=options.workers)
         tracker = Tracker(run_dir, config.tracking)
         threads = options.threads or max(1, allowed_cpus() // options.workers)
         job = Evaluation(config, rows, material, tracker, console)
         params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})
         begin(tracker, values, params, config.data.title, material, other)
+        console.print(told, highlight=False, soft_wrap=True)
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -258,8 +265,9 @@ class Evaluation:
 
 def _one_of_each(material: Material) -> torch.Tensor:
     """The first test image of every class: [classes, C, H, W]."""
-    first = [int((material.test.labels == each).nonzero()[0]) for each in torch.unique(material.test.labels)]
-    return material.test.images[first]
+    labels = material.test.labels
+    first = [int((labels == each).nonzero()[0]) for each in torch.unique(labels)]
+    return material.test.images[torch.tensor(first)]
 
 
 if __name__ == "__main__":

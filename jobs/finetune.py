@@ -37,8 +37,10 @@ from jobs.evaluation.finetuning import (
     Trial,
     check,
     chosen_candidate,
+    held_bytes,
 )
 from jobs.evaluation.material import Material
+from jobs.evaluation.memory import memory_line
 from jobs.evaluation.resume import (
     RESULTS,
     SETTINGS,
@@ -60,6 +62,7 @@ from jobs.signals import SignalHandler
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
 from simmatch.files import write_whole
+from simmatch.memory import machine_bytes
 
 DEFAULT = Path(__file__).parent / "configs" / "finetune_fashion_mnist.yaml"
 
@@ -79,10 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
         default = default_root() / f"{config.name}{'-quick' if options.quick else ''}"
         run_dir = local_folder("--run-dir", options.run_dir, default)
         definition = identity(run_dir, config)
+        threads = options.threads or allowed_cpus()
+        told = memory_line(held_bytes(config, material), material, threads=threads, limit=machine_bytes())
         tracker = Tracker(run_dir, config.tracking)
-        job = Finetuning(config, material, tracker, console, options.threads or allowed_cpus())
+        job = Finetuning(config, material, tracker, console, threads)
         params = config.model_dump(mode="json", exclude={"tracking", "quick"})
         begin(tracker, definition, params, config.data.title, material)
+        console.print(told, highlight=False, soft_wrap=True)
     except (ConfigError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT

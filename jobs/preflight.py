@@ -22,6 +22,7 @@ from simmatch.data.sources import Dataset, load_dataset
 from simmatch.devices import check_device
 from simmatch.geometry import PatchConfig
 from simmatch.labels import UNLABELLED
+from simmatch.memory import machine_bytes
 from simmatch.model import layer_inputs
 
 
@@ -68,7 +69,7 @@ def memory_of_ranks() -> float | None:
     """Bytes of memory of this machine, where it is to run all ranks; None where a cluster is."""
     if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
         return None
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(machine_bytes())
 
 
 def check_device_of_ranks(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ does not, and the key is halved.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +21,15 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "Pi
 
 TEXTS = ("out of memory", "allocate memory", "status_alloc_failed")
 """Parts of the lower-case text of a RuntimeError: of CUDA, of torch's allocator on a CPU, of CUDA's libraries."""
+
+
+def machine_bytes() -> int:
+    """Memory of this machine in bytes.
+
+    >>> machine_bytes() > 2**20
+    True
+    """
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class OutOfMemory(MemoryError):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.evaluation.lenet import LeNet
-from jobs.evaluation.material import Labelled
+from jobs.evaluation.material import Labelled, UnitImages, in_batches
 from simmatch.readout import accuracy
 from simmatch.seeding import seeded
 
@@ -99,7 +99,9 @@ def candidates(per_class: int | None) -> tuple[TrainSettings, ...]:
     return CANDIDATES["few" if per_class is not None and per_class <= 100 else "many"]
 
 
-def train(net: LeNet, images: Tensor, labels: Tensor, settings: TrainSettings, seed: int, frozen: bool = False) -> None:
+def train(
+    net: LeNet, images: UnitImages, labels: Tensor, settings: TrainSettings, seed: int, frozen: bool = False
+) -> None:
     """Train a network, from the weights that it has.
 
     Parameters
@@ -142,15 +144,15 @@ def schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def encode(net: LeNet, images: Tensor) -> Tensor:
+def encode(net: LeNet, images: UnitImages) -> Tensor:
     """Input [N, F] of the dense layers for images [N, C, H, W]."""
-    return torch.cat([net.features(part) for part in torch.split(images, IMAGES_AT_ONCE)])
+    return torch.cat([net.features(part) for part in in_batches(images, IMAGES_AT_ONCE)])
 
 
 @torch.no_grad()
-def predict(net: LeNet, images: Tensor) -> Tensor:
+def predict(net: LeNet, images: UnitImages) -> Tensor:
     """Scores [N, num_classes] of images [N, C, H, W]."""
-    return torch.cat([net(part) for part in torch.split(images, IMAGES_AT_ONCE)])
+    return torch.cat([net(part) for part in in_batches(images, IMAGES_AT_ONCE)])
 
 
 def compare(

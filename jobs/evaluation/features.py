@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.evaluation.config import MeasurementConfig
 from jobs.evaluation.kernel_readout import LANDMARKS, PENALTIES, WIDTHS, KernelReadout, choose_kernel
 from jobs.evaluation.learners import FeatureLearner, OnProgress, no_progress
-from jobs.evaluation.material import Material, resized, with_outliers
+from jobs.evaluation.material import Material, UnitImages, resized, with_outliers
 from jobs.evaluation.readouts import (
     LOGISTIC_PENALTIES,
     LinearReadout,
@@ -81,6 +81,8 @@ class FeatureRow:
     make: (index of the settings, seed, on_progress) → a new learner.
     decoding: the line of the table for what the learner itself decides; None if it decides nothing.
     definition: what the row is made of, as plain values.
+    blocks: features of an image in each block of the learner, of the largest of the settings.
+    passed: values of an image between two of its layers, see `jobs.evaluation.memory.stack_values`.
     """
 
     name: str
@@ -89,6 +91,8 @@ class FeatureRow:
     make: Callable[[int, int, OnProgress], FeatureLearner]
     decoding: str | None = None
     definition: object = None
+    blocks: tuple[int, ...] = (0,)
+    passed: int = 0
 
     @property
     def depth(self) -> int:
@@ -244,7 +248,7 @@ def corrupted_accuracy(
 ) -> list[dict[str, float]]:
     """`under_corruption` for each fitted view."""
 
-    def scores_of(images: Tensor) -> list[Tensor]:
+    def scores_of(images: UnitImages) -> list[Tensor]:
         blocks = learner.outputs(images)[0]
         return [view.scores(blocks) for view in fitted]
 
@@ -276,7 +280,7 @@ def with_noise(
     held_out, test = (each.take(slice(0, plan.corrupted_images or None)) for each in (material.held_out, material.test))
     accuracies: list[dict[str, float]] = [{} for _ in row.views]
     for share in (0.0, *plan.outlier_shares):
-        images = with_outliers(train.images, share, seed)
+        images = with_outliers(train.images[:], share, seed)
         learner = row.make(chosen, seed, no_progress)
         learner.fit(images, train.labels, row.depth)
         blocks = [learner.outputs(each)[0] for each in (images, held_out.images, test.images)]

@@ -13,6 +13,7 @@ are chosen on held-out images for every network, budget and start, from the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, train
 from jobs.evaluation.finetuning_start import PretrainedFilters, StartConfig, pretrain
-from jobs.evaluation.lenet import LEAST_SIDE, LeNet, initialise
+from jobs.evaluation.lenet import LEAST_SIDE, LeNet, LeNetSizes, initialise
 from jobs.evaluation.material import Material
+from jobs.evaluation.memory import VALUE_BYTES
 from simmatch.config import ConfigError, Frozen, PositiveInt
 from simmatch.data.config import DataConfig
 from simmatch.readout import accuracy
@@ -109,6 +111,23 @@ def check(config: FinetuneConfig, material: Material) -> None:
         raise ConfigError(f"data: expected images of at least {LEAST_SIDE} × {LEAST_SIDE}, got {height} × {width}")
 
 
+def held_bytes(config: FinetuneConfig, material: Material) -> dict[str, int]:
+    """Memory of each kind of work at its most, besides images that are in memory before, per thread.
+
+    The images that filters are learnt from, with what the first convolution passes on; the inputs of the dense layers
+    of frozen convolutions.
+    """
+    source, sizes, count = material.source, LeNetSizes.of(material.source.image_size), len(material.train)
+    first, last = (max(each[index] for each in config.networks.values()) for index in (0, 1))
+    images = max(min(each.train.images or count, count) for each in config.layers)
+    passed = first * math.prod(side // 2 for side in sizes.first)
+    labelled = min(count, max(budget.labels for budget in config.budgets) * source.num_classes)
+    return {
+        "similarity matching": VALUE_BYTES * images * (source.in_channels * math.prod(source.image_size) + passed),
+        "frozen convolutions": VALUE_BYTES * labelled * sizes.features((first, last)),
+    }
+
+
 class StartResult(BaseModel):
     """One network, budget, seed and start."""
 
@@ -177,7 +196,7 @@ class Trial:
         """Accuracy of each candidate on held-out images."""
         return compare(
             lambda: self.net(start),
-            self.material.train.take(self.material.labelled(labels, self.seed)),
+            self.material.to_learn(labels, self.seed),
             self.material.held_out,
             candidates(labels),
             self.seed,
@@ -187,7 +206,7 @@ class Trial:
     def trained(self, labels: int, start: StartName, settings: int) -> LeNet:
         """The network after training under one of the candidates."""
         net = self.net(start)
-        learn = self.material.train.take(self.material.labelled(labels, self.seed))
+        learn = self.material.to_learn(labels, self.seed)
         train(net, learn.images, learn.labels, candidates(labels)[settings], self.seed, is_frozen(start))
         return net
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from jobs.evaluation.backprop import IMAGES_AT_ONCE
 from jobs.evaluation.lenet import Filters, LeNet, initialise
+from jobs.evaluation.material import UnitImages
 from simmatch.agreement import Agreement, agreement
 from simmatch.config import Frozen, LayerConfig, ModelConfig, PlasticityConfig, PositiveFloat, TrainConfig
 from simmatch.data.order import epoch_order
@@ -103,7 +104,7 @@ class PretrainedFilters:
 
 
 @torch.no_grad()
-def pretrain(net: LeNet, images: Tensor, layers: Sequence[StartConfig], seed: int) -> PretrainedFilters:
+def pretrain(net: LeNet, images: UnitImages, layers: Sequence[StartConfig], seed: int) -> PretrainedFilters:
     """Learn initial weights for both convolutions and put them into the network.
 
     Parameters

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from jobs.evaluation.material import UnitImages, in_batches
 from simmatch.config import Frozen, NonNegativeInt, PositiveInt
 
 BATCH = 250
@@ -44,6 +45,11 @@ class Shape(Frozen):
     pool: PositiveInt = 4
     """Height and width of the map that readouts see."""
 
+    @property
+    def features(self) -> int:
+        """Values of an image that readouts see."""
+        return self.channels * self.pool**2
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -66,7 +72,7 @@ class Learner(Protocol):
 
     name: str
 
-    def fit(self, images: Tensor) -> None:
+    def fit(self, images: UnitImages) -> None:
         """Learn from images [N, C, H, W] in [0, 1]."""
 
     def maps(self, images: Tensor) -> Tensor:
@@ -79,10 +85,10 @@ class Learner(Protocol):
 class FeatureLearner(Protocol):
     """A learner as the comparison sees it: blocks of features, one for each layer."""
 
-    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
+    def fit(self, images: UnitImages, labels: Tensor, depth: int | None = None) -> None:
         """Learn the first `depth` blocks, or all; supervised layers use the labels."""
 
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def outputs(self, images: UnitImages) -> tuple[list[Tensor], Tensor | None]:
         """Features [N, F] of each block; class scores of the learner itself, or None."""
 
     def cost(self, depth: int) -> Cost:
@@ -103,15 +109,15 @@ class PooledFeatures:
         self._active: list[float] = []
         self._fit_seconds = self._encode_seconds = 0.0
 
-    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
+    def fit(self, images: UnitImages, labels: Tensor, depth: int | None = None) -> None:
         started = time.monotonic()
         self.learner.fit(images)
         self._fit_seconds = time.monotonic() - started
 
     @torch.no_grad()
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def outputs(self, images: UnitImages) -> tuple[list[Tensor], Tensor | None]:
         features, active, started = [], 0.0, time.monotonic()
-        for x in torch.split(images, BATCH):
+        for x in in_batches(images, BATCH):
             maps = self.learner.maps(x)
             active += float((maps > 0).double().mean()) * len(x) / len(images)
             features.append(rearrange(F.adaptive_avg_pool2d(maps, self.shape.pool), "b k h w -> b (k h w)"))
@@ -132,11 +138,11 @@ class PooledFeatures:
 class Pixels:
     """The images themselves as features: nothing is learnt."""
 
-    def fit(self, images: Tensor, labels: Tensor, depth: int | None = None) -> None:
+    def fit(self, images: UnitImages, labels: Tensor, depth: int | None = None) -> None:
         pass
 
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        return [rearrange(images, "b c h w -> b (c h w)")], None
+    def outputs(self, images: UnitImages) -> tuple[list[Tensor], Tensor | None]:
+        return [rearrange(images[:], "b c h w -> b (c h w)")], None
 
     def cost(self, depth: int) -> Cost:
         return Cost(0, 0, 0)

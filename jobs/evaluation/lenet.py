@@ -79,6 +79,10 @@ class LeNetSizes:
         height, width = self.second
         return (height // 2, width // 2) if self.pooled else self.second
 
+    def features(self, channels: tuple[int, int]) -> int:
+        """Inputs of the dense layers, for convolutions of so many maps."""
+        return channels[1] * math.prod(self.last)
+
 
 class ContrastConv2d(nn.Conv2d):
     """Convolution of patches of zero mean and unit deviation: W x̃ + b with x̃ = J x / s.
@@ -146,7 +150,7 @@ class LeNet(nn.Module):
             else nn.Conv2d(in_channels, channels[0], kernel, padding=padding)
         )
         self.convolutions = nn.ModuleList([first, nn.Conv2d(*channels, kernel)])
-        widths = (channels[1] * math.prod(self.sizes.last), *DENSE, num_classes)
+        widths = (self.sizes.features(channels), *DENSE, num_classes)
         self.dense = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         for index, layer in enumerate([*self.convolutions, *self.dense]):
             _draw(layer, seeded("lenet", seed, index), small=contrast)

@@ -68,7 +68,7 @@ class Network:
                 return 0
             accuracies = compare(
                 lambda: self.make(material.source, seed),
-                material.train.take(material.labelled(budget, seed)),
+                material.to_learn(budget, seed),
                 material.held_out,
                 [each.shortened(TUNING_SHARE if budget is None else 1.0) for each in settings],
                 seed,
@@ -96,7 +96,7 @@ class Network:
 
         def learnt(budget: int | None) -> tuple[LeNet, float]:
             started = time.monotonic()
-            images = material.train.take(material.labelled(budget, seed))
+            images = material.to_learn(budget, seed)
             net = self._learn(images, self.settings(chosen, budget), material, seed)
             return net, time.monotonic() - started
 
@@ -159,7 +159,7 @@ class Network:
         shares = (0.0, *plan.outlier_shares)
 
         def among(share: float) -> float:
-            images = Labelled(with_outliers(part.images, share, seed), part.labels)
+            images = Labelled(with_outliers(part.images[:], share, seed), part.labels)
             net = self._learn(images, self.settings(chosen, None), material, seed)
             return accuracy(predict(net, test.images), test.labels)
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from jobs.evaluation.material import Material, corrupted
+from jobs.evaluation.material import Material, UnitImages, corrupted
 from jobs.evaluation.readouts import choose_ridge
 from jobs.evaluation.results import CLEAN, budget_name
 from simmatch.readout import accuracy
 
 
 def under_corruption(
-    scores_of: Callable[[Tensor], Sequence[Tensor]], material: Material, count: int
+    scores_of: Callable[[UnitImages], Sequence[Tensor]], material: Material, count: int
 ) -> list[dict[str, float]]:
     """Accuracy under each corruption, and on the same images without one, `clean`.
 

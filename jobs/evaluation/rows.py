@@ -6,14 +6,16 @@ similarity-matching stack is an entry of the configuration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
-from jobs.evaluation import features, networks
+from jobs.evaluation import features, memory, networks
 from jobs.evaluation.backprop import CANDIDATES
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.features import FeatureRow, FeatureView
 from jobs.evaluation.learners import FeatureLearner, OnProgress, Pixels, PooledFeatures
+from jobs.evaluation.lenet import LeNetSizes
 from jobs.evaluation.material import Material
 from jobs.evaluation.networks import NETWORKS, Network
 from jobs.evaluation.results import RowResult
@@ -33,6 +35,9 @@ class Row(Protocol):
     @property
     def definition(self) -> object:
         """What the row is made of, as plain values: results of another definition do not belong to it."""
+
+    def held_bytes(self) -> int:
+        """Memory that tuning or running takes at its most, besides images that are in memory before."""
 
     def tune(self, on_progress: OnProgress) -> object:
         """Choose settings on held-out images; returns a value that JSON can hold."""
@@ -67,6 +72,14 @@ class FeatureRun:
     def views(self) -> tuple[str, ...]:
         own = () if self.row.decoding is None else (self.row.decoding,)
         return (*(view.name for view in self.row.views), *own)
+
+    def held_bytes(self) -> int:
+        row, config = self.row, self.config
+        view = max(sum(row.blocks[index] for index in view.blocks) for view in row.views)
+        read = [memory.features_bytes(each, row.blocks, view) for each in (self.material, self.other) if each]
+        learnt = memory.learning_bytes(self.material, row.blocks, row.passed)
+        altered = memory.selected_bytes(self.material.source, config.outlier_images, config.corrupted_images)
+        return max(*read, learnt, altered)
 
     def tune(self, on_progress: OnProgress) -> object:
         return features.tune(self.row, self.material, self.config, self.config.seeds[0], on_progress)
@@ -114,6 +127,12 @@ class NetworkRun:
     @property
     def views(self) -> tuple[str, ...]:
         return (self.network.name,)
+
+    def held_bytes(self) -> int:
+        config, source = self.config, self.material.source
+        size = LeNetSizes.of(source.image_size).features(self.network.channels)
+        read = [memory.features_bytes(each, [size], size, landmarks=0) for each in (self.material, self.other) if each]
+        return max(*read, memory.selected_bytes(source, config.outlier_images, config.corrupted_images))
 
     def tune(self, on_progress: OnProgress) -> object:
         return self.network.tune(self.material, self.config, self.config.seeds[0], on_progress)
@@ -178,8 +197,12 @@ def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
         words = tuple(" ".join(each) or "as configured" for each in (row.candidates or ((),))[: config.candidates])
         views = tuple(FeatureView(view, blocks) for view, blocks in row.rows.items())
         decoding = f"{name}_decode" if row.model.layers[-1].supervised else None
-        make = _stack_maker(row.models(), row.pool or config.shape.pool, material)
-        yield FeatureRow(name, views, words, make, decoding, row.model_dump(mode="json", exclude_defaults=True))
+        models, pool = row.models(), row.pool or config.shape.pool
+        values = (memory.stack_values(model, material.source, pool) for model in models)
+        blocks, passed = max(values, key=lambda each: sum(each[0]) + each[1])
+        definition = row.model_dump(mode="json", exclude_defaults=True)
+        make = _stack_maker(models, pool, material)
+        yield FeatureRow(name, views, words, make, decoding, definition, blocks=tuple(blocks), passed=passed)
 
 
 def _stack_maker(
@@ -191,13 +214,20 @@ def _stack_maker(
 def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow]:
     for name in config.rivals:
         if name == PIXELS:
+            source = material.source
+            values = source.in_channels * math.prod(source.image_size)
             yield FeatureRow(
-                PIXELS, (FeatureView(PIXELS),), ("the images themselves",), lambda index, seed, on_progress: Pixels()
+                PIXELS,
+                (FeatureView(PIXELS),),
+                ("the images themselves",),
+                lambda index, seed, on_progress: Pixels(),
+                blocks=(values,),
             )
         elif name in RIVALS:
             candidates = RIVALS[name].candidates[: config.candidates]
             make, definition = _rival_maker(name, config, material), [repr(each) for each in candidates]
-            yield FeatureRow(name, (FeatureView(name),), tuple(map(str, candidates)), make, definition=definition)
+            views, words, blocks = (FeatureView(name),), tuple(map(str, candidates)), (config.shape.features,)
+            yield FeatureRow(name, views, words, make, definition=definition, blocks=blocks)
         else:
             raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")
 

@@ -15,6 +15,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from jobs.evaluation.learners import BATCH, Cost, OnProgress, no_progress
+from jobs.evaluation.material import UnitImages, in_batches
 from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations
 from simmatch.config import ModelConfig
 from simmatch.fit import Trainer
@@ -83,11 +84,11 @@ class StackLearner(Observer):
         self.depth = len(config.layers)
         self.fit_seconds = [0.0] * self.depth
         self._iterations: list[float] = []
-        self._images: Tensor | None = None
+        self._images: UnitImages | None = None
         self._encoded: list[EncodedLayer] = []
 
     @torch.no_grad()
-    def fit(self, images: Tensor, labels: Tensor | None = None, depth: int | None = None) -> None:
+    def fit(self, images: UnitImages, labels: Tensor | None = None, depth: int | None = None) -> None:
         """Learn from images [N, C, H, W] in [0, 1]; labels [N] for the supervised layers.
 
         depth: learn, and from then on encode, the first layers only; None for all.
@@ -137,7 +138,7 @@ class StackLearner(Observer):
         self._started = now
 
     @torch.no_grad()
-    def outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def outputs(self, images: UnitImages) -> tuple[list[Tensor], Tensor | None]:
         """Features of every layer, and scores decoded from V if the last layer is supervised.
 
         `fit` has encoded the images that it learnt from; the first call with them returns that result.
@@ -156,9 +157,9 @@ class StackLearner(Observer):
         decodes = self.config.layers[last].supervised
         return blocks, decode(codes, self.stack.layer(last).label) if decodes else None
 
-    def _encode(self, images: Tensor) -> None:
+    def _encode(self, images: UnitImages) -> None:
         self._encoded = [EncodedLayer() for _ in range(self.depth)]
-        for number, x in enumerate(torch.split(images, BATCH)):
+        for number, x in enumerate(in_batches(images, BATCH)):
             for index, encoded in enumerate(self._encoded):
                 started = time.monotonic()
                 activities = self.stack.layer(index).solve(x).y

@@ -113,9 +113,9 @@ def _figures(name: str, learner: FeatureLearner | None, material: Material) -> d
     if not isinstance(learner, StackLearner):
         return {}
     stack = learner.stack
-    images = material.test.images
+    images = material.test.images[:FIGURE_IMAGES]
     with TemporaryDirectory() as folder:
         for index in range(len(stack.layers)):
-            filters(stack, index, images[:FIGURE_IMAGES], Path(folder) / f"filters-{name}-layer-{index}.png")
+            filters(stack, index, images, Path(folder) / f"filters-{name}-layer-{index}.png")
         save_figure(charts.activation_figure(stack, images[0]), Path(folder) / f"activations-{name}.png")
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from simmatch.data.decoding import ImagePolicy, Pixels, decode
 from simmatch.data.formats import DataError
 from simmatch.data.samples import Samples
 from simmatch.documents import shortened
+from simmatch.memory import machine_bytes
 
 MOST_NAMED = 5
 """Damaged images that a message names."""
@@ -165,7 +165,7 @@ class Loader:
 
 
 def _room(count: int, pixels: Pixels) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    needed, memory = count * pixels.nbytes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, memory = count * pixels.nbytes, machine_bytes()
     if needed > memory // 2:
         raise DataError(
             f"expected images that fill at most half of this machine's memory of {memory / 1e9:.1f} GB, got {count:,} "

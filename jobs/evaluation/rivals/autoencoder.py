@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.patches import PatchView, Preprocessing
 from jobs.evaluation.rivals.visits import Visits
@@ -107,7 +108,7 @@ class Autoencoder(Convolutional[AutoencoderSettings]):
     coder: Coder | None = None
     losses: Sequence[float] = ()
 
-    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
+    def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         coder = Coder(self.shape.channels, view.config, (images.shape[2], images.shape[3]), generator)
         adam = torch.optim.Adam(coder.parameters(), lr=self.settings.lr)
         batches = VISITS.batches(len(images), coder.positions, self.seed)

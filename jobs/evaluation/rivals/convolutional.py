@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jobs.evaluation.learners import Cost, Shape
+from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.patches import Affine, PatchView, Preprocessing, encoded, fitted
 from simmatch.seeding import seeded
 
@@ -49,14 +50,14 @@ class Convolutional(ABC, Generic[SettingsT]):
         self._trained = 0
 
     @abstractmethod
-    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
+    def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         """Learn from images [N, C, H, W], seen as `view` has them."""
 
     @abstractmethod
     def activity(self, columns: Tensor) -> Tensor:
         """Affine functions [R, N] → codes [K, N] ≥ 0; may overwrite them."""
 
-    def fit(self, images: Tensor) -> None:
+    def fit(self, images: UnitImages) -> None:
         generator = seeded(self.name, self.seed)
         view = PatchView.of(images, self.shape, self.settings, generator)
         learnt = self.learn(images, view, generator)

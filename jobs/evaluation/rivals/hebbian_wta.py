@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.patches import PATCHES, PatchView, Preprocessing
 from jobs.evaluation.rivals.visits import enough_passes
@@ -68,7 +69,7 @@ class HebbianWTA(Convolutional[HebbianSettings]):
         HebbianSettings(temperature=0.25, contrast_floor=0.03),
     )
 
-    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
+    def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         channels = self.shape.channels
         patches = view.sample(images, PATCHES, generator)
         filters = F.normalize(torch.randn(channels, patches.shape[1], generator=generator), dim=1)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.patches import PATCHES, PatchView, Preprocessing, draw_seed
 
@@ -35,7 +36,7 @@ class KMeans(Convolutional[KMeansSettings]):
         KMeansSettings(contrast_floor=floor, whiten_ridge=ridge) for floor in (0.03, 0.01) for ridge in (0.1, 1.0)
     )
 
-    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
+    def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         from sklearn.cluster import MiniBatchKMeans
 
         patches = view.sample(images, PATCHES, generator)

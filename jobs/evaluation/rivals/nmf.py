@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jobs.evaluation.learners import Cost, Shape
+from jobs.evaluation.material import UnitImages
 from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
 from jobs.evaluation.rivals.patches import PATCHES, PatchView, Preprocessing, draw_seed, encoded, fitted
 from jobs.evaluation.rivals.visits import enough_passes
@@ -65,7 +66,7 @@ class NMF:
         self._view: PatchView | None = None
         self._iterations = 0.0
 
-    def fit(self, images: Tensor) -> None:
+    def fit(self, images: UnitImages) -> None:
         from sklearn.decomposition import MiniBatchNMF
 
         generator = seeded("nmf", self.seed)

@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from jobs.evaluation.learners import Shape
-from simmatch.geometry import PatchConfig, drive, explicit, prepare, sample_patches
+from jobs.evaluation.material import UnitImages
+from simmatch.geometry import PatchConfig, drive, explicit, prepare, sample_patches, transform
 from simmatch.whitening import Whitening, zca
 
 PATCHES = 200_000
@@ -22,6 +23,9 @@ PATCHES = 200_000
 
 CHUNK_VALUES = 1 << 20
 """Values of the largest intermediate result while encoding, unless one image has more: 4 MiB in float32."""
+
+IMAGES_AT_ONCE = 1000
+"""Images that are read together for the patches drawn from them."""
 
 T = TypeVar("T")
 
@@ -56,6 +60,24 @@ class Preprocessing:
         """
         values = [(each.name, getattr(self, each.name), each.default) for each in fields(self)]
         return ", ".join(f"{name}={value}" for name, value, default in values if value != default) or "default"
+
+
+def sampled(images: UnitImages, config: PatchConfig, count: int, generator: torch.Generator) -> Tensor:
+    """`sample_patches` of images that may have to be read: each of those it needs is read once, a few at a time."""
+    if isinstance(images, Tensor):
+        return sample_patches(images, config, count, generator)
+    height, width = config.map_size((images.shape[2], images.shape[3]))
+    total = len(images) * height * width
+    index = torch.arange(total) if total <= count else torch.randint(total, (count,), generator=generator)
+    order = index.argsort(stable=True)
+    number, position = index[order] // (height * width), index[order] % (height * width)
+    needed, which = torch.unique_consecutive(number, return_inverse=True)
+    patches = torch.empty(len(index), config.patch_size)
+    for first in range(0, len(needed), IMAGES_AT_ONCE):
+        start, stop = torch.searchsorted(which, torch.tensor([first, first + IMAGES_AT_ONCE])).tolist()
+        read, rows = images[needed[first : first + IMAGES_AT_ONCE]], slice(start, stop)
+        patches[order[rows]] = transform(config.convolution.gather(read, which[rows] - first, position[rows]), config)
+    return patches
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +123,9 @@ class PatchView:
     whitening: Whitening | None
 
     @classmethod
-    def of(cls, images: Tensor, shape: Shape, preprocessing: Preprocessing, generator: torch.Generator) -> PatchView:
+    def of(
+        cls, images: UnitImages, shape: Shape, preprocessing: Preprocessing, generator: torch.Generator
+    ) -> PatchView:
         """Measured on `PATCHES` patches of the images [N, C, H, W]."""
         config = PatchConfig(
             images.shape[1],
@@ -113,16 +137,16 @@ class PatchView:
         )
         if not preprocessing.whiten:
             return cls(config, None)
-        return cls(config, zca(sample_patches(images, config, PATCHES, generator), preprocessing.whiten_ridge))
+        return cls(config, zca(sampled(images, config, PATCHES, generator), preprocessing.whiten_ridge))
 
     @property
     def parameters(self) -> int:
         """Values of Π and μ, measured on the images to learn from."""
         return 0 if self.whitening is None else self.whitening.matrix.numel() + self.whitening.mean.numel()
 
-    def sample(self, images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    def sample(self, images: UnitImages, count: int, generator: torch.Generator) -> Tensor:
         """x̃ at random positions of random images, in random order: [n, P], n = count or all that there are."""
-        patches = sample_patches(images, self.config, count, generator)
+        patches = sampled(images, self.config, count, generator)
         return self._whitened(patches[torch.randperm(len(patches), generator=generator)])
 
     def all(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from jobs.evaluation.learners import Cost
+from jobs.evaluation.material import UnitImages
 from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.patches import PatchView, Preprocessing, fitted
@@ -61,7 +62,7 @@ class Pynsm(Convolutional[PynsmSettings]):
     lateral: Tensor | None = None
     _iterations = 0.0
 
-    def fit(self, images: Tensor) -> None:
+    def fit(self, images: UnitImages) -> None:
         """Learn from images [N, C, H, W].
 
         Raises
@@ -74,7 +75,7 @@ class Pynsm(Convolutional[PynsmSettings]):
         few = self.encoder.columns(images[:COUNTED_IMAGES])
         self._iterations = mean_iterations(few, fitted(self.lateral, self.name), RESIDUAL)
 
-    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
+    def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         channels, size = self.shape.channels, view.config.patch_size
         # as torch begins a convolution: uniform within ± 1/√P
         weight = torch.rand(channels, size, 1, 1, generator=generator).mul_(2).sub_(1) / size**0.5

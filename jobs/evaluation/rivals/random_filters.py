@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.patches import PatchView, Preprocessing
 
@@ -44,7 +45,7 @@ class Random(Convolutional[RandomSettings]):
         RandomSettings("patches", threshold=0.25, contrast_floor=0.03),
     )
 
-    def learn(self, images: Tensor, view: PatchView, generator: torch.Generator) -> Learnt:
+    def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         """Draw the filters."""
         channels = self.shape.channels
         if self.settings.source == "gaussian":
