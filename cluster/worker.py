@@ -23,6 +23,7 @@ from cluster.cpus import allowed_cpus
 from cluster.failures import classify
 from cluster.messages import Outbox, RankInfo, RankStatus, Traceback
 from cluster.network import interface_of, use_interface
+from cluster.node_warnings import node_warnings
 from cluster.policy import Failure
 from cluster.redaction import Redactor
 from cluster.shared_folder import copy_nonce
@@ -157,7 +158,7 @@ class Worker:
         try:
             torch.set_num_threads(threads)
             exact_float32()
-            with torch.no_grad():
+            with torch.no_grad(), node_warnings(self._outbox.send):
                 self.training_class(self.assignment, self._mesh, self._outbox, self._device).run()
         except Stopped:
             self._stopped = True

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any, NoReturn, cast
 
+from cluster.log_messages import LOG, LogMessages
 from jobs.signals import SignalHandler
 
 FAILED, BAD_INPUT = 1, 2
@@ -46,9 +47,21 @@ class TolerantStream:
         return getattr(self._stream, name)
 
 
+def log_to_stderr() -> None:
+    """Show what `simmatch` waits for, without secrets, above the progress of the moment."""
+
+    def show(text: str) -> None:
+        from cluster.redaction import one_line  # imports torch, which no job should wait for
+
+        print(f"warning: {one_line(text)}", file=sys.stderr)
+
+    LOG.addHandler(LogMessages(show))
+
+
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Run a job's `main` and exit with the status it returns."""
     sys.stdout, sys.stderr = cast("IO[str]", TolerantStream(sys.stdout)), cast("IO[str]", TolerantStream(sys.stderr))
+    log_to_stderr()
     with SignalHandler() as signals:
         try:
             status = main()

@@ -6,6 +6,7 @@ fsspec knows the protocols; s3fs is the extra `simmatch[s3]`. Credentials and en
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ CONNECT_S, ANSWER_S, ATTEMPTS = 5, 30, 3
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Between attempts."""
+
+LOG = logging.getLogger(__name__)
+"""Told of whatever is waited for; without a handler, Python writes it to the standard error output."""
 
 T = TypeVar("T")
 
@@ -75,12 +79,14 @@ def file_system(uri: str) -> tuple[Any, str, dict[str, Any]]:
 def retry(
     call: Callable[[], T],
     limit_s: float,
-    failing: Callable[[OSError], None] = lambda error: None,
+    failing: Callable[[OSError], None] | None = None,
     errors: type[OSError] = StorageError,
 ) -> T:
     """The result of a call, which is repeated for about `limit_s` while a remote file system fails.
 
-    failing: called with every failure before the next attempt.
+    Before the first wait the log is told what fails and how long it is asked again.
+
+    failing: called with every failure before the next attempt, and tells it instead of the log.
     errors: OSError where failures of a disk are to be repeated as well.
 
     Raises
@@ -91,13 +97,17 @@ def retry(
     >>> retry(lambda: "there", limit_s=60.0)
     'there'
     """
-    deadline, pause_s = time.monotonic() + limit_s, FIRST_PAUSE_S
+    deadline, pause_s, told = time.monotonic() + limit_s, FIRST_PAUSE_S, False
     while True:
         try:
             return call()
         except errors as error:
             if time.monotonic() + pause_s > deadline:
                 raise
-            failing(error)
+            if failing is not None:
+                failing(error)
+            elif not told:
+                LOG.warning("%s; asked again for %g s", " ".join(str(error).split()), limit_s)
+                told = True
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -44,13 +44,19 @@ def ask(what: str, call: Callable[[], T], *, remote: bool) -> T:
         except Exception as error:
             if not remote:
                 raise
-            raise StorageError(str(error) or type(error).__name__) from error
+            raise StorageError(_unread(what, str(error) or type(error).__name__)) from error
 
     try:
         return retry(attempt, PATIENCE_S) if remote else attempt()
+    except StorageError as error:
+        raise DataError(str(error)) from None
     except OSError as error:
         reason = "No such file or directory" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        raise DataError(f"{shortened(what)}: cannot be read: {shortened(reason)}") from None
+        raise DataError(_unread(what, reason)) from None
+
+
+def _unread(what: str, reason: str) -> str:
+    return f"{shortened(what)}: cannot be read: {shortened(reason)}"
 
 
 def store_of(uri: str) -> tuple[Any, str]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import simmatch
 from cluster.config import RunConfig
-from cluster.messages import RankStatus
+from cluster.messages import NodeWarning, RankStatus
 from cluster.training import Assignment, load_dataset
 from cluster.worker import Worker
 from simmatch.data.config import DataConfig
+from simmatch.data.formats import DataError
 from simmatch.data.listing import list_samples
 from simmatch.data.location import Location
 from simmatch.data.preparation import in_threads, prepare
 from simmatch.data.preparing import Plan
 from simmatch.data.sources import Dataset
+from simmatch.remote import StorageError, retry
 
 
 def ended(config: RunConfig, run_dir: Path, data: str | None) -> RankStatus:
@@ -55,6 +59,41 @@ def test_a_rank_with_other_data_is_named(
         f"{found(None).digest()}: 239 + 121 images, 1 damaged left out"
     )
     assert status.exchanges == {}
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_a_rank_other_than_the_first_says_is_sent(
+    digits_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its data warns of, what our code warns of, and what is waited for; not what concerns other libraries."""
+    monkeypatch.setattr("simmatch.remote.FIRST_PAUSE_S", 0.0)
+    answers = iter([StorageError("s3://bucket/a: cannot be read: refused"), StorageError("refused again"), None])
+
+    def ask() -> None:
+        if (error := next(answers)) is not None:
+            raise error
+
+    def load(_: object, *, warn: Callable[[str], None]) -> Dataset:
+        warn("cache on this node: shards are read past the cache: No space left on device")
+        warnings.warn_explicit("updates take longer", UserWarning, simmatch.__file__, 1)
+        warnings.warn_explicit("deprecated", UserWarning, torch.__file__, 1)
+        retry(ask, 60.0)
+        raise DataError("enough")
+
+    others: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: others.append(str(message)))
+    monkeypatch.setattr("cluster.training.load_dataset", load)
+    worker = Worker(Assignment(digits_config(2), tmp_path, 1))
+    worker.begin(1)
+    while not (status := worker.poll(0)).done:
+        time.sleep(0.01)
+    node = socket.gethostname()
+    assert [each.text for each in status.messages if isinstance(each, NodeWarning)] == [
+        "cache on this node: shards are read past the cache: No space left on device",
+        f"{node}: updates take longer",
+        f"{node}: s3://bucket/a: cannot be read: refused; asked again for 60 s",
+    ]
+    assert others == ["deprecated"]
 
 
 def test_other_labels_are_other_data(

@@ -239,6 +239,7 @@ def test_sigterm_keeps_what_is_known(workers: str, tmp_path: Path) -> None:
         cwd=CONFIG.parents[2],
     ) as process:
         assert process.stdout is not None
+        assert process.stdout.readline().startswith("memory: up to ")  # before anything starts
         first = process.stdout.readline()
         if workers == "2":
             assert first == "ray: embedded; 2 at a time, 1 thread each\n"

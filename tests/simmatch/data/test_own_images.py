@@ -528,8 +528,9 @@ def test_a_bucket_holds_the_same_data_set_as_the_folder(store: ObjectStore, layo
 
 
 def test_a_bucket_that_is_away_is_asked_again(
-    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And it is said at once what is waited for, once."""
     expected = load(write_tars(tmp_path / "away", items())).digest()
     uri = upload(tmp_path / "away", "away")
     monkeypatch.setattr(simmatch.remote, "ATTEMPTS", 1)
@@ -540,6 +541,9 @@ def test_a_bucket_that_is_away_is_asked_again(
         assert load(uri).digest() == expected
     finally:
         timer.join()
+    [told] = caplog.messages
+    assert told.startswith(f"{uri}: cannot be read: Could not connect to the endpoint URL")
+    assert told.endswith("; asked again for 60 s")
     store.stop()
     monkeypatch.setattr(simmatch.data.places, "PATIENCE_S", 1.0)
     try:
