@@ -81,8 +81,8 @@ class FeatureRow:
     make: (index of the settings, seed, on_progress) → a new learner.
     decoding: the line of the table for what the learner itself decides; None if it decides nothing.
     definition: what the row is made of, as plain values.
-    blocks: features of an image in each block of the learner, of the largest of the settings.
-    passed: values of an image between two of its layers, see `jobs.evaluation.memory.stack_values`.
+    values: of an image, in each block of the learner and between its layers, for the largest of the settings; see
+        `jobs.evaluation.memory.stack_values`.
     """
 
     name: str
@@ -91,8 +91,7 @@ class FeatureRow:
     make: Callable[[int, int, OnProgress], FeatureLearner]
     decoding: str | None = None
     definition: object = None
-    blocks: tuple[int, ...] = (0,)
-    passed: int = 0
+    values: Callable[[], tuple[list[int], int]] = lambda: ([0], 0)
 
     @property
     def depth(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Protocol
 
 from jobs.evaluation import features, memory, networks
@@ -22,6 +23,7 @@ from jobs.evaluation.results import RowResult
 from jobs.evaluation.rivals import RIVALS
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ConfigError, ModelConfig
+from simmatch.model import InputConfig
 
 PIXELS = "pixels"
 
@@ -75,9 +77,10 @@ class FeatureRun:
 
     def held_bytes(self) -> int:
         row, config = self.row, self.config
-        view = max(sum(row.blocks[index] for index in view.blocks) for view in row.views)
-        read = [memory.features_bytes(each, row.blocks, view) for each in (self.material, self.other) if each]
-        learnt = memory.learning_bytes(self.material, row.blocks, row.passed)
+        blocks, passed = row.values()
+        view = max(sum(blocks[index] for index in view.blocks) for view in row.views)
+        read = [memory.features_bytes(each, blocks, view) for each in (self.material, self.other) if each]
+        learnt = memory.learning_bytes(self.material, blocks, passed)
         altered = memory.selected_bytes(self.material.source, config.outlier_images, config.corrupted_images)
         return max(*read, learnt, altered)
 
@@ -198,11 +201,13 @@ def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
         views = tuple(FeatureView(view, blocks) for view, blocks in row.rows.items())
         decoding = f"{name}_decode" if row.model.layers[-1].supervised else None
         models, pool = row.models(), row.pool or config.shape.pool
-        values = (memory.stack_values(model, material.source, pool) for model in models)
-        blocks, passed = max(values, key=lambda each: sum(each[0]) + each[1])
-        definition = row.model_dump(mode="json", exclude_defaults=True)
-        make = _stack_maker(models, pool, material)
-        yield FeatureRow(name, views, words, make, decoding, definition, blocks=tuple(blocks), passed=passed)
+        make, definition = _stack_maker(models, pool, material), row.model_dump(mode="json", exclude_defaults=True)
+        values = partial(_most_values, models, material.source, pool)
+        yield FeatureRow(name, views, words, make, decoding, definition, values)
+
+
+def _most_values(models: list[ModelConfig], source: InputConfig, pool: int) -> tuple[list[int], int]:
+    return max((memory.stack_values(model, source, pool) for model in models), key=lambda each: sum(each[0]) + each[1])
 
 
 def _stack_maker(
@@ -221,13 +226,13 @@ def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
                 (FeatureView(PIXELS),),
                 ("the images themselves",),
                 lambda index, seed, on_progress: Pixels(),
-                blocks=(values,),
+                values=lambda: ([values], 0),
             )
         elif name in RIVALS:
             candidates = RIVALS[name].candidates[: config.candidates]
             make, definition = _rival_maker(name, config, material), [repr(each) for each in candidates]
-            views, words, blocks = (FeatureView(name),), tuple(map(str, candidates)), (config.shape.features,)
-            yield FeatureRow(name, views, words, make, definition=definition, blocks=blocks)
+            views, words, blocks = (FeatureView(name),), tuple(map(str, candidates)), [config.shape.features]
+            yield FeatureRow(name, views, words, make, definition=definition, values=lambda: (blocks, 0))
         else:
             raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")
 

@@ -92,7 +92,8 @@ class DataConfig(Frozen):
 
     order: Literal["permutation", "blocks"] = "permutation"
     """Order of the images of an epoch. `permutation`: of all images. `blocks`: the shards of a prepared data set in
-    random order, and the images of some shards at a time in random order; for data in an object store."""
+    random order, and the images of some shards at a time in random order; for data in an object store. Own images that
+    are in memory have no shards: for them it is the permutation, and a note says so."""
 
     cache_dir: str | None = None
     """Folder on each node for copies of shards from an object store, and for images prepared on the way. None:
@@ -114,6 +115,8 @@ class DataConfig(Frozen):
             given = [key for key in OF_OWN_IMAGES if getattr(self, key) != fields[key].default]
             if given:
                 raise ValueError(f"expected path with {', '.join(given)}, got name")
+            if self.order != "permutation":
+                raise ValueError(f"expected path with order: {self.order}, got name")
         for key in ("path", "test_path"):
             if getattr(self, key) == "":
                 raise ValueError(f"expected a folder, a file or a URI as {key}, got nothing")

@@ -236,6 +236,7 @@ def _own_images(config: DataConfig, progress: Callable[[int, int], None], warn: 
     listing = list_samples(config)
     if (plan := plan_if_large(config, listing)) is not None:
         return _prepared(PreparedData(prepared_in_cache(plan, warn, progress), config, warn))
+    unused = ["data.order: blocks: no effect on images in memory"] if config.order == "blocks" else []
     loader = Loader(config, progress)
     train_images, train_labels = loader.load(listing.train, config.train_images)
     test_images, test_labels = loader.load(listing.test, config.test_images)
@@ -247,7 +248,7 @@ def _own_images(config: DataConfig, progress: Callable[[int, int], None], warn: 
         test_labels,
         num_classes=len(listing.classes),
         skipped=len(loader.damaged),
-        notes=(listing.note, *loader.notes()),
+        notes=(listing.note, *loader.notes(), *unused),
     )
 
 

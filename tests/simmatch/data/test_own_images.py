@@ -475,6 +475,7 @@ def test_every_fault_is_one_line(fault: str, tmp_path: Path) -> None:
         ({"name": "digits", "path": "x"}, "expected either name or path, got both"),
         ({"path": "x", "root": "y"}, "expected root with name only, got path and root"),
         ({"name": "digits", "size": 8}, "expected path with size, got name"),
+        ({"name": "digits", "order": "blocks"}, "expected path with order: blocks, got name"),
         (
             {"name": "digits", "test_fraction": 0.1, "labels": False},
             "expected path with labels, test_fraction, got name",

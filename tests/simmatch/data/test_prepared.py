@@ -101,6 +101,9 @@ def test_prepared_images_are_those_in_memory_in_the_same_order(photos: Path, fol
     assert isinstance(data.train_images, PreparedImages)
     assert isinstance(memory.train_images, torch.Tensor)
     assert same(memory, data)
+    unused = "data.order: blocks: no effect on images in memory"
+    assert unused in load_dataset(config_of(photos, order="blocks")).notes
+    assert unused not in load_dataset(DataConfig(path=str(folder), order="blocks")).notes
     assert (data.name, data.in_channels, data.image_size) == ("photos", 1, (SIDE, SIDE))
     shards = [np.memmap(folder / f"train-{n:05d}.bin", np.uint8, "r").reshape(-1, 1, SIDE, SIDE) for n in range(5)]
     assert [len(shard) for shard in shards] == [10, 10, 10, 10, 8]
