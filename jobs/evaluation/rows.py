@@ -206,6 +206,10 @@ def _stacks(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
         yield FeatureRow(name, views, words, make, decoding, definition, values)
 
 
+def _one_block(features: int) -> tuple[list[int], int]:
+    return [features], 0
+
+
 def _most_values(models: list[ModelConfig], source: InputConfig, pool: int) -> tuple[list[int], int]:
     return max((memory.stack_values(model, source, pool) for model in models), key=lambda each: sum(each[0]) + each[1])
 
@@ -226,13 +230,15 @@ def _rivals(config: EvaluationConfig, material: Material) -> Iterator[FeatureRow
                 (FeatureView(PIXELS),),
                 ("the images themselves",),
                 lambda index, seed, on_progress: Pixels(),
-                values=lambda: ([values], 0),
+                values=partial(_one_block, values),
             )
         elif name in RIVALS:
             candidates = RIVALS[name].candidates[: config.candidates]
             make, definition = _rival_maker(name, config, material), [repr(each) for each in candidates]
-            views, words, blocks = (FeatureView(name),), tuple(map(str, candidates)), [config.shape.features]
-            yield FeatureRow(name, views, words, make, definition=definition, values=lambda: (blocks, 0))
+            views, words = (FeatureView(name),), tuple(map(str, candidates))
+            yield FeatureRow(
+                name, views, words, make, definition=definition, values=partial(_one_block, config.shape.features)
+            )
         else:
             raise ConfigError(f"rivals: expected some of {', '.join((*RIVALS, PIXELS))}, got {name!r}")
 
