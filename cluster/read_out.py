@@ -161,10 +161,11 @@ def fit(name: ReadoutName, train: Parts, sample: Sample, features: int, ranks: R
     fitted: list[Readout] = []
     classes = distinct(sample.labels)
     if name == "ridge" and len(sample.images) >= features:
-        moments = Moments(features + len(classes), ranks.device)
-        for numbers, rows in _chosen(train, sample):
-            moments.add(with_targets(rows, sample.labels[numbers], classes))
-        moments = moments_over_ranks(moments, ranks.exchange)
+        blocks = (
+            (first, with_targets(rows, sample.labels[numbers], classes))
+            for first, numbers, rows in _chosen(train, sample)
+        )
+        moments = moments_over_ranks(blocks, Moments(features + len(classes), ranks.device), ranks.exchange)
         well = ranks.attempt(lambda: fitted.append(ridge_of_moments(moments.cpu(), classes)))
     else:
         collected = _collect(_chosen(train, sample), len(sample.images), ranks)
@@ -179,16 +180,16 @@ def fit(name: ReadoutName, train: Parts, sample: Sample, features: int, ranks: R
     return shared
 
 
-def _chosen(train: Parts, sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of this rank's images those of the sample, chunk by chunk: their numbers in it, and their features."""
+def _chosen(train: Parts, sample: Sample) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of this rank's images those of the sample, chunk by chunk: the first image, numbers in the sample, features."""
     for part, rows in train:
         numbers = sample.within(part)
-        yield numbers, rows[(sample.images[numbers] - part.start).to(rows.device)]
+        yield part.start, numbers, rows[(sample.images[numbers] - part.start).to(rows.device)]
 
 
-def _collect(own: Iterable[tuple[Tensor, Tensor]], count: int, ranks: Ranks) -> Tensor:
+def _collect(own: Iterable[tuple[int, Tensor, Tensor]], count: int, ranks: Ranks) -> Tensor:
     """The features of a whole sample on rank 0; the others get none."""
-    numbers, rows = (torch.cat(values) for values in zip(*own, strict=True))
+    numbers, rows = (torch.cat(values) for values in zip(*((each[1], each[2]) for each in own), strict=True))
     whole = rows.new_empty(count if ranks.first else 0, *rows.shape[1:], device="cpu")
     for part, places in rows_at_first(rows, numbers.to(ranks.device), ranks.exchange):
         whole[places.cpu()] = part.cpu()

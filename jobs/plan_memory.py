@@ -14,6 +14,7 @@ from cluster.text import size
 from simmatch.config import ConfigError, LayerConfig
 from simmatch.geometry import PatchConfig
 from simmatch.model import InputConfig, layer_inputs
+from simmatch.moments import ROWS
 from simmatch.sharding.rows import split_rows
 from simmatch.solvers.tile import TAIL
 
@@ -22,6 +23,9 @@ PROGRAM_BYTES, DRIVER_BYTES = 0.6e9, 0.9e9
 
 SOLVE_COPIES = 5
 """Matrices [P, P] in float64 that a whitening holds at once: C_x, its eigenvectors, and LAPACK's workspace."""
+
+INDEX_BYTES = 24
+"""Of the index of a drawn patch, while the indices are sorted."""
 
 READOUT_COPIES = 3
 """Matrices [F, F] in float64 that a ridge readout of F features holds at once."""
@@ -148,7 +152,6 @@ def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> li
     layers = layer_sizes(config, source)
     stack = value * sum(layer.whole for layer in layers)
     share = -(-train_images // ranks)
-    chunk = config.encode_batch * ranks  # images that ranks gather at a time
     phases, scratch = [], 0  # of the solvers that have encoded
     kept = 0  # values of a readout's input, per image
     for index, layer in enumerate(layers):
@@ -156,7 +159,7 @@ def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> li
         below = value * layer.input * share if index > 0 else 0
         cache = value * layer.input * train_images if index > 0 and config.cache_features else below
         features = value * kept * share
-        stage, calibration = f"layer {index}", _calibration(layer, value, chunk, train_images)
+        stage, calibration = f"layer {index}", _calibration(config, layer, value, train_images)
         phases.append(PhaseMemory(f"{stage}, calibrate", below + features, stack + own, scratch + calibration))
         update = value * (2 * layer.rows * layer.width + _batch(config, layer))
         phases.append(PhaseMemory(f"{stage}, learn", cache + features, stack + own, scratch + update))
@@ -182,12 +185,12 @@ def _readout(config: RunConfig, features: int, value: int, train_images: int) ->
     return chunk + (value + 2 * 8) * features * images + 2 * 8 * images**2
 
 
-def _calibration(layer: LayerSizes, value: int, chunk: int, train_images: int) -> float:
-    """A sample of the input, gathered in chunks, and what rank 0 makes of it: patches, covariance, eigenvectors."""
-    images = min(layer.config.whiten_images, train_images)
-    patches = min(layer.config.whiten_patches, images * layer.activities // layer.channels)
-    sample = value * layer.input * (images + 2 * chunk)
-    return sample + 2 * value * layer.patch * patches + _solving(layer)
+def _calibration(config: RunConfig, layer: LayerSizes, value: int, train_images: int) -> float:
+    """Patches of a block of images, the index of all that are drawn, and the moments while they are summed or solved."""
+    drawn = min(layer.config.whiten_patches, train_images * layer.activities // layer.channels)
+    block = min(config.encode_batch, train_images)
+    rows = min(ROWS, block * layer.activities // layer.channels)
+    return value * (layer.input * block + 4 * layer.patch * rows) + INDEX_BYTES * drawn + _solving(layer)
 
 
 def _solving(layer: LayerSizes) -> int:

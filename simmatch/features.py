@@ -6,7 +6,7 @@ are split over the ranks. Encoded images are exchanged only if a layer or a read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -63,6 +63,7 @@ class FeatureStore:
     Attributes
     ----------
     chunks: ranges of images that all ranks encode together at a time.
+    batch: number of images of a block, of which a rank encodes one of every chunk.
     depth: number of layers that have encoded the images.
 
     >>> from simmatch.sharding.exchange import IDENTITY
@@ -72,14 +73,14 @@ class FeatureStore:
     4
     8
     10
-    >>> store.depth, store.first(3).shape
-    (1, torch.Size([3, 1]))
+    >>> store.depth, [features.shape for _, features in store.first(6)]
+    (1, [torch.Size([4, 1]), torch.Size([2, 1])])
     """
 
     def __init__(
         self, images: Images, exchange: Exchange, *, batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.count, self.exchange, self.depth = len(images), exchange, 0
+        self.count, self.exchange, self.batch, self.depth = len(images), exchange, batch, 0
         chunk = batch * exchange.world_size
         self.chunks = [slice(start, min(start + chunk, self.count)) for start in range(0, self.count, chunk)]
         self._images, self._dtype, self._device = images, dtype, device
@@ -114,6 +115,14 @@ class FeatureStore:
             for part, share in zip(self.parts, shares, strict=True):
                 yield part, encode(share)
 
+    def first(self, count: int) -> Generator[tuple[slice, Tensor]]:
+        """Those of the first `count` images that this rank has a share of: their range, and their features."""
+        with closing(self._shares()) as shares:
+            for part, share in zip(self.parts, shares, strict=True):
+                if part.start >= count:
+                    return
+                yield slice(part.start, min(part.stop, count)), share[: count - part.start]
+
     def _shares(self) -> Generator[Tensor]:
         """This rank's share of the features of every chunk."""
         if self.depth > 0:
@@ -124,9 +133,9 @@ class FeatureStore:
                 yield self.unit(part)
 
     def _part(self, chunk: slice) -> slice:
-        """The images of a chunk that this rank encodes."""
-        part = own_part(chunk.stop - chunk.start, self.exchange)
-        return slice(chunk.start + part.start, chunk.start + part.stop)
+        """The images of a chunk that this rank encodes: a block whose first image does not depend on the ranks."""
+        start = chunk.start + self.exchange.rank * self.batch
+        return slice(min(start, chunk.stop), min(start + self.batch, chunk.stop))
 
     def share(self, index: int, whole: Tensor) -> None:
         """Use a view of `whole`, the features [N, …] of all images, as this rank's share of chunk `index`."""
@@ -151,30 +160,8 @@ class FeatureStore:
         """The chunks in order, complete on every rank. `encode`, if given, is applied to each rank's share first."""
         for share, chunk in zip(self._shares(), self.chunks, strict=True):
             part = share if encode is None else encode(share)
-            yield gather_images(part, chunk.stop - chunk.start, self.exchange)
-
-    def first(self, count: int) -> Tensor:
-        """Features of the first `count` images on rank 0; the other ranks send theirs and get none, [count, 0, …]."""
-        keep = self.exchange.rank == 0
-        return first_rows((part if keep else part[:, :0] for part in self.gathered()), count)
-
-
-def first_rows(parts: Iterable[Tensor], count: int) -> Tensor:
-    """The first `count` rows of concatenated tensors [n, …]; no more tensors are requested than necessary.
-
-    >>> first_rows(iter([torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, 2)]), 6).shape
-    torch.Size([6, 2])
-    """
-    selected, rows = torch.empty(0), 0
-    for part in parts:
-        if rows == 0:
-            selected = part.new_empty(count, *part.shape[1:])
-        part = part[: count - rows]
-        selected[rows : rows + len(part)] = part
-        rows += len(part)
-        if rows == count:
-            break
-    return selected[:rows]
+            blocks = gather_padded(part, min(self.batch, self.count), self.exchange)
+            yield blocks.flatten(0, 1)[: chunk.stop - chunk.start]
 
 
 @dataclass(frozen=True)

@@ -336,9 +336,18 @@ def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: t
     """
     height, width = config.map_size((images.shape[2], images.shape[3]))
     total = images.shape[0] * height * width
-    if total <= count:
-        index = torch.arange(total, device=images.device)
-    else:
-        index = torch.randint(total, (count,), generator=generator, device="cpu").to(images.device)
+    drawn = total > count
+    index = torch.randint(total, (count,), generator=generator, device="cpu") if drawn else torch.arange(total)
+    return normalised_patches(images, config, index.to(images.device))
+
+
+def normalised_patches(images: Tensor, config: PatchConfig, index: Tensor) -> Tensor:
+    """Normalised patches [n, P] of images [B, C, H, W] by their index [n], counted in the order 'b h w'.
+
+    >>> config = PatchConfig(in_channels=1, kernel_size=2)
+    >>> normalised_patches(torch.arange(9.0).reshape(1, 1, 3, 3), config, torch.tensor([3]))
+    tensor([[4., 5., 7., 8.]])
+    """
+    height, width = config.map_size((images.shape[2], images.shape[3]))
     batch, position = index // (height * width), index % (height * width)
     return transform(config.convolution.gather(images, batch, position), config)

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from simmatch.arguments import check_activities, check_images, check_not_empty, check_patches, check_positions
 from simmatch.batch import Batch, batch_drive, batch_statistics
+from simmatch.calibration import PatchSample
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
-from simmatch.geometry import PatchConfig, Patches, draw_positions, prepare, sample_patches
+from simmatch.geometry import PatchConfig, Patches, draw_positions, prepare
 from simmatch.labels import check_labels, one_hot
+from simmatch.moments import Moments
 from simmatch.objective import batch_objective
 from simmatch.parts import timed
 from simmatch.plasticity import Statistics
@@ -254,15 +256,38 @@ class SimilarityMatchingConv2d(Synapses):
         check_not_empty(x.shape[0])
         if num_patches < 1:
             raise ValueError(f"num_patches: expected at least 1, got {num_patches}")
-        if not bool(x.isfinite().all()):
-            raise ValueError("images: expected finite values, got NaN or infinity")
-        sample = sample_patches(x, self.patch, num_patches, seeded("calibrate", self.seed))
-        if self.whiten:
-            whitening = zca(sample, self.whiten_ridge)
-            sample = (sample - whitening.mean) @ whitening.matrix.T
-            self.whitening.copy_(whitening.matrix)
-            self.whitening_mean.copy_(whitening.mean)
-        self.input_power.copy_(sample.square().sum(dim=1).mean())
+        sample = self.patch_sample(len(x), (x.shape[2], x.shape[3]), num_patches)
+        moments = sample.moments(x.device)
+        for rows in sample.rows(x):
+            moments.add(rows)
+        self.set_input(moments)
+
+    def patch_sample(self, images: int, size: tuple[int, int], num_patches: int) -> PatchSample:
+        """The patches that `calibrate` measures in `images` images [H, W] of this size.
+
+        >>> layer, x = SimilarityMatchingConv2d(1, 4, kernel_size=3, whiten=True), torch.rand(10, 1, 8, 8)
+        >>> [rows.shape for rows in layer.patch_sample(10, (8, 8), 50).rows(x)]
+        [torch.Size([50, 9])]
+        """
+        generator = seeded("calibrate", self.seed)
+        return PatchSample(self.patch, self.whiten, images=images, size=size, count=num_patches, generator=generator)
+
+    def set_input(self, moments: Moments) -> None:
+        """Set what `calibrate` sets, from the moments of the rows of a `patch_sample`.
+
+        >>> layer, x = SimilarityMatchingConv2d(1, 4, kernel_size=3), torch.ones(10, 1, 8, 8)
+        >>> sample = layer.patch_sample(10, (8, 8), 50)
+        >>> layer.set_input(Moments.of(torch.cat(list(sample.rows(x)))))
+        >>> float(layer.input_power)
+        9.0
+        """
+        if not self.whiten:
+            self.input_power.copy_(moments.mean[0])
+            return
+        whitening, power = zca(moments, self.whiten_ridge, self.feedforward.dtype)
+        self.whitening.copy_(whitening.matrix)
+        self.whitening_mean.copy_(whitening.mean)
+        self.input_power.fill_(power)
 
     @property
     def calibrated(self) -> bool:

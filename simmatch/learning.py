@@ -6,7 +6,8 @@ updated, measured and completed is the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,12 +22,12 @@ from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
 from simmatch.memory import Lever, MemoryWatch
-from simmatch.model import Stack, build_layer
+from simmatch.model import Stack, build_layer, layer_inputs
 from simmatch.observer import Observer, Update
 from simmatch.parts import timed
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
-from simmatch.sharding.state import gather_layer
+from simmatch.sharding.state import gather_layer, moments_over_ranks
 from simmatch.solvers.dynamics import Solution
 
 LOOK_EVERY = 100
@@ -104,17 +105,26 @@ class Setup:
         )
 
     def calibrate(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """Rank 0 calibrates the layer, and all ranks use its result."""
-        config = self.layers[index]
-        sample = min(config.whiten_images, self.store.count)
-        self.memory.begin(f"layer {index}, calibrating", Lever(f"model.layers.{index}.whiten_images", sample))
-        self.observer.progress("calibrate", 0, 1, layer=index)
-        work = partial(layer.calibrate, self.store.first(sample), config.whiten_patches)
-        self.observer.on_one_rank(work if self.mesh.everyone.rank == 0 else None)
+        """Sum the moments of the patches that each rank has, solve for the whitening on rank 0, and use its result."""
+        config, everyone = self.layers[index], self.mesh.everyone
+        count = min(config.whiten_images, self.store.count)
+        self.memory.begin(f"layer {index}, calibrating", Lever("encode_batch", min(self.store.batch, self.store.count)))
+        _, size = layer_inputs(self.stack.config, self.stack.source)[index]
+        sample = layer.patch_sample(count, size, config.whiten_patches)
+
+        def rows() -> Generator[tuple[int, Tensor]]:
+            for part, x in self.store.first(count):
+                for some in sample.rows(x, part.start):
+                    yield part.start, some
+                self.observer.progress("calibrate", part.start, count, layer=index)
+
+        with closing(rows()) as blocks:
+            moments = moments_over_ranks(blocks, sample.moments(self.device), everyone)
+        self.observer.on_one_rank(partial(layer.set_input, moments) if everyone.rank == 0 else None)
         for name in MEASURED:
             if hasattr(layer, name):
-                self.mesh.everyone.broadcast(getattr(layer, name), source=0).wait()
-        self.observer.progress("calibrate", 1, 1, layer=index)
+                everyone.broadcast(getattr(layer, name), source=0).wait()
+        self.observer.progress("calibrate", count, count, layer=index)
 
     def complete(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         """Gather all rows of a layer that has learnt, so that every rank can encode images alone."""

@@ -41,6 +41,13 @@ class Moments:
         self.mean = torch.zeros(size, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(size, size, dtype=torch.float64, device=device)
 
+    @classmethod
+    def of(cls, rows: Tensor) -> Moments:
+        """The moments of rows [n, P]."""
+        moments = cls(rows.shape[1], rows.device)
+        moments.add(rows)
+        return moments
+
     def add(self, rows: Tensor) -> None:
         """Add rows [n, P], of which at most `ROWS` are copied at a time."""
         for part in torch.split(rows, ROWS):

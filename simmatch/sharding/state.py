@@ -5,7 +5,7 @@ A rank holds rows of W, M, V and of the counters `silent`. All other tensors are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -110,20 +110,31 @@ def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
     return parts.view(-1)[:count].view_as(tensor)
 
 
-def moments_over_ranks(own: Moments, exchange: Exchange) -> Moments:
-    """The moments of the rows of all ranks together, added in the order of ranks, on every rank. Uses up `own`.
+def moments_over_ranks(blocks: Iterable[tuple[int, Tensor]], moments: Moments, exchange: Exchange) -> Moments:
+    """The moments of the rows of all ranks together, equal on every rank.
+
+    A rank adds its blocks in their order, and the sums of the ranks are added in the order of ranks.
+
+    Parameters
+    ----------
+    blocks: of this rank, in order: the number of the first image of a block, and its rows [n, P], perhaps in parts.
+        Which images are a block does not depend on the number of ranks.
+    moments: empty, of this width; it is used up.
 
     >>> from simmatch.sharding.exchange import IDENTITY
-    >>> moments = Moments(2)
-    >>> moments.add(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-    >>> moments_over_ranks(moments, IDENTITY).mean.tolist()
+    >>> rows = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    >>> moments_over_ranks([(0, rows), (500, rows)], Moments(2), IDENTITY).mean.tolist()
     [1.0, 1.0]
     """
-    sums = sum_over_ranks(torch.cat([own.mean * own.count, own.mean.new_full((1,), own.count)]), exchange)
-    total = Moments(0, own.mean.device)
+    for _, rows in blocks:
+        moments.add(rows)
+    sums = sum_over_ranks(
+        torch.cat([moments.mean * moments.count, moments.mean.new_full((1,), moments.count)]), exchange
+    )
+    total = Moments(0, moments.mean.device)
     total.count, total.mean = int(sums[-1]), sums[:-1] / sums[-1]
-    shift = own.mean - total.mean
-    total.scatter = sum_over_ranks(own.scatter.addr_(shift, shift, alpha=own.count), exchange)
+    shift = moments.mean - total.mean
+    total.scatter = sum_over_ranks(moments.scatter.addr_(shift, shift, alpha=moments.count), exchange)
     return total
 
 

@@ -556,7 +556,7 @@ class Patient(Training):
 
             return slow
 
-        SimilarityMatchingConv2d.calibrate = longer(SimilarityMatchingConv2d.calibrate)  # type: ignore[method-assign]
+        SimilarityMatchingConv2d.set_input = longer(SimilarityMatchingConv2d.set_input)  # type: ignore[method-assign]
         cluster.read_out.ridge_of_moments = longer(cluster.read_out.ridge_of_moments)
         super().run()
 

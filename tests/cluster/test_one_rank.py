@@ -66,14 +66,14 @@ def test_what_the_work_raises_is_raised_on_its_rank() -> None:
 
 def slowly(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:
     """A run in which one calibration takes long."""
-    real = SimilarityMatchingConv2d.calibrate
+    real = SimilarityMatchingConv2d.set_input
 
-    def calibrate(layer: SimilarityMatchingConv2d, *arguments: Any) -> None:
+    def set_input(layer: SimilarityMatchingConv2d, *arguments: Any) -> None:
         if layer.whiten:
             compute()
         real(layer, *arguments)
 
-    SimilarityMatchingConv2d.calibrate = calibrate  # type: ignore[method-assign]
+    SimilarityMatchingConv2d.set_input = set_input  # type: ignore[method-assign]
     train(exchange, config, run_dir)
 
 

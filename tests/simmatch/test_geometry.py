@@ -10,6 +10,7 @@ import torch
 
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.geometry import PatchConfig, correlate, drive, prepare, sample_patches, transform
+from simmatch.moments import Moments
 from simmatch.whitening import Whitening, zca
 from tests.reference import inverse_root, normalised, patch_matrix
 
@@ -127,7 +128,7 @@ def test_zca_equals_the_closed_form(ridge: float) -> None:
     generator = torch.Generator().manual_seed(6)
     mixing = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     patches = torch.randn(400, 8, generator=generator, dtype=torch.float64) @ mixing + 3.0
-    whitening = zca(patches, ridge)
+    whitening, power = zca(Moments.of(patches), ridge, torch.float64)
     covariance = np.cov(patches.numpy().T, bias=True)
     shifted = covariance + ridge * np.trace(covariance) / 8 * np.eye(8)
     # both are accurate to condition · eps; the condition is below 1e5
@@ -136,6 +137,7 @@ def test_zca_equals_the_closed_form(ridge: float) -> None:
     torch.testing.assert_close(whitening.matrix, whitening.matrix.T, rtol=1e-12, atol=1e-12)
 
     white = (patches - whitening.mean) @ whitening.matrix
+    assert power == pytest.approx(float(white.square().sum(dim=1).mean()), rel=1e-8)
     white_covariance = np.cov(white.numpy().T, bias=True)
     if ridge < 1e-6:
         # the smallest eigenvalue is 1e-3 of the mean or more: the ridge moves it by 1e-6 of itself
@@ -148,10 +150,10 @@ def test_zca_equals_the_closed_form(ridge: float) -> None:
 def test_zca_of_degenerate_patches_is_finite() -> None:
     """Digits: border pixels that never change, and mean removal takes a direction away."""
     flat = torch.ones(50, 6)
-    assert zca(flat, 0.1).matrix.isfinite().all()
+    assert zca(Moments.of(flat), 0.1, torch.float32)[0].matrix.isfinite().all()
     some = torch.zeros(50, 6)
     some[:, 2] = torch.linspace(-1, 1, 50)
-    whitening = zca(some, 0.1)
+    whitening, _ = zca(Moments.of(some), 0.1, torch.float32)
     # one eigenvalue λ, mean λ/6: (λ(1 + 0.1/6))^(-1/2) along it, (0.1 λ/6)^(-1/2) elsewhere
     power = float(some[:, 2].double().square().mean())
     assert float(whitening.matrix[2, 2]) == pytest.approx((power * (1 + 0.1 / 6)) ** -0.5, rel=1e-6)

@@ -210,9 +210,9 @@ PLACES: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     ),
     "calibration": (
         SimilarityMatchingConv2d,
-        "calibrate",
+        "set_input",
         fail,
-        "layer 0, calibrating: {}: set model.layers.0.whiten_images to at most 20 (now 40)",
+        "layer 0, calibrating: {}: set encode_batch to at most 20 (now 40)",
     ),
     "learning": (
         SimilarityMatchingConv2d,

@@ -30,13 +30,10 @@ def test_moments_in_parts_are_those_of_all_rows(ranks: int, dtype: torch.dtype, 
     expected = np.cov(rows.double().numpy().T, bias=True)
 
     def owner(exchange: ThreadExchange) -> Moments:
-        moments = Moments(5)
-        for part in torch.split(rows, 617)[exchange.rank : 8 : ranks]:  # a rank may have none
-            moments.add(part)
+        parts = [*torch.split(rows, 617)[exchange.rank : 8 : ranks]]  # a rank may have none
         if exchange.rank == 0:
-            moments.add(rows[8 * 617 :])
-            moments.add(rows[:0])
-        return moments_over_ranks(moments, exchange)
+            parts += [rows[8 * 617 :], rows[:0]]
+        return moments_over_ranks(enumerate(parts), Moments(5), exchange)
 
     for moments in results(run_owners(ranks, owner)):
         assert moments.count == 5000
@@ -50,9 +47,7 @@ def test_ranks_without_rows_add_nothing() -> None:
     rows = drawn(7, torch.float64)
 
     def owner(exchange: ThreadExchange) -> Moments:
-        moments = Moments(5)
-        moments.add(rows if exchange.rank == 1 else rows[:0])
-        return moments_over_ranks(moments, exchange)
+        return moments_over_ranks([(0, rows if exchange.rank == 1 else rows[:0])], Moments(5), exchange)
 
     for moments in results(run_owners(3, owner)):
         np.testing.assert_allclose(moments.covariance.numpy(), np.cov(rows.numpy().T, bias=True), atol=1e-12)
@@ -82,7 +77,6 @@ def test_rows_reach_rank_0_alone_and_a_few_at_a_time(ranks: int, sizes: tuple[in
 
 
 def test_one_rank_alone_needs_no_exchange() -> None:
-    moments = Moments(5)
-    moments.add(drawn(20, torch.float64))
-    before = moments.scatter.clone()
-    assert torch.allclose(moments_over_ranks(moments, IDENTITY).scatter, before, rtol=1e-12)
+    rows = drawn(20, torch.float64)
+    total = moments_over_ranks([(0, rows)], Moments(5), IDENTITY)
+    assert torch.allclose(total.scatter, Moments.of(rows).scatter, rtol=1e-12)

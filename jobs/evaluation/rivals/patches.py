@@ -16,6 +16,7 @@ from torch import Tensor
 from jobs.evaluation.learners import Shape
 from jobs.evaluation.material import UnitImages
 from simmatch.geometry import PatchConfig, drive, explicit, prepare, sample_patches, transform
+from simmatch.moments import Moments
 from simmatch.whitening import Whitening, zca
 
 PATCHES = 200_000
@@ -137,7 +138,8 @@ class PatchView:
         )
         if not preprocessing.whiten:
             return cls(config, None)
-        return cls(config, zca(sampled(images, config, PATCHES, generator), preprocessing.whiten_ridge))
+        sample = sampled(images, config, PATCHES, generator)
+        return cls(config, zca(Moments.of(sample), preprocessing.whiten_ridge, sample.dtype)[0])
 
     @property
     def parameters(self) -> int:

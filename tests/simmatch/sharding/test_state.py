@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmatch.features import FeatureStore
 from simmatch.sharding.exchange import IDENTITY, Done, Exchange
 from simmatch.sharding.state import sum_over_ranks
 from tests.exchanges import ThreadExchange, results, run_owners
@@ -83,20 +82,3 @@ def test_the_memory_of_a_sum_does_not_grow_with_the_ranks(world_size: int) -> No
     assert total.shape == tensor.shape
     assert live.peak <= 2.01 * tensor.nbytes  # gathered, it would be `world_size` of them
     assert exchange.bytes_exchanged <= 2 * tensor.nbytes
-
-
-def test_a_sample_is_gathered_to_one_rank_and_held_once() -> None:
-    """Of 300 images in chunks of 20: rank 0 holds the sample, the others a chunk."""
-    images = torch.rand(300, 1, 16, 16)
-
-    def owner(exchange: ThreadExchange) -> tuple[Tensor, int]:
-        store = FeatureStore(images, exchange, batch=10, dtype=torch.float32, device=torch.device("cpu"))
-        with LiveBytes() as live:
-            return store.first(250), live.peak
-
-    (sample, most), (none, least) = results(run_owners(2, owner))
-    assert torch.equal(sample, images[:250])
-    assert none.shape == (250, 0, 16, 16)
-    chunk = 20 * images[0].nbytes
-    assert sample.nbytes < most < sample.nbytes + 4 * chunk
-    assert least < 4 * chunk
