@@ -186,7 +186,7 @@ def _readout(config: RunConfig, features: int, value: int, train_images: int) ->
 
 
 def _calibration(config: RunConfig, layer: LayerSizes, value: int, train_images: int) -> float:
-    """Patches of a block of images, the index of all that are drawn, and the moments while they are summed or solved."""
+    """Patches of a block of images, the index of those that are drawn, and moments while they are summed and solved."""
     drawn = min(layer.config.whiten_patches, train_images * layer.activities // layer.channels)
     block = min(config.encode_batch, train_images)
     rows = min(ROWS, block * layer.activities // layer.channels)
