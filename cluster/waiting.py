@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from cluster.messages import RankStatus
 
+PART_OF_WAIT = 0.5
+"""A rank that has been idle for so much of the time for which others have waited does not move."""
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -34,33 +37,40 @@ class Cause:
 def cause_of(statuses: Sequence[RankStatus], waiting: Sequence[int]) -> Cause | None:
     """For whom these ranks wait; None where they are ahead of nobody.
 
-    If several might be the cause, it is the connection of the rank that has been idle for the longest time: one that
-    works makes no other wait for ever.
+    A rank that moves holds up nobody for ever: it is the cause only if no other can be. If several might be, it is the
+    one that has been idle for the longest time.
 
     >>> ahead, behind = (RankStatus(rank, False, None, [], [], {"": number}) for rank, number in ((0, 5), (1, 4)))
     >>> cause = cause_of([ahead, behind], waiting=[0])
     >>> [status.rank for status in cause.ranks], str(cause)
     ([1], 'exchange 5')
     """
-    reached: list[tuple[str, RankStatus]] = []
-    seen, following = set(waiting), [status for status in statuses if status.rank in waiting]
+    following = [status for status in statuses if status.rank in waiting]
+    seen, reached = set(waiting), list[tuple[str, RankStatus]]()
+    still_s = PART_OF_WAIT * min((status.idle_s for status in following), default=0.0)
     for status in following:  # grows
         for connection, other in _behind(status, statuses):
             reached.append((connection, other))
             if other.rank not in seen:
                 seen.add(other.rank)
                 following.append(other)
-    ends = [(connection, status) for connection, status in reached if not any(_behind(status, statuses))]
     if not reached:
         return None
-    connection, longest = max(ends or reached, key=lambda end: end[1].idle_s)
-    ranks = {status.rank: status for name, status in ends if name == connection} or {longest.rank: longest}
-    return Cause(tuple(ranks[rank] for rank in sorted(ranks)), connection, longest.exchanges[connection] + 1)
+    ends = [(connection, status) for connection, status in reached if not _behind(status, statuses)]
+    stuck = [
+        (connection, status)
+        for connection, status in reached
+        if status.idle_s >= still_s and all(other.idle_s < still_s for _, other in _behind(status, statuses))
+    ]
+    connection, longest = max(stuck or ends or reached, key=lambda end: end[1].idle_s)
+    number = longest.exchanges[connection]
+    ranks = {status.rank: status for status in statuses if status.exchanges.get(connection) == number}
+    return Cause(tuple(ranks[rank] for rank in sorted(ranks)), connection, number + 1)
 
 
 def last(statuses: Sequence[RankStatus]) -> list[RankStatus]:
     """Those that are ahead of none of the others."""
-    return [status for status in statuses if not any(_behind(status, statuses))]
+    return [status for status in statuses if not _behind(status, statuses)]
 
 
 def _behind(status: RankStatus, statuses: Sequence[RankStatus]) -> list[tuple[str, RankStatus]]:
