@@ -69,6 +69,9 @@ class MeasurementConfig(Frozen):
     tuning_images: PositiveInt = 5000
     """Settings are compared after learning from the first so many training images."""
 
+    ridge_only: bool = False
+    """No other readouts: kernel, logistic and nearest neighbours take longest where images are many."""
+
     corrupted_images: NonNegativeInt = 1000
     """Every corruption is applied to the first so many test images; 0: no corruptions."""
 

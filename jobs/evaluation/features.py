@@ -162,8 +162,10 @@ def evaluate(
     A learner that decides by itself adds a result, the last one, of all its blocks.
 
     every_readout: besides ridge, which every budget gets, and a kernel readout if labelled images are few, a kernel
-    readout of the other budgets, logistic regression and nearest neighbours.
+    readout of the other budgets, logistic regression and nearest neighbours. None of these if the plan is `ridge_only`.
     """
+    every_readout = every_readout and not plan.ridge_only
+    few = 0 if plan.ridge_only else FEW
     learner = row.make(chosen, seed, on_progress)
     learner.fit(material.train.images, material.train.labels)
     train, held_out = learner.outputs(material.train.images)[0], learner.outputs(material.held_out.images)[0]
@@ -189,7 +191,7 @@ def evaluate(
         on_progress(f"read out {view.name}", 0, 1)
         parts = view.of_parts(train, held_out, test)
         result = result_of(view.name, parts[0].shape[1], view.depth)
-        most = len(material.train) if every_readout else FEW
+        most = len(material.train) if every_readout else few
         readout = _at_budgets(result, parts, material, plan.all_budgets(), most)
         if every_readout:
             _other_readouts(result, parts, material, readout.scaling)

@@ -91,7 +91,7 @@ class Network:
 
         Its seconds are those of one thread, while others learn from fewer labels at the same time.
 
-        every_readout: also measure nearest neighbours of the convolutions' output.
+        every_readout: also measure nearest neighbours of the convolutions' output, unless the plan is `ridge_only`.
         """
 
         def learnt(budget: int | None) -> tuple[LeNet, float]:
@@ -121,7 +121,7 @@ class Network:
             result.held_out[name] = accuracy(predict(each, material.held_out.images), material.held_out.labels)
             result.accuracy[name] = accuracy(predict(each, material.test.images), material.test.labels)
         result.accuracy["all"] = accuracy(scores, material.test.labels)
-        if every_readout:
+        if every_readout and not plan.ridge_only:
             result.neighbours = neighbours_accuracy(
                 (encode(net, material.train.images), material.train.labels),
                 (encode(net, material.test.images), material.test.labels),

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +88,11 @@ class LinearReadout:
 
     def scores(self, features: Tensor) -> Tensor:
         """[N, classes]."""
-        parts = [self.scaling(part) @ self.matrix + self.bias for part in torch.split(features, ROWS)]
-        return torch.cat(parts)
+        return torch.cat([self.of_scaled(self.scaling(part)) for part in torch.split(features, ROWS)])
+
+    def of_scaled(self, scaled: Tensor) -> Tensor:
+        """[N, classes] of φ [N, F]."""
+        return scaled @ self.matrix + self.bias
 
     @property
     def parameters(self) -> int:
@@ -181,7 +184,15 @@ def choose(readouts: Iterable[LinearReadout], held_out: tuple[Tensor, Tensor]) -
     ValueError
         No readouts.
     """
-    judged = [(accuracy(each.scores(held_out[0]), held_out[1]), each) for each in readouts]
+    judged = []
+    for _, group in groupby(readouts, key=lambda each: id(each.scaling)):
+        path = list(group)
+        parts = [
+            [each.of_scaled(scaled) for each in path]
+            for scaled in map(path[0].scaling, torch.split(held_out[0], ROWS))  # scaled once: most of the time
+        ]
+        for each, scores in zip(path, zip(*parts, strict=True), strict=True):
+            judged.append((accuracy(torch.cat(scores), held_out[1]), each))
     right, best = max(judged, key=lambda pair: (pair[0], pair[1].penalty))
     return best, right
 

@@ -20,13 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.evaluation.learners import Shape
 from jobs.evaluation.nonnegative import mean_iterations
-from jobs.evaluation.rivals import RIVALS, Rival, autoencoder, nmf, patches, pynsm
+from jobs.evaluation.rivals import RIVALS, Rival, autoencoder, convolutional, nmf, patches, pynsm
 from jobs.evaluation.rivals.autoencoder import Autoencoder, AutoencoderSettings, Coder
+from jobs.evaluation.rivals.convolutional import Convolutional
 from jobs.evaluation.rivals.hebbian_wta import HebbianSettings, HebbianWTA, soft_competition
 from jobs.evaluation.rivals.kmeans import KMeans, KMeansSettings
 from jobs.evaluation.rivals.nmf import NMF, NMFSettings
 from jobs.evaluation.rivals.pynsm import Pynsm, PynsmSettings
-from jobs.evaluation.rivals.random_filters import Random, RandomSettings
+from jobs.evaluation.rivals.random_filters import Exemplars, Random, RandomSettings
+from jobs.evaluation.rivals.sparse import Sparse, SparseExemplars, SparseHebbian, SparseKMeans, SparseSettings
 from jobs.evaluation.rivals.visits import Visits
 from jobs.pynsm import RATE, TAU
 from jobs.reporting import MissingError
@@ -197,6 +199,8 @@ def test_visits() -> None:
         ("kmeans", 54 + 90, 15 * 10, 15 * 9),  # K + P filters
         ("hebbian_wta", 54 + 90, 60, 54),
         ("random", 90, 60, 54),
+        ("gaussian", 90, 60, 54),
+        ("exemplars", 90, 60, 54),
     ],
 )
 def test_cost_of_convolutions(
@@ -224,12 +228,15 @@ def test_cost_of_nmf(candidate: int, size: int, images: Tensor, fitted: Callable
     assert 16 * 6 * size <= cost.operations <= 16 * (6 * size + 5 * 36)
 
 
-def test_cost_of_pynsm(fitted: Callable[[str, int], Any]) -> None:
-    learner = fitted("pynsm", 3)
+@pytest.mark.parametrize(
+    ("name", "trained"), [("pynsm", 54 + 36 + 90), ("kmeans_sparse", 54 + 90), ("exemplars_sparse", 90)]
+)
+def test_cost_of_dynamics(name: str, trained: int, fitted: Callable[[str, int], Any]) -> None:
+    learner = fitted(name, 3)
     cost = learner.cost((8, 8))
-    assert cost.trained == 54 + 36 + 90
-    assert cost.inference == learner.encoder.weight.numel() + 6 + learner.lateral.numel() == 54 + 6 + 36
-    assert 16 * 54 <= cost.operations <= 16 * (54 + 5 * 36)
+    assert cost.trained == trained
+    assert cost.inference == learner.encoder.weight.numel() + 6 + learner.learnt.lateral.numel() == 54 + 6 + 36
+    assert 16 * 54 < cost.operations <= 16 * (54 + 5 * 36)
 
 
 def test_iterations_are_the_mean_over_columns() -> None:
@@ -433,6 +440,46 @@ def test_the_triangle_of_a_hebbian_layer(images: Tensor) -> None:
     assert not torch.equal(maps["relu"], maps["triangle"])
 
 
+# -- sparse codes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sparse", "rival"),
+    [
+        (SparseKMeans, KMeans(SHAPE, KMeansSettings(), 5)),
+        (SparseHebbian, HebbianWTA(SHAPE, HebbianSettings(), 5)),
+        (SparseExemplars, Exemplars(SHAPE, RandomSettings("patches"), 5)),
+    ],
+    ids=lambda each: each.name,
+)
+def test_sparse_codes_by_the_filters_of_a_rival(
+    sparse: type[Sparse], rival: Convolutional[Any], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracles: the rival itself for the filters, scikit-learn's coordinate descent for the codes."""
+    monkeypatch.setattr(convolutional, "RESIDUAL", 2.0**-20)
+    penalty = 0.4
+    learner = sparse(SHAPE, SparseSettings(penalty=penalty), 5)
+    for each in (learner, rival):
+        each.fit(images)
+    assert learner.learnt is not None
+    assert rival.learnt is not None
+    dictionary = learner.learnt.filters
+    torch.testing.assert_close(dictionary, F.normalize(rival.learnt.filters, dim=1), rtol=0.0, atol=0.0)
+    x = seen(images)
+    matrix, mean = whitening(x, ridge=0.1)
+    expected = sklearn.decomposition.sparse_encode(
+        ((x - mean) @ matrix).numpy(),
+        dictionary.double().numpy(),
+        algorithm="lasso_cd",
+        alpha=penalty,
+        positive=True,
+        max_iter=20_000,
+    )
+    found = columns(learner.maps(images))
+    assert float((found - torch.from_numpy(expected).T).norm()) <= 1e-3 * np.linalg.norm(expected)
+    assert 0.05 < float((found > 0).double().mean()) < 0.95
+
+
 # -- pynsm -------------------------------------------------------------------------------------------------------------
 
 
@@ -443,8 +490,9 @@ def test_pynsm_learns_as_published(images: Tensor, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(pynsm, "VISITS", Visits(images=10, columns=10_000, updates=updates, passes=1))
         learner = Pynsm(SHAPE, PynsmSettings(step=0.7, **RAW), 0)
         learner.fit(images)
-        assert learner.lateral is not None
-        states[updates] = (learner.encoder.weight.flatten(1).double(), learner.lateral.double())
+        assert learner.learnt is not None
+        assert learner.learnt.lateral is not None
+        states[updates] = (learner.encoder.weight.flatten(1).double(), learner.learnt.lateral.double())
     (w, m), after = states[0], states[1]
     assert torch.equal(m, torch.eye(6).double())
     x = seen(images[epoch_order(len(images), seed=0, epoch=0)[:10]], None).T
@@ -457,9 +505,9 @@ def test_pynsm_learns_as_published(images: Tensor, monkeypatch: pytest.MonkeyPat
 def test_pynsm_codes_are_solved(images: Tensor, fitted: Callable[[str, int], Any]) -> None:
     learner = fitted("pynsm", 1)
     drive = learner.encoder.weight.flatten(1).double() @ seen(images, None).T
-    residual = relative_residual(drive, learner.lateral, columns(learner.maps(images)))
+    residual = relative_residual(drive, learner.learnt.lateral, columns(learner.maps(images)))
     assert float(residual.amax()) <= 1e-2
-    assert float((learner.lateral - torch.eye(6)).norm()) > 1e-3  # it has learnt
+    assert float((learner.learnt.lateral - torch.eye(6)).norm()) > 1e-3  # it has learnt
 
 
 def test_without_pynsm(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

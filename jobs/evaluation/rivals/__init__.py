@@ -15,7 +15,8 @@ from jobs.evaluation.rivals.hebbian_wta import HebbianWTA
 from jobs.evaluation.rivals.kmeans import KMeans
 from jobs.evaluation.rivals.nmf import NMF
 from jobs.evaluation.rivals.pynsm import Pynsm
-from jobs.evaluation.rivals.random_filters import Random
+from jobs.evaluation.rivals.random_filters import Exemplars, Gaussian, Random
+from jobs.evaluation.rivals.sparse import SparseExemplars, SparseHebbian, SparseKMeans
 
 
 class Rival(Learner, Protocol):
@@ -34,6 +35,21 @@ class Rival(Learner, Protocol):
 
 
 RIVALS: Mapping[str, type[Rival]] = MappingProxyType(
-    {rival.name: rival for rival in (Autoencoder, NMF, KMeans, HebbianWTA, Random, Pynsm)}
+    {
+        rival.name: rival
+        for rival in (
+            Autoencoder,
+            NMF,
+            KMeans,
+            HebbianWTA,
+            Random,
+            Gaussian,
+            Exemplars,
+            SparseKMeans,
+            SparseHebbian,
+            SparseExemplars,
+            Pynsm,
+        )
+    }
 )
 """Rows of the comparison by name."""

@@ -132,6 +132,3 @@ class Autoencoder(Convolutional[AutoencoderSettings]):
         (error + self.settings.sparsity * y.mean()).backward()
         adam.step()
         return float(error.detach())
-
-    def activity(self, columns: Tensor) -> Tensor:
-        return columns.clamp_(min=0.0)

@@ -49,10 +49,13 @@ class KMeans(Convolutional[KMeansSettings]):
             random_state=draw_seed(generator),
         ).fit(patches.numpy())
         centroids = torch.from_numpy(model.cluster_centers_).to(patches)
-        size = patches.shape[1]
+        return Learnt(centroids, torch.zeros(len(centroids)), centroids.numel())
+
+    def encoding(self, learnt: Learnt) -> tuple[Tensor, Tensor]:
+        centroids = learnt.filters
+        size = centroids.shape[1]
         filters = torch.cat([-2 * centroids, torch.eye(size)])
-        offset = torch.cat([centroids.square().sum(dim=1), torch.zeros(size)])
-        return Learnt(filters, offset, centroids.numel())
+        return filters, torch.cat([centroids.square().sum(dim=1), torch.zeros(size)])
 
     def activity(self, columns: Tensor) -> Tensor:
         """f of [‖c‖² − 2 c · x̃; x̃], the triangle."""

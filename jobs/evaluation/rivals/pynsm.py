@@ -15,21 +15,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from jobs.evaluation.learners import Cost
 from jobs.evaluation.material import UnitImages
-from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
-from jobs.evaluation.rivals.patches import PatchView, Preprocessing, fitted
+from jobs.evaluation.rivals.patches import PatchView, Preprocessing
 from jobs.evaluation.rivals.visits import Visits
 from jobs.pynsm import CHANNELS, RATE, PynsmTraining, convolution, require_pynsm, similarity_matching
 
 VISITS = Visits(images=100, columns=5000, updates=400, passes=3)
 """6 images an update at the 784 positions of 28 × 28 images: 2,400 images. Learning takes some 50 ms an image of these
 at 128 channels."""
-
-RESIDUAL = 2.0**-7
-"""To which codes are solved; a power of two is the same number in every dtype."""
-
 
 @dataclass(frozen=True)
 class PynsmSettings(Preprocessing):
@@ -44,12 +38,7 @@ class PynsmSettings(Preprocessing):
 
 
 class Pynsm(Convolutional[PynsmSettings]):
-    """Learns W and M from batches of images, as many as `VISITS` says.
-
-    Attributes
-    ----------
-    lateral: [K, K], M; None before learning.
-    """
+    """Learns W and M from batches of images, as many as `VISITS` says."""
 
     name = "pynsm"
     candidates: ClassVar[tuple[PynsmSettings, ...]] = (
@@ -58,9 +47,6 @@ class Pynsm(Convolutional[PynsmSettings]):
         PynsmSettings(step=0.3, contrast_floor=0.03, whiten=False),
         PynsmSettings(step=0.3, contrast_floor=0.03),
     )
-
-    lateral: Tensor | None = None
-    _iterations = 0.0
 
     def fit(self, images: UnitImages) -> None:
         """Learn from images [N, C, H, W].
@@ -72,8 +58,6 @@ class Pynsm(Convolutional[PynsmSettings]):
         """
         require_pynsm()
         super().fit(images)
-        few = self.encoder.columns(images[:COUNTED_IMAGES])
-        self._iterations = mean_iterations(few, fitted(self.lateral, self.name), RESIDUAL)
 
     def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         channels, size = self.shape.channels, view.config.patch_size
@@ -86,19 +70,6 @@ class Pynsm(Convolutional[PynsmSettings]):
         for indices in VISITS.batches(len(images), height * width, self.seed):
             maps = rearrange(view.all(images[indices]), "(b h w) p -> b p h w", h=height, w=width)
             training.learn(maps.contiguous())  # their products take half as long again on a permuted map
-        self.lateral = (training.lateral + training.lateral.T) / 2  # symmetric but for rounding
+        lateral = (training.lateral + training.lateral.T) / 2  # symmetric but for rounding
         filters = training.feedforward.flatten(1)
-        return Learnt(filters, torch.zeros(channels), filters.numel() + self.lateral.numel())
-
-    def activity(self, columns: Tensor) -> Tensor:
-        return nonnegative_codes(columns, fitted(self.lateral, self.name), RESIDUAL)
-
-    def cost(self, image_size: tuple[int, int]) -> Cost:
-        """With M and the solver's work: what it was, per column, on the first images learnt from."""
-        convolution, lateral = super().cost(image_size), fitted(self.lateral, self.name)
-        height, width = self.encoder.config.map_size(image_size)
-        return Cost(
-            trained=convolution.trained,
-            inference=convolution.inference + lateral.numel(),
-            operations=convolution.operations + round(height * width * self._iterations * lateral.numel()),
-        )
+        return Learnt(filters, torch.zeros(channels), filters.numel() + lateral.numel(), lateral)

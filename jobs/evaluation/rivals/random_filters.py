@@ -19,6 +19,9 @@ from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
 from jobs.evaluation.rivals.patches import PatchView, Preprocessing
 
+THRESHOLDS = (0.0, 0.25, 0.5, 1.0)
+"""θ that rows of one kind of filters choose from."""
+
 
 @dataclass(frozen=True)
 class RandomSettings(Preprocessing):
@@ -54,5 +57,20 @@ class Random(Convolutional[RandomSettings]):
             filters = view.sample(images, channels, generator)
         return Learnt(F.normalize(filters, dim=1), torch.full((channels,), -self.settings.threshold), trained=0)
 
-    def activity(self, columns: Tensor) -> Tensor:
-        return columns.clamp_(min=0.0)
+
+class Gaussian(Random):
+    """Gaussian filters only."""
+
+    name = "gaussian"
+    candidates: ClassVar[tuple[RandomSettings, ...]] = tuple(
+        RandomSettings("gaussian", threshold, contrast_floor=0.03) for threshold in THRESHOLDS
+    )
+
+
+class Exemplars(Random):
+    """Patches drawn from the data only."""
+
+    name = "exemplars"
+    candidates: ClassVar[tuple[RandomSettings, ...]] = tuple(
+        RandomSettings("patches", threshold, contrast_floor=0.03) for threshold in THRESHOLDS
+    )
