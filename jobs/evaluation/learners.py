@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -30,6 +31,15 @@ OnProgress = Callable[[str, int, int], None]
 
 def no_progress(what: str, done: int, total: int) -> None:
     """An `OnProgress` that does nothing."""
+
+
+def num_active(maps: Tensor) -> int:
+    """Number of activities above zero, of maps ≥ 0; numpy counts several times as fast as torch.
+
+    >>> num_active(torch.tensor([[0.0, 2.0], [0.5, 0.0]]))
+    2
+    """
+    return int(np.count_nonzero(maps.numpy()))
 
 
 class Shape(Frozen):
@@ -116,13 +126,13 @@ class PooledFeatures:
 
     @torch.no_grad()
     def outputs(self, images: UnitImages) -> tuple[list[Tensor], Tensor | None]:
-        features, active, started = [], 0.0, time.monotonic()
+        features, active, values, started = [], 0, 0, time.monotonic()
         for x in in_batches(images, BATCH):
             maps = self.learner.maps(x)
-            active += float((maps > 0).double().mean()) * len(x) / len(images)
+            active, values = active + num_active(maps), values + maps.numel()
             features.append(rearrange(F.adaptive_avg_pool2d(maps, self.shape.pool), "b k h w -> b (k h w)"))
             self.on_progress("encode", len(features) * BATCH, len(images))
-        self._active, self._encode_seconds = [active], time.monotonic() - started
+        self._active, self._encode_seconds = [active / max(values, 1)], time.monotonic() - started
         return [torch.cat(features)], None
 
     def cost(self, depth: int) -> Cost:

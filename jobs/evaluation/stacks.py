@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from jobs.evaluation.learners import BATCH, Cost, OnProgress, no_progress
+from jobs.evaluation.learners import BATCH, Cost, OnProgress, no_progress, num_active
 from jobs.evaluation.material import UnitImages, in_batches
 from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations
 from simmatch.config import ModelConfig
@@ -50,7 +50,7 @@ class EncodedLayer:
         small = F.adaptive_avg_pool2d(activities, pool) if activities.shape[-1] > pool else activities
         self.features.append(rearrange(small, "b k h w -> b (k h w)"))
         self.codes.append(reduce(activities, "b k h w -> b k", "mean"))
-        self.active = self.active[0] + int((activities > 0).sum()), self.active[1] + activities.numel()
+        self.active = self.active[0] + num_active(activities), self.active[1] + activities.numel()
 
 
 class StackLearner(Observer):
