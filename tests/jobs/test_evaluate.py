@@ -36,6 +36,7 @@ from simmatch.model import InputConfig
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "evaluate_digits.yaml"
 FASHION = CONFIG.with_name("evaluate_fashion_mnist.yaml")
 DEPTH = CONFIG.with_name("evaluate_depth.yaml")
+CIFAR = CONFIG.with_name("evaluate_cifar10.yaml")
 
 SMALL = [
     "data.train_images=400",
@@ -360,7 +361,7 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("path", [CONFIG, FASHION, DEPTH], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [CONFIG, FASHION, DEPTH, CIFAR], ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid_and_have_a_quick_form(path: Path) -> None:
     whole, quick = read(read_yaml(path), [], quick=False), read(read_yaml(path), [], quick=True)
     assert len(whole.seeds) >= 3 > len(quick.seeds)

@@ -1,4 +1,4 @@
-"""The comparison on CIFAR-10: rows of one geometry, learning that differs in its length alone, and the command, small."""
+"""The comparison on CIFAR-10: rows of one geometry, long learning that differs in length alone, the command, small."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def jpegs(count: int, seed: int) -> list[Item]:
 @pytest.mark.slow
 def test_the_command_measures_ridge_alone(tmp_path: Path) -> None:
     for part, count in (("train", 90), ("test", 40)):
-        write_parquet(tmp_path / "images" / f"{part}-00000-of-00001.parquet", jpegs(count, count), names=list("abcdefghij"))
+        write_parquet(
+            tmp_path / "images" / f"{part}-00000-of-00001.parquet", jpegs(count, count), names=list("abcdefghij")
+        )
     sets = [word for each in (f"data.path={tmp_path / 'images'}", *SMALL) for word in ("--set", each)]
     command = ["--config", str(CONFIG), "--quick", "--run-dir", str(tmp_path / "run"), "--threads", "1", *sets]
     assert main(command) == 0

@@ -1,6 +1,6 @@
 """What most rivals share: an affine function of every patch, one convolution, then something within a position.
 
-That is either a formula of the learner's own (`activity`), or the dynamics of our layers with a matrix M that it learnt:
+That is a formula of the learner's own (`activity`), or the dynamics of our layers with a matrix M that it has learnt:
 
     y* = argmin over y ≥ 0 of ½ yᵀ M y − yᵀ d,  d = filters · x̃ + offset
 """

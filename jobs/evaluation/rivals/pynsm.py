@@ -25,6 +25,7 @@ VISITS = Visits(images=100, columns=5000, updates=400, passes=3)
 """6 images an update at the 784 positions of 28 × 28 images: 2,400 images. Learning takes some 50 ms an image of these
 at 128 channels."""
 
+
 @dataclass(frozen=True)
 class PynsmSettings(Preprocessing):
     """Settings to choose from.

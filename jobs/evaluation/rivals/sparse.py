@@ -56,7 +56,9 @@ class Sparse(Convolutional[SparseSettings], ABC):
     def learn(self, images: UnitImages, view: PatchView, generator: torch.Generator) -> Learnt:
         learnt = self.rival(self.shape, self.learning, self.seed).learn(images, view, generator)
         filters = F.normalize(learnt.filters, dim=1)
-        return Learnt(filters, torch.full_like(learnt.offset, -self.settings.penalty), learnt.trained, filters @ filters.T)
+        return Learnt(
+            filters, torch.full_like(learnt.offset, -self.settings.penalty), learnt.trained, filters @ filters.T
+        )
 
 
 class SparseKMeans(Sparse):
