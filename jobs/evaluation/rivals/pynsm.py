@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor
 
 from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt

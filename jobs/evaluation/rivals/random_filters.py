@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from jobs.evaluation.material import UnitImages
 from jobs.evaluation.rivals.convolutional import Convolutional, Learnt
