@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simmatch.geometry import Patches, correlate, drive
 from simmatch.plasticity import Statistics, Weights
+from simmatch.sharding.columns import Part
 from simmatch.sharding.rows import Rows
 
 
@@ -25,8 +26,8 @@ class Batch:
 
     Attributes
     ----------
-    patches: patches of B images.
-    z: [num_classes, B], one-hot labels, zero columns where unlabelled; None without labels.
+    patches: patches of B images, or of a rank's part of them.
+    z: [num_classes, B], one-hot labels of all B images, zero columns where unlabelled; None without labels.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)), z=torch.eye(2))
@@ -38,13 +39,32 @@ class Batch:
     z: Tensor | None = None
 
     @property
+    def images(self) -> int:
+        """B, the number of images."""
+        return self.patches.batch_size if self.patches.part is None else self.patches.part.whole
+
+    @property
     def columns(self) -> int:
         """N, the number of columns."""
-        return self.patches.batch_size * self.patches.positions
+        return self.images * self.patches.positions
 
     def of_images(self, chosen: slice) -> Batch:
-        """A batch of some of the images."""
+        """A batch of some of the images; all patches are here."""
         return Batch(self.patches.of_images(chosen), None if self.z is None else self.z[:, chosen])
+
+    def own(self, part: Part) -> Batch:
+        """The images of a part, as a batch of its own.
+
+        Raises
+        ------
+        ValueError
+            The patches are those of another part.
+        """
+        if self.patches.part is None:
+            return self.of_images(part.images)
+        if self.patches.part != part or self.patches.batch_size != part.count:
+            raise ValueError(f"patches: expected those of {part}, got {self.patches.part}")
+        return Batch(replace(self.patches, part=None), None if self.z is None else self.z[:, part.images])
 
 
 def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None) -> Tensor:
@@ -55,6 +75,8 @@ def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None) -> 
     >>> batch_drive(batch, Weights(torch.ones(5, 1, 3, 3), torch.eye(5), torch.zeros(5, 0))).shape
     torch.Size([5, 72])
     """
+    if batch.columns == 0:
+        return weights.lateral.new_zeros(len(weights.lateral), 0)
     result = drive(batch.patches, weights.feedforward)
     if batch.z is None or alpha is None:
         return result
@@ -80,7 +102,11 @@ def batch_statistics(batch: Batch, y: Tensor, rows: Rows, num_classes: int) -> S
     >>> statistics.yx.shape, statistics.yy.shape, statistics.count
     (torch.Size([5, 1, 3, 3]), torch.Size([5, 5]), 72)
     """
-    own = y[rows.start : rows.stop]
+    own, config = y[rows.start : rows.stop], batch.patches.config
+    if batch.columns == 0:
+        yx = y.new_zeros(rows.count, config.in_channels, config.kernel_size, config.kernel_size)
+        yz, zz = y.new_zeros(rows.count, num_classes), y.new_zeros(num_classes, num_classes)
+        return Statistics(yx, y.new_zeros(rows.count, rows.total), yz, zz, 0)
     if batch.z is None:
         yz = y.new_zeros(rows.count, num_classes)
     else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -93,7 +93,7 @@ class Updates(Generic[T]):
     make: makes the update of a batch on the device, and returns tensors in any form. A captured update overwrites what
         the one before it returned.
     graph: from `new_graph`; None: updates are not captured.
-    exchange: the layer's, which counts the exchanges of replays too.
+    exchanges: those of the layer, which count the exchanges of replays too.
 
     Warns
     -----
@@ -101,17 +101,17 @@ class Updates(Generic[T]):
         Once, if an update cannot be captured. Updates then go on uncaptured.
 
     >>> from simmatch.sharding.exchange import IDENTITY
-    >>> updates = Updates(lambda batch: batch.source.sum(), graph=None, exchange=IDENTITY)
+    >>> updates = Updates(lambda batch: batch.source.sum(), graph=None, exchanges=[IDENTITY])
     >>> updates(Staged(torch.ones(5, 2), labels=None, images=5))
     tensor(10.)
     >>> updates.close()
     """
 
-    def __init__(self, make: Callable[[Staged], T], graph: Graph | None, exchange: Exchange) -> None:
-        self._make, self._graph, self._exchange = make, graph, exchange
+    def __init__(self, make: Callable[[Staged], T], graph: Graph | None, exchanges: Sequence[Exchange]) -> None:
+        self._make, self._graph, self._exchanges = make, graph, exchanges
         self._seen: Counter[Any] = Counter()
         self._captured: tuple[Staged, T] | None = None
-        self._exchanges = self._bytes = 0  # of one replay
+        self._made: list[tuple[int, int]] = []  # exchanges and bytes of one replay
 
     def __call__(self, batch: Staged) -> T:
         """Make one update."""
@@ -129,22 +129,25 @@ class Updates(Generic[T]):
             assert batch.labels is not None
             inputs.labels.copy_(batch.labels)
         self._graph.replay()
-        self._exchange.count(self._exchanges, self._bytes)
+        for exchange, made in zip(self._exchanges, self._made, strict=True):
+            exchange.count(*made)
         return result
 
     def _capture(self, graph: Graph, batch: Staged) -> None:
         labels = None if batch.labels is None else batch.labels.clone()
         inputs = replace(batch, source=batch.source.clone(), labels=labels)
-        exchanges, received = self._exchange.num_exchanges, self._exchange.bytes_exchanged
+        before = [(exchange.num_exchanges, exchange.bytes_exchanged) for exchange in self._exchanges]
         try:
             self._captured = inputs, graph.capture(lambda: self._make(inputs))
         except Exception as error:
             self.close()
             why = f"{type(error).__name__}: {error}"
             warnings.warn(f"updates are not captured in a CUDA graph, and take longer: {why}", stacklevel=3)
-        self._exchanges = self._exchange.num_exchanges - exchanges
-        self._bytes = self._exchange.bytes_exchanged - received
-        self._exchange.count(-self._exchanges, -self._bytes)  # captured, not made
+        self._made = []
+        for exchange, (exchanges, received) in zip(self._exchanges, before, strict=True):
+            made = exchange.num_exchanges - exchanges, exchange.bytes_exchanged - received
+            exchange.count(-made[0], -made[1])  # captured, not made
+            self._made.append(made)
 
     def close(self) -> None:
         """Release the memory of the graph. Updates after it are not captured."""

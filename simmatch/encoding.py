@@ -13,7 +13,7 @@ from simmatch.labels import one_hot
 from simmatch.learning import Setup
 from simmatch.memory import Lever
 from simmatch.model import pooled
-from simmatch.sharding.state import sum_over_ranks
+from simmatch.sharding.sums import sum_over_ranks
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ are split over the ranks. Encoded images are exchanged only if a layer or a read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from simmatch.data.sources import to_unit
 from simmatch.data.staging import Images, Tensors, in_memory, select, staged
 from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.columns import Part
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_padded
 
@@ -170,9 +172,9 @@ class Staged:
 
     Attributes
     ----------
-    source: images as stored [n, C, H, W], or the indices [n] of cached features. Where a rank encodes its part of every
-        batch, the images of that part.
-    labels: [images], or None for a layer without labels.
+    source: of this rank's part of the batch: images as stored [n, C, H, W], or the indices [n] of cached features.
+        Where ranks share a part, and encode it for each other, the images that this one encodes.
+    labels: [images], of the whole batch, or None for a layer without labels.
     images: number of images of the batch, on all ranks.
 
     >>> Staged(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), labels=None, images=5).images
@@ -185,15 +187,17 @@ class Staged:
 
 
 class LayerInputs:
-    """Batches of patches for one layer, equal on every rank: from images, cached features, or newly encoded images.
+    """This rank's part of every batch, as patches for one layer: from images, cached features, or newly encoded images.
 
-    `staged` brings batches to the device, one ahead of their use, and `prepare` computes patches from them there.
+    A rank reads and prepares only the images of its part (`simmatch.sharding.columns`). `staged` brings them to the
+    device, one batch ahead of their use, and `prepare` computes patches from them there.
     `prepare` starts work on the device only, except with `below`, so it may be part of a CUDA graph.
 
     Parameters
     ----------
     layer: the layer that learns, calibrated.
     store: the images, or the output of the layer below.
+    size: (H, W) of the layer's input.
     positions: number of positions per image, drawn anew for every update; None: all.
     below: function from images to the input of the layer, called for every batch. None: all features are cached.
     on_progress: called with the number of images cached so far.
@@ -203,7 +207,7 @@ class LayerInputs:
     >>> images = torch.rand(10, 1, 8, 8)
     >>> store = FeatureStore(images, IDENTITY, batch=4, dtype=torch.float32, device=torch.device("cpu"))
     >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
-    >>> inputs = LayerInputs(layer, store, positions=5, below=None, on_progress=print)
+    >>> inputs = LayerInputs(layer, store, size=(8, 8), positions=5, below=None, on_progress=print)
     >>> batches = Batches(10, batch_size=3, epochs=1, seed=0)
     >>> [inputs.prepare(batch).matrix.shape for batch in inputs.staged(batches, first=2)]
     [torch.Size([15, 9]), torch.Size([5, 9])]
@@ -214,12 +218,14 @@ class LayerInputs:
         layer: SimilarityMatchingConv2d,
         store: FeatureStore,
         *,
+        size: tuple[int, int],
         positions: int | None,
         below: Callable[[Tensor], Tensor] | None,
         on_progress: Callable[[int], None],
         labels: Tensor | None = None,
     ) -> None:
         self._layer, self._store, self._positions, self._below = layer, store, positions, below
+        self._columns = positions or math.prod(layer.patch.map_size(size))
         self._labels = None if labels is None else labels.cpu()
         self._cache = self._fill(on_progress) if store.depth > 0 and below is None else None
 
@@ -257,23 +263,26 @@ class LayerInputs:
                 yield Staged(source, labels[0] if labels else None, batches.size(number))
                 number += 1
 
+    def _part(self, images: int) -> Part:
+        """This rank's part of a batch."""
+        return self._layer.sharing.part(images, self._columns)
+
     def _source(self, chosen: Tensor) -> Tensor:
         """What of the images with these indices [n] has to be brought to the device."""
+        own = chosen[self._part(len(chosen)).images]
         if self._cache is not None:
-            return chosen
-        part = slice(None) if self._below is None else own_part(len(chosen), self._store.exchange)
-        return self._store.stored(chosen[part])
+            return own
+        return self._store.stored(own if self._below is None else own[own_part(len(own), self._layer.sharing.shares)])
 
     def prepare(self, batch: Staged) -> Patches:
-        """Patches of a batch, equal on every rank; at positions drawn for the layer's next update, if configured."""
+        """Patches of this rank's part of a batch; at positions drawn for the layer's next update, if configured."""
+        part = self._part(batch.images)
         if self._cache is not None:
             features = self._cache.index_select(0, batch.source)
-            return (
-                self._layer.explicit_patches(features)
-                if features.ndim == 2
-                else self._layer.prepare(features, self._positions)
-            )
+            if features.ndim == 2:
+                return replace(self._layer.explicit_patches(features), part=part)
+            return self._layer.prepare(features, self._positions, part=part)
         x = self._store.unit(batch.source)
         if self._below is not None:
-            x = gather_images(self._below(x), batch.images, self._store.exchange)
-        return self._layer.prepare(x, self._positions)
+            x = gather_images(self._below(x), part.count, self._layer.sharing.shares)
+        return self._layer.prepare(x, self._positions, part=part)

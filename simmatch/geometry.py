@@ -30,6 +30,7 @@ from torch import Tensor
 from simmatch.config import LayerConfig
 from simmatch.convolution import Convolution, images_per_chunk
 from simmatch.seeding import folded
+from simmatch.sharding.columns import Part
 from simmatch.whitening import Whitening
 
 
@@ -111,6 +112,7 @@ class Patches:
         selected (N = B · positions, image by image).
     map_size: (H', W') of the activities; (1, positions) where only some positions are selected.
     whitened: whether `matrix` holds x̃. If not, drives and statistics apply the whitening.
+    part: which part of a batch these images are; None: they are a batch.
 
     >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
     >>> patches.batch_size, patches.map_size, patches.positions
@@ -124,6 +126,7 @@ class Patches:
     inverse_scale: Tensor | None = None
     matrix: Tensor | None = None
     whitened: bool = True
+    part: Part | None = None
 
     @property
     def positions(self) -> int:
@@ -178,16 +181,17 @@ def prepare(
 
 
 def draw_positions(
-    count: int, batch_size: int, map_size: tuple[int, int], key: int | Tensor, device: torch.device | str = "cpu"
+    count: int, images: int | range, map_size: tuple[int, int], key: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Draw `count` distinct positions of each image, uniformly: int64 [batch_size, count], ascending in each row.
+    """Draw `count` distinct positions of each image, uniformly: int64 [B, count], ascending in each row.
 
-    A function of its arguments alone, with the same bits on every device; see `simmatch.seeding`.
+    A function of its arguments alone, with the same bits on every device; see `simmatch.seeding`. The positions of an
+    image do not depend on the other images.
 
     Parameters
     ----------
     count: positions per image.
-    batch_size: B.
+    images: B, for images 0 … B − 1, or their numbers.
     map_size: (H', W') of the activities.
     key: from `stream` or `folded`; another key gives an independent draw. A tensor is 0-d.
     device: of the result.
@@ -205,8 +209,9 @@ def draw_positions(
         raise ValueError(
             f"positions: expected at most {available}, the map of {map_size[0]} × {map_size[1]} activities, got {count}"
         )
-    images, positions = (torch.arange(size, device=device) for size in (batch_size, available))
-    counters = (images << 32).unsqueeze(1) + positions
+    numbers = range(images) if isinstance(images, int) else images
+    positions = torch.arange(available, device=device)
+    counters = (torch.arange(numbers.start, numbers.stop, device=device) << 32).unsqueeze(1) + positions
     # the largest of random keys; each holds its position in its low bits, so no two are equal
     low = (1 << (available - 1).bit_length()) - 1
     keys = folded(key, counters).bitwise_and_(~low).bitwise_or_(positions)

@@ -11,6 +11,7 @@ from torch import Tensor
 from simmatch.features import LayerInputs
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.learning import Learner, Setup
+from simmatch.model import layer_inputs
 
 
 def learn_layer(
@@ -47,6 +48,7 @@ def learn_layer(
     inputs = LayerInputs(
         layer,
         store,
+        size=layer_inputs(setup.stack.config, setup.stack.source)[index][1],
         positions=train.positions,
         below=below,
         on_progress=lambda done: observer.progress("cache", done, store.count, layer=index),

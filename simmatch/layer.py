@@ -6,7 +6,8 @@ is solved online by neurons with feedforward weights W, lateral inhibition M and
 the activities y for the patches of a batch, and plasticity changes the weights by the statistics of the batch. A
 synapse uses only the activities of the two neurons that it connects.
 
-A layer holds all rows of W, M and V, or the rows of one shard (`rows`), and reaches the others through an `exchange`.
+A layer holds all rows of W, M and V, or the rows of one shard (`rows`), and reaches the others through a `mesh`, and
+its replicas, each of which learns from a part of every batch.
 It does not depend on processes.
 
 Source: Bahroun et al., arXiv:2308.02427 (ConvNSM); Pehlevan & Chklovskii (2014, 2019) for the min–max derivation.
@@ -33,8 +34,10 @@ from simmatch.parts import timed
 from simmatch.plasticity import Statistics
 from simmatch.precision import eager_full_precision
 from simmatch.seeding import folded, seeded, stream
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.columns import Part
+from simmatch.sharding.exchange import IDENTITY
 from simmatch.sharding.faults import LocalFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import Rows
 from simmatch.sharding.sharing import ColumnSharing, RowSharing, Sharing
 from simmatch.solvers.bound import traced_bound
@@ -64,9 +67,9 @@ class SimilarityMatchingConv2d(Synapses):
     dtype: float32 or float64, of all weights.
     device: of all weights.
     rows: the channels held here. None: all of them.
-    exchange: connects to the owners of the other channels. None: there are no others, and `solver: auto` selects the
-        fastest solver for the device. With an exchange, even of a single owner, the selection depends on the
-        configuration only, so that the number of owners does not change the result.
+    mesh: connects to the owners of the other channels, and to the replicas. None: there are no others, and `solver:
+        auto` selects the fastest solver for the device. With a mesh, even of a single rank, the selection depends on
+        the configuration only, so that the number of ranks does not change the result.
 
     Raises
     ------
@@ -104,7 +107,7 @@ class SimilarityMatchingConv2d(Synapses):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         rows: Rows | None = None,
-        exchange: Exchange | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         arguments = parse(
             LayerArguments,
@@ -125,13 +128,13 @@ class SimilarityMatchingConv2d(Synapses):
                 "seed": seed,
             },
         )
-        super().__init__(arguments, rows or Rows.all(out_channels), exchange or IDENTITY, dtype=dtype, device=device)
+        super().__init__(arguments, rows or Rows.all(out_channels), mesh or Mesh(), dtype=dtype, device=device)
         self.sharing: Sharing
         if self.dynamics.exchange == "gather_state":
             filters = (in_channels, kernel_size, kernel_size)
-            self.sharing = ColumnSharing(self.dynamics, self.rows, self.exchange, filters, num_classes)
+            self.sharing = ColumnSharing(self.dynamics, self.rows, self.mesh, filters, num_classes)
         else:
-            self.sharing = RowSharing(self.dynamics, self.rows, self.exchange, alone=exchange is None)
+            self.sharing = RowSharing(self.dynamics, self.rows, self.mesh, alone=mesh is None)
 
     @classmethod
     def from_config(
@@ -151,7 +154,7 @@ class SimilarityMatchingConv2d(Synapses):
         in_channels: C, the number of channels of the input.
         map_size: height and width of the input.
         num_classes: number of classes of the data; a layer that is not `supervised` has no label weights.
-        others: `seed`, `dtype`, `device`, `rows` and `exchange`, as for the constructor.
+        others: `seed`, `dtype`, `device`, `rows` and `mesh`, as for the constructor.
 
         Raises
         ------
@@ -174,14 +177,16 @@ class SimilarityMatchingConv2d(Synapses):
         return Whitening(self.whitening, self.whitening_mean) if self.whiten else None
 
     @eager_full_precision
-    def prepare(self, x: Tensor, positions: Tensor | int | None = None) -> Patches:
+    def prepare(self, x: Tensor, positions: Tensor | int | None = None, *, part: Part | None = None) -> Patches:
         """Prepare images as `Patches`, which all other methods accept in place of images.
 
         Parameters
         ----------
-        x: [B, C, H, W].
+        x: [B, C, H, W]. With `part`, only its images.
         positions: [B, n], integers h · W' + w: the positions of each image to use; activities are then maps of 1 × n.
             A number: that many of each image, drawn anew for every update of the layer. None: all.
+        part: this rank's part of a batch, `layer.sharing.part(B, n)`: all that `partial_fit` needs here. None: x is a
+            batch.
 
         Raises
         ------
@@ -196,20 +201,21 @@ class SimilarityMatchingConv2d(Synapses):
         """
         check_images(x, self.in_channels, self.feedforward)
         if isinstance(positions, int):
-            positions = self.draw_positions(positions, x)
+            positions = self.draw_positions(positions, x, first=0 if part is None else part.images.start)
         elif positions is not None:
             check_positions(positions, x.shape[0], self.patch.map_size((x.shape[2], x.shape[3])))
-        return prepare(x, self.patch, self._whitening, positions)
+        return replace(prepare(x, self.patch, self._whitening, positions), part=part)
 
-    def draw_positions(self, count: int, x: Tensor) -> Tensor:
-        """The positions [B, count] that `prepare` draws: a function of the layer's seed and number of updates.
+    def draw_positions(self, count: int, x: Tensor, *, first: int = 0) -> Tensor:
+        """The positions [B, count] that `prepare` draws: a function of the layer's seed and number of updates, for the
+        images of a batch from number `first` on.
 
         >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).draw_positions(5, torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 5])
         """
         map_size = self.patch.map_size((x.shape[2], x.shape[3]))
         key = folded(stream("positions", self.seed), self.updates)
-        return draw_positions(count, x.shape[0], map_size, key, x.device)
+        return draw_positions(count, range(first, first + x.shape[0]), map_size, key, x.device)
 
     def explicit_patches(self, matrix: Tensor, *, whitened: bool = True) -> Patches:
         """Normalised patches [B, P], one per image, as `Patches`; `whitened` if Π and μ have been applied.
@@ -219,19 +225,31 @@ class SimilarityMatchingConv2d(Synapses):
         """
         return Patches(self.patch, self._whitening, (1, 1), matrix=matrix, whitened=whitened or not self.whiten)
 
-    def _batch(self, x: Tensor | Patches, labels: Tensor | None = None, fault: LocalFault | None = None) -> Batch:
+    def _batch(
+        self,
+        x: Tensor | Patches,
+        labels: Tensor | None = None,
+        fault: LocalFault | None = None,
+        *,
+        in_part: bool = False,
+    ) -> Batch:
         """The checked patches and one-hot labels of a batch. `fault` holds what is wrong with patches or labels.
+
+        With `in_part`, the patches may be those of a part of the batch.
 
         Images that do not match the layer raise an error at once: how many columns they have is unknown.
         """
         patches, z = x if isinstance(x, Patches) else self.prepare(x), None
+        batch = Batch(patches)
         with fault or LocalFault(IDENTITY):
             check_patches(patches, self.patch, self._whitening)
+            if not in_part and patches.batch_size != batch.images:
+                raise ValueError(f"patches: expected those of {batch.images} images, got {patches.batch_size}")
             if labels is not None:
                 if fault is None or not fault.recorded:
-                    check_labels(labels, self.num_classes, patches.batch_size)
+                    check_labels(labels, self.num_classes, batch.images)
                 z = one_hot(labels, self.num_classes, self.label)
-        return Batch(patches, z)
+        return replace(batch, z=z)
 
     @eager_full_precision
     def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
@@ -333,7 +351,7 @@ class SimilarityMatchingConv2d(Synapses):
         >>> solution.y.shape, solution.residual.shape
         (torch.Size([2, 4, 6, 6]), torch.Size([2, 6, 6]))
         """
-        fault = LocalFault(self.exchange)
+        fault = LocalFault(self.sharing.solves)
         batch = self._batch(x, labels, fault)
         solution = self.sharing.solve(batch, self._own_state(fault))
         height, width = batch.patches.map_size
@@ -347,7 +365,7 @@ class SimilarityMatchingConv2d(Synapses):
         >>> SimilarityMatchingConv2d(1, 4, kernel_size=3)(torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 4, 6, 6])
         """
-        fault = LocalFault(self.exchange)
+        fault = LocalFault(self.sharing.solves)
         batch = self._batch(x, fault=fault)
         if torch.compiler.is_exporting():
             bound, ridge = traced_bound(self.lateral, self.perron, ridge=self.dynamics.ridge)
@@ -392,16 +410,16 @@ class SimilarityMatchingConv2d(Synapses):
 
         Parameters
         ----------
-        x: [B, C, H, W], or `Patches`.
-        labels: [B], as for `solve`.
+        x: [B, C, H, W], or `Patches`, of the whole batch or of this rank's part of it (`prepare`).
+        labels: [B], as for `solve`, of the whole batch.
         recorded: whether faults are recorded on the device and raised by `raise_faults`, so that the host need not wait
             for the device. An update with a fault, and all later ones, then change nothing. Labels must be valid, as
             they are not checked. Dynamics that no kernel solves need the host, and may raise faults at once.
 
         Returns
         -------
-        `Solution`: y [K, N], num_iters, residual [N]. Where columns are split (`exchange: gather_state`), only the
-        columns `split_columns(…)[rank]` of this owner; `simmatch.measurement.measure` includes all.
+        `Solution`: y [K, N], num_iters, residual [N]. Where columns are split (`exchange: gather_state`, replicas),
+        only those of this rank's part, `layer.sharing.part(B, N / B)`; `simmatch.measurement.measure` includes all.
 
         Raises
         ------
@@ -415,8 +433,8 @@ class SimilarityMatchingConv2d(Synapses):
         (torch.Size([4, 72]), 1)
         """
         fault = self._fault(recorded=recorded)
-        batch = self._batch(x, labels, fault)
-        check_not_empty(batch.patches.batch_size)
+        batch = self._batch(x, labels, fault, in_part=True)
+        check_not_empty(batch.images)
         if (self.whiten or self.label_gain > 0) and isinstance(x, Tensor) and not self.calibrated:
             self.calibrate(x)
             batch = replace(batch, patches=self.prepare(x))  # the patches of a dense layer are whitened already

@@ -101,7 +101,7 @@ class Setup:
             dtype=stack.dtype,
             device=self.device,
             rows=shards[self.mesh.owners.rank],
-            exchange=self.mesh.owners,
+            mesh=self.mesh,
         )
 
     def calibrate(self, index: int, layer: SimilarityMatchingConv2d) -> None:
@@ -172,14 +172,15 @@ class Learner:
     ) -> None:
         self._setup, self.index, self.layer, self.total = setup, index, layer, total
         self._recorded = recorded = layer.by_kernel  # the host then never waits for the device within an update
-        graph = new_graph(setup.device) if recorded and capture and layer.exchange.capturable else None
+        exchanges = layer.mesh.learning
+        capture = recorded and capture and all(exchange.capturable for exchange in exchanges)
 
         def make(batch: Staged) -> tuple[Patches, Solution]:
             with timed("input"):
                 patches = prepare(batch)
             return patches, layer.partial_fit(patches, batch.labels, recorded=recorded)
 
-        self._updates = Updates(make, graph, layer.exchange)
+        self._updates = Updates(make, new_graph(setup.device) if capture else None, exchanges)
 
     def begin(self) -> None:
         """Note that this layer learns from now on, for the error where memory does not suffice."""

@@ -40,13 +40,46 @@ def similarity_objective(x: Tensor, y: Tensor, z: Tensor | None = None, alpha: f
     >>> float(similarity_objective(x, y=x.T)), float(similarity_objective(x, y=torch.zeros(4, 3)))
     (0.0, 1.0)
     """
-    source = x.double().T
-    if z is not None and alpha > 0:
-        frequency = z.double().mean(dim=1, keepdim=True)
-        source = torch.cat([source, alpha**0.5 * z.double() * frequency.clamp(min=1e-300).rsqrt()])
+    frequency = None if z is None else z.double().mean(dim=1)
+    source = similarity_rows(x, z, frequency, alpha)
     target = y.double()
     reference = _squared_gram(source)
     value = reference - 2 * _squared_cross(target, source) + _squared_gram(target)
+    return value / reference.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def similarity_rows(x: Tensor, z: Tensor | None, frequency: Tensor | None, alpha: float) -> Tensor:
+    """S = [X; √α C_z^(-1/2) Z] in float64, so that SᵀS are the similarities of the inputs.
+
+    Parameters
+    ----------
+    x, z, alpha: as for `similarity_objective`, of some of the columns.
+    frequency: [num_classes], the diagonal of C_z, over all columns.
+
+    >>> similarity_rows(torch.ones(7, 9), torch.ones(2, 7), torch.tensor([0.5, 0.5]), alpha=1.0).shape
+    torch.Size([11, 7])
+    """
+    rows = x.double().T
+    if z is None or frequency is None or alpha <= 0:
+        return rows
+    by_label = alpha**0.5 * z.double() * frequency.double().clamp(min=1e-300).rsqrt().unsqueeze(1)
+    return torch.cat([rows, by_label])
+
+
+def objective_of_sums(sums: Tensor, targets: int) -> Tensor:
+    """`similarity_objective` from [Y; S] [Y; S]ᵀ, which can be summed over ranges of columns.
+
+    Parameters
+    ----------
+    sums: [K + P + …, K + P + …], in float64.
+    targets: K, the number of rows of Y.
+
+    >>> both = torch.eye(3, dtype=torch.float64).repeat(2, 1)  # Y = S
+    >>> float(objective_of_sums(both @ both.T, targets=3))
+    0.0
+    """
+    yy, cross, reference = sums[:targets, :targets], sums[:targets, targets:], sums[targets:, targets:].square().sum()
+    value = reference - 2 * cross.square().sum() + yy.square().sum()
     return value / reference.clamp(min=torch.finfo(torch.float64).tiny)
 
 

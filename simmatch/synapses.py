@@ -33,8 +33,9 @@ from simmatch.plasticity import (
     settled_label,
 )
 from simmatch.precision import eager_full_precision
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.exchange import IDENTITY
 from simmatch.sharding.faults import LocalFault, status_of
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.recording import FaultRecord, RecordedFault, put
 from simmatch.sharding.rows import Rows
 from simmatch.sharding.sharing import OwnState
@@ -54,7 +55,7 @@ class Synapses(nn.Module):
     ----------
     arguments: the arguments of the layer.
     rows: the channels held here.
-    exchange: connects to the owners of the other channels.
+    mesh: connects to the owners of the other channels, and to the replicas.
     dtype, device: of all buffers.
 
     Attributes
@@ -74,7 +75,7 @@ class Synapses(nn.Module):
     above_one: whether the relative objective was above 1 in the last update; not saved.
 
     >>> arguments = LayerArguments(in_channels=3, out_channels=16, kernel_size=5, num_classes=10)
-    >>> synapses = Synapses(arguments, Rows.all(16), IDENTITY, dtype=torch.float32, device="cpu")
+    >>> synapses = Synapses(arguments, Rows.all(16), Mesh(), dtype=torch.float32, device="cpu")
     >>> synapses.feedforward.shape, synapses.lateral.shape, synapses.label.shape
     (torch.Size([16, 3, 5, 5]), torch.Size([16, 16]), torch.Size([16, 10]))
     """
@@ -97,7 +98,7 @@ class Synapses(nn.Module):
         self,
         arguments: LayerArguments,
         rows: Rows,
-        exchange: Exchange,
+        mesh: Mesh,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -117,7 +118,7 @@ class Synapses(nn.Module):
             arguments.normalize == "contrast",
             arguments.contrast_floor,
         )
-        self.rows, self.exchange = rows, exchange
+        self.rows, self.mesh = rows, mesh
         self._kept = KeptBound()
         self._record: FaultRecord | None = None
         self._register(dtype, device)
@@ -187,10 +188,9 @@ class Synapses(nn.Module):
         owner calls it whenever M has been written to or loaded since. Several owners raise an error instead, until they
         call `certify` or `recertify`: whether another owner has written to its rows is unknown to them.
         """
-        perron, _ = warm_up(
-            self.lateral, self.perron, self.rows, flagged=torch.zeros_like(self.silent), exchange=self.exchange
-        )
-        bound = certify(self.lateral, perron, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
+        flagged = torch.zeros_like(self.silent)
+        perron, _ = warm_up(self.lateral, self.perron, self.rows, flagged=flagged, mesh=self.mesh)
+        bound = certify(self.lateral, perron, self.rows, ridge=self.dynamics.ridge, mesh=self.mesh)
         self._kept.keep(bound, self.lateral)
 
     @eager_full_precision
@@ -200,7 +200,7 @@ class Synapses(nn.Module):
         Any `perron` gives a valid bound of λmax(M), and the Perron vector of M a tight one. Call this after writing to
         `lateral`.
         """
-        afresh = certify_afresh(self.lateral, self.rows, ridge=self.dynamics.ridge, exchange=self.exchange)
+        afresh = certify_afresh(self.lateral, self.rows, ridge=self.dynamics.ridge, mesh=self.mesh)
         self.perron.copy_(afresh.perron)
         self.certify()
 
@@ -213,7 +213,7 @@ class Synapses(nn.Module):
         if self._kept.bound is None:
             self.certify()
         elif not self._kept.holds_for(self.lateral, look=not fault.recorded):
-            if self.exchange.world_size == 1:
+            if self.mesh.columns.world_size == 1:
                 self.certify()
             elif bool(self.lateral.isfinite().all()):  # rows that are not finite are reported by the dynamics
                 with fault:
@@ -265,19 +265,19 @@ class Synapses(nn.Module):
         flagged = dead + status_of(after["feedforward"], after["label"])
         with timed("bound"):
             perron, dead = warm_up(
-                after["lateral"], state.bound.perron, rows, flagged=flagged, exchange=self.exchange, fault=fault
+                after["lateral"], state.bound.perron, rows, flagged=flagged, mesh=self.mesh, fault=fault
             )
         after |= {"perron": WARM * perron, "dead": dead.sum()}
         with fault:
             if self.plasticity.revive and statistics is not None and (fault.recorded or bool(after["dead"])):
                 after |= self._revived(after, dead)
         with timed("bound"):
-            bound = certify(after["lateral"], perron, rows, ridge=ridge, exchange=self.exchange, fault=fault)
+            bound = certify(after["lateral"], perron, rows, ridge=ridge, mesh=self.mesh, fault=fault)
         ok = fault.settle()
         for name, value in after.items():
             put(getattr(self, name), value, ok)
         self._kept.keep(bound, self.lateral, ok)
-        if self.exchange is IDENTITY and statistics is not None:  # else the exchange's provider measures the objective
+        if self.mesh.columns is IDENTITY and statistics is not None:  # else the mesh's provider measures the objective
             self.above_one.copy_(worse_than_silence(statistics, self.alpha))
             if ok is None:
                 self._warn_of_divergence(stacklevel=6)  # the call of `partial_fit` or `update`
@@ -322,10 +322,10 @@ class Synapses(nn.Module):
         if not recorded:
             if self._record is not None:  # this update must not follow one with a fault
                 self._record.raise_first(self.updates)
-            return LocalFault(self.exchange)
+            return LocalFault(self.mesh.columns)
         if self._record is None or self._record.ok.device != self.lateral.device:
             self._record = FaultRecord(self.lateral.device)
-        return RecordedFault(self.exchange, self._record)
+        return RecordedFault(self.mesh.columns, self._record)
 
     def raise_faults(self) -> None:
         """Raise the fault that an update has recorded, if one has; all owners call this together.

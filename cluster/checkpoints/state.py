@@ -26,7 +26,7 @@ def take_snapshot(stack: Stack, index: int, learning: SimilarityMatchingConv2d, 
         layer = learning if number == index else stack.layer(number)
         own = {f"layers.{number}.{name}": tensor for name, tensor in shard_state(layer).items()}
         rows = dict.fromkeys(own, layer.rows)
-        if learning.exchange.rank == 0:
+        if learning.mesh.owners.rank == 0:
             equal = {f"layers.{number}.{name}": tensor for name, tensor in replicated_state(layer).items()}
             whitening = {name: equal.pop(name) for name in list(equal) if "whitening" in name}
             own |= equal

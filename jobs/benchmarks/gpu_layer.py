@@ -145,11 +145,18 @@ class LayerAtWork:
 
     def __init__(self, layer: SimilarityMatchingConv2d, dataset: Dataset, plan: GpuPlan, way: str) -> None:
         images, recorded = dataset.train_images, way != "raised"
-        store = FeatureStore(images, layer.exchange, batch=500, dtype=torch.float32, device=plan.device)
+        store = FeatureStore(images, layer.mesh.everyone, batch=500, dtype=torch.float32, device=plan.device)
         whole = len(images) // plan.batch * plan.batch  # no smaller last batch
         order = Batches(len(images), plan.batch, epochs=1000, seed=plan.seed, images=whole)
         self.layer, self.updates = layer, 0
-        self.inputs = LayerInputs(layer, store, positions=196, below=None, on_progress=lambda done: None)
+        self.inputs = LayerInputs(
+            layer,
+            store,
+            size=(images.shape[2], images.shape[3]),
+            positions=196,
+            below=None,
+            on_progress=lambda done: None,
+        )
         self.batches = self.inputs.staged(order)
 
         def make(batch: Staged) -> tuple[Patches, Solution]:
@@ -157,7 +164,7 @@ class LayerAtWork:
                 patches = self.inputs.prepare(batch)
             return patches, layer.partial_fit(patches, recorded=recorded)
 
-        self.make = Updates(make, new_graph(plan.device) if way == "captured" else None, layer.exchange)
+        self.make = Updates(make, new_graph(plan.device) if way == "captured" else None, layer.mesh.learning)
 
     def some(self, count: int, *, look: bool = True) -> None:
         """Make some updates; with a `look`, raise faults and measure every tenth."""

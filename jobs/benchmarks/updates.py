@@ -24,6 +24,7 @@ from simmatch.data.config import DataConfig
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 
 KERNEL, PADDING = 5, 2
@@ -161,7 +162,7 @@ def _build(
         dynamics=dynamics,
         seed=seed,
         rows=split_rows(channels, exchange.world_size)[exchange.rank],
-        exchange=exchange,
+        mesh=Mesh.of_owners(exchange),
     )
 
 

@@ -9,6 +9,10 @@ Every exchange after which a fault can be raised includes one number of each own
 Where possible, the status is a nonnegative quantity that is exchanged anyway, such as a largest magnitude; otherwise it
 is 0 if there is no fault. All owners read the same bytes, so either all raise an error or none.
 
+Some exchanges are between some of the ranks that share an update: the owners of one replica, or a rank that solves its
+columns alone. What is found there is held (`apart`) until the next exchange of all of them, at which each rank reports
+what is its own.
+
 To raise an error the host has to wait for the device. There are two modes, with one interface:
 
     LocalFault      raises at the exchange: nothing is computed after it
@@ -19,13 +23,14 @@ To raise an error the host has to wait for the device. There are two modes, with
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.exchange import Exchange
 
 MOST_NAMED = 8
 """Ranks that a message names."""
@@ -88,8 +93,9 @@ class LocalFault:
     """Whether faults are recorded on the device, so that nothing in an update may wait for it."""
 
     def __init__(self, exchange: Exchange) -> None:
-        self._alone = exchange.world_size == 1
+        self._exchange = exchange
         self.error: Exception | None = None
+        self._found: list[Tensor] = []
 
     def __enter__(self) -> None:
         return None
@@ -97,16 +103,23 @@ class LocalFault:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if self._alone or not isinstance(error, Exception):
+        if self._exchange.world_size == 1 or not isinstance(error, Exception):
             return False
         self.error = self.error or error
         return True
 
-    def mark(self, status: Tensor) -> None:
-        """Write the fault, if there is one, into this owner's status.
+    def found(self, status: Tensor) -> None:
+        """Add a status [1] of this owner, to be reported at the next exchange."""
+        self._found.append(status)
 
-        A held `SharedFault` comes from columns that this owner solved alone, and means values that are not finite.
+    def mark(self, status: Tensor) -> None:
+        """Write what this owner has found, and its exception, if there is one, into its status.
+
+        A held `SharedFault` comes from an exchange of some of the owners, and means values that are not finite.
         """
+        for found in self._found:
+            status.add_(found)
+        self._found.clear()
         if self.error is not None:
             status.fill_(math.nan if isinstance(self.error, SharedFault) else EXCEPTION)
 
@@ -114,9 +127,36 @@ class LocalFault:
         """Raise a `SharedFault` if a status reports a fault, with the held exception as its cause."""
         raise_shared(statuses, values, self.error)
 
-    def alone(self) -> LocalFault:
-        """Faults of what this owner computes alone: they are raised where they occur, inside `with fault`."""
-        return LocalFault(IDENTITY)
+    @contextmanager
+    def apart(self, exchange: Exchange) -> Iterator[LocalFault]:
+        """The faults of what the owners that `exchange` connects compute apart from the others, if there are others.
+
+        They are raised where they occur, or at these owners' next exchange, and held here.
+
+        >>> from types import SimpleNamespace
+        >>> everyone, some = SimpleNamespace(world_size=4), SimpleNamespace(world_size=2, rank=1)
+        >>> fault, statuses = LocalFault(everyone), torch.zeros(4)
+        >>> with fault.apart(some) as theirs:
+        ...     theirs.raise_shared(torch.tensor([0.0, math.nan]), "activities")  # held
+        >>> fault.mark(statuses[3])
+        >>> statuses
+        tensor([0., 0., 0., nan])
+        """
+        if exchange.world_size == self._exchange.world_size:
+            yield self
+            return
+        inner = self._inner(exchange)
+        with self:
+            try:
+                yield inner
+            except SharedFault as fault:
+                if inner.error is None and exchange.rank in fault.ranks:
+                    raise  # else another owner reports it, or this one its exception
+            finally:
+                self.error = self.error or inner.error
+
+    def _inner(self, exchange: Exchange) -> LocalFault:
+        return LocalFault(exchange)
 
     def settle(self) -> Tensor | None:
         """After the last exchange: whether no fault was recorded, bool on the device; None if faults are raised."""

@@ -69,3 +69,13 @@ class Mesh:
     def of_owners(cls, exchange: Exchange) -> Mesh:
         """A mesh with the axis `channel` only."""
         return cls(everyone=exchange, owners=exchange, columns=exchange)
+
+    @property
+    def learning(self) -> list[Exchange]:
+        """The exchanges that an update of a layer uses, each once."""
+        distinct = {id(exchange): exchange for exchange in (self.owners, self.replicas, self.columns)}
+        return list(distinct.values())
+
+
+ALONE = Mesh()
+"""The mesh of a single process."""

@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.faults import LocalFault, SharedFault, raise_shared, status_of
 
 
@@ -77,7 +77,28 @@ class FaultRecord:
                 raise SharedFault(fault.kind, fault.ranks, int(updates) + 1) from cause
 
 
-class RecordedFault(LocalFault):
+class NotRaised(LocalFault):
+    """Faults that the host does not wait for: what `RecordedFault` and `OwnFault` have in common.
+
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> NotRaised(IDENTITY).recorded
+    True
+    """
+
+    recorded = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        held = super().__exit__(kind, error, traceback)
+        # capturing moves nothing, so no owner waits; held, the exception would be reported anew at every replay
+        return held and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+    def _inner(self, exchange: Exchange) -> LocalFault:
+        return OwnFault(exchange, self)
+
+
+class RecordedFault(NotRaised):
     """Faults of one update, recorded instead of raised; see this module.
 
     The exception of an owner is held until the next exchange too, and that of a single owner raised where it occurs.
@@ -101,27 +122,10 @@ class RecordedFault(LocalFault):
     simmatch.sharding.faults.SharedFault: exception on rank 0 in update 7
     """
 
-    recorded = True
-
     def __init__(self, exchange: Exchange, record: FaultRecord) -> None:
         super().__init__(exchange)
         self._record = record
         self._stages: dict[str, Tensor] = {}
-        self._own: list[Tensor] = []
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        held = super().__exit__(kind, error, traceback)
-        # capturing moves nothing, so no owner waits; held, the exception would be reported anew at every replay
-        return held and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-    def mark(self, status: Tensor) -> None:
-        """Write what this owner has found, alone, into its status."""
-        for own in self._own:
-            status.add_(own)
-        self._own.clear()
-        super().mark(status)
 
     def raise_shared(self, statuses: Tensor, values: str) -> None:
         """Record the statuses of one exchange: the least and the greatest of every owner, over all exchanges of such
@@ -131,31 +135,35 @@ class RecordedFault(LocalFault):
             statuses = torch.cat([self._stages[values], statuses], dim=1)
         self._stages[values] = torch.stack(statuses.aminmax(dim=1), dim=1)
 
-    def alone(self) -> LocalFault:
-        return self if self._alone else OwnFault(self._own)
-
     def settle(self) -> Tensor:
         self._record.add(self._stages, self.error)
         return self._record.ok
 
 
-class OwnFault(LocalFault):
-    """What an owner finds in its own columns, collected for its status at the next exchange with the others.
+class OwnFault(NotRaised):
+    """What is found apart from the others (`LocalFault.apart`), collected for the next exchange with them.
 
-    >>> collected = []
-    >>> OwnFault(collected).raise_shared(torch.tensor([float("inf")]), "activities")
-    >>> collected
-    [tensor([nan])]
+    >>> from simmatch.sharding.exchange import IDENTITY
+    >>> outer = LocalFault(IDENTITY)
+    >>> OwnFault(IDENTITY, outer).raise_shared(torch.tensor([float("inf")]), "activities")
+    >>> status = torch.zeros(1)
+    >>> outer.mark(status)
+    >>> status
+    tensor([nan])
     """
 
-    recorded = True
-
-    def __init__(self, collected: list[Tensor]) -> None:
-        super().__init__(IDENTITY)
-        self._collected = collected
+    def __init__(self, exchange: Exchange, outer: LocalFault) -> None:
+        super().__init__(exchange)
+        self._outer = outer
+        self._sound: Tensor | None = None
 
     def raise_shared(self, statuses: Tensor, values: str) -> None:
-        self._collected.append(status_of(statuses))
+        """Report this owner's status, unless some owner had a fault before: what follows from that is not its own."""
+        own, sound = status_of(statuses[self._exchange.rank]), (statuses * 0.0).sum() == 0.0
+        if self._sound is not None:
+            own, sound = torch.where(self._sound, own, 0.0), self._sound & sound
+        self._sound = sound
+        self._outer.found(own)
 
 
 def put(target: Tensor, value: Tensor, ok: Tensor | None) -> None:

@@ -1,12 +1,14 @@
-"""Two ways for the owners of one layer to share the work of a batch: by rows or by columns.
+"""Two ways for the ranks of one layer to share the work of a batch: by rows or by columns.
 
-    RowSharing      an owner solves all columns for its own rows; activities are exchanged within the dynamics
-    ColumnSharing   an owner solves a share of the columns for all rows; rows of the weights are exchanged before the
-                    dynamics, and sums over columns after them (`exchange: gather_state`)
+    RowSharing      an owner solves all columns of its replica for its own rows; activities are exchanged within the
+                    dynamics. Replicas split the images of a batch
+    ColumnSharing   a rank solves a share of the columns for all rows; rows of the weights are exchanged before the
+                    dynamics, and sums over columns after them (`exchange: gather_state`). All owners of all replicas
+                    split the columns of a batch
 
 In both, every owner ends with the statistics of its own rows over the whole batch. With N columns, T exchanges in the
-dynamics, K channels and patches of P values, the first moves T K N values per update and the second 2 K (K + P). A
-single owner runs the same code, with nothing to move.
+dynamics, K channels and patches of P values, the first moves T K N values per update and the second 2 K (K + P);
+replicas add their sums besides (`simmatch.sharding.sums`). A single rank runs the same code, with nothing to move.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from simmatch.batch import Batch, batch_drive, batch_statistics, with_totals
 from simmatch.config import DynamicsConfig
 from simmatch.parts import timed
 from simmatch.plasticity import Statistics, Weights
-from simmatch.sharding.columns import covering, split_columns
+from simmatch.sharding.columns import Part, covering
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.gathered_state import GatheredState, gather_columns
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import Rows
+from simmatch.sharding.sums import sum_over_replicas
 from simmatch.solvers.bound import Bound
 from simmatch.solvers.dynamics import Dynamics, Solution
 
@@ -55,150 +59,185 @@ class OwnState:
 
 
 class RowSharing:
-    """Every owner solves all columns for its own rows.
+    """Every owner solves all columns of its replica's images for its own rows.
 
     Parameters
     ----------
     dynamics: configuration of the solver.
     rows: the channels held here.
-    exchange: connects to the owners of the other channels.
-    alone: whether there are no other owners, so that `solver: auto` may select a solver that needs all channels.
+    mesh: connects to the owners of the other channels, and to the replicas.
+    alone: whether there are no other ranks, so that `solver: auto` may select a solver that needs all channels.
 
     Attributes
     ----------
-    column_exchange: connects the owners over which columns are split: only this one.
+    splits: connects the ranks over which the columns of a batch are split: the replicas.
+    shares: connects the ranks that have the same part of a batch: the owners.
+    solves: connects the ranks that `solve` a batch together: the owners.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> from simmatch.solvers.bound import certify_afresh
     >>> weights, rows = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), Rows.all(4)
     >>> state = OwnState(weights, certify_afresh(weights.lateral, rows, ridge=0.0), None, LocalFault(IDENTITY))
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
-    >>> solution, statistics = RowSharing(DynamicsConfig(), rows, IDENTITY).learn(batch, state)
+    >>> solution, statistics = RowSharing(DynamicsConfig(), rows, Mesh()).learn(batch, state)
     >>> solution.y.shape, statistics.count
     (torch.Size([4, 72]), 72)
     """
 
-    column_exchange: Exchange = IDENTITY
+    def __init__(self, dynamics: DynamicsConfig, rows: Rows, mesh: Mesh, *, alone: bool = False) -> None:
+        self.splits, self.shares, self.solves = mesh.replicas, mesh.owners, mesh.owners
+        self._rows, self._solver = rows, Dynamics(dynamics, rows, mesh.owners, alone=alone)
 
-    def __init__(self, dynamics: DynamicsConfig, rows: Rows, exchange: Exchange, *, alone: bool = False) -> None:
-        self._rows, self._solver = rows, Dynamics(dynamics, rows, exchange, alone=alone)
+    def part(self, images: int, positions: int, *, rank: int | None = None) -> Part:
+        """The part of a rank of `splits`, this one by default, of a batch of images with as many columns each."""
+        ranks = self.splits.world_size
+        return Part.of_images(images, positions, ranks=ranks, rank=self.splits.rank if rank is None else rank)
 
     def by_kernel(self, like: Tensor) -> bool:
         """See `Dynamics.by_kernel`."""
         return self._solver.by_kernel(like)
 
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
-        """Solve a batch: y [K, N] and residual [N]. All owners raise an exception of any of them."""
-        lateral = state.weights.lateral
-        drive = None
-        with timed("drive"), state.fault:
-            drive = batch_drive(batch, state.weights, state.alpha)
-        if drive is None:  # a fault: zeros, so that the exchange keeps its shape
-            drive = lateral.new_zeros(self._rows.count, batch.columns)
-        with timed("dynamics"):
-            return self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=state.fault)
+        """Solve a whole batch: y [K, N] and residual [N]. All owners of a replica raise an exception of any of them."""
+        everything = Part.of_images(batch.images, batch.patches.positions, ranks=1, rank=0)
+        return self._solve(batch, everything, state, state.fault, fixed=fixed)[1]
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
-        """Solve a batch, and compute the statistics of this owner's rows; None if `state.fault` holds an exception."""
-        solution, statistics = self.solve(batch, state), None
-        with timed("statistics"), state.fault:
-            statistics = batch_statistics(batch, solution.y, self._rows, state.weights.label.shape[1])
-        return solution, statistics
+        """Solve this replica's part of a batch, y [K, n] and residual [n], and sum statistics of this owner's rows over
+        all columns.
+
+        All ranks raise an exception of any of them; where one is held or recorded, its owner has no statistics.
+        """
+        part = self.part(batch.images, batch.patches.positions)
+        solution, statistics = None, None
+        with state.fault.apart(self.shares) as fault:
+            own, solution = self._solve(batch, part, state, fault)
+            with timed("statistics"), fault:
+                if own is not None:
+                    sums = batch_statistics(own, solution.y, self._rows, state.weights.label.shape[1])
+                    statistics = with_totals(sums, batch)
+        return solution or _unsolved(self._rows, part, state), _added(statistics, self.splits, state)
+
+    def _solve(
+        self, batch: Batch, part: Part, state: OwnState, fault: LocalFault, *, fixed: bool = False
+    ) -> tuple[Batch | None, Solution]:
+        """The images of a part, None if `fault` holds an exception, and their solution."""
+        lateral, own, drive = state.weights.lateral, None, None
+        with timed("drive"), fault:
+            own = batch.own(part)
+            drive = batch_drive(own, state.weights, state.alpha)
+        if drive is None:  # a fault: zeros, so that the exchange keeps its shape
+            drive = lateral.new_zeros(self._rows.count, len(part.columns))
+        with timed("dynamics"):
+            return own, self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=fault)
 
 
 class ColumnSharing:
-    """Every owner solves a share of the columns for all rows, which it gathers for the time of a batch.
+    """Every rank solves a share of the columns for all rows, which it gathers for the time of a batch.
 
     Parameters
     ----------
     dynamics: configuration of the solver.
     rows: the channels held here.
-    exchange: connects to the owners of the other channels.
+    mesh: connects to the owners of the other channels, and to the replicas.
     filters: (C, k, k), the shape of a row of W.
     num_classes: number of columns of V.
 
     Attributes
     ----------
-    column_exchange: connects the owners over which columns are split.
+    splits: connects the ranks over which the columns of a batch are split: all owners of all replicas.
+    shares: connects the ranks that have the same part of a batch: only this one.
+    solves: connects the ranks that `solve` a batch together: all.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> from simmatch.solvers.bound import certify_afresh
     >>> weights, rows = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), Rows.all(4)
     >>> state = OwnState(weights, certify_afresh(weights.lateral, rows, ridge=0.0), None, LocalFault(IDENTITY))
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
-    >>> sharing = ColumnSharing(DynamicsConfig(), rows, IDENTITY, filters=(1, 3, 3), num_classes=0)
+    >>> sharing = ColumnSharing(DynamicsConfig(), rows, Mesh(), filters=(1, 3, 3), num_classes=0)
     >>> sharing.solve(batch, state).y.shape
     torch.Size([4, 72])
     """
 
+    shares: Exchange = IDENTITY
+
     def __init__(
-        self,
-        dynamics: DynamicsConfig,
-        rows: Rows,
-        exchange: Exchange,
-        filters: tuple[int, int, int],
-        num_classes: int,
+        self, dynamics: DynamicsConfig, rows: Rows, mesh: Mesh, filters: tuple[int, int, int], num_classes: int
     ) -> None:
-        self.column_exchange = exchange
+        self.splits, self.solves, self._mesh = mesh.columns, mesh.columns, mesh
         self._all_rows, self._num_classes = Rows.all(rows.total), num_classes
         self._solver = Dynamics(dynamics, self._all_rows, alone=True)
-        self._state = GatheredState(rows, exchange, filters, num_classes)
+        self._state = GatheredState(rows, mesh.owners, filters, num_classes)
+
+    def part(self, images: int, positions: int, *, rank: int | None = None) -> Part:
+        """The part of a rank of `splits`, this one by default, of a batch of images with as many columns each."""
+        ranks = self.splits.world_size
+        return Part.of_columns(images, positions, ranks=ranks, rank=self.splits.rank if rank is None else rank)
 
     def by_kernel(self, like: Tensor) -> bool:
         """See `Dynamics.by_kernel`."""
         return self._solver.by_kernel(like)
 
     def solve(self, batch: Batch, state: OwnState, *, fixed: bool = False) -> Solution:
-        """Solve a batch and gather the columns of all owners: y [K, N] and residual [N]."""
-        weights = self._weights(state)
-        shares = split_columns(batch.columns, self.column_exchange.world_size)
-        columns = shares[self.column_exchange.rank]
+        """Solve a batch and gather the columns of all ranks: y [K, N] and residual [N]."""
+        shape = batch.images, batch.patches.positions
+        part, own = self.part(*shape), None
+        with state.fault.apart(self._mesh.owners) as fault:
+            weights = self._weights(state, fault)
+            with fault.apart(IDENTITY) as alone:
+                own = self._solve(*covering(part.columns, batch.own(part)), weights, state, alone, fixed=fixed)
+        own = own or _unsolved(self._all_rows, part, state)
         if batch.columns == 0:
-            return _unsolved(weights, columns)
-        own = None
-        with state.fault:
-            own = self._solve(*covering(columns, batch), weights, state, fixed=fixed)
-        own = own or _unsolved(weights, columns)
+            return own
         values = torch.cat([own.y, own.residual.unsqueeze(0)])
-        counts = [len(share) for share in shares]
+        counts = [len(self.part(*shape, rank=rank).columns) for rank in range(self.splits.world_size)]
         with timed("exchange"):
-            joined, singles = gather_columns(values, [own.num_iters], counts, self.column_exchange, state.fault)
+            joined, singles = gather_columns(values, [own.num_iters], counts, self.splits, state.fault)
         return Solution(joined[:-1], int(singles.amax()), joined[-1])
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
-        """Solve this owner's columns, y [K, n] and residual [n], and sum statistics of its rows over all columns.
+        """Solve this rank's columns, y [K, n] and residual [n], and sum statistics of its rows over all columns.
 
-        All owners raise an exception of any of them; where it is recorded, its owner has no statistics.
+        All ranks raise an exception of any of them; where one is held or recorded, its owner has no statistics.
         """
-        weights = self._weights(state)
-        columns = split_columns(batch.columns, self.column_exchange.world_size)[self.column_exchange.rank]
-        solution, sums = None, None
-        with state.fault:
-            part, inside = covering(columns, batch)
-            solution = self._solve(part, inside, weights, state)
-            with timed("statistics"):
-                y = F.pad(solution.y, (inside.start, part.columns - inside.stop))  # zero in the other columns
-                sums = with_totals(batch_statistics(part, y, self._all_rows, self._num_classes), batch)
-        with timed("exchange"):
-            statistics = self._state.statistics(sums, weights.lateral, state.fault)
-        return solution or _unsolved(weights, columns), statistics
+        part = self.part(batch.images, batch.patches.positions)
+        solution, sums, statistics = None, None, None
+        with state.fault.apart(self._mesh.owners) as fault:
+            weights = self._weights(state, fault)
+            with fault.apart(IDENTITY) as alone:
+                own, inside = covering(part.columns, batch.own(part))
+                solution = self._solve(own, inside, weights, state, alone)
+                with timed("statistics"):
+                    y = F.pad(solution.y, (inside.start, own.columns - inside.stop))  # zero in the other columns
+                    sums = with_totals(batch_statistics(own, y, self._all_rows, self._num_classes), batch)
+            with timed("exchange"):
+                statistics = self._state.statistics(sums, weights.lateral, fault)
+        return solution or _unsolved(self._all_rows, part, state), _added(statistics, self._mesh.replicas, state)
 
-    def _weights(self, state: OwnState) -> Weights:
+    def _weights(self, state: OwnState, fault: LocalFault) -> Weights:
         with timed("exchange"):
-            return self._state.weights(state.weights, state.fault, label=state.alpha is not None)
+            return self._state.weights(state.weights, fault, label=state.alpha is not None)
 
-    def _solve(self, part: Batch, inside: slice, weights: Weights, state: OwnState, *, fixed: bool = False) -> Solution:
-        """Solve this owner's columns: y [K, n] and residual [n]."""
+    def _solve(
+        self, own: Batch, inside: slice, weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool = False
+    ) -> Solution:
+        """Solve this rank's columns: y [K, n] and residual [n]."""
         with timed("drive"):
-            drive = batch_drive(part, weights, state.alpha)[:, inside]
+            drive = batch_drive(own, weights, state.alpha)[:, inside]
         with timed("dynamics"):
-            fault = state.fault.alone()
             return self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed, fault=fault)
 
 
-def _unsolved(weights: Weights, columns: range) -> Solution:
-    """Zeros: of no columns, or a placeholder for an owner with a fault, so that the exchange keeps its shape."""
-    zeros = weights.lateral.new_zeros(weights.lateral.shape[1] + 1, len(columns))
+def _added(own: Statistics | None, replicas: Exchange, state: OwnState) -> Statistics | None:
+    """Statistics of the parts of all replicas, added."""
+    weights = state.weights
+    with timed("exchange"):
+        return sum_over_replicas(own, (weights.feedforward, weights.lateral, weights.label), replicas)
+
+
+def _unsolved(rows: Rows, part: Part, state: OwnState) -> Solution:
+    """Zeros in place of the solution of an owner with a fault."""
+    zeros = state.weights.lateral.new_zeros(rows.total + 1, len(part.columns))
     return Solution(zeros[:-1], 0, zeros[-1])
 
 

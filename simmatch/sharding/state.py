@@ -14,6 +14,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.moments import ROWS, Moments
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, join_rows
+from simmatch.sharding.sums import sum_over_ranks
 
 SHARDED = ("feedforward", "lateral", "label", "silent")
 """Buffers whose first dimension runs over the layer's own channels."""
@@ -74,7 +75,7 @@ def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingCon
         for name, tensor in replicated_state(source).items():
             getattr(target, name).copy_(tensor)
         for name, tensor in shard_state(source).items():
-            getattr(target, name).copy_(gather_rows(tensor, source.rows, source.exchange))
+            getattr(target, name).copy_(gather_rows(tensor, source.rows, source.mesh.owners))
     target.recertify()
 
 
@@ -86,28 +87,6 @@ def gather_from_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
     torch.Size([1, 3])
     """
     return gather_padded(tensor.unsqueeze(0), 1, exchange).squeeze(1)
-
-
-def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
-    """The sum of one tensor per rank, all of one shape, added in the order of ranks, on every rank.
-
-    Each rank adds a part of the values and sends its sums to the others: the same bits in every run, 2 (G − 1) / G
-    tensors received, and two more in memory, whatever the number of ranks.
-
-    >>> from simmatch.sharding.exchange import IDENTITY
-    >>> sum_over_ranks(torch.ones(3), IDENTITY)
-    tensor([1., 1., 1.])
-    """
-    ranks, count = exchange.world_size, tensor.numel()
-    parts = tensor.new_zeros(ranks, -(-count // ranks))
-    parts.view(-1)[:count] = tensor.flatten()
-    received = torch.empty_like(parts)
-    exchange.all_to_all(received, parts).wait()
-    total = parts[exchange.rank].copy_(received[0])
-    for other in received[1:]:
-        total += other
-    exchange.all_gather(parts).wait()
-    return parts.view(-1)[:count].view_as(tensor)
 
 
 def moments_over_ranks(blocks: Iterable[tuple[int, Tensor]], moments: Moments, exchange: Exchange) -> Moments:

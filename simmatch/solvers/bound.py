@@ -7,7 +7,8 @@ same bound from the same bytes, and learn of a fault of any owner:
     warm_up    v ← M v for the new M: a channel that has just become active is nearly absent from the old v
     certify    the bound from v, and M v for the next update
 
-They are arithmetic on the device: the host does not wait for it.
+They are arithmetic on the device: the host does not wait for it. With several replicas, each owner gathers from all
+of them, and uses the values of the first, which are those of all: so the replicas learn of each other's faults too.
 
 The bound depends only on M and on v. A copied or loaded layer with the same M and vector has exactly the same bound.
 A bound is not used after M has changed.
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault
+from simmatch.sharding.mesh import ALONE, Mesh
 from simmatch.sharding.recording import put
 from simmatch.sharding.rows import Rows, join_rows
 
@@ -32,6 +33,9 @@ WARM = 2.0
 """Factor of a saved vector v from which a bound was certified: `warm_up` returns it as it is. A vector whose largest
 entry is at most 1 makes one step of the power method first. So the bound of a loaded M is the one that it had, from
 what an update saved after a revival too, and from what earlier versions saved."""
+
+NOT_FINITE_REPLICA = "activities or statistics"
+"""Name, in messages, of values that a replica has found not to be finite before its sums were added to the others'."""
 
 NOT_FINITE_LATERAL = "lateral weights"
 """Name, in messages, of the values checked at both exchanges."""
@@ -129,7 +133,7 @@ def certify(
     rows: Rows,
     *,
     ridge: float,
-    exchange: Exchange = IDENTITY,
+    mesh: Mesh = ALONE,
     fault: LocalFault | None = None,
 ) -> Bound:
     """Bound λmax(M) by one matrix–vector product and one gather of 2 K values.
@@ -142,7 +146,7 @@ def certify(
     perron: [K], v, equal on all owners. Any vector gives a valid bound.
     rows: the channels held here.
     ridge: ε relative to the mean of the diagonal of M.
-    exchange: connects to the other owners.
+    mesh: connects to the other owners and replicas.
     fault: holds the exception of this owner, if any.
 
     Raises
@@ -154,12 +158,12 @@ def certify(
     >>> 1.0 <= bound.value < 1.001
     True
     """
-    fault = fault or LocalFault(exchange)
+    fault = fault or LocalFault(mesh.columns)
     vector = _floored(perron)
     own = [lateral.abs() @ vector, lateral.diagonal(offset=rows.start).abs()]
-    gathered = _gather(own, rows, exchange, fault)
+    gathered, tables = _gather(own, rows, mesh, fault)
     fault.raise_shared(gathered, NOT_FINITE_LATERAL)
-    product, diagonal = join_rows(gathered, rows.total, dim=1)
+    product, diagonal = _joined(tables, rows, mesh)
     largest, epsilon = _bound(product, vector, diagonal, ridge)
     return Bound(largest, epsilon, _floored(product))
 
@@ -170,14 +174,14 @@ def warm_up(
     rows: Rows,
     *,
     flagged: Tensor,
-    exchange: Exchange = IDENTITY,
+    mesh: Mesh = ALONE,
     fault: LocalFault | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of the power method, v ← |M| v, and the flags of all owners, in one gather of 2 K values.
 
     Parameters
     ----------
-    lateral, rows, exchange, fault: as for `certify`.
+    lateral, rows, mesh, fault: as for `certify`.
     perron: [K], v, equal on all owners; it makes no step if its largest entry is above 1, see `WARM`.
     flagged: [K_g], 1 for channels to report to all owners (dead ones), else 0; NaN if this owner's feedforward or label
         weights are not finite.
@@ -194,15 +198,16 @@ def warm_up(
     >>> warm_up(torch.eye(2), torch.ones(2), Rows.all(2), flagged=torch.tensor([0.0, 1.0]))
     (tensor([1., 1.]), tensor([False,  True]))
     """
-    fault, start = fault or LocalFault(exchange), _floored(perron)
-    gathered = _gather([lateral.abs() @ start, flagged], rows, exchange, fault)
-    fault.raise_shared(gathered[:, 1], "feedforward or label weights")
-    fault.raise_shared(gathered[:, 0], NOT_FINITE_LATERAL)
-    product, flags = join_rows(gathered, rows.total, dim=1)
+    fault, start = fault or LocalFault(mesh.columns), _floored(perron)
+    gathered, tables = _gather([lateral.abs() @ start, flagged], rows, mesh, fault)
+    fault.raise_shared(gathered[:, -1:], NOT_FINITE_REPLICA)
+    fault.raise_shared(tables[:, 1], "feedforward or label weights")
+    fault.raise_shared(tables[:, 0], NOT_FINITE_LATERAL)
+    product, flags = _joined(tables, rows, mesh)
     return _warmed(perron, start, product), flags > 0
 
 
-def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, exchange: Exchange = IDENTITY) -> Bound:
+def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, mesh: Mesh = ALONE) -> Bound:
     """Bound λmax(M) without a starting vector: `certify` until two products improve the bound by less than 0.1 %.
 
     The host decides, and waits for the device.
@@ -212,8 +217,8 @@ def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, exchange: Excha
     """
 
     def two_products(start: Tensor) -> Bound:
-        first = certify(lateral, start, rows, ridge=ridge, exchange=exchange)
-        return certify(lateral, first.perron, rows, ridge=ridge, exchange=exchange)
+        first = certify(lateral, start, rows, ridge=ridge, mesh=mesh)
+        return certify(lateral, first.perron, rows, ridge=ridge, mesh=mesh)
 
     bound = two_products(lateral.new_ones(rows.total))
     for _ in range(100):
@@ -239,14 +244,22 @@ def traced_bound(lateral: Tensor, perron: Tensor, *, ridge: float) -> tuple[Tens
     return _bound(magnitudes @ vector, vector, magnitudes.diagonal(), ridge)
 
 
-def _gather(own: list[Tensor], rows: Rows, exchange: Exchange, fault: LocalFault) -> Tensor:
-    """Values [K_g] of every owner: [G, len(own), K_pad]; those of an owner with a fault are its status."""
-    gathered = own[0].new_zeros(exchange.world_size, len(own), rows.padded)
-    for target, values in zip(gathered[exchange.rank], own, strict=True):
+def _gather(own: list[Tensor], rows: Rows, mesh: Mesh, fault: LocalFault) -> tuple[Tensor, Tensor]:
+    """Values [K_g] of every owner of every replica, followed by its status: flat [ranks, n · K_pad + 1], and a view of
+    the values, [ranks, n, K_pad]."""
+    ranks, rank = mesh.columns.world_size, mesh.columns.rank
+    gathered = own[0].new_zeros(ranks, len(own) * rows.padded + 1)
+    tables = gathered[:, :-1].view(ranks, len(own), rows.padded)
+    for target, values in zip(tables[rank], own, strict=True):
         target[: rows.count] = values
-    fault.mark(gathered[exchange.rank])
-    exchange.all_gather(gathered).wait()
-    return gathered
+    fault.mark(gathered[rank, -1:])
+    mesh.columns.all_gather(gathered).wait()
+    return gathered, tables
+
+
+def _joined(tables: Tensor, rows: Rows, mesh: Mesh) -> Tensor:
+    """[n, K], the values of the first replica."""
+    return join_rows(tables[: mesh.owners.world_size], rows.total, dim=1)
 
 
 def _bound(product: Tensor, vector: Tensor, diagonal: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

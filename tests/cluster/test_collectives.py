@@ -21,7 +21,7 @@ from cluster.collectives import PeerTimeout, TorchExchange, connect_store, join_
 from simmatch.features import gather_images, own_part
 from simmatch.sharding.exchange import Exchange, IdentityExchange
 from simmatch.sharding.rows import split_rows
-from simmatch.sharding.state import sum_over_ranks
+from simmatch.sharding.sums import sum_over_ranks
 from tests.exchanges import results
 
 LOOPBACK = "127.0.0.1"

@@ -29,6 +29,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.memory import Lever, MemoryWatch, OutOfMemory
 from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import results
 from tests.faults import Kind, inject
@@ -218,7 +219,7 @@ def learn_and_look(exchange: TorchExchange, kind: Kind) -> Failure | None:
     """Updates whose faults are recorded, as on a GPU: rank 1's second one fails, and all ranks look after the third."""
     rows = split_rows(8, exchange.world_size)[exchange.rank]
     dynamics = DynamicsConfig(exchange="gather_state")
-    layer = SimilarityMatchingConv2d(1, 8, kernel_size=3, dynamics=dynamics, rows=rows, exchange=exchange)
+    layer = SimilarityMatchingConv2d(1, 8, kernel_size=3, dynamics=dynamics, rows=rows, mesh=Mesh.of_owners(exchange))
     try:
         with MemoryWatch(torch.device("cpu")) as memory, pytest.MonkeyPatch.context() as patch:
             scripted.use(patch)

@@ -193,7 +193,9 @@ def test_bytes_of_an_iteration_are_those_that_arrive(
         def owner(exchange: ThreadExchange) -> int:
             counting = Counting(exchange)
             rows = split_rows(layer.out_channels, channel)[exchange.rank]
-            shard = SimilarityMatchingConv2d.from_config(layer, 1, (8, 8), num_classes=10, rows=rows, exchange=counting)
+            shard = SimilarityMatchingConv2d.from_config(
+                layer, 1, (8, 8), num_classes=10, rows=rows, mesh=Mesh.of_owners(counting)
+            )
             with torch.no_grad():
                 shard.solve(images)
             return counting.received
@@ -217,7 +219,7 @@ def test_bytes_of_an_update_are_those_that_arrive(make_config: MakeConfig, digit
         counting = Counting(exchange)
         own = rows[exchange.rank]
         shard = SimilarityMatchingConv2d.from_config(
-            layer, channels, extent, num_classes=10, rows=own, exchange=counting
+            layer, channels, extent, num_classes=10, rows=own, mesh=Mesh.of_owners(counting)
         )
         shard.calibrate(images)
         shard.partial_fit(images, labels)
@@ -225,7 +227,7 @@ def test_bytes_of_an_update_are_those_that_arrive(make_config: MakeConfig, digit
         shard.partial_fit(images, labels)
         return counting.received - before
 
-    bound_bytes = 4 * (channel - 1) * 4 * rows[0].padded
+    bound_bytes = 4 * (channel - 1) * (4 * rows[0].padded + 2)
     assert results(run_owners(channel, owner))[0] == plan.exchange_bytes + bound_bytes
 
 

@@ -217,7 +217,7 @@ def test_exchanges_of_replays_are_counted() -> None:
             return None
 
     exchange: Any = Counting()
-    updates = captured.Updates(lambda batch: exchange.count(3, 50), Silent(), exchange)
+    updates = captured.Updates(lambda batch: exchange.count(3, 50), Silent(), [exchange])
     for number in range(captured.WARM_UP + 4):
         updates(Staged(torch.zeros(5, 2), labels=None, images=5))
         assert (exchange.num_exchanges, exchange.bytes_exchanged) == (13 + 3 * number, 1050 + 50 * number)

@@ -20,6 +20,7 @@ from simmatch.config import DynamicsConfig, LayerConfig, ModelConfig, Plasticity
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Outputs, Stack
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import Rows, split_rows
 from simmatch.solvers.bound import certify_afresh
 from simmatch.solvers.coordinate import CHUNK, CoordinateDescent
@@ -232,7 +233,7 @@ def shard(exchange: ThreadExchange, mode: str, **options: Any) -> SimilarityMatc
     rows = split_rows(8, exchange.world_size)[exchange.rank]
     dynamics = DynamicsConfig(exchange=mode)
     return SimilarityMatchingConv2d(
-        1, 8, 3, dynamics=dynamics, dtype=torch.float64, rows=rows, exchange=exchange, **options
+        1, 8, 3, dynamics=dynamics, dtype=torch.float64, rows=rows, mesh=Mesh.of_owners(exchange), **options
     )
 
 

@@ -13,6 +13,7 @@ from simmatch.data.sources import Dataset, to_unit
 from simmatch.labels import UNLABELLED
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.reference import nnls_columns, normalised, patch_matrix, random_lateral
@@ -359,7 +360,7 @@ def test_sharded_learning_equals_a_single_owner(supervised: bool, digits: Datase
             plasticity=PlasticityConfig(dead_after=5),
             dtype=torch.float64,
             rows=split_rows(10, exchange.world_size)[exchange.rank],
-            exchange=exchange,
+            mesh=Mesh.of_owners(exchange),
         )
         for update, (images, labels) in enumerate(work):
             if update in (0, 20) and layer.rows.start <= 6 < layer.rows.stop:
@@ -397,7 +398,7 @@ def test_a_fault_of_one_owner_while_learning_is_raised_by_all(kind: str, guilty:
             num_classes=10,
             dtype=torch.float64,
             rows=split_rows(10, 3)[exchange.rank],
-            exchange=exchange,
+            mesh=Mesh.of_owners(exchange),
         )
         layer.partial_fit(images, labels)
         bad = later_labels.clone()

@@ -14,8 +14,8 @@ from simmatch.data.sources import Dataset, to_unit
 from simmatch.kernels import reference
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.precision import exact_float32
-from simmatch.sharding.exchange import IdentityExchange
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from tests.reference import random_drive, random_lateral
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
@@ -36,12 +36,12 @@ def make_layer(
     device: torch.device, mode: str = "alone", *, channels: int = 40, **changes: object
 ) -> SimilarityMatchingConv2d:
     """A layer for the digits; `alone`: no exchange at all, else that of one owner."""
-    exchange = {} if mode == "alone" else {"exchange": IdentityExchange()}
+    mesh = {} if mode == "alone" else {"mesh": Mesh()}
     dynamics = DynamicsConfig(
         tolerance=1e-3, max_iterations=400, exchange="every_iteration" if mode == "alone" else mode
     )
     values = {"normalize": "contrast", "dynamics": dynamics, "plasticity": PlasticityConfig(lr=0.1, tau=0.5)}
-    return SimilarityMatchingConv2d(1, channels, 4, **(values | exchange | changes), device=device)  # type: ignore[arg-type]
+    return SimilarityMatchingConv2d(1, channels, 4, **(values | mesh | changes), device=device)  # type: ignore[arg-type]
 
 
 def learn(layer: SimilarityMatchingConv2d, digits: Dataset, updates: int = 12, labels: bool = False) -> None:

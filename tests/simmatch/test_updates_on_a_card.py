@@ -49,7 +49,7 @@ def waiting_forbidden() -> Iterator[None]:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "alone": {},
-    "gather_state": {"dynamics": DynamicsConfig(exchange="gather_state"), "exchange": IdentityExchange()},
+    "gather_state": {"dynamics": DynamicsConfig(exchange="gather_state"), "mesh": Mesh()},
     "supervised": {"num_classes": 10, "label_gain": 1.0, "plasticity": PlasticityConfig(lr_decay_steps=100)},
     "whitened": {"whiten": True, "padding": 1},
     "accelerated": {"dynamics": DynamicsConfig(solver="accelerated")},

@@ -22,7 +22,7 @@ from simmatch import kernels
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data.sources import to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.sharding.exchange import IdentityExchange
+from simmatch.sharding.mesh import Mesh
 from simmatch.solvers.bound import Bound
 
 pytest.importorskip("triton", reason="needs Triton, whose kernels are not launched but imported")
@@ -106,7 +106,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 def make_layer(split: bool = False, **changes: Any) -> SimilarityMatchingConv2d:
     """On the card; its bound is known, as after an earlier update."""
     if split:
-        changes |= {"dynamics": DynamicsConfig(exchange="gather_state"), "exchange": IdentityExchange()}
+        changes |= {"dynamics": DynamicsConfig(exchange="gather_state"), "mesh": Mesh()}
     layer = SimilarityMatchingConv2d(1, CHANNELS, 5, normalize="contrast", device=CARD, **changes)
     number = torch.ones((), dtype=torch.float64, device=CARD)
     layer._kept.keep(Bound(number, number.clone(), torch.ones(CHANNELS, device=CARD)), layer.lateral)

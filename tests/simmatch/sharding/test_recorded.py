@@ -13,6 +13,7 @@ from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IdentityExchange
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.simmatch.kernels import scripted
@@ -41,7 +42,7 @@ def make_layer(case: str, exchange: ThreadExchange | IdentityExchange | None = N
     options = dict(CASES[case])
     if exchange is not None:
         options["dynamics"] = DynamicsConfig(exchange="gather_state")
-        options |= {"exchange": exchange, "rows": split_rows(CHANNELS, exchange.world_size)[exchange.rank]}
+        options |= {"mesh": Mesh.of_owners(exchange), "rows": split_rows(CHANNELS, exchange.world_size)[exchange.rank]}
     layer = SimilarityMatchingConv2d(1, CHANNELS, 4, **options)
     layer.calibrate(batch(0)[0])
     return layer

@@ -17,6 +17,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement, measure
 from simmatch.sharding import sharing
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
 
@@ -42,7 +43,7 @@ def make_layer(exchange: ThreadExchange, mode: str, kind: str, dynamics: dict[st
         plasticity=PlasticityConfig(dead_after=5),
         dtype=torch.float64,
         rows=split_rows(CHANNELS, exchange.world_size)[exchange.rank],
-        exchange=exchange,
+        mesh=Mesh.of_owners(exchange),
         **options,
     )
 
@@ -105,7 +106,7 @@ def test_fixed_iterations_give_the_weights_of_one_owner(kind: str, size: int, di
     are among the cases. One owner does the same arithmetic in the same order as without the split: the same bits."""
     ((single),) = results(run_owners(1, learn(digits, "every_iteration", kind, size, FIXED)))
     assert single.layer.revived >= 1
-    fresh = make_layer(single.layer.exchange, "every_iteration", kind, FIXED)
+    fresh = make_layer(single.layer.mesh.owners, "every_iteration", kind, FIXED)
     assert (single.layer.feedforward - fresh.feedforward).norm() > 0.1 * fresh.feedforward.norm()
     for owners in (1, 2, 3):
         owners_learnt = results(run_owners(owners, learn(digits, "gather_state", kind, size, FIXED)))
@@ -180,11 +181,11 @@ def test_a_slow_owner_changes_no_bit(late: int, digits: Dataset) -> None:
 @pytest.mark.parametrize(("kind", "patch"), [("conv", 9), ("supervised", 9)])
 def test_an_update_moves_weights_and_statistics_once(kind: str, patch: int, digits: Dataset) -> None:
     """By hand, in float64: from each of two others come 4 padded rows of W, M and V with a mark, as many of the sums
-    with theirs, and 3 + 1 values a row for the bound. Iterations and columns do not enter."""
+    with theirs, and 3 + 1 values a row for the bound, with two marks. Iterations and columns do not enter."""
     label, classes = (CLASSES, CLASSES) if kind == "supervised" else (0, 0)
     weights = 4 * (patch + CHANNELS + label) + 1
     statistics = 4 * (patch + CHANNELS + classes) + 1
-    expected = 2 * 8 * (weights + statistics + 4 * 4)
+    expected = 2 * 8 * (weights + statistics + 4 * 4 + 2)
 
     def program(exchange: ThreadExchange) -> list[tuple[int, int]]:
         layer = make_layer(exchange, "gather_state", kind, FIXED)
@@ -204,7 +205,10 @@ def test_an_update_moves_weights_and_statistics_once(kind: str, patch: int, digi
 
     for counted in results(run_owners(3, program)):
         assert counted[1:4] == [(4, expected)] * 3  # the first has to find a bound from nothing
-        assert counted[4] == (1, 2 * 8 * (CHANNELS * 4 + 4))  # 12 columns, 4 an owner; three figures and a mark
+        assert counted[4] == (
+            1,
+            2 * 8 * ((CHANNELS + patch) * 4 + 4),
+        )  # 12 columns, 4 an owner; three figures and a mark
 
 
 @pytest.mark.parametrize("size", [1, 5])

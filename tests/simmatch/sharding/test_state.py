@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simmatch.sharding.exchange import IDENTITY, Done, Exchange
-from simmatch.sharding.state import sum_over_ranks
+from simmatch.sharding.sums import sum_over_ranks
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.live_bytes import LiveBytes
 

@@ -15,6 +15,7 @@ from simmatch.config import DynamicsConfig
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import Rows, split_rows
 from simmatch.solvers.bound import certify, certify_afresh, warm_up
 from simmatch.solvers.dynamics import Dynamics, Solution
@@ -161,8 +162,8 @@ def test_owners_agree_on_the_bound(world_size: int) -> None:
         rows = parts[exchange.rank]
         own = slice(rows.start, rows.stop)
         perron = torch.ones(10).double()
-        perron, flags = warm_up(lateral[own], perron, rows, flagged=flagged[own], exchange=exchange)
-        return certify(lateral[own], perron, rows, ridge=0.1, exchange=exchange), flags
+        perron, flags = warm_up(lateral[own], perron, rows, flagged=flagged[own], mesh=Mesh.of_owners(exchange))
+        return certify(lateral[own], perron, rows, ridge=0.1, mesh=Mesh.of_owners(exchange)), flags
 
     for bound, flags in results(run_owners(world_size, owner)):
         # a matrix–vector product by blocks of rows: rounding of 10 terms
@@ -188,7 +189,8 @@ def test_every_owner_raises_a_fault_met_while_bounding(world_size: int, kind: st
         elif exchange.rank == guilty:
             fault = cause
         perron = torch.ones(10).double()
-        return certify(own, perron, parts[exchange.rank], ridge=0, exchange=exchange, fault=held(fault, exchange))
+        mesh, held_fault = Mesh.of_owners(exchange), held(fault, exchange)
+        return certify(own, perron, parts[exchange.rank], ridge=0, mesh=mesh, fault=held_fault)
 
     outcomes = run_owners(world_size, owner)
     assert [type(outcome) for outcome in outcomes] == [SharedFault] * world_size
