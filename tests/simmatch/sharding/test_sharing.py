@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
+from tests.simmatch.sharding.injected import FUNCTIONS, InjectedError, damage, fail
 
 CHANNELS = 10  # on 3 owners 4, 3, 3
 CLASSES = 10
@@ -230,45 +230,6 @@ def test_records_are_those_of_one_owner(size: int, digits: Dataset) -> None:
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
-
-
-class InjectedError(RuntimeError):
-    """What an owner meets on purpose."""
-
-
-def fail(*_: Any, **__: Any) -> Any:
-    raise InjectedError("injected")
-
-
-FUNCTIONS = ("batch_drive", "batch_statistics", "with_totals")
-
-
-def fail_in_this_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A function that sharing calls fails for the owner of this thread alone."""
-    original, guilty = getattr(sharing, name), threading.get_ident()
-
-    def function(*arguments: Any, **options: Any) -> Any:
-        return (fail if threading.get_ident() == guilty else original)(*arguments, **options)
-
-    monkeypatch.setattr(sharing, name, function)
-
-
-def damage(
-    layer: SimilarityMatchingConv2d, kind: str, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Let this owner alone fail at one phase of its next update."""
-    if kind in WEIGHTS:
-        layer.get_buffer(kind)[-1].view(-1)[0] = torch.nan
-    elif kind == "images":
-        images.fill_(torch.nan)
-    elif kind == "labels":
-        labels.fill_(77)
-    elif kind == "solver":
-        layer.sharing._solver.solve = fail
-    elif kind == "learn":
-        layer._learnt = fail  # type: ignore[method-assign]
-    else:
-        fail_in_this_thread(monkeypatch, kind)
 
 
 @pytest.mark.parametrize(("guilty", "size"), [(0, 4), (2, 1)])
