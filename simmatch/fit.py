@@ -105,12 +105,20 @@ class Trainer:
             measure_every=measure_every,
         )
         self._encoder = Encoder(self.setup, settled, encode_batch, to_tolerance)
-        self._encode_last, self._cache = encode_last, cache
+        self._encode_last, self._cache, self._begun = encode_last, cache, False
 
     @torch.no_grad()
     def fit(self) -> Stack:
-        """Train the layers and return the stack, in evaluation mode."""
-        setup = self.setup
+        """Train the layers and return the stack, in evaluation mode. Once: the images become features as layers learn.
+
+        Raises
+        ------
+        RuntimeError
+            It was called before.
+        """
+        if self._begun:
+            raise RuntimeError("fit: expected one call, got another; train on with a new Trainer of the same stack")
+        self._begun, setup = True, self.setup
         with setup.memory:
             for index, config in enumerate(setup.layers):
                 layer = setup.new_layer(index)

@@ -223,6 +223,8 @@ class Synapses(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         self._kept.forget()  # of the owners, perhaps only this one loads: it must not start an exchange
+        if self._record is not None:
+            self._record.clear()  # faults of weights that are no longer here
         super()._load_from_state_dict(*arguments, **options)
 
     # ------------------------------------------------------------------------------------------- plasticity
@@ -331,7 +333,7 @@ class Synapses(nn.Module):
         """Raise the fault that an update has recorded, if one has; all owners call this together.
 
         Since that update nothing has changed on any owner: the weights are those before it. Where no faults have been
-        recorded, this does nothing; else the host waits for the device.
+        recorded, or others have been loaded since, this does nothing; else the host waits for the device.
 
         Raises
         ------
@@ -347,7 +349,7 @@ class Synapses(nn.Module):
         """
         if self._record is not None:
             self._record.raise_first(self.updates)
-            if not self._kept.holds_for(self.lateral):
+            if not self._kept.forgotten and not self._kept.holds_for(self.lateral):
                 raise RuntimeError(STALE_BOUND)
             self._warn_of_divergence(stacklevel=3)
 

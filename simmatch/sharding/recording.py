@@ -53,6 +53,11 @@ class FaultRecord:
         self.ok.logical_and_((statuses * 0.0).sum() == 0.0)
         self.error = self.error or error
 
+    def clear(self) -> None:
+        """Forget the faults; the device is not waited for."""
+        self.error = None
+        self.ok.fill_(True)
+
     def raise_first(self, updates: int | Tensor) -> None:
         """Raise the error of the first update with a fault, if there is one; this waits for the device.
 
@@ -67,8 +72,8 @@ class FaultRecord:
         """
         if self._statuses is None or bool(self.ok):
             return
-        statuses, error, self.error = self._statuses.cpu(), self.error, None
-        self.ok.fill_(True)
+        statuses, error = self._statuses.cpu(), self.error
+        self.clear()
         for stage, values in zip(statuses, self._values, strict=True):
             try:
                 raise_shared(stage, values)

@@ -112,6 +112,11 @@ class KeptBound:
         """M may have been written to."""
         self._of = None
 
+    @property
+    def forgotten(self) -> bool:
+        """Whether M may have been written to since the bound was kept, with the owner's knowledge."""
+        return self._of is None
+
     def holds_for(self, lateral: Tensor, *, look: bool = True) -> bool:
         """Whether this is the tensor whose bound is kept, and it has not been written to since.
 

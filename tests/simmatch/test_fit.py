@@ -159,6 +159,13 @@ def test_an_observer_sees_all_of_it_in_order(images: Tensor, labels: Tensor) -> 
     assert measured == [(0, 5), (0, 7), (1, 5), (1, 8)]
 
 
+def test_a_trainer_trains_once(images: Tensor, labels: Tensor) -> None:
+    trainer = Trainer(stack_of(images), images, labels)
+    trainer.fit()
+    with pytest.raises(RuntimeError, match=r"fit: expected one call, got another; train on with a new Trainer"):
+        trainer.fit()
+
+
 @pytest.mark.parametrize("last", [(0, 3), (0, 7), (1, 2), (1, 8)])
 def test_a_run_that_was_ended_goes_on_bit_by_bit(images: Tensor, labels: Tensor, last: tuple[int, int]) -> None:
     """All that a resumed run needs is in the layers' buffers."""

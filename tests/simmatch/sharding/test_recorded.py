@@ -269,6 +269,33 @@ def test_weights_written_to_between_recorded_updates_are_noticed() -> None:
             layer.raise_faults()
 
 
+@pytest.mark.parametrize("way", list(WAYS))
+def test_weights_that_were_loaded_have_no_faults(way: str) -> None:
+    """Neither those of weights before them, nor that of having been written to; and they learn on."""
+
+    def program(exchange: Any) -> dict[str, Tensor]:
+        layer = make_layer("plain", exchange)
+        learn(layer, 0, recorded=True)
+        known = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        learn(layer, 1, recorded=True, images=torch.full((6, 1, 9, 9), torch.nan))
+        layer.load_state_dict(known)
+        layer.raise_faults()
+        layer.certify()
+        learn(layer, 2, recorded=True)
+        layer.raise_faults()
+        return state_of(layer)
+
+    def undisturbed(exchange: Any) -> dict[str, Tensor]:
+        layer = make_layer("plain", exchange)
+        learn(layer, 0, recorded=True)
+        layer.certify()
+        learn(layer, 2, recorded=True)
+        return state_of(layer)
+
+    for one, other in zip(WAYS[way](program), WAYS[way](undisturbed), strict=True):
+        assert_same(one, other)
+
+
 def test_divergence_is_reported_at_the_next_look() -> None:
     """By the same warning: activities that follow M, one update behind, worse than none at all."""
     layer = SimilarityMatchingConv2d(1, CHANNELS, 4, plasticity=PlasticityConfig(lr=0.9))
