@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from simmatch.schedule import check_schedule
 from simmatch.validation import one_line
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -189,6 +190,10 @@ class TrainConfig(Frozen):
     positions: PositiveInt | None = None
     """Number of positions of each image to solve and learn from, drawn anew for each update. None: all."""
 
+    start_after: NonNegativeInt = 0
+    """With `schedule: together`: updates of the pass before this layer begins. Until then it only waits; its
+    calibration and whitening are measured when it begins, and stay."""
+
 
 class LayerOptions(Frozen):
     """What a layer computes: common to `LayerConfig` and to the arguments of `SimilarityMatchingConv2d`.
@@ -306,6 +311,14 @@ class ModelConfig(Frozen):
     layers: Annotated[tuple[LayerConfig, ...], Field(min_length=1, strict=False)]
     """From the first to the last; at least one."""
 
+    schedule: Literal["greedy", "together"] = "greedy"
+    """`greedy`: one layer learns after the other, each from its own passes over the images, encoded by the layers below
+    when these have learnt. `together`: all layers learn in one pass; update u of a layer sees batch u as encoded by the
+    layers below after their update u. Then `epochs`, `images` and `batch_size` are equal for all layers."""
+
+    freeze_below: bool = False
+    """With `schedule: together`: where a layer begins, the layers below it stop learning."""
+
     features: Literal["last", "all", "unsupervised"] = "last"
     """Input of a readout: the pooled activities of the last layer, of all layers side by side, or of the layers that
     learn without labels. (A readout overfits features that were learnt from the labels of its training images.)"""
@@ -317,6 +330,11 @@ class ModelConfig(Frozen):
     def _features_exist(self) -> ModelConfig:
         if not self.feature_layers():
             raise ValueError("expected a layer without labels with features: unsupervised, got supervised ones only")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> ModelConfig:
+        check_schedule(self)
         return self
 
     def feature_layers(self) -> list[int]:

@@ -31,6 +31,7 @@ from simmatch.memory import MemoryWatch
 from simmatch.model import InputConfig, Stack
 from simmatch.observer import Observer
 from simmatch.sharding.mesh import Mesh
+from simmatch.together import Together
 
 
 class Trainer:
@@ -106,6 +107,7 @@ class Trainer:
         )
         self._encoder = Encoder(self.setup, settled, encode_batch, to_tolerance)
         self._encode_last, self._cache, self._begun = encode_last, cache, False
+        self._together = Together(self.setup, encode_batch) if stack.config.schedule == "together" else None
 
     @torch.no_grad()
     def fit(self) -> Stack:
@@ -118,17 +120,37 @@ class Trainer:
         """
         if self._begun:
             raise RuntimeError("fit: expected one call, got another; train on with a new Trainer of the same stack")
-        self._begun, setup = True, self.setup
-        with setup.memory:
-            for index, config in enumerate(setup.layers):
-                layer = setup.new_layer(index)
-                setup.observer.restore(index, layer)
-                below = None if self._cache or index == 0 else partial(self._encoder.below, index)
-                learn_layer(setup, index, layer, below)
-                setup.complete(index, layer)
-                if config.supervised or self._encode_last or index + 1 < len(setup.layers):
-                    self._encoder.encode(index)
+        self._begun = True
+        with self.setup.memory:
+            if self.stack.config.schedule == "together":
+                self._learn_together()
+            else:
+                self._learn_greedily()
         return self.stack.eval()
+
+    def _learn_greedily(self) -> None:
+        setup = self.setup
+        for index in range(len(setup.layers)):
+            layer = setup.new_layer(index)
+            setup.observer.restore(index, layer)
+            below = None if self._cache or index == 0 else partial(self._encoder.below, index)
+            learn_layer(setup, index, layer, below)
+            setup.complete(index, layer)
+            self._encode(index)
+
+    def _learn_together(self) -> None:
+        assert self._together is not None
+        learnt = self._together.learn()
+        for stage, layers in enumerate(self._together.stages):
+            for index in layers:
+                self.setup.complete(index, learnt.get(index), stage)
+        for index in range(len(self.setup.layers)):
+            self._encode(index)
+
+    def _encode(self, index: int) -> None:
+        """Encode all images with a layer, where something needs it."""
+        if self.setup.layers[index].supervised or self._encode_last or index + 1 < len(self.setup.layers):
+            self._encoder.encode(index)
 
 
 def _check(stack: Stack, layers: tuple[LayerConfig, ...], images: Images, labels: Tensor | None) -> None:

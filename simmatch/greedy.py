@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 
 from torch import Tensor
 
@@ -55,8 +54,8 @@ def learn_layer(
         labels=setup.labels if config.supervised else None,
     )
     learner = Learner(setup, index, layer, total=total, prepare=inputs.prepare, capture=below is None)
-    learner.begin()
+    setup.begin(index)
     observer.started(index, layer)
     with closing(inputs.staged(batches, first)) as staged, closing(learner):
         for number in range(first + 1, total + 1):
-            learner.update(number, partial(next, staged))
+            learner.update(number, staged)

@@ -6,7 +6,7 @@ updated, measured and completed is the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import Stack, build_layer, layer_inputs
 from simmatch.observer import Observer, Update
 from simmatch.parts import timed
+from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from simmatch.sharding.state import gather_layer, moments_over_ranks
@@ -104,35 +105,78 @@ class Setup:
             mesh=self.mesh,
         )
 
+    def begin(self, index: int) -> None:
+        """Note that a layer learns from now on, for the error where memory does not suffice."""
+        key, train = f"model.layers.{index}.train", self.layers[index].train
+        levers = [Lever(f"{key}.batch_size", min(train.batch_size, self.store.count))]
+        levers += [] if train.positions is None else [Lever(f"{key}.positions", train.positions)]
+        self.memory.begin(f"layer {index}, learning", *levers, otherwise="use more ranks")
+
     def calibrate(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """Sum the moments of the patches that each rank has, solve for the whitening on rank 0, and use its result."""
-        config, everyone = self.layers[index], self.mesh.everyone
-        count = min(config.whiten_images, self.store.count)
+        """Calibrate a layer on the first images of the store, of which each rank measures its own."""
+        everyone = self.mesh.everyone
+
+        def on_one_rank(work: Callable[[], None]) -> None:
+            self.observer.on_one_rank(work if everyone.rank == 0 else None)
+
+        self.calibrate_from(index, layer, self.store.first(self.sample_size(index)), everyone, on_one_rank)
+
+    def calibrate_from(
+        self,
+        index: int,
+        layer: SimilarityMatchingConv2d,
+        parts: Generator[tuple[slice, Tensor]],
+        ranks: Exchange,
+        run: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """Sum the moments of the patches that each rank has, solve for the whitening, and use the result of rank 0.
+
+        Parameters
+        ----------
+        parts: of the images from which the layer is calibrated, this rank's: their range, and the layer's input.
+        ranks: connects those that calibrate the layer together.
+        run: runs the solution, on rank 0 at least.
+        """
+        count = self.sample_size(index)
         self.memory.begin(f"layer {index}, calibrating", Lever("encode_batch", min(self.store.batch, self.store.count)))
         _, size = layer_inputs(self.stack.config, self.stack.source)[index]
-        sample = layer.patch_sample(count, size, config.whiten_patches)
+        sample = layer.patch_sample(count, size, self.layers[index].whiten_patches)
 
         def rows() -> Generator[tuple[int, Tensor]]:
-            for part, x in self.store.first(count):
+            for part, x in parts:
                 for some in sample.rows(x, part.start):
                     yield part.start, some
                 self.observer.progress("calibrate", part.start, count, layer=index)
 
-        with closing(rows()) as blocks:
-            moments = moments_over_ranks(blocks, sample.moments(self.device), everyone)
-        self.observer.on_one_rank(partial(layer.set_input, moments) if everyone.rank == 0 else None)
+        with closing(parts), closing(rows()) as blocks:
+            moments = moments_over_ranks(blocks, sample.moments(self.device), ranks)
+        run(partial(layer.set_input, moments))
         for name in MEASURED:
             if hasattr(layer, name):
-                everyone.broadcast(getattr(layer, name), source=0).wait()
+                ranks.broadcast(getattr(layer, name), source=0).wait()
         self.observer.progress("calibrate", count, count, layer=index)
 
-    def complete(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        """Gather all rows of a layer that has learnt, so that every rank can encode images alone."""
-        whole = self.stack.layer(index)
+    def sample_size(self, index: int) -> int:
+        """Number of images from which a layer is calibrated."""
+        return min(self.layers[index].whiten_images, self.store.count)
+
+    def complete(self, index: int, layer: SimilarityMatchingConv2d | None, stage: int = 0) -> None:
+        """Gather all rows of a layer that has learnt, so that every rank can encode images alone.
+
+        Parameters
+        ----------
+        layer: this rank's rows; None on the ranks of other stages.
+        stage: the stage that holds the layer.
+        """
+        whole, mesh = self.stack.layer(index), self.mesh
         if layer is whole:
             layer.recertify()  # activities are then equal to those of the exported model
-        else:
+        elif layer is not None:
             gather_layer(layer, whole)
+        if mesh.stages > 1:
+            for tensor in whole.state_dict().values():
+                mesh.everyone.broadcast(tensor, source=stage * mesh.owners.world_size).wait()
+            whole.recertify()
         self.observer.learnt(index, whole)
 
 
@@ -154,7 +198,7 @@ class Learner:
     >>> setup = Trainer(Stack(model, InputConfig.of(images, num_classes=0)), images).setup
     >>> layer = setup.new_layer(0)
     >>> learner = Learner(setup, 0, layer, total=1, prepare=lambda batch: layer.prepare(batch.source), capture=True)
-    >>> learner.update(1, lambda: Staged(images, labels=None, images=20))
+    >>> learner.update(1, iter([Staged(images, labels=None, images=20)]))
     >>> learner.close()
     >>> int(layer.updates)
     1
@@ -182,22 +226,15 @@ class Learner:
 
         self._updates = Updates(make, new_graph(setup.device) if capture else None, exchanges)
 
-    def begin(self) -> None:
-        """Note that this layer learns from now on, for the error where memory does not suffice."""
-        key, train = f"model.layers.{self.index}.train", self._setup.layers[self.index].train
-        levers = [Lever(f"{key}.batch_size", min(train.batch_size, self._setup.store.count))]
-        levers += [] if train.positions is None else [Lever(f"{key}.positions", train.positions)]
-        self._setup.memory.begin(f"layer {self.index}, learning", *levers, otherwise="use more ranks")
-
-    def update(self, number: int, next_batch: Callable[[], Staged]) -> None:
-        """Make one update; `number` counts from 1."""
+    def update(self, number: int, batches: Iterator[Staged]) -> None:
+        """Make one update, from the next batch; `number` counts from 1."""
         layer, every = self.layer, self._setup.measure_every
         last = number == self.total
         measured = every is not None and (last or number % every == 0)
         look = measured or last or number % LOOK_EVERY == 0
         with self._setup.observer.updating(self.index, layer):
             with timed("input"):
-                batch = next_batch()
+                batch = next(batches)
             patches, solution = self._updates(batch)
             if look:
                 layer.raise_faults()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -46,6 +46,31 @@ class Update:
     looked: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """A completed update of a pass in which all layers learn together.
+
+    Attributes
+    ----------
+    number: number of the update of the pass, counted from 1; a layer that began later has made fewer.
+    total: number of updates of the pass.
+    layers: by their index, those that this rank holds, with its rows; also such as have not begun.
+    images: number of images in the batch.
+    stop: whether learning stops here, see `Observer.stop_after`.
+    waited_s: seconds of the pass in which this rank waited for the stages below and above.
+
+    >>> Pass(number=7, total=60, layers={}, images=100, stop=False, waited_s=0.0).number
+    7
+    """
+
+    number: int
+    total: int
+    layers: Mapping[int, SimilarityMatchingConv2d]
+    images: int
+    stop: bool
+    waited_s: float
+
+
 class Observer:
     """Base class of observers. Its methods do nothing; an exception raised by a method ends the training.
 
@@ -70,6 +95,18 @@ class Observer:
 
     def updated(self, update: Update) -> None:
         """Called after every update."""
+
+    def encoding(self, index: int, layer: SimilarityMatchingConv2d) -> AbstractContextManager[None]:
+        """Return a context in which the layer encodes a batch for the layer above (`schedule: together`)."""
+        return nullcontext()
+
+    def stop_after(self, number: int) -> bool:
+        """Called before every update of a pass (`schedule: together`) by the ranks of the first stage: whether learning
+        stops with it. All of them give the same answer, which reaches the other stages with the batch."""
+        return False
+
+    def passed(self, done: Pass) -> None:
+        """Called after every update of a pass, when all layers of this rank have made theirs."""
 
     def learnt(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         """Called after the last update of a layer and before it encodes; `layer` has all rows."""
