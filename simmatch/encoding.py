@@ -25,8 +25,6 @@ class Encoder:
     setup: what the stack learns with.
     settled: number of layers, from the first one on, whose label weights have been scaled already.
     batch: number of images that a rank encodes at a time.
-    to_tolerance: whether to solve to the layer's tolerance, as learning does. False: by the fixed number of iterations
-        of an exported model.
 
     >>> from simmatch import LayerConfig, ModelConfig, Stack
     >>> from simmatch.fit import Trainer
@@ -34,7 +32,7 @@ class Encoder:
     >>> images = torch.rand(20, 1, 8, 8)
     >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3, pool=2),))
     >>> setup = Trainer(Stack(model, InputConfig.of(images, num_classes=0)), images).setup
-    >>> encoder = Encoder(setup, settled=0, batch=10, to_tolerance=False)
+    >>> encoder = Encoder(setup, settled=0, batch=10)
     >>> encoder.below(1, images).shape
     torch.Size([20, 8, 2, 2])
     >>> with torch.no_grad():
@@ -46,18 +44,11 @@ class Encoder:
     setup: Setup
     settled: int
     batch: int
-    to_tolerance: bool
-
-    def activities(self, index: int, x: Tensor) -> Tensor:
-        """Label-free activities [B, K, H', W'] of a layer for its input."""
-        layer = self.setup.stack.layer(index)
-        activities: Tensor = layer.solve(x).y if self.to_tolerance else layer(x)
-        return activities
 
     def below(self, index: int, x: Tensor) -> Tensor:
         """The input of a layer for images."""
         for number, config in enumerate(self.setup.layers[:index]):
-            x = pooled(self.activities(number, x), config)
+            x = pooled(self.setup.encoded(self.setup.stack.layer(number), x), config)
         return x
 
     def encode(self, index: int) -> None:
@@ -70,7 +61,7 @@ class Encoder:
         started = time.monotonic()
 
         def encode(x: Tensor, images: slice) -> Tensor:
-            activities = self.activities(index, x)
+            activities = setup.encoded(layer, x)
             if settling:
                 assert setup.labels is not None
                 z = one_hot(setup.labels[images].to(setup.device), layer.num_classes, layer.label)

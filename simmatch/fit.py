@@ -104,8 +104,9 @@ class Trainer:
             observer=observer or Observer(),
             memory=MemoryWatch(device),
             measure_every=measure_every,
+            to_tolerance=to_tolerance,
         )
-        self._encoder = Encoder(self.setup, settled, encode_batch, to_tolerance)
+        self._encoder = Encoder(self.setup, settled, encode_batch)
         self._encode_last, self._cache, self._begun = encode_last, cache, False
         self._together = Together(self.setup, encode_batch) if stack.config.schedule == "together" else None
 

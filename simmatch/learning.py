@@ -53,7 +53,7 @@ class Setup:
     alone: whether a single process trains the stack's own layers.
     observer: follows the training.
     memory: names what runs where memory does not suffice.
-    measure_every: as for `Trainer`.
+    measure_every, to_tolerance: as for `Trainer`.
 
     >>> from simmatch.fit import Trainer
     >>> from simmatch.model import InputConfig, ModelConfig
@@ -74,6 +74,7 @@ class Setup:
     observer: Observer
     memory: MemoryWatch
     measure_every: int | None
+    to_tolerance: bool
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +105,11 @@ class Setup:
             rows=shards[self.mesh.owners.rank],
             mesh=self.mesh,
         )
+
+    def encoded(self, layer: SimilarityMatchingConv2d, x: Tensor) -> Tensor:
+        """Label-free activities [B, K, H', W'] of a layer for its input."""
+        activities: Tensor = layer.solve(x).y if self.to_tolerance else layer(x)
+        return activities
 
     def begin(self, index: int) -> None:
         """Note that a layer learns from now on, for the error where memory does not suffice."""

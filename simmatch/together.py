@@ -246,4 +246,4 @@ class Together:
         """Label-free, pooled activities of a layer as it is now; laid out as those that arrive from another stage."""
         layer = self._layers[index]
         with self._setup.observer.encoding(index, layer):
-            return pooled(layer(x), self._setup.layers[index]).contiguous()
+            return pooled(self._setup.encoded(layer, x), self._setup.layers[index]).contiguous()

@@ -16,7 +16,7 @@ import simmatch.features
 import simmatch.model
 from simmatch import LayerConfig, ModelConfig, SimilarityMatchingConv2d, Stack, fit_stack
 from simmatch.config import TrainConfig
-from simmatch.encoding import Encoder
+from simmatch.learning import Setup
 from simmatch.memory import Lever, MemoryWatch, OutOfMemory, Shortage
 from simmatch.sharding.faults import SharedFault
 
@@ -221,8 +221,8 @@ PLACES: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
         "layer 0, learning: {}: set model.layers.0.train.batch_size to at most 10 (now 20), or use more ranks",
     ),
     "encoding": (
-        Encoder,
-        "activities",
+        Setup,
+        "encoded",
         fail,
         "layer 0, encoding: {}: set encode_batch to at most 20 (now 40), or use more ranks",
     ),
