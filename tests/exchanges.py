@@ -152,6 +152,70 @@ class ThreadExchange:
         return page
 
 
+class ThreadLink:
+    """One direction from a rank to another; the protocol of `simmatch.sharding.mesh.Link`.
+
+    As over a network, nothing moves before the receiver has asked for it: until then `wait` of the sender blocks.
+
+    Attributes
+    ----------
+    delay_s: slept before every message is delivered.
+    most_pending: most messages sent at a time that the receiver had not taken.
+    """
+
+    def __init__(self, *, delay_s: float = 0.0) -> None:
+        self.changed, self.delay_s = threading.Condition(), delay_s
+        self.sent: list[Tensor] = []
+        self.taken = self.asked = self.most_pending = 0
+
+    def send(self, tensor: Tensor) -> Sent:
+        assert tensor.is_contiguous()
+        with self.changed:
+            self.sent.append(tensor.clone())
+            self.most_pending = max(self.most_pending, len(self.sent) - self.taken)
+            self.changed.notify_all()
+            return Sent(self, len(self.sent) - 1, tensor)
+
+    def receive(self, tensor: Tensor) -> Received:
+        assert tensor.is_contiguous()
+        tensor.fill_(_undefined(tensor))
+        self.asked += 1
+        return Received(self, self.asked - 1, tensor)
+
+
+class Sent:
+    """A message that the receiver may not have taken yet."""
+
+    def __init__(self, link: ThreadLink, number: int, source: Tensor) -> None:
+        self.link, self.number, self.source = link, number, source
+
+    def wait(self) -> None:
+        with self.link.changed:
+            if not self.link.changed.wait_for(lambda: self.link.taken > self.number, TIMEOUT_S):
+                raise TimeoutError(f"message {self.number} was not taken within {TIMEOUT_S:g} s")
+        if not _same_bytes(self.source, self.link.sent[self.number]):
+            raise AssertionError(f"message {self.number} was written to while it was under way")
+
+
+class Received:
+    """A message that may not have been sent yet."""
+
+    def __init__(self, link: ThreadLink, number: int, target: Tensor) -> None:
+        self.link, self.number, self.target = link, number, target
+
+    def wait(self) -> None:
+        time.sleep(self.link.delay_s)
+        with self.link.changed:
+            if not self.link.changed.wait_for(lambda: len(self.link.sent) > self.number, TIMEOUT_S):
+                raise TimeoutError(f"message {self.number} was not sent within {TIMEOUT_S:g} s")
+            message = self.link.sent[self.number]
+            if (message.shape, message.dtype) != (self.target.shape, self.target.dtype):
+                raise AssertionError(f"message {self.number}: {message.shape} sent, {self.target.shape} asked for")
+            self.target.copy_(message)
+            self.link.taken = self.number + 1
+            self.link.changed.notify_all()
+
+
 def held(error: Exception | None, exchange: Exchange) -> LocalFault:
     """A fault that holds this exception of its owner, if any; an owner alone raises it."""
     fault = LocalFault(exchange)
@@ -186,13 +250,23 @@ def meshes(
     asynchronous: bool = False,
     delays_s: dict[int, float] | None = None,
 ) -> list[Mesh]:
-    """The mesh of every rank, in order: rank = (replica · stages + stage) · owners + owner. Stages have no links."""
+    """The mesh of every rank, in order: rank = (replica · stages + stage) · owners + owner.
+
+    delays_s: slept by a rank before every exchange, and before it takes a message.
+    """
     delays_s = delays_s or {}
     boards: dict[tuple[Any, ...], Board] = {}
+    links: dict[tuple[int, int, int], ThreadLink] = {}  # to (replica, stage, owner)
 
     def end(group: tuple[Any, ...], size: int, place: int, rank: int) -> ThreadExchange:
         board = boards.setdefault(group, Board(size))
         return ThreadExchange(board, place, asynchronous=asynchronous, delay_s=delays_s.get(rank, 0.0))
+
+    def link_to(replica: int, stage: int, owner: int) -> ThreadLink | None:
+        if not 0 < stage < stages:
+            return None
+        delay_s = delays_s.get((replica * stages + stage) * owners + owner, 0.0)
+        return links.setdefault((replica, stage, owner), ThreadLink(delay_s=delay_s))
 
     made = []
     for rank in range(replicas * stages * owners):
@@ -205,6 +279,8 @@ def meshes(
                 columns=end(("columns", stage), replicas * owners, replica * owners + owner, rank),
                 stage=stage,
                 stages=stages,
+                below=link_to(replica, stage, owner),
+                above=link_to(replica, stage + 1, owner),
             )
         )
     return made

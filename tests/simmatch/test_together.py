@@ -14,7 +14,11 @@ from simmatch.config import parse
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.fit import Trainer
+from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, pooled
+from simmatch.observer import Observer, Pass, Update
+from simmatch.sharding.mesh import Mesh
+from tests.exchanges import meshes, results, run_meshes
 
 SEED = 5
 TRAIN = {"epochs": 2, "images": 100, "batch_size": 30}  # eight updates; the last of an epoch has ten images
@@ -105,9 +109,10 @@ def assert_close(stack: Stack, expected: Stack, tolerance: float) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * scale, msg=name)
 
 
-def assert_equal(stack: Stack, expected: Stack) -> None:
-    for (name, one), other in zip(stack.state_dict().items(), expected.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
 
 
 SCHEDULES = {
@@ -122,3 +127,89 @@ def test_against_the_definition(model: ModelConfig, images: Tensor, labels: Tens
     """float64; images are encoded in parts of 70 here and at once there: products round differently."""
     trained = Trainer(stack_of(model, images), images, labels, encode_batch=70).fit()
     assert_close(trained, slowly(model, images, labels), 1e-9)
+
+
+# -- over owners and stages --------------------------------------------------------------------------------------------
+
+
+def train(
+    mesh: Mesh,
+    model: ModelConfig,
+    images: Tensor,
+    labels: Tensor,
+    observer: Observer | None = None,
+    saved: list[dict[str, Tensor]] | None = None,
+) -> Stack:
+    """What one rank does; `saved`: the state of every layer, whole, from which it goes on."""
+    observer = observer or Follower(saved)
+    return Trainer(stack_of(model, images), images, labels, mesh=mesh, encode_batch=70, observer=observer).fit()
+
+
+def copied(layer: SimilarityMatchingConv2d) -> dict[str, Tensor]:
+    return {name: each.clone() for name, each in layer.state_dict().items()}
+
+
+class Follower(Observer):
+    """Restores layers, remembers them after every update of the pass, and ends or stops the pass."""
+
+    def __init__(self, saved: list[dict[str, Tensor]] | None = None, *, stop_after: int | None = None) -> None:
+        self.saved, self.last = saved, stop_after
+        self.passes: list[Pass] = []
+        self.updates: list[Update] = []
+        self.states: list[dict[int, dict[str, Tensor]]] = []
+        self.learnt_layers: dict[str, Tensor] = {}
+
+    def restore(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        for name, whole in (self.saved[index] if self.saved else {}).items():
+            target = getattr(layer, name)
+            sharded = target.ndim > 0 and len(target) < len(whole)
+            target.copy_(whole[layer.rows.start : layer.rows.stop] if sharded else whole)
+
+    def stop_after(self, number: int) -> bool:
+        return number == self.last
+
+    def learnt(self, index: int, layer: SimilarityMatchingConv2d) -> None:
+        self.learnt_layers |= {f"{index}.{name}": value for name, value in copied(layer).items()}
+
+    def updated(self, update: Update) -> None:
+        self.updates.append(update)
+
+    def passed(self, done: Pass) -> None:
+        self.passes.append(done)
+        self.states.append(
+            {
+                index: {name: each.clone() for name, each in layer.state_dict().items()}
+                for index, layer in done.layers.items()
+            }
+        )
+        if done.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("exchange", ["every_iteration", "block", "gather_state"])
+@pytest.mark.parametrize("owners", [2, 3])
+def test_owners(exchange: str, owners: int, images: Tensor, labels: Tensor) -> None:
+    """float64: sums in another order, over few updates of a contracting rule. Owners hold the same bits. `block` takes
+    other iterations for another number of blocks: it agrees to the tolerance of the dynamics only."""
+    model = model_of(3, (0, 2, 2), exchange=exchange)
+    one = train(Mesh(), model, images, labels)
+    found = results(run_meshes(meshes(owners=owners), lambda mesh: train(mesh, model, images, labels)))
+    for other in found[1:]:
+        assert_equal(other.state_dict(), found[0].state_dict())
+    assert_close(found[0], one, 0.2 if exchange == "block" else 1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_stages_give_the_same_bits(stages: int, name: str, images: Tensor, labels: Tensor) -> None:
+    """Whichever stage is slow; V only until it is scaled, by sums over the images that every rank has encoded."""
+    model, one = SCHEDULES[name], Follower()
+    expected = train(Mesh(), model, images, labels, one)
+    places, followers = (
+        meshes(stages=stages, delays_s={stages - 1: 0.002 * stages}),
+        [Follower() for _ in range(stages)],
+    )
+    found = results(run_meshes(places, lambda mesh: train(mesh, model, images, labels, followers[mesh.everyone.rank])))
+    for stack, follower in zip(found, followers, strict=True):
+        assert_equal(follower.learnt_layers, one.learnt_layers)
+        assert_close(stack, expected, 1e-12)
