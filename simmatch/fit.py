@@ -108,7 +108,7 @@ class Trainer:
         )
         self._encoder = Encoder(self.setup, settled, encode_batch)
         self._encode_last, self._cache, self._begun = encode_last, cache, False
-        self._together = Together(self.setup, encode_batch) if stack.config.schedule == "together" else None
+        self._together = Together(self.setup) if stack.config.schedule == "together" else None
 
     @torch.no_grad()
     def fit(self) -> Stack:

@@ -23,8 +23,7 @@ from simmatch.data.staging import Tensors
 from simmatch.features import Staged
 from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.learning import MEASURED, Learner, Setup
-from simmatch.memory import Lever
+from simmatch.learning import Learner, Setup
 from simmatch.model import layer_inputs, pooled
 from simmatch.observer import Pass
 from simmatch.schedule import learning_updates
@@ -39,7 +38,6 @@ class Together:
     Parameters
     ----------
     setup: what the stack learns with.
-    block: number of images that are encoded at a time for a calibration.
 
     Attributes
     ----------
@@ -59,14 +57,14 @@ class Together:
     >>> model = ModelConfig(layers=layers, schedule="together")
     >>> setup = Trainer(Stack(model, InputConfig.of(images, num_classes=0)), images).setup
     >>> with torch.no_grad():
-    ...     learnt = Together(setup, block=100).learn()
+    ...     learnt = Together(setup).learn()
     >>> [int(layer.updates) for layer in learnt.values()]
     [2, 2]
     """
 
-    def __init__(self, setup: Setup, block: int) -> None:
+    def __init__(self, setup: Setup) -> None:
         model, source = setup.stack.config, setup.stack.source
-        self._setup, self._block = setup, block
+        self._setup = setup
         self._batches = setup.batches(model.layers[0].train)
         self.updates = learning_updates(model, len(self._batches))[: len(setup.layers)]
         self.total = self.updates[-1].stop - 1
@@ -130,8 +128,8 @@ class Together:
 
     def _blocks(self, index: int) -> list[slice]:
         """The images from which a layer is calibrated, in the parts in which they are encoded."""
-        count = min(self._setup.layers[index].whiten_images, self._setup.store.count)
-        return [slice(start, min(start + self._block, count)) for start in range(0, count, self._block)]
+        count, size = self._setup.sample_size(index), self._setup.store.batch
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _begins(self, number: int, layers: range) -> list[int]:
         """Those of the layers that are calibrated in this update of the pass."""
@@ -177,18 +175,24 @@ class Together:
         x, stop = self._below.receive()
         return x, parts[0] if parts else None, stop
 
-    def _sample(self, index: int) -> Iterator[Tensor]:
+    def _sample(self, index: int) -> Generator[tuple[slice, Tensor]]:
         """The images from which a layer is calibrated, as the layers of this stage below it encode them, in blocks."""
         store = self._setup.store
         for block in self._blocks(index):
-            x = (
-                store.unit(store.stored(block).to(self._setup.device))
-                if self._below is None
-                else self._below.receive()[0]
-            )
+            if self._below is None:
+                x = store.unit(store.stored(block).to(self._setup.device))
+            else:
+                x, _ = self._below.receive()
             for below in range(self._own.start, min(index, self._own.stop)):
                 x = self._encode(below, x)
-            yield x
+            yield block, x
+
+    def _shares(self, index: int) -> Generator[tuple[slice, Tensor]]:
+        """Of the images from which a layer is calibrated, the blocks that this rank measures; all ranks encode all."""
+        ranks = self._setup.mesh.columns
+        for number, part in enumerate(self._sample(index)):
+            if number % ranks.world_size == ranks.rank:
+                yield part
 
     # ------------------------------------------------------------------------------------------- one update
 
@@ -200,7 +204,9 @@ class Together:
         for index in range(self._own.start, min(begun + 1, self._own.stop)):
             setup.begin(index)
             if self._calibrated_at[index] == number:
-                self._calibrate(index)
+                sample, ranks = self._shares(index), setup.mesh.columns
+                setup.calibrate_from(index, self._layers[index], sample, ranks, lambda work: work())
+                setup.begin(index)
             if number in self.updates[index]:
                 batch = Staged(x, labels if setup.layers[index].supervised else None, count)
                 self._learner(index).update(number - self.updates[index].start + 1, iter([batch]))
@@ -209,25 +215,13 @@ class Together:
         if self._above is not None:
             self._above.send(x if begun >= self._own.stop else x[:0], stop=stop)
             for index in self._begins(number, range(self._own.stop, len(self.updates))):
-                for x in self._sample(index):
+                for _, x in self._sample(index):
                     self._above.send(x, stop=stop)
             if stop or number == self.total:
                 self._above.flush()
         waited_s = sum(each.waited_s for each in (self._below, self._above) if each is not None)
         setup.observer.passed(Pass(number, self.total, self._layers, count, stop, waited_s))
         return stop
-
-    def _calibrate(self, index: int) -> None:
-        """Every owner calibrates the layer, from the same images, and all use the result of the first."""
-        setup, config, layer = self._setup, self._setup.layers[index], self._layers[index]
-        lever = Lever(f"model.layers.{index}.whiten_images", min(config.whiten_images, setup.store.count))
-        setup.memory.begin(f"layer {index}, calibrating", lever)
-        setup.observer.progress("calibrate", 0, 1, layer=index)
-        layer.calibrate(torch.cat(list(self._sample(index))), config.whiten_patches)
-        for name in MEASURED:
-            if hasattr(layer, name):
-                setup.mesh.columns.broadcast(getattr(layer, name), source=0).wait()
-        setup.observer.progress("calibrate", 1, 1, layer=index)
 
     def _learner(self, index: int) -> Learner:
         """Makes the updates of a layer; from its first one on."""
