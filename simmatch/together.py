@@ -13,6 +13,7 @@ then, for each layer above that begins, the images from which it is calibrated, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 
@@ -228,8 +229,11 @@ class Together:
         if index not in self._learners:
             layer, positions = self._layers[index], self._setup.layers[index].train.positions
 
+            columns = positions or math.prod(layer.patch.map_size(self._shapes[index][1]))
+
             def prepare(batch: Staged) -> Patches:
-                return layer.prepare(batch.source, positions)
+                part = layer.sharing.part(batch.images, columns)
+                return layer.prepare(batch.source[part.images], positions, part=part)
 
             self._setup.observer.started(index, layer)
             total = len(self.updates[index])
