@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.evaluation.learners import BATCH, Cost, OnProgress, no_progress, num_active
 from jobs.evaluation.material import UnitImages, in_batches
-from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations
+from jobs.evaluation.nonnegative import COUNTED_IMAGES, NonnegativeCodes
 from simmatch.config import ModelConfig
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
@@ -114,7 +114,8 @@ class StackLearner(Observer):
         self._iterations, x = [], images[:COUNTED_IMAGES]
         for index, config in enumerate(self.config.layers[: self.depth]):
             layer = self.stack.layer(index)
-            self._iterations.append(mean_iterations(layer.drive(x), layer.lateral, config.dynamics.tolerance))
+            codes = NonnegativeCodes(layer.lateral, config.dynamics.tolerance)
+            self._iterations.append(codes.mean_iterations(layer.drive(x)))
             x = pooled(layer.solve(x).y, config)
 
     def updated(self, update: Update) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.evaluation.learners import Shape
-from jobs.evaluation.nonnegative import mean_iterations
+from jobs.evaluation.nonnegative import NonnegativeCodes
 from jobs.evaluation.rivals import RIVALS, Rival, autoencoder, convolutional, nmf, patches, pynsm
 from jobs.evaluation.rivals.autoencoder import Autoencoder, AutoencoderSettings, Coder
 from jobs.evaluation.rivals.convolutional import Convolutional
@@ -243,11 +243,12 @@ def test_iterations_are_the_mean_over_columns() -> None:
     lateral = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
     silent, alone, both = [-1.0, -1.0], [1.0, -1.0], [1.0, 1.0]
     # no move; one move, which is half a product and rounded up; at 0.9 two channels take turns again and again
-    counts = [mean_iterations(torch.tensor([each]).T, lateral, 2.0**-10) for each in (silent, alone, both)]
+    codes = NonnegativeCodes(lateral, 2.0**-10)
+    counts = [codes.mean_iterations(torch.tensor([each]).T) for each in (silent, alone, both)]
     assert counts[:2] == [0.0, 1.0]
     assert counts[2] > 1
     drive = torch.tensor([silent, alone, both, alone]).T
-    assert mean_iterations(drive, lateral, 2.0**-10) == pytest.approx((counts[0] + 2 * counts[1] + counts[2]) / 4)
+    assert codes.mean_iterations(drive) == pytest.approx((counts[0] + 2 * counts[1] + counts[2]) / 4)
 
 
 # -- k-means -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.training import Assignment, Training
-from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations
+from jobs.evaluation.nonnegative import COUNTED_IMAGES, NonnegativeCodes
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ModelConfig, parse
 from simmatch.data.sources import Dataset, to_unit
@@ -160,7 +160,7 @@ def test_cost_counts_what_is_held_and_done(digits: Dataset) -> None:
     assert first.trained == 8 * 9 + 8 * 8 + 9 * 9 + 9  # W, M, Π, μ
     assert first.inference == 8 * 9 + 8 * 8 + 8  # W Π, M, an offset
     layer = learner.stack.layer(0)
-    iterations = mean_iterations(layer.drive(images), layer.lateral, layer.dynamics.tolerance)
+    iterations = NonnegativeCodes(layer.lateral, layer.dynamics.tolerance).mean_iterations(layer.drive(images))
     assert 1 <= iterations < 20
     assert first.operations == round(36 * 8 * (9 + iterations * 8))  # 6 × 6 positions
     both = learner.cost(2)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.evaluation.learners import Cost, Shape
 from jobs.evaluation.material import UnitImages
-from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
+from jobs.evaluation.nonnegative import COUNTED_IMAGES, NonnegativeCodes
 from jobs.evaluation.rivals.patches import Affine, PatchView, Preprocessing, encoded, fitted
 from simmatch.seeding import seeded
 
@@ -64,6 +64,7 @@ class Convolutional(ABC, Generic[SettingsT]):
         self.learnt: Learnt | None = None
         self._encoder: Affine | None = None
         self._trained = 0
+        self._codes: NonnegativeCodes | None = None
         self._iterations = 0.0
 
     @property
@@ -91,7 +92,8 @@ class Convolutional(ABC, Generic[SettingsT]):
         self._trained = learnt.trained + view.parameters
         if learnt.lateral is not None:
             few = self._encoder.columns(images[:COUNTED_IMAGES])
-            self._iterations = mean_iterations(few, learnt.lateral, RESIDUAL)
+            self._codes = NonnegativeCodes(learnt.lateral, RESIDUAL)
+            self._iterations = self._codes.mean_iterations(few)
 
     @property
     def encoder(self) -> Affine:
@@ -99,14 +101,9 @@ class Convolutional(ABC, Generic[SettingsT]):
         return fitted(self._encoder, self.name)
 
     def maps(self, images: Tensor) -> Tensor:
-        encoder, lateral = self.encoder, fitted(self.learnt, self.name).lateral
+        encoder, code = self.encoder, self._codes or self.activity
         rows = max(len(encoder.offset), self.shape.channels)
-
-        def code(part: Tensor) -> Tensor:
-            columns = encoder.columns(part)
-            return self.activity(columns) if lateral is None else nonnegative_codes(columns, lateral, RESIDUAL)
-
-        return encoded(images, encoder.config, rows, code)
+        return encoded(images, encoder.config, rows, lambda part: code(encoder.columns(part)))
 
     def cost(self, image_size: tuple[int, int]) -> Cost:
         """The whitening, measured on the images, counts as trained; for encoding it is part of the filters.

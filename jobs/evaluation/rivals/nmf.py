@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.evaluation.learners import Cost, Shape
 from jobs.evaluation.material import UnitImages
-from jobs.evaluation.nonnegative import COUNTED_IMAGES, mean_iterations, nonnegative_codes
+from jobs.evaluation.nonnegative import COUNTED_IMAGES, NonnegativeCodes
 from jobs.evaluation.rivals.patches import PATCHES, PatchView, Preprocessing, draw_seed, encoded, fitted
 from jobs.evaluation.rivals.visits import enough_passes
 from simmatch.seeding import seeded
@@ -64,6 +64,7 @@ class NMF:
         self.components: Tensor | None = None
         self.lateral: Tensor | None = None
         self._view: PatchView | None = None
+        self._codes: NonnegativeCodes | None = None
         self._iterations = 0.0
 
     def fit(self, images: UnitImages) -> None:
@@ -86,7 +87,8 @@ class NMF:
         self.components = torch.from_numpy(model.components_).to(patches)
         self.lateral = self.components @ self.components.T
         few = self._drive(images[:COUNTED_IMAGES])
-        self._iterations = mean_iterations(few, self.lateral, RESIDUAL)
+        self._codes = NonnegativeCodes(self.lateral, RESIDUAL)
+        self._iterations = self._codes.mean_iterations(few)
 
     def _nonnegative(self, patches: Tensor) -> Tensor:
         """x̃ [n, P] → x: itself, or [n, 2P]."""
@@ -100,12 +102,10 @@ class NMF:
         penalty = self.settings.sparsity * components.shape[1]
         return (components @ self._nonnegative(view.all(images)).T).sub_(penalty)
 
-    def _codes(self, images: Tensor) -> Tensor:
-        return nonnegative_codes(self._drive(images), fitted(self.lateral, self.name), RESIDUAL)
-
     def maps(self, images: Tensor) -> Tensor:
         view, components = fitted(self._view, self.name), fitted(self.components, self.name)
-        return encoded(images, view.config, sum(components.shape), self._codes)
+        codes = fitted(self._codes, self.name)
+        return encoded(images, view.config, sum(components.shape), lambda part: codes(self._drive(part)))
 
     def cost(self, image_size: tuple[int, int]) -> Cost:
         """The solver's work is what it was, per column, on the first images learnt from."""
