@@ -1,7 +1,8 @@
-"""All layers learning in one pass: against a slow loop written out here, over owners and stages, and after an end."""
+"""All layers learning in one pass: against a slow loop written out here, over all axes of a mesh, and after a stop."""
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from einops import reduce
 from torch import Tensor
 
 from simmatch import ModelConfig, Stack
-from simmatch.config import parse
+from simmatch.config import ConfigError, parse
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.fit import Trainer
@@ -18,7 +19,9 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, pooled
 from simmatch.observer import Observer, Pass, Update
 from simmatch.sharding.mesh import Mesh
-from tests.exchanges import meshes, results, run_meshes
+from simmatch.sharding.passing import IN_FLIGHT
+from simmatch.stages import layer_costs, stages_of
+from tests.exchanges import ThreadLink, meshes, results, run_meshes
 
 SEED = 5
 TRAIN = {"epochs": 2, "images": 100, "batch_size": 30}  # eight updates; the last of an epoch has ten images
@@ -50,12 +53,18 @@ LAYERS: list[dict[str, Any]] = [
 
 
 def model_of(
-    layers: int = 4, starts: tuple[int, ...] = (0, 0, 0, 0), *, exchange: str = "every_iteration", **others: Any
+    layers: int = 4,
+    starts: tuple[int, ...] = (0, 0, 0, 0),
+    *,
+    exchange: str = "every_iteration",
+    train: dict[str, Any] | None = None,
+    **others: Any,
 ) -> ModelConfig:
     values = []
     for layer, start in zip(LAYERS[:layers], starts, strict=False):
         dynamics = {**layer.get("dynamics", {}), "exchange": exchange}
-        values.append({**layer, "train": {**layer["train"], "start_after": start}, "dynamics": dynamics})
+        learning = {**layer["train"], "start_after": start, **(train or {})}
+        values.append({**layer, "train": learning, "dynamics": dynamics})
     return parse(ModelConfig, {"layers": values, "schedule": "together", **others})
 
 
@@ -183,7 +192,11 @@ class Follower(Observer):
             }
         )
         if done.stop:
-            raise KeyboardInterrupt
+            raise Stopped
+
+
+class Stopped(Exception):
+    """Raised by a follower that was asked to stop."""
 
 
 @pytest.mark.parametrize("exchange", ["every_iteration", "block", "gather_state"])
@@ -213,3 +226,192 @@ def test_stages_give_the_same_bits(stages: int, name: str, images: Tensor, label
     for stack, follower in zip(found, followers, strict=True):
         assert_equal(follower.learnt_layers, one.learnt_layers)
         assert_close(stack, expected, 1e-12)
+
+
+# -- a pass that stops and goes on -------------------------------------------------------------------------------------
+
+
+def merged(followers: list[Follower]) -> list[dict[str, Tensor]]:
+    """The last state of every layer that the stages remember together."""
+    layers = {index: state for follower in followers for index, state in follower.states[-1].items()}
+    return [layers[index] for index in sorted(layers)]
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "before", "after"),
+    [
+        ("at once", 1, 2, 1),
+        ("one after the other", 2, 1, 3),
+        ("one after the other", 3, 3, 2),  # in an update in which two layers are calibrated
+        ("one after the other", 6, 2, 4),
+        ("frozen below", 4, 4, 1),
+        ("frozen below", 5, 2, 3),
+        ("at once", 8, 2, 3),
+    ],
+)
+def test_a_pass_goes_on_at_any_number_of_stages(
+    name: str, last: int, before: int, after: int, images: Tensor, labels: Tensor
+) -> None:
+    """All stages stop after the same update, and hold all that the pass needs to go on with the same bits."""
+    model, whole = SCHEDULES[name], Follower()
+    train(Mesh(), model, images, labels, whole)
+    stopped = [Follower(stop_after=last) for _ in range(before)]
+    places = meshes(stages=before, delays_s={0: 0.002})
+    outcomes = run_meshes(places, lambda mesh: train(mesh, model, images, labels, stopped[mesh.stage]))
+    assert [type(outcome) for outcome in outcomes] == [Stopped] * before
+    for follower in stopped:
+        assert [done.number for done in follower.passes] == list(range(1, last + 1))
+    continued = [Follower(merged(stopped)) for _ in range(after)]
+    results(run_meshes(meshes(stages=after), lambda mesh: train(mesh, model, images, labels, continued[mesh.stage])))
+    for follower in continued:
+        assert [done.number for done in follower.passes] == list(range(last + 1, TOTAL + 1))
+        assert_equal(follower.learnt_layers, whole.learnt_layers)
+
+
+def test_learning_may_end_before_the_pass_does(images: Tensor, labels: Tensor) -> None:
+    """Where the observer does not end the training, the stack is completed as it is."""
+
+    class Early(Observer):
+        def stop_after(self, number: int) -> bool:
+            return number == 4
+
+    model = SCHEDULES["one after the other"]
+    found = results(run_meshes(meshes(stages=2), lambda mesh: train(mesh, model, images, labels, Early())))
+    for stack in found:
+        assert [int(stack.layer(index).updates) for index in range(4)] == [4, 2, 2, 0]
+        assert_equal(stack.state_dict(), found[0].state_dict())
+
+
+def test_an_observer_hears_of_every_update(images: Tensor, labels: Tensor) -> None:
+    follower = Follower()
+    model = SCHEDULES["frozen below"]
+    Trainer(stack_of(model, images), images, labels, observer=follower, measure_every=2).fit()
+    assert [(done.number, done.total, done.images, done.stop) for done in follower.passes] == [
+        (number, TOTAL, 10 if number in (4, 8) else 30, False) for number in range(1, TOTAL + 1)
+    ]
+    made = {index: [update.number for update in follower.updates if update.index == index] for index in range(4)}
+    assert made == {0: [1, 2], 1: [1, 2], 2: [1], 3: [1, 2, 3]}
+    assert all(update.total == len(made[update.index]) for update in follower.updates)
+    measured = [(update.index, update.number) for update in follower.updates if update.measurement is not None]
+    assert measured == [(0, 2), (1, 2), (2, 1), (3, 2), (3, 3)]
+
+
+# -- stages that wait, and stages that fail ----------------------------------------------------------------------------
+
+
+def test_a_stage_is_a_few_batches_ahead_at_most(images: Tensor, labels: Tensor) -> None:
+    model = model_of(2, train={"epochs": 2, "images": 100, "batch_size": 10})
+    places = meshes(stages=2)
+    link = places[0].above
+    assert isinstance(link, ThreadLink)
+    link.delay_s = 0.05
+    results(run_meshes(places, lambda mesh: train(mesh, model, images, labels)))
+    assert link.most_pending in (IN_FLIGHT, IN_FLIGHT + 1)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_the_fault_of_a_stage_is_raised(
+    failing: int, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that stage; the others wait for it until their time is up."""
+
+    class Failing(Observer):
+        def __init__(self, mesh: Mesh) -> None:
+            self.fails = mesh.stage == failing
+
+        def updated(self, update: Update) -> None:
+            if self.fails and update.number == 2:
+                raise OSError("disk full")
+
+    monkeypatch.setattr("tests.exchanges.TIMEOUT_S", 1.0)
+    outcomes = run_meshes(
+        meshes(stages=3), lambda mesh: train(mesh, SCHEDULES["at once"], images, labels, Failing(mesh))
+    )
+    assert isinstance(outcomes[failing], OSError)
+    assert all(isinstance(outcome, TimeoutError) for stage, outcome in enumerate(outcomes) if stage != failing)
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "both"}, "schedule: expected 'greedy' or 'together', got 'both'"),
+        ({"freeze_below": True}, r"expected schedule: together with freeze_below=true, got greedy"),
+        ({"starts": (0, 3)}, r"expected schedule: together with layers.1.train.start_after=3, got greedy"),
+        (
+            {"schedule": "together", "starts": (3, 3)},
+            "expected layers.0.train.start_after=0, as nothing is below the first layer, got 3",
+        ),
+        (
+            {"schedule": "together", "starts": (0, 3, 2)},
+            "expected layers.2.train.start_after of at least 3, where the layer below begins, got 2",
+        ),
+        (
+            {"schedule": "together", "starts": (0, 3, 3), "freeze_below": True},
+            "expected layers.2.train.start_after of at least 4, as freeze_below then stops the layer below, got 3",
+        ),
+        (
+            {"schedule": "together", "epochs": (1, 2)},
+            "expected layers.1.train.epochs=1, as in layers.0, with schedule: together, got 2",
+        ),
+        (
+            {"schedule": "together", "images": (None, 20)},
+            "expected layers.1.train.images=None, as in layers.0, with schedule: together, got 20",
+        ),
+        (
+            {"schedule": "together", "batch_size": (10, 20)},
+            "expected layers.1.train.batch_size=10, as in layers.0, with schedule: together, got 20",
+        ),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(values: dict[str, Any], message: str) -> None:
+    keys = {"starts": "start_after", "epochs": "epochs", "images": "images", "batch_size": "batch_size"}
+    lists = {keys[name]: values.pop(name) for name in tuple(values) if name in keys}
+    count = max([2, *(len(each) for each in lists.values())])
+    trains = [{name: each[index] for name, each in lists.items()} for index in range(count)]
+    layers = [{"out_channels": 4, "kernel_size": 1, "train": train} for train in trains]
+    with pytest.raises(ConfigError, match=message):
+        parse(ModelConfig, {"layers": layers, **values})
+
+
+def test_a_layer_that_would_begin_after_the_end_is_refused(images: Tensor, labels: Tensor) -> None:
+    model = model_of(2, (0, TOTAL))
+    with pytest.raises(ValueError, match=r"model.layers.1.train.start_after: expected less than 8, the updates of the"):
+        Trainer(stack_of(model, images), images, labels)
+    Trainer(stack_of(model_of(2, (0, TOTAL - 1)), images), images, labels)
+
+
+def test_layers_of_different_updates_do_not_go_on(images: Tensor, labels: Tensor) -> None:
+    model, stack = model_of(2), stack_of(model_of(2), images)
+    follower = Follower(stop_after=3)
+    with pytest.raises(Stopped):
+        Trainer(stack, images, labels, observer=follower).fit()
+    stack.layer(0).updates += 1
+    with pytest.raises(ValueError, match=r"layer 1: expected 4 updates after 4 of the pass, got 3"):
+        Trainer(stack, images, labels).fit()
+    assert model == stack.config
+
+
+# -- the layers of a stage ---------------------------------------------------------------------------------------------
+
+
+def test_stages_are_split_where_the_slowest_is_fastest() -> None:
+    """Against every way to split six layers of different cost."""
+    widths = (4, 16, 8, 4, 12, 6)
+    layers = [{"out_channels": width, "kernel_size": 1} for width in widths]
+    model = parse(ModelConfig, {"layers": layers, "schedule": "together"})
+    source = InputConfig(in_channels=3, height=4, width=4, num_classes=0)
+    costs = layer_costs(model, source)
+    for stages in range(1, 7):
+        found = stages_of(model, source, stages)
+        assert [index for layers in found for index in layers] == list(range(6))
+        ways = [(0, *cuts, 6) for cuts in combinations(range(1, 6), stages - 1)]
+        least = min(max(sum(costs[start:stop]) for start, stop in pairwise(way)) for way in ways)
+        assert max(sum(costs[layers.start : layers.stop]) for layers in found) == least
+    with pytest.raises(ConfigError, match=r"mesh.layer: expected 1 to 6, the layers of the model, got 7"):
+        stages_of(model, source, 7)
+    greedy = model.model_copy(update={"schedule": "greedy"})
+    with pytest.raises(ConfigError, match=r"mesh.layer: expected 1 with model.schedule: greedy, got 2"):
+        stages_of(greedy, source, 2)
