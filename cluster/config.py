@@ -131,9 +131,8 @@ class RunConfig(Frozen):
         """Raise ConfigError where the mesh does not fit the model's layers, the smallest group allowed, or the number
         of training images, where it is known."""
         self.mesh.check(self.model, images)
-        for axis in ("layer", "data"):  # groups and links are there, layers do not use them yet
-            if getattr(self.mesh, axis) > 1:
-                raise ConfigError(f"mesh.{axis}: expected 1, got {getattr(self.mesh, axis)}")
+        if self.mesh.data > 1:  # groups are there, layers do not use them yet
+            raise ConfigError(f"mesh.data: expected 1, got {self.mesh.data}")
         least = self.cluster.min_shards
         if least is not None and (self.mesh.data, self.mesh.layer) != (1, 1):
             raise ConfigError(

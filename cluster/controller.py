@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, assert_never
@@ -23,6 +24,7 @@ from cluster.messages import (
     GroupStarted,
     LayerMetrics,
     LayerProfiled,
+    LayerWarning,
     Message,
     ModelExported,
     NodeWarning,
@@ -36,7 +38,7 @@ from cluster.messages import (
 )
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, FailurePolicy, GroupFailure, Restart, Stop
 from cluster.storage import AnyPath
-from cluster.summary import ABANDONED_TAG, RATE_TAG, RunRecord, abandoned
+from cluster.summary import ABANDONED_TAG, RATE_TAG, RunRecord, abandoned, updates_at
 from cluster.text import count
 from cluster.tracking.tracker import Tracker
 from cluster.training import Assignment
@@ -99,6 +101,7 @@ class Controller:
         self._deadline: float | None = None
         self._step = self._phases_shown = 0
         self._node_warnings: set[str] = set()
+        self._metrics: dict[int, LayerMetrics] = {}
         saving = config.checkpoint
         committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
         self._checkpoints = CheckpointCollector(committer, display.note, data)
@@ -165,9 +168,10 @@ class Controller:
             tags |= {"simmatch.world_size": str(decision.shards), "simmatch.mesh": str(self.config.mesh)}
         if decision.lower_rate:
             self.record.rate *= RATE_FACTOR_AFTER_DIVERGENCE
-            self.record.forget(cursor)
+            updates = updates_at(cursor, self.config.model)
+            self.record.forget(updates)
             how = f" at {self.record.rate:g} times the learning rates"
-            tags |= {RATE_TAG: f"{self.record.rate:g}", ABANDONED_TAG: abandoned(cursor)}
+            tags |= {RATE_TAG: f"{self.record.rate:g}", ABANDONED_TAG: abandoned(updates)}
         self.record.images = max(0, cursor.images - self._images_before)
         again = max(0, self._step - cursor.step)
         self.record.steps_again += again
@@ -246,6 +250,8 @@ class Controller:
                 self._handle(status.rank, message)
         self._settle(SETTLE_S)
         for latest in statuses[0].phases[self._phases_shown :]:  # also those that have ended since the last round
+            if latest.phase == "learn" and latest.layer is None:  # layers of other stages, too
+                latest = replace(latest, metrics=tuple(self._metrics[layer] for layer in sorted(self._metrics)))
             self.display.progress(latest)
         self._phases_shown = max(0, len(statuses[0].phases) - 1)
         latest_phase = statuses[0].progress
@@ -282,10 +288,11 @@ class Controller:
                 if problem is not None:
                     self.display.note(problem)
             case LayerMetrics():
-                values = self.record.add(message)
+                self._metrics[message.layer] = message
+                values = self.record.add(message, self.config.mesh.place(rank).stage)
                 if values is not None:
                     self.recorder.metrics(message.update, values, layer=message.layer)
-            case TrainingWarning(text):
+            case TrainingWarning(text) | LayerWarning(text):
                 self.display.note(f"warning: {text}")
             case NodeWarning(text):
                 if text not in self._node_warnings:

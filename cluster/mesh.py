@@ -99,6 +99,8 @@ class MeshConfig(Frozen):
             most = min(filter(None, (layer.train.batch_size, layer.train.images, images)))
             batches.append((most, f"the images of a batch of model.layers.{index}"))
         stages = len(model.layers), "the number of layers"
+        if model.schedule == "greedy":  # without stages each layer learns when the one below has ended
+            stages = 1, "as layers learn one after the other (model.schedule: greedy)"
         return {"layer": stages, "channel": min(widths), "data": min(batches)}
 
     def _nearest(self, limits: Mapping[str, tuple[int, str]]) -> str:

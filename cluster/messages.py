@@ -63,6 +63,7 @@ class Progress:
     done, total: of the phase, in its own units: updates or images.
     step: updates of the run so far, while it learns.
     images_per_second: of a phase that has no metrics.
+    metrics: the latest of the layers that learn.
     """
 
     phase: Phase
@@ -71,16 +72,17 @@ class Progress:
     layer: int | None = None
     step: int | None = None
     images_per_second: float | None = None
-    metrics: LayerMetrics | None = None
+    metrics: tuple[LayerMetrics, ...] = ()
 
 
 @dataclass(frozen=True)
 class ShardWritten:
-    """This rank's part of a checkpoint is in the run directory; `layers` and `constants` go into the manifest."""
+    """This rank's part of a checkpoint is in the run directory; `layers`, by index, and `constants` go into the
+    manifest."""
 
     cursor: Cursor
     shard: Shard
-    layers: list[LayerState]
+    layers: dict[int, LayerState]
     constants: list[Constant] = field(default_factory=list)
 
 
@@ -102,6 +104,13 @@ class Traceback:
 @dataclass(frozen=True)
 class TrainingWarning:
     """Something to show to a person."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class LayerWarning:
+    """Something to show to a person about a layer, which the text names."""
 
     text: str
 
@@ -162,9 +171,11 @@ class LayerProfiled:
 
 OfOneRank = ShardWritten | ShardFailed | Traceback | LayerProfiled | NodeWarning
 """Messages about the rank that sends them."""
-OfTheRun = LayerMetrics | TrainingWarning | ModelExported | ReadoutScored
+OfAStage = LayerMetrics | LayerWarning
+"""Messages that all ranks of a stage would send alike: its first rank sends them."""
+OfTheRun = TrainingWarning | ModelExported | ReadoutScored
 """Messages that all ranks would send alike: rank 0 sends them."""
-Message = OfOneRank | OfTheRun
+Message = OfOneRank | OfAStage | OfTheRun
 
 
 @dataclass(frozen=True)
@@ -262,6 +273,7 @@ class Outbox:
     Attributes
     ----------
     rank: of the sender. What all ranks would send alike is kept on rank 0 only.
+    leads: whether this is the first rank of its stage, which sends what all of them would send alike.
     messages: sent so far, without those that the controller has; each reaches it once, in order.
     arrived: number of those that it has.
     phases: the latest progress of every phase so far; on other ranks than 0 of the present phase, without metrics.
@@ -270,6 +282,7 @@ class Outbox:
     """
 
     rank: int = 0
+    leads: bool = False
     messages: list[Message] = field(default_factory=list)
     arrived: int = 0
     phases: list[Progress] = field(default_factory=list)
@@ -284,7 +297,7 @@ class Outbox:
         """How far the present phase is."""
         self.beat()
         if self.rank > 0:
-            self.phases[:] = [replace(progress, metrics=None)]
+            self.phases[:] = [replace(progress, metrics=())]
         elif self.phases and (self.phases[-1].layer, self.phases[-1].phase) == (progress.layer, progress.phase):
             self.phases[-1] = progress
         else:
@@ -303,5 +316,5 @@ class Outbox:
 
     def send(self, message: Message) -> None:
         """Send a message that has to be kept."""
-        if self.rank == 0 or isinstance(message, OfOneRank):
+        if self.rank == 0 or isinstance(message, OfOneRank) or (self.leads and isinstance(message, OfAStage)):
             self.messages.append(message)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from cluster.checkpoints.shard_writer import ShardWriter
 from cluster.connections import Traffic
-from cluster.messages import LayerMetrics, Outbox, TrainingWarning
+from cluster.messages import LayerMetrics, LayerWarning, Outbox
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement
 from simmatch.objective import divergence_warning
@@ -71,7 +72,7 @@ class ObjectiveMonitor:
         complaint = divergence_warning(self._layer.plasticity, updates, above_one=objective > 1)
         if complaint is not None and not self._warned:
             self._warned = True
-            self._report.send(TrainingWarning(f"layer {self._index}, step {updates}: {complaint}"))
+            self._report.send(LayerWarning(f"layer {self._index}, step {updates}: {complaint}"))
 
 
 class MetricsWindow:
@@ -113,3 +114,22 @@ class MetricsWindow:
         self._images, self._started = 0, now
         self._waited_s, self._saving_s = traffic.waited_s, self._writer.seconds
         return metrics
+
+
+@dataclass
+class Monitors:
+    """What monitors one layer while it learns.
+
+    Attributes
+    ----------
+    layer: this rank's rows of it.
+    updates: made so far.
+    latest: its latest metrics.
+    """
+
+    layer: SimilarityMatchingConv2d
+    growth: GrowthMonitor
+    window: MetricsWindow
+    objective: ObjectiveMonitor
+    updates: int
+    latest: LayerMetrics | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +14,14 @@ from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, LayerProfiled, ReadoutScored
 from cluster.tracking.events import MetricsEvent, TagsEvent
 from cluster.tracking.spool import Spool
+from simmatch.config import ModelConfig
+from simmatch.schedule import learning_updates
 
 ABANDONED_TAG = "simmatch.given_up"
 """Tag of a run that went back to a checkpoint and continued at lower rates, see `abandoned`."""
 
 ABANDONED = re.compile(r"of layer (\d{1,9}) after step (\d{1,9})")
+"""Once for every layer; layers above the last one that is named had made no update."""
 
 RATE_TAG = "simmatch.rate"
 """Tag of a run at lower learning rates: the factor by which they are multiplied."""
@@ -28,10 +32,29 @@ TOTALS = frozenset({"bytes_exchanged", "num_exchanges"})
 """Metrics of a layer that a run which continues counts on from."""
 
 
-def abandoned(cursor: Cursor) -> str:
-    """Value of the tag for the records after a checkpoint: for people, and for `RunRecord.continue_from`."""
+def updates_at(cursor: Cursor, model: ModelConfig) -> dict[int, int]:
+    """Layer → its updates at a cursor; of layers that learn one after the other from the present one on.
+
+    >>> from simmatch.config import LayerConfig, TrainConfig
+    >>> layers = [LayerConfig(out_channels=8, kernel_size=3, train=TrainConfig(start_after=n)) for n in (0, 60)]
+    >>> model = ModelConfig(layers=layers, schedule="together")
+    >>> updates_at(Cursor(step=100, layer=0, updates=100), model)
+    {0: 100, 1: 40}
+    """
+    if model.schedule == "greedy":
+        later = range(cursor.layer + 1, len(model.layers))
+        return {cursor.layer: cursor.updates, **dict.fromkeys(later, 0)}
+    starts = [layer.train.start_after for layer in model.layers]
+    updates = learning_updates(model, max(cursor.step, *starts, 0) + 1)
+    return {index: len(range(each.start, min(each.stop, cursor.step + 1))) for index, each in enumerate(updates)}
+
+
+def abandoned(updates: Mapping[int, int]) -> str:
+    """Value of the tag for the records after so many updates of each layer: for people, and for
+    `RunRecord.continue_from`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"records before {now} of layer {cursor.layer} after step {cursor.updates}, at higher rates"
+    which = ", ".join(f"of layer {layer} after step {number}" for layer, number in updates.items())
+    return f"records before {now} {which}, at higher rates"
 
 
 @dataclass
@@ -54,21 +77,31 @@ class RunRecord:
     profiles: dict[int, dict[int, LayerProfiled]] = field(default_factory=dict)
     """Layer → rank → its profile; all ranks recorded the same updates."""
 
+    waits: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Stage → seconds in which it has learnt, and how many of them its first rank waited for others."""
+
     _before: tuple[int, float, float] = (0, 0.0, 0.0)
+    _exchanged: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Stage → bytes and exchanges since the present group started."""
 
     def start_group(self, images: int) -> None:
         """A new group counts its exchanges from 0. `images`: of the run, before this process began."""
         self._before = images, self.bytes_exchanged, self.num_exchanges
+        self._exchanged = {}
 
-    def add(self, metrics: LayerMetrics) -> dict[str, float] | None:
+    def add(self, metrics: LayerMetrics, stage: int = 0) -> dict[str, float] | None:
         """Take in the metrics of a layer. Returns their values for the tracker; None where they were recorded before.
 
-        Exchanges of earlier groups are added.
+        Exchanges of earlier groups, and of other stages, are added.
         """
         images, bytes_exchanged, num_exchanges = self._before
-        self.images = metrics.images - images
-        self.bytes_exchanged = bytes_exchanged + metrics.bytes_exchanged
-        self.num_exchanges = num_exchanges + metrics.num_exchanges
+        self._exchanged[stage] = metrics.bytes_exchanged, metrics.num_exchanges
+        self.images = max(self.images, metrics.images - images)
+        self.bytes_exchanged = bytes_exchanged + sum(moved for moved, _ in self._exchanged.values())
+        self.num_exchanges = num_exchanges + sum(number for _, number in self._exchanged.values())
+        seconds, waited_s = self.waits.get(stage, (0.0, 0.0))
+        share = metrics.window_s * metrics.waiting_share
+        self.waits[stage] = seconds + metrics.window_s, waited_s + share
         totals = {"bytes_exchanged": self.bytes_exchanged, "num_exchanges": self.num_exchanges}
         values = metrics.values() | totals
         return values if self._append(metrics.layer, metrics.update, values) else None
@@ -94,10 +127,11 @@ class RunRecord:
         curve.append((update, values))
         return True
 
-    def forget(self, cursor: Cursor) -> None:
-        """Drop the records after a checkpoint that is continued at lower rates: they will be recorded again."""
-        for layer in [layer for layer in self.curves if layer >= cursor.layer]:
-            last = cursor.updates if layer == cursor.layer else 0
+    def forget(self, updates: Mapping[int, int]) -> None:
+        """Drop the records after so many updates of each layer, from which the run continues at lower rates: they will
+        be recorded again. Layers above the last one named have made none."""
+        for layer in [layer for layer in self.curves if layer in updates or layer > max(updates)]:
+            last = updates.get(layer, 0)
             self.curves[layer] = [(update, values) for update, values in self.curves[layer] if update <= last]
             if not self.curves[layer]:
                 del self.curves[layer]
@@ -107,8 +141,8 @@ class RunRecord:
         for event, _ in Spool(spool).read():
             match event:
                 case TagsEvent(values=values):
-                    if mark := ABANDONED.search(str(values.get(ABANDONED_TAG))):
-                        self.forget(Cursor(step=0, layer=int(mark[1]), updates=int(mark[2])))
+                    if marks := ABANDONED.findall(str(values.get(ABANDONED_TAG))):
+                        self.forget({int(layer): int(number) for layer, number in marks})
                     if RATE.fullmatch(rate := str(values.get(RATE_TAG))):
                         self.rate = min(self.rate, float(rate))
                 case MetricsEvent(layer=int(layer), step=step, values=values) if values.keys() >= TOTALS:
@@ -137,6 +171,10 @@ def summarise(
         "probe_images": readout and readout.train_images,
         "probe_subset": readout and (readout.subset or None),
         "world_size": config.mesh.world_size,
+        "waiting_share": [
+            waited_s / seconds if seconds else 0.0
+            for seconds, waited_s in (record.waits.get(stage, (0.0, 0.0)) for stage in range(config.mesh.layer))
+        ],
         "mesh": config.mesh.model_dump(),
         "steps": record.steps,
         "images_per_second": record.images / seconds if seconds > 0 else 0.0,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoints.committer import MODEL
-from cluster.checkpoints.manifest import Cursor, read_manifest
+from cluster.checkpoints.manifest import Cursor, LayerState, read_manifest
 from cluster.checkpoints.reader import Reader
 from cluster.checkpoints.shard_writer import ShardWriter, write_shard
 from cluster.checkpoints.state import restore_layer, take_snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
 from cluster.connections import Traffic
-from cluster.messages import LayerMetrics, ModelExported, NodeWarning, Outbox, Progress
-from cluster.monitors import GrowthMonitor, MetricsWindow, ObjectiveMonitor, TrainingFault
+from cluster.messages import ModelExported, NodeWarning, Outbox, Progress
+from cluster.monitors import GrowthMonitor, MetricsWindow, Monitors, ObjectiveMonitor, TrainingFault
 from cluster.one_rank import on_one_rank
 from cluster.profiles import TraceWriter
 from cluster.read_out import read_out
@@ -45,9 +45,11 @@ from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
-from simmatch.observer import Observer, Phase, Update
+from simmatch.observer import Observer, Pass, Phase, Update
 from simmatch.profile import Profile
 from simmatch.remote import retry
+from simmatch.schedule import learning_updates
+from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.state import gather_from_ranks
@@ -133,6 +135,10 @@ class Training(Observer):
             cache=config.cache_features,
             measure_every=config.log_every,
         )
+        self._monitors: dict[int, Monitors] = {}
+        self._columns = config.mesh.ranks(stage=mesh.stage)
+        self.together = config.model.schedule == "together"
+        report.leads = mesh.columns.rank == 0
         self._features: dict[int, list[Tensor]] = {index: [] for index in config.model.feature_layers()}
         self.writer = ShardWriter(
             assignment.run_dir,
@@ -203,20 +209,30 @@ class Training(Observer):
     def restore(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         if self.reader is not None:
             restore_layer(layer, index, self.reader)
-        self.step += int(layer.updates)
+        if not self.together:
+            self.step += int(layer.updates)
+        elif self.reader is not None:
+            self.step = self.reader.manifest.cursor.step
 
     def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         self.profile.started(index, layer)
         states = [] if self.reader is None else self.reader.manifest.layers
-        self._growth = GrowthMonitor(index, states[index].usual if index < len(states) else None)
-        self._window = MetricsWindow(index, self.traffic, self.mesh, self.writer)
-        self._objective = ObjectiveMonitor(index, layer, self.report)
-        self._latest: LayerMetrics | None = None
-        self._updates = int(layer.updates)
+        self._monitors[index] = Monitors(
+            layer=layer,
+            growth=GrowthMonitor(index, states[index].usual if index < len(states) else None),
+            window=MetricsWindow(index, self.traffic, self.mesh, self.writer),
+            objective=ObjectiveMonitor(index, layer, self.report),
+            updates=int(layer.updates),
+        )
 
     @contextmanager
     def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
         with self._named(index), self.profile.updating(index, layer):
+            yield
+
+    @contextmanager
+    def encoding(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
+        with self._named(index), self.profile.encoding(index, layer):
             yield
 
     @contextmanager
@@ -228,37 +244,83 @@ class Training(Observer):
             raise
         except SharedFault as fault:
             # all ranks name the same step, whoever noticed first; a recorded fault is from one since the last look
-            step, what = fault.update or self._updates + 1, str(SharedFault(fault.kind, fault.ranks))
+            step = fault.update or self._updates_of(index) + 1
+            what = str(SharedFault(fault.kind, [self._columns[rank] for rank in fault.ranks]))
             diverged = fault.kind.startswith("non-finite")
             raise TrainingFault(f"layer {index}, step {step}: {what}", diverged=diverged) from fault
         except Exception as fault:
             what = f"{type(fault).__name__}: {fault}"
-            raise TrainingFault(f"layer {index}, step {self._updates + 1}: {what}") from fault
+            raise TrainingFault(f"layer {index}, step {self._updates_of(index) + 1}: {what}") from fault
+
+    def _updates_of(self, index: int) -> int:
+        return self._monitors[index].updates if index in self._monitors else 0
 
     def updated(self, update: Update) -> None:
         self.profile.updated(update)
-        index, number = update.index, update.number
-        self.step += 1
-        self.images += update.images
-        self._updates = number
+        index, number, of = update.index, update.number, self._monitors[update.index]
+        if not self.together:
+            self.step += 1
+            self.images += update.images
+        of.updates = number
         if update.looked:  # else reading the bound would wait for the device
-            self._growth.check(number - 1, update.layer.bound.value)
-        self._window.count(update.images)
+            of.growth.check(number - 1, update.layer.bound.value)
+        of.window.count(update.images)
         if update.measurement is not None:
-            self._latest = self._window.close(update.layer, update.measurement, self.images)
-            self._objective.check(self._latest.objective)
-            self.report.send(self._latest)
-        progress = Progress("learn", number, update.total, layer=index, step=self.step, metrics=self._latest)
+            of.latest = of.window.close(update.layer, update.measurement, self.images)
+            of.objective.check(of.latest.objective)
+            self.report.send(of.latest)
+        if self.together:
+            return
+        latest = () if of.latest is None else (of.latest,)
+        progress = Progress("learn", number, update.total, layer=index, step=self.step, metrics=latest)
         self.report.progress(progress)
-        stop = number % self.config.log_every == 0 and self._all_stop()
-        needed = number == update.total or stop
-        if needed or self.step % self.config.checkpoint.every_steps == 0:
-            with self._named(index):
-                update.layer.raise_faults()  # a checkpoint holds no update after a fault
-            self._save(update, needed=needed)
+        stop = self._asked_to_stop(number, self.mesh.everyone)
+        cursor = Cursor(step=self.step, layer=index, updates=number, images=self.images)
+        self._end_of_step(cursor, {index: update.layer}, last=number == update.total, stop=stop, learnt=index)
+
+    def stop_after(self, number: int) -> bool:
+        return self._asked_to_stop(number, self.mesh.columns)
+
+    def passed(self, done: Pass) -> None:
+        self.step = done.number
+        learning = learning_updates(self.config.model, done.total)
+        self.images += done.images * sum(done.number in updates for updates in learning)
+        self.report.progress(Progress("learn", done.number, done.total, step=done.number))
+        cursor = Cursor(step=done.number, layer=0, updates=done.number, images=self.images)
+        self._end_of_step(cursor, done.layers, last=done.number == done.total, stop=done.stop)
+
+    def _end_of_step(
+        self,
+        cursor: Cursor,
+        layers: Mapping[int, SimilarityMatchingConv2d],
+        *,
+        last: bool,
+        stop: bool,
+        learnt: int = 0,
+    ) -> None:
+        """Write a checkpoint where one is due, and end where the ranks have agreed to.
+
+        layers: those that this rank has rows of; learnt: number of layers that have learnt before.
+        """
+        if last or stop or cursor.step % self.config.checkpoint.every_steps == 0:
+            for index, layer in layers.items():
+                with self._named(index):
+                    layer.raise_faults()  # a checkpoint holds no update after a fault
+            if self.mesh.replicas.rank == 0:
+                states = {index: LayerState(usual=self._usual(index)) for index in layers}
+                first = self.mesh.owners.rank == 0
+                take = partial(take_snapshot, self.stack, layers, states, first=first, learnt=learnt)
+                self.writer.submit(cursor, take, needed=last or stop)
         if stop:
             self._close()
             raise Stopped
+
+    def _usual(self, index: int) -> float | None:
+        """The bound that a layer's growth is measured from: also of a layer that has not gone on since a restart."""
+        if index in self._monitors:
+            return self._monitors[index].growth.usual
+        states = [] if self.reader is None else self.reader.manifest.layers
+        return states[index].usual if index < len(states) else None
 
     def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:
         if index in self._features:
@@ -274,13 +336,10 @@ class Training(Observer):
         pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
         on_one_rank(work, self.mesh.everyone, self.report, device=self.device, pause_s=pause_s)
 
-    def _all_stop(self) -> bool:
-        """Whether any rank has been asked to stop: one gathered value, so that all stop at the same step."""
+    def _asked_to_stop(self, number: int, among: Exchange) -> bool:
+        """Whether learning is to stop with this update, as any of some ranks has been asked to: one gathered value, at
+        every `log_every` updates, so that all stop at the same."""
+        if number % self.config.log_every:
+            return False
         asked = torch.full((1,), float(self.report.stopping), device=self.device)
-        return bool(gather_from_ranks(asked, self.mesh.everyone).any())
-
-    def _save(self, update: Update, *, needed: bool) -> None:
-        """This rank's shard of a checkpoint; the controller commits it once all ranks have reported theirs."""
-        cursor = Cursor(step=self.step, layer=update.index, updates=update.number, images=self.images)
-        take = partial(take_snapshot, self.stack, update.index, update.layer, self._growth.usual)
-        self.writer.submit(cursor, take, needed=needed)
+        return bool(gather_from_ranks(asked, among).any())

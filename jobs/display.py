@@ -226,14 +226,14 @@ def title(progress: Progress) -> str:
 
 def details(progress: Progress) -> str:
     """The measurements of a phase in one line, if there are any."""
-    metrics = progress.metrics
-    if metrics is None:
+    layers = progress.metrics
+    if not layers:
         return "" if progress.images_per_second is None else f"{progress.images_per_second:.0f} images/s"
     parts = (
-        f"{metrics.images_per_second:.0f} images/s",
-        f"residual {metrics.residual:.1e}",
-        f"active {100 * metrics.active_fraction:.0f} %",
-        f"{size(metrics.bytes_exchanged)} exchanged",
+        f"{min(layer.images_per_second for layer in layers):.0f} images/s",
+        f"residual {', '.join(f'{layer.residual:.1e}' for layer in layers)}",
+        f"active {', '.join(f'{100 * layer.active_fraction:.0f}' for layer in layers)} %",
+        f"{size(sum(layer.bytes_exchanged for layer in layers))} exchanged",
     )
     return SEPARATOR.join(parts)
 
@@ -264,7 +264,7 @@ class RunDisplay(ProgressBars):
     def progress(self, latest: Progress) -> None:
         """The latest message of the ranks."""
         phase = title(latest)
-        if self._phase is not None and self._phase != phase:
+        if self._phase is not None and self._phase != phase and latest.phase != "calibrate":  # a pass goes on after it
             self.complete(self._phase)
         self._phase = phase
         self.update(phase, latest.done, latest.total, details=details(latest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.checkpoints.committer import Committer
-from cluster.checkpoints.manifest import Manifest
+from cluster.checkpoints.manifest import LayerState, Manifest
 from cluster.config import RunConfig, public
 from cluster.messages import ShardFailed, ShardWritten
 
@@ -40,17 +40,18 @@ class CheckpointCollector:
         self._committer.start_group()
 
     def shard_written(self, rank: int, written: ShardWritten, config: RunConfig, rate: float) -> None:
-        """Commit the checkpoint if this is its last shard."""
+        """Commit the checkpoint if this is its last shard: of the first replica, as the others hold the same rows."""
         step = written.cursor.step
         shards = self._shards.setdefault(step, {})
         shards[rank] = written
-        if len(shards) < config.mesh.world_size:
+        if len(shards) < config.mesh.layer * config.mesh.channel:
             return
         del self._shards[step]
+        states = {index: state for each in shards.values() for index, state in each.layers.items()}
         manifest = Manifest(
             cursor=written.cursor,
             config=public(config),
-            layers=written.layers,
+            layers=[states.get(index, LayerState()) for index in range(max(states) + 1)],
             shards=[shards[number].shard for number in sorted(shards)],
             constants=[constant for number in sorted(shards) for constant in shards[number].constants],
             rate=rate,

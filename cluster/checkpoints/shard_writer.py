@@ -89,13 +89,13 @@ class Snapshot:
     Attributes
     ----------
     rows: of the tensors that are row ranges of a larger one.
-    layers: goes into the manifest.
+    layers: by their index, what goes into the manifest.
     constants: tensors that will not change, and their rows, by a name; they are written once.
     """
 
     tensors: dict[str, Tensor]
     rows: dict[str, Rows]
-    layers: list[LayerState]
+    layers: dict[int, LayerState]
     constants: dict[str, tuple[dict[str, Tensor], dict[str, Rows]]] = field(default_factory=dict)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cluster.checkpoints.manifest import LayerState
 from cluster.checkpoints.reader import Reader, load_into
 from cluster.checkpoints.shard_writer import Snapshot
@@ -10,31 +12,40 @@ from simmatch.model import Stack
 from simmatch.sharding.state import replicated_state, shard_state
 
 
-def take_snapshot(stack: Stack, index: int, learning: SimilarityMatchingConv2d, usual: float | None) -> Snapshot:
-    """What a rank writes: its rows of layer `index`, and on rank 0 what is equal on all ranks.
+def take_snapshot(
+    stack: Stack,
+    learning: Mapping[int, SimilarityMatchingConv2d],
+    states: Mapping[int, LayerState],
+    *,
+    first: bool,
+    learnt: int = 0,
+) -> Snapshot:
+    """What a rank writes: its rows of the layers that learn, and, as their first owner, what is equal for all owners.
 
-    Whitenings, and the finished layers, whole, are constants, which rank 0 writes once.
+    Whitenings, and the layers that have learnt, whole, are constants, which the first owner writes once.
 
     Parameters
     ----------
-    stack: holds the finished layers, whole.
-    learning: this rank's rows of layer `index`, which may change while the shard is written: they are copied.
-    usual: the bound that the layer's growth is measured from.
+    stack: holds the layers that have learnt, whole.
+    learning: by their index, this rank's rows of layers, which may change while the shard is written: they are copied.
+    states: goes into the manifest.
+    first: whether this rank is the first owner of the layers.
+    learnt: number of layers, from the first one on, that have learnt.
     """
-    snapshot = Snapshot({}, {}, [*[LayerState()] * index, LayerState(usual=usual)])
-    for number in range(index + 1):
-        layer = learning if number == index else stack.layer(number)
+    snapshot = Snapshot({}, {}, dict(states))
+    for number in [*range(learnt), *learning]:
+        layer = learning.get(number) or stack.layer(number)
         own = {f"layers.{number}.{name}": tensor for name, tensor in shard_state(layer).items()}
         rows = dict.fromkeys(own, layer.rows)
-        if learning.mesh.owners.rank == 0:
+        if first:
             equal = {f"layers.{number}.{name}": tensor for name, tensor in replicated_state(layer).items()}
-            whitening = {name: equal.pop(name) for name in list(equal) if "whitening" in name}
+            whitening = {name: equal.pop(name) for name in list(equal) if "whitening" in name and layer.calibrated}
             own |= equal
             if whitening:
                 snapshot.constants[f"whitening {number}"] = whitening, {}
-            if number < index:
+            if number < learnt:
                 snapshot.constants[f"layer {number}"] = own, rows
-        if number == index:
+        if number >= learnt:
             snapshot.tensors.update({name: tensor.to("cpu", copy=True) for name, tensor in own.items()})
             snapshot.rows.update(rows)
     return snapshot
