@@ -288,8 +288,8 @@ class Controller:
                 if problem is not None:
                     self.display.note(problem)
             case LayerMetrics():
-                self._metrics[message.layer] = message
                 values = self.record.add(message, self.config.mesh.place(rank).stage)
+                self._metrics[message.layer] = replace(message, bytes_exchanged=self.record.bytes_exchanged)
                 if values is not None:
                     self.recorder.metrics(message.update, values, layer=message.layer)
             case TrainingWarning(text) | LayerWarning(text):

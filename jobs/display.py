@@ -233,7 +233,7 @@ def details(progress: Progress) -> str:
         f"{min(layer.images_per_second for layer in layers):.0f} images/s",
         f"residual {', '.join(f'{layer.residual:.1e}' for layer in layers)}",
         f"active {', '.join(f'{100 * layer.active_fraction:.0f}' for layer in layers)} %",
-        f"{size(sum(layer.bytes_exchanged for layer in layers))} exchanged",
+        f"{size(max(layer.bytes_exchanged for layer in layers))} exchanged",
     )
     return SEPARATOR.join(parts)
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cluster.checkpoints.collector import CheckpointCollector
 from cluster.checkpoints.committer import Committer, commit, prune, remove_unnamed
 from cluster.checkpoints.manifest import (
     CONSTANTS,
@@ -27,7 +29,6 @@ from cluster.checkpoints.manifest import (
     DamagedError,
     LayerState,
     Manifest,
-    Shard,
     folder_of,
     read_manifest,
 )
@@ -495,21 +496,17 @@ def run(ranks: Any, config: RunConfig, run_dir: Path, resume: Path | None = None
 def commit_all(config: RunConfig, run_dir: Path, messages: list[list[Message]]) -> list[Cursor]:
     """Manifests as the controller writes them, from what all ranks have reported."""
     cursors = []
-    for written in zip(*(of_type(own, ShardWritten) for own in messages), strict=True):
-        cursor = written[0].cursor
-        assert all(other.cursor == cursor for other in written)
-        assert all(other.layers == written[0].layers for other in written)
-        shards: list[Shard] = [other.shard for other in written]
-        constants = [constant for other in written for constant in other.constants]
-        manifest = Manifest(
-            cursor=cursor,
-            config=config.model_dump(mode="json"),
-            layers=written[0].layers,
-            shards=shards,
-            constants=constants,
-        )
-        commit(folder_of(run_dir, cursor.step), manifest)
-        cursors.append(cursor)
+
+    def submit(manifest: Manifest) -> None:
+        commit(folder_of(run_dir, manifest.cursor.step), manifest)
+        cursors.append(manifest.cursor)
+
+    committer: Any = SimpleNamespace(submit=submit)
+    collector = CheckpointCollector(committer, pytest.fail, None)
+    for rank, own in enumerate(messages):
+        for written in of_type(own, ShardWritten):
+            collector.shard_written(rank, written, config, 1.0)
+    assert not collector._shards  # each of them whole
     return cursors
 
 

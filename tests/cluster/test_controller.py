@@ -150,7 +150,7 @@ def shard_written(run_dir: Path, rank: int, step: int, layer: int = 0, world_siz
         shapes={"w": [5]},
     )
     cursor = Cursor(step=step, layer=layer, updates=step, images=20 * step)
-    return ShardWritten(cursor, shard, [LayerState(usual=2.0)])
+    return ShardWritten(cursor, shard, {0: LayerState(usual=2.0)})
 
 
 def both_shards(run_dir: Path, step: int) -> list[list[Message]]:
@@ -776,7 +776,7 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
     record = failing.controller.record
     assert [(step, values["objective"]) for step, values in record.curves[0]] == expected[:1]
     assert (record.curves[0][-1][1]["objective"], record.images) == (0.9, 160)
-    record.forget(Cursor(step=0, layer=0, updates=0))
+    record.forget({0: 0})
     assert record.curves == {}
 
 

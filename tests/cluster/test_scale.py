@@ -80,14 +80,14 @@ class Scene:
         self.updates += 10
         values: dict[str, Any] = dict.fromkeys((field.name for field in fields(LayerMetrics)), 0.5)
         metrics = LayerMetrics(**values | {"layer": 1, "update": self.updates, "images": 100 * self.updates})
-        self.report(Progress("learn", self.updates, 1000, layer=1, step=100 + self.updates, metrics=metrics))
+        self.report(Progress("learn", self.updates, 1000, layer=1, step=100 + self.updates, metrics=(metrics,)))
         cursor = Cursor(step=100 + self.updates, layer=1, updates=self.updates)
         for worker in self.workers[1:]:  # never complete: nothing is committed
             rank = worker.assignment.rank
             rows = {"layers.1.lateral": [rank, rank + 1]}
             shard = Shard(rank=rank, file=f"rank-{rank}-of-512.safetensors", sha256="0" * 64, rows=rows, shapes={})
             worker._outbox.send(metrics)
-            worker._outbox.send(ShardWritten(cursor, shard, [LayerState()] * 2))
+            worker._outbox.send(ShardWritten(cursor, shard, dict.fromkeys(range(2), LayerState())))
         self.workers[0]._outbox.send(metrics)
         assert self.controller.step(self.group) == (False, None)
 

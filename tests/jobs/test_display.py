@@ -63,7 +63,7 @@ METRICS = LayerMetrics(
 )
 
 
-def learn(done: int, total: int = 29, metrics: LayerMetrics | None = None) -> Progress:
+def learn(done: int, total: int = 29, *metrics: LayerMetrics) -> Progress:
     return Progress("learn", done, total, layer=0, metrics=metrics)
 
 
@@ -92,7 +92,7 @@ def test_time_left_in_words() -> None:
 def test_a_phase_in_words() -> None:
     assert title(learn(5)) == "layer 0 · learn"
     assert title(Progress("readout", 0, 1)) == "readout"
-    assert details(learn(5, metrics=METRICS)) == "3517 images/s · residual 1.0e-02 · active 26 % · 135 MB exchanged"
+    assert details(learn(5, 29, METRICS)) == "3517 images/s · residual 1.0e-02 · active 26 % · 135 MB exchanged"
     assert details(learn(5)) == ""
     assert details(encode(5, images_per_second=351.7)) == "352 images/s"
 
@@ -187,7 +187,7 @@ def test_counts_and_time_left_fit_every_terminal(width: int, clock: Clock) -> No
         [line] = drawn(display)
     assert len(line) <= width
     assert re.search(r" 1100/12000 \d:\d\d:\d\d 11 s left", line), line
-    parts = ["11 s left", *details(learn(1, metrics=METRICS)).split(" · ")]
+    parts = ["11 s left", *details(learn(1, 29, METRICS)).split(" · ")]
     shown = line[line.index("11 s left") :].split(" · ")
     assert shown == parts[: len(shown)]
     assert len(shown) == {60: 1, 80: 2, 100: 3, 140: 5}[width]

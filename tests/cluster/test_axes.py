@@ -1,0 +1,165 @@
+"""Runs over the axes of a mesh, without Ray: stages give the bits of one rank, and any mesh reads any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.checkpoints.manifest import Cursor, folder_of, read_manifest
+from cluster.config import RunConfig
+from cluster.connections import join_mesh
+from cluster.messages import LayerMetrics, Message, Outbox, Progress
+from cluster.training import Assignment, Stopped, Training
+from simmatch.config import parse
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
+from tests.cluster.test_checkpoint import commit_all, exported
+from tests.exchanges import of_type, results
+
+ConfigMaker = Callable[..., RunConfig]
+UPDATES, BEGINS = 20, 5
+"""Updates of the pass, and those before the last layer begins."""
+
+
+@pytest.fixture(scope="module")
+def together(digits_config: ConfigMaker) -> ConfigMaker:
+    """(extents of the mesh) → a run in float64 of three layers that learn together, the last one, which is whitened and
+    has labels, from update `BEGINS` on."""
+
+    def make(*, later: int = BEGINS, **mesh: int) -> RunConfig:
+        values = digits_config(dtype="float64").model_dump(mode="json")
+        conv, dense = values["model"]["layers"]
+        train = {"batch_size": 20, "images": 200, "epochs": 2}
+        for layer in (conv, dense):
+            layer["dynamics"] |= {"solver": "accelerated"}  # one whoever holds the rows
+        conv |= {"train": train, "pool": 3}
+        middle = conv | {"kernel_size": 2, "stride": 1, "pool": 2, "normalize": "none"}
+        dense |= {"train": train | {"start_after": later}}
+        values["model"] |= {"layers": [conv, middle, dense], "schedule": "together"}
+        values["mesh"] = mesh
+        return parse(RunConfig, values)
+
+    return make
+
+
+class Asked(Outbox):
+    """A rank that is asked to stop when it reports an update of the pass."""
+
+    at: int | None = None
+
+    def progress(self, progress: Progress) -> None:
+        super().progress(progress)
+        self.stopping |= progress.phase == "learn" and progress.done == self.at
+
+
+def train(
+    exchange: Exchange, config: RunConfig, run_dir: Path, resume: Path | None = None, asked: int | None = None
+) -> list[Message]:
+    outbox = Asked(exchange.rank)
+    outbox.at = asked
+    cpu = torch.device("cpu")
+    mesh: Any = Mesh() if config.mesh.world_size == 1 else join_mesh(exchange, config.mesh, cpu)  # type: ignore[arg-type]
+    training = Training(Assignment(config, run_dir, exchange.rank, resume=resume), mesh, outbox, cpu)
+    if asked is None:
+        training.run()
+    else:
+        with pytest.raises(Stopped):
+            training.run()
+    return outbox.messages
+
+
+class Run:
+    """A run to its end, or until it is asked to stop, and its committed checkpoints."""
+
+    def __init__(self, ranks: Any, config: RunConfig, run_dir: Path, *more: Any) -> None:
+        run_dir.mkdir(parents=True)
+        self.config, self.run_dir = config, run_dir
+        self.messages = results(ranks(train, config.mesh.world_size, config, run_dir, *more))
+        self.cursors = commit_all(config, run_dir, self.messages)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return exported(self.run_dir)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Any, together: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(ranks, together(), tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.fixture(scope="module")
+def stages(ranks: Any, together: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(ranks, together(layer=2), tmp_path_factory.mktemp("stages") / "run")
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """1e-9, as between shard counts in `test_parity`: rounding, and the eigenvectors of the whitening."""
+    for name, tensor in expected.items():
+        scale = float(tensor.abs().amax()) if tensor.numel() else 0.0
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9 * scale, msg=name)
+
+
+def test_two_stages_give_the_bits_of_one_rank(alone: Run, stages: Run) -> None:
+    assert_equal(stages.weights, alone.weights)
+
+
+def test_a_checkpoint_holds_all_layers_after_one_update_of_the_pass(alone: Run, stages: Run) -> None:
+    """Layers 0 and 1 learn from every batch, layer 2 from those after the fifth: so many images in all."""
+    expected = [
+        Cursor(step=step, layer=0, updates=step, images=20 * (2 * step + max(0, step - BEGINS)))
+        for step in (4, 8, 12, 16, 20)
+    ]
+    assert stages.cursors == alone.cursors == expected
+    for step in (4, 8):
+        one, two = (read_manifest(folder_of(run.run_dir, step)) for run in (alone, stages))
+        assert one.layers == two.layers
+        assert len(one.layers) == 3
+        assert {key for file in one.files for key in file.shapes} == {key for file in two.files for key in file.shapes}
+
+
+def test_what_each_stage_reports_is_reported_once(stages: Run) -> None:
+    metrics = [[(each.layer, each.update) for each in of_type(own, LayerMetrics)] for own in stages.messages]
+    begun = UPDATES - BEGINS
+    of_layer = [
+        [(layer, update) for update in range(5, count + 1, 5)] for layer, count in enumerate((UPDATES, UPDATES, begun))
+    ]
+    assert [sorted(own) for own in metrics] in (
+        [of_layer[0], of_layer[1] + of_layer[2]],
+        [of_layer[0] + of_layer[1], of_layer[2]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "step"), [({}, 8), ({"layer": 3}, 4), ({"layer": 3}, 16), ({"layer": 2, "channel": 2}, 8)], ids=str
+)
+def test_any_mesh_continues_from_a_checkpoint_of_two_stages(
+    ranks: Any, together: ConfigMaker, alone: Run, stages: Run, tmp_path: Path, mesh: dict[str, int], step: int
+) -> None:
+    """Before and after the last layer begins. Shards of channels give the same up to rounding."""
+    config = together(**mesh)
+    run = Run(ranks, config, tmp_path / "run", folder_of(stages.run_dir, step))
+    assert run.cursors == [cursor for cursor in alone.cursors if cursor.step > step]
+    (assert_close if config.mesh.channel > 1 else assert_equal)(run.weights, alone.weights)
+
+
+def test_stages_that_are_asked_to_stop_agree_on_the_update(
+    ranks: Any, together: ConfigMaker, alone: Run, tmp_path: Path
+) -> None:
+    """The first stage decides, at the next multiple of `log_every`; the others end with that batch."""
+    config = together(layer=3)
+    stopped = Run(ranks, config, tmp_path / "stopped", None, 7)
+    assert stopped.cursors[-1].step == 10
+    assert not (stopped.run_dir / "model").exists()
+    run = Run(ranks, together(layer=2), tmp_path / "again", folder_of(stopped.run_dir, 10))
+    assert_equal(run.weights, alone.weights)
