@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from cluster.collectives import Connection, DeviceCounter, TorchExchange, TorchLink
 from cluster.mesh import MeshConfig
+from cluster.waiting import LINK
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import named
 from simmatch.sharding.mesh import Mesh
@@ -48,17 +49,17 @@ class _Groups:
             self._made[key] = TorchExchange(group, **self._settings(named(key))) if self._member(key) else IDENTITY
         return self._made[key]
 
-    def link(self, lower: int, upper: int) -> TorchLink | None:
+    def link(self, lower: int, upper: int, timeout_s: float) -> TorchLink | None:
         """From one rank to another; None where this rank is neither."""
-        group = self._group((lower, upper))
-        name = f"the link from rank {lower} to rank {upper}"
-        return TorchLink(group, **self._settings(name)) if self._member((lower, upper)) else None
+        group = self._group((lower, upper), timeout_s)
+        settings = self._settings(f"{LINK} from rank {lower} to rank {upper}") | {"timeout_s": timeout_s}
+        return TorchLink(group, **settings) if self._member((lower, upper)) else None
 
     def _member(self, ranks: Sequence[int]) -> bool:
         return self._everyone.rank in ranks
 
-    def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        limit = timedelta(seconds=self._everyone.timeout_s)
+    def _group(self, ranks: Sequence[int], timeout_s: float | None = None) -> dist.ProcessGroup:
+        limit = timedelta(seconds=timeout_s or self._everyone.timeout_s)
         return cast(dist.ProcessGroup, dist.new_group(list(ranks), timeout=limit))
 
     def _settings(self, name: str) -> dict[str, Any]:
@@ -68,10 +69,14 @@ class _Groups:
         return {"timeout_s": everyone.timeout_s, "counter": counter, "name": name, "own_name": everyone.own_name}
 
 
-def join_mesh(everyone: TorchExchange, config: MeshConfig, device: torch.device) -> Mesh:
+def join_mesh(everyone: TorchExchange, config: MeshConfig, device: torch.device, *, link_timeout_s: float) -> Mesh:
     """This rank's place in a mesh. All ranks call it, once they have joined one group.
 
+    Parameters
+    ----------
     device: of the tensors that are exchanged.
+    link_timeout_s: limit on a wait for another stage. It may calibrate a layer meanwhile, which takes as long as it
+        takes; the controller tells a stage that works from one that does not.
     """
     groups, place = _Groups(everyone, device), config.place(everyone.rank)
     stages, replicas, owners = range(config.layer), range(config.data), range(config.channel)
@@ -85,7 +90,7 @@ def join_mesh(everyone: TorchExchange, config: MeshConfig, device: torch.device)
     for rank in config.ranks(stage=0):
         for stage in stages[1:]:
             lower, upper = (rank + other * config.channel for other in (stage - 1, stage))
-            link = groups.link(lower, upper)
+            link = groups.link(lower, upper, link_timeout_s)
             if everyone.rank == lower:
                 mesh = replace(mesh, above=link)
             elif everyone.rank == upper:

@@ -20,7 +20,7 @@ from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout
 from cluster.messages import RankStatus
 from cluster.policy import Failure
-from cluster.waiting import cause_of, last
+from cluster.waiting import PART_OF_WAIT, Cause, cause_of, last
 from simmatch.memory import OutOfMemory
 from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault, named
@@ -160,13 +160,16 @@ def stalled(statuses: Sequence[RankStatus], limit_s: float, wait_limit_s: float 
     """A retryable failure where a rank stands still for too long, else None. A rank that is done does not.
 
     A rank that has started fewer exchanges of a connection than another is waited for, and may be for `wait_limit_s`:
-    `cluster.waiting` finds who holds up the rest. Ranks that are alone, or all stuck outside of an exchange, may be
-    idle for `limit_s`.
+    `cluster.waiting` finds who holds up the rest. A stage that works may be waited for by its neighbours, and ranks
+    that are alone, or all stuck outside of an exchange, may be idle, for `limit_s`.
     """
     running = [status for status in statuses if not status.done]
-    missing = _missing(running, [status.rank for status in running if status.idle_s > wait_limit_s])
-    if missing:
-        return Failure(f"{missing} for {wait_limit_s:g} s", retryable=True)
+    for seconds in (wait_limit_s, limit_s):
+        waiting = [status.rank for status in running if status.idle_s > seconds]
+        cause = cause_of(running, waiting)
+        works = cause is not None and cause.is_link and min(one.idle_s for one in cause.ranks) <= PART_OF_WAIT * seconds
+        if cause is not None and (not works or seconds == limit_s):
+            return Failure(f"{_held_up(cause, waiting)} for {seconds:g} s", retryable=True)
     idle = [status for status in running if status.idle_s > limit_s]
     if not idle:
         return None
@@ -179,8 +182,10 @@ def stalled(statuses: Sequence[RankStatus], limit_s: float, wait_limit_s: float 
 def _missing(statuses: Sequence[RankStatus], waiting: Sequence[int]) -> str:
     """For whom some ranks wait, in a sentence; empty where they have started no more exchanges than the others."""
     cause = cause_of(statuses, waiting)
-    if cause is None:
-        return ""
+    return "" if cause is None else _held_up(cause, waiting)
+
+
+def _held_up(cause: Cause, waiting: Sequence[int]) -> str:
     ranks = [status.rank for status in cause.ranks]
     late = [rank for rank in waiting if rank not in ranks]
     have = "has" if len(ranks) == 1 else "have"

@@ -7,11 +7,11 @@ release the interpreter's lock for long stretches, as torch does, so that the co
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import torch
 
+from cluster.cpus import ThreadClock
 from cluster.messages import Outbox
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_from_ranks
@@ -23,13 +23,12 @@ class _WorkThread(threading.Thread):
     def __init__(self, call: Callable[[], None]) -> None:
         super().__init__(name="one-rank", daemon=True)
         self._call = call
-        self._clock: int | None = None
-        self._used_s = 0.0
+        self._clock: ThreadClock | None = None
+        self._used_s: float | None = 0.0
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        if hasattr(time, "pthread_getcpuclockid"):  # macOS has none: there work always counts as moving
-            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._clock = ThreadClock()
         try:
             with torch.no_grad():  # a setting of each thread
                 self._call()
@@ -38,14 +37,8 @@ class _WorkThread(threading.Thread):
 
     def moved(self) -> bool:
         """Whether it has used processor time since the last call, or has ended."""
-        if self._clock is None:
-            return True
-        before = self._used_s
-        try:
-            self._used_s = time.clock_gettime(self._clock)
-        except OSError:  # the thread is gone, and its clock with it
-            return True
-        return self._used_s > before
+        before, self._used_s = self._used_s, 0.0 if self._clock is None else self._clock.seconds
+        return before is None or self._used_s is None or self._used_s > before
 
 
 def on_one_rank(

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from cluster.messages import RankStatus
 
+LINK = "the link"
+"""How the names of connections between two stages begin."""
+
 PART_OF_WAIT = 0.5
 """A rank that has been idle for so much of the time for which others have waited does not move."""
 
@@ -29,6 +32,11 @@ class Cause:
     ranks: tuple[RankStatus, ...]
     connection: str
     exchange: int
+
+    @property
+    def is_link(self) -> bool:
+        """Whether the others wait for another stage, which may take its time as long as it works."""
+        return self.connection.startswith(LINK)
 
     def __str__(self) -> str:
         return f"exchange {self.exchange}{f' of {self.connection}' if self.connection else ''}"

@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from cluster.collectives import PeerTimeout, connect_store, join_group, open_store
+from cluster.collectives import WATCHDOG_FACTOR, PeerTimeout, connect_store, join_group, open_store
 from cluster.connections import Traffic, join_mesh
-from cluster.cpus import allowed_cpus
+from cluster.cpus import ThreadClock, allowed_cpus
 from cluster.failures import classify
 from cluster.messages import Outbox, RankInfo, RankStatus, Traceback
 from cluster.network import interface_of, use_interface
@@ -53,8 +53,9 @@ class Worker:
         self._done = self._stopped = False
         self._failure: Failure | None = None
         self._thread: threading.Thread | None = None
+        self._clock: ThreadClock | None = None
         self._lease_s: float | None = None
-        self._mark: tuple[int, ...] = ()
+        self._mark: tuple[float, ...] = ()
         self._moved = time.monotonic()
 
     def expire_after(self, lease_s: float) -> None:
@@ -105,7 +106,8 @@ class Worker:
             self._device,
             config.cluster.collective_timeout_s,
         )
-        self._mesh = join_mesh(everyone, config.mesh, self._device)
+        limit_s = config.cluster.stall_timeout_s * (WATCHDOG_FACTOR if self._device.type == "cuda" else 1.0)
+        self._mesh = join_mesh(everyone, config.mesh, self._device, link_timeout_s=limit_s)
 
     def begin(self, threads: int) -> None:
         """Start training in a thread; returns at once."""
@@ -135,7 +137,9 @@ class Worker:
 
     def _idle_s(self) -> float:
         """See `RankStatus`. Compares what the training thread counts anyway, so it costs that thread nothing."""
-        mark = (*Traffic(self._mesh).mark, self._outbox.beats, self._outbox.sent)
+        calibrating = self._outbox.phases and self._outbox.phases[-1].phase == "calibrate"
+        computed_s = self._clock.seconds if calibrating and self._clock is not None else None
+        mark = (*Traffic(self._mesh).mark, self._outbox.beats, self._outbox.sent, computed_s or 0.0)
         now = time.monotonic()
         if mark != self._mark:
             self._mark, self._moved = mark, now
@@ -155,6 +159,7 @@ class Worker:
         return f"{rank} on {socket.gethostname()}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES') or 0}"
 
     def _run(self, threads: int) -> None:
+        self._clock = ThreadClock()
         try:
             torch.set_num_threads(threads)
             exact_float32()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoints.manifest import Cursor, folder_of, read_manifest
+from cluster.collectives import TorchExchange
 from cluster.config import RunConfig
 from cluster.connections import join_mesh
 from cluster.messages import LayerMetrics, Message, Outbox, Progress
@@ -63,7 +64,9 @@ def train(
     outbox = Asked(exchange.rank)
     outbox.at = asked
     cpu = torch.device("cpu")
-    mesh: Any = Mesh() if config.mesh.world_size == 1 else join_mesh(exchange, config.mesh, cpu)  # type: ignore[arg-type]
+    mesh = Mesh()
+    if isinstance(exchange, TorchExchange):
+        mesh = join_mesh(exchange, config.mesh, cpu, link_timeout_s=exchange.timeout_s)
     training = Training(Assignment(config, run_dir, exchange.rank, resume=resume), mesh, outbox, cpu)
     if asked is None:
         training.run()

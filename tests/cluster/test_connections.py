@@ -27,7 +27,7 @@ AHEAD = 3
 
 
 def mesh_of(exchange: TorchExchange, **extents: int) -> Mesh:
-    return join_mesh(exchange, MeshConfig(**extents), CPU)
+    return join_mesh(exchange, MeshConfig(**extents), CPU, link_timeout_s=exchange.timeout_s)
 
 
 # -- who meets whom ----------------------------------------------------------------------------------------------------

@@ -98,11 +98,11 @@ class Fit(Training):
 
     work: Callable[[], None]
 
-    def __init__(self, _: Assignment, exchange: Exchange, report: Outbox, device: torch.device) -> None:
-        self.exchange, self.report, self.device = exchange, report, device
+    def __init__(self, _: Assignment, mesh: Mesh, report: Outbox, device: torch.device) -> None:
+        self.mesh, self.report, self.device = mesh, report, device
 
     def run(self) -> None:
-        on_one_rank(type(self).work, self.exchange, self.report, device=self.device, pause_s=PAUSE_S)
+        on_one_rank(type(self).work, self.mesh.everyone, self.report, device=self.device, pause_s=PAUSE_S)
 
 
 @pytest.mark.parametrize(("work", "moves"), [(compute, True), (hang, False), (wait, True)])
