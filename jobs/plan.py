@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cluster.config import RunConfig, public
 from cluster.text import count, size
+from jobs.plan_layout import layout_table, volumes_table
 from jobs.plan_memory import DRIVER_BYTES, PROGRAM_BYTES, plan_disk, plan_memory
 from jobs.reporting import Table
 from simmatch.config import LayerConfig
@@ -33,12 +34,12 @@ class LayerPlan:
     ----------
     input, output: [C, H, W] before, and [K, H', W'] after the dynamics (before pooling).
     rows: channels per rank.
-    columns: N = images per batch × positions.
+    columns: N = images per batch and replica × positions.
     parameters: values of W, M and V held.
     activation_bytes: full activities, own drive, and the solver's tiles.
     cache_bytes: input of the layer for all training images, where it is cached.
     exchange: how often shards exchange something: every 'iteration', 'block step' or 'update' of a batch.
-    exchange_bytes: bytes that then reach a rank, for the whole batch.
+    exchange_bytes: bytes that then reach a rank, for its replica's part of the batch.
     """
 
     input: tuple[int, int, int]
@@ -74,7 +75,7 @@ def _plan_layer(
     patch = PatchConfig.of_layer(layer, channels, extent)
     height, width = patch.map_size(extent)
     rows = split_rows(layer.out_channels, config.mesh.channel)[0]
-    columns = layer.train.batch_size * (layer.train.positions or height * width)
+    columns = -(-layer.train.batch_size // config.mesh.data) * (layer.train.positions or height * width)
     classes = num_classes if layer.supervised else 0
     tile = min(columns, layer.dynamics.columns_per_tile(layer.out_channels))
     in_flight = layer.dynamics.tiles_in_flight if config.mesh.channel > 1 else 1
@@ -89,7 +90,7 @@ def _plan_layer(
         parameters=rows.count * (patch.patch_size + layer.out_channels + classes),
         activation_bytes=value_bytes * (activations + tiles),
         cache_bytes=value_bytes * channels * extent[0] * extent[1] * train_images
-        if index > 0 and config.cache_features
+        if index > 0 and config.cache_features and config.model.schedule == "greedy"
         else 0,
         exchange=EXCHANGES[layer.dynamics.exchange],
         exchange_bytes=(config.mesh.channel - 1)
@@ -120,6 +121,7 @@ def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     mesh = config.mesh
     console.print(f"mesh: {mesh}, {count(mesh.world_size, 'rank')} on {config.device}", highlight=False)
+    layout_table(config, source).show(console)
     rows = [
         (
             str(index),
@@ -137,11 +139,13 @@ def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
     ]
     Table("per rank (the one with the most rows)", COLUMNS, rows).show(console)
     console.print(
-        "columns: per update; cache: encoded input of the layer; exchange, at a time: when a rank receives something, "
-        "and how many bytes for a whole batch",
+        "columns: per update and replica; cache: encoded input of the layer; exchange, at a time: when a rank receives "
+        "something from the other shards, and how many bytes for all columns",
         highlight=False,
         soft_wrap=True,
     )
+    if mesh.data * mesh.layer > 1:
+        volumes_table(config, source).show(console)
     _print_memory(console, config, dataset)
 
 
@@ -154,7 +158,10 @@ def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None
         for phase in phases
     ]
     columns = ("phase", "images", "features", "weights", "working", "in all")
-    Table("memory of rank 0, which needs most", columns, rows).show(console)
+    which = "memory of rank 0, which needs most"
+    if config.mesh.layer > 1:
+        which += "; while layers learn, of the first rank of each stage"
+    Table(which, columns, rows).show(console)
     place = "images: in every rank and in the driver"
     if config.device == "cuda":
         place += f", {size(images)} of the host's memory; all else is on the device"

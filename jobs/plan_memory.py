@@ -15,8 +15,10 @@ from simmatch.config import ConfigError, LayerConfig
 from simmatch.geometry import PatchConfig
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.moments import ROWS
+from simmatch.sharding.passing import IN_FLIGHT
 from simmatch.sharding.rows import split_rows
 from simmatch.solvers.tile import TAIL
+from simmatch.stages import stages_of
 
 PROGRAM_BYTES, DRIVER_BYTES = 0.6e9, 0.9e9
 """Resident memory of a rank, and of the driver, without data: the program and its libraries."""
@@ -69,7 +71,7 @@ class LayerSizes:
     ----------
     input, activities, output: of one image: before the layer, after the dynamics, and after pooling.
     patch, channels, rows: P, K, and the rows of rank 0.
-    columns: of a batch.
+    images, columns: of this replica's part of a batch.
     whole, own: of W, M, V and the whitening: of the whole layer, and of the rows of rank 0.
     """
 
@@ -81,6 +83,7 @@ class LayerSizes:
     channels: int
     rows: int
     classes: int
+    images: int
     columns: int
 
     @property
@@ -107,6 +110,7 @@ def layer_sizes(config: RunConfig, source: InputConfig) -> list[LayerSizes]:
     for layer, (channels, extent) in zip(config.model.layers, layer_inputs(config.model, source), strict=True):
         patch = PatchConfig.of_layer(layer, channels, extent)
         positions = math.prod(patch.map_size(extent))
+        images = -(-layer.train.batch_size // config.mesh.data)
         sizes.append(
             LayerSizes(
                 config=layer,
@@ -117,7 +121,8 @@ def layer_sizes(config: RunConfig, source: InputConfig) -> list[LayerSizes]:
                 channels=layer.out_channels,
                 rows=split_rows(layer.out_channels, config.mesh.channel)[0].count,
                 classes=source.num_classes if layer.supervised else 0,
-                columns=layer.train.batch_size * (layer.train.positions or positions),
+                images=images,
+                columns=images * (layer.train.positions or positions),
             )
         )
     return sizes
@@ -147,12 +152,14 @@ def check_whitening(config: RunConfig, source: InputConfig, memory_bytes: float 
 
 
 def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> list[PhaseMemory]:
-    """What rank 0 holds in every phase of a run."""
+    """What rank 0 holds in every phase of a run; while layers learn together, the first rank of every stage."""
     value, ranks = 8 if config.dtype == "float64" else 4, config.mesh.world_size
     layers = layer_sizes(config, source)
     stack = value * sum(layer.whole for layer in layers)
     share = -(-train_images // ranks)
-    phases, scratch = [], 0  # of the solvers that have encoded
+    together = config.model.schedule == "together"
+    phases = _together(config, source, layers, train_images) if together else []
+    scratch = 0  # of the solvers that have encoded
     kept = 0  # values of a readout's input, per image
     for index, layer in enumerate(layers):
         own = value * layer.own
@@ -160,9 +167,10 @@ def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> li
         cache = value * layer.input * train_images if index > 0 and config.cache_features else below
         features = value * kept * share
         stage, calibration = f"layer {index}", _calibration(config, layer, value, train_images)
-        phases.append(PhaseMemory(f"{stage}, calibrate", below + features, stack + own, scratch + calibration))
         update = value * (2 * layer.rows * layer.width + _batch(config, layer))
-        phases.append(PhaseMemory(f"{stage}, learn", cache + features, stack + own, scratch + update))
+        if not together:
+            phases.append(PhaseMemory(f"{stage}, calibrate", below + features, stack + own, scratch + calibration))
+            phases.append(PhaseMemory(f"{stage}, learn", cache + features, stack + own, scratch + update))
         if index in config.model.feature_layers():
             pool = config.model.feature_pool
             kept += layer.output if pool is None else min(layer.output, layer.channels * pool**2)
@@ -172,6 +180,25 @@ def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> li
         phases.append(PhaseMemory(f"{stage}, encode", below + after, stack, scratch + encoding))
     last = value * (layers[-1].output + kept) * share
     return [*phases, PhaseMemory("readout", last, stack, scratch + _readout(config, kept, value, train_images))]
+
+
+def _together(config: RunConfig, source: InputConfig, layers: list[LayerSizes], train_images: int) -> list[PhaseMemory]:
+    """What the first rank of every stage holds: rows of all layers of the stage, and batches on their way."""
+    value, phases = 8 if config.dtype == "float64" else 4, []
+    stack = value * sum(layer.whole for layer in layers)
+    stages = stages_of(config.model, source, config.mesh.layer)
+    for stage, indices in enumerate(stages):
+        own = [layers[index] for index in indices]
+        batch = config.model.layers[0].train.batch_size
+        passing = value * batch * IN_FLIGHT * (own[-1].output if stage + 1 < len(stages) else 0)
+        encoding = value * batch * sum(2 * layer.input + 3 * layer.activities for layer in own)
+        updates = [value * (2 * layer.rows * layer.width + _batch(config, layer)) for layer in own]
+        calibration = max(_calibration(config, layer, value, train_images) for layer in own)
+        name = f"stage {stage}" if len(stages) > 1 else "all layers"
+        weights = stack + value * sum(layer.own for layer in own)
+        phases.append(PhaseMemory(f"{name}, calibrate", 0.0, weights, encoding + calibration))
+        phases.append(PhaseMemory(f"{name}, learn", 0.0, weights, max(updates) + encoding + passing))
+    return phases
 
 
 def _readout(config: RunConfig, features: int, value: int, train_images: int) -> float:
@@ -207,8 +234,8 @@ def _scratch(config: RunConfig, layer: LayerSizes) -> int:
 def _batch(config: RunConfig, layer: LayerSizes) -> int:
     """Values of a batch that learns."""
     dynamics, ranks = layer.config.dynamics, config.mesh.channel
-    explicit = layer.config.train.positions is not None or layer.columns == layer.config.train.batch_size
-    patches = layer.columns * layer.patch if explicit else layer.config.train.batch_size * layer.input
+    explicit = layer.config.train.positions is not None or layer.columns == layer.images
+    patches = layer.columns * layer.patch if explicit else layer.images * layer.input
     objective = min(layer.columns, OBJECTIVE_COLUMNS) * (layer.patch + layer.channels)
     if dynamics.exchange == "gather_state" and ranks > 1:
         columns, gathered = -(-layer.columns // ranks), 5 * layer.channels * layer.width
@@ -241,6 +268,8 @@ def plan_disk(config: RunConfig, source: InputConfig) -> DiskPlan:
     """What a run writes into its directory, without records and figures."""
     value, layers = 8 if config.dtype == "float64" else 4, layer_sizes(config, source)
     commits = [value * layer.channels * layer.width for layer in layers]
+    if config.model.schedule == "together":  # every checkpoint holds all layers
+        commits = [sum(commits)]
     model = value * sum(layer.whole for layer in layers)
     constants = model - commits[-1]
     return DiskPlan(constants, max(commits), constants + config.checkpoint.keep * max(commits), model)
