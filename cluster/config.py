@@ -131,8 +131,6 @@ class RunConfig(Frozen):
         """Raise ConfigError where the mesh does not fit the model's layers, the smallest group allowed, or the number
         of training images, where it is known."""
         self.mesh.check(self.model, images)
-        if self.mesh.data > 1:  # groups are there, layers do not use them yet
-            raise ConfigError(f"mesh.data: expected 1, got {self.mesh.data}")
         least = self.cluster.min_shards
         if least is not None and (self.mesh.data, self.mesh.layer) != (1, 1):
             raise ConfigError(
