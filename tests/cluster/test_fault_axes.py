@@ -8,6 +8,7 @@ In the end the weights are those of an undisturbed run, bit by bit. The cells of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,8 @@ FAULTS: dict[Kind, str] = {
 CELLS = [(mesh, kind, rank) for mesh in MESHES for kind in FAULTS for rank in (0, 1)]
 FAST = [("stages", "kill", 1), ("stages", "exception", 0)]
 STRIKES = 14
-"""The update of the pass; the newest checkpoint is of update 12."""
+"""The update of the pass; the checkpoint of update 12 may not be committed by then."""
+NEWEST = r"from step-000000(04|08|12)"
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +92,11 @@ def test_a_run_ends_as_if_nothing_had_happened(
         assert f"layer {layer}" in summary["message"]
         cell.start(None)
         assert cell.end() == 0, cell.out
-        assert "step-00000012" in cell.out[-1]
+        assert re.search(NEWEST, cell.out[-1]), cell.out[-1]
         summary = json.loads(read(cell.run_dir / "summary.json"))
     else:
         assert f"rank {rank} (pid " in shown
-        assert "starting a new group from step-00000012" in shown
+        assert re.search(NEWEST, shown), shown
     assert (summary["status"], summary["steps"]) == ("FINISHED", UPDATES), shown
     assert summary["restarts"] == int(not FAULTS[kind])
     assert model_of(cell) == undisturbed(mesh), shown
