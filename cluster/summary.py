@@ -33,7 +33,8 @@ TOTALS = frozenset({"bytes_exchanged", "num_exchanges"})
 
 
 def updates_at(cursor: Cursor, model: ModelConfig) -> dict[int, int]:
-    """Layer → its updates at a cursor; of layers that learn one after the other from the present one on.
+    """Layer → its updates at a cursor. Of layers that learn one after the other the present one: those above it have
+    made none.
 
     >>> from simmatch.config import LayerConfig, TrainConfig
     >>> layers = [LayerConfig(out_channels=8, kernel_size=3, train=TrainConfig(start_after=n)) for n in (0, 60)]
@@ -42,8 +43,7 @@ def updates_at(cursor: Cursor, model: ModelConfig) -> dict[int, int]:
     {0: 100, 1: 40}
     """
     if model.schedule == "greedy":
-        later = range(cursor.layer + 1, len(model.layers))
-        return {cursor.layer: cursor.updates, **dict.fromkeys(later, 0)}
+        return {cursor.layer: cursor.updates}
     starts = [layer.train.start_after for layer in model.layers]
     updates = learning_updates(model, max(cursor.step, *starts, 0) + 1)
     return {index: len(range(each.start, min(each.stop, cursor.step + 1))) for index, each in enumerate(updates)}

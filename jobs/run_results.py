@@ -170,10 +170,19 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
     if readout is not None:
         part = " (fitted on a subset)" if summary["probe_subset"] else ""
         lines.append(f"test accuracy, {summary['probe']} readout on frozen features{part}: {readout:.4f}")
-    waits = summary["waiting_share"]
-    if len(waits) > 1:
-        shares = ", ".join(f"stage {stage} {100 * share:.0f} %" for stage, share in enumerate(waits))
-        lines.append(f"waiting for other ranks while learning: {shares}")
     if decode is not None:
         lines.append(f"test accuracy, nearest column of V, no classifier: {decode:.4f}")
     return lines
+
+
+def waits_of(summary: dict[str, Any]) -> list[str]:
+    """How much of its time each stage waited, in one line; none of a single stage.
+
+    >>> waits_of({"waiting_share": [0.021, 0.304]})
+    ['waiting for other ranks while learning: stage 0 2 %, stage 1 30 %']
+    """
+    shares = summary["waiting_share"]
+    if len(shares) == 1:
+        return []
+    parts = ", ".join(f"stage {stage} {100 * share:.0f} %" for stage, share in enumerate(shares))
+    return [f"waiting for other ranks while learning: {parts}"]

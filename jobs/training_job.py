@@ -26,7 +26,7 @@ from jobs.mirror import Mirror
 from jobs.ray_session import shut_down_ray, start_ray
 from jobs.reporting import git_commit
 from jobs.run_directory import RunStart
-from jobs.run_results import RunOutcome, RunResults, lines_of, table_of
+from jobs.run_results import RunOutcome, RunResults, lines_of, table_of, waits_of
 from jobs.signals import Interrupted, SignalHandler, exit_status
 from simmatch.config import ConfigError
 from simmatch.data.sources import Dataset
@@ -171,7 +171,11 @@ class TrainingJob:
                 table.show(self.console)
             if outcome.status == "FINISHED":
                 table_of(self.config.name, summary).show(self.console)
-                for line in (*lines_of(summary), f"model, figures, summary: {self.start.destination}"):
+                for line in (
+                    *lines_of(summary),
+                    *waits_of(summary),
+                    f"model, figures, summary: {self.start.destination}",
+                ):
                     self._print(line)
             self._upload(self.mirror.close)
         finally:
