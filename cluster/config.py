@@ -10,7 +10,7 @@ from cluster.mesh import MeshConfig
 from cluster.policy import Divergence
 from cluster.redaction import redact
 from cluster.tracking.config import TrackingConfig
-from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt
+from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeInt, PositiveFloat, PositiveInt, Reduce
 from simmatch.data.config import DataConfig
 
 
@@ -113,6 +113,11 @@ class RunConfig(Frozen):
     probe: ProbeConfig = ProbeConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    reduce: Reduce = "fast"
+    """How sums over ranks are made. `fast`: floats, equal up to rounding at another number of ranks. `exact`: the same
+    weights, bit by bit, at any number of ranks, replicas and stages, on machines of one type of CPU or GPU with as many
+    threads per rank. It needs `exchange: gather_state` in every layer."""
+
     divergence: Divergence = "stop"
     """Where weights or activities become NaN or infinite, or explode: end, or continue once from the newest checkpoint
     at half of all learning rates. The newest checkpoint is from before either way."""
@@ -129,7 +134,8 @@ class RunConfig(Frozen):
 
     def check_mesh(self, images: int | None = None) -> None:
         """Raise ConfigError where the mesh does not fit the model's layers, the smallest group allowed, or the number
-        of training images, where it is known."""
+        of training images, where it is known; or layers cannot be summed as `reduce` asks."""
+        self.model.check_reduce(self.reduce)
         self.mesh.check(self.model, images)
         least = self.cluster.min_shards
         if least is not None and (self.mesh.data, self.mesh.layer) != (1, 1):

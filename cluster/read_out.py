@@ -34,7 +34,7 @@ from simmatch.model import Stack
 from simmatch.moments import Moments
 from simmatch.readout import LinearClassifier, Readout, ReadoutName, fit_readout, ridge_of_moments, with_targets
 from simmatch.sharding.exchange import Exchange
-from simmatch.sharding.state import gather_from_ranks, moments_over_ranks, rows_at_first
+from simmatch.sharding.state import Numbered, gather_from_ranks, moments_over_ranks, rows_at_first
 
 Parts = Iterable[tuple[slice, Tensor]]
 """For each chunk this rank's range of images, and their features [n, F]: as many chunks on every rank."""
@@ -73,7 +73,8 @@ def read_out(
     for which, images in (("training", len(sample.images)), ("test", known)):
         if images == 0:
             ranks.problem = ranks.problem or f"no {which} image has a label"
-    readout = None if ranks.problem else fit(name, train, sample, features, ranks)
+    order = Numbered(config.encode_batch, len(dataset.train_images)) if config.reduce == "exact" else None
+    readout = None if ranks.problem else fit(name, train, sample, features, ranks, order=order)
     results = {}
     if known > 0 and (readout is not None or stack.config.layers[-1].supervised):
         right = count_right(readout, stack, test, dataset.test_labels, ranks, report)
@@ -156,8 +157,13 @@ class Ranks:
         return not self.problem
 
 
-def fit(name: ReadoutName, train: Parts, sample: Sample, features: int, ranks: Ranks) -> Readout | None:
-    """A readout fitted on rank 0: on every rank if it is linear, else on rank 0. None where there is none."""
+def fit(
+    name: ReadoutName, train: Parts, sample: Sample, features: int, ranks: Ranks, *, order: Numbered | None = None
+) -> Readout | None:
+    """A readout fitted on rank 0: on every rank if it is linear, else on rank 0. None where there is none.
+
+    order: of the blocks in which sums are to be added; None: any.
+    """
     fitted: list[Readout] = []
     classes = distinct(sample.labels)
     if name == "ridge" and len(sample.images) >= features:
@@ -165,7 +171,8 @@ def fit(name: ReadoutName, train: Parts, sample: Sample, features: int, ranks: R
             (first, with_targets(rows, sample.labels[numbers], classes))
             for first, numbers, rows in _chosen(train, sample)
         )
-        moments = moments_over_ranks(blocks, Moments(features + len(classes), ranks.device), ranks.exchange)
+        empty = Moments(features + len(classes), ranks.device)
+        moments = moments_over_ranks(blocks, empty, ranks.exchange, order=order)
         well = ranks.attempt(lambda: fitted.append(ridge_of_moments(moments.cpu(), classes)))
     else:
         collected = _collect(_chosen(train, sample), len(sample.images), ranks)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoints.committer import MODEL
-from cluster.checkpoints.manifest import Cursor, LayerState, read_manifest
+from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, read_manifest
 from cluster.checkpoints.reader import Reader
 from cluster.checkpoints.shard_writer import ShardWriter, write_shard
 from cluster.checkpoints.state import restore_layer, take_snapshot
@@ -40,6 +40,7 @@ from cluster.storage import AnyPath, copy_whole
 from cluster.timeouts import run_with_timeout
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset, load_dataset
+from simmatch.devices import arithmetic
 from simmatch.features import FeatureStore
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
@@ -121,6 +122,8 @@ class Training(Observer):
         self.stack = Stack(config.model, self.dataset.source, seed=config.seed, dtype=dtype, device=device)
         self.reader = None if assignment.resume is None else self._reader(assignment.resume)
         done = None if self.reader is None else self.reader.manifest.cursor
+        if self.reader is not None and config.reduce == "exact":
+            self._tell_of_others(self.reader.manifest, arithmetic(device))
         self.step, self.images = 0, 0 if done is None else done.images
         self.trainer = Trainer(
             self.stack,
@@ -133,6 +136,7 @@ class Training(Observer):
             encode_batch=config.encode_batch,
             encode_last=True,
             cache=config.cache_features,
+            reduce=config.reduce,
             measure_every=config.log_every,
         )
         self._monitors: dict[int, Monitors] = {}
@@ -146,7 +150,7 @@ class Training(Observer):
             mesh.everyone.world_size,
             report,
             patience_s=config.checkpoint.patience_s,
-            write=partial(write_shard, token=assignment.token),
+            write=partial(write_shard, token=assignment.token, arithmetic=arithmetic(device)),
         )
         patience_s = config.checkpoint.patience_s
         self.traces = TraceWriter(assignment.run_dir, assignment.rank, report, patience_s=patience_s)
@@ -185,6 +189,13 @@ class Training(Observer):
     def _reader(self, folder: AnyPath) -> Reader:
         patience_s = self.config.checkpoint.patience_s
         return Reader(folder, retry(lambda: read_manifest(folder), patience_s), patience_s=patience_s)
+
+    def _tell_of_others(self, manifest: Manifest, here: str) -> None:
+        """Warn where what was learnt so far has been computed by other processors or versions than those here."""
+        others = {str(shard.arithmetic) for shard in manifest.shards if shard.arithmetic not in (None, here)}
+        if others:
+            text = f"the checkpoint was computed by {', '.join(sorted(others))}, not by {here}: last bits may differ"
+            self.report.send(NodeWarning(f"reduce: exact: {text}"))
 
     def _export(self) -> None:
         """Write the model into a folder of this group; the controller decides which group's model is published."""

@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from cluster.redaction import one_line
-from jobs.benchmarks import dynamics, gpu, ingest, network, overhead, pynsm, scaling
+from jobs.benchmarks import dynamics, exact, gpu, ingest, network, overhead, pynsm, scaling
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import at_least
@@ -28,6 +28,7 @@ from simmatch.data.formats import DataError
 
 SUBCOMMANDS = {
     "dynamics": (dynamics, "the solvers on one device: iterations, columns/s, share of the GEMM rate, memory"),
+    "exact": (exact, "one result at any layout of ranks: digests of the same job, and the price of an update"),
     "gpu": (gpu, "the dynamics, updates and encoding on a CUDA device, compared with plain torch"),
     "ingest": (ingest, "reading an epoch of prepared images: speed and memory, compared with other ways to read"),
     "pynsm": (pynsm, "encoding and training compared with the authors' library"),

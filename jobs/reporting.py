@@ -39,6 +39,7 @@ from rich.table import Table as TerminalTable
 from cluster.cpus import allowed_cpus
 from jobs.display import ProgressBars
 from simmatch.config import ConfigError
+from simmatch.devices import cpu_model
 from simmatch.files import make_folder, write_whole
 
 DIGITS = 6
@@ -254,7 +255,7 @@ def cell(value: Any) -> str:
 def hardware() -> dict[str, Any]:
     """What a measurement runs on: processor, cores, threads, load, versions, commit."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "cores_available": allowed_cpus(),
@@ -266,16 +267,6 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": git_commit(),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

@@ -28,6 +28,12 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+Reduce = Literal["fast", "exact"]
+"""How sums over ranks are made: as floats, or as fixed-point numbers of fixed blocks (`simmatch.sharding.exact`)."""
+
+EXACT_NEEDS = "which needs gather_state: in other modes shapes, and so last bits, depend on the number of ranks"
+"""End of a message."""
+
 
 class ConfigError(ValueError):
     """A configuration is invalid. The message names the key, what was expected and what was given.
@@ -257,6 +263,17 @@ class LayerArguments(LayerOptions):
     seed: int = 0
     """Seed of the initial weights and of every row that is drawn anew."""
 
+    reduce: Reduce = "fast"
+    """`exact`: the weights are the same, bit by bit, for any number of ranks."""
+
+    @field_validator("reduce")
+    @classmethod
+    def _exact_needs_columns(cls, reduce: Reduce, others: ValidationInfo) -> Reduce:
+        dynamics = others.data.get("dynamics")
+        if reduce == "exact" and dynamics is not None and dynamics.exchange != "gather_state":
+            raise ValueError(f"expected fast with dynamics.exchange: {dynamics.exchange}, got exact, {EXACT_NEEDS}")
+        return reduce
+
     @field_validator("num_classes")
     @classmethod
     def _gain_needs_classes(cls, num_classes: int, others: ValidationInfo) -> int:
@@ -336,6 +353,23 @@ class ModelConfig(Frozen):
     def _schedule_fits(self) -> ModelConfig:
         check_schedule(self)
         return self
+
+    def check_reduce(self, reduce: Reduce) -> None:
+        """Check that every layer can learn with such sums.
+
+        Raises
+        ------
+        ConfigError
+            `exact` for a layer that exchanges activities.
+
+        >>> ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3),)).check_reduce("exact")
+        Traceback (most recent call last):
+        simmatch.config.ConfigError: reduce: expected fast with model.layers.0.dynamics.exchange: every_iteration, ...
+        """
+        for index, layer in enumerate(self.layers):
+            if reduce == "exact" and layer.dynamics.exchange != "gather_state":
+                key, mode = f"model.layers.{index}.dynamics.exchange", layer.dynamics.exchange
+                raise ConfigError(f"reduce: expected fast with {key}: {mode}, got exact, {EXACT_NEEDS}")
 
     def feature_layers(self) -> list[int]:
         """Indices of the layers whose pooled activities are the input of a readout."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
 import torch
 
 from simmatch.config import ConfigError
@@ -59,3 +63,35 @@ def _reason(device: torch.device) -> str | None:
     if device.index is not None and device.index not in range(count):
         return "torch sees cuda:0 only" if count == 1 else f"torch sees cuda:0 to cuda:{count - 1} only"
     return None
+
+
+def arithmetic(device: torch.device) -> str:
+    """What the last bits of a result depend on, beside the number of threads: type of processor, and versions.
+
+    >>> arithmetic(torch.device("cpu")).endswith(f"torch {torch.__version__}, numba {version('numba')}")
+    True
+    """
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu_model()}, {capability}, torch {torch.__version__}, numba {version('numba')}"
+
+
+def cpu_model() -> str:
+    """Name of this machine's processor.
+
+    >>> len(cpu_model()) > 0
+    True
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields: dict[str, str] = {}
+    for line in lines:  # of the first processor
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    numbers = [fields[key] for key in ("cpu family", "model", "stepping") if key in fields]
+    return f"{fields['model name']} {'.'.join(numbers)}".strip()

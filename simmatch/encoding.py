@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
 from einops import reduce
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from simmatch.labels import one_hot
 from simmatch.learning import Setup
 from simmatch.memory import Lever
 from simmatch.model import pooled
-from simmatch.sharding.sums import sum_over_ranks
+from simmatch.sharding.sums import SumOverRanks
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,9 @@ class Encoder:
         setup, layer, config = self.setup, self.setup.stack.layer(index), self.setup.layers[index]
         store, observer, memory = setup.store, setup.observer, setup.memory
         settling = config.supervised and index >= self.settled
-        yz = torch.zeros_like(layer.label)
-        zz = yz.new_zeros(layer.num_classes, layer.num_classes)
+        exact, everyone = setup.reduce == "exact", setup.mesh.everyone
+        yz = SumOverRanks(layer.label, everyone, ordered=exact)
+        zz = SumOverRanks(layer.label.new_zeros(layer.num_classes, layer.num_classes), everyone, ordered=False)
         started = time.monotonic()
 
         def encode(x: Tensor, images: slice) -> Tensor:
@@ -65,8 +65,8 @@ class Encoder:
             if settling:
                 assert setup.labels is not None
                 z = one_hot(setup.labels[images].to(setup.device), layer.num_classes, layer.label)
-                yz.add_(reduce(activities, "b k h w -> k b", "mean") @ z.T)
-                zz.add_(z @ z.T)
+                yz.add(reduce(activities, "b k h w -> k b", "mean") @ z.T)
+                zz.add(z @ z.T)  # whole numbers: their sum is exact in any order
             passed = pooled(activities, config)
             observer.encoded(index, activities, passed)
             return passed
@@ -81,5 +81,4 @@ class Encoder:
         )
         store.advance(encode, on_progress)
         if settling:
-            everyone = setup.mesh.everyone
-            layer.settle_label(sum_over_ranks(yz, everyone), sum_over_ranks(zz, everyone))
+            layer.settle_label(yz.result(), zz.result())

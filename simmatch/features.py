@@ -20,6 +20,7 @@ from simmatch.data.sources import to_unit
 from simmatch.data.staging import Images, Tensors, in_memory, select, staged
 from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.blocks import by_blocks
 from simmatch.sharding.columns import Part
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_padded
@@ -284,5 +285,6 @@ class LayerInputs:
             return self._layer.prepare(features, self._positions, part=part)
         x = self._store.unit(batch.source)
         if self._below is not None:
-            x = gather_images(self._below(x), part.count, self._layer.sharing.shares)
+            below = by_blocks(self._below, x, self._layer.sharing.block(part.whole, self._columns))
+            x = gather_images(below, part.count, self._layer.sharing.shares)
         return self._layer.prepare(x, self._positions, part=part)

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from simmatch.config import LayerConfig, ModelConfig
+from simmatch.config import LayerConfig, ModelConfig, Reduce
 from simmatch.data.staging import Images, select
 from simmatch.encoding import Encoder
 from simmatch.features import FeatureStore
@@ -53,6 +53,9 @@ class Trainer:
         iterations of an exported model.
     cache: whether every rank keeps the encoded input of a layer in memory while the layer learns. False: each batch is
         encoded anew.
+    reduce: `exact` for one result, bit by bit, at any number of ranks, on machines of one type with as many threads per
+        rank: products are computed by fixed blocks of images, and sums over ranks do not depend on their order. Every
+        layer must have `exchange: gather_state`.
     measure_every: number of updates of a layer between two measurements; the last update is always measured. None: no
         update is measured. Where a kernel solves the dynamics on a GPU, faults are recorded there, and raised when an
         update is measured and every `LOOK_EVERY` updates; see `simmatch.captured` for how updates are started.
@@ -61,6 +64,8 @@ class Trainer:
     ------
     ValueError
         The images do not match the stack, labels are missing or are not one class per image, or a number is below 1.
+    ConfigError
+        `reduce: exact` with a layer that cannot give it.
 
     >>> layer = LayerConfig(out_channels=8, kernel_size=3, pool=2)
     >>> stack = Stack(ModelConfig(layers=(layer,)), InputConfig(in_channels=1, height=8, width=8, num_classes=10))
@@ -84,10 +89,12 @@ class Trainer:
         encode_last: bool = False,
         to_tolerance: bool = False,
         cache: bool = True,
+        reduce: Reduce = "fast",
         measure_every: int | None = None,
     ) -> None:
         layers, device = stack.config.layers[:depth], stack.layer(0).feedforward.device
         _check(stack, layers, images, labels)
+        stack.config.check_reduce(reduce)
         for name, number in (("encode_batch", encode_batch), ("measure_every", measure_every)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
@@ -100,7 +107,8 @@ class Trainer:
             labels=labels,
             blocks=blocks,
             mesh=ranks,
-            alone=mesh is None,
+            alone=mesh is None and reduce == "fast",
+            reduce=reduce,
             observer=observer or Observer(),
             memory=MemoryWatch(device),
             measure_every=measure_every,

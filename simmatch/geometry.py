@@ -30,6 +30,7 @@ from torch import Tensor
 from simmatch.config import LayerConfig
 from simmatch.convolution import Convolution, images_per_chunk
 from simmatch.seeding import folded
+from simmatch.sharding.blocks import by_blocks
 from simmatch.sharding.columns import Part
 from simmatch.whitening import Whitening
 
@@ -151,7 +152,12 @@ class Patches:
 
 
 def prepare(
-    images: Tensor, config: PatchConfig, whitening: Whitening | None = None, positions: Tensor | None = None
+    images: Tensor,
+    config: PatchConfig,
+    whitening: Whitening | None = None,
+    positions: Tensor | None = None,
+    *,
+    block: int | None = None,
 ) -> Patches:
     """Prepare images as `Patches`.
 
@@ -161,6 +167,7 @@ def prepare(
     config: shape and normalisation of the patches.
     whitening: Π and μ, or None for no whitening.
     positions: [B, n], integers h · W' + w: the positions of each image to use. None: all.
+    block: number of images that are prepared by themselves, so that no bit depends on the other images. None: all.
 
     >>> images, config = torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)
     >>> prepare(images, config, positions=torch.tensor([[0, 7], [3, 35]])).matrix.shape
@@ -170,13 +177,15 @@ def prepare(
     if positions is not None:
         positions = positions.to(images.device)
         batch = torch.arange(len(images), device=images.device).repeat_interleave(positions.shape[1])
-        matrix = transform(config.convolution.gather(images, batch, positions.flatten()), config)
         map_size = (1, positions.shape[1])
+        rows = None if block is None else block * map_size[1]
+        gathered = config.convolution.gather(images, batch, positions.flatten())
+        matrix = by_blocks(lambda part: transform(part, config), gathered, rows)
         return Patches(config, whitening, map_size, matrix=matrix, whitened=whitening is None)
     if map_size == (1, 1) and config.padding == 0 and images.shape[2:] == (config.kernel_size,) * 2:
-        matrix = transform(rearrange(images, "b c h w -> b (c h w)"), config, whitening)
+        matrix = by_blocks(lambda part: transform(part, config, whitening), images.flatten(1), block)
         return Patches(config, whitening, map_size, matrix=matrix)
-    scale = inverse_contrast(images, config) if config.contrast else None
+    scale = by_blocks(lambda part: inverse_contrast(part, config), images, block) if config.contrast else None
     return Patches(config, whitening, map_size, images=images, inverse_scale=scale)
 
 

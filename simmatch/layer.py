@@ -15,6 +15,7 @@ Source: Bahroun et al., arXiv:2308.02427 (ConvNSM); Pehlevan & Chklovskii (2014,
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from simmatch.arguments import check_activities, check_images, check_not_empty, check_patches, check_positions
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.calibration import PatchSample
-from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, parse
+from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, Reduce, parse
 from simmatch.geometry import PatchConfig, Patches, draw_positions, prepare
 from simmatch.labels import check_labels, one_hot
 from simmatch.moments import Moments
@@ -34,6 +35,7 @@ from simmatch.parts import timed
 from simmatch.plasticity import Statistics
 from simmatch.precision import eager_full_precision
 from simmatch.seeding import folded, seeded, stream
+from simmatch.sharding.block_sharing import BlockSharing
 from simmatch.sharding.columns import Part
 from simmatch.sharding.exchange import IDENTITY
 from simmatch.sharding.faults import LocalFault
@@ -70,6 +72,9 @@ class SimilarityMatchingConv2d(Synapses):
     mesh: connects to the owners of the other channels, and to the replicas. None: there are no others, and `solver:
         auto` selects the fastest solver for the device. With a mesh, even of a single rank, the selection depends on
         the configuration only, so that the number of ranks does not change the result.
+
+    reduce: `exact` for weights that are the same, bit by bit, for any number of ranks; see `simmatch.sharding.blocks`.
+        It needs `exchange: gather_state`.
 
     Raises
     ------
@@ -108,6 +113,7 @@ class SimilarityMatchingConv2d(Synapses):
         device: torch.device | str = "cpu",
         rows: Rows | None = None,
         mesh: Mesh | None = None,
+        reduce: Reduce = "fast",
     ) -> None:
         arguments = parse(
             LayerArguments,
@@ -126,13 +132,15 @@ class SimilarityMatchingConv2d(Synapses):
                 "whiten": whiten,
                 "whiten_ridge": whiten_ridge,
                 "seed": seed,
+                "reduce": reduce,
             },
         )
         super().__init__(arguments, rows or Rows.all(out_channels), mesh or Mesh(), dtype=dtype, device=device)
         self.sharing: Sharing
         if self.dynamics.exchange == "gather_state":
             filters = (in_channels, kernel_size, kernel_size)
-            self.sharing = ColumnSharing(self.dynamics, self.rows, self.mesh, filters, num_classes)
+            by_columns = BlockSharing if self.exact else ColumnSharing
+            self.sharing = by_columns(self.dynamics, self.rows, self.mesh, filters, num_classes)
         else:
             self.sharing = RowSharing(self.dynamics, self.rows, self.mesh, alone=mesh is None)
 
@@ -154,7 +162,7 @@ class SimilarityMatchingConv2d(Synapses):
         in_channels: C, the number of channels of the input.
         map_size: height and width of the input.
         num_classes: number of classes of the data; a layer that is not `supervised` has no label weights.
-        others: `seed`, `dtype`, `device`, `rows` and `mesh`, as for the constructor.
+        others: `seed`, `dtype`, `device`, `rows`, `mesh` and `reduce`, as for the constructor.
 
         Raises
         ------
@@ -204,7 +212,11 @@ class SimilarityMatchingConv2d(Synapses):
             positions = self.draw_positions(positions, x, first=0 if part is None else part.images.start)
         elif positions is not None:
             check_positions(positions, x.shape[0], self.patch.map_size((x.shape[2], x.shape[3])))
-        return replace(prepare(x, self.patch, self._whitening, positions), part=part)
+        whole = x.shape[0] if part is None else part.whole
+        size = x.shape[2], x.shape[3]
+        columns = math.prod(self.patch.map_size(size)) if positions is None else positions.shape[1]
+        block = self.sharing.block(whole, columns)
+        return replace(prepare(x, self.patch, self._whitening, positions, block=block), part=part)
 
     def draw_positions(self, count: int, x: Tensor, *, first: int = 0) -> Tensor:
         """The positions [B, count] that `prepare` draws: a function of the layer's seed and number of updates, for the

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simmatch.captured import Updates, new_graph
-from simmatch.config import LayerConfig, TrainConfig
+from simmatch.config import LayerConfig, Reduce, TrainConfig
 from simmatch.data.order import Batches
 from simmatch.features import FeatureStore, Staged
 from simmatch.geometry import Patches
@@ -25,10 +25,11 @@ from simmatch.memory import Lever, MemoryWatch
 from simmatch.model import Stack, build_layer, layer_inputs
 from simmatch.observer import Observer, Update
 from simmatch.parts import timed
+from simmatch.sharding.blocks import aligned
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
-from simmatch.sharding.state import gather_layer, moments_over_ranks
+from simmatch.sharding.state import Numbered, gather_layer, moments_over_ranks
 from simmatch.solvers.dynamics import Solution
 
 LOOK_EVERY = 100
@@ -51,6 +52,7 @@ class Setup:
     blocks: as for `Trainer`.
     mesh: this rank's connections.
     alone: whether a single process trains the stack's own layers.
+    reduce: as for `Trainer`.
     observer: follows the training.
     memory: names what runs where memory does not suffice.
     measure_every, to_tolerance: as for `Trainer`.
@@ -71,6 +73,7 @@ class Setup:
     blocks: Tensor | None
     mesh: Mesh
     alone: bool
+    reduce: Reduce
     observer: Observer
     memory: MemoryWatch
     measure_every: int | None
@@ -104,10 +107,12 @@ class Setup:
             device=self.device,
             rows=shards[self.mesh.owners.rank],
             mesh=self.mesh,
+            reduce=self.reduce,
         )
 
     def encoded(self, layer: SimilarityMatchingConv2d, x: Tensor) -> Tensor:
         """Label-free activities [B, K, H', W'] of a layer for its input."""
+        x = aligned(x) if self.reduce == "exact" else x
         activities: Tensor = layer.solve(x).y if self.to_tolerance else layer(x)
         return activities
 
@@ -154,8 +159,9 @@ class Setup:
                     yield part.start, some
                 self.observer.progress("calibrate", part.start, count, layer=index)
 
+        order = Numbered(self.store.batch, count) if self.reduce == "exact" else None
         with closing(parts), closing(rows()) as blocks:
-            moments = moments_over_ranks(blocks, sample.moments(self.device), ranks)
+            moments = moments_over_ranks(blocks, sample.moments(self.device), ranks, order=order)
         run(partial(layer.set_input, moments))
         for name in MEASURED:
             if hasattr(layer, name):

@@ -118,7 +118,7 @@ class Synapses(nn.Module):
             arguments.normalize == "contrast",
             arguments.contrast_floor,
         )
-        self.rows, self.mesh = rows, mesh
+        self.rows, self.mesh, self.exact = rows, mesh, arguments.reduce == "exact"
         self._kept = KeptBound()
         self._record: FaultRecord | None = None
         self._register(dtype, device)
@@ -189,8 +189,9 @@ class Synapses(nn.Module):
         call `certify` or `recertify`: whether another owner has written to its rows is unknown to them.
         """
         flagged = torch.zeros_like(self.silent)
-        perron, _ = warm_up(self.lateral, self.perron, self.rows, flagged=flagged, mesh=self.mesh)
-        bound = certify(self.lateral, perron, self.rows, ridge=self.dynamics.ridge, mesh=self.mesh)
+        perron, _ = warm_up(self.lateral, self.perron, self.rows, flagged=flagged, mesh=self.mesh, exact=self.exact)
+        ridge = self.dynamics.ridge
+        bound = certify(self.lateral, perron, self.rows, ridge=ridge, mesh=self.mesh, exact=self.exact)
         self._kept.keep(bound, self.lateral)
 
     @eager_full_precision
@@ -200,7 +201,8 @@ class Synapses(nn.Module):
         Any `perron` gives a valid bound of λmax(M), and the Perron vector of M a tight one. Call this after writing to
         `lateral`.
         """
-        afresh = certify_afresh(self.lateral, self.rows, ridge=self.dynamics.ridge, mesh=self.mesh)
+        ridge = self.dynamics.ridge
+        afresh = certify_afresh(self.lateral, self.rows, ridge=ridge, mesh=self.mesh, exact=self.exact)
         self.perron.copy_(afresh.perron)
         self.certify()
 
@@ -257,7 +259,8 @@ class Synapses(nn.Module):
 
     def _learn(self, statistics: Statistics | None, state: OwnState) -> None:
         """`update`; without statistics, `state.fault` holds the exception of this owner."""
-        rows, fault, ridge = self.rows, state.fault, self.dynamics.ridge
+        rows, fault = self.rows, state.fault
+        options: dict[str, Any] = {"mesh": self.mesh, "fault": fault, "exact": self.exact}
         after, dead = {"feedforward": self.feedforward, "lateral": self.lateral, "label": self.label}, self.silent < 0
         with fault:
             if statistics is not None:
@@ -266,15 +269,13 @@ class Synapses(nn.Module):
                 dead = dead_channels(after["silent"], after["lateral"].diagonal(offset=rows.start), self.plasticity)
         flagged = dead + status_of(after["feedforward"], after["label"])
         with timed("bound"):
-            perron, dead = warm_up(
-                after["lateral"], state.bound.perron, rows, flagged=flagged, mesh=self.mesh, fault=fault
-            )
+            perron, dead = warm_up(after["lateral"], state.bound.perron, rows, flagged=flagged, **options)
         after |= {"perron": WARM * perron, "dead": dead.sum()}
         with fault:
             if self.plasticity.revive and statistics is not None and (fault.recorded or bool(after["dead"])):
                 after |= self._revived(after, dead)
         with timed("bound"):
-            bound = certify(after["lateral"], perron, rows, ridge=ridge, mesh=self.mesh, fault=fault)
+            bound = certify(after["lateral"], perron, rows, ridge=self.dynamics.ridge, **options)
         ok = fault.settle()
         for name, value in after.items():
             put(getattr(self, name), value, ok)

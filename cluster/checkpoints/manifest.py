@@ -62,6 +62,8 @@ class Shard(TensorFile):
 
     rank: NonNegativeInt
     file: Annotated[str, Field(pattern=r"^rank-\d+-of-\d+(-\w+)?\.safetensors$")]
+    arithmetic: str | None = None
+    """What the last bits depend on, see `simmatch.devices.arithmetic`; None where an earlier version wrote it."""
 
     def path(self, folder: AnyPath) -> AnyPath:
         """Where it is; `folder` is that of the checkpoint."""

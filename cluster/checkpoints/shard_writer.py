@@ -31,11 +31,18 @@ WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], S
 
 
 def write_shard(
-    folder: AnyPath, rank: int, world_size: int, tensors: dict[str, Tensor], rows: dict[str, Rows], token: str = ""
+    folder: AnyPath,
+    rank: int,
+    world_size: int,
+    tensors: dict[str, Tensor],
+    rows: dict[str, Rows],
+    token: str = "",
+    arithmetic: str | None = None,
 ) -> Shard:
     """Write one rank's tensors, whole or not at all; `rows` names those that are row ranges of a larger tensor.
 
     token: of the group that writes. A rank of an abandoned group may still run; it never touches a later group's files.
+    arithmetic: what the last bits depend on here, for the manifest.
 
     Raises
     ------
@@ -45,7 +52,7 @@ def write_shard(
     name = f"rank-{rank}-of-{world_size}{f'-{token}' if token else ''}.safetensors"
     written: list[dict[str, Any]] = []
     write_whole(folder / name, lambda file: written.append(_save(tensors, rows, file, folder / name)))
-    return Shard(rank=rank, file=name, **written[0])
+    return Shard(rank=rank, file=name, arithmetic=arithmetic, **written[0])
 
 
 def write_constant(folder: AnyPath, tensors: dict[str, Tensor], rows: dict[str, Rows]) -> Constant:

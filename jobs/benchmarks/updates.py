@@ -8,7 +8,7 @@ outside of the measured seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from torch import Tensor
 from jobs.benchmarks.problems import Recipe
 from jobs.benchmarks.processes import Member, RankGroup
 from jobs.benchmarks.timing import Timings, alternate
-from simmatch.config import ConfigError, DynamicsConfig, parse
+from simmatch.config import ConfigError, DynamicsConfig, Reduce, parse
 from simmatch.data.config import DataConfig
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import load_dataset, to_unit
@@ -104,10 +104,10 @@ def keep_inputs(member: Member, weights: dict[str, Tensor], images: Tensor) -> N
     member.kept["weights"], member.kept["images"] = weights, images
 
 
-def set_up(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed: int) -> None:
+def set_up(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed: int, reduce: Reduce = "fast") -> None:
     """Build this rank's shard of the held weights, to learn from the first `batch` held images."""
     weights, images = member.kept["weights"], member.kept["images"]
-    layer = _build(member, len(weights["feedforward"]), images.shape[1], dynamics, seed)
+    layer = _build(member, len(weights["feedforward"]), images.shape[1], dynamics, seed, reduce)
     own = slice(layer.rows.start, layer.rows.stop)
     layer.feedforward.copy_(weights["feedforward"][own])
     layer.lateral.copy_(weights["lateral"][own])
@@ -150,7 +150,7 @@ def discard(member: Member, name: str) -> None:
 
 
 def _build(
-    member: Member, channels: int, in_channels: int, dynamics: DynamicsConfig, seed: int
+    member: Member, channels: int, in_channels: int, dynamics: DynamicsConfig, seed: int, reduce: Reduce
 ) -> SimilarityMatchingConv2d:
     exchange = member.exchange
     return SimilarityMatchingConv2d(
@@ -163,6 +163,7 @@ def _build(
         seed=seed,
         rows=split_rows(channels, exchange.world_size)[exchange.rank],
         mesh=Mesh.of_owners(exchange),
+        reduce=reduce,
     )
 
 
@@ -260,13 +261,23 @@ class Comparison:
 
 
 def compare(
-    ways: Mapping[str, tuple[RankGroup, DynamicsConfig]], *, batch: int, seed: int, rounds: int, min_s: float
+    ways: Mapping[str, tuple[RankGroup, DynamicsConfig]],
+    *,
+    batch: int,
+    seed: int,
+    rounds: int,
+    min_s: float,
+    exact: Collection[str] = (),
 ) -> Comparison:
-    """Let several ways make the same update in turns, round by round. The groups must hold the same weights."""
+    """Let several ways make the same update in turns, round by round. The groups must hold the same weights.
+
+    exact: names of the ways with `reduce: exact`.
+    """
     watch = Stopwatch()
     candidates = {name: Candidate(name, group, dynamics, watch) for name, (group, dynamics) in ways.items()}
     for candidate in candidates.values():
-        candidate.group.ask(set_up, candidate.name, candidate.dynamics, batch, seed)
+        reduce = "exact" if candidate.name in exact else "fast"
+        candidate.group.ask(set_up, candidate.name, candidate.dynamics, batch, seed, reduce)
     timings = alternate(candidates, rounds, min_s=min_s, clock=watch)
     change = {}
     for candidate in candidates.values():

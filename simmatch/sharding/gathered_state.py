@@ -20,7 +20,7 @@ from torch import Tensor
 
 from simmatch.plasticity import Statistics, Weights
 from simmatch.sharding.exchange import Exchange
-from simmatch.sharding.faults import LocalFault, status_of
+from simmatch.sharding.faults import EXCEPTION, LocalFault, status_of
 from simmatch.sharding.rows import Rows, join_rows, split_rows
 
 
@@ -127,6 +127,27 @@ class GatheredState:
             total += other
         yx, yy, yz = torch.split(total, self.widths, dim=1)
         return Statistics(yx.view(-1, *self.filters), yy, yz, sums.zz, sums.count)
+
+    def fixed_statistics(self, table: Tensor | None, like: Tensor, fault: LocalFault) -> Tensor | None:
+        """`statistics` as fixed-point numbers, yx, yy and yz side by side: [K, Σ widths] → [K_g, Σ widths], int64.
+
+        Parameters
+        ----------
+        table: sums over this owner's columns for all rows, or None.
+        like: a tensor with the dtype of statuses, and the device.
+        """
+        sent, received = (self._slices(sum(self.widths), like.new_zeros((), dtype=torch.int64)) for _ in range(2))
+        if table is not None:
+            for target, part in zip(sent.table, self._parts, strict=True):
+                target[: part.count] = table[part.start : part.stop]
+        status = like.new_zeros(1)
+        fault.mark(status)
+        sent.statuses.copy_((status != 0).long() + (status == EXCEPTION))  # NaN differs from 0 too
+        self.exchange.all_to_all(received.flat, sent.flat).wait()
+        held = received.statuses
+        statuses = torch.where(held == 2, EXCEPTION, torch.where(held == 1, math.nan, 0.0))
+        fault.raise_shared(statuses, "activities or statistics")
+        return None if table is None else received.table[:, : self.rows.count].sum(dim=0)
 
     def _slices(self, width: int, like: Tensor) -> Slices:
         """Slices of padded rows, each with a status."""

@@ -88,6 +88,10 @@ class RowSharing:
         self.splits, self.shares, self.solves = mesh.replicas, mesh.owners, mesh.owners
         self._rows, self._solver = rows, Dynamics(dynamics, rows, mesh.owners, alone=alone)
 
+    def block(self, images: int, positions: int) -> int | None:
+        """Images of the blocks in which a batch is computed; None: it is not cut into blocks."""
+        return None
+
     def part(self, images: int, positions: int, *, rank: int | None = None) -> Part:
         """The part of a rank of `splits`, this one by default, of a batch of images with as many columns each."""
         ranks = self.splits.world_size
@@ -116,7 +120,7 @@ class RowSharing:
                 if own is not None:
                     sums = batch_statistics(own, solution.y, self._rows, state.weights.label.shape[1])
                     statistics = with_totals(sums, batch)
-        return solution or _unsolved(self._rows, part, state), _added(statistics, self.splits, state)
+        return solution or unsolved(self._rows, part, state), _added(statistics, self.splits, state)
 
     def _solve(
         self, batch: Batch, part: Part, state: OwnState, fault: LocalFault, *, fixed: bool = False
@@ -169,6 +173,10 @@ class ColumnSharing:
         self._solver = Dynamics(dynamics, self._all_rows, alone=True)
         self._state = GatheredState(rows, mesh.owners, filters, num_classes)
 
+    def block(self, images: int, positions: int) -> int | None:
+        """Images of the blocks in which a batch is computed; None: it is not cut into blocks."""
+        return None
+
     def part(self, images: int, positions: int, *, rank: int | None = None) -> Part:
         """The part of a rank of `splits`, this one by default, of a batch of images with as many columns each."""
         ranks = self.splits.world_size
@@ -185,8 +193,8 @@ class ColumnSharing:
         with state.fault.apart(self._mesh.owners) as fault:
             weights = self._weights(state, fault)
             with fault.apart(IDENTITY) as alone:
-                own = self._solve(*covering(part.columns, batch.own(part)), weights, state, alone, fixed=fixed)
-        own = own or _unsolved(self._all_rows, part, state)
+                own = self._solve_part(batch, part, weights, state, alone, fixed=fixed)
+        own = own or unsolved(self._all_rows, part, state)
         if batch.columns == 0:
             return own
         values = torch.cat([own.y, own.residual.unsqueeze(0)])
@@ -212,11 +220,18 @@ class ColumnSharing:
                     sums = with_totals(batch_statistics(own, y, self._all_rows, self._num_classes), batch)
             with timed("exchange"):
                 statistics = self._state.statistics(sums, weights.lateral, fault)
-        return solution or _unsolved(self._all_rows, part, state), _added(statistics, self._mesh.replicas, state)
+        return solution or unsolved(self._all_rows, part, state), _added(statistics, self._mesh.replicas, state)
 
     def _weights(self, state: OwnState, fault: LocalFault) -> Weights:
         with timed("exchange"):
             return self._state.weights(state.weights, fault, label=state.alpha is not None)
+
+    def _solve_part(
+        self, batch: Batch, part: Part, weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool
+    ) -> Solution:
+        """Solve the columns of a part: y [K, n] and residual [n]."""
+        own, inside = covering(part.columns, batch.own(part))
+        return self._solve(own, inside, weights, state, fault, fixed=fixed)
 
     def _solve(
         self, own: Batch, inside: slice, weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool = False
@@ -235,8 +250,8 @@ def _added(own: Statistics | None, replicas: Exchange, state: OwnState) -> Stati
         return sum_over_replicas(own, (weights.feedforward, weights.lateral, weights.label), replicas)
 
 
-def _unsolved(rows: Rows, part: Part, state: OwnState) -> Solution:
-    """Zeros in place of the solution of an owner with a fault."""
+def unsolved(rows: Rows, part: Part, state: OwnState) -> Solution:
+    """Zeros in place of the solution of an owner with a fault, or of no columns."""
     zeros = state.weights.lateral.new_zeros(rows.total + 1, len(part.columns))
     return Solution(zeros[:-1], 0, zeros[-1])
 

@@ -6,6 +6,8 @@ A rank holds rows of W, M, V and of the counters `silent`. All other tensors are
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.moments import ROWS, Moments
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, join_rows
-from simmatch.sharding.sums import sum_over_ranks
+from simmatch.sharding.sums import SumOverRanks, sum_over_ranks
 
 SHARDED = ("feedforward", "lateral", "label", "silent")
 """Buffers whose first dimension runs over the layer's own channels."""
@@ -89,22 +91,44 @@ def gather_from_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
     return gather_padded(tensor.unsqueeze(0), 1, exchange).squeeze(1)
 
 
-def moments_over_ranks(blocks: Iterable[tuple[int, Tensor]], moments: Moments, exchange: Exchange) -> Moments:
+@dataclass(frozen=True)
+class Numbered:
+    """Blocks of `batch` consecutive images, of which rank n mod R has block n: `images` images in all.
+
+    >>> Numbered(batch=500, images=1800).rounds(ranks=3)
+    2
+    """
+
+    batch: int
+    images: int
+
+    def rounds(self, ranks: int) -> int:
+        """Most blocks of a rank."""
+        return -(-self.images // (self.batch * ranks))
+
+
+def moments_over_ranks(
+    blocks: Iterable[tuple[int, Tensor]], moments: Moments, exchange: Exchange, *, order: Numbered | None = None
+) -> Moments:
     """The moments of the rows of all ranks together, equal on every rank.
 
-    A rank adds its blocks in their order, and the sums of the ranks are added in the order of ranks.
+    A rank adds its blocks in their order, and the sums of the ranks are added in the order of ranks. With `order`, the
+    sums of the blocks are added in the order of their numbers, so that no bit depends on the number of ranks.
 
     Parameters
     ----------
     blocks: of this rank, in order: the number of the first image of a block, and its rows [n, P], perhaps in parts.
         Which images are a block does not depend on the number of ranks.
     moments: empty, of this width; it is used up.
+    order: which blocks there are. An exchange for every block of a rank. None: two in all.
 
     >>> from simmatch.sharding.exchange import IDENTITY
     >>> rows = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     >>> moments_over_ranks([(0, rows), (500, rows)], Moments(2), IDENTITY).mean.tolist()
     [1.0, 1.0]
     """
+    if order is not None:
+        return _moments_in_order(blocks, moments, exchange, order)
     for _, rows in blocks:
         moments.add(rows)
     sums = sum_over_ranks(
@@ -115,6 +139,30 @@ def moments_over_ranks(blocks: Iterable[tuple[int, Tensor]], moments: Moments, e
     shift = moments.mean - total.mean
     total.scatter = sum_over_ranks(moments.scatter.addr_(shift, shift, alpha=moments.count), exchange)
     return total
+
+
+def _moments_in_order(
+    blocks: Iterable[tuple[int, Tensor]], empty: Moments, exchange: Exchange, order: Numbered
+) -> Moments:
+    """Count, Σ x and Σ x xᵀ of block after block: unlike mean and scatter, they add up."""
+    ranks, size = exchange.world_size, len(empty.mean)
+    total = SumOverRanks(empty.mean.new_zeros(1 + size + size * size), exchange, ordered=True)
+    own = groupby(blocks, key=lambda block: block[0] // (order.batch * ranks))
+    number, group = next(own, (-1, iter(())))
+    for each in range(order.rounds(ranks)):
+        moments = Moments(size, empty.mean.device)
+        if each == number:
+            for _, rows in group:
+                moments.add(rows)
+            number, group = next(own, (-1, iter(())))
+        count, mean = moments.count, moments.mean
+        raw = moments.scatter.addr_(mean, mean, alpha=count)
+        total.add(torch.cat([mean.new_full((1,), count), mean * count, raw.flatten()]))
+    sums = total.result()
+    result = Moments(0, empty.mean.device)
+    result.count, result.mean = int(sums[0]), sums[1 : size + 1] / sums[0]
+    result.scatter = sums[size + 1 :].view(size, size).addr(result.mean, result.mean, alpha=-result.count)
+    return result
 
 
 def rows_at_first(rows: Tensor, places: Tensor, exchange: Exchange) -> Iterator[tuple[Tensor, Tensor]]:

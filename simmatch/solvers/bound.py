@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simmatch.sharding.exact import pairwise_sum
 from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.mesh import ALONE, Mesh
 from simmatch.sharding.recording import put
@@ -140,6 +141,7 @@ def certify(
     ridge: float,
     mesh: Mesh = ALONE,
     fault: LocalFault | None = None,
+    exact: bool = False,
 ) -> Bound:
     """Bound λmax(M) by one matrix–vector product and one gather of 2 K values.
 
@@ -153,6 +155,7 @@ def certify(
     ridge: ε relative to the mean of the diagonal of M.
     mesh: connects to the other owners and replicas.
     fault: holds the exception of this owner, if any.
+    exact: whether no bit may depend on how many rows an owner has; it takes longer.
 
     Raises
     ------
@@ -165,7 +168,7 @@ def certify(
     """
     fault = fault or LocalFault(mesh.columns)
     vector = _floored(perron)
-    own = [lateral.abs() @ vector, lateral.diagonal(offset=rows.start).abs()]
+    own = [_product(lateral, vector, exact=exact), lateral.diagonal(offset=rows.start).abs()]
     gathered, tables = _gather(own, rows, mesh, fault)
     fault.raise_shared(gathered, NOT_FINITE_LATERAL)
     product, diagonal = _joined(tables, rows, mesh)
@@ -181,12 +184,13 @@ def warm_up(
     flagged: Tensor,
     mesh: Mesh = ALONE,
     fault: LocalFault | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step of the power method, v ← |M| v, and the flags of all owners, in one gather of 2 K values.
 
     Parameters
     ----------
-    lateral, rows, mesh, fault: as for `certify`.
+    lateral, rows, mesh, fault, exact: as for `certify`.
     perron: [K], v, equal on all owners; it makes no step if its largest entry is above 1, see `WARM`.
     flagged: [K_g], 1 for channels to report to all owners (dead ones), else 0; NaN if this owner's feedforward or label
         weights are not finite.
@@ -204,7 +208,7 @@ def warm_up(
     (tensor([1., 1.]), tensor([False,  True]))
     """
     fault, start = fault or LocalFault(mesh.columns), _floored(perron)
-    gathered, tables = _gather([lateral.abs() @ start, flagged], rows, mesh, fault)
+    gathered, tables = _gather([_product(lateral, start, exact=exact), flagged], rows, mesh, fault)
     fault.raise_shared(gathered[:, -1:], NOT_FINITE_REPLICA)
     fault.raise_shared(tables[:, 1], "feedforward or label weights")
     fault.raise_shared(tables[:, 0], NOT_FINITE_LATERAL)
@@ -212,7 +216,7 @@ def warm_up(
     return _warmed(perron, start, product), flags > 0
 
 
-def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, mesh: Mesh = ALONE) -> Bound:
+def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, mesh: Mesh = ALONE, exact: bool = False) -> Bound:
     """Bound λmax(M) without a starting vector: `certify` until two products improve the bound by less than 0.1 %.
 
     The host decides, and waits for the device.
@@ -222,8 +226,8 @@ def certify_afresh(lateral: Tensor, rows: Rows, *, ridge: float, mesh: Mesh = AL
     """
 
     def two_products(start: Tensor) -> Bound:
-        first = certify(lateral, start, rows, ridge=ridge, mesh=mesh)
-        return certify(lateral, first.perron, rows, ridge=ridge, mesh=mesh)
+        first = certify(lateral, start, rows, ridge=ridge, mesh=mesh, exact=exact)
+        return certify(lateral, first.perron, rows, ridge=ridge, mesh=mesh, exact=exact)
 
     bound = two_products(lateral.new_ones(rows.total))
     for _ in range(100):
@@ -265,6 +269,11 @@ def _gather(own: list[Tensor], rows: Rows, mesh: Mesh, fault: LocalFault) -> tup
 def _joined(tables: Tensor, rows: Rows, mesh: Mesh) -> Tensor:
     """[n, K], the values of the first replica."""
     return join_rows(tables[: mesh.owners.world_size], rows.total, dim=1)
+
+
+def _product(lateral: Tensor, vector: Tensor, *, exact: bool) -> Tensor:
+    """|M| v for the rows held here, [K_g]. The bits of a row of `@` depend on how many rows there are."""
+    return pairwise_sum(lateral.abs() * vector) if exact else lateral.abs() @ vector
 
 
 def _bound(product: Tensor, vector: Tensor, diagonal: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,244 @@
+"""Sharing by columns with one result, bit by bit, for any number of ranks (`reduce: exact`).
+
+As `ColumnSharing`, but a rank's part is a run of whole blocks (`simmatch.sharding.blocks`), each block is computed by
+itself, and sums are exchanged as fixed-point numbers (`simmatch.sharding.exact`):
+
+    weights      as before: rows are moved, nothing is computed
+    block        drive, dynamics, Σ y xᵀ, Σ y yᵀ, Σ y zᵀ
+    magnitudes   the largest of all blocks: a gather of four values
+    statistics   integers of eight bytes, summed over the blocks of a rank, over owners, and over replicas
+
+The magnitudes bound every entry of a block's sums: as computed, with rounding, it is at most twice
+
+    |Σ y_i y_j| ≤ max_i Σ y_i²        |Σ y_i x̃_p| ≤ max_i Σ y_i · max |x̃|        |Σ y_i z_c| ≤ max_i Σ y_i
+
+A sum of n products in float32 is off by less than n · 2^−23 times the sum of their magnitudes, so twice is enough for
+blocks of up to 2²¹ columns. max |x̃| follows from the largest value before mean removal and whitening, times what these
+can make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from simmatch.batch import Batch, batch_drive, batch_statistics, with_totals
+from simmatch.geometry import Patches
+from simmatch.parts import timed
+from simmatch.plasticity import Statistics, Weights
+from simmatch.sharding.blocks import cut, images_per_block, part_of_blocks
+from simmatch.sharding.columns import Part
+from simmatch.sharding.exact import from_fixed, shifts, to_fixed
+from simmatch.sharding.exchange import IDENTITY
+from simmatch.sharding.faults import LocalFault, status_of
+from simmatch.sharding.sharing import ColumnSharing, OwnState, unsolved
+from simmatch.sharding.sums import sum_over_ranks
+from simmatch.solvers.dynamics import Solution
+
+
+class BlockSharing(ColumnSharing):
+    """Every rank solves some blocks of a batch; parameters and attributes are those of `ColumnSharing`.
+
+    >>> from simmatch.config import DynamicsConfig
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> from simmatch.sharding.mesh import Mesh
+    >>> from simmatch.sharding.rows import Rows
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> weights, rows = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), Rows.all(4)
+    >>> state = OwnState(weights, certify_afresh(weights.lateral, rows, ridge=0.0), None, LocalFault(IDENTITY))
+    >>> batch = Batch(prepare(torch.ones(5, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> sharing = BlockSharing(DynamicsConfig(), rows, Mesh(), filters=(1, 3, 3), num_classes=0)
+    >>> solution, statistics = sharing.learn(batch, state)
+    >>> sharing.block(5, 36), solution.y.shape, statistics.yx.shape
+    (2, torch.Size([4, 180]), torch.Size([4, 1, 3, 3]))
+    """
+
+    def block(self, images: int, positions: int) -> int | None:
+        return images_per_block(images, positions)
+
+    def part(self, images: int, positions: int, *, rank: int | None = None) -> Part:
+        ranks = self.splits.world_size
+        return part_of_blocks(images, positions, ranks=ranks, rank=self.splits.rank if rank is None else rank)
+
+    def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
+        lateral, part = state.weights.lateral, self.part(batch.images, batch.patches.positions)
+        solution, table, total, magnitudes = None, None, None, lateral.new_zeros(3)
+        with state.fault.apart(self._mesh.owners) as fault:
+            weights = self._weights(state, fault)
+            with fault.apart(IDENTITY) as alone:
+                own = self._own_blocks(batch, part)
+                solution = self._solve_blocks(own, weights, state, alone)
+                with timed("statistics"):
+                    magnitudes = largest_magnitudes(own, solution.y)
+        with timed("exchange"):
+            shift = self._shifts(magnitudes, batch, state.fault)
+        with state.fault.apart(self._mesh.owners) as fault:
+            with timed("statistics"), fault.apart(IDENTITY):
+                if solution is not None:
+                    table = self._fixed_sums(own, solution.y, shift)
+            with timed("exchange"):
+                total = self._state.fixed_statistics(table, lateral, fault)
+        with timed("exchange"):
+            statistics = self._floats(total, shift, batch, state)
+        return solution or unsolved(self._all_rows, part, state), statistics
+
+    def _own_blocks(self, batch: Batch, part: Part) -> list[Batch]:
+        """The blocks of a part, copied, so that each begins at an aligned address."""
+        own = batch.own(part)
+        size = images_per_block(batch.images, batch.patches.positions)
+        return [copied(own.of_images(block)) for block in cut(part.count, size)]
+
+    def _solve_part(
+        self, batch: Batch, part: Part, weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool
+    ) -> Solution:
+        return self._solve_blocks(self._own_blocks(batch, part), weights, state, fault, fixed=fixed)
+
+    def _solve_blocks(
+        self, blocks: Sequence[Batch], weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool = False
+    ) -> Solution:
+        """Solve blocks: y [K, n] and residual [n]. Without blocks, of no columns."""
+        lateral = weights.lateral
+        with timed("drive"):
+            drives = [batch_drive(block, weights, state.alpha) for block in blocks] or [
+                lateral.new_zeros(len(lateral), 0)
+            ]
+        with timed("dynamics"):
+            if self._solver.by_column(lateral, fixed=fixed):
+                drives = [torch.cat(drives, dim=1)]
+            solutions = [self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=fault) for drive in drives]
+        iterations = torch.stack([torch.as_tensor(solution.iterations) for solution in solutions]).amax()
+        y, residual = (
+            torch.cat(parts, dim=-1) for parts in zip(*((each.y, each.residual) for each in solutions), strict=True)
+        )
+        return Solution(y, iterations, residual)
+
+    def _shifts(self, magnitudes: Tensor, batch: Batch, fault: LocalFault) -> Tensor:
+        """s of Σ y xᵀ, Σ y yᵀ and Σ y zᵀ, from the magnitudes of all ranks.
+
+        Raises
+        ------
+        SharedFault
+            On all ranks, if one of them has a fault, or the sums could be too large for their dtype.
+        """
+        rank, ranks = self.splits.rank, self.splits.world_size
+        gathered = magnitudes.new_zeros(ranks, 4)
+        gathered[rank, :3] = magnitudes
+        gathered[rank, 3:] = status_of(magnitudes)
+        fault.mark(gathered[rank, 3:])
+        self.splits.all_gather(gathered).wait()
+        fault.raise_shared(gathered[:, 3], "activities")
+        bounds = bounds_of_sums(gathered[:, :3].amax(dim=0), batch.patches)
+        fault.raise_shared(status_of(2 * bounds).expand(ranks), "statistics")
+        blocks = cut(batch.images, images_per_block(batch.images, batch.patches.positions))
+        return shifts(bounds, len(blocks), bounds.dtype)
+
+    def _fixed_sums(self, blocks: Sequence[Batch], y: Tensor, shift: Tensor) -> Tensor:
+        """Σ y xᵀ, Σ y yᵀ, Σ y zᵀ over blocks, side by side, as fixed-point numbers: int64 [K, Σ widths]."""
+        widths = self._state.widths
+        table = torch.zeros(len(y), sum(widths), dtype=torch.int64, device=y.device)
+        for block, own in zip(blocks, by_block(y, blocks), strict=True):
+            sums = batch_statistics(block, own, self._all_rows, self._num_classes)
+            tensors = (sums.yx.flatten(1), sums.yy, sums.yz)
+            for target, tensor, one in zip(torch.split(table, widths, dim=1), tensors, shift, strict=True):
+                target += to_fixed(tensor, one)
+        return table
+
+    def _floats(self, own: Tensor | None, shift: Tensor, batch: Batch, state: OwnState) -> Statistics | None:
+        """Statistics from the integers of all replicas: rows [K_g, Σ widths] of each."""
+        weights, classes = state.weights, self._num_classes
+        table = own
+        if table is None:
+            table = torch.zeros(len(weights.lateral), sum(self._state.widths), dtype=torch.int64, device=shift.device)
+        if self._mesh.replicas.world_size > 1:
+            table = sum_over_ranks(table, self._mesh.replicas)
+        if own is None:
+            return None
+        parts = torch.split(table, self._state.widths, dim=1)
+        yx, yy, yz = (from_fixed(part, one, weights.lateral.dtype) for part, one in zip(parts, shift, strict=True))
+        sums = Statistics(yx.view_as(weights.feedforward), yy, yz, yy.new_zeros(classes, classes), 0)
+        return with_totals(sums, batch)
+
+
+def copied(batch: Batch) -> Batch:
+    """A batch in memory of its own.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> copied(batch).patches.images.data_ptr() == batch.patches.images.data_ptr()
+    False
+    """
+    patches = batch.patches
+    own = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name in ("images", "inverse_scale", "matrix")
+        if (tensor := getattr(patches, name)) is not None
+    }
+    z = None if batch.z is None else batch.z.clone(memory_format=torch.contiguous_format)
+    return Batch(replace(patches, **own), z)
+
+
+def by_block(columns: Tensor, blocks: Sequence[Batch]) -> Iterator[Tensor]:
+    """The columns [K, n] of blocks, block after block, each in memory of its own.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(3, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> blocks = [batch.of_images(slice(0, 2)), batch.of_images(slice(2, 3))]
+    >>> [part.shape for part in by_block(torch.ones(4, 108), blocks)]
+    [torch.Size([4, 72]), torch.Size([4, 36])]
+    """
+    for part in torch.split(columns, [block.columns for block in blocks], dim=1) if blocks else ():
+        yield part.clone(memory_format=torch.contiguous_format)
+
+
+def largest_magnitudes(blocks: Sequence[Batch], y: Tensor) -> Tensor:
+    """max_i Σ y_i² and max_i Σ y_i over the columns of a block, and the largest input: [3], the largest of all blocks.
+
+    Parameters
+    ----------
+    blocks: of a rank.
+    y: [K, n], their activities.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> largest_magnitudes([batch], torch.full((4, 72), 2.0))
+    tensor([288., 144.,   1.])
+    """
+    largest = y.new_zeros(3)
+    for block, own in zip(blocks, by_block(y, blocks), strict=True):
+        squares, sums = own.square().sum(dim=1).amax(), own.sum(dim=1).amax()
+        largest = torch.maximum(largest, torch.stack([squares, sums, _largest_input(block.patches)]))
+    return largest
+
+
+def _largest_input(patches: Patches) -> Tensor:
+    """The largest value of an explicit patch, or of an image times the largest scale, before mean removal."""
+    if patches.matrix is not None:
+        return patches.matrix.abs().amax()
+    assert patches.images is not None
+    largest = patches.images.abs().amax()
+    return largest if patches.inverse_scale is None else largest * patches.inverse_scale.amax()
+
+
+def bounds_of_sums(magnitudes: Tensor, patches: Patches) -> Tensor:
+    """Bounds [3] of the magnitudes that add up to an entry of Σ y xᵀ, Σ y yᵀ and Σ y zᵀ over one block.
+
+    Parameters
+    ----------
+    magnitudes: [3], from `largest_magnitudes`, of all ranks.
+    patches: of the layer; only its normalisation and whitening are used.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
+    >>> bounds_of_sums(torch.tensor([288.0, 144.0, 0.5]), patches)
+    tensor([ 72., 288., 144.])
+    """
+    squares, sums, largest = magnitudes.unbind()
+    if patches.matrix is None and patches.config.contrast:
+        largest = 2.0 * largest
+    if patches.whitening is not None and not (patches.matrix is not None and patches.whitened):
+        whitening = patches.whitening
+        largest = largest * whitening.matrix.abs().sum(dim=1).amax() + whitening.offset.abs().amax()
+    return torch.stack([sums * largest, squares, sums])

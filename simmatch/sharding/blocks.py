@@ -1,0 +1,77 @@
+"""Blocks of whole images: what is computed from a block is computed by one call, on whichever rank.
+
+A product of matrices, or a convolution, may have other last bits where it has another number of columns. So with
+`reduce: exact` every product that feeds a weight is computed block by block. How a batch is cut into blocks depends on
+the batch alone, not on the number of ranks; a rank has a run of whole blocks. Inputs of a block are copied, so that
+they begin at an aligned address everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from simmatch.sharding.columns import Part, split_columns
+
+MOST_BLOCKS = 128
+"""Of one batch: more ranks than this have nothing to solve."""
+
+LEAST_COLUMNS = 64
+"""Of a block, if the batch has as many: the sums of every block are rounded to integers, at a cost of K (K + P)."""
+
+
+def images_per_block(images: int, positions: int) -> int:
+    """Images of every block of a batch but the last, which may have fewer.
+
+    Parameters
+    ----------
+    images: B, of the whole batch.
+    positions: columns per image.
+
+    >>> images_per_block(100, positions=784), images_per_block(100, positions=1), images_per_block(1000, positions=36)
+    (1, 50, 8)
+    """
+    blocks = max(1, min(-(-images * positions // LEAST_COLUMNS), MOST_BLOCKS))
+    return max(1, -(-images // blocks))
+
+
+def split_blocks(images: int, per_block: int, parts: int) -> list[range]:
+    """Images of every part, each a run of whole blocks: numbers of blocks differ by at most one, some may be 0.
+
+    >>> split_blocks(10, per_block=3, parts=3)
+    [range(0, 3), range(3, 6), range(6, 10)]
+    """
+    runs = split_columns(-(-images // per_block), parts)
+    return [range(min(run.start * per_block, images), min(run.stop * per_block, images)) for run in runs]
+
+
+def part_of_blocks(images: int, positions: int, *, ranks: int, rank: int) -> Part:
+    """The part of one of `ranks` that split the blocks of a batch.
+
+    >>> [part_of_blocks(100, 784, ranks=3, rank=rank).images for rank in range(3)]
+    [slice(0, 33, None), slice(33, 66, None), slice(66, 100, None)]
+    """
+    own = split_blocks(images, images_per_block(images, positions), ranks)[rank]
+    return Part(images, slice(own.start, own.stop), range(len(own) * positions))
+
+
+def cut(images: int, per_block: int) -> list[slice]:
+    """The blocks of a part that begins with a block.
+
+    >>> cut(7, per_block=3)
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 7, None)]
+    """
+    return [slice(start, min(start + per_block, images)) for start in range(0, images, per_block)]
+
+
+def by_blocks(function: Callable[[Tensor], Tensor], images: Tensor, per_block: int | None) -> Tensor:
+    """Apply a function of images [B, …] → [B, …] to each block by itself; None: to all at once.
+
+    >>> by_blocks(lambda x: x - x.mean(), torch.tensor([1.0, 3.0, 5.0]), per_block=2)
+    tensor([-1.,  1.,  0.])
+    """
+    if per_block is None or len(images) == 0:
+        return function(images)
+    return torch.cat([function(images[block].clone()) for block in cut(len(images), per_block)])
