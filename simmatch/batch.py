@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from einops import rearrange, reduce
 from torch import Tensor
 
-from simmatch.geometry import Patches, correlate, drive
+from simmatch.geometry import Filters, Patches, correlate, drive
 from simmatch.plasticity import Statistics, Weights
 from simmatch.sharding.columns import Part
 from simmatch.sharding.rows import Rows
@@ -67,8 +67,10 @@ class Batch:
         return Batch(replace(self.patches, part=None), None if self.z is None else self.z[:, part.images])
 
 
-def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None) -> Tensor:
+def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None, filters: Filters | None = None) -> Tensor:
     """d = W x̃ + α V z for the rows in `weights`: [K_g, N]. Without labels, or if α is None, d = W x̃.
+
+    filters: of these weights, if they are needed more than once.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
@@ -77,7 +79,7 @@ def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None) -> 
     """
     if batch.columns == 0:
         return weights.lateral.new_zeros(len(weights.lateral), 0)
-    result = drive(batch.patches, weights.feedforward)
+    result = drive(batch.patches, weights.feedforward, filters)
     if batch.z is None or alpha is None:
         return result
     by_label = alpha * weights.label @ batch.z  # [K_g, B]
@@ -107,12 +109,21 @@ def batch_statistics(batch: Batch, y: Tensor, rows: Rows, num_classes: int) -> S
         yx = y.new_zeros(rows.count, config.in_channels, config.kernel_size, config.kernel_size)
         yz, zz = y.new_zeros(rows.count, num_classes), y.new_zeros(num_classes, num_classes)
         return Statistics(yx, y.new_zeros(rows.count, rows.total), yz, zz, 0)
+    yz, zz = label_sums(batch, own, num_classes), y.new_zeros(num_classes, num_classes)
+    return with_totals(Statistics(correlate(batch.patches, own), own @ y.T, yz, zz, 0), batch)
+
+
+def label_sums(batch: Batch, y: Tensor, num_classes: int) -> Tensor:
+    """Σ y zᵀ over the columns of a batch: [K_g, N] → [K_g, num_classes]; zeros without labels.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)), z=torch.eye(2))
+    >>> label_sums(batch, torch.ones(5, 72), num_classes=2)[0]
+    tensor([36., 36.])
+    """
     if batch.z is None:
-        yz = y.new_zeros(rows.count, num_classes)
-    else:
-        yz = reduce(own, "k (b l) -> k b", "sum", b=batch.patches.batch_size) @ batch.z.T
-    statistics = Statistics(correlate(batch.patches, own), own @ y.T, yz, y.new_zeros(num_classes, num_classes), 0)
-    return with_totals(statistics, batch)
+        return y.new_zeros(len(y), num_classes)
+    return reduce(y, "k (b l) -> k b", "sum", b=batch.patches.batch_size) @ batch.z.T
 
 
 def with_totals(statistics: Statistics, batch: Batch) -> Statistics:

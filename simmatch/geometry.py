@@ -282,13 +282,45 @@ def explicit(patches: Patches, *, images: int | None = None) -> Tensor:
     return matrix if whitening is None or already else (matrix - whitening.mean) @ whitening.matrix.T
 
 
-def drive(patches: Patches, feedforward: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Filters:
+    """Rows of W with mean removal and whitening folded in, for patches as they are stored.
+
+    Attributes
+    ----------
+    weight: [K_g, C, k, k], W Π J, or W where the patches are whitened already.
+    offset: [K_g], −W Π μ, or None for 0.
+
+    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
+    >>> Filters.of(torch.ones(5, 1, 3, 3), patches).weight.shape
+    torch.Size([5, 1, 3, 3])
+    """
+
+    weight: Tensor
+    offset: Tensor | None
+
+    @classmethod
+    def of(cls, feedforward: Tensor, patches: Patches) -> Filters:
+        """The filters for patches like these."""
+        if patches.matrix is not None and patches.whitened:
+            return cls(feedforward, None)
+        weight, offset, whitening = feedforward.flatten(1), None, patches.whitening
+        if whitening is not None:
+            offset = -(weight @ whitening.offset)
+            weight = weight @ whitening.matrix
+        if patches.matrix is None and patches.config.contrast:
+            weight = weight - weight.mean(dim=1, keepdim=True)
+        return cls(weight.reshape(feedforward.shape), offset)
+
+
+def drive(patches: Patches, feedforward: Tensor, filters: Filters | None = None) -> Tensor:
     """W x̃ of every patch.
 
     Parameters
     ----------
     patches: N columns, from `prepare`.
     feedforward: [K_g, C, k, k], the rows of W held here.
+    filters: of these rows, if they are needed more than once.
 
     Returns
     -------
@@ -298,20 +330,13 @@ def drive(patches: Patches, feedforward: Tensor) -> Tensor:
     >>> drive(patches, torch.ones(5, 1, 3, 3)).shape
     torch.Size([5, 72])
     """
-    weight = rearrange(feedforward, "k c h w -> k (c h w)")
-    if patches.matrix is not None and patches.whitened:
-        return weight @ patches.matrix.T
-    config, whitening, offset = patches.config, patches.whitening, None
-    if whitening is not None:
-        offset = -(weight @ whitening.offset)
-        weight = weight @ whitening.matrix
+    filters = filters or Filters.of(feedforward, patches)
     if patches.matrix is not None:
-        result = weight @ patches.matrix.T
-        return result if offset is None else result.add_(offset.unsqueeze(1))
+        result = filters.weight.flatten(1) @ patches.matrix.T
+        return result if filters.offset is None else result.add_(filters.offset.unsqueeze(1))
     assert patches.images is not None
-    if config.contrast:
-        weight = weight - weight.mean(dim=1, keepdim=True)
-    return config.convolution.forward(patches.images, weight.reshape(feedforward.shape), patches.inverse_scale, offset)
+    convolution = patches.config.convolution
+    return convolution.forward(patches.images, filters.weight, patches.inverse_scale, filters.offset)
 
 
 def correlate(patches: Patches, y: Tensor) -> Tensor:
@@ -321,22 +346,39 @@ def correlate(patches: Patches, y: Tensor) -> Tensor:
     >>> correlate(patches, torch.ones(5, 72)).shape
     torch.Size([5, 1, 3, 3])
     """
-    config, whitening = patches.config, patches.whitening
-    shape = (y.shape[0], config.in_channels, config.kernel_size, config.kernel_size)
+    return normalised(*raw_correlation(patches, y), patches)
+
+
+def raw_correlation(patches: Patches, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Σ y xᵀ for patches as they are stored, before mean removal and whitening: [K_g, P]; and Σ y, [K_g, 1].
+
+    Σ y is None where `normalised` does not need it.
+
+    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
+    >>> [part.shape for part in raw_correlation(patches, torch.ones(5, 72))]
+    [torch.Size([5, 9]), torch.Size([5, 1])]
+    """
     if patches.matrix is not None:
-        product = y @ patches.matrix
-        if patches.whitened:
-            return product.reshape(shape)
-        total = y.sum(dim=1, keepdim=True)
-    else:
-        assert patches.images is not None
-        gradient = config.convolution.weight_gradient(patches.images, y, patches.inverse_scale)
-        product, total = gradient[:, :-1], gradient[:, -1:]
-        if config.contrast:
-            product = product - product.mean(dim=1, keepdim=True)
-    if whitening is not None:
+        return y @ patches.matrix, None if patches.whitened else y.sum(dim=1, keepdim=True)
+    assert patches.images is not None
+    gradient = patches.config.convolution.weight_gradient(patches.images, y, patches.inverse_scale)
+    return gradient[:, :-1], gradient[:, -1:]
+
+
+def normalised(product: Tensor, total: Tensor | None, patches: Patches) -> Tensor:
+    """Σ y x̃ᵀ [K_g, C, k, k] from the sums of `raw_correlation`, over these or other patches of the layer.
+
+    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
+    >>> normalised(torch.ones(5, 9), torch.ones(5, 1), patches).shape
+    torch.Size([5, 1, 3, 3])
+    """
+    config, whitening = patches.config, patches.whitening
+    if patches.matrix is None and config.contrast:
+        product = product - product.mean(dim=1, keepdim=True)
+    if whitening is not None and not (patches.matrix is not None and patches.whitened):
+        assert total is not None
         product = product @ whitening.matrix.T - total * whitening.offset
-    return product.reshape(shape)
+    return product.reshape(-1, config.in_channels, config.kernel_size, config.kernel_size)
 
 
 def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: torch.Generator) -> Tensor:

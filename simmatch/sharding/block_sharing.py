@@ -10,23 +10,23 @@ itself, and sums are exchanged as fixed-point numbers (`simmatch.sharding.exact`
 
 The magnitudes bound every entry of a block's sums: as computed, with rounding, it is at most twice
 
-    |Σ y_i y_j| ≤ max_i Σ y_i²        |Σ y_i x̃_p| ≤ max_i Σ y_i · max |x̃|        |Σ y_i z_c| ≤ max_i Σ y_i
+    |Σ y_i y_j| ≤ max_i Σ y_i²        |Σ y_i x_p| ≤ max_i Σ y_i · max |x|        |Σ y_i z_c| ≤ max_i Σ y_i
 
-A sum of n products in float32 is off by less than n · 2^−23 times the sum of their magnitudes, so twice is enough for
-blocks of up to 2²¹ columns. max |x̃| follows from the largest value before mean removal and whitening, times what these
-can make of it.
+with x the patches as they are stored: mean removal and whitening are linear, and follow after the sum. A sum of n
+products in float32 is off by less than n · 2^−23 times the sum of their magnitudes, so twice is enough for blocks of up
+to 2²¹ columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from simmatch.batch import Batch, batch_drive, batch_statistics, with_totals
-from simmatch.geometry import Patches
+from simmatch.batch import Batch, batch_drive, label_sums, with_totals
+from simmatch.geometry import Filters, Patches, normalised, raw_correlation
 from simmatch.parts import timed
 from simmatch.plasticity import Statistics, Weights
 from simmatch.sharding.blocks import cut, images_per_block, part_of_blocks
@@ -69,21 +69,28 @@ class BlockSharing(ColumnSharing):
         with state.fault.apart(self._mesh.owners) as fault:
             weights = self._weights(state, fault)
             with fault.apart(IDENTITY) as alone:
-                own = self._own_blocks(batch, part)
-                solution = self._solve_blocks(own, weights, state, alone)
+                blocks = self._own_blocks(batch, part)
+                solution = self._solve_blocks(blocks, weights, state, alone)
                 with timed("statistics"):
-                    magnitudes = largest_magnitudes(own, solution.y)
+                    activities = own_columns(solution.y, blocks)
+                    magnitudes = largest_magnitudes(blocks, activities) if blocks else magnitudes
         with timed("exchange"):
             shift = self._shifts(magnitudes, batch, state.fault)
         with state.fault.apart(self._mesh.owners) as fault:
             with timed("statistics"), fault.apart(IDENTITY):
                 if solution is not None:
-                    table = self._fixed_sums(own, solution.y, shift)
+                    table = self._fixed_sums(blocks, activities, shift)
             with timed("exchange"):
-                total = self._state.fixed_statistics(table, lateral, fault)
+                total = self._state.fixed_sums(table, sum(self._widths), lateral, fault)
         with timed("exchange"):
-            statistics = self._floats(total, shift, batch, state)
+            statistics = self._statistics(total, shift, batch, state)
         return solution or unsolved(self._all_rows, part, state), statistics
+
+    @property
+    def _widths(self) -> list[int]:
+        """Of Σ y xᵀ with Σ y behind it, Σ y yᵀ and Σ y zᵀ."""
+        correlation, *others = self._state.widths
+        return [correlation + 1, *others]
 
     def _own_blocks(self, batch: Batch, part: Part) -> list[Batch]:
         """The blocks of a part, copied, so that each begins at an aligned address."""
@@ -102,17 +109,16 @@ class BlockSharing(ColumnSharing):
         """Solve blocks: y [K, n] and residual [n]. Without blocks, of no columns."""
         lateral = weights.lateral
         with timed("drive"):
-            drives = [batch_drive(block, weights, state.alpha) for block in blocks] or [
-                lateral.new_zeros(len(lateral), 0)
-            ]
+            filters = Filters.of(weights.feedforward, blocks[0].patches) if blocks else None
+            drives = [batch_drive(block, weights, state.alpha, filters) for block in blocks]
+        if not drives:
+            return Solution(lateral.new_zeros(len(lateral), 0), 0, lateral.new_zeros(0))
         with timed("dynamics"):
             if self._solver.by_column(lateral, fixed=fixed):
                 drives = [torch.cat(drives, dim=1)]
-            solutions = [self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=fault) for drive in drives]
-        iterations = torch.stack([torch.as_tensor(solution.iterations) for solution in solutions]).amax()
-        y, residual = (
-            torch.cat(parts, dim=-1) for parts in zip(*((each.y, each.residual) for each in solutions), strict=True)
-        )
+            solved = [self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=fault) for drive in drives]
+        iterations = torch.stack([torch.as_tensor(each.iterations) for each in solved]).amax()
+        y, residual = torch.cat([each.y for each in solved], dim=1), torch.cat([each.residual for each in solved])
         return Solution(y, iterations, residual)
 
     def _shifts(self, magnitudes: Tensor, batch: Batch, fault: LocalFault) -> Tensor:
@@ -130,35 +136,42 @@ class BlockSharing(ColumnSharing):
         fault.mark(gathered[rank, 3:])
         self.splits.all_gather(gathered).wait()
         fault.raise_shared(gathered[:, 3], "activities")
-        bounds = bounds_of_sums(gathered[:, :3].amax(dim=0), batch.patches)
+        bounds = bounds_of_sums(gathered[:, :3].amax(dim=0))
         fault.raise_shared(status_of(2 * bounds).expand(ranks), "statistics")
         blocks = cut(batch.images, images_per_block(batch.images, batch.patches.positions))
         return shifts(bounds, len(blocks), bounds.dtype)
 
-    def _fixed_sums(self, blocks: Sequence[Batch], y: Tensor, shift: Tensor) -> Tensor:
-        """Σ y xᵀ, Σ y yᵀ, Σ y zᵀ over blocks, side by side, as fixed-point numbers: int64 [K, Σ widths]."""
-        widths = self._state.widths
-        table = torch.zeros(len(y), sum(widths), dtype=torch.int64, device=y.device)
-        for block, own in zip(blocks, by_block(y, blocks), strict=True):
-            sums = batch_statistics(block, own, self._all_rows, self._num_classes)
-            tensors = (sums.yx.flatten(1), sums.yy, sums.yz)
-            for target, tensor, one in zip(torch.split(table, widths, dim=1), tensors, shift, strict=True):
+    def _fixed_sums(self, blocks: Sequence[Batch], activities: Sequence[Tensor], shift: Tensor) -> Tensor:
+        """Σ y xᵀ before mean removal and whitening, Σ y, Σ y yᵀ and Σ y zᵀ, side by side: int64 [K, Σ widths].
+
+        Normalised are the sums over all blocks, not those of each: K P² multiply–adds once.
+        """
+        table = torch.zeros(self._all_rows.total, sum(self._widths), dtype=torch.int64, device=shift.device)
+        targets = torch.split(table, self._widths, dim=1)
+        for block, y in zip(blocks, activities, strict=True):
+            product, total = raw_correlation(block.patches, y)
+            total = y.sum(dim=1, keepdim=True) if total is None else total
+            sums = (torch.cat([product, total], dim=1), y @ y.T, label_sums(block, y, self._num_classes))
+            for target, tensor, one in zip(targets, sums, shift, strict=True):
                 target += to_fixed(tensor, one)
         return table
 
-    def _floats(self, own: Tensor | None, shift: Tensor, batch: Batch, state: OwnState) -> Statistics | None:
-        """Statistics from the integers of all replicas: rows [K_g, Σ widths] of each."""
-        weights, classes = state.weights, self._num_classes
+    def _statistics(self, own: Tensor | None, shift: Tensor, batch: Batch, state: OwnState) -> Statistics | None:
+        """Statistics from the integers of all replicas: rows [K_g, Σ widths] of each. None if some are held back."""
+        lateral, rows = state.weights.lateral, self._state.rows
         table = own
         if table is None:
-            table = torch.zeros(len(weights.lateral), sum(self._state.widths), dtype=torch.int64, device=shift.device)
+            table = torch.zeros(rows.count, sum(self._widths), dtype=torch.int64, device=shift.device)
         if self._mesh.replicas.world_size > 1:
             table = sum_over_ranks(table, self._mesh.replicas)
         if own is None:
             return None
-        parts = torch.split(table, self._state.widths, dim=1)
-        yx, yy, yz = (from_fixed(part, one, weights.lateral.dtype) for part, one in zip(parts, shift, strict=True))
-        sums = Statistics(yx.view_as(weights.feedforward), yy, yz, yy.new_zeros(classes, classes), 0)
+        parts = torch.split(table, self._widths, dim=1)
+        yx, yy, yz = (from_fixed(part, one, lateral.dtype) for part, one in zip(parts, shift, strict=True))
+        whole = yx.new_zeros(rows.total, yx.shape[1])  # of the same shape on all ranks, each row in its place
+        whole[rows.start : rows.stop] = yx
+        yx = normalised(whole[:, :-1], whole[:, -1:], batch.patches)[rows.start : rows.stop]
+        sums = Statistics(yx, yy, yz, yy.new_zeros(self._num_classes, self._num_classes), 0)
         return with_totals(sums, batch)
 
 
@@ -180,41 +193,40 @@ def copied(batch: Batch) -> Batch:
     return Batch(replace(patches, **own), z)
 
 
-def by_block(columns: Tensor, blocks: Sequence[Batch]) -> Iterator[Tensor]:
-    """The columns [K, n] of blocks, block after block, each in memory of its own.
+def own_columns(columns: Tensor, blocks: Sequence[Batch]) -> list[Tensor]:
+    """The columns [K, n] of each block, in memory of their own.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(3, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
     >>> blocks = [batch.of_images(slice(0, 2)), batch.of_images(slice(2, 3))]
-    >>> [part.shape for part in by_block(torch.ones(4, 108), blocks)]
+    >>> [part.shape for part in own_columns(torch.ones(4, 108), blocks)]
     [torch.Size([4, 72]), torch.Size([4, 36])]
     """
-    for part in torch.split(columns, [block.columns for block in blocks], dim=1) if blocks else ():
-        yield part.clone(memory_format=torch.contiguous_format)
+    parts = torch.split(columns, [block.columns for block in blocks], dim=1) if blocks else ()
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
-def largest_magnitudes(blocks: Sequence[Batch], y: Tensor) -> Tensor:
+def largest_magnitudes(blocks: Sequence[Batch], activities: Sequence[Tensor]) -> Tensor:
     """max_i Σ y_i² and max_i Σ y_i over the columns of a block, and the largest input: [3], the largest of all blocks.
 
     Parameters
     ----------
-    blocks: of a rank.
-    y: [K, n], their activities.
+    blocks: of a rank; at least one.
+    activities: [K, n] of each.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
-    >>> largest_magnitudes([batch], torch.full((4, 72), 2.0))
+    >>> largest_magnitudes([batch], [torch.full((4, 72), 2.0)])
     tensor([288., 144.,   1.])
     """
-    largest = y.new_zeros(3)
-    for block, own in zip(blocks, by_block(y, blocks), strict=True):
-        squares, sums = own.square().sum(dim=1).amax(), own.sum(dim=1).amax()
-        largest = torch.maximum(largest, torch.stack([squares, sums, _largest_input(block.patches)]))
-    return largest
+    squares = torch.stack([y.square().sum(dim=1).amax() for y in activities]).amax()
+    sums = torch.stack([y.sum(dim=1).amax() for y in activities]).amax()
+    inputs = torch.stack([_largest_input(block.patches) for block in blocks]).amax()
+    return torch.stack([squares, sums, inputs])
 
 
 def _largest_input(patches: Patches) -> Tensor:
-    """The largest value of an explicit patch, or of an image times the largest scale, before mean removal."""
+    """The largest value of an explicit patch, or of an image times the largest scale."""
     if patches.matrix is not None:
         return patches.matrix.abs().amax()
     assert patches.images is not None
@@ -222,23 +234,15 @@ def _largest_input(patches: Patches) -> Tensor:
     return largest if patches.inverse_scale is None else largest * patches.inverse_scale.amax()
 
 
-def bounds_of_sums(magnitudes: Tensor, patches: Patches) -> Tensor:
-    """Bounds [3] of the magnitudes that add up to an entry of Σ y xᵀ, Σ y yᵀ and Σ y zᵀ over one block.
+def bounds_of_sums(magnitudes: Tensor) -> Tensor:
+    """Bounds [3] of the magnitudes that add up to an entry of Σ y [xᵀ 1], Σ y yᵀ and Σ y zᵀ over one block.
 
     Parameters
     ----------
     magnitudes: [3], from `largest_magnitudes`, of all ranks.
-    patches: of the layer; only its normalisation and whitening are used.
 
-    >>> from simmatch.geometry import PatchConfig, prepare
-    >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
-    >>> bounds_of_sums(torch.tensor([288.0, 144.0, 0.5]), patches)
-    tensor([ 72., 288., 144.])
+    >>> bounds_of_sums(torch.tensor([288.0, 144.0, 0.5]))
+    tensor([144., 288., 144.])
     """
     squares, sums, largest = magnitudes.unbind()
-    if patches.matrix is None and patches.config.contrast:
-        largest = 2.0 * largest
-    if patches.whitening is not None and not (patches.matrix is not None and patches.whitened):
-        whitening = patches.whitening
-        largest = largest * whitening.matrix.abs().sum(dim=1).amax() + whitening.offset.abs().amax()
-    return torch.stack([sums * largest, squares, sums])
+    return torch.stack([sums * largest.clamp(min=1.0), squares, sums])

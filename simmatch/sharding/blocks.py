@@ -18,8 +18,12 @@ from simmatch.sharding.columns import Part, split_columns
 MOST_BLOCKS = 128
 """Of one batch: more ranks than this have nothing to solve."""
 
-LEAST_COLUMNS = 64
-"""Of a block, if the batch has as many: the sums of every block are rounded to integers, at a cost of K (K + P)."""
+LEAST_BLOCKS, LEAST_IMAGES = 4, 8
+"""Of one batch: so many blocks, if they have so many images each, however few columns these have."""
+
+COLUMNS = 256
+"""Of a block, if a batch has more: every block costs some dozens of calls, and its K (K + P) sums are rounded to
+integers."""
 
 
 def images_per_block(images: int, positions: int) -> int:
@@ -30,10 +34,11 @@ def images_per_block(images: int, positions: int) -> int:
     images: B, of the whole batch.
     positions: columns per image.
 
-    >>> images_per_block(100, positions=784), images_per_block(100, positions=1), images_per_block(1000, positions=36)
-    (1, 50, 8)
+    >>> images_per_block(100, positions=784), images_per_block(100, positions=32), images_per_block(100, positions=1)
+    (1, 8, 25)
     """
-    blocks = max(1, min(-(-images * positions // LEAST_COLUMNS), MOST_BLOCKS))
+    least = min(LEAST_BLOCKS, -(-images // LEAST_IMAGES))
+    blocks = max(1, least, min(-(-images * positions // COLUMNS), MOST_BLOCKS))
     return max(1, -(-images // blocks))
 
 

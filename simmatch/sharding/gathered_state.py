@@ -128,15 +128,16 @@ class GatheredState:
         yx, yy, yz = torch.split(total, self.widths, dim=1)
         return Statistics(yx.view(-1, *self.filters), yy, yz, sums.zz, sums.count)
 
-    def fixed_statistics(self, table: Tensor | None, like: Tensor, fault: LocalFault) -> Tensor | None:
-        """`statistics` as fixed-point numbers, yx, yy and yz side by side: [K, Σ widths] → [K_g, Σ widths], int64.
+    def fixed_sums(self, table: Tensor | None, width: int, like: Tensor, fault: LocalFault) -> Tensor | None:
+        """Sums over this owner's columns for all rows, [K, width], to sums over all columns for its rows, [K_g, width].
 
         Parameters
         ----------
-        table: sums over this owner's columns for all rows, or None.
+        table: int64. None if `fault` holds an exception.
         like: a tensor with the dtype of statuses, and the device.
+        fault: as for `statistics`, which raises the same.
         """
-        sent, received = (self._slices(sum(self.widths), like.new_zeros((), dtype=torch.int64)) for _ in range(2))
+        sent, received = (self._slices(width, like.new_zeros((), dtype=torch.int64)) for _ in range(2))
         if table is not None:
             for target, part in zip(sent.table, self._parts, strict=True):
                 target[: part.count] = table[part.start : part.stop]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmatch.sharding.blocks import LEAST_COLUMNS, MOST_BLOCKS, by_blocks, cut, images_per_block, split_blocks
+from simmatch.sharding.blocks import COLUMNS, LEAST_IMAGES, MOST_BLOCKS, by_blocks, cut, images_per_block, split_blocks
 from simmatch.sharding.exact import BITS, from_fixed, pairwise_sum, shifts, to_fixed
 
 DTYPES = [torch.float32, torch.float64]
@@ -108,7 +108,7 @@ def test_blocks_cover_a_batch_and_runs_of_them_are_parts(images: int, positions:
     whole = cut(images, size)
     assert [number for block in whole for number in range(block.start, block.stop)] == list(range(images))
     assert len(whole) <= MOST_BLOCKS
-    assert size * positions >= LEAST_COLUMNS or len(whole) == -(-images * positions // LEAST_COLUMNS) or size == images
+    assert size * positions >= COLUMNS / 2 or size >= LEAST_IMAGES / 2 or size == images
     for parts in (1, 2, 3, 4, 7, 200):
         runs = split_blocks(images, size, parts)
         assert len(runs) == parts
