@@ -194,8 +194,8 @@ class Training(Observer):
         """Warn where what was learnt so far has been computed by other processors or versions than those here."""
         others = {str(shard.arithmetic) for shard in manifest.shards if shard.arithmetic not in (None, here)}
         if others:
-            text = f"the checkpoint was computed by {', '.join(sorted(others))}, not by {here}: last bits may differ"
-            self.report.send(NodeWarning(f"reduce: exact: {text}"))
+            found = f"the checkpoint was computed by {', '.join(sorted(others))}, not by {here}"
+            self.report.send(NodeWarning(f"{socket.gethostname()}: reduce: exact: {found}; last bits may differ"))
 
     def _export(self) -> None:
         """Write the model into a folder of this group; the controller decides which group's model is published."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from simmatch.batch import Batch, batch_drive, label_sums, with_totals
 from simmatch.geometry import Filters, Patches, normalised, raw_correlation
 from simmatch.parts import timed
 from simmatch.plasticity import Statistics, Weights
-from simmatch.sharding.blocks import cut, images_per_block, part_of_blocks
+from simmatch.sharding.blocks import aligned, cut, images_per_block, part_of_blocks
 from simmatch.sharding.columns import Part
 from simmatch.sharding.exact import from_fixed, shifts, to_fixed
 from simmatch.sharding.exchange import IDENTITY
@@ -93,10 +94,10 @@ class BlockSharing(ColumnSharing):
         return [correlation + 1, *others]
 
     def _own_blocks(self, batch: Batch, part: Part) -> list[Batch]:
-        """The blocks of a part, copied, so that each begins at an aligned address."""
+        """The blocks of a part."""
         own = batch.own(part)
         size = images_per_block(batch.images, batch.patches.positions)
-        return [copied(own.of_images(block)) for block in cut(part.count, size)]
+        return [aligned_batch(own.of_images(block)) for block in cut(part.count, size)]
 
     def _solve_part(
         self, batch: Batch, part: Part, weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool
@@ -175,26 +176,21 @@ class BlockSharing(ColumnSharing):
         return with_totals(sums, batch)
 
 
-def copied(batch: Batch) -> Batch:
-    """A batch in memory of its own.
+def aligned_batch(batch: Batch) -> Batch:
+    """A batch whose tensors are `aligned`.
 
     >>> from simmatch.geometry import PatchConfig, prepare
-    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
-    >>> copied(batch).patches.images.data_ptr() == batch.patches.images.data_ptr()
-    False
+    >>> batch = Batch(prepare(torch.ones(2, 1, 3, 3), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> aligned_batch(batch.of_images(slice(1, 2))).patches.matrix.data_ptr() % 64
+    0
     """
-    patches = batch.patches
-    own = {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name in ("images", "inverse_scale", "matrix")
-        if (tensor := getattr(patches, name)) is not None
-    }
-    z = None if batch.z is None else batch.z.clone(memory_format=torch.contiguous_format)
-    return Batch(replace(patches, **own), z)
+    names = [name for name in ("images", "inverse_scale", "matrix") if getattr(batch.patches, name) is not None]
+    own: dict[str, Any] = {name: aligned(getattr(batch.patches, name)) for name in names}
+    return Batch(replace(batch.patches, **own), None if batch.z is None else aligned(batch.z))
 
 
 def own_columns(columns: Tensor, blocks: Sequence[Batch]) -> list[Tensor]:
-    """The columns [K, n] of each block, in memory of their own.
+    """The columns [K, n] of each block, each in memory of its own.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(3, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
@@ -203,7 +199,7 @@ def own_columns(columns: Tensor, blocks: Sequence[Batch]) -> list[Tensor]:
     [torch.Size([4, 72]), torch.Size([4, 36])]
     """
     parts = torch.split(columns, [block.columns for block in blocks], dim=1) if blocks else ()
-    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return [aligned(part) for part in parts]
 
 
 def largest_magnitudes(blocks: Sequence[Batch], activities: Sequence[Tensor]) -> Tensor:
