@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def _plan_layer(
     num_classes: int,
     train_images: int,
 ) -> LayerPlan:
-    value_bytes = 8 if config.dtype == "float64" else 4
+    value_bytes, exact = 8 if config.dtype == "float64" else 4, config.reduce == "exact"
     patch = PatchConfig.of_layer(layer, channels, extent)
     height, width = patch.map_size(extent)
     rows = split_rows(layer.out_channels, config.mesh.channel)[0]
@@ -94,20 +95,36 @@ def _plan_layer(
         else 0,
         exchange=EXCHANGES[layer.dynamics.exchange],
         exchange_bytes=(config.mesh.channel - 1)
-        * slice_bytes(layer, rows.padded, columns, patch.patch_size, classes, value_bytes),
+        * slice_bytes(
+            layer, rows.padded, columns, patch.patch_size, classes, value_bytes, exact=config.reduce == "exact"
+        ),
     )
 
+
+FIXED_BYTES = torch.int64.itemsize
+"""Of a fixed-point number."""
 
 EXCHANGES = {"every_iteration": "iteration", "block": "block step", "gather_state": "update"}
 """How often each mode exchanges something."""
 
 
-def slice_bytes(layer: LayerConfig, rows: int, columns: int, patch_size: int, classes: int, value_bytes: int) -> int:
+def slice_bytes(
+    layer: LayerConfig,
+    rows: int,
+    columns: int,
+    patch_size: int,
+    classes: int,
+    value_bytes: int,
+    *,
+    exact: bool = False,
+) -> int:
     """Bytes from one owner to another in one exchange: activities and tails of a batch, or weights and statistics."""
     mode = layer.dynamics.exchange
     if mode == "gather_state":
         gained = classes if layer.label_gain > 0 else 0
         weights, statistics = patch_size + layer.out_channels + gained, patch_size + layer.out_channels + classes
+        if exact:  # integers, with Σ y, and the magnitudes that scale them
+            return value_bytes * (rows * weights + 1 + 4) + FIXED_BYTES * (rows * (statistics + 1) + 1)
         return value_bytes * (rows * (weights + statistics) + 2)  # a mark behind each
     tails = TAIL if mode == "every_iteration" else BLOCK_TAIL
     body_bytes = min(value_bytes, {"bfloat16": 2, "float32": 4}.get(layer.dynamics.exchange_dtype or "", value_bytes))

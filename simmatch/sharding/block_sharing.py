@@ -54,7 +54,7 @@ class BlockSharing(ColumnSharing):
     >>> sharing = BlockSharing(DynamicsConfig(), rows, Mesh(), filters=(1, 3, 3), num_classes=0)
     >>> solution, statistics = sharing.learn(batch, state)
     >>> sharing.block(5, 36), solution.y.shape, statistics.yx.shape
-    (2, torch.Size([4, 180]), torch.Size([4, 1, 3, 3]))
+    (5, torch.Size([4, 180]), torch.Size([4, 1, 3, 3]))
     """
 
     def block(self, images: int, positions: int) -> int | None:

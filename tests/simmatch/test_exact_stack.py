@@ -24,7 +24,7 @@ LAYOUTS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2)]
 """Replicas × owners."""
 
 
-def model_of(exchange: Any = "gather_state") -> ModelConfig:
+def model_of(exchange: Any = "gather_state", schedule: Any = "greedy") -> ModelConfig:
     """Drawn positions and then a dense, whitened, supervised layer; the last batches have 30 images."""
     common: dict[str, Any] = {
         "dynamics": DynamicsConfig(exchange=exchange),
@@ -39,7 +39,7 @@ def model_of(exchange: Any = "gather_state") -> ModelConfig:
         normalize="contrast",
         pool=2,
         power=0.5,
-        train=TrainConfig(batch_size=100, positions=12),
+        train=TrainConfig(batch_size=100, positions=12, epochs=2),
         **common,
     )
     last = LayerConfig(
@@ -47,10 +47,10 @@ def model_of(exchange: Any = "gather_state") -> ModelConfig:
         kernel_size="full",
         supervised=True,
         label_gain=10.0,
-        train=TrainConfig(batch_size=100, epochs=2),
+        train=TrainConfig(batch_size=100, epochs=2, start_after=2 * (schedule == "together")),
         **common,
     )
-    return ModelConfig(layers=(first, last))
+    return ModelConfig(layers=(first, last), schedule=schedule)
 
 
 class Stopped(Exception):
@@ -78,9 +78,11 @@ class Keeper(Observer):
             raise Stopped
 
 
-def train(digits: Dataset, mesh: Mesh | None, *, observer: Observer | None = None, **options: Any) -> Stack:
+def train(
+    digits: Dataset, mesh: Mesh | None, *, schedule: str = "greedy", observer: Observer | None = None, **options: Any
+) -> Stack:
     images, labels = digits.train_images[:IMAGES], digits.train_labels[:IMAGES]
-    stack = Stack(model_of(), InputConfig.of(images, num_classes=10), seed=3)
+    stack = Stack(model_of(schedule=schedule), InputConfig.of(images, num_classes=10), seed=3)
     return Trainer(
         stack, images, labels, mesh=mesh, observer=observer, encode_batch=60, reduce="exact", **options
     ).fit()
@@ -101,6 +103,14 @@ def test_one_digest_at_every_layout(cache: bool, digits: Dataset) -> None:
         ranks = meshes(replicas=replicas, owners=owners)
         stacks = results(run_meshes(ranks, lambda mesh: train(digits, mesh, cache=cache)))
         assert [digest(stack) for stack in stacks] == [expected] * len(stacks), (replicas, owners)
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 2, 2), (2, 1, 1), (1, 1, 3), (2, 2, 1)])
+def test_one_digest_of_layers_that_learn_together(layout: tuple[int, int, int], digits: Dataset) -> None:
+    """Replicas × stages × owners."""
+    expected = digest(train(digits, None, schedule="together"))
+    stacks = results(run_meshes(meshes(*layout), lambda mesh: train(digits, mesh, schedule="together")))
+    assert [digest(stack) for stack in stacks] == [expected] * len(stacks)
 
 
 @pytest.mark.parametrize("stop", [(0, 3), (1, 4)])
