@@ -95,9 +95,7 @@ def _plan_layer(
         else 0,
         exchange=EXCHANGES[layer.dynamics.exchange],
         exchange_bytes=(config.mesh.channel - 1)
-        * slice_bytes(
-            layer, rows.padded, columns, patch.patch_size, classes, value_bytes, exact=config.reduce == "exact"
-        ),
+        * slice_bytes(layer, rows.padded, columns, patch.patch_size, classes, value_bytes, exact=exact),
     )
 
 
