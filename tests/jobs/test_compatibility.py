@@ -118,11 +118,11 @@ def test_an_unfinished_run_of_two_ranks_ends_as_the_uninterrupted_one(
     assert len({start["run_key"] for start in starts}) == 1
 
 
-def as_v1_drew(layer: SimilarityMatchingConv2d, count: int, x: Tensor) -> Tensor:
+def as_v1_drew(layer: SimilarityMatchingConv2d, count: int, x: Tensor, *, first: int = 0) -> Tensor:
     """Positions of the largest of uniform numbers from a generator of the host, as in the versions that wrote `v1`."""
     height, width = layer.patch.map_size((x.shape[2], x.shape[3]))
     generator = seeded("positions", layer.seed, int(layer.updates))
-    keys = torch.rand(len(x), height * width, generator=generator, dtype=torch.float64)
+    keys = torch.rand(first + len(x), height * width, generator=generator, dtype=torch.float64)[first:]
     return keys.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
 
 
