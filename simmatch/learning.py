@@ -155,6 +155,7 @@ class Setup:
 
         def rows() -> Generator[tuple[int, Tensor]]:
             for part, x in parts:
+                yield part.start, x.new_zeros(0, 1)  # a block is a step for all ranks, whatever they have of it
                 for some in sample.rows(x, part.start):
                     yield part.start, some
                 self.observer.progress("calibrate", part.start, count, layer=index)

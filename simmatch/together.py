@@ -189,11 +189,13 @@ class Together:
             yield block, x
 
     def _shares(self, index: int) -> Generator[tuple[slice, Tensor]]:
-        """Of the images from which a layer is calibrated, the blocks that this rank measures; all ranks encode all."""
+        """Of the images from which a layer is calibrated, the blocks that this rank measures; all ranks encode all.
+
+        Of the others none of the images, so that all ranks are at the same block: encoding exchanges activities.
+        """
         ranks = self._setup.mesh.columns
-        for number, part in enumerate(self._sample(index)):
-            if number % ranks.world_size == ranks.rank:
-                yield part
+        for number, (part, x) in enumerate(self._sample(index)):
+            yield part, x if number % ranks.world_size == ranks.rank else x[:0]
 
     # ------------------------------------------------------------------------------------------- one update
 
