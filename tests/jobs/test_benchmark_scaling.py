@@ -232,6 +232,23 @@ def test_a_rank_that_cannot_start() -> None:
     assert left_behind() == []
 
 
+# ------------------------------------------------------------------------------------------- exact
+
+
+def test_the_price_of_exact_sums(tmp_path: Path) -> None:
+    """The same update but for rounding, one exchange more, and integers of eight bytes in place of the sums."""
+    rows = of_kind(benchmark("exact", tmp_path, "--layouts", "--images", "3"), "update")
+    assert [(row["ranks"], row["reduce"]) for row in rows] == [(1, "fast"), (1, "exact"), (2, "fast"), (2, "exact")]
+    fast, exact = rows[2:]
+    assert rows[1]["exchanges"] == 0
+    assert exact["exchanges"] == fast["exchanges"] + 1
+    weights = FLOAT * (PADDED * (PATCH + CHANNELS) + 1)
+    sums = 8 * (PADDED * (PATCH + 1 + CHANNELS) + 1)
+    assert exact["bytes_per_rank"] == [weights + FLOAT * 4 + sums + CERTIFY["bytes"]] * 2
+    assert exact["distance"] < 1e-5
+    assert exact["longer"] == pytest.approx(1 / exact["ratio"])
+
+
 # ------------------------------------------------------------------------------------------- network
 
 
