@@ -21,6 +21,7 @@ from cluster.cpus import oversubscribed, threads_per_rank
 from cluster.failures import group_failure
 from cluster.messages import (
     Display,
+    FeaturesFound,
     GroupStarted,
     LayerMetrics,
     LayerProfiled,
@@ -292,6 +293,8 @@ class Controller:
                 self._metrics[message.layer] = replace(message, bytes_exchanged=self.record.bytes_exchanged)
                 if values is not None:
                     self.recorder.metrics(message.update, values, layer=message.layer)
+            case FeaturesFound():
+                self.display.note(str(message))
             case TrainingWarning(text) | LayerWarning(text):
                 self.display.note(f"warning: {text}")
             case NodeWarning(text):

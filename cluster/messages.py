@@ -169,11 +169,30 @@ class LayerProfiled:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class FeaturesFound:
+    """Images whose output of a layer was in the caches of the nodes.
+
+    Attributes
+    ----------
+    found: number of these images, of all ranks.
+    images: number of all images.
+    """
+
+    layer: int
+    found: int
+    images: int
+
+    def __str__(self) -> str:
+        of_all = "" if self.found == self.images else f" of {self.images:,}"
+        return f"layer {self.layer}: {self.found:,}{of_all} encoded images found, not encoded again"
+
+
 OfOneRank = ShardWritten | ShardFailed | Traceback | LayerProfiled | NodeWarning
 """Messages about the rank that sends them."""
 OfAStage = LayerMetrics | LayerWarning
 """Messages that all ranks of a stage would send alike: its first rank sends them."""
-OfTheRun = TrainingWarning | ModelExported | ReadoutScored
+OfTheRun = FeaturesFound | TrainingWarning | ModelExported | ReadoutScored
 """Messages that all ranks would send alike: rank 0 sends them."""
 Message = OfOneRank | OfAStage | OfTheRun
 

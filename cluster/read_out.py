@@ -209,7 +209,7 @@ def count_right(
     """How many test images a readout, and the label weights of a supervised last layer, give their labels [N]."""
     supervised, started = stack.config.layers[-1].supervised, time.monotonic()
     by_readout, by_layer = (torch.zeros(1, dtype=torch.int64, device=ranks.device) for _ in range(2))
-    for chunk, (part, outputs) in zip(test.chunks, test.own(stack.outputs), strict=True):
+    for turn, (part, outputs) in enumerate(test.encode(stack.outputs), 1):
         expected = labels[part].to(ranks.device)  # where it is unknown, it is no class
         if supervised:
             by_layer += (outputs["scores"].argmax(dim=1) == expected).sum()
@@ -218,8 +218,8 @@ def count_right(
         elif not ranks.problem:
             known = expected != UNLABELLED
             by_readout += _count_at_first(readout, outputs["features"][known], expected[known], ranks)
-        rate = chunk.stop / max(time.monotonic() - started, 1e-9)
-        report.progress(Progress("encode", chunk.stop, test.count, images_per_second=rate))
+        rate = test.done(turn) / max(time.monotonic() - started, 1e-9)
+        report.progress(Progress("encode", test.done(turn), test.count, images_per_second=rate))
     used = {"accuracy": (not ranks.problem, by_readout), "accuracy_decode": (supervised, by_layer)}
     return {key: int(gather_from_ranks(count, ranks.exchange).sum()) for key, (use, count) in used.items() if use}
 

@@ -31,14 +31,17 @@ from cluster.checkpoints.state import restore_layer, take_snapshot
 from cluster.collectives import PeerTimeout
 from cluster.config import RunConfig
 from cluster.connections import Traffic
-from cluster.messages import ModelExported, NodeWarning, Outbox, Progress
+from cluster.messages import FeaturesFound, ModelExported, NodeWarning, Outbox, Progress
 from cluster.monitors import GrowthMonitor, MetricsWindow, Monitors, ObjectiveMonitor, TrainingFault
 from cluster.one_rank import on_one_rank
 from cluster.profiles import TraceWriter
 from cluster.read_out import read_out
 from cluster.storage import AnyPath, copy_whole
 from cluster.timeouts import run_with_timeout
+from simmatch.chunks import Chunks
+from simmatch.data.feature_cache import FeatureCache
 from simmatch.data.formats import DataError
+from simmatch.data.prepared import cache_of
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.devices import arithmetic
 from simmatch.features import FeatureStore
@@ -116,7 +119,7 @@ class Training(Observer):
         self.assignment, self.mesh, self.report, self.device = assignment, mesh, report, device
         self.traffic = Traffic(mesh)
         self.config = config = assignment.config
-        self.dataset = load_dataset(config.data, warn=lambda text: report.send(NodeWarning(text)))
+        self.dataset = load_dataset(config.data, warn=self._warn)
         check_data(self.dataset, assignment.data)
         dtype = getattr(torch, config.dtype)
         self.stack = Stack(config.model, self.dataset.source, seed=config.seed, dtype=dtype, device=device)
@@ -136,6 +139,9 @@ class Training(Observer):
             encode_batch=config.encode_batch,
             encode_last=True,
             cache=config.cache_features,
+            feature_cache=FeatureCache(
+                cache_of(config.data), config.data.cache_bytes, data=self.dataset.digest(), warn=self._warn
+            ),
             reduce=config.reduce,
             measure_every=config.log_every,
         )
@@ -143,7 +149,7 @@ class Training(Observer):
         self._columns = config.mesh.ranks(stage=mesh.stage)
         self.together = config.model.schedule == "together"
         report.leads = mesh.columns.rank == 0
-        self._features: dict[int, list[Tensor]] = {index: [] for index in config.model.feature_layers()}
+        self._features: dict[int, Chunks] = {}  # of the layers whose output a readout uses
         self.writer = ShardWriter(
             assignment.run_dir,
             assignment.rank,
@@ -161,14 +167,13 @@ class Training(Observer):
         self.trainer.fit()
         # before the readouts: the model is worth more than its accuracy
         self.on_one_rank(self._export if self.assignment.rank == 0 else None)
-        shares = (torch.cat(blocks, dim=1) for blocks in zip(*self._features.values(), strict=True))
         with MemoryWatch(self.device) as memory:
             memory.begin("reading out", Lever("encode_batch", self.config.encode_batch), otherwise="use more ranks")
             read_out(
                 self.config,
                 self.stack,
                 self.dataset,
-                zip(self.trainer.store.parts, shares, strict=True),
+                self._readout_inputs(),
                 FeatureStore(
                     self.dataset.test_images,
                     self.mesh.everyone,
@@ -181,10 +186,28 @@ class Training(Observer):
             )
         self._close()
 
+    def _readout_inputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Of every block of this rank, the images, and the input of a readout: as many blocks on every rank."""
+        model = self.config.model
+        for part in self.trainer.store.parts:
+            images = torch.arange(part.start, part.stop)
+            passed = {index: features[images].to(self.device) for index, features in self._features.items()}
+            yield (
+                part,
+                torch.cat(
+                    [readout_input(each, model.layers[index], model.feature_pool) for index, each in passed.items()],
+                    dim=1,
+                ),
+            )
+
     def _close(self) -> None:
         """Wait for the files that are written beside training."""
         self.traces.close()
         self.writer.close()
+
+    def _warn(self, text: str) -> None:
+        """Of this rank's node."""
+        self.report.send(NodeWarning(text))
 
     def _reader(self, folder: AnyPath) -> Reader:
         patience_s = self.config.checkpoint.patience_s
@@ -333,10 +356,11 @@ class Training(Observer):
         states = [] if self.reader is None else self.reader.manifest.layers
         return states[index].usual if index < len(states) else None
 
-    def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:
-        if index in self._features:
-            model = self.config.model
-            self._features[index].append(readout_input(passed, model.layers[index], model.feature_pool))
+    def advanced(self, index: int, features: Chunks) -> None:
+        if index in self.config.model.feature_layers():
+            self._features[index] = features
+        if features.found:
+            self.report.send(FeaturesFound(index, features.found, features.count))
 
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         self.report.progress(Progress(phase, done, total, layer=layer, images_per_second=images_per_second))

@@ -11,7 +11,7 @@ from torch import Tensor
 from simmatch.labels import one_hot
 from simmatch.learning import Setup
 from simmatch.memory import Lever
-from simmatch.model import pooled
+from simmatch.model import EXPORTED, layer_inputs, output_shape, pooled
 from simmatch.sharding.sums import SumOverRanks
 
 
@@ -54,22 +54,19 @@ class Encoder:
         """Replace the images by the output of a layer, and scale its V to label-free activity, unless that is done."""
         setup, layer, config = self.setup, self.setup.stack.layer(index), self.setup.layers[index]
         store, observer, memory = setup.store, setup.observer, setup.memory
-        settling = config.supervised and index >= self.settled
-        exact, everyone = setup.reduce == "exact", setup.mesh.everyone
-        yz = SumOverRanks(layer.label, everyone, ordered=exact)
-        zz = SumOverRanks(layer.label.new_zeros(layer.num_classes, layer.num_classes), everyone, ordered=False)
-        started = time.monotonic()
+        classes, started = layer.num_classes, time.monotonic()
 
-        def encode(x: Tensor, images: slice) -> Tensor:
+        def targets(images: slice) -> Tensor:
+            assert setup.labels is not None
+            return one_hot(setup.labels[images].to(setup.device), classes, layer.label)
+
+        def encode(x: Tensor, images: slice) -> tuple[Tensor, Tensor]:
             activities = setup.encoded(layer, x)
-            if settling:
-                assert setup.labels is not None
-                z = one_hot(setup.labels[images].to(setup.device), layer.num_classes, layer.label)
-                yz.add(reduce(activities, "b k h w -> k b", "mean") @ z.T)
-                zz.add(z @ z.T)  # whole numbers: their sum is exact in any order
             passed = pooled(activities, config)
             observer.encoded(index, activities, passed)
-            return passed
+            if not config.supervised:
+                return passed, x.new_empty(0)
+            return passed, (reduce(activities, "b k h w -> k b", "mean") @ targets(images).T).flatten()
 
         def on_progress(done: int) -> None:
             rate = done / max(time.monotonic() - started, 1e-9)
@@ -79,6 +76,25 @@ class Encoder:
         memory.begin(
             f"layer {index}, encoding", Lever("encode_batch", min(self.batch, store.count)), otherwise="use more ranks"
         )
-        store.advance(encode, on_progress)
-        if settling:
+        weights = [getattr(layer, name) for name in (*EXPORTED, "perron") if name != "label" and hasattr(layer, name)]
+        store.advance(
+            encode,
+            output_shape(config, layer.patch, layer_inputs(setup.stack.config, setup.stack.source)[index][1]),
+            on_progress,
+            by=(config, setup.to_tolerance, setup.reduce, *weights),
+            extra=layer.label.numel() if config.supervised else 0,
+        )
+        assert store.features is not None
+        observer.advanced(index, store.features)
+        if config.supervised and index >= self.settled:
+            everyone = setup.mesh.everyone
+            yz = SumOverRanks(layer.label, everyone, ordered=setup.reduce == "exact")
+            zz = SumOverRanks(layer.label.new_zeros(classes, classes), everyone, ordered=False)
+            for part in store.parts:
+                if part.start < part.stop:
+                    yz.add(store.features.extras(part.start // store.batch).view_as(layer.label).to(setup.device))
+                    z = targets(part)
+                    zz.add(z @ z.T)  # whole numbers: their sum is exact in any order
+                else:
+                    yz.add(torch.zeros_like(layer.label))
             layer.settle_label(yz.result(), zz.result())

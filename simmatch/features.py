@@ -7,14 +7,17 @@ are split over the ranks. Encoded images are exchanged only if a layer or a read
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from hashlib import sha256
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from simmatch.chunks import Chunks
+from simmatch.data.feature_cache import FORMAT, FeatureCache
 from simmatch.data.order import Batches
 from simmatch.data.sources import to_unit
 from simmatch.data.staging import Images, Tensors, in_memory, select, staged
@@ -23,9 +26,14 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.blocks import by_blocks
 from simmatch.sharding.columns import Part
 from simmatch.sharding.exchange import Exchange
-from simmatch.sharding.state import gather_padded
+from simmatch.sharding.state import gather_from_ranks, gather_padded
 
 Result = TypeVar("Result")
+
+Encode = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+RESIDENT_BYTES = 2**30
+"""Largest input of a layer that is kept on a GPU while the layer learns."""
 
 
 def own_part(count: int, exchange: Exchange) -> slice:
@@ -54,25 +62,26 @@ def gather_images(own: Tensor, count: int, exchange: Exchange) -> Tensor:
 class FeatureStore:
     """Images at some depth of a stack: at depth 0 the images themselves, at depth l the output of layer l − 1.
 
-    All ranks can read all images. Of the features every rank keeps its share of each chunk.
+    They are split into blocks of `batch` images, whatever the number of ranks; a rank encodes every G-th block. All
+    ranks can read all images. Of the features a rank can read its own blocks, and others after `share`.
 
     Parameters
     ----------
     images: [N, C, H, W], uint8 or floating-point in [0, 1]; only their number and `images[indices]` are used.
     exchange: connects to the other ranks.
-    batch: number of images that a rank encodes at a time.
+    batch: number of images of a block.
     dtype, device: of the images and features that the store returns.
+    cache: where features are kept, and looked for before images are encoded. None: in memory.
 
     Attributes
     ----------
-    chunks: ranges of images that all ranks encode together at a time.
-    batch: number of images of a block, of which a rank encodes one of every chunk.
     depth: number of layers that have encoded the images.
+    features: the output of the last of them; None at depth 0.
 
     >>> from simmatch.sharding.exchange import IDENTITY
     >>> images = torch.rand(10, 1, 8, 8)
     >>> store = FeatureStore(images, IDENTITY, batch=4, dtype=torch.float32, device=torch.device("cpu"))
-    >>> store.advance(lambda x, part: x.mean(dim=(2, 3)), on_progress=print)
+    >>> store.advance(lambda x, part: (x.mean(dim=(2, 3)), torch.empty(0)), shape=(1,), on_progress=print)
     4
     8
     10
@@ -81,18 +90,44 @@ class FeatureStore:
     """
 
     def __init__(
-        self, images: Images, exchange: Exchange, *, batch: int, dtype: torch.dtype, device: torch.device
+        self,
+        images: Images,
+        exchange: Exchange,
+        *,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cache: FeatureCache | None = None,
     ) -> None:
-        self.count, self.exchange, self.batch, self.depth = len(images), exchange, batch, 0
-        chunk = batch * exchange.world_size
-        self.chunks = [slice(start, min(start + chunk, self.count)) for start in range(0, self.count, chunk)]
-        self._images, self._dtype, self._device = images, dtype, device
-        self._own: list[Tensor] = []
+        self.images, self.count, self.exchange, self.batch, self.depth = images, len(images), exchange, batch, 0
+        self.features: Chunks | None = None
+        self._dtype, self._device, self._cache = dtype, device, cache
+        self._key = sha256(repr((FORMAT, cache and cache.data, str(dtype), device.type, batch, self.count)).encode())
         self._shape: torch.Size | None = None
 
+    @property
+    def own(self) -> range:
+        """Numbers of the blocks that this rank encodes."""
+        return range(self.exchange.rank, -(-self.count // self.batch), self.exchange.world_size)
+
+    def block(self, number: int) -> slice:
+        """The images of a block; none where there is no such block."""
+        start = min(number * self.batch, self.count)
+        return slice(start, min(start + self.batch, self.count))
+
+    @property
+    def parts(self) -> list[slice]:
+        """The blocks of this rank, as many on every rank: the last one may be empty."""
+        rounds = -(-self.count // (self.batch * self.exchange.world_size))
+        return [self.block(self.exchange.rank + turn * self.exchange.world_size) for turn in range(rounds)]
+
+    def done(self, turns: int) -> int:
+        """Images that all ranks have done once each has done so many of its blocks."""
+        return min(turns * self.batch * self.exchange.world_size, self.count)
+
     def stored(self, chosen: Tensor | slice) -> Tensor:
-        """Images [n, C, H, W] as stored, on the host, whatever the depth of the store."""
-        found = select(self._images, chosen)
+        """The images, [n, C, H, W], as stored, on the host, whatever the depth of the store."""
+        found = select(self.images, chosen)
         self._shape = self._shape or found.shape[1:]
         if found.shape[1:] != self._shape:
             given, expected = list(found.shape[1:]), list(self._shape)
@@ -100,71 +135,117 @@ class FeatureStore:
         return found
 
     def unit(self, stored: Tensor) -> Tensor:
-        """Images in [0, 1], of the dtype of the features; arithmetic on the device of `stored`."""
+        """Images in [0, 1], or features, of the dtype of the features; arithmetic on the device of `stored`."""
         return to_unit(stored, self._dtype)
 
     def staged(self, batches: Iterator[Tensors]) -> Generator[Tensors]:
         """Tensors of the host on the device, one batch ahead where that hides something: see `simmatch.data`."""
-        return staged(batches, self._device, ahead=not in_memory(self._images, self._device))
+        on_disk = self.features is not None and self.features.on_disk
+        return staged(batches, self._device, ahead=on_disk or not in_memory(self.images, self._device))
 
-    @property
-    def parts(self) -> list[slice]:
-        """Of every chunk, the images that this rank encodes."""
-        return [self._part(chunk) for chunk in self.chunks]
-
-    def own(self, encode: Callable[[Tensor], Result]) -> Generator[tuple[slice, Result]]:
-        """Something computed from this rank's share of every chunk, and the range of its images."""
-        with closing(self._shares()) as shares:
-            for part, share in zip(self.parts, shares, strict=True):
-                yield part, encode(share)
+    def encode(self, encode: Callable[[Tensor], Result]) -> Generator[tuple[slice, Result]]:
+        """Something computed from every part of this rank, and the range of its images."""
+        yield from ((part, encode(x)) for part, x in self._values(self.parts))
 
     def first(self, count: int) -> Generator[tuple[slice, Tensor]]:
-        """Those of the first `count` images that this rank has a share of: their range, and their features."""
-        with closing(self._shares()) as shares:
-            for part, share in zip(self.parts, shares, strict=True):
-                if part.start >= count:
-                    return
-                yield slice(part.start, min(part.stop, count)), share[: count - part.start]
+        """Those of the first `count` images that are in blocks of this rank: their range, and their features."""
+        blocks = (self.block(number) for number in self.own)
+        return self._values([slice(each.start, min(each.stop, count)) for each in blocks if each.start < count])
 
-    def _shares(self) -> Generator[Tensor]:
-        """This rank's share of the features of every chunk."""
-        if self.depth > 0:
-            yield from self._own
-            return
-        with closing(self.staged((self.stored(self._part(chunk)),) for chunk in self.chunks)) as parts:
-            for (part,) in parts:
-                yield self.unit(part)
+    def _values(self, parts: Sequence[slice]) -> Generator[tuple[slice, Tensor]]:
+        """Images or features of some parts of this rank, on the device."""
 
-    def _part(self, chunk: slice) -> slice:
-        """The images of a chunk that this rank encodes: a block whose first image does not depend on the ranks."""
-        start = chunk.start + self.exchange.rank * self.batch
-        return slice(min(start, chunk.stop), min(start + self.batch, chunk.stop))
+        def read(part: slice) -> Tensor:
+            if self.features is None:
+                return self.stored(part)
+            return self.features[torch.arange(part.start, part.stop)]
 
-    def share(self, index: int, whole: Tensor) -> None:
-        """Use a view of `whole`, the features [N, …] of all images, as this rank's share of chunk `index`."""
-        self._own[index] = whole[self._part(self.chunks[index])]
+        with closing(self.staged((read(part),) for part in parts)) as values:
+            for part, (value,) in zip(parts, values, strict=True):
+                yield part, self.unit(value)
 
-    def advance(self, encode: Callable[[Tensor, slice], Tensor], on_progress: Callable[[int], None]) -> None:
-        """Encode all images with one more layer.
+    # ------------------------------------------------------------------------------------------- encoding
+
+    def advance(
+        self,
+        encode: Encode,
+        shape: Sequence[int],
+        on_progress: Callable[[int], None],
+        *,
+        by: Sequence[object] = (),
+        extra: int = 0,
+    ) -> None:
+        """Replace the images by their features of one layer more; parameters as for `encoded`."""
+        self.features, self._key = self.encoded(encode, shape, on_progress, by=by, extra=extra), self._key_of(by)
+        self.depth += 1
+
+    def encoded(
+        self,
+        encode: Encode,
+        shape: Sequence[int],
+        on_progress: Callable[[int], None],
+        *,
+        by: Sequence[object] = (),
+        extra: int = 0,
+    ) -> Chunks:
+        """The result of `encode` for all images: this rank makes those of its blocks that the cache does not have.
 
         Parameters
         ----------
-        encode: called with this rank's share of a chunk, [n, …], and its range of images; returns features [n, …].
-        on_progress: called with the number of images encoded so far, by all ranks.
+        encode: called with a block, [n, …], and its range of images; returns values [n, *shape] and numbers [extra].
+        shape: of the values of one image.
+        on_progress: called with the number of images done so far, by all ranks.
+        by: all that the result depends on besides the present features: tensors, and what has a `repr`.
+        extra: how many numbers `encode` returns for a block.
         """
-        encoded = []
-        with closing(self._shares()) as shares:
-            for share, chunk in zip(shares, self.chunks, strict=True):
-                encoded.append(encode(share, self._part(chunk)))
-                on_progress(chunk.stop)
-        self._own, self.depth = encoded, self.depth + 1
+        features = None if self._cache is None else self._cache.open(self._key_of(by).hexdigest()[:32])
+        chunks = Chunks(self.count, shape, self._dtype, batch=self.batch, extra=extra, features=features)
+        missing, done = [], 0
+        for number in self.own:
+            if chunks.find(number):
+                done += 1
+                on_progress(self.done(done))
+            else:
+                missing.append(number)
+        with closing(self._values([self.block(number) for number in missing])) as blocks:
+            for number, (part, x) in zip(missing, blocks, strict=True):
+                chunks.put(number, *encode(x, part))
+                done += 1
+                on_progress(self.done(done))
+        found = sum(part.stop - part.start for part in map(self.block, set(self.own) - set(missing)))
+        # also, nobody looks for a block of another rank before that rank has made it
+        chunks.found = int(gather_from_ranks(torch.full((1,), found, device=self._device), self.exchange).sum())
+        return chunks
 
-    def gathered(self, encode: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
-        """The chunks in order, complete on every rank. `encode`, if given, is applied to each rank's share first."""
-        for share, chunk in zip(self._shares(), self.chunks, strict=True):
-            part = share if encode is None else encode(share)
-            blocks = gather_padded(part, min(self.batch, self.count), self.exchange)
-            yield blocks.flatten(0, 1)[: chunk.stop - chunk.start]
+    def _key_of(self, by: Sequence[object]) -> Any:
+        key = self._key.copy()
+        for each in by if self._cache is not None else ():
+            if isinstance(each, Tensor):
+                key.update(each.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+            else:
+                key.update(repr(each).encode())
+        return key
+
+    def share(self, chunks: Chunks, on_progress: Callable[[int], None]) -> None:
+        """Make all chunks readable on every rank.
+
+        What a rank does not find on its node it receives, a chunk at a time, from the first rank that has it. So each
+        node has all chunks, and no batch needs an exchange.
+        """
+        readable = torch.zeros(len(chunks.numbers), dtype=torch.uint8, device=self._device)
+        for number in chunks.numbers:
+            readable[number] = chunks.find(number)
+            on_progress(min(chunks.images(number).stop, self.count - 1))
+        everywhere = gather_from_ranks(readable, self.exchange).cpu()
+        for number in (everywhere.min(dim=0).values == 0).nonzero().flatten().tolist():
+            source, own = int(everywhere[:, number].nonzero()[0]), bool(everywhere[self.exchange.rank, number])
+            content = chunks.content(number) if own else torch.empty(chunks.content_bytes(number), dtype=torch.uint8)
+            content = content.to(self._device)
+            self.exchange.broadcast(content, source).wait()
+            if not own and not chunks.find(number):  # another rank of this node may have written it
+                chunks.put_content(number, content.cpu())
+            on_progress(self.count - 1)
+        on_progress(self.count)
 
 
 @dataclass(frozen=True)
@@ -173,8 +254,9 @@ class Staged:
 
     Attributes
     ----------
-    source: of this rank's part of the batch: images as stored [n, C, H, W], or the indices [n] of cached features.
-        Where ranks share a part, and encode it for each other, the images that this one encodes.
+    source: of this rank's part of the batch: images as stored or their features [n, C, H, W], patches [n, P], or indices
+        [n] of features that the device holds. Where ranks share a part, and encode it for each other, the images that
+        this one encodes.
     labels: [images], of the whole batch, or None for a layer without labels.
     images: number of images of the batch, on all ranks.
 
@@ -188,7 +270,7 @@ class Staged:
 
 
 class LayerInputs:
-    """This rank's part of every batch, as patches for one layer: from images, cached features, or newly encoded images.
+    """This rank's part of every batch, as patches for one layer: from images, stored features, or newly encoded images.
 
     A rank reads and prepares only the images of its part (`simmatch.sharding.columns`). `staged` brings them to the
     device, one batch ahead of their use, and `prepare` computes patches from them there.
@@ -200,8 +282,8 @@ class LayerInputs:
     store: the images, or the output of the layer below.
     size: (H, W) of the layer's input.
     positions: number of positions per image, drawn anew for every update; None: all.
-    below: function from images to the input of the layer, called for every batch. None: all features are cached.
-    on_progress: called with the number of images cached so far.
+    below: function from images to the input of the layer, called for every batch. None: the store's features.
+    on_progress: called with the number of images whose features this rank can read.
     labels: [N], on the host, for a layer that learns from them.
 
     >>> from simmatch.sharding.exchange import IDENTITY
@@ -228,26 +310,35 @@ class LayerInputs:
         self._layer, self._store, self._positions, self._below = layer, store, positions, below
         self._columns = positions or math.prod(layer.patch.map_size(size))
         self._labels = None if labels is None else labels.cpu()
-        self._cache = self._fill(on_progress) if store.depth > 0 and below is None else None
+        self._rows = self._fill(on_progress) if store.features is not None and below is None else None
+        self._resident: Tensor | None = None
+        device = layer.feedforward.device
+        if self._rows is not None and device.type == "cuda" and self._rows.row_bytes * store.count <= RESIDENT_BYTES:
+            self._resident = self._rows.whole(device)
 
-    def _fill(self, on_progress: Callable[[int], None]) -> Tensor:
-        """The input of the layer for all images, on this rank: patches if the layer is dense, else maps."""
-        cache = torch.empty(0)
-        done = 0
+    def _fill(self, on_progress: Callable[[int], None]) -> Chunks:
+        """The input of the layer for all images, for this rank to read: patches if the layer is dense, else maps."""
+        store, layer = self._store, self._layer
+        assert store.features is not None
+        _, height, width = store.features.shape
+        if layer.patch.padding > 0 or (height, width) != (layer.patch.kernel_size,) * 2:  # not dense
+            store.share(store.features, on_progress)
+            return store.features
+        half = -(-store.count // 2)
 
-        def dense(x: Tensor) -> Tensor:
-            patches = self._layer.prepare(x)
-            return x if patches.matrix is None else patches.matrix
+        def dense(x: Tensor, _: slice) -> tuple[Tensor, Tensor]:
+            matrix = layer.prepare(x).matrix
+            assert matrix is not None
+            return matrix, x.new_empty(0)
 
-        for index, part in enumerate(self._store.gathered(dense)):
-            if index == 0:
-                cache = part.new_empty(self._store.count, *part.shape[1:])
-            cache[done : done + len(part)] = part
-            done += len(part)
-            if part.ndim == 4:
-                self._store.share(index, cache)
-            on_progress(done)
-        return cache
+        patches = store.encoded(
+            dense,
+            (layer.patch.patch_size,),
+            lambda done: on_progress(done // 2),
+            by=("patches", layer.patch, *([layer.whitening, layer.whitening_mean] if layer.whiten else [])),
+        )
+        store.share(patches, lambda done: on_progress(half + done // 2))
+        return patches
 
     def staged(self, batches: Batches, first: int = 0) -> Generator[Staged]:
         """The batches on the device, from number `first` on."""
@@ -271,19 +362,19 @@ class LayerInputs:
     def _source(self, chosen: Tensor) -> Tensor:
         """What of the images with these indices [n] has to be brought to the device."""
         own = chosen[self._part(len(chosen)).images]
-        if self._cache is not None:
+        if self._resident is not None:
             return own
+        if self._rows is not None:
+            return self._rows[own]
         return self._store.stored(own if self._below is None else own[own_part(len(own), self._layer.sharing.shares)])
 
     def prepare(self, batch: Staged) -> Patches:
         """Patches of this rank's part of a batch; at positions drawn for the layer's next update, if configured."""
         part = self._part(batch.images)
-        if self._cache is not None:
-            features = self._cache.index_select(0, batch.source)
-            if features.ndim == 2:
-                return replace(self._layer.explicit_patches(features), part=part)
-            return self._layer.prepare(features, self._positions, part=part)
-        x = self._store.unit(batch.source)
+        x = batch.source if self._resident is None else self._resident.index_select(0, batch.source)
+        if x.ndim == 2:
+            return replace(self._layer.explicit_patches(x), part=part)
+        x = self._store.unit(x)
         if self._below is not None:
             below = by_blocks(self._below, x, self._layer.sharing.block(part.whole, self._columns))
             x = gather_images(below, part.count, self._layer.sharing.shares)

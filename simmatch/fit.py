@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from simmatch.config import LayerConfig, ModelConfig, Reduce
+from simmatch.data.feature_cache import FeatureCache
 from simmatch.data.staging import Images, select
 from simmatch.encoding import Encoder
 from simmatch.features import FeatureStore
@@ -51,8 +52,9 @@ class Trainer:
     encode_last: whether to encode with the last layer too, for an observer that uses `encoded`.
     to_tolerance: whether to encode by solving to the layer's tolerance, as learning does. False: by the fixed number of
         iterations of an exported model.
-    cache: whether every rank keeps the encoded input of a layer in memory while the layer learns. False: each batch is
+    cache: whether every rank can read the encoded input of all images while a layer learns. False: each batch is
         encoded anew.
+    feature_cache: where encoded images are kept, and looked for. None: in memory.
     reduce: `exact` for one result, bit by bit, at any number of ranks, on machines of one type with as many threads per
         rank: products are computed by fixed blocks of images, and sums over ranks do not depend on their order. Every
         layer must have `exchange: gather_state`.
@@ -89,6 +91,7 @@ class Trainer:
         encode_last: bool = False,
         to_tolerance: bool = False,
         cache: bool = True,
+        feature_cache: FeatureCache | None = None,
         reduce: Reduce = "fast",
         measure_every: int | None = None,
     ) -> None:
@@ -99,7 +102,9 @@ class Trainer:
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
         self.stack, ranks = stack, mesh or Mesh()
-        self.store = FeatureStore(images, ranks.everyone, batch=encode_batch, dtype=stack.dtype, device=device)
+        self.store = FeatureStore(
+            images, ranks.everyone, batch=encode_batch, dtype=stack.dtype, device=device, cache=feature_cache
+        )
         self.setup = Setup(
             stack=stack,
             layers=layers,

@@ -21,8 +21,8 @@ def learn_layer(
     Parameters
     ----------
     layer: this rank's rows.
-    below: function from images to the input of the layer, called for every batch. None: the input of all images is
-        kept in memory.
+    below: function from images to the input of the layer, called for every batch. None: the input of all images can
+        be read.
 
     >>> import torch
     >>> from simmatch import LayerConfig, ModelConfig, Stack

@@ -99,15 +99,16 @@ def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tup
         inputs.append((channels, size))
         where = f"model.layers.{index}"
         try:
-            height, width = PatchConfig.of_layer(config, channels, size).map_size(size)
+            patch = PatchConfig.of_layer(config, channels, size)
+            height, width = patch.map_size(size)
         except ValueError as error:
             raise ConfigError(f"{where}.{error}") from None
         if config.pool is not None and config.pool > min(height, width):
             raise ConfigError(
                 f"{where}.pool: expected at most {min(height, width)}, the map of activities, got {config.pool}"
             )
-        channels = config.out_channels
-        size = (height, width) if config.pool is None else (config.pool, config.pool)
+        channels, *extent = output_shape(config, patch, size)
+        size = (extent[0], extent[1])
     return inputs
 
 
@@ -139,6 +140,17 @@ def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
     """
     passed = activities if config.pool is None else F.adaptive_avg_pool2d(activities, config.pool)
     return passed if config.power == 1.0 else passed.pow(config.power)
+
+
+def output_shape(config: LayerConfig, patch: PatchConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+    """[K, H', W'] of what a layer passes on for an input of this height and width.
+
+    >>> config = LayerConfig(out_channels=8, kernel_size=3, pool=2)
+    >>> output_shape(config, PatchConfig.of_layer(config, 1, (8, 8)), (8, 8))
+    (8, 2, 2)
+    """
+    height, width = patch.map_size(size) if config.pool is None else (config.pool, config.pool)
+    return config.out_channels, height, width
 
 
 def readout_input(passed: Tensor, config: LayerConfig, pool: int | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from simmatch.chunks import Chunks
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement
 
@@ -112,7 +113,13 @@ class Observer:
         """Called after the last update of a layer and before it encodes; `layer` has all rows."""
 
     def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:
-        """Called with activities [B, K, H, W] and output of a layer for some images; each rank has a share of them."""
+        """Called with activities [B, K, H, W] and output of a layer for images that this rank encodes."""
+
+    def advanced(self, index: int, features: Chunks) -> None:
+        """Called with the output of a layer for all images, of which this rank can read its own blocks.
+
+        `features.found` of them were in the cache: they have not been encoded again.
+        """
 
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         """Called with the progress of a phase: `done` of `total` images, or of 1; and the rate of encoding."""

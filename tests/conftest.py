@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +16,18 @@ from simmatch.data.sources import Dataset, load_dataset
 
 # The problems are small and the machines that run them are shared: more threads only add noise.
 torch.set_num_threads(1)
+
+# What runs of the tests keep on the node's disk, and where workers of a Ray cluster that outlives a test keep it.
+os.environ["SIMMATCH_CACHE"] = tempfile.mkdtemp(prefix="simmatch-tests-")
+atexit.register(shutil.rmtree, os.environ["SIMMATCH_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test encodes its images itself."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SIMMATCH_CACHE", str(folder))
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

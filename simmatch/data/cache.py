@@ -1,9 +1,7 @@
 """Open files of a prepared data set: in a local folder, or in a cache that all processes of a node share.
 
-    CACHE/shards/<digest>/train-00007.bin         a whole shard, compared with its sha256 when it was copied
-    CACHE/shards/<digest>/train-00007.bin.lock    held by the process that copies it
-
-An open shard is held by a shared lock (`flock`) and is never removed from the cache. What does not fit into the cache,
+A shard is compared with its sha256 when it is copied; `simmatch.data.room` says where to, and what makes room for it.
+What does not fit into the cache,
 by its budget or because the disk is full, is read from the object store, byte range by byte range. Shards are read, not
 mapped: the memory of a process does not grow with the number of images, and an error of a disk is an exception, not a
 signal that ends the process.
@@ -25,11 +23,9 @@ from typing import Protocol
 
 from simmatch.data.formats import DataError
 from simmatch.data.location import Location
+from simmatch.data.room import LOCK_S, SHARDS, Room
 from simmatch.data.shards import Shard
-from simmatch.files import PARTIAL, locked, make_folder, open_inside, write_whole
-
-LOCK_S = 600.0
-"""Longest wait for another process that copies the same shard; after that the shard is read from the store."""
+from simmatch.files import locked, make_folder, open_inside, write_whole
 
 MOST_OPEN = 256
 """Shards that a process keeps open."""
@@ -97,6 +93,23 @@ class RemoteFile:
         if len(content) != len(target):
             raise DataError(f"{self._location}/{self._file}: expected {len(target)} bytes, got {len(content)}")
         target[:] = content
+
+
+class MemoryFile:
+    """Bytes in memory, read as a file is.
+
+    >>> part = bytearray(2)
+    >>> MemoryFile(memoryview(b"shard")).read_into(memoryview(part), 3)
+    >>> bytes(part)
+    b'rd'
+    """
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target` with the bytes from `offset` on."""
+        target[:] = self._content[offset : offset + len(target)]
 
 
 class OpenShards:
@@ -168,7 +181,7 @@ class ShardCache:
     Parameters
     ----------
     folder: of the cache.
-    budget: bytes that the copies of all data sets may take.
+    budget: bytes that the whole cache may take.
     digest: of the data set.
     warn: told, once, that shards are read past the cache, and why.
 
@@ -177,8 +190,8 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path, budget: int, *, digest: str, warn: Callable[[str], None]) -> None:
-        self._root, self.folder = folder / "shards", folder / "shards" / digest
-        self._budget, self._warn, self._warned = budget, warn, False
+        self.folder, self._room = folder / SHARDS / digest, Room(folder, budget)
+        self._warn, self._warned = warn, False
 
     def open(self, location: Location, shard: Shard, size: int) -> Readable:
         """The copy of a shard of `size` bytes, made if there is none; the shard of the store if none can be made."""
@@ -195,7 +208,7 @@ class ShardCache:
             if error.errno not in _NO_ROOM:
                 raise DataError(f"data.cache_dir: {path}: {error.strerror or error}") from None
             return self._past(location, shard, f"{path}: {error.strerror}")
-        return opened or self._past(location, shard, f"data.cache_bytes={self._budget} is taken by shards in use")
+        return opened or self._past(location, shard, f"data.cache_bytes={self._room.budget} is taken by what is in use")
 
     def _past(self, location: Location, shard: Shard, why: str) -> RemoteFile:
         if not self._warned:
@@ -223,34 +236,17 @@ class ShardCache:
 
     def _copy(self, location: Location, shard: Shard, size: int) -> OpenFile | None:
         """Copy a shard into the cache; None if there is no room within the budget."""
-        room, path = self._root / "room.lock", self.folder / shard.file
-        with locked(room, LOCK_S):
-            if not self._make_room(size):
-                return None
+        path = self.folder / shard.file
+        if not self._room.make(size):
+            return None
         content = _fetched(location, shard, size)
-        with locked(room, LOCK_S):
-            if not self._make_room(size):  # others have copied shards meanwhile
-                return None
-            write_whole(path, content)
-            return self._held(path, size)
+        opened: list[OpenFile | None] = []  # held before others may make room
 
-    def _make_room(self, size: int) -> bool:
-        """Remove the least recently used copies that no process has open, until `size` more bytes fit."""
-        copies = []
-        for path in self._root.glob("*/*.bin*"):
-            if path.suffix != ".lock":
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
-                copies.append((status.st_mtime, status.st_size, path))
-        used = sum(each for _, each, _ in copies)
-        for _, each, path in sorted(copies):
-            if used + size <= self._budget:
-                break
-            if _remove(path):
-                used -= each
-        return used + size <= self._budget
+        def write() -> None:
+            write_whole(path, content)
+            opened.append(self._held(path, size))
+
+        return opened[0] if self._room.make(size, write) else None
 
 
 def _fetched(location: Location, shard: Shard, size: int) -> bytes:
@@ -263,21 +259,3 @@ def _fetched(location: Location, shard: Shard, size: int) -> bytes:
         if sha256(content).hexdigest() == shard.sha256:
             return content
     raise DataError(f"{location}/{shard.file}: expected sha256 {shard.sha256}, got another, twice")
-
-
-def _remove(path: Path) -> bool:
-    """Remove a copy, unless a process has it open or is making it."""
-    whole = path.with_name(path.name.removesuffix(PARTIAL))
-    held = path if path == whole else whole.with_name(f"{whole.name}.lock")
-    try:
-        descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True

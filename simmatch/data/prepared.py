@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simmatch.config import ConfigError
-from simmatch.data.cache import MOST_OPEN, OpenShards, ShardCache
+from simmatch.data.cache import MOST_OPEN, OpenShards, Readable, ShardCache
 from simmatch.data.config import OF_OWN_IMAGES, DataConfig
 from simmatch.data.location import Location
 from simmatch.data.order import WINDOW
@@ -108,24 +108,45 @@ class PreparedImages:
         return torch.from_numpy(images)
 
     def _read(self, chosen: np.ndarray, images: np.ndarray) -> None:
-        """Read shard by shard, in the order of the files; neighbours that stay neighbours are read at once."""
-        if not len(chosen):
-            return
-        size, target = self._shards.image_bytes, images.data.cast("B")
-        order = np.argsort(chosen, kind="stable")
-        ordered = chosen[order]
-        shard = np.searchsorted(self._starts, ordered, side="right") - 1
-        first = np.flatnonzero((np.diff(ordered) != 1) | (np.diff(order) != 1) | (np.diff(shard) != 0)) + 1
-        edges = [0, *first.tolist(), len(ordered)]
-        targets, numbers = order.tolist(), shard.tolist()
-        offsets = (ordered - self._starts[shard]).tolist()
-        current, opened = -1, None
-        for start, stop in pairwise(edges):
-            if opened is None or numbers[start] != current:
-                current = numbers[start]
-                opened = self._shards.open(self._files[current])
-            begin = targets[start] * size
-            opened.read_into(target[begin : begin + (stop - start) * size], offsets[start] * size)
+        read_rows(lambda shard: self._shards.open(self._files[shard]), self._starts, chosen, images)
+
+
+def read_rows(opened: Callable[[int], Readable], starts: np.ndarray, chosen: np.ndarray, rows: np.ndarray) -> None:
+    """Read rows of one size, which lie in several files one after the other, in the order of the files.
+
+    Rows that are neighbours in a file and here are read at once.
+
+    Parameters
+    ----------
+    opened: opens file number i.
+    starts: [F + 1], ascending: numbers of the first rows of the files, and of all rows.
+    chosen: [n], numbers of the rows to read.
+    rows: [n, …], filled.
+
+    >>> from simmatch.data.cache import MemoryFile
+    >>> file = MemoryFile(memoryview(bytes(range(6))))
+    >>> rows = np.empty((2, 3), dtype=np.uint8)
+    >>> read_rows(lambda number: file, np.array([0, 2, 4]), np.array([3, 0]), rows)
+    >>> rows.tolist()
+    [[3, 4, 5], [0, 1, 2]]
+    """
+    if not len(chosen):
+        return
+    size, target = rows.nbytes // len(rows), rows.data.cast("B")
+    order = np.argsort(chosen, kind="stable")
+    ordered = chosen[order]
+    file = np.searchsorted(starts, ordered, side="right") - 1
+    first = np.flatnonzero((np.diff(ordered) != 1) | (np.diff(order) != 1) | (np.diff(file) != 0)) + 1
+    edges = [0, *first.tolist(), len(ordered)]
+    targets, numbers = order.tolist(), file.tolist()
+    offsets = (ordered - starts[file]).tolist()
+    current, source = -1, None
+    for start, stop in pairwise(edges):
+        if source is None or numbers[start] != current:
+            current = numbers[start]
+            source = opened(current)
+        begin = targets[start] * size
+        source.read_into(target[begin : begin + (stop - start) * size], offsets[start] * size)
 
 
 StoredImages = Tensor | PreparedImages
