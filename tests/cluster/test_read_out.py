@@ -47,7 +47,7 @@ def test_a_readout_sees_the_exported_models_features(
 
     def recorded(config: Any, stack: Stack, data: Any, train: Parts, test: FeatureStore, **_: Any) -> None:
         read["train"] = torch.cat([features for _, features in train])
-        read["test"] = torch.cat([features for _, features in test.own(stack.features)])
+        read["test"] = torch.cat([features for _, features in test.encode(stack.features)])
 
     monkeypatch.setattr("cluster.training.read_out", recorded)
     with torch.no_grad():
