@@ -123,11 +123,11 @@ class RunConfig(Frozen):
     at half of all learning rates. The newest checkpoint is from before either way."""
 
     encode_batch: PositiveInt = 500
-    """Images per batch and rank where layers only encode."""
+    """Images per batch and rank where layers only encode, and of one file of encoded images."""
 
     cache_features: bool = True
-    """Keep the encoded input of a layer in every rank's memory while the layer learns, instead of encoding each
-    batch again. `--dry-run` prints the size."""
+    """Have the encoded input of a layer on each node's disk while the layer learns, instead of encoding each batch
+    again; up to 1 GiB of it on a GPU. `--dry-run` prints the size."""
 
     log_every: PositiveInt = 10
     """Updates between two records of a layer's metrics."""

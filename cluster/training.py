@@ -5,7 +5,7 @@ Phases of communication, all through the injected mesh:
     learn     by rows: every iteration of the dynamics gathers activities; by columns (`gather_state`): every update
               gathers the weights and scatters the statistics; every update gathers 4 K values for the bound of M
     finish    the layer's rows are gathered once, so that every rank can encode alone
-    encode    none; the cached result is gathered where a layer or a readout needs all of it
+    encode    none; a node receives the blocks of encoded images that others have made before a layer learns from them
 
 All decisions depend on the configuration or on gathered bytes only, so ranks cannot drift apart.
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.config import RunConfig, public
 from cluster.text import count, size
 from jobs.plan_layout import layout_table, volumes_table
-from jobs.plan_memory import DRIVER_BYTES, PROGRAM_BYTES, plan_disk, plan_memory
+from jobs.plan_memory import DRIVER_BYTES, PROGRAM_BYTES, plan_disk, plan_features, plan_memory
 from jobs.reporting import Table
 from simmatch.config import LayerConfig
 from simmatch.data.sources import Dataset
@@ -38,7 +38,7 @@ class LayerPlan:
     columns: N = images per batch and replica × positions.
     parameters: values of W, M and V held.
     activation_bytes: full activities, own drive, and the solver's tiles.
-    cache_bytes: input of the layer for all training images, where it is cached.
+    cache_bytes: encoded input of the layer for all training images, on the disk, where it is cached.
     exchange: how often shards exchange something: every 'iteration', 'block step' or 'update' of a batch.
     exchange_bytes: bytes that then reach a rank, for its replica's part of the batch.
     """
@@ -154,8 +154,8 @@ def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
     ]
     Table("per rank (the one with the most rows)", COLUMNS, rows).show(console)
     console.print(
-        "columns: per update and replica; cache: encoded input of the layer; exchange, at a time: when a rank receives "
-        "something from the other shards, and how many bytes for all columns",
+        "columns: per update and replica; cache: encoded input of the layer, on the disk; exchange, at a time: when a "
+        "rank receives something from the other shards, and how many bytes for all columns",
         highlight=False,
         soft_wrap=True,
     )
@@ -180,17 +180,19 @@ def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None
     place = "images: in every rank and in the driver"
     if config.device == "cuda":
         place += f", {size(images)} of the host's memory; all else is on the device"
-    cache = []
-    if images == 0:
-        stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images))
-        held = min(stored, config.data.cache_bytes)
-        cache = [f"node cache: {size(held)} of each node's disk, for {size(stored)} of images"]
+    stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images)) if images == 0 else 0
+    encoded = plan_features(config, dataset.source, len(dataset.train_images))
+    shards = f"{size(stored)} of images, " if stored else ""
+    cache = (
+        f"node cache: {size(min(stored + encoded, config.data.cache_bytes))} of each node's disk, for {shards}"
+        f"{size(encoded)} of encoded images"
+    )
     disk = plan_disk(config, dataset.source)
     for line in (
-        f"{place}; features: encoded images that the rank keeps; working: batches, the solver, a whitening, a readout; "
+        f"{place}; features: encoded images in memory; working: batches, the solver, a whitening, a readout; "
         f"add {size(PROGRAM_BYTES)} for the program itself",
         f"driver: {size(DRIVER_BYTES + images)}",
-        *cache,
+        cache,
         f"disk: {size(disk.checkpoint)} for a checkpoint, {size(disk.constants)} written once, {size(disk.kept)} in "
         f"all for the checkpoints that are kept; {size(disk.model)} for the model",
     ):

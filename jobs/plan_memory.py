@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cluster.config import RunConfig
 from cluster.text import size
 from simmatch.config import ConfigError, LayerConfig
+from simmatch.features import RESIDENT_BYTES
 from simmatch.geometry import PatchConfig
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.moments import ROWS
@@ -48,7 +49,7 @@ class PhaseMemory:
 
     Attributes
     ----------
-    features: encoded images that it keeps: its share, or all where they are cached, and the readout's.
+    features: encoded images: a block, or what a GPU keeps while a layer learns from it.
     weights: of all layers, whole, and of its own rows while they learn.
     working: of a batch, a calibration or a readout: patches, activities, the solver, gathered weights and statistics.
     """
@@ -152,34 +153,45 @@ def check_whitening(config: RunConfig, source: InputConfig, memory_bytes: float 
 
 
 def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> list[PhaseMemory]:
-    """What rank 0 holds in every phase of a run; while layers learn together, the first rank of every stage."""
-    value, ranks = 8 if config.dtype == "float64" else 4, config.mesh.world_size
+    """What rank 0 holds in every phase of a run, encoded images being on the disk; while layers learn together, the
+    first rank of every stage."""
+    value = 8 if config.dtype == "float64" else 4
     layers = layer_sizes(config, source)
     stack = value * sum(layer.whole for layer in layers)
-    share = -(-train_images // ranks)
     together = config.model.schedule == "together"
     phases = _together(config, source, layers, train_images) if together else []
     scratch = 0  # of the solvers that have encoded
     kept = 0  # values of a readout's input, per image
+    block = min(config.encode_batch, train_images)
     for index, layer in enumerate(layers):
         own = value * layer.own
-        below = value * layer.input * share if index > 0 else 0
-        cache = value * layer.input * train_images if index > 0 and config.cache_features else below
-        features = value * kept * share
+        resident = value * layer.input * train_images if index > 0 and config.cache_features else 0
+        if config.device != "cuda" or resident > RESIDENT_BYTES:
+            resident = 0
         stage, calibration = f"layer {index}", _calibration(config, layer, value, train_images)
         update = value * (2 * layer.rows * layer.width + _batch(config, layer))
         if not together:
-            phases.append(PhaseMemory(f"{stage}, calibrate", below + features, stack + own, scratch + calibration))
-            phases.append(PhaseMemory(f"{stage}, learn", cache + features, stack + own, scratch + update))
+            phases.append(PhaseMemory(f"{stage}, calibrate", 0, stack + own, scratch + calibration))
+            phases.append(PhaseMemory(f"{stage}, learn", resident, stack + own, scratch + update))
         if index in config.model.feature_layers():
             pool = config.model.feature_pool
             kept += layer.output if pool is None else min(layer.output, layer.channels * pool**2)
-        after = value * (layer.output + kept) * share
         scratch += value * _scratch(config, layer)
-        encoding = value * config.encode_batch * (2 * layer.input + 3 * layer.activities)
-        phases.append(PhaseMemory(f"{stage}, encode", below + after, stack, scratch + encoding))
-    last = value * (layers[-1].output + kept) * share
-    return [*phases, PhaseMemory("readout", last, stack, scratch + _readout(config, kept, value, train_images))]
+        encoding = value * block * (2 * layer.input + 3 * layer.activities)
+        phases.append(PhaseMemory(f"{stage}, encode", 2 * value * layer.output * block, stack, scratch + encoding))
+    return [*phases, PhaseMemory("readout", 0, stack, scratch + _readout(config, kept, value, train_images))]
+
+
+def plan_features(config: RunConfig, source: InputConfig, train_images: int) -> float:
+    """Bytes of encoded images on the disk of each node: outputs of all layers, and patches of dense layers.
+
+    A node holds them all where a layer learns from them, and else those that its ranks have made.
+    """
+    value = 8 if config.dtype == "float64" else 4
+    layers = layer_sizes(config, source)
+    read = config.cache_features and config.model.schedule == "greedy"  # by layers that learn
+    dense = sum(layer.input for layer in layers[1:] if read and layer.activities == layer.channels)
+    return value * train_images * (sum(layer.output for layer in layers) + dense)
 
 
 def _together(config: RunConfig, source: InputConfig, layers: list[LayerSizes], train_images: int) -> list[PhaseMemory]:

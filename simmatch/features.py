@@ -254,9 +254,9 @@ class Staged:
 
     Attributes
     ----------
-    source: of this rank's part of the batch: images as stored or their features [n, C, H, W], patches [n, P], or indices
-        [n] of features that the device holds. Where ranks share a part, and encode it for each other, the images that
-        this one encodes.
+    source: of this rank's part of the batch: images as stored or their features [n, C, H, W], patches [n, P], or the
+        indices [n] of features that the device holds. Where ranks share a part, and encode it for each other, the
+        images that this one encodes.
     labels: [images], of the whole batch, or None for a layer without labels.
     images: number of images of the batch, on all ranks.
 

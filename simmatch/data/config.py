@@ -96,11 +96,11 @@ class DataConfig(Frozen):
     are in memory have no shards: for them it is the permutation, and a note says so."""
 
     cache_dir: str | None = None
-    """Folder on each node for copies of shards from an object store, and for images prepared on the way. None:
-    `$SIMMATCH_CACHE`, or else `~/.cache/simmatch`."""
+    """Folder on each node for copies of shards from an object store, for encoded images, and for images prepared on the
+    way. None: `$SIMMATCH_CACHE`, or else `~/.cache/simmatch`."""
 
     cache_bytes: PositiveInt = 2**36
-    """Bytes that copies of shards may take on each node; the least recently used ones are removed."""
+    """Bytes that copies of shards and encoded images may take on each node; the least recently used are removed."""
 
     @model_validator(mode="after")
     def _one_place(self) -> DataConfig:

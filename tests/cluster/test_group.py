@@ -37,6 +37,7 @@ from cluster.profiles import FOLDER
 from cluster.training import Assignment, Training
 from cluster.worker import Worker
 from simmatch.config import ConfigError
+from simmatch.data.sources import load_dataset
 from simmatch.layer import SimilarityMatchingConv2d
 from tests.cluster.actors import assert_gone, limits, nothing_reserved, train
 from tests.exchanges import results
@@ -575,6 +576,56 @@ def test_long_work_of_one_rank_ends_no_run(
     assert record.restarts == 0
     assert record.readout.accuracy > 0.5
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == without_ray
+
+
+class KilledWhileItEncodes(Training):
+    """Rank 1 of the first group dies in the middle of encoding with layer 0; all write down how much they encode."""
+
+    blocks = 0
+
+    def encoded(self, index: int, activities: torch.Tensor, passed: torch.Tensor) -> None:
+        assignment = self.assignment
+        if (index, assignment.rank, assignment.generation, self.blocks) == (0, 1, 0, 10):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.blocks += 1
+        with Path(str(assignment.run_dir), f"encoded-{index}-{assignment.rank}").open("a") as file:
+            file.write(f"{len(passed)}\n")
+
+
+@pytest.mark.fault
+def test_after_a_kill_nothing_is_encoded_twice(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path, without_ray: bytes
+) -> None:
+    """But for the one block that the other rank was in the middle of. The whole run again encodes nothing at all."""
+    config = digits_config(2, cluster=limits(max_restarts=1))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})})
+    worker = type("KilledWorker", (Worker,), {"training_class": KilledWhileItEncodes})
+
+    def encoded(run_dir: Path) -> list[int]:
+        files = [run_dir.glob(f"encoded-{index}-*") for index in range(2)]
+        return [sum(int(line) for path in each for line in path.read_text().split()) for each in files]
+
+    def run(run_dir: Path, generation: int) -> Quiet:
+        quiet = Quiet()
+        run_dir.mkdir()
+        made = worker if generation == 0 else Worker
+        record = Controller(config, run_dir, lambda each: WorkerGroup(each, made), quiet, quiet).run()
+        assert record.restarts == 1 - generation
+        assert (run_dir / "model" / "model.safetensors").read_bytes() == without_ray
+        return quiet
+
+    quiet = run(tmp_path / "killed", 0)
+    first, second = encoded(tmp_path / "killed")
+    count = len(load_dataset(config.data).train_images)
+    assert second == count
+    assert count <= first <= count + config.encode_batch
+    assert any(
+        re.fullmatch(r"layer 0: [0-9]+ of [0-9,]+ encoded images found, not encoded again", n) for n in quiet.notes
+    )
+    quiet = run(tmp_path / "again", 1)
+    assert [
+        f"layer {index}: {count:,} encoded images found, not encoded again" in quiet.notes for index in range(2)
+    ] == [True] * 2
 
 
 # -- ranks without a controller ----------------------------------------------------------------------------------------
