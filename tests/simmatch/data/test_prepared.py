@@ -453,7 +453,7 @@ def test_least_recently_used_shards_make_room_and_open_ones_stay(
     past.read_into(memoryview(content), 0)
     assert content == (folder / shards[2].file).read_bytes()
     assert len(told) == 1
-    assert "read past the cache: data.cache_bytes=750 is taken by shards in use" in told[0]
+    assert "read past the cache: data.cache_bytes=750 is taken by what is in use" in told[0]
     other.open(Location(bucket), shards[2], SHARD)
     assert len(told) == 1
     del kept
