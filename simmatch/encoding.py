@@ -96,5 +96,5 @@ class Encoder:
                     z = targets(part)
                     zz.add(z @ z.T)  # whole numbers: their sum is exact in any order
                 else:
-                    yz.add(torch.zeros_like(layer.label))
+                    yz.add(layer.label.new_zeros(layer.label.shape))
             layer.settle_label(yz.result(), zz.result())

@@ -21,6 +21,7 @@ from simmatch.data.feature_cache import FORMAT, FeatureCache
 from simmatch.data.order import Batches
 from simmatch.data.sources import to_unit
 from simmatch.data.staging import Images, Tensors, in_memory, select, staged
+from simmatch.devices import arithmetic
 from simmatch.geometry import Patches
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.blocks import by_blocks
@@ -102,7 +103,8 @@ class FeatureStore:
         self.images, self.count, self.exchange, self.batch, self.depth = images, len(images), exchange, batch, 0
         self.features: Chunks | None = None
         self._dtype, self._device, self._cache = dtype, device, cache
-        self._key = sha256(repr((FORMAT, cache and cache.data, str(dtype), device.type, batch, self.count)).encode())
+        on = (str(dtype), arithmetic(device), torch.get_num_threads())  # what the last bits depend on
+        self._key = sha256(repr((FORMAT, cache and cache.data, on, batch, self.count)).encode())
         self._shape: torch.Size | None = None
 
     @property
