@@ -11,11 +11,10 @@ from torch import Tensor
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.sharding.exchange import IdentityExchange
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
-from tests.exchanges import ThreadExchange, results, run_owners
+from tests.exchanges import meshes, results, run_meshes
 from tests.simmatch.kernels import scripted
 
 CHANNELS, CLASSES = 10, 4
@@ -37,12 +36,12 @@ def batch(update: int) -> tuple[Tensor, Tensor]:
     return torch.rand(6, 1, 9, 9, generator=generator), torch.randint(-1, CLASSES, (6,), generator=generator)
 
 
-def make_layer(case: str, exchange: ThreadExchange | IdentityExchange | None = None) -> SimilarityMatchingConv2d:
-    """`exchange`: columns are split over its owners; None: no exchange."""
+def make_layer(case: str, mesh: Mesh | None = None) -> SimilarityMatchingConv2d:
+    """`mesh`: columns are split over its owners and replicas; None: no mesh."""
     options = dict(CASES[case])
-    if exchange is not None:
+    if mesh is not None:
         options["dynamics"] = DynamicsConfig(exchange="gather_state")
-        options |= {"mesh": Mesh.of_owners(exchange), "rows": split_rows(CHANNELS, exchange.world_size)[exchange.rank]}
+        options |= {"mesh": mesh, "rows": split_rows(CHANNELS, mesh.owners.world_size)[mesh.owners.rank]}
     layer = SimilarityMatchingConv2d(1, CHANNELS, 4, **options)
     layer.calibrate(batch(0)[0])
     return layer
@@ -71,8 +70,10 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 WAYS: dict[str, Callable[[Callable[[Any], Any]], list[Any]]] = {
     "alone": lambda program: [program(None)],
-    "gather_state, 1 owner": lambda program: [program(IdentityExchange())],
-    "gather_state, 2 owners": lambda program: results(run_owners(2, program)),
+    "gather_state, 1 owner": lambda program: [program(Mesh())],
+    "gather_state, 2 owners": lambda program: results(run_meshes(meshes(owners=2), program)),
+    "gather_state, 2 replicas": lambda program: results(run_meshes(meshes(replicas=2), program)),
+    "gather_state, 2 replicas of 2 owners": lambda program: results(run_meshes(meshes(replicas=2, owners=2), program)),
 }
 
 
@@ -81,8 +82,8 @@ WAYS: dict[str, Callable[[Callable[[Any], Any]], list[Any]]] = {
 def test_recorded_updates_have_the_bits_of_others(case: str, way: str) -> None:
     """30 updates with a revival, the host looking at every tenth; the activities too."""
 
-    def program(exchange: Any) -> int:
-        own, other = make_layer(case, exchange), make_layer(case, exchange)
+    def program(mesh: Mesh | None) -> int:
+        own, other = make_layer(case, mesh), make_layer(case, mesh)
         for update in range(30):
             solutions = [learn(layer, update, layer is own) for layer in (own, other)]
             assert torch.equal(solutions[0].y, solutions[1].y)
@@ -94,7 +95,7 @@ def test_recorded_updates_have_the_bits_of_others(case: str, way: str) -> None:
 
     revived = WAYS[way](program)
     assert min(revived) >= 1
-    assert int(revived[0]) == revived[-1]
+    assert len(set(revived)) == 1
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -128,30 +129,34 @@ def failing(*_: Any, **__: Any) -> Any:
     raise OSError("disk full")
 
 
-EXPECTED = {
-    ("image", 1): "non-finite values in the drive or the lateral weights",
-    ("image", 2): "non-finite activities or statistics",
-    ("overflow", 1): "non-finite feedforward or label weights",
-    ("overflow", 2): "non-finite feedforward or label weights",
-    ("feedforward", 1): "non-finite weights",
-    ("feedforward", 2): "non-finite weights",
-}
+def expected(kind: str, replicas: int, owners: int) -> str:
+    """What a replica finds reaches the others as one kind."""
+    if kind == "overflow":
+        return "non-finite feedforward or label weights"
+    if kind == "feedforward" and replicas == 1:
+        return "non-finite weights"
+    if (replicas, owners) == (1, 1):
+        return "non-finite values in the drive or the lateral weights"
+    return "non-finite activities or statistics"
 
 
-@pytest.mark.parametrize("owners", [1, 2])
+SHAPES = [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("replicas", "owners"), SHAPES)
 @pytest.mark.parametrize("kind", ["image", "overflow", "feedforward"])
 def test_values_that_are_not_finite_are_raised_at_the_next_look(
-    kind: str, owners: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, replicas: int, owners: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the kind and the ranks of the error that is raised at once; no owner has changed since."""
-    guilty = owners - 1
+    """With the kind and the ranks of the error that is raised at once; no rank has changed since."""
+    guilty = replicas * owners - 1
 
-    def program(exchange: Any) -> tuple[str, list[int]]:
-        own, other = make_layer("plain", exchange), make_layer("plain", exchange)
+    def program(mesh: Mesh) -> tuple[str, list[int]]:
+        own, other = make_layer("plain", mesh), make_layer("plain", mesh)
         for update in range(FAULTY):
             for layer in (own, other):
                 learn(layer, update, layer is own)
-        images = [spoil(kind, layer, monkeypatch) if exchange.rank == guilty else None for layer in (own, other)]
+        images = [spoil(kind, layer, monkeypatch) if mesh.columns.rank == guilty else None for layer in (own, other)]
         before = state_of(own)
         learn(own, FAULTY, True, images[0])
         for update in range(FAULTY + 1, FAULTY + 4):  # later updates, sound again, change nothing
@@ -167,17 +172,18 @@ def test_values_that_are_not_finite_are_raised_at_the_next_look(
         assert f"in update {FAULTY + 1}" in str(late.value)
         return late.value.kind, late.value.ranks
 
-    outcomes = [program(IdentityExchange())] if owners == 1 else results(run_owners(owners, program))
-    assert outcomes == [(EXPECTED[kind, owners], [guilty])] * owners
+    outcomes = results(run_meshes(meshes(replicas, 1, owners), program))
+    assert outcomes == [(expected(kind, replicas, owners), [guilty])] * (guilty + 1)
 
 
-def test_an_exception_of_one_owner_is_raised_by_all_at_the_next_look() -> None:
-    def program(exchange: ThreadExchange) -> str:
-        layer = make_layer("plain", exchange)
+@pytest.mark.parametrize(("replicas", "owners"), SHAPES[1:])
+def test_an_exception_of_one_rank_is_raised_by_all_at_the_next_look(replicas: int, owners: int) -> None:
+    def program(mesh: Mesh) -> str:
+        layer = make_layer("plain", mesh)
         for update in range(FAULTY):
             learn(layer, update, True)
         before = state_of(layer)
-        if exchange.rank == 1:
+        if mesh.columns.rank == 1:
             layer.sharing._solve = failing  # type: ignore[method-assign, union-attr]
         learn(layer, FAULTY, True)
         learn(layer, FAULTY + 1, True)
@@ -186,7 +192,9 @@ def test_an_exception_of_one_owner_is_raised_by_all_at_the_next_look() -> None:
         assert_same(state_of(layer), before)
         return str(caught.value.__cause__)
 
-    assert results(run_owners(2, program)) == ["None", "disk full"]
+    causes = ["None"] * (replicas * owners)
+    causes[1] = "disk full"
+    assert results(run_meshes(meshes(replicas, 1, owners), program)) == causes
 
 
 def test_an_exception_while_an_update_is_captured_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,14 +202,16 @@ def test_an_exception_while_an_update_is_captured_is_not_held(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
-    def program(exchange: ThreadExchange) -> str:
-        layer = make_layer("plain", exchange)
+    def program(mesh: Mesh) -> str:
+        layer = make_layer("plain", mesh)
         fault = layer._fault(recorded=True)
         with pytest.raises(OSError, match="disk full"), fault:
             failing()
+        with pytest.raises(OSError, match="disk full"), fault.apart(mesh.owners) as some, some:
+            failing()
         return "raised"
 
-    assert results(run_owners(2, program)) == ["raised"] * 2
+    assert results(run_meshes(meshes(2, 1, 2), program)) == ["raised"] * 4
 
 
 def test_a_layer_learns_on_after_its_fault_was_raised() -> None:
