@@ -22,6 +22,7 @@ from simmatch import kernels
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data.sources import to_unit
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.sharding.exchange import IdentityExchange
 from simmatch.sharding.mesh import Mesh
 from simmatch.solvers.bound import Bound
 
@@ -106,16 +107,23 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 def make_layer(split: bool = False, **changes: Any) -> SimilarityMatchingConv2d:
     """On the card; its bound is known, as after an earlier update."""
     if split:
-        changes |= {"dynamics": DynamicsConfig(exchange="gather_state"), "mesh": Mesh()}
+        changes |= {"dynamics": DynamicsConfig(exchange="gather_state"), "mesh": Mesh(), **changes}
     layer = SimilarityMatchingConv2d(1, CHANNELS, 5, normalize="contrast", device=CARD, **changes)
     number = torch.ones((), dtype=torch.float64, device=CARD)
     layer._kept.keep(Bound(number, number.clone(), torch.ones(CHANNELS, device=CARD)), layer.lateral)
     return layer
 
 
+class Two(IdentityExchange):
+    """Two ranks, of which only this one exists."""
+
+    world_size = 2
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "alone": {},
     "gather_state": {"split": True},
+    "replicas": {"split": True, "mesh": Mesh(replicas=Two(), columns=Two())},
     "supervised": {"num_classes": CLASSES, "label_gain": 1.0, "plasticity": PlasticityConfig(lr_decay_steps=100)},
     "whitened": {"whiten": True, "padding": 2},
     "accelerated": {"dynamics": DynamicsConfig(solver="accelerated")},
