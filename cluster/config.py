@@ -78,7 +78,7 @@ class GroupConfig(Frozen):
 
     grace_s: PositiveFloat = 20.0
     """When the job is asked to end (SIGTERM, SIGINT): longest wait for a last checkpoint, which ranks write at the next
-    `log_every` updates. `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, 3 s unless set on the cluster."""
+    `log_every` updates. `ray job stop` kills after 3 s, or RAY_JOB_STOP_WAIT_TIME_S of the runtime environment."""
 
     max_restarts: NonNegativeInt = 3
     """Most new groups in a row, after lost ranks, without a new checkpoint between them. A new group continues from

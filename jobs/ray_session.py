@@ -11,14 +11,20 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.network import accepts_connections
+from cluster.text import count
 from cluster.timeouts import run_with_timeout
+from jobs.ray_token import check_token, token_here
 from jobs.signals import termination_signals
+from jobs.working_dir import checkout_for
 from simmatch.config import ConfigError
 
 CONNECT_S = 10.0
@@ -38,17 +44,21 @@ HIGHEST_PORT = 65535
 QUESTION = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 """A harmless request to a cluster's control service, which every authorised client may make."""
 
+ALIVE = 0
+"""State of a node in the answer to it."""
+
 
 def start_ray(cpus: int, limit_s: float) -> str:
     """Join the cluster of `RAY_ADDRESS`, or start an embedded one for this run. Returns a description of it.
 
     A running cluster is joined whether or not it asks for a token; an embedded one asks for a token unless
-    `RAY_AUTH_MODE` says otherwise.
+    `RAY_AUTH_MODE` says otherwise. Other nodes of a running cluster get the checkout that this process runs from,
+    unless Ray brought it here as the working directory of a job.
 
     Raises
     ------
     ConfigError
-        `RAY_ADDRESS`, or the token for it, is not what the cluster expects.
+        `RAY_ADDRESS`, or the token for it, is not what the cluster expects, or the checkout is too large for Ray.
     RunFailed
         The address does not answer, or not within `CONNECT_S` and `limit_s`.
     """
@@ -65,7 +75,7 @@ def _embedded(cpus: int) -> str:
     mode = os.environ.setdefault("RAY_AUTH_MODE", "token").lower()
     if mode not in ("token", "disabled"):
         raise ConfigError(f"RAY_AUTH_MODE: expected token or disabled, got {mode!r}")
-    if "ray" not in sys.modules and _token(kept=False) is None:
+    if "ray" not in sys.modules and token_here(kept=False) is None:
         # ray would write one to ~/.ray/auth_token, which every user of the machine may read
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
@@ -92,17 +102,32 @@ def _joined(address: str, limit_s: float) -> str:
         mode = _mode(target, where, CONNECT_S + limit_s)
         if mode is not None:
             os.environ["RAY_AUTH_MODE"] = mode
+    nodes = [] if target is None or mode is None else _other_nodes(target, mode, CONNECT_S + limit_s)
+    code = checkout_for(nodes)
     import ray
 
+    init = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
+    if code is not None:
+        init = partial(init, runtime_env={"working_dir": str(code.folder)})
     try:
         with own_signals():
-            run_with_timeout(
-                CONNECT_S + limit_s, "ray.init", lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            )
+            run_with_timeout(CONNECT_S + limit_s, "ray.init", init)
     except Exception as error:  # such as another version of Ray, or a wrong token
         raise RunFailed(f"{where}, got {error}") from error
     joined = ray.get_runtime_context().gcs_address
-    return f"cluster at {joined}{', which asks for no token' if mode == 'disabled' else ''}"
+    sent = "" if code is None else f", this checkout ({code}) sent to {count(len(nodes), 'other node')}"
+    return f"cluster at {joined}{', which asks for no token' if mode == 'disabled' else ''}{sent}"
+
+
+def _other_nodes(target: str, mode: str, limit_s: float) -> list[str]:
+    """Addresses of the cluster's living nodes that are not on this machine."""
+    from ray.core.generated import gcs_service_pb2
+
+    reply_of: Any = vars(gcs_service_pb2)["GetAllNodeInfoReply"]  # made at run time, unknown to type checkers
+    _, reply = _answer(target, token_here() if mode == "token" else None, limit_s)
+    here = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    alive = {node.node_manager_address for node in reply_of.FromString(reply).node_info_list if node.state == ALIVE}
+    return sorted(address for address in alive - here if not address.startswith("127."))
 
 
 def _control_address(address: str) -> str | None:
@@ -124,12 +149,15 @@ def _control_address(address: str) -> str | None:
     if match is None or not 0 < int(match[1]) <= HIGHEST_PORT:
         raise ConfigError(
             "RAY_ADDRESS: expected host:port of a cluster's control service, such as 10.0.0.7:6379, auto or local, "
-            f"got {address}{_HINT if '://' in address else ''}"
+            f"got {address}{_hint(address)}"
         )
     return address
 
 
-_HINT = "; for `ray job submit` set RAY_API_SERVER_ADDRESS"
+def _hint(address: str) -> str:
+    if address.startswith("ray://"):
+        return ", of Ray Client, which no run goes through: submit the job instead, python -m jobs.submit"
+    return "; for python -m jobs.submit and `ray job submit` set RAY_API_SERVER_ADDRESS" if "://" in address else ""
 
 
 def _mode(target: str, where: str, limit_s: float) -> str | None:
@@ -146,63 +174,29 @@ def _mode(target: str, where: str, limit_s: float) -> str | None:
     """
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("", "0", "false"):
         return None
-    answer = _answer(target, None, limit_s)
+    answer, _ = _answer(target, None, limit_s)
     if answer == "OK":
         return "disabled"
     if answer in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
         raise RunFailed(f"{where}, which does not answer as a control service does")
     if answer != "UNAUTHENTICATED":
         return None
-    token = _token()
-    if token is None:
-        raise ConfigError(f"RAY_AUTH_TOKEN: expected the token of the cluster at {target}, which asks for it, got none")
-    if _answer(target, token, limit_s) != "OK":
-        variable = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), KEPT)
-        raise ConfigError(f"{variable}: expected the token of the cluster at {target}, got one that it rejects")
+    check_token(target, lambda token: _answer(target, token, limit_s)[0] == "OK")
     return "token"
 
 
-KEPT = "~/.ray/auth_token"
-"""The last place where Ray looks for a token."""
-
-
-def _token(*, kept: bool = True) -> str | None:
-    """The token that Ray would use; None where there is none.
-
-    kept: look in `KEPT` as well.
-
-    Raises
-    ------
-    ConfigError
-        `RAY_AUTH_TOKEN_PATH` is not a file with a token; Ray would end the process.
-    """
-    token, path = (os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if token:
-        return token.strip()
-    try:
-        text = Path(path or KEPT).expanduser().read_text().strip() if path or kept else ""
-    except (OSError, ValueError) as error:
-        text, why = "", getattr(error, "strerror", None) or str(error)
-    else:
-        why = "nothing in it"
-    if path and not text:
-        raise ConfigError(f"RAY_AUTH_TOKEN_PATH: expected a file with a token, got {path}: {why}")
-    return text or None
-
-
-def _answer(target: str, token: str | None, limit_s: float) -> str:
-    """The control service's answer to `QUESTION`: the name of a gRPC status."""
+def _answer(target: str, token: str | None, limit_s: float) -> tuple[str, bytes]:
+    """The control service's answer to `QUESTION`: the name of a gRPC status, and the message where that is OK."""
     import grpc  # type: ignore[import-untyped]
 
     metadata = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(QUESTION)(b"", metadata=metadata, timeout=limit_s)
+            return "OK", channel.unary_unary(QUESTION)(b"", metadata=metadata, timeout=limit_s)
         except grpc.RpcError as error:
-            return str(error.code().name)
+            return str(error.code().name), b""
         except ValueError as error:  # characters that no header may have
-            return str(error)
-    return "OK"
+            return str(error), b""
 
 
 @contextmanager

@@ -269,12 +269,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def git_commit() -> str | None:
-    """The full hash of the checkout's commit, with '+' where files differ from it.
+def git_commit(folder: Path | None = None) -> str | None:
+    """The full hash of the commit of a checkout, by default that of this code, with '+' where files differ from it.
 
     Outside a checkout what the image says in its file `COMMIT`; None where there is none.
     """
-    folder = Path(__file__).resolve().parent
+    folder = folder or Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -286,5 +286,5 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         with suppress(OSError):
-            return (folder.parent / "COMMIT").read_text().strip()
+            return (folder / "COMMIT").read_text().strip()
     return None

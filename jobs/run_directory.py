@@ -18,6 +18,7 @@ from cluster.checkpoints.manifest import MANIFEST, CheckpointError, read_manifes
 from cluster.checkpoints.reader import Reader, newest_good
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, exists, find, locate, read
+from jobs.ray_job import in_throw_away_copy
 from simmatch.config import ConfigError, parse
 from simmatch.documents import DocumentError, load_json, load_yaml, quoted
 
@@ -78,11 +79,6 @@ def local_folder(option: str, given: str | None, default: Path) -> Path:
 def default_root() -> Path:
     """`runs` in the working directory; in a Ray job, whose working directory is a throw-away copy, in the home."""
     return Path.home() / "simmatch" / "runs" if in_throw_away_copy() else Path("runs")
-
-
-def in_throw_away_copy() -> bool:
-    """Whether the working directory is one that Ray has unpacked for a job and will delete."""
-    return "runtime_resources" in Path.cwd().parts and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:

@@ -123,7 +123,7 @@ class Tracker:
             experiment=self.config.experiment,
             layers=layers,
             uri=self.uri,
-            tags={"mlflow.user": _user(), **(tags or {})},
+            tags={"mlflow.user": user_name(), **(tags or {})},
         )
         if not self._writer.flush(START_S):
             raise self._writer.error or TimeoutError(f"{self._spool.path}: nothing was written within {START_S:g} s")
@@ -265,7 +265,8 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Of who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user id need not have a name

@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
+import ray
+from ray.core.generated import gcs_service_pb2
 
 from cluster.controller import RunFailed
-from jobs import ray_session
+from jobs import ray_session, working_dir
 from simmatch.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TOKEN = "0123456789abcdef" * 4
 
 
 class Service(grpc.GenericRpcHandler):
-    """A control service that answers every question of who has its token; None: of everybody."""
+    """A control service that answers every question of who has its token; None: of everybody.
 
-    def __init__(self, token: str | None) -> None:
-        self._token = token
+    reply: the answer.
+    """
+
+    def __init__(self, token: str | None, reply: bytes = b"") -> None:
+        self._token, self._reply = token, reply
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
             if self._token and ("authorization", f"Bearer {self._token}") not in details.invocation_metadata:
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
-            return b""
+            return self._reply
 
         return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[str]:
+    """Its address."""
+    server = grpc.server(ThreadPoolExecutor(1), [service])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait(10)
 
 
 @pytest.fixture
 def service(request: pytest.FixtureRequest) -> Iterator[str]:
     """Its address; the parameter is its token."""
-    server = grpc.server(ThreadPoolExecutor(1), [Service(request.param)])
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(None).wait(10)
+    with serving(Service(request.param)) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +93,9 @@ def test_an_address_of_another_kind_is_refused(address: str, monkeypatch: pytest
     with pytest.raises(ConfigError) as caught:
         start(monkeypatch, address)
     expected = "RAY_ADDRESS: expected host:port of a cluster's control service, such as 10.0.0.7:6379, auto or local"
-    hint = "; for `ray job submit` set RAY_API_SERVER_ADDRESS" if "://" in address else ""
+    hint = "; for python -m jobs.submit and `ray job submit` set RAY_API_SERVER_ADDRESS" if "://" in address else ""
+    if address.startswith("ray"):
+        hint = ", of Ray Client, which no run goes through: submit the job instead, python -m jobs.submit"
     assert str(caught.value) == f"{expected}, got {address}{hint}"
 
 
@@ -135,6 +155,47 @@ def test_a_token_that_is_missing_or_refused_is_one_line(
         start(monkeypatch, service)
     assert str(caught.value).startswith(f"RAY_AUTH_{message.format(service, tmp_path)}")
     assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "in_job", "sent"),
+    [
+        ({"127.0.0.1": "ALIVE", "127.0.0.2": "ALIVE"}, False, 0),
+        ({"127.0.0.1": "ALIVE", "203.0.113.7": "DEAD"}, False, 0),
+        ({"127.0.0.1": "ALIVE", "203.0.113.7": "ALIVE", "203.0.113.8": "ALIVE"}, False, 2),
+        ({"203.0.113.7": "ALIVE"}, True, 0),
+    ],
+    ids=["this machine", "a dead node", "other nodes", "a job's own working directory"],
+)
+def test_other_nodes_get_the_checkout(
+    nodes: dict[str, str], in_job: bool, sent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = gcs_service_pb2.GetAllNodeInfoReply()
+    for address, state in nodes.items():
+        reply.node_info_list.add(node_manager_address=address, state=state)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", given.update)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    if in_job:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with serving(Service(TOKEN, reply.SerializeToString())) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        said = ray_session.start_ray(1, 5.0)
+    assert given.get("runtime_env") == ({"working_dir": str(ROOT)} if sent else None)
+    files = r", this checkout \(\S+ MB in [\d,]+ files\) sent to 2 other nodes" if sent else ""
+    assert re.fullmatch(rf"cluster at 10\.0\.0\.1:6379{files}", said)
+
+
+def test_a_checkout_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working_dir, "INIT_BYTES", 2**20)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        working_dir.checkout_for(["203.0.113.7"])
+    message = str(caught.value)
+    assert message.startswith("the checkout for the nodes of RAY_ADDRESS: expected a folder of less than 1 MiB")
+    assert "largest: tests (" in message
 
 
 def test_an_unknown_mode_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from cluster.checkpoints.committer import commit
 from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
+from jobs.ray_job import job_metadata
 from jobs.run_directory import RunStart, as_begun, choose, default_root
 from simmatch.config import ConfigError
 from simmatch.sharding.rows import Rows
@@ -306,3 +307,22 @@ def test_inside_the_copy_of_a_ray_job(tmp_path: Path, make_config: MakeConfig, m
         choose(make_config(), "runs/mine", "auto")
     assert choose(make_config(), str(tmp_path / "mine"), "auto").run_dir == tmp_path / "mine"
     assert choose(make_config(), None, "auto").run_dir == tmp_path / "home" / "simmatch" / "runs" / "digits"
+
+
+@pytest.mark.parametrize(
+    ("given", "metadata"),
+    [
+        (None, {}),
+        ("{}", {}),
+        ("[]", {}),
+        ("{", {}),
+        ('{"metadata": {"simmatch.owner": "ada"}}', {"simmatch.owner": "ada"}),
+    ],
+)
+def test_a_job_knows_what_was_given_with_it(
+    given: str | None, metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", given)
+    assert job_metadata() == metadata

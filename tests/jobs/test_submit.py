@@ -1,4 +1,4 @@
-"""`ray job submit` to clusters of its own on loopback, with a token and without: what its user types and sees."""
+"""`ray job submit` and `jobs.submit` to clusters of its own on loopback, with a token and without: what users see."""
 
 from __future__ import annotations
 
@@ -68,11 +68,20 @@ class Cluster:
         job = f"/api/jobs/{submitted[1]}"
         return done.returncode, self.get(job)["status"], self.get(f"{job}/logs")["logs"]
 
-    def get(self, path: str, *, token: bool = True) -> dict:
+    def submit_ours(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """`python -m jobs.submit` from this checkout, where no mode of authentication is set."""
+        values = {name: value for name, value in self.environment.items() if name != "RAY_AUTH_MODE"}
+        return subprocess.run(
+            [sys.executable, "-m", "jobs.submit", *words],
+            env=values | (env or {}), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+
+    def get(self, path: str, *, token: bool = True, method: str = "GET") -> dict:
         own = self.environment.get("RAY_AUTH_TOKEN")
         headers = {"Authorization": f"Bearer {own}"} if token and own else {}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
+        request = urllib.request.Request(self.address + path, headers=headers, method=method)
+        with opener.open(request, timeout=30) as answer:
             return json.load(answer)
 
 
@@ -182,6 +191,49 @@ def test_a_job_succeeds(cluster: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+def test_our_submission_ends_as_the_job_does(cluster: Cluster, tmp_path: Path) -> None:
+    """Lines, exit status, and what MLflow gets to know of a checkout whose .git stays behind."""
+    done = cluster.submit_ours("--wait", "--", *pretrain(tmp_path / "run").split(), env={"LOGNAME": "ada"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(rf"working directory: \S+ MB in [\d,]+ files from {re.escape(str(ROOT))}", lines[0])
+    assert f"a new run in {tmp_path / 'run'}" in lines
+    assert re.fullmatch(r"job \w+: SUCCEEDED, exit status 0", lines[-1])
+    assert not CONTROL.search(done.stdout)
+    start = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert start["tags"]["simmatch.git_commit"].rstrip("+") == (commit or "unknown")
+    assert start["tags"]["mlflow.user"] == "ada"
+    failed = cluster.submit_ours("--wait", "--working-dir", "", "--env", "A=7", "--", "sh", "-c", "exit $A")
+    assert failed.returncode == 7, failed.stdout + failed.stderr
+
+
+STOPPED = """
+trap 'touch {0}/asked; python -c "import time; time.sleep(5)"; touch {0}/ended; exit 0' TERM
+touch {0}/begun
+while true; do sleep 0.1; done
+"""
+"""Takes 5 s to end when it is asked to; Ray kills after 3 s by itself."""
+
+
+def test_a_stopped_job_has_the_time_it_was_given(cluster: Cluster, tmp_path: Path) -> None:
+    """The variable of the runtime environment reaches Ray's supervisor of the job."""
+    words = ["--working-dir", "", "--submission-id", "slow", "--", "sh", "-c", STOPPED.format(tmp_path)]
+    done = cluster.submit_ours(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deadline = time.monotonic() + LIMIT_S
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    cluster.get("/api/jobs/slow/stop", method="POST")
+    while (status := cluster.get("/api/jobs/slow")["status"]) not in ("STOPPED", "FAILED", "SUCCEEDED"):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.1)
+    assert (tmp_path / "asked").exists()
+    assert (tmp_path / "ended").exists()
+    assert status == "STOPPED"
+
+
 WHERE = """
 import importlib.util, sys
 import ray
@@ -207,6 +259,31 @@ def test_workers_take_the_packages_from_the_working_directory(cluster: Cluster) 
     )  # fmt: skip
     for output, folder in ((logs, r"/\S+/working_dir_files/\w+"), (joined.stdout, re.escape(str(cluster.working_dir)))):
         assert re.search(", ".join(rf"'{folder}/{package}/__init__\.py'" for package in packages), output), output
+
+
+SENT = """
+import importlib.util
+
+from jobs import ray_session
+
+ray_session._other_nodes = lambda *_: ["203.0.113.7"]
+print(ray_session.start_ray(1, 60.0))
+import ray
+
+print(ray.get(ray.remote(num_cpus=1)(lambda: importlib.util.find_spec("jobs").origin).remote()))
+"""
+"""A driver that takes the only node for one of another machine. Prints where its worker finds our code."""
+
+
+@pytest.mark.fault
+def test_a_driver_sends_its_checkout_to_other_nodes(cluster: Cluster) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SENT], env=cluster.environment | {"RAY_ADDRESS": cluster.control},
+        cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=True,
+    )  # fmt: skip
+    said, found = done.stdout.splitlines()
+    assert re.search(r", this checkout \(\S+ MB in [\d,]+ files\) sent to 1 other node$", said)
+    assert re.search(r"/working_dir_files/\w+/jobs/__init__\.py$", found)
 
 
 def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster) -> None:
