@@ -249,8 +249,11 @@ def _batch(config: RunConfig, layer: LayerSizes) -> int:
     explicit = layer.config.train.positions is not None or layer.columns == layer.images
     patches = layer.columns * layer.patch if explicit else layer.images * layer.input
     objective = min(layer.columns, OBJECTIVE_COLUMNS) * (layer.patch + layer.channels)
-    if dynamics.exchange == "gather_state" and ranks > 1:
-        columns, gathered = -(-layer.columns // ranks), 5 * layer.channels * layer.width
+    exact = config.reduce == "exact"
+    if dynamics.exchange == "gather_state" and (ranks > 1 or exact):
+        value = 8 if config.dtype == "float64" else 4
+        copies = 3 + 4 * 8 // value if exact else 5  # integers of a rank, sent, received, and of a block
+        columns, gathered = -(-layer.columns // ranks), copies * layer.channels * layer.width
         return gathered + patches + objective + 5 * columns * layer.channels
     tile = min(layer.columns, dynamics.columns_per_tile(layer.channels))
     in_flight = dynamics.tiles_in_flight if ranks > 1 else 1

@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     layouts = options.layouts if options.layouts is not None else (QUICK_LAYOUTS if options.quick else LAYOUTS)
     widths = options.channels if options.channels is not None else (QUICK_WIDTHS if options.quick else WIDTHS)
     if layouts:
-        _jobs({name: LAYOUTS[name] for name in layouts}, options, report)
+        _jobs(layouts, options, report)
     if widths:
         _prices(widths, options, report)
 
@@ -75,9 +75,11 @@ def run(options: argparse.Namespace, report: Report) -> None:
 # -- one digest --------------------------------------------------------------------------------------------------------
 
 
-def _jobs(layouts: Mapping[str, Mapping[str, int]], options: argparse.Namespace, report: Report) -> None:
+def _jobs(names: Iterable[str], options: argparse.Namespace, report: Report) -> None:
     """A row for every layout and, if there is more than one, for the job that is killed."""
-    command = [*_command(options)]
+    config, command = _job(options)
+    stages = len(config.model.layers) if config.model.schedule == "together" else 1
+    layouts = {name: LAYOUTS[name] for name in names if LAYOUTS[name].get("layer", 1) <= stages}
     rows: list[dict[str, Any]] = []
     names = [*layouts, *([f"{_text(KILLED)}, killed, then {_text(CONTINUED)}"] if len(layouts) > 1 else [])]
     with report.progress(len(names)) as step:
@@ -102,14 +104,14 @@ def digest_of(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def _command(options: argparse.Namespace) -> Iterator[str]:
-    """Arguments of the job, without layout and run directory."""
-    path = Path(options.config).absolute()
-    yield from ("--config", str(path))
+def _job(options: argparse.Namespace) -> tuple[RunConfig, list[str]]:
+    """The configuration, and the arguments of `jobs.pretrain` without layout and run directory."""
+    path, assignments = Path(options.config).absolute(), ["reduce=exact", "cluster.threads_per_rank=1"]
     layers = len(parse(RunConfig, override(read_yaml(path), list(options.set))).model.layers)
-    assignments = [f"model.layers.{index}.dynamics.exchange=gather_state" for index in range(layers)]
-    for assignment in (*assignments, "reduce=exact", "cluster.threads_per_rank=1", *options.set):
-        yield from ("--set", assignment)
+    assignments += [f"model.layers.{index}.dynamics.exchange=gather_state" for index in range(layers)]
+    assignments += options.set
+    config = parse(RunConfig, override(read_yaml(path), assignments))
+    return config, ["--config", str(path), *(word for each in assignments for word in ("--set", each))]
 
 
 def _mesh(extents: Mapping[str, int]) -> list[str]:
