@@ -9,7 +9,8 @@ rounding; let A < 2^e, and B ≤ 2^b be the number of terms. With s = 60 − b �
 
 **Rounding.** A term is rounded by at most 2^−(s + 1), exactly none of it where |x_b| ≥ 2^(p − s) with p the digits of
 the dtype (24 or 53). The sum is therefore off by at most B · 2^−(s + 1) < A · 2^(2b − 60): 2^−46 A for 128 terms. A sum
-in float32 is off by up to (B − 1) 2^−24 Σ |x_b|. The result is rounded to the dtype once.
+in float32 is off by up to (B − 1) 2^−24 Σ |x_b|, and in float64 by 2^−53, so for float64 the integers are the coarser
+ones. The result is rounded to the dtype once.
 
 Source: fixed-point accumulation, Kulisch, "Computer arithmetic and validity" (2008); here with one word, and a bound of
 the magnitudes in place of all exponents.
