@@ -30,8 +30,11 @@ from typing import Any
 import torch
 
 from cluster.collectives import connect_store, join_group, open_store
+from cluster.connections import join_mesh
+from cluster.mesh import MeshConfig
 from cluster.network import LOOPBACK, interface_of
-from simmatch.sharding.exchange import IDENTITY, Exchange
+from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
 
 EXIT_S = 5.0
 """How long a process may take to exit once its pipe is closed; then it is killed."""
@@ -55,10 +58,10 @@ class Host:
 
 @dataclass(frozen=True)
 class ProcessStart:
-    """The first message to a process: its rank in the group, its threads and the longest wait for another rank."""
+    """The first message to a process: its rank, the group's mesh, its threads, the longest wait for another rank."""
 
     rank: int
-    world_size: int
+    mesh: MeshConfig
     threads: int
     address: str
     timeout_s: float
@@ -66,10 +69,15 @@ class ProcessStart:
 
 @dataclass
 class Member:
-    """A rank as its programs see it: the way to the others, and what programs keep for the next one."""
+    """A rank as its programs see it: the ways to the others, and what programs keep for the next one."""
 
-    exchange: Exchange
+    mesh: Mesh
     kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exchange(self) -> Exchange:
+        """Connects all ranks."""
+        return self.mesh.everyone
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class RankGroup:
     hosts: one per rank; a single one needs no rendezvous.
     threads: torch threads of each.
     timeout_s: longest wait of a rank for another, and of the caller for the processes to start.
+    mesh: of the ranks; None: all are shards of one replica and stage.
 
     Examples
     --------
@@ -99,8 +108,11 @@ class RankGroup:
     ...     group.ask(program, 3)  # [answer of rank 0, answer of rank 1]
     """
 
-    def __init__(self, hosts: Sequence[Host], *, threads: int, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, hosts: Sequence[Host], *, threads: int, timeout_s: float = 120.0, mesh: MeshConfig | None = None
+    ) -> None:
         self.hosts, self.threads, self.timeout_s = tuple(hosts), threads, timeout_s
+        self.mesh = mesh or MeshConfig(channel=max(1, len(self.hosts)))
         self.processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
 
@@ -134,7 +146,7 @@ class RankGroup:
             self._pipes.append(ours)
             with theirs:
                 self.processes.append(_launch(host, theirs.fileno(), self.threads))
-            seat = ProcessStart(rank, len(self.hosts), self.threads, host.address, self.timeout_s)
+            seat = ProcessStart(rank, self.mesh, self.threads, host.address, self.timeout_s)
             self._send(rank, pickle.dumps(seat))
         if len(self.hosts) > 1:
             (port,) = self._collect(range(1), self.timeout_s)
@@ -237,8 +249,9 @@ def serve(descriptor: int) -> None:
 def _meet(pipe: Connection) -> Member:
     seat: ProcessStart = pickle.loads(pipe.recv_bytes())
     torch.set_num_threads(seat.threads)
-    if seat.world_size == 1:
-        return Member(IDENTITY)
+    world_size, cpu = seat.mesh.world_size, torch.device("cpu")
+    if world_size == 1:
+        return Member(Mesh())
     name, own = interface_of(None, seat.address)
     os.environ["GLOO_SOCKET_IFNAME"] = name  # read by gloo when the group is made: there is no argument for it
     if seat.rank == 0:
@@ -247,4 +260,5 @@ def _meet(pipe: Connection) -> Member:
     else:
         address, port = pickle.loads(pipe.recv_bytes())
         store = connect_store(address, port, seat.timeout_s)
-    return Member(join_group(store, 0, seat.rank, seat.world_size, torch.device("cpu"), seat.timeout_s))
+    everyone = join_group(store, 0, seat.rank, world_size, cpu, seat.timeout_s)
+    return Member(join_mesh(everyone, seat.mesh, cpu, link_timeout_s=seat.timeout_s))

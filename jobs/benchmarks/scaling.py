@@ -9,6 +9,8 @@ nothing. `ratio_fastest` is that to the fastest of one rank's solvers: what spli
 The layer has k = 5 and as many columns per image as the image has pixels: N = 784 B for B images of Fashion-MNIST.
 Beside the ratio stand exchanges and bytes of one update, which are exact, and the share of time spent waiting.
 
+`--axes` measures the other axes of a mesh instead: replicas of a layer, and stages of a stack (`jobs.benchmarks.axes`).
+
 The wider the layer and the larger the batch, the longer an update: `--update-seconds` cuts the batch to the images that
 one rank can learn from in that time. Rows and figures say how many there were.
 """
@@ -24,6 +26,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from jobs.benchmarks import axes as other_axes
 from jobs.benchmarks import sweep
 from jobs.benchmarks.processes import Host, RankGroup
 from jobs.benchmarks.sweep import Cell, Sizes
@@ -76,6 +79,9 @@ def baseline(way: str, configs: Mapping[str, DynamicsConfig]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--ranks", type=at_least(2), default=2, metavar="G", help="number of shards (default: 2)")
+    parser.add_argument(
+        "--axes", action="store_true", help="replicas of a layer and stages of a stack, two ranks of one thread each"
+    )
     sweep.add_arguments(parser, FULL, QUICK, "one rank")
 
 
@@ -87,6 +93,9 @@ def run(options: argparse.Namespace, report: Report) -> None:
     ConfigError
         Options out of range.
     """
+    if options.axes:
+        other_axes.run(options, report)
+        return
     sizes = sweep.sizes_of(options, FULL, QUICK, options.ranks)
     threads: int = options.threads or options.ranks
     if threads % options.ranks:

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from cluster.connections import Traffic
 from jobs.benchmarks.problems import Recipe
 from jobs.benchmarks.processes import Member, RankGroup
 from jobs.benchmarks.timing import Timings, alternate
@@ -24,7 +25,6 @@ from simmatch.data.config import DataConfig
 from simmatch.data.order import epoch_order
 from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 
 KERNEL, PADDING = 5, 2
@@ -120,28 +120,29 @@ def set_up(member: Member, name: str, dynamics: DynamicsConfig, batch: int, seed
 def update(member: Member, name: str) -> Sample:
     """One update from the state that was set up."""
     bench: LayerUnderTest = member.kept[name]
-    exchange = member.exchange
+    exchange, traffic = member.exchange, Traffic(member.mesh)
     bench.layer.load_state_dict(bench.state)
     bench.layer.certify()  # all ranks together, as an update does
     exchange.all_gather(torch.zeros(exchange.world_size, 1)).wait()  # all start together
-    before = (exchange.num_exchanges, exchange.bytes_exchanged, exchange.waited_s)
+    before = (traffic.num_exchanges, traffic.bytes_exchanged, traffic.waited_s)
     start = time.perf_counter()
     solution = bench.layer.partial_fit(bench.images)
     seconds = time.perf_counter() - start
     return Sample(
         seconds=seconds,
-        waited_s=exchange.waited_s - before[2],
-        exchanges=exchange.num_exchanges - before[0],
-        bytes=exchange.bytes_exchanged - before[1],
+        waited_s=traffic.waited_s - before[2],
+        exchanges=traffic.num_exchanges - before[0],
+        bytes=traffic.bytes_exchanged - before[1],
         iterations=solution.num_iters,
         residual=float(solution.residual.amax()) if solution.residual.numel() else 0.0,
     )
 
 
 def weight_change(member: Member, name: str) -> Tensor:
-    """What the last update changed in the own rows of W: [K_g, C, k, k]."""
+    """What the last update changed in the own rows of W: [K_g, C, k, k]; none of them on any replica but the first."""
     bench: LayerUnderTest = member.kept[name]
-    return bench.layer.feedforward - bench.state["feedforward"]
+    change = bench.layer.feedforward - bench.state["feedforward"]
+    return change if member.mesh.replicas.rank == 0 else change[:0]
 
 
 def discard(member: Member, name: str) -> None:
@@ -152,7 +153,7 @@ def discard(member: Member, name: str) -> None:
 def _build(
     member: Member, channels: int, in_channels: int, dynamics: DynamicsConfig, seed: int, reduce: Reduce
 ) -> SimilarityMatchingConv2d:
-    exchange = member.exchange
+    owners = member.mesh.owners
     return SimilarityMatchingConv2d(
         in_channels,
         channels,
@@ -161,8 +162,8 @@ def _build(
         normalize="contrast",
         dynamics=dynamics,
         seed=seed,
-        rows=split_rows(channels, exchange.world_size)[exchange.rank],
-        mesh=Mesh.of_owners(exchange),
+        rows=split_rows(channels, owners.world_size)[owners.rank],
+        mesh=member.mesh,
         reduce=reduce,
     )
 
