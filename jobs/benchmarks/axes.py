@@ -153,16 +153,18 @@ def _show_cells(cells: list[Cell], report: Report) -> None:
 
 def stack_of(images: Tensor) -> Stack:
     """Two layers whose updates, with the encoding for the layer above, take about as long as each other."""
-    train = TrainConfig(batch_size=BATCH)
+    train, height = TrainConfig(batch_size=BATCH), images.shape[2]
+    kernel = 5 if height > 16 else 3
+    pool = (height - kernel + 1) // 2
     layers = (
-        LayerConfig(out_channels=32, kernel_size=5, normalize="contrast", pool=12, train=train),
+        LayerConfig(out_channels=32, kernel_size=kernel, normalize="contrast", pool=pool, train=train),
         LayerConfig(out_channels=SECOND_CHANNELS, kernel_size=3, normalize="contrast", train=train),
     )
     model = ModelConfig(layers=layers, schedule="together")
     return Stack(model, InputConfig.of(images, num_classes=0))
 
 
-SECOND_CHANNELS = 176
+SECOND_CHANNELS = 200
 """Of the stack's second layer: chosen by measurement."""
 
 

@@ -144,6 +144,44 @@ def test_no_process_is_left(rows: list[dict[str, Any]]) -> None:
     assert left_behind() == []
 
 
+@pytest.fixture(scope="module")
+def other_axes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Replicas and stages, on one thread each."""
+    run_dir = tmp_path_factory.mktemp("axes")
+    common = ["--quick", "--data", "digits", "--channels", str(CHANNELS), "--run-dir", str(run_dir)]
+    assert main(["scaling", "--axes", *common]) == 0
+    return [json.loads(line) for line in (run_dir / "scaling.jsonl").read_text().splitlines()]
+
+
+def test_replicas_make_the_update_of_shards_and_of_one_rank(other_axes: list[dict[str, Any]]) -> None:
+    """To the tolerance of the dynamics. Replicas exchange sums: half of W and M, twice, and the bound."""
+    found = {row["way"]: row for row in other_axes if row["kind"] == "replicas"}
+    assert list(found) == [
+        *ONE,
+        "1 × 2, every_iteration",
+        "1 × 2, gather_state",
+        "2 × 1, accelerated",
+        "2 × 1, coordinate_descent",
+    ]
+    for row in found.values():
+        assert row["residual"] <= row["tolerance"]
+        assert row["distance"] < 0.05
+        assert row["counts_repeat"]
+    half = -(-CHANNELS * (PATCH + CHANNELS) // 2)
+    for way in ("2 × 1, accelerated", "2 × 1, coordinate_descent"):
+        assert found[way]["bytes_per_rank"][0] >= 2 * half * FLOAT
+        assert found[way]["bytes_per_rank"][0] < 2 * half * FLOAT + 40 * CHANNELS
+
+
+def test_stages_learn_the_bits_of_one_rank(other_axes: list[dict[str, Any]]) -> None:
+    alone, pair = (row for row in other_axes if row["kind"] == "stages")
+    assert alone["bits_equal"]
+    assert pair["bits_equal"]
+    assert alone["busy"] == [1.0]
+    assert len(pair["busy"]) == 2
+    assert all(0 < share <= 1 for share in pair["busy"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
