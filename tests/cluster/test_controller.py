@@ -38,11 +38,11 @@ from cluster.messages import (
     TrainingWarning,
 )
 from cluster.policy import LONGEST_PAUSE_S, Failure, FailurePolicy, GroupFailure, Restart, Stop
-from cluster.summary import RunRecord, summarise
+from cluster.summary import ABANDONED, RunRecord, abandoned, summarise, updates_at
 from cluster.tracking.events import MetricsEvent, ParamsEvent, TagsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.training import Assignment
-from simmatch.config import ConfigError
+from simmatch.config import ConfigError, LayerConfig, ModelConfig, TrainConfig
 from simmatch.documents import dump_json
 from simmatch.files import write_whole
 
@@ -778,6 +778,36 @@ def test_what_a_diverged_branch_recorded_is_dropped(scene: MakeScene, tmp_path: 
     assert (record.curves[0][-1][1]["objective"], record.images) == (0.9, 160)
     record.forget({0: 0})
     assert record.curves == {}
+
+
+def test_what_stages_exchange_is_added_and_their_waits_are_kept_apart() -> None:
+    """Each counts from the start of its group; images are those that any of them has heard of."""
+    record = RunRecord()
+    record.start_group(0)
+    record.add(replace(metrics_of(0, 5, exchanged=1000.0, images=100), window_s=2.0, waiting_share=0.25), stage=0)
+    record.add(replace(metrics_of(1, 5, exchanged=400.0, images=80), window_s=2.0, waiting_share=0.5), stage=1)
+    record.add(replace(metrics_of(0, 10, exchanged=2000.0, images=200), window_s=6.0, waiting_share=0.0), stage=0)
+    assert (record.bytes_exchanged, record.num_exchanges, record.images) == (2400.0, 24.0, 200)
+    assert record.waits == {0: (8.0, 0.5), 1: (2.0, 1.0)}
+    record.start_group(0)
+    record.add(metrics_of(1, 10, exchanged=100.0), stage=1)
+    assert record.bytes_exchanged == 2500.0
+
+
+def test_the_records_of_layers_that_learn_together_are_given_up_from_one_update_of_the_pass() -> None:
+    layers = [LayerConfig(out_channels=8, kernel_size=1, train=TrainConfig(start_after=start)) for start in (0, 3, 20)]
+    model = ModelConfig(layers=tuple(layers), schedule="together")
+    updates = updates_at(Cursor(step=12, layer=0, updates=12), model)
+    assert updates == {0: 12, 1: 9, 2: 0}
+    frozen = model.model_copy(update={"freeze_below": True})
+    assert updates_at(Cursor(step=12, layer=0, updates=12), frozen) == {0: 3, 1: 9, 2: 0}
+    marks = {int(layer): int(number) for layer, number in ABANDONED.findall(abandoned(updates))}
+    assert marks == updates
+    record = RunRecord()
+    for layer, update in ((0, 10), (0, 15), (1, 5), (1, 10), (2, 1)):
+        record.add(metrics_of(layer, update))
+    record.forget(marks)
+    assert {layer: [update for update, _ in curve] for layer, curve in record.curves.items()} == {0: [10], 1: [5]}
 
 
 def test_where_a_node_does_not_come_back_the_run_goes_on_with_fewer_shards(scene: MakeScene, tmp_path: Path) -> None:

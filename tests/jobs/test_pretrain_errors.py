@@ -84,7 +84,18 @@ def refuse(
         ("mesh.channel=0", "mesh.channel: expected greater than 0, got 0"),
         ("mesh.channel=17", "mesh.channel: expected at most 16, the out_channels of model.layers.0, got 17"),
         ("cluster.min_shards=3", "cluster.min_shards: expected at most mesh.channel=2, got 3"),
-        ("mesh.data=2", "mesh.data: expected 1, got 2"),
+        (
+            "mesh.layer=2",
+            "mesh.layer: expected at most 1, as layers learn one after the other (model.schedule: greedy), got 2; the "
+            "nearest mesh that fits is data 1 × layer 1 × channel 2",
+        ),
+        (
+            "mesh.data=51",
+            "mesh.data: expected at most 50, the images of a batch of model.layers.0, got 51; the nearest mesh that "
+            "fits is data 50 × layer 1 × channel 2",
+        ),
+        ("data.train_images=30 --set mesh.data=40", "mesh.data: expected at most 30, the images of a batch of"),
+        ("mesh.data=2 --set cluster.min_shards=1", "cluster.min_shards: expected none with data 2 × layer 1 × channel"),
         (
             "model.layers.0.kernel_size=11",
             "model.layers.0.kernel_size: expected at most 10 for images of 8 × 8 with padding 1, got 11",
@@ -116,7 +127,7 @@ def refuse(
     ],
 )
 def test_a_wrong_value_is_named(refuse: Refuse, assignment: str, message: str) -> None:
-    assert message in refuse("--set", assignment)
+    assert message in refuse(*f"--set {assignment}".split(" ") if "--set" in assignment else ("--set", assignment))
 
 
 def test_devices_that_this_machine_lacks_are_refused_before_anything_starts(
