@@ -54,7 +54,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
         Options out of range.
     """
     sizes = sweep.sizes_of(options, FULL, QUICK, RANKS)
-    images = sample(options.data, max(max(sizes.batches), BATCH * UPDATES), options.seed)
+    updates = QUICK_UPDATES if options.quick else UPDATES
+    images = sample(options.data, max(max(sizes.batches), BATCH * updates), options.seed)
     with report.progress(len(sizes.channels) * (len(sizes.batches) + 1) + 1) as step:
         cells = []
         with (
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
             RankGroup([Host()], threads=1) as one,
             RankGroup([Host()] * RANKS, threads=1, mesh=MeshConfig(layer=RANKS)) as stages,
         ):
-            _stages(one, stages, images, options, report)
+            _stages(one, stages, images[: BATCH * updates], options, report)
 
 
 # -- replicas of a layer -----------------------------------------------------------------------------------------------
@@ -231,12 +232,8 @@ class _Passes:
 
 
 def _stages(one: RankGroup, stages: RankGroup, images: Tensor, options: argparse.Namespace, report: Report) -> None:
-    updates = QUICK_UPDATES if options.quick else UPDATES
     watch = Stopwatch()
-    ways = {
-        name: _Passes(group, images[: BATCH * updates], watch)
-        for name, group in (("one rank", one), ("two stages", stages))
-    }
+    ways = {name: _Passes(group, images, watch) for name, group in (("one rank", one), ("two stages", stages))}
     timings: Timings = alternate(ways, options.rounds, clock=watch)
     equal = ways["one rank"].digests == ways["two stages"].digests
     rows = []
@@ -246,16 +243,16 @@ def _stages(one: RankGroup, stages: RankGroup, images: Tensor, options: argparse
         report.row(
             kind="stages",
             way=name,
-            updates=updates,
-            images=BATCH * updates,
+            updates=len(images) // BATCH,
+            images=len(images),
             busy=busy,
             bits_equal=equal,
             target=STAGES_TARGET,
             **timings.spread(name).fields("seconds"),
-            **timings.rate(name, BATCH * updates).fields("images_per_second"),
+            **timings.rate(name, len(images)).fields("images_per_second"),
             **ratio.fields("ratio"),
         )
-        rate = timings.rate(name, BATCH * updates).median
+        rate = timings.rate(name, len(images)).median
         shares = ", ".join(f"{100 * share:.0f} %" for share in busy)
         bits = "yes" if equal else "no"
         rows.append([name, timings.spread(name).median, rate, ratio.median, STAGES_TARGET, shares, bits])

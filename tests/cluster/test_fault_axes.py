@@ -25,8 +25,8 @@ MESHES: dict[str, dict[str, int]] = {"stages": {"layer": 2}, "replicas": {"data"
 FAULTS: dict[Kind, str] = {
     "kill": "",
     "stop": "",
-    "exception": "exception on rank {rank}: InjectedError: injected",
-    "nan lateral": "non-finite {what} on rank {rank}",
+    "exception": "InjectedError: injected",
+    "nan lateral": "non-finite ",
     "memory": "out of GPU memory",
 }
 """Kind of a fault → part of the message with which the run ends; none where it goes on by itself."""
@@ -87,9 +87,9 @@ def test_a_run_ends_as_if_nothing_had_happened(
     assert "Traceback" not in shown or kind not in ("kill", "stop")
     if FAULTS[kind]:
         assert (status, summary["status"]) == (1, "FAILED"), shown
-        message = FAULTS[kind].format(rank=rank, what="activities")
-        assert message in summary["message"] or message.replace("activities", "weights") in summary["message"], shown
-        assert f"layer {layer}" in summary["message"]
+        assert FAULTS[kind] in summary["message"], shown
+        assert f"layer {layer}" in summary["message"], shown
+        assert f"rank {rank}" in summary["message"], shown
         cell.start(None)
         assert cell.end() == 0, cell.out
         assert re.search(NEWEST, cell.out[-1]), cell.out[-1]
