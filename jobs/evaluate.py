@@ -49,6 +49,7 @@ from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
 from simmatch.memory import machine_bytes
 from simmatch.model import Stack
+from simmatch.schedule import check_starts
 
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
 TABLE = "table.md"
@@ -135,7 +136,8 @@ def check(config: EvaluationConfig, material: Material) -> None:
         for model in row.models():
             try:
                 Stack(model, material.source)
-            except ConfigError as error:
+                check_starts(model, len(material.train))
+            except ValueError as error:
                 raise ConfigError(f"stacks.{name}.{error}") from None
 
 

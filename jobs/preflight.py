@@ -24,6 +24,7 @@ from simmatch.geometry import PatchConfig
 from simmatch.labels import UNLABELLED
 from simmatch.memory import machine_bytes
 from simmatch.model import layer_inputs
+from simmatch.schedule import check_starts
 
 
 def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_dataset) -> Dataset:
@@ -58,6 +59,10 @@ def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_datase
             steps_per_epoch(len(dataset.train_images), layer.train.batch_size, images=layer.train.images)
         except ValueError as error:
             raise ConfigError(f"model.layers.{index}.train.images: {error}") from None
+    try:
+        check_starts(config.model, len(dataset.train_images))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     check_whitening(config, dataset.source, memory_of_ranks())
     wanted, available = config.probe.train_images, len(dataset.train_images)
     if wanted is not None and wanted > available:

@@ -88,7 +88,7 @@ class Encoder:
         observer.advanced(index, store.features)
         if config.supervised and index >= self.settled:
             everyone = setup.mesh.everyone
-            yz = SumOverRanks(layer.label, everyone, ordered=setup.reduce == "exact")
+            yz = SumOverRanks(layer.label, everyone, ordered=True)  # no bit of V depends on the number of ranks
             zz = SumOverRanks(layer.label.new_zeros(classes, classes), everyone, ordered=False)
             for part in store.parts:
                 if part.start < part.stop:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from simmatch.data.order import steps_per_epoch
+
 if TYPE_CHECKING:
     from simmatch.config import ModelConfig
 
@@ -55,6 +57,26 @@ def check_schedule(model: ModelConfig) -> None:
         if given < least:
             why = "as freeze_below then stops the layer below" if model.freeze_below else "where the layer below begins"
             raise ValueError(f"expected {where}.start_after of at least {least}, {why}, got {given}")
+
+
+def check_starts(model: ModelConfig, num_images: int) -> None:
+    """Check that every layer begins before the end of the pass, where all layers learn together from so many images.
+
+    Raises
+    ------
+    ValueError
+        As for `learning_updates`.
+
+    >>> from simmatch.config import LayerConfig, ModelConfig, TrainConfig
+    >>> layers = [LayerConfig(out_channels=8, kernel_size=3, train=TrainConfig(start_after=n)) for n in (0, 60)]
+    >>> check_starts(ModelConfig(layers=layers, schedule="together"), num_images=5000)
+    Traceback (most recent call last):
+    ValueError: model.layers.1.train.start_after: expected less than 50, the updates of the pass, got 60
+    """
+    if model.schedule == "together":
+        train = model.layers[0].train
+        images = None if train.images is None else min(train.images, num_images)
+        learning_updates(model, train.epochs * steps_per_epoch(num_images, train.batch_size, images=images))
 
 
 def learning_updates(model: ModelConfig, total: int) -> list[range]:

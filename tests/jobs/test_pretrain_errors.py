@@ -130,6 +130,23 @@ def test_a_wrong_value_is_named(refuse: Refuse, assignment: str, message: str) -
     assert message in refuse(*f"--set {assignment}".split(" ") if "--set" in assignment else ("--set", assignment))
 
 
+@pytest.mark.parametrize(
+    ("start_after", "message"),
+    [
+        (29, "model.layers.1.train.start_after: expected less than 29, the updates of the pass, got 29"),
+        (-1, "model.layers.1.train.start_after: expected greater than or equal to 0, got -1"),
+    ],
+)
+def test_a_layer_that_would_begin_after_the_end_is_refused(refuse: Refuse, start_after: int, message: str) -> None:
+    """1,437 images by 50."""
+    values = (
+        "model.schedule=together",
+        "model.layers.1.train.epochs=1",
+        f"model.layers.1.train.start_after={start_after}",
+    )
+    assert refuse(*(word for value in values for word in ("--set", value))) == message
+
+
 def test_devices_that_this_machine_lacks_are_refused_before_anything_starts(
     refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:

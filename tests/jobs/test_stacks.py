@@ -12,39 +12,41 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.training import Assignment, Training
+from jobs.evaluation.learners import BATCH
 from jobs.evaluation.nonnegative import COUNTED_IMAGES, NonnegativeCodes
 from jobs.evaluation.stacks import StackLearner
 from simmatch.config import ModelConfig, parse
 from simmatch.data.sources import Dataset, to_unit
+from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
-from simmatch.model import InputConfig, pooled
+from simmatch.model import InputConfig, Stack, pooled
 from simmatch.sharding.mesh import Mesh
 
 SOURCE = InputConfig(in_channels=1, height=8, width=8, num_classes=10)
 
-MODEL = {
-    "layers": [
-        {
-            "out_channels": 8,
-            "kernel_size": 3,
-            "normalize": "contrast",
-            "whiten": True,
-            "pool": 3,
-            "power": 0.5,
-            "train": {"images": 200, "batch_size": 20, "positions": 10},
-            "dynamics": {"solver": "coordinate_descent", "exchange": "gather_state"},
-        },
-        {
-            "out_channels": 12,
-            "kernel_size": "full",
-            "whiten": True,
-            "supervised": True,
-            "label_gain": 30.0,
-            "train": {"epochs": 2, "batch_size": 50},
-            "dynamics": {"solver": "coordinate_descent", "exchange": "gather_state", "tolerance": 1e-3},
-        },
-    ]
-}
+LAYERS: list[dict[str, Any]] = [
+    {
+        "out_channels": 8,
+        "kernel_size": 3,
+        "normalize": "contrast",
+        "whiten": True,
+        "pool": 3,
+        "power": 0.5,
+        "train": {"images": 200, "batch_size": 20, "positions": 10},
+        "dynamics": {"solver": "coordinate_descent", "exchange": "gather_state"},
+    },
+    {
+        "out_channels": 12,
+        "kernel_size": "full",
+        "whiten": True,
+        "supervised": True,
+        "label_gain": 30.0,
+        "train": {"epochs": 2, "batch_size": 50},
+        "dynamics": {"solver": "coordinate_descent", "exchange": "gather_state", "tolerance": 1e-3},
+    },
+]
+
+MODEL = {"layers": LAYERS}
 
 
 class Silent:
@@ -66,6 +68,24 @@ def learnt(digits: Dataset, seed: int = 0) -> StackLearner:
     learner = StackLearner(parse(ModelConfig, MODEL), SOURCE, seed, pool=3)
     learner.fit(to_unit(digits.train_images, torch.float32), digits.train_labels)
     return learner
+
+
+def test_layers_that_learn_together_are_those_of_the_trainer(digits: Dataset) -> None:
+    """To the bit, by the activities solved to the tolerance that the comparison uses throughout."""
+    layers = [{**layer, "train": {"batch_size": 100, "start_after": 3 * index}} for index, layer in enumerate(LAYERS)]
+    config = parse(ModelConfig, {"layers": layers, "schedule": "together"})
+    learner = StackLearner(config, SOURCE, seed=0, pool=3)
+    images = to_unit(digits.train_images, torch.float32)
+    learner.fit(images, digits.train_labels)
+    stack = Trainer(
+        Stack(config, SOURCE, seed=0), images, digits.train_labels, encode_batch=BATCH, to_tolerance=True
+    ).fit()
+    for name, value in learner.stack.state_dict().items():
+        assert torch.equal(value, stack.state_dict()[name]), name
+    blocks, scores = learner.outputs(images)
+    assert [block.shape for block in blocks] == [(1437, 8 * 3 * 3), (1437, 12)]
+    assert scores is not None
+    assert (scores.argmax(dim=1) == digits.train_labels).float().mean() > 0.5  # chance is 0.1
 
 
 def test_the_first_layer_is_the_one_that_a_rank_learns(digits: Dataset, tmp_path: Path) -> None:
