@@ -8,7 +8,8 @@
 Nothing flows backward. So the layers can be split into stages on different ranks (axis `layer`): a stage sends batch u
 on and learns from batch u + 1, while the stage above learns from batch u. Weights are the same bits at any number of
 stages. Messages from stage to stage, in this order, for every update: the batch (empty while no layer above has begun);
-then, for each layer above that begins, the images from which it is calibrated, in blocks.
+then, for each layer above that begins, the images from which it is calibrated, in blocks. A replica reads, encodes and
+sends on its own images of every batch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from simmatch.learning import Learner, Setup
 from simmatch.model import layer_inputs, pooled
 from simmatch.observer import Pass
 from simmatch.schedule import learning_updates
+from simmatch.sharding.columns import Part
 from simmatch.sharding.passing import Inlet, Outlet
 from simmatch.sharding.state import gather_from_ranks
 from simmatch.stages import stages_of
@@ -148,13 +150,22 @@ class Together:
     def _messages(self, first: int) -> Iterator[tuple[int, int]]:
         """The update to which every message from the stage below belongs, and its number of images."""
         for number in range(first + 1, self.total + 1):
-            yield number, self._batches.size(number - 1) if self._begun(number) >= self._own.start else 0
+            size = self._part(self._batches.size(number - 1)).count
+            yield number, size if self._begun(number) >= self._own.start else 0
             for index in self._begins(number, range(self._own.start, len(self.updates))):
                 for block in self._blocks(index):
                     yield number, block.stop - block.start
 
+    def _part(self, images: int) -> Part:
+        """The images of a batch that this replica encodes: its own, or all where a layer splits columns, as its
+        label-free encoding is split over all ranks too."""
+        replicas = self._setup.mesh.replicas
+        apart = all(layer.dynamics.exchange != "gather_state" for layer in self._setup.layers)
+        ranks, rank = (replicas.world_size, replicas.rank) if apart else (1, 0)
+        return Part.of_images(images, 1, ranks=ranks, rank=rank)
+
     def _staged(self, first: int) -> Generator[tuple[Tensor, ...]]:
-        """Of every batch what this stage reads, on the device: the images, on the first stage, and the labels."""
+        """Of every batch what this stage reads, on the device: the images, on the first stage, and all labels."""
         setup = self._setup
         supervised = any(setup.layers[index].supervised for index in self._own)
         labels = setup.labels if supervised else None
@@ -162,7 +173,8 @@ class Together:
         def selected() -> Iterator[Tensors]:
             for number in range(first, self.total):
                 chosen = self._batches[number]
-                images = () if setup.mesh.stage > 0 else (setup.store.stored(chosen),)
+                own = chosen[self._part(len(chosen)).images]
+                images = () if setup.mesh.stage > 0 else (setup.store.stored(own),)
                 yield *images, *(() if labels is None else (labels.index_select(0, chosen.to(labels.device)),))
 
         return setup.store.staged(selected())
@@ -234,8 +246,9 @@ class Together:
             columns = positions or math.prod(layer.patch.map_size(self._shapes[index][1]))
 
             def prepare(batch: Staged) -> Patches:
-                part = layer.sharing.part(batch.images, columns)
-                return layer.prepare(batch.source[part.images], positions, part=part)
+                part, first = layer.sharing.part(batch.images, columns), self._part(batch.images).images.start
+                inside = slice(part.images.start - first, part.images.stop - first)
+                return layer.prepare(batch.source[inside], positions, part=part)
 
             self._setup.observer.started(index, layer)
             total = len(self.updates[index])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simmatch import ModelConfig, Stack
 from simmatch.config import ConfigError, parse
-from simmatch.data.order import epoch_order
+from simmatch.data.order import Batches, epoch_order
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
@@ -206,6 +206,45 @@ def test_owners_and_replicas(exchange: str, replicas: int, owners: int, images: 
     for other in found[1:]:
         assert_equal(other.state_dict(), found[0].state_dict())
     assert_close(found[0], one, 0.2 if exchange == "block" and owners > 1 else 1e-9)
+
+
+class Noted:
+    """Images that note which of them are read."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.shape, self.reads = images, images.shape, []  # type: Tensor, torch.Size, list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        self.reads.append(indices.tolist())
+        return self.images.index_select(0, indices)
+
+
+@pytest.mark.parametrize(("replicas", "stages", "owners"), [(2, 2, 1), (2, 2, 2), (11, 1, 1)])
+def test_a_replica_reads_encodes_and_passes_on_its_own_images(
+    replicas: int, stages: int, owners: int, images: Tensor, labels: Tensor
+) -> None:
+    """One of eleven has none of the ten images of the last batch."""
+    model = model_of(3, (0, 0, 2))
+    one = train(Mesh(), model, images, labels)
+
+    def member(mesh: Mesh) -> tuple[Stack, list[list[int]]]:
+        source = Noted(images)
+        return train(mesh, model, source, labels), source.reads
+
+    found = results(run_meshes(meshes(replicas, stages, owners), member))
+    order = Batches(len(images), 30, epochs=2, seed=SEED, images=100)
+    for rank, (stack, reads) in enumerate(found):
+        assert_equal(stack.state_dict(), found[0][0].state_dict())
+        replica, stage = rank // (stages * owners), rank // owners % stages
+        for number in range(TOTAL):
+            batch = order[number].tolist()
+            own = batch[replica * len(batch) // replicas : (replica + 1) * len(batch) // replicas]
+            assert (own in reads) == (stage == 0)
+            assert batch not in reads
+    assert_close(found[0][0], one, 1e-9)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
