@@ -21,7 +21,7 @@ class CheckpointConfig(Frozen):
     """Updates between two checkpoints; one more is written after every layer."""
 
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; besides, the newest one of an earlier layer."""
 
     patience_s: PositiveFloat = 60.0
     """Shards are written while training continues. Longest wait, when a checkpoint is due, for the one before; after

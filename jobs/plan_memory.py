@@ -287,4 +287,5 @@ def plan_disk(config: RunConfig, source: InputConfig) -> DiskPlan:
         commits = [sum(commits)]
     model = value * sum(layer.whole for layer in layers)
     constants = model - commits[-1]
-    return DiskPlan(constants, max(commits), constants + config.checkpoint.keep * max(commits), model)
+    kept = config.checkpoint.keep + (len(commits) > 1)  # one of an earlier layer
+    return DiskPlan(constants, max(commits), constants + kept * max(commits), model)

@@ -77,14 +77,30 @@ def publish_model(run_dir: AnyPath, name: str) -> None:
 def prune(run_dir: AnyPath, keep: int, step: int) -> None:
     """Delete all but the newest `keep` checkpoints up to `step`, and uncommitted folders before them.
 
+    Also kept is the newest checkpoint of an earlier layer: it is whole where a constant is damaged that all later ones
+    name, the layer that has learnt since.
+
     Later ones belong to an attempt that had gone further, and was perhaps abandoned because they are damaged: they
     neither count nor are deleted; training will write them again.
     """
     newest = folder_of(run_dir, step).name
     folders = [folder for folder in find(run_dir / "checkpoints", "step-*") if folder.name <= newest]
     committed = [folder for folder in folders if exists(folder / MANIFEST)]
-    for folder in folders[: folders.index(committed[-keep])] if len(committed) > keep else []:
-        remove(folder)
+    if len(committed) > keep:
+        earlier = _of_an_earlier_layer(committed)
+        for folder in folders[: folders.index(committed[-keep])]:
+            if folder != earlier:
+                remove(folder)
+
+
+def _of_an_earlier_layer(committed: list[AnyPath]) -> AnyPath | None:
+    """The newest of these checkpoints whose layer is before that of the last one; None if there is none."""
+    with suppress(CheckpointError, OSError):
+        layer = read_manifest(committed[-1]).cursor.layer
+        for folder in reversed(committed) if layer > 0 else ():
+            if read_manifest(folder).cursor.layer < layer:
+                return folder
+    return None
 
 
 def remove_unnamed(run_dir: AnyPath) -> None:

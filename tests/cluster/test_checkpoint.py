@@ -37,7 +37,7 @@ from cluster.checkpoints.shard_writer import write_constant, write_shard
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, Message, Outbox, ShardWritten
 from cluster.monitors import GrowthMonitor, TrainingFault
-from cluster.storage import AnyPath, find, locate, write_whole
+from cluster.storage import AnyPath, find, locate, remove, write_whole
 from cluster.training import Assignment, Stopped, Training
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
@@ -199,12 +199,12 @@ def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> Non
     assert newest_good(tmp_path, pytest.fail) == folder_of(tmp_path, 12)
 
 
-def write_with(run_dir: AnyPath, step: int, *values: float) -> list[AnyPath]:
+def write_with(run_dir: AnyPath, step: int, *values: float, layer: int = 0) -> list[AnyPath]:
     """A checkpoint of one rank with constants; returns their paths."""
     folder = folder_of(run_dir, step)
     shard = write_shard(folder, 0, 1, {"w": torch.full((3,), float(step))}, {"w": Rows.all(3)})
     constants = [write_constant(folder, {f"c{value}": torch.full((5,), value)}, {}) for value in values]
-    cursor = Cursor(step=step, layer=0, updates=step)
+    cursor = Cursor(step=step, layer=layer, updates=step)
     commit(folder, Manifest(cursor=cursor, config={}, layers=[], shards=[shard], constants=constants))
     return [constant.path(folder) for constant in constants]
 
@@ -705,3 +705,16 @@ def test_a_damaged_checkpoint_stops_every_rank(
     assert isinstance(outcomes[damaged], DamagedError), outcomes
     assert name in str(outcomes[damaged])
     assert not any(isinstance(outcome, str) or outcome is None for outcome in outcomes), outcomes
+
+
+def test_prune_keeps_one_from_before_a_layer_was_complete(run_place: AnyPath) -> None:
+    """A constant that all newer checkpoints name is damaged: the run goes on from the layer before."""
+    for step, layer in ((4, 0), (8, 0), (12, 1), (16, 1), (20, 1), (24, 2), (28, 2)):
+        learnt = write_with(run_place, step, *range(layer), layer=layer)
+        prune(run_place, 2, step)
+        left = [int(path.name.removeprefix("step-")) for path in find(run_place / "checkpoints", "step-*")]
+        assert left == {4: [4], 8: [4, 8], 12: [8, 12], 16: [8, 12, 16], 20: [8, 16, 20], 24: [20, 24]}.get(
+            step, [20, 24, 28]
+        )
+    remove(learnt[-1])
+    assert newest_good(run_place, [].append) == folder_of(run_place, 20)
