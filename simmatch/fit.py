@@ -1,6 +1,6 @@
-"""Greedy, layer-wise training of a stack, without a backward pass.
+"""Training of a stack without a backward pass, one layer after the other or all layers together.
 
-    for each layer:
+    for each layer (`schedule: greedy`; for `together` see `simmatch.together`):
         calibrate   measure tr C_x, and the whitening if configured, once, on the first images
         learn       make one local update per batch. With sharding by rows, every iteration of the dynamics gathers
                     activities; by columns (`gather_state`), every update gathers weights and scatters statistics
@@ -36,7 +36,7 @@ from simmatch.together import Together
 
 
 class Trainer:
-    """Trains the layers of a stack, one after the other.
+    """Trains the layers of a stack by its schedule: one after the other, or all together.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class Trainer:
     to_tolerance: whether to encode by solving to the layer's tolerance, as learning does. False: by the fixed number of
         iterations of an exported model.
     cache: whether every rank can read the encoded input of all images while a layer learns. False: each batch is
-        encoded anew.
+        encoded anew. Layers that learn together need no cache.
     feature_cache: where encoded images are kept, and looked for. None: in memory.
     reduce: `exact` for one result, bit by bit, at any number of ranks, on machines of one type with as many threads per
         rank: products are computed by fixed blocks of images, and sums over ranks do not depend on their order. Every

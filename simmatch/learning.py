@@ -1,6 +1,6 @@
 """What the schedules of learning share: the layers of this rank, their calibration, their updates, and their end.
 
-A schedule (`simmatch.greedy`) decides which layer learns when, and from which batches. How a layer is made, calibrated,
+A schedule (`simmatch.greedy`, `simmatch.together`) decides which layer learns when, and from which batches. How a layer is made, calibrated,
 updated, measured and completed is the same for all of them.
 """
 
