@@ -1,7 +1,7 @@
 """What the schedules of learning share: the layers of this rank, their calibration, their updates, and their end.
 
-A schedule (`simmatch.greedy`, `simmatch.together`) decides which layer learns when, and from which batches. How a layer is made, calibrated,
-updated, measured and completed is the same for all of them.
+A schedule (`simmatch.greedy`, `simmatch.together`) decides which layer learns when, and from which batches. How a layer
+is made, calibrated, updated, measured and completed is the same for all of them.
 """
 
 from __future__ import annotations
