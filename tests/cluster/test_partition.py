@@ -238,6 +238,7 @@ def test_a_link_that_stays_cut_costs_a_shard(
     results(ranks(train, 1, longer(digits_config(1, dtype="float64"), EPOCHS), tmp_path / "undisturbed"))
     with parted.driver(config, tmp_path / "run") as driver:
         driver.wait_for(lambda: driver.committed(20))
+        assert driver.printed("sent to 1 other node")  # our code, though both see the same disk
         rank, pid = stranded(parted, driver)
         parted.cut()
         cut = time.monotonic()

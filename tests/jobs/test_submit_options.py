@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
 from jobs import submit, submitted_job
+from jobs.signals import Interrupted
 from jobs.submitted_job import SubmittedJob
 from jobs.working_dir import JOBS_API_BYTES, check_upload, measure
 from simmatch.config import ConfigError
@@ -237,6 +239,16 @@ def test_a_cluster_that_is_gone_ends_the_wait(capsys: pytest.CaptureFixture[str]
         "error: the cluster at http://head has not answered for 0.2 s: WebSocket connection closed unexpectedly; "
         "job j may still run\n"
     )
+
+
+def test_a_signal_ends_the_wait_and_not_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupting(Client):
+        def get_job_info(self, _: str) -> SimpleNamespace:
+            raise Interrupted(signal.SIGINT)
+
+    client = Interrupting([["a\n"]])
+    assert SubmittedJob("http://head", (client, "j")).follow() == 130
+    assert capsys.readouterr().err == "error: ended by SIGINT; the job goes on: ray job stop j ends it\n"
 
 
 def test_the_names_of_rays_own_command() -> None:
