@@ -13,11 +13,14 @@ times of all parts add up to the time of the recorded updates, from the first on
     exchange         packing, starting and unpacking exchanges
     waiting          for other ranks, or for the device
     rest             anything else in an update
+    encoding         a batch for the layer above, with `schedule: together`
+    other layers     their updates meanwhile
     between updates  metrics, checkpoints, reports
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,9 +34,12 @@ PREFIX = "simmatch."
 """Of the names of ranges in a trace."""
 
 UPDATE, REST, BETWEEN = "update", "rest", "between updates"
+ENCODING, OTHERS = "encoding", "other layers"
+"""Ranges whose inner parts are not told apart."""
 
 PARTS = (
-    "input", "drive", "dynamics", "statistics", "plasticity", "bound", "exchange", "waiting", REST, BETWEEN,
+    "input", "drive", "dynamics", "statistics", "plasticity", "bound", "exchange", "waiting", REST, ENCODING,
+    OTHERS, BETWEEN,
 )  # fmt: skip
 
 _NO_RANGE = nullcontext()
@@ -106,6 +112,7 @@ def time_per_part(events: Sequence[Event]) -> dict[str, PartTime]:
         for event in (*ranges, *waits)
         if event["tid"] == thread and first <= event["ts"] < last
     ]
+    spans = _outside(spans)
     segments = _innermost(spans, first, last)
     host, device, count = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
     for (start, name), (stop, _) in pairwise([*segments, (last, "")]):
@@ -131,6 +138,16 @@ def longest_kernels(events: Iterable[Event], most: int = 12) -> list[tuple[str, 
         totals[event["name"]] = calls + 1, seconds + event["dur"] * 1e-6
     rows = [(name, *total) for name, total in totals.items()]
     return sorted(rows, key=lambda row: -row[2])[:most]
+
+
+def _outside(spans: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """The spans without those inside of `ENCODING` and `OTHERS`."""
+    kept, until = [], -math.inf
+    for start, stop, name in sorted(spans, key=lambda span: (span[0], -span[1])):
+        if start >= until:
+            kept.append((start, stop, name))
+            until = stop if name in (ENCODING, OTHERS) else until
+    return kept
 
 
 def _innermost(spans: list[tuple[float, float, str]], first: float, last: float) -> list[tuple[float, str]]:

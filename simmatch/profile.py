@@ -6,7 +6,7 @@ import gzip
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.observer import Observer, Update
-from simmatch.parts import UPDATE, longest_kernels, time_per_part, timed
+from simmatch.parts import ENCODING, OTHERS, UPDATE, longest_kernels, time_per_part, timed
 
 WARM_UP = 3
 """Updates of a layer before those that are recorded: in the first ones buffers are made and solvers compiled."""
@@ -117,6 +117,7 @@ class Recording:
 
 class Profile(Observer):
     """Records updates of every layer that learns, after `WARM_UP` updates of it, or as many as the layer still makes.
+    Of layers that learn together, one after the other is recorded.
 
     A recorded update computes the same weights. It takes longer by about 2 µs for every operation of torch, and those
     after the recorded ones take no longer.
@@ -147,17 +148,23 @@ class Profile(Observer):
         self._updates, self._done = updates, done
         self._recorder: Recorder | None = None
         self._first = self._last = 0
+        self._layer: int | None = None  # the one whose turn it is
+        self._seen: dict[int, int] = {}  # updates of the layers that have not been recorded
 
     def started(self, index: int, layer: SimilarityMatchingConv2d) -> None:
-        self._seen = self._last = 0
+        self._seen[index] = 0
+
+    def encoding(self, index: int, layer: SimilarityMatchingConv2d) -> AbstractContextManager[None]:
+        return timed(ENCODING)
 
     @contextmanager
     def updating(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
+        own = self._layer in (None, index)
         try:
-            with timed(UPDATE):
+            with timed(UPDATE if own else OTHERS):
                 yield
-                device = layer.feedforward.device
-                if device.type == "cuda" and self._recorder is not None and int(layer.updates) == self._last:
+                device, recorder = layer.feedforward.device, self._recorder if own else None
+                if device.type == "cuda" and recorder is not None and int(layer.updates) == self._last:
                     torch.cuda.synchronize(device)  # its time is complete once the device is done
         except BaseException:
             if self._recorder is not None:
@@ -166,19 +173,28 @@ class Profile(Observer):
             raise
 
     def updated(self, update: Update) -> None:
-        self._seen += 1
-        left = update.total - update.number
-        if self._recorder is not None and update.number == self._last:
-            recorder, self._recorder = self._recorder, None
-            self._finish(update.index, recorder)
+        index, left = update.index, update.total - update.number
+        if self._layer == index and self._recorder is not None and update.number == self._last:
+            recorder, self._recorder, self._layer = self._recorder, None, None
+            self._finish(index, recorder)
             return
-        warm_up = min(WARM_UP, self._seen + left - 1)
-        if warm_up == 0:
-            self._done(Recording(update.index, update.number, 0, missing="the layer had a single update left"))
-        elif self._seen in (warm_up - 1, warm_up):
+        if index not in self._seen:  # recorded, or being recorded
+            return
+        self._seen[index] += 1
+        seen = self._seen[index]
+        warm_up = min(WARM_UP, seen + left - 1)
+        if left == 0 or warm_up == 0:
+            del self._seen[index]
+            single = "the layer had a single update left"
+            self._done(
+                Recording(index, update.number, 0, missing=single if seen == 1 else "other layers were recorded")
+            )
+        elif seen >= warm_up - 1 and self._layer in (None, index):
+            self._layer = index
             self._recorder = self._recorder or Recorder(update.layer.feedforward.device)
             self._recorder.prepare()  # one update earlier, so that ranks do not wait for each other's in the first one
-            if self._seen == warm_up:
+            if seen >= warm_up:
+                del self._seen[index]
                 self._first, self._last = update.number + 1, update.number + min(self._updates, left)
                 self._recorder.start()
 

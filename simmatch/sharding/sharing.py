@@ -13,6 +13,7 @@ replicas add their sums besides (`simmatch.sharding.sums`). A single rank runs t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -246,7 +247,7 @@ class ColumnSharing:
 def _added(own: Statistics | None, replicas: Exchange, state: OwnState) -> Statistics | None:
     """Statistics of the parts of all replicas, added."""
     weights = state.weights
-    with timed("exchange"):
+    with timed("exchange") if replicas.world_size > 1 else nullcontext():
         return sum_over_replicas(own, (weights.feedforward, weights.lateral, weights.label), replicas)
 
 

@@ -18,7 +18,18 @@ import torch
 
 from simmatch import LayerConfig, ModelConfig, SimilarityMatchingConv2d, Stack, Update, fit_stack
 from simmatch.config import TrainConfig
-from simmatch.parts import BETWEEN, PARTS, PREFIX, REST, longest_kernels, recording, time_per_part, timed
+from simmatch.parts import (
+    BETWEEN,
+    ENCODING,
+    OTHERS,
+    PARTS,
+    PREFIX,
+    REST,
+    longest_kernels,
+    recording,
+    time_per_part,
+    timed,
+)
 from simmatch.profile import WARM_UP, Profile, Recording
 
 EPOCHS = 3
@@ -168,6 +179,22 @@ def test_the_file_is_a_trace_of_the_updates() -> None:
     updates = [(e["ts"], e["ts"] + e["dur"]) for e in ranges if e["name"] == f"{PREFIX}update"]
     for e in ranges:  # every part lies in an update
         assert any(start <= e["ts"] and e["ts"] + e["dur"] <= stop for start, stop in updates)
+
+
+def test_layers_that_learn_together_are_recorded_one_after_the_other() -> None:
+    """Of the other one, and of what is encoded for it, a trace tells the time only; what is learnt does not change."""
+    together = MODEL.model_copy(update={"schedule": "together"})
+    recordings: list[Recording] = []
+    plain = fit_stack(together, images())
+    stack = fit_stack(together, images(), observer=Profile(4, recordings.append))
+    assert [(one.layer, one.first, one.updates) for one in recordings] == [(0, WARM_UP + 1, 4), (1, WARM_UP + 5, 4)]
+    for recorded, others in zip(recordings, (3, 3), strict=True):
+        assert recorded.trace is not None
+        parts = recorded.trace.parts
+        assert (parts["dynamics"].count, parts[OTHERS].count, parts[ENCODING].count) == (4, others, 3)
+        assert min(parts[OTHERS].host_s, parts[ENCODING].host_s) > 0
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, stack.state_dict()[name]), name
 
 
 def test_a_profile_does_not_change_what_is_learnt() -> None:
