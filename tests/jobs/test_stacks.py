@@ -89,11 +89,10 @@ def test_layers_that_learn_together_are_those_of_the_trainer(digits: Dataset) ->
 
 
 def test_the_first_layer_is_the_one_that_a_rank_learns(digits: Dataset, tmp_path: Path) -> None:
-    """To the bit, where the solver is the same; from there on a rank encodes with fixed iterations."""
-    config = parse(
-        RunConfig,
-        {"name": "test", "data": {"name": "digits"}, "model": MODEL, "probe": {"readout": "ridge"}},
-    )
+    """To the bit, where the solver and the blocks of the calibration are the same; from there on a rank encodes with
+    fixed iterations."""
+    values = {"name": "test", "data": {"name": "digits"}, "model": MODEL, "probe": {"readout": "ridge"}}
+    config = parse(RunConfig, {**values, "encode_batch": BATCH})
     rank = Training(Assignment(config, tmp_path, 0), Mesh(), Silent(), torch.device("cpu"))  # type: ignore[arg-type]
     rank.run()
     ours, theirs = learnt(digits).stack.layer(0), rank.stack.layer(0)
