@@ -35,8 +35,8 @@ ONE = ["one rank, accelerated", "one rank, coordinate_descent"]
 FLOAT = 4
 """Bytes."""
 
-CERTIFY = {"exchanges": 2, "bytes": (3 + 1) * PADDED * FLOAT}
-"""What every update moves for the bound of λmax(M): three values a channel, then one."""
+CERTIFY = {"exchanges": 2, "bytes": ((2 + 2) * PADDED + 2) * FLOAT}
+"""What every update moves for the bound of λmax(M): twice two values a channel and a mark."""
 
 SLOW = 100e6
 """Bits per second of the limited link."""
