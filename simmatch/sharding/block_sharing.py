@@ -66,26 +66,26 @@ class BlockSharing(ColumnSharing):
 
     def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
         lateral, part = state.weights.lateral, self.part(batch.images, batch.patches.positions)
-        solution, table, total, magnitudes = None, None, None, lateral.new_zeros(3)
+        solved, table, total, magnitudes = None, None, None, lateral.new_zeros(3)
         with state.fault.apart(self._mesh.owners) as fault:
             weights = self._weights(state, fault)
             with fault.apart(IDENTITY) as alone:
                 blocks = self._own_blocks(batch, part)
-                solution = self._solve_blocks(blocks, weights, state, alone)
+                solved = self._solve_blocks(blocks, weights, state, alone)
                 with timed("statistics"):
-                    activities = own_columns(solution.y, blocks)
+                    activities = [aligned(each.y) for each in solved]
                     magnitudes = largest_magnitudes(blocks, activities) if blocks else magnitudes
         with timed("exchange"):
             shift = self._shifts(magnitudes, batch, state.fault)
         with state.fault.apart(self._mesh.owners) as fault:
             with timed("statistics"), fault.apart(IDENTITY):
-                if solution is not None:
+                if solved is not None:
                     table = self._fixed_sums(blocks, activities, shift)
             with timed("exchange"):
                 total = self._state.fixed_sums(table, sum(self._widths), lateral, fault)
         with timed("exchange"):
             statistics = self._statistics(total, shift, batch, state)
-        return solution or unsolved(self._all_rows, part, state), statistics
+        return joined(solved) if solved else unsolved(self._all_rows, part, state), statistics
 
     @property
     def _widths(self) -> list[int]:
@@ -102,25 +102,21 @@ class BlockSharing(ColumnSharing):
     def _solve_part(
         self, batch: Batch, part: Part, weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool
     ) -> Solution:
-        return self._solve_blocks(self._own_blocks(batch, part), weights, state, fault, fixed=fixed)
+        solved = self._solve_blocks(self._own_blocks(batch, part), weights, state, fault, fixed=fixed)
+        return joined(solved) if solved else unsolved(self._all_rows, part, state)
 
     def _solve_blocks(
         self, blocks: Sequence[Batch], weights: Weights, state: OwnState, fault: LocalFault, *, fixed: bool = False
-    ) -> Solution:
-        """Solve blocks: y [K, n] and residual [n]. Without blocks, of no columns."""
-        lateral = weights.lateral
-        with timed("drive"):
-            filters = Filters.of(weights.feedforward, blocks[0].patches) if blocks else None
-            drives = [batch_drive(block, weights, state.alpha, filters) for block in blocks]
-        if not drives:
-            return Solution(lateral.new_zeros(len(lateral), 0), 0, lateral.new_zeros(0))
-        with timed("dynamics"):
-            if self._solver.by_column(lateral, fixed=fixed):
-                drives = [torch.cat(drives, dim=1)]
-            solved = [self._solver.solve(drive, lateral, state.bound, fixed=fixed, fault=fault) for drive in drives]
-        iterations = torch.stack([torch.as_tensor(each.iterations) for each in solved]).amax()
-        y, residual = torch.cat([each.y for each in solved], dim=1), torch.cat([each.residual for each in solved])
-        return Solution(y, iterations, residual)
+    ) -> list[Solution]:
+        """Solve blocks, one after the other: y [K, n] and residual [n] of each."""
+        filters = Filters.of(weights.feedforward, blocks[0].patches) if blocks else None
+        solved = []
+        for block in blocks:
+            with timed("drive"):
+                drive = batch_drive(block, weights, state.alpha, filters)
+            with timed("dynamics"):
+                solved.append(self._solver.solve(drive, weights.lateral, state.bound, fixed=fixed, fault=fault))
+        return solved
 
     def _shifts(self, magnitudes: Tensor, batch: Batch, fault: LocalFault) -> Tensor:
         """s of Σ y xᵀ, Σ y yᵀ and Σ y zᵀ, from the magnitudes of all ranks.
@@ -189,17 +185,16 @@ def aligned_batch(batch: Batch) -> Batch:
     return Batch(replace(batch.patches, **own), None if batch.z is None else aligned(batch.z))
 
 
-def own_columns(columns: Tensor, blocks: Sequence[Batch]) -> list[Tensor]:
-    """The columns [K, n] of each block, each in memory of its own.
+def joined(solved: Sequence[Solution]) -> Solution:
+    """The solution of several blocks side by side.
 
-    >>> from simmatch.geometry import PatchConfig, prepare
-    >>> batch = Batch(prepare(torch.ones(3, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
-    >>> blocks = [batch.of_images(slice(0, 2)), batch.of_images(slice(2, 3))]
-    >>> [part.shape for part in own_columns(torch.ones(4, 108), blocks)]
-    [torch.Size([4, 72]), torch.Size([4, 36])]
+    >>> joined([Solution(torch.ones(4, 3), 2, torch.zeros(3)), Solution(torch.ones(4, 5), 7, torch.zeros(5))]).y.shape
+    torch.Size([4, 8])
     """
-    parts = torch.split(columns, [block.columns for block in blocks], dim=1) if blocks else ()
-    return [aligned(part) for part in parts]
+    iterations = torch.stack([torch.as_tensor(each.iterations) for each in solved]).amax()
+    return Solution(
+        torch.cat([each.y for each in solved], dim=1), iterations, torch.cat([each.residual for each in solved])
+    )
 
 
 def largest_magnitudes(blocks: Sequence[Batch], activities: Sequence[Tensor]) -> Tensor:
@@ -215,10 +210,10 @@ def largest_magnitudes(blocks: Sequence[Batch], activities: Sequence[Tensor]) ->
     >>> largest_magnitudes([batch], [torch.full((4, 72), 2.0)])
     tensor([288., 144.,   1.])
     """
-    squares = torch.stack([y.square().sum(dim=1).amax() for y in activities]).amax()
+    norms = torch.stack([torch.linalg.vector_norm(y, dim=1).amax() for y in activities]).amax()
     sums = torch.stack([y.sum(dim=1).amax() for y in activities]).amax()
     inputs = torch.stack([_largest_input(block.patches) for block in blocks]).amax()
-    return torch.stack([squares, sums, inputs])
+    return torch.stack([norms.square(), sums, inputs])
 
 
 def _largest_input(patches: Patches) -> Tensor:

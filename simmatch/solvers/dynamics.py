@@ -112,14 +112,6 @@ class Dynamics:
         """Whether a kernel solves to the tolerance, for weights `like` these: the host then need not wait for it."""
         return self.alone and kernels.select(self.config, like.new_empty(self.rows.total, 0)) is not None
 
-    def by_column(self, like: Tensor, *, fixed: bool) -> bool:
-        """Whether columns are solved one by one, so that no bit of one depends on which others are solved with it."""
-        return (
-            not fixed
-            and self.config.solver_on(like.device.type, alone=self.alone) == "coordinate_descent"
-            and (like.device.type == "cpu")
-        )
-
     def solve(
         self,
         drive: Tensor,
