@@ -144,12 +144,14 @@ class BlockSharing(ColumnSharing):
         Normalised are the sums over all blocks, not those of each: K P² multiply–adds once.
         """
         table = torch.zeros(self._all_rows.total, sum(self._widths), dtype=torch.int64, device=shift.device)
-        targets = torch.split(table, self._widths, dim=1)
+        correlation, *others = self._widths
+        yx, yy, yz = shift.unbind()
+        targets = torch.split(table, [correlation - 1, 1, *others], dim=1)
         for block, y in zip(blocks, activities, strict=True):
             product, total = raw_correlation(block.patches, y)
             total = y.sum(dim=1, keepdim=True) if total is None else total
-            sums = (torch.cat([product, total], dim=1), y @ y.T, label_sums(block, y, self._num_classes))
-            for target, tensor, one in zip(targets, sums, shift, strict=True):
+            sums = (product, total, y @ y.T, label_sums(block, y, self._num_classes))
+            for target, tensor, one in zip(targets, sums, (yx, yx, yy, yz), strict=True):
                 target += to_fixed(tensor, one)
         return table
 
@@ -165,8 +167,10 @@ class BlockSharing(ColumnSharing):
             return None
         parts = torch.split(table, self._widths, dim=1)
         yx, yy, yz = (from_fixed(part, one, lateral.dtype) for part, one in zip(parts, shift, strict=True))
-        whole = yx.new_zeros(rows.total, yx.shape[1])  # of the same shape on all ranks, each row in its place
-        whole[rows.start : rows.stop] = yx
+        whole = yx  # of the same shape on all ranks, each row in its place
+        if rows.count < rows.total:
+            whole = yx.new_zeros(rows.total, yx.shape[1])
+            whole[rows.start : rows.stop] = yx
         yx = normalised(whole[:, :-1], whole[:, -1:], batch.patches)[rows.start : rows.stop]
         sums = Statistics(yx, yy, yz, yy.new_zeros(self._num_classes, self._num_classes), 0)
         return with_totals(sums, batch)

@@ -273,7 +273,7 @@ def _joined(tables: Tensor, rows: Rows, mesh: Mesh) -> Tensor:
 
 def _product(lateral: Tensor, vector: Tensor, *, exact: bool) -> Tensor:
     """|M| v for the rows held here, [K_g]. The bits of a row of `@` depend on how many rows there are."""
-    return pairwise_sum(lateral.abs() * vector) if exact else lateral.abs() @ vector
+    return pairwise_sum(lateral.abs().mul_(vector)) if exact else lateral.abs() @ vector
 
 
 def _bound(product: Tensor, vector: Tensor, diagonal: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def test_a_sum_is_within_its_bound_of_the_rational_sum(count: int, dtype: torch.
     """B · 2^−(s + 1) from the terms, at most A · 2^(2b − 60), and one rounding to the dtype."""
     terms = terms_of(dtype, count)
     shift = shift_for(terms)
-    total = to_fixed(terms, shift).sum(dim=0)
+    total = to_fixed(terms.clone(), shift).sum(dim=0)
     result = from_fixed(total, shift, dtype)
     spare, largest = (count - 1).bit_length(), Fraction(float(terms.abs().amax()))
     by_terms = Fraction(count) / Fraction(2) ** (int(shift) + 1)
@@ -50,7 +50,7 @@ def test_any_order_and_any_grouping_give_the_same_bits(dtype: torch.dtype) -> No
     """Which sums of floats do not: the test would pass for any rounding otherwise."""
     terms = terms_of(dtype, 97)
     shift = shift_for(terms)
-    fixed = to_fixed(terms, shift)
+    fixed = to_fixed(terms.clone(), shift)
     expected = from_fixed(fixed.sum(dim=0), shift, dtype)
     differs = False
     for seed in range(5):
@@ -86,10 +86,12 @@ def test_extreme_bounds(bound: float, dtype: torch.dtype) -> None:
     """The factors stay normal numbers; sums of nothing are zero."""
     bounds = torch.tensor([bound], dtype=dtype)
     shift = shifts(bounds, 128, dtype)[0]
-    result = from_fixed(to_fixed(bounds, shift) * 2, shift, dtype)
+    result = from_fixed(to_fixed(bounds.clone(), shift) * 2, shift, dtype)
     if bound < 1e38:
         torch.testing.assert_close(result, 2 * bounds, rtol=1e-6, atol=2.0**-126)
-    assert from_fixed(to_fixed(bounds, shift), shift, dtype).tolist() == pytest.approx([bound], rel=1e-6, abs=2.0**-126)
+    assert from_fixed(to_fixed(bounds.clone(), shift), shift, dtype).tolist() == pytest.approx(
+        [bound], rel=1e-6, abs=2.0**-126
+    )
 
 
 def test_pairwise_sums_of_rows_do_not_depend_on_the_other_rows() -> None:
