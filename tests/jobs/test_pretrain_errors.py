@@ -96,11 +96,11 @@ def refuse(
         ),
         ("data.train_images=30 --set mesh.data=40", "mesh.data: expected at most 30, the images of a batch of"),
         ("mesh.data=2 --set cluster.min_shards=1", "cluster.min_shards: expected none with data 2 × layer 1 × channel"),
+        (
             "reduce=exact",
             "reduce: expected fast with model.layers.0.dynamics.exchange: every_iteration, got exact, which needs "
             "gather_state",
         ),
-        ("mesh.data=2", "mesh.data: expected 1, got 2"),
         (
             "model.layers.0.kernel_size=11",
             "model.layers.0.kernel_size: expected at most 10 for images of 8 × 8 with padding 1, got 11",
