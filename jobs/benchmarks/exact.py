@@ -87,10 +87,10 @@ def _jobs(names: Iterable[str], options: argparse.Namespace, report: Report) -> 
             step(name)
             folder, begun = report.run_dir / f"{report.started.replace(':', '')}-{number}", time.monotonic()
             if name in layouts:
-                ended = _to_its_end([*command, *_mesh(layouts[name])], folder)
+                ended = _to_its_end([*command, *_mesh(layouts[name])], folder, report)
             else:
                 killed_at = _killed([*command, *_mesh(KILLED)], folder)
-                ended = killed_at is not None and _to_its_end([*command, *_mesh(CONTINUED)], folder)
+                ended = killed_at is not None and _to_its_end([*command, *_mesh(CONTINUED)], folder, report)
             digest = digest_of(folder) if ended else None
             row = {"layout": name, "seconds": time.monotonic() - begun, "finished": ended, "sha256": digest}
             rows.append(row | {"same": ended and digest == (rows[0] if rows else row)["sha256"]})
@@ -123,7 +123,7 @@ def _text(extents: Mapping[str, int]) -> str:
     return next(name for name, layout in LAYOUTS.items() if layout == extents)
 
 
-def _to_its_end(command: list[str], folder: Path) -> bool:
+def _to_its_end(command: list[str], folder: Path, report: Report) -> bool:
     """Run a job, or continue it. Returns whether it has finished."""
     job = WatchedJob([*command, "--run-dir", str(folder), "--resume", "auto"])
     try:
@@ -131,6 +131,8 @@ def _to_its_end(command: list[str], folder: Path) -> bool:
             pass
     finally:
         job.end()
+    if job.process.returncode != 0:
+        report.note("\n".join(job.lines))
     return job.process.returncode == 0
 
 
