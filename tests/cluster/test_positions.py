@@ -78,7 +78,7 @@ def commit_step(config: RunConfig, run_dir: Path, messages: list[list[Message]],
     manifest = Manifest(
         cursor=parts[0].cursor,
         config=config.model_dump(mode="json"),
-        layers=parts[0].layers,
+        layers=[parts[0].layers[index] for index in sorted(parts[0].layers)],
         shards=[part.shard for part in parts],
         constants=[constant for part in parts for constant in part.constants],
     )
