@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,17 @@ def test_replicas_write_every_row_once(ranks: Any, together: ConfigMaker, alone:
     later = Run(ranks, together(layer=3), tmp_path / "later", folder_of(run.run_dir, 12))
     assert later.cursors == alone.cursors[3:]
     assert_close(later.weights, alone.weights)
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "layer": 2, "channel": 4}, {"data": 2, "layer": 3, "channel": 2}, {"data": 16}], ids=str
+)
+def test_many_ranks_along_all_axes(
+    ranks: Any, together: ConfigMaker, alone: Run, tmp_path: Path, mesh: dict[str, int]
+) -> None:
+    """Correct, not fast. With 16 replicas most have one image of a batch, and some two."""
+    run = Run(partial(ranks, limit_s=500.0, exchange_timeout_s=200.0), together(**mesh), tmp_path / "run")
+    assert run.cursors == alone.cursors
+    assert_close(run.weights, alone.weights)
