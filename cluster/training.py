@@ -365,11 +365,11 @@ class Training(Observer):
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         self.report.progress(Progress(phase, done, total, layer=layer, images_per_second=images_per_second))
 
-    def on_one_rank(self, work: Callable[[], None] | None) -> None:
+    def on_one_rank(self, work: Callable[[], None] | None, ranks: Exchange | None = None) -> None:
         """See `cluster.one_rank`."""
         limits = self.config.cluster
         pause_s = PART_OF_LIMITS * min(limits.collective_timeout_s, limits.stall_timeout_s)
-        on_one_rank(work, self.mesh.everyone, self.report, device=self.device, pause_s=pause_s)
+        on_one_rank(work, ranks or self.mesh.everyone, self.report, device=self.device, pause_s=pause_s)
 
     def _asked_to_stop(self, number: int, among: Exchange) -> bool:
         """Whether learning is to stop with this update, as any of some ranks has been asked to: one gathered value, at

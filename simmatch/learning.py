@@ -125,12 +125,7 @@ class Setup:
 
     def calibrate(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         """Calibrate a layer on the first images of the store, of which each rank measures its own."""
-        everyone = self.mesh.everyone
-
-        def on_one_rank(work: Callable[[], None]) -> None:
-            self.observer.on_one_rank(work if everyone.rank == 0 else None)
-
-        self.calibrate_from(index, layer, self.store.first(self.sample_size(index)), everyone, on_one_rank)
+        self.calibrate_from(index, layer, self.store.first(self.sample_size(index)), self.mesh.everyone)
 
     def calibrate_from(
         self,
@@ -138,7 +133,6 @@ class Setup:
         layer: SimilarityMatchingConv2d,
         parts: Generator[tuple[slice, Tensor]],
         ranks: Exchange,
-        run: Callable[[Callable[[], None]], None],
     ) -> None:
         """Sum the moments of the patches that each rank has, solve for the whitening, and use the result of rank 0.
 
@@ -146,7 +140,6 @@ class Setup:
         ----------
         parts: of the images from which the layer is calibrated, this rank's: their range, and the layer's input.
         ranks: connects those that calibrate the layer together.
-        run: runs the solution, on rank 0 at least.
         """
         count = self.sample_size(index)
         self.memory.begin(f"layer {index}, calibrating", Lever("encode_batch", min(self.store.batch, self.store.count)))
@@ -163,7 +156,7 @@ class Setup:
         order = Numbered(self.store.batch, count) if self.reduce == "exact" else None
         with closing(parts), closing(rows()) as blocks:
             moments = moments_over_ranks(blocks, sample.moments(self.device), ranks, order=order)
-        run(partial(layer.set_input, moments))
+        self.observer.on_one_rank(partial(layer.set_input, moments) if ranks.rank == 0 else None, ranks)
         for name in MEASURED:
             if hasattr(layer, name):
                 ranks.broadcast(getattr(layer, name), source=0).wait()

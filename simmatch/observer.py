@@ -12,6 +12,7 @@ from torch import Tensor
 from simmatch.chunks import Chunks
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import Measurement
+from simmatch.sharding.exchange import Exchange
 
 Phase = Literal["calibrate", "cache", "encode"]
 """Phases other than learning: measuring the input of a layer, caching its encoded input, encoding with the layer."""
@@ -124,7 +125,7 @@ class Observer:
     def progress(self, phase: Phase, done: int, total: int, layer: int, images_per_second: float | None = None) -> None:
         """Called with the progress of a phase: `done` of `total` images, or of 1; and the rate of encoding."""
 
-    def on_one_rank(self, work: Callable[[], None] | None) -> None:
-        """Run the work of rank 0 while the other ranks, whose `work` is None, wait."""
+    def on_one_rank(self, work: Callable[[], None] | None, ranks: Exchange | None = None) -> None:
+        """Run the work of the first of some ranks, None: of all ranks, while the others, whose `work` is None, wait."""
         if work is not None:
             work()

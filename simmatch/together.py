@@ -220,7 +220,7 @@ class Together:
             setup.begin(index)
             if self._calibrated_at[index] == number:
                 sample, ranks = self._shares(index), setup.mesh.columns
-                setup.calibrate_from(index, self._layers[index], sample, ranks, lambda work: work())
+                setup.calibrate_from(index, self._layers[index], sample, ranks)
                 setup.begin(index)
             if number in self.updates[index]:
                 batch = Staged(x, labels if setup.layers[index].supervised else None, count)
