@@ -15,15 +15,19 @@ from cluster.checkpoints.manifest import Cursor, folder_of, read_manifest
 from cluster.collectives import TorchExchange
 from cluster.config import RunConfig
 from cluster.connections import join_mesh
-from cluster.messages import LayerMetrics, Message, Outbox, Progress, ShardWritten
+from cluster.failures import classify, group_failure
+from cluster.messages import LayerMetrics, Message, Outbox, Progress, RankStatus, ShardWritten
+from cluster.policy import Failure
 from cluster.training import Assignment, Stopped, Training
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.mesh import Mesh
 from tests.cluster.test_checkpoint import commit_all, exported
 from tests.exchanges import of_type, results
+from tests.faults import FaultPlan, faulty_training
 
 ConfigMaker = Callable[..., RunConfig]
+CPU = torch.device("cpu")
 UPDATES, BEGINS = 20, 5
 """Updates of the pass, and those before the last layer begins."""
 
@@ -191,6 +195,50 @@ def test_replicas_write_every_row_once(ranks: Any, together: ConfigMaker, alone:
     later = Run(ranks, together(layer=3), tmp_path / "later", folder_of(run.run_dir, 12))
     assert later.cursors == alone.cursors[3:]
     assert_close(later.weights, alone.weights)
+
+
+def fail(exchange: Exchange, config: RunConfig, run_dir: Path, plan: FaultPlan) -> Failure:
+    """What a rank reports of a run in which one of them has a fault."""
+    assert isinstance(exchange, TorchExchange)
+    mesh = join_mesh(exchange, config.mesh, CPU, link_timeout_s=exchange.timeout_s)
+    training = faulty_training(plan)(Assignment(config, run_dir, exchange.rank), mesh, Outbox(exchange.rank), CPU)
+    try:
+        training.run()
+    except Exception as error:
+        return classify(error)
+    raise AssertionError("the fault had no effect")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rank", "layer", "kind", "expected"),
+    [
+        ({"layer": 2}, 1, 2, "nan lateral", "layer 2, step 9: non-finite "),
+        ({"layer": 2}, 0, 0, "exception", "layer 0, step 9: InjectedError: injected"),
+        ({"data": 2, "layer": 2}, 3, 2, "exception", "layer 2, step 9: exception on rank 3"),
+        ({"data": 2}, 1, 0, "nan feedforward", "layer 0, step 9: non-finite "),
+    ],
+    ids=str,
+)
+def test_the_rank_with_a_fault_speaks_for_all(
+    ranks: Any,
+    together: ConfigMaker,
+    tmp_path: Path,
+    mesh: dict[str, int],
+    rank: int,
+    layer: int,
+    kind: Any,
+    expected: str,
+) -> None:
+    """Replicas hear of it at their next exchange, with the rank's number in the run; other stages only wait."""
+    plan = FaultPlan(rank=rank, layer=layer, step=9, kind=kind)
+    world_size = together(**mesh).mesh.world_size
+    failures = results(ranks(fail, world_size, together(**mesh), tmp_path, plan, exchange_timeout_s=4.0))
+    statuses = [RankStatus(number, True, failure, [], [], {"": 7}) for number, failure in enumerate(failures)]
+    found = group_failure(statuses, 100.0, 100.0)
+    assert found is not None
+    assert expected in found.message
+    assert not found.secondary
+    assert found.diverged == kind.startswith("nan")
 
 
 @pytest.mark.fault
