@@ -210,9 +210,9 @@ def largest_magnitudes(blocks: Sequence[Batch], activities: Sequence[Tensor]) ->
     activities: [K, n] of each.
 
     >>> from simmatch.geometry import PatchConfig, prepare
-    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
-    >>> largest_magnitudes([batch], [torch.full((4, 72), 2.0)])
-    tensor([288., 144.,   1.])
+    >>> batch = Batch(prepare(torch.ones(1, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> largest_magnitudes([batch], [torch.full((4, 36), 2.0)])
+    tensor([144.,  72.,   1.])
     """
     norms = torch.stack([torch.linalg.vector_norm(y, dim=1).amax() for y in activities]).amax()
     sums = torch.stack([y.sum(dim=1).amax() for y in activities]).amax()
