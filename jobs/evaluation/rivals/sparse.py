@@ -36,7 +36,7 @@ class SparseSettings(Preprocessing):
     penalty: λ, in standard deviations of a white direction.
     """
 
-    penalty: float = 0.5
+    penalty: float = 0.0
 
 
 class Sparse(Convolutional[SparseSettings], ABC):
