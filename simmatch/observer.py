@@ -59,9 +59,8 @@ class Pass:
     layers: by their index, those that this rank holds, with its rows; also such as have not begun.
     images: number of images in the batch.
     stop: whether learning stops here, see `Observer.stop_after`.
-    waited_s: seconds of the pass in which this rank waited for the stages below and above.
 
-    >>> Pass(number=7, total=60, layers={}, images=100, stop=False, waited_s=0.0).number
+    >>> Pass(number=7, total=60, layers={}, images=100, stop=False).number
     7
     """
 
@@ -70,7 +69,6 @@ class Pass:
     layers: Mapping[int, SimilarityMatchingConv2d]
     images: int
     stop: bool
-    waited_s: float
 
 
 class Observer:

@@ -121,7 +121,7 @@ class Together:
             if count != expected:
                 raise ValueError(f"layer {index}: expected {expected} updates after {first} of the pass, got {count}")
         self._calibrated_at = [
-            None if done else max(each.start, first + 1) for each, done in zip(self.updates, calibrated, strict=True)
+            None if count or done else each.start for (each, count), done in zip(counts, calibrated, strict=True)
         ]
         return first
 
@@ -234,8 +234,7 @@ class Together:
                     self._above.send(x, stop=stop)
             if stop or number == self.total:
                 self._above.flush()
-        waited_s = sum(each.waited_s for each in (self._below, self._above) if each is not None)
-        setup.observer.passed(Pass(number, self.total, self._layers, count, stop, waited_s))
+        setup.observer.passed(Pass(number, self.total, self._layers, count, stop))
         return stop
 
     def _learner(self, index: int) -> Learner:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from simmatch.parts import timed
 from simmatch.sharding.exchange import Handle
 from simmatch.sharding.mesh import Link
 
@@ -29,10 +27,6 @@ class Outlet:
     ----------
     link: to the stage above.
 
-    Attributes
-    ----------
-    waited_s: seconds spent waiting for the stage above to take a message.
-
     >>> from types import SimpleNamespace
     >>> from simmatch.sharding.exchange import Done
     >>> sent = []
@@ -44,7 +38,7 @@ class Outlet:
     """
 
     def __init__(self, link: Link) -> None:
-        self._link, self._pending, self.waited_s = link, deque[Handle](), 0.0
+        self._link, self._pending = link, deque[Handle]()
 
     def send(self, activities: Tensor, *, stop: bool) -> None:
         """Start to send activities [n, C, H, W]; waits if too many messages are on their way."""
@@ -57,11 +51,8 @@ class Outlet:
         self._wait(0)
 
     def _wait(self, most: int) -> None:
-        started = perf_counter()
-        with timed("waiting"):
-            while len(self._pending) > most:
-                self._pending.popleft().wait()
-        self.waited_s += perf_counter() - started
+        while len(self._pending) > most:
+            self._pending.popleft().wait()
 
 
 class Inlet:
@@ -73,10 +64,6 @@ class Inlet:
     shape: (C, H, W) of the activities.
     messages: the update to which every message belongs, and its number of images.
     like: dtype and device of the activities.
-
-    Attributes
-    ----------
-    waited_s: seconds spent waiting for the stage below.
 
     >>> from types import SimpleNamespace
     >>> from simmatch.sharding.exchange import Done
@@ -93,17 +80,13 @@ class Inlet:
         self._link, self._shape, self._messages, self._like = link, shape, messages, like
         self._stop_after: int | None = None
         self._asked = self._ask()
-        self.waited_s = 0.0
 
     def receive(self) -> tuple[Tensor, bool]:
         """The next activities, and whether learning stops after their update."""
         assert self._asked is not None
         handle, message, update, count = self._asked
-        started = perf_counter()
-        with timed("waiting"):
-            handle.wait()
-            stop = bool(message[-1])
-        self.waited_s += perf_counter() - started
+        handle.wait()
+        stop = bool(message[-1])
         if stop:
             self._stop_after = update
         self._asked = self._ask()

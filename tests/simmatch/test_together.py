@@ -297,6 +297,30 @@ def test_a_pass_goes_on_at_any_number_of_stages(
         assert_equal(stack.state_dict(), expected)
 
 
+def test_a_pass_that_goes_on_calibrates_no_layer_again(images: Tensor, labels: Tensor) -> None:
+    """Not even one whose input was dark when it began: the layers below it have moved since."""
+    layers = [{"out_channels": 4, "kernel_size": 3, "whiten_images": 50, "train": TRAIN} for _ in range(2)]
+    model = parse(ModelConfig, {"layers": layers, "schedule": "together"})
+    dark = images.clone()
+    dark[:50] = 0
+    begun: list[set[int]] = [set(), set()]
+
+    class Calibrated(Follower):
+        def __init__(self, turn: int, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.turn = turn
+
+        def progress(self, phase: str, done: int, total: int, layer: int, **rate: float | None) -> None:
+            begun[self.turn] |= {layer} if phase == "calibrate" else set()
+
+    stopped = Calibrated(0, stop_after=3)
+    with pytest.raises(Stopped):
+        train(Mesh(), model, dark, labels, stopped)
+    assert not any(state["input_power"] for state in merged([stopped]))
+    train(Mesh(), model, dark, labels, Calibrated(1, merged([stopped])))
+    assert begun == [{0, 1}, set()]
+
+
 def test_learning_may_end_before_the_pass_does(images: Tensor, labels: Tensor) -> None:
     """Where the observer does not end the training, the stack is completed as it is."""
 
