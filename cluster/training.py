@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +52,7 @@ from simmatch.model import MODEL_FILES, Stack, readout_input, save_model
 from simmatch.observer import Observer, Pass, Phase, Update
 from simmatch.profile import Profile
 from simmatch.remote import retry
-from simmatch.schedule import learning_updates
+from simmatch.schedule import updates_of_layers
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
@@ -147,7 +147,9 @@ class Training(Observer):
         )
         self._monitors: dict[int, Monitors] = {}
         self._columns = config.mesh.ranks(stage=mesh.stage)
+        self._owners = config.mesh.ranks(stage=mesh.stage, replica=config.mesh.place(assignment.rank).replica)
         self.together = config.model.schedule == "together"
+        self._updates = updates_of_layers(config.model, len(self.dataset.train_images))
         report.leads = mesh.columns.rank == 0
         self._features: dict[int, Chunks] = {}  # of the layers whose output a readout uses
         self.writer = ShardWriter(
@@ -266,12 +268,13 @@ class Training(Observer):
 
     @contextmanager
     def encoding(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
-        with self._named(index), self.profile.encoding(index, layer):
+        ranks = self._owners if layer.sharing.solves is self.mesh.owners else self._columns
+        with self._named(index, ranks), self.profile.encoding(index, layer):
             yield
 
     @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        """Errors name layer and step."""
+    def _named(self, index: int, ranks: Sequence[int] | None = None) -> Iterator[None]:
+        """Errors name layer, step, and those of `ranks` that have a fault; None: of all that learn the layer."""
         try:
             yield
         except PeerTimeout:
@@ -279,7 +282,7 @@ class Training(Observer):
         except SharedFault as fault:
             # all ranks name the same step, whoever noticed first; a recorded fault is from one since the last look
             step = fault.update or self._updates_of(index) + 1
-            what = str(SharedFault(fault.kind, [self._columns[rank] for rank in fault.ranks]))
+            what = str(SharedFault(fault.kind, [(ranks or self._columns)[rank] for rank in fault.ranks]))
             diverged = fault.kind.startswith("non-finite")
             raise TrainingFault(f"layer {index}, step {step}: {what}", diverged=diverged) from fault
         except Exception as fault:
@@ -296,11 +299,12 @@ class Training(Observer):
             self.step += 1
             self.images += update.images
         of.updates = number
+        images = self.images + (self._learnt_from(update.images) if self.together else 0)
         if update.looked:  # else reading the bound would wait for the device
             of.growth.check(number - 1, update.layer.bound.value)
         of.window.count(update.images)
         if update.measurement is not None:
-            of.latest = of.window.close(update.layer, update.measurement, self.images)
+            of.latest = of.window.close(update.layer, update.measurement, images)
             of.objective.check(of.latest.objective)
             self.report.send(of.latest)
         if self.together:
@@ -316,12 +320,15 @@ class Training(Observer):
         return self._asked_to_stop(number, self.mesh.columns)
 
     def passed(self, done: Pass) -> None:
+        self.images += self._learnt_from(done.images)
         self.step = done.number
-        learning = learning_updates(self.config.model, done.total)
-        self.images += done.images * sum(done.number in updates for updates in learning)
         self.report.progress(Progress("learn", done.number, done.total, step=done.number))
         cursor = Cursor(step=done.number, layer=0, updates=done.number, images=self.images)
         self._end_of_step(cursor, done.layers, last=done.number == done.total, stop=done.stop)
+
+    def _learnt_from(self, images: int) -> int:
+        """Images of a batch times the layers that learn from it, in the next update of the pass."""
+        return images * sum(self.step + 1 in updates for updates in self._updates)
 
     def _end_of_step(
         self,

@@ -49,7 +49,7 @@ from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
 from simmatch.memory import machine_bytes
 from simmatch.model import Stack
-from simmatch.schedule import check_starts
+from simmatch.schedule import updates_of_layers
 
 DEFAULT = Path(__file__).parent / "configs" / "evaluate_fashion_mnist.yaml"
 TABLE = "table.md"
@@ -136,7 +136,7 @@ def check(config: EvaluationConfig, material: Material) -> None:
         for model in row.models():
             try:
                 Stack(model, material.source)
-                check_starts(model, len(material.train))
+                updates_of_layers(model, len(material.train))
             except ValueError as error:
                 raise ConfigError(f"stacks.{name}.{error}") from None
 

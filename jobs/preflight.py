@@ -24,7 +24,7 @@ from simmatch.geometry import PatchConfig
 from simmatch.labels import UNLABELLED
 from simmatch.memory import machine_bytes
 from simmatch.model import layer_inputs
-from simmatch.schedule import check_starts
+from simmatch.schedule import updates_of_layers
 
 
 def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_dataset) -> Dataset:
@@ -60,7 +60,7 @@ def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_datase
         except ValueError as error:
             raise ConfigError(f"model.layers.{index}.train.images: {error}") from None
     try:
-        check_starts(config.model, len(dataset.train_images))
+        updates_of_layers(config.model, len(dataset.train_images))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     check_whitening(config, dataset.source, memory_of_ranks())

@@ -59,8 +59,8 @@ def check_schedule(model: ModelConfig) -> None:
             raise ValueError(f"expected {where}.start_after of at least {least}, {why}, got {given}")
 
 
-def check_starts(model: ModelConfig, num_images: int) -> None:
-    """Check that every layer begins before the end of the pass, where all layers learn together from so many images.
+def updates_of_layers(model: ModelConfig, num_images: int) -> list[range]:
+    """The updates of the pass, counted from 1, that each layer makes from so many images; none with `schedule: greedy`.
 
     Raises
     ------
@@ -69,14 +69,17 @@ def check_starts(model: ModelConfig, num_images: int) -> None:
 
     >>> from simmatch.config import LayerConfig, ModelConfig, TrainConfig
     >>> layers = [LayerConfig(out_channels=8, kernel_size=3, train=TrainConfig(start_after=n)) for n in (0, 60)]
-    >>> check_starts(ModelConfig(layers=layers, schedule="together"), num_images=5000)
+    >>> updates_of_layers(ModelConfig(layers=layers, schedule="together"), num_images=7000)
+    [range(1, 71), range(61, 71)]
+    >>> updates_of_layers(ModelConfig(layers=layers, schedule="together"), num_images=5000)
     Traceback (most recent call last):
     ValueError: model.layers.1.train.start_after: expected less than 50, the updates of the pass, got 60
     """
-    if model.schedule == "together":
-        train = model.layers[0].train
-        images = None if train.images is None else min(train.images, num_images)
-        learning_updates(model, train.epochs * steps_per_epoch(num_images, train.batch_size, images=images))
+    if model.schedule == "greedy":
+        return []
+    train = model.layers[0].train
+    images = None if train.images is None else min(train.images, num_images)
+    return learning_updates(model, train.epochs * steps_per_epoch(num_images, train.batch_size, images=images))
 
 
 def learning_updates(model: ModelConfig, total: int) -> list[range]:

@@ -17,10 +17,12 @@ from cluster.config import RunConfig
 from cluster.connections import join_mesh
 from cluster.failures import classify, group_failure
 from cluster.messages import LayerMetrics, Message, Outbox, Progress, RankStatus, ShardWritten
+from cluster.monitors import TrainingFault
 from cluster.policy import Failure
 from cluster.training import Assignment, Stopped, Training
 from simmatch.config import parse
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
 from tests.cluster.test_checkpoint import commit_all, exported
 from tests.exchanges import of_type, results
@@ -150,6 +152,27 @@ def test_what_each_stage_reports_is_reported_once(stages: Run) -> None:
         [of_layer[0], of_layer[1] + of_layer[2]],
         [of_layer[0] + of_layer[1], of_layer[2]],
     )
+    for each in (message for own in stages.messages for message in of_type(own, LayerMetrics)):
+        step = each.update + (BEGINS if each.layer == 2 else 0)
+        assert each.images == 20 * (2 * step + max(0, step - BEGINS))
+
+
+def fault_while_encoding(exchange: Exchange, config: RunConfig, run_dir: Path) -> str:
+    """What a rank says of a fault that the first owner of its replica has found in a batch for the layer above."""
+    assert isinstance(exchange, TorchExchange)
+    cpu = torch.device("cpu")
+    mesh = join_mesh(exchange, config.mesh, cpu, link_timeout_s=exchange.timeout_s)
+    training = Training(Assignment(config, run_dir, exchange.rank), mesh, Outbox(exchange.rank), cpu)
+    layer = training.trainer.setup.new_layer(0)
+    with pytest.raises(TrainingFault) as fault, training.encoding(0, layer):
+        raise SharedFault("non-finite activities", [0])
+    return str(fault.value)
+
+
+def test_a_fault_of_a_replica_that_encodes_names_its_rank(ranks: Any, together: ConfigMaker, tmp_path: Path) -> None:
+    """Replicas encode apart: the ranks of a fault are counted among the owners of one replica."""
+    told = results(ranks(fault_while_encoding, 4, together(data=2, channel=2), tmp_path))
+    assert told == [f"layer 0, step 1: non-finite activities on rank {first}" for first in (0, 0, 2, 2)]
 
 
 @pytest.mark.parametrize(
