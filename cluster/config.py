@@ -116,7 +116,7 @@ class RunConfig(Frozen):
     reduce: Reduce = "fast"
     """How sums over ranks are made. `fast`: floats, equal up to rounding at another number of ranks. `exact`: the same
     weights, bit by bit, at any number of ranks, replicas and stages, on machines of one type of CPU or GPU with as many
-    threads per rank. It needs `exchange: gather_state` in every layer."""
+    threads per rank, and the same `encode_batch`. It needs `exchange: gather_state` in every layer."""
 
     divergence: Divergence = "stop"
     """Where weights or activities become NaN or infinite, or explode: end, or continue once from the newest checkpoint
@@ -126,8 +126,8 @@ class RunConfig(Frozen):
     """Images per batch and rank where layers only encode, and of one file of encoded images."""
 
     cache_features: bool = True
-    """Have the encoded input of a layer on each node's disk while the layer learns, instead of encoding each batch
-    again; up to 1 GiB of it on a GPU. `--dry-run` prints the size."""
+    """With `schedule: greedy`: have the encoded input of a layer on each node's disk while the layer learns, instead of
+    encoding each batch again; up to 1 GiB of it on a GPU. `--dry-run` prints the size."""
 
     log_every: PositiveInt = 10
     """Updates between two records of a layer's metrics."""

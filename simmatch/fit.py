@@ -65,9 +65,10 @@ class Trainer:
     Raises
     ------
     ValueError
-        The images do not match the stack, labels are missing or are not one class per image, or a number is below 1.
+        The images do not match the stack, labels are missing or are not one class per image, a number is below 1, or a
+        layer would begin after the pass in which all layers learn has ended.
     ConfigError
-        `reduce: exact` with a layer that cannot give it.
+        `reduce: exact` with a layer that cannot give it, or more stages than layers.
 
     >>> layer = LayerConfig(out_channels=8, kernel_size=3, pool=2)
     >>> stack = Stack(ModelConfig(layers=(layer,)), InputConfig(in_channels=1, height=8, width=8, num_classes=10))
