@@ -160,9 +160,8 @@ def test_what_each_stage_reports_is_reported_once(stages: Run) -> None:
 def fault_while_encoding(exchange: Exchange, config: RunConfig, run_dir: Path) -> str:
     """What a rank says of a fault that the first owner of its replica has found in a batch for the layer above."""
     assert isinstance(exchange, TorchExchange)
-    cpu = torch.device("cpu")
-    mesh = join_mesh(exchange, config.mesh, cpu, link_timeout_s=exchange.timeout_s)
-    training = Training(Assignment(config, run_dir, exchange.rank), mesh, Outbox(exchange.rank), cpu)
+    mesh = join_mesh(exchange, config.mesh, CPU, link_timeout_s=exchange.timeout_s)
+    training = Training(Assignment(config, run_dir, exchange.rank), mesh, Outbox(exchange.rank), CPU)
     layer = training.trainer.setup.new_layer(0)
     with pytest.raises(TrainingFault) as fault, training.encoding(0, layer):
         raise SharedFault("non-finite activities", [0])
