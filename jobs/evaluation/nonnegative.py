@@ -30,8 +30,8 @@ class NonnegativeCodes:
     ConvergenceWarning
         Some column ended above the tolerance.
 
-    >>> codes = NonnegativeCodes(torch.eye(2), tolerance=1e-3)
-    >>> codes(torch.tensor([[2.0], [-1.0]])).flatten().tolist(), codes.mean_iterations(torch.tensor([[2.0], [-1.0]]))
+    >>> codes, drive = NonnegativeCodes(torch.eye(2), tolerance=1e-3), torch.tensor([[2.0], [-1.0]])
+    >>> codes(drive).round(decimals=3).flatten().tolist(), codes.mean_iterations(drive)
     ([2.0, 0.0], 1.0)
     """
 
