@@ -102,16 +102,16 @@ def test_bytes_do_not_depend_on_images_or_iterations(triple: Any) -> None:
     """Between two records of the dense layer: by hand, in float64, with 10 · 2 · 2 inputs to a unit.
 
     A rank receives from each of two others 4 padded rows of W, M and V with a mark, as many of the sums with theirs,
-    4 values a row for the bound; and at a record its activities of 20 columns, 7 at most an owner, three figures and a
-    mark; and after each fifth update, once here, four bytes that say whether it was asked to stop. The record counts
-    what all three ranks receive.
+    4 values a row and two marks for the bound; and at a record activities and inputs of 20 columns, 7 at most an owner,
+    three figures and a mark; and after each fifth update, once here, four bytes that say whether it was asked to stop. The record
+    counts what all three ranks receive.
     """
     _, messages = triple
     before, after = [metrics for metrics in of_type(messages[0], LayerMetrics) if metrics.layer == 1][-2:]
     updates = after.update - before.update
-    update = 2 * (4 * (40 + 10 + 10) + 1) + 4 * 4
+    update = 2 * (4 * (40 + 10 + 10) + 1) + 4 * 4 + 2
     moved = after.bytes_exchanged - before.bytes_exchanged
-    assert moved == 3 * 2 * (8 * (updates * update + 10 * 7 + 4) + 4)
+    assert moved == 3 * 2 * (8 * (updates * update + (10 + 40) * 7 + 4) + 4)
     assert after.num_exchanges - before.num_exchanges == 4 * updates + 2
 
 

@@ -24,6 +24,7 @@ from simmatch.data.config import DataConfig
 from simmatch.data.sources import load_dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.exchange import IDENTITY, Exchange, Handle, IdentityExchange
+from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from simmatch.sharding.state import gather_rows, replicated_state, shard_state
 from tests.exchanges import of_type, results
@@ -269,7 +270,7 @@ def train(
     if exchange.rank == late_rank:
         exchange = LateExchange(exchange, 0.02)
     try:
-        faulty_training(*plans)(assignment, exchange, outbox, torch.device("cpu")).run()
+        faulty_training(*plans)(assignment, Mesh.of_owners(exchange), outbox, torch.device("cpu")).run()
     except TrainingFault as fault:
         fault.add_note("".join(traceback.format_exception(fault)))  # causes do not travel between processes
         raise
