@@ -103,8 +103,8 @@ def test_bytes_do_not_depend_on_images_or_iterations(triple: Any) -> None:
 
     A rank receives from each of two others 4 padded rows of W, M and V with a mark, as many of the sums with theirs,
     4 values a row and two marks for the bound; and at a record activities and inputs of 20 columns, 7 at most an owner,
-    three figures and a mark; and after each fifth update, once here, four bytes that say whether it was asked to stop. The record
-    counts what all three ranks receive.
+    three figures and a mark; and after each fifth update, once here, four bytes that say whether it was asked to
+    stop. The record counts what all three ranks receive.
     """
     _, messages = triple
     before, after = [metrics for metrics in of_type(messages[0], LayerMetrics) if metrics.layer == 1][-2:]
