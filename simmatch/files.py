@@ -98,8 +98,12 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, limit_s: float) -> Iterator[None]:
+def locked(path: Path, limit_s: float) -> Iterator[int]:
     """Hold a lock file, which is made if there is none, and stays. The lock of a process that ends is free.
+
+    Yields
+    ------
+    The descriptor of the file.
 
     Raises
     ------
@@ -124,7 +128,7 @@ def locked(path: Path, limit_s: float) -> Iterator[None]:
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"{path}: expected a free lock, another process holds it") from None
                 time.sleep(LOCK_POLL_S)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
