@@ -124,7 +124,8 @@ def _variables(given: list[str]) -> dict[str, str]:
         if not equals and name in os.environ:
             equals, value = "=", os.environ[name]
         if not equals or not name.isidentifier():
-            raise ConfigError(f"--env: expected NAME=VALUE, or the NAME of a variable that is set here, got {text}")
+            shown = f"{name}=…" if equals else name  # the value may be a secret
+            raise ConfigError(f"--env: expected NAME=VALUE, or the NAME of a variable that is set here, got {shown}")
         values[name] = value
     return values
 

@@ -47,16 +47,21 @@ class SubmittedJob:
 
         A connection that breaks is made again; nothing is shown twice.
         """
-        answered, why = time.monotonic(), "no answer"
+        answered = shown = time.monotonic()
+        why = "no answer"
         try:
             while time.monotonic() - answered < PATIENCE_S:
                 try:
                     asyncio.run(self._show_output())
+                    shown, lost = time.monotonic(), ""
+                except Exception as error:  # whatever aiohttp and Ray make of a broken connection
+                    lost = one_line(error)
+                try:
                     info = run_with_timeout(ANSWER_S, "ray", lambda: self._client.get_job_info(self.id))
-                    if info.status.is_terminal():
-                        return self._end(info)
                     answered = time.monotonic()
-                except Exception as error:  # whatever aiohttp, requests and Ray make of a broken connection
+                    if info.status.is_terminal() and (not lost or answered - shown >= PATIENCE_S):
+                        return self._end(info, lost)
+                except Exception as error:  # and requests
                     why = one_line(error)
                 time.sleep(PAUSE_S)
         except Interrupted as interrupted:
@@ -80,8 +85,11 @@ class SubmittedJob:
                 sys.stdout.write(fresh)
                 sys.stdout.flush()
 
-    def _end(self, info: Any) -> int:
-        """Say how it ended; returns the exit status."""
+    def _end(self, info: Any, lost: str) -> int:
+        """Say how it ended, and why the end of its output is lost, if it is; returns the exit status."""
+        if lost:  # such as with the node that the command ran on
+            why = Redactor(os.environ)(lost)
+            print(f"warning: the output of job {self.id} cannot be shown to its end: {why}", file=sys.stderr)
         code = {"SUCCEEDED": 0, "STOPPED": exit_status(signal.SIGTERM)}.get(info.status.value, info.driver_exit_code)
         if code is None:  # the command never ran
             print(f"error: job {self.id} failed: {one_line(info.message or 'Ray gives no reason')}", file=sys.stderr)

@@ -54,6 +54,8 @@ def measure(folder: Path) -> Upload:
     ------
     OSError
         A file cannot be looked at.
+    ConfigError
+        A file's name is none that an archive can hold.
     """
     from ray._private import ray_constants
     from ray._private.runtime_env import packaging
@@ -64,13 +66,17 @@ def measure(folder: Path) -> Upload:
     def add(path: Path) -> None:
         nonlocal archive_bytes, files
         name = path.relative_to(folder)
+        try:
+            name_bytes = len(str(name).encode())
+        except UnicodeEncodeError:
+            raise ConfigError(f"{folder}: expected names of files in UTF-8, got {str(name)!r}") from None
         if path.is_file():
             num_bytes, files = path.stat().st_size, files + 1
-            archive_bytes += num_bytes + HEADERS_BYTES + 2 * len(str(name).encode())
+            archive_bytes += num_bytes + HEADERS_BYTES + 2 * name_bytes
             for parent in name.parents:
                 sizes[parent] += num_bytes
         elif path.is_dir() and not any(path.iterdir()):
-            archive_bytes += HEADERS_BYTES + 2 * len(f"{name}/".encode())
+            archive_bytes += HEADERS_BYTES + 2 * (name_bytes + 1)
 
     folder = folder.absolute()
     # what Ray's upload does, step by step; it has no public name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -71,6 +72,12 @@ def test_too_much_is_refused_with_the_largest_folders(tmp_path: Path) -> None:
     check_upload("--working-dir", measure(tmp_path), JOBS_API_BYTES)
 
 
+def test_a_name_that_no_archive_holds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).touch()
+    with pytest.raises(ConfigError, match="expected names of files in UTF-8, got 'caf"):
+        measure(tmp_path)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +122,7 @@ EXPECTED = "expected the address of the cluster's dashboard, such as http://10.0
         (["--entrypoint-resources", '{"a": true}', *COMMAND], {}, "--entrypoint-resources: expected a JSON object of"),
         (["--address", "ray://head:10001", *COMMAND], {}, f"--address: {EXPECTED} ray://head:10001, of Ray Client"),
         (["--address", "http://head:x", *COMMAND], {}, f"--address: {EXPECTED} http://head:x"),
+        (["--env", "a-b=s3cret", *COMMAND], {}, "--env: expected NAME=VALUE, or the NAME of"),
         (COMMAND, {"RAY_ADDRESS": "10.0.0.7:6379"}, f"RAY_ADDRESS: {EXPECTED} 10.0.0.7:6379"),
         (COMMAND, {"RAY_API_SERVER_ADDRESS": "auto", "RAY_ADDRESS": "x"}, f"RAY_API_SERVER_ADDRESS: {EXPECTED} auto"),
         (["--address", "http://127.0.0.1:1", *COMMAND], {}, "expected a cluster that takes jobs at http://127.0.0.1:1"),
@@ -135,6 +143,7 @@ def test_bad_input_is_one_line(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message.replace('{0}', dashboard)}")
     assert "f" * 64 not in line
+    assert "s3cret" not in line
 
 
 def test_what_is_submitted(
@@ -234,10 +243,24 @@ def test_lines_are_shown_once_over_broken_connections(capsys: pytest.CaptureFixt
 
 
 def test_a_cluster_that_is_gone_ends_the_wait(capsys: pytest.CaptureFixture[str]) -> None:
-    assert SubmittedJob("http://head", (Client([], status=JobStatus.RUNNING), "j")).follow() == 1
+    class Gone(Client):
+        def get_job_info(self, _: str) -> SimpleNamespace:
+            raise ConnectionError("refused")
+
+    assert SubmittedJob("http://head", (Gone([]), "j")).follow() == 1
     assert capsys.readouterr().err == (
-        "error: the cluster at http://head has not answered for 0.2 s: WebSocket connection closed unexpectedly; "
-        "job j may still run\n"
+        "error: the cluster at http://head has not answered for 0.2 s: refused; job j may still run\n"
+    )
+
+
+def test_a_job_whose_output_is_lost_keeps_its_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    """As where the node of the command died, with its log."""
+    client = Client([["a\n", None]], status=JobStatus.FAILED, driver_exit_code=3)
+    assert SubmittedJob("http://head", (client, "j")).follow() == 3
+    out, err = capsys.readouterr()
+    assert out == "a\njob j: FAILED, exit status 3\n"
+    assert err == (
+        "warning: the output of job j cannot be shown to its end: WebSocket connection closed unexpectedly\n"
     )
 
 
