@@ -21,6 +21,7 @@ from cluster.collectives import PeerTimeout
 from cluster.messages import RankStatus
 from cluster.policy import Failure
 from cluster.waiting import PART_OF_WAIT, Cause, cause_of, last
+from simmatch.chunks import ChunkLost
 from simmatch.memory import OutOfMemory
 from simmatch.remote import StorageError
 from simmatch.sharding.faults import SharedFault, named
@@ -214,8 +215,8 @@ def _is_retryable(error: BaseException) -> bool:
         return False
     if isinstance(error, OutOfMemory):
         return error.elsewhere  # such as in the process of a rank that is not quite gone; else it would happen again
-    if isinstance(error, DamagedError | StorageError):
-        return True  # a new group looks again for a checkpoint that can be read
+    if isinstance(error, DamagedError | StorageError | ChunkLost):
+        return True  # a new group looks again for a checkpoint, or for encoded images, that can be read
     if isinstance(error, PeerTimeout | dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError):
         return True
     if isinstance(error, OSError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 
 import numpy as np
@@ -15,6 +16,15 @@ from simmatch.data.cache import MOST_OPEN, MemoryFile, Readable
 from simmatch.data.feature_cache import Features
 from simmatch.data.formats import DataError
 from simmatch.data.prepared import read_rows
+
+
+class ChunkLost(OSError):
+    """A chunk that was in the cache can no longer be read there. Whoever looks for it again encodes these images again.
+
+    >>> raise ChunkLost("encoded images: /cache/features/a-key/000007.bin: Input/output error")
+    Traceback (most recent call last):
+    simmatch.chunks.ChunkLost: encoded images: /cache/features/a-key/000007.bin: Input/output error
+    """
 
 
 class Chunks:
@@ -30,6 +40,11 @@ class Chunks:
     batch: images of a chunk; the last one may have fewer.
     extra: how many numbers a chunk holds besides.
     features: where chunks are kept. None: in memory.
+
+    Raises
+    ------
+    ChunkLost
+        By all that reads: a file in the cache was removed or damaged after it was found.
 
     Attributes
     ----------
@@ -108,20 +123,23 @@ class Chunks:
     def content(self, number: int) -> Tensor:
         """The content of a chunk, uint8 [content_bytes]."""
         content = torch.empty(self.content_bytes(number), dtype=torch.uint8)
-        self._readable(number).read_into(content.numpy().data, 0)
+        with _losses():
+            self._readable(number).read_into(content.numpy().data, 0)
         return content
 
     def extras(self, number: int) -> Tensor:
         """The numbers [extra] of a chunk."""
         values = torch.empty(self.extra, dtype=self.dtype)
         held = _bytes(values).numpy().data
-        self._readable(number).read_into(held, self.content_bytes(number) - len(held))
+        with _losses():
+            self._readable(number).read_into(held, self.content_bytes(number) - len(held))
         return values
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """The values of images with these indices, int64 [n]: [n, *shape]."""
         values = torch.empty(len(indices), *self.shape, dtype=self.dtype)
-        read_rows(self._readable, self._starts, indices.cpu().numpy(), values.numpy())
+        with _losses():
+            read_rows(self._readable, self._starts, indices.cpu().numpy(), values.numpy())
         return values
 
     def whole(self, device: torch.device) -> Tensor:
@@ -139,10 +157,20 @@ class Chunks:
                     self._open.popitem(last=False)
                 opened = self._features.open(number, self.content_bytes(number))
             if opened is None:
-                raise DataError(f"encoded images {self.images(number)}: expected a chunk in the cache, found none")
+                part = self.images(number)
+                which = f"encoded images {part.start} to {part.stop - 1}"
+                raise ChunkLost(f"{which}: expected a chunk in the cache, found none")
             if number not in self._memory:
                 self._open[number] = opened
             return opened
+
+
+@contextmanager
+def _losses() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:  # what a read raises
+        raise ChunkLost(f"encoded images: {error}") from None
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from simmatch.chunks import Chunks
-from simmatch.data.feature_cache import FORMAT, FeatureCache
+from simmatch.data.feature_cache import FeatureCache, program
 from simmatch.data.order import Batches
 from simmatch.data.sources import to_unit
 from simmatch.data.staging import Images, Tensors, in_memory, select, staged
@@ -104,7 +104,7 @@ class FeatureStore:
         self.features: Chunks | None = None
         self._dtype, self._device, self._cache = dtype, device, cache
         on = (str(dtype), arithmetic(device), torch.get_num_threads())  # what the last bits depend on
-        self._key = sha256(repr((FORMAT, cache and cache.data, on, batch, self.count)).encode())
+        self._key = sha256(repr((cache and (program(), cache.data), on, batch, self.count)).encode())
         self._shape: torch.Size | None = None
 
     @property

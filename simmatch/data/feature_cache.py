@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,10 +22,24 @@ from simmatch.data.cache import OpenFile
 from simmatch.data.room import FEATURES, IN_USE, Room
 from simmatch.files import PARTIAL, make_folder
 
-FORMAT = 1
-"""Of the files, and of how encoded images are computed: part of every key."""
-
 CHECKSUM_BYTES = 32
+
+AHEAD = 16
+"""Chunks for which room is made at once: to find out what is to be removed takes a look at all files."""
+
+
+@cache
+def program() -> str:
+    """Digest of the source of `simmatch`, part of every key: another version may encode otherwise.
+
+    >>> len(program())
+    64
+    """
+    package, digest = Path(__file__).resolve().parents[1], sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 class FeatureCache:
@@ -68,7 +83,7 @@ class FeatureCache:
 
     def make_room(self, size: int, write: Callable[[], object]) -> bool:
         """Write `size` bytes if there is room for them, which may have to be made."""
-        fits = self._room.make(size, write)
+        fits = self._room.make(size, write, ahead=AHEAD * size)
         if not fits:
             self.past(f"data.cache_bytes={self._room.budget} is taken by what is in use")
         return fits

@@ -24,6 +24,7 @@ from cluster.monitors import TrainingFault
 from cluster.policy import Failure
 from cluster.training import Assignment
 from cluster.worker import Worker
+from simmatch.chunks import ChunkLost
 from simmatch.config import ConfigError, DynamicsConfig
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.memory import Lever, MemoryWatch, OutOfMemory
@@ -58,6 +59,7 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
 RETRYABLE = [
     DamagedError("x: expected sha256 1…, got 2…"),
     StorageError("s3://x: away"),
+    raised_from(TrainingFault("layer 1, step 3: x"), ChunkLost("encoded images: x: Input/output error")),
     rx.ActorDiedError(),
     rx.ActorUnavailableError("the connection is broken", None),
     rx.RayActorError(),

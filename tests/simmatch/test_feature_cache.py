@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmatch import ModelConfig, Stack
-from simmatch.chunks import Chunks
+from simmatch import ModelConfig, Stack, features
+from simmatch.chunks import ChunkLost, Chunks
 from simmatch.config import parse
 from simmatch.data.feature_cache import FeatureCache
 from simmatch.data.sources import Dataset
@@ -226,6 +226,44 @@ def test_a_damaged_chunk_is_encoded_again_with_one_word(
         f"{path} is damaged: these images are encoded again" for path in damaged
     )
     assert train(images, labels, cache_in(tmp_path, said))[1].encoded_images == [0, 0, 0]
+
+
+def test_a_chunk_that_is_lost_after_it_was_found_is_encoded_again_by_the_next_run(
+    images: Tensor, labels: Tensor, tmp_path: Path
+) -> None:
+    """When the second layer begins with it. The error is one that a new group may overcome."""
+    expected, _ = train(images, labels, None)
+
+    class Damages(Counter):
+        def restore(self, index: int, layer: Any) -> None:
+            if index == 1:
+                for path in files(tmp_path):
+                    path.write_bytes(b"")
+
+    with pytest.raises(ChunkLost, match=r"^encoded images"):
+        train(images, labels, cache_in(tmp_path), observer=Damages())
+    weights, _ = train(images, labels, cache_in(tmp_path))
+    same(weights, expected)
+
+
+def test_a_chunk_that_was_removed_is_lost_unless_it_is_open(tmp_path: Path) -> None:
+    chunks = Chunks(6, (2,), torch.float32, batch=2, extra=1, features=cache_in(tmp_path).open("key"))
+    for number in chunks.numbers:
+        chunks.put(number, torch.full((2, 2), float(number)), torch.ones(1))
+    assert float(chunks.extras(2)) == 1.0
+    for path in files(tmp_path):
+        path.unlink()
+    assert chunks[torch.tensor([5])].tolist() == [[2.0, 2.0]]
+    with pytest.raises(ChunkLost, match=r"^encoded images 0 to 1: expected a chunk in the cache, found none$"):
+        chunks[torch.tensor([5, 0])]
+
+
+def test_another_version_of_the_program_encodes_again(
+    images: Tensor, labels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(images, labels, cache_in(tmp_path))
+    monkeypatch.setattr(features, "program", lambda: "another")
+    assert train(images, labels, cache_in(tmp_path))[1].found == [0, 0, 0]
 
 
 def test_a_folder_that_cannot_be_written_costs_memory(images: Tensor, labels: Tensor, tmp_path: Path) -> None:
