@@ -22,6 +22,7 @@ from cluster.training import Assignment, Training
 from simmatch.config import parse
 from simmatch.parts import PREFIX, PartTime
 from simmatch.sharding.exchange import Exchange
+from simmatch.sharding.mesh import Mesh
 from tests.cluster.actors import model
 from tests.exchanges import results
 
@@ -38,7 +39,8 @@ def train(exchange: Exchange, config: RunConfig, run_dir: Path, updates: int) ->
             counted[update.index, update.number] = exchange.num_exchanges
             super().updated(update)
 
-    Counting(Assignment(config, run_dir, exchange.rank, profile=updates), exchange, outbox, torch.device("cpu")).run()
+    assignment = Assignment(config, run_dir, exchange.rank, profile=updates)
+    Counting(assignment, Mesh.of_owners(exchange), outbox, torch.device("cpu")).run()
     profiles = [message for message in outbox.messages if isinstance(message, LayerProfiled)]
     ends = [(one.layer, one.first - 1, one.first + one.updates - 1) for one in profiles]
     return [profiles, [counted[layer, last] - counted[layer, before] for layer, before, last in ends]]

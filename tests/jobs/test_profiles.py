@@ -27,9 +27,13 @@ from jobs.profiles import profile_rows, profile_tables, with_earlier
 from jobs.run_directory import choose
 from jobs.run_results import RunResults
 from simmatch.data.sources import Dataset
-from simmatch.parts import PARTS, PartTime
+from simmatch.parts import ENCODING, OTHERS, PartTime
+from simmatch.parts import PARTS as ALL_PARTS
 
 UPDATES = 20
+
+PARTS = tuple(part for part in ALL_PARTS if part not in (ENCODING, OTHERS))
+"""Of layers that learn one after the other."""
 
 
 def profile(layer: int, rank: int, *, first: int = 4, device_s: float = 0.0, **more: str) -> LayerProfiled:
@@ -37,7 +41,7 @@ def profile(layer: int, rank: int, *, first: int = 4, device_s: float = 0.0, **m
     parts = {
         name: PartTime(1e-3 * UPDATES * (index + 1) * (rank + 1), device_s * UPDATES, UPDATES)
         for index, name in enumerate(PARTS)
-    }
+    } | dict.fromkeys((ENCODING, OTHERS), PartTime(0.0, 0.0, 0))
     if layer == 1:
         parts |= dict.fromkeys(("exchange", "waiting"), PartTime(0.0, 0.0, 0))
     return LayerProfiled(layer, first, UPDATES, parts, [], more.get("file", f"layer-{layer}-rank-{rank}.json.gz"))
