@@ -94,6 +94,7 @@ class Together:
             for number, parts in enumerate(batches, first + 1):
                 if self._update(number, parts):
                     break
+            self._wait_for_stages_above()
         return self._layers
 
     def _close(self) -> None:
@@ -208,6 +209,15 @@ class Together:
         ranks = self._setup.mesh.columns
         for number, (part, x) in enumerate(self._sample(index)):
             yield part, x if number % ranks.world_size == ranks.rank else x[:0]
+
+    def _wait_for_stages_above(self) -> None:
+        """Until they have made their last updates: over the links, as an exchange of all ranks has less time."""
+        mesh, token = self._setup.mesh, self._setup.stack.layer(0).feedforward.new_zeros(1)
+        if mesh.above is not None:
+            mesh.above.receive(token).wait()
+            token.cpu()  # the host waits too
+        if mesh.below is not None:
+            mesh.below.send(token).wait()
 
     # ------------------------------------------------------------------------------------------- one update
 

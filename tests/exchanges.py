@@ -153,7 +153,7 @@ class ThreadExchange:
 
 
 class ThreadLink:
-    """One direction from a rank to another; the protocol of `simmatch.sharding.mesh.Link`.
+    """One direction from a rank to another.
 
     As over a network, nothing moves before the receiver has asked for it: until then `wait` of the sender blocks.
 
@@ -181,6 +181,14 @@ class ThreadLink:
         tensor.fill_(_undefined(tensor))
         self.asked += 1
         return Received(self, self.asked - 1, tensor)
+
+
+class LinkEnd:
+    """One rank's end of a connection; the protocol of `simmatch.sharding.mesh.Link`."""
+
+    def __init__(self, to: ThreadLink, back: ThreadLink) -> None:
+        self.to = to
+        self.send, self.receive = to.send, back.receive
 
 
 class Sent:
@@ -256,17 +264,18 @@ def meshes(
     """
     delays_s = delays_s or {}
     boards: dict[tuple[Any, ...], Board] = {}
-    links: dict[tuple[int, int, int], ThreadLink] = {}  # to (replica, stage, owner)
+    links: dict[tuple[int, int, int], tuple[ThreadLink, ThreadLink]] = {}  # to (replica, stage, owner), and back
 
     def end(group: tuple[Any, ...], size: int, place: int, rank: int) -> ThreadExchange:
         board = boards.setdefault(group, Board(size))
         return ThreadExchange(board, place, asynchronous=asynchronous, delay_s=delays_s.get(rank, 0.0))
 
-    def link_to(replica: int, stage: int, owner: int) -> ThreadLink | None:
+    def link_to(replica: int, stage: int, owner: int, *, upper: bool) -> LinkEnd | None:
         if not 0 < stage < stages:
             return None
         delay_s = delays_s.get((replica * stages + stage) * owners + owner, 0.0)
-        return links.setdefault((replica, stage, owner), ThreadLink(delay_s=delay_s))
+        up, down = links.setdefault((replica, stage, owner), (ThreadLink(delay_s=delay_s), ThreadLink()))
+        return LinkEnd(down, up) if upper else LinkEnd(up, down)
 
     made = []
     for rank in range(replicas * stages * owners):
@@ -279,8 +288,8 @@ def meshes(
                 columns=end(("columns", stage), replicas * owners, replica * owners + owner, rank),
                 stage=stage,
                 stages=stages,
-                below=link_to(replica, stage, owner),
-                above=link_to(replica, stage + 1, owner),
+                below=link_to(replica, stage, owner, upper=True),
+                above=link_to(replica, stage + 1, owner, upper=False),
             )
         )
     return made

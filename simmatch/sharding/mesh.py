@@ -19,7 +19,7 @@ from simmatch.sharding.exchange import IDENTITY, Exchange, Handle
 
 
 class Link(Protocol):
-    """A connection from one stage to the next: tensors arrive in the order in which they were sent.
+    """A connection between a stage and the next: tensors arrive in the order in which the other side sent them.
 
     Both sides know shape and dtype of every tensor beforehand.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -21,7 +23,7 @@ from simmatch.observer import Observer, Pass, Update
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.passing import IN_FLIGHT
 from simmatch.stages import layer_costs, stages_of
-from tests.exchanges import ThreadLink, meshes, results, run_meshes
+from tests.exchanges import LinkEnd, ThreadExchange, meshes, results, run_meshes
 
 SEED = 5
 TRAIN = {"epochs": 2, "images": 100, "batch_size": 30}  # eight updates; the last of an epoch has ten images
@@ -352,11 +354,36 @@ def test_an_observer_hears_of_every_update(images: Tensor, labels: Tensor) -> No
 # -- stages that wait, and stages that fail ----------------------------------------------------------------------------
 
 
+def test_no_stage_waits_for_a_later_one_in_an_exchange_of_all_ranks(images: Tensor, labels: Tensor) -> None:
+    """Such an exchange has less time than a link: the last updates of a late stage may take longer."""
+    places = meshes(stages=3)
+    first = places[0].everyone
+    assert isinstance(first, ThreadExchange)
+    ended, begun = threading.Event(), []
+
+    class Last(Follower):
+        def __init__(self, mesh: Mesh) -> None:
+            super().__init__()
+            self.mesh = mesh
+
+        def passed(self, done: Pass) -> None:
+            super().passed(done)
+            if done.number == done.total and self.mesh.stage == 0:
+                ended.set()
+            if done.number == done.total and self.mesh.stage == 2:
+                assert ended.wait(10.0)
+                time.sleep(0.2)  # for an exchange that would be wrong
+                begun.append(first.num_exchanges)
+
+    results(run_meshes(places, lambda mesh: train(mesh, SCHEDULES["at once"], images, labels, Last(mesh))))
+    assert begun == [1]  # the one before learning
+
+
 def test_a_stage_is_a_few_batches_ahead_at_most(images: Tensor, labels: Tensor) -> None:
     model = model_of(2, train={"epochs": 2, "images": 100, "batch_size": 10})
     places = meshes(stages=2)
-    link = places[0].above
-    assert isinstance(link, ThreadLink)
+    assert isinstance(places[0].above, LinkEnd)
+    link = places[0].above.to
     link.delay_s = 0.05
     results(run_meshes(places, lambda mesh: train(mesh, model, images, labels)))
     assert link.most_pending in (IN_FLIGHT, IN_FLIGHT + 1)
