@@ -183,10 +183,14 @@ def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None
     stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images)) if images == 0 else 0
     encoded = plan_features(config, dataset.source, len(dataset.train_images))
     shards = f"{size(stored)} of images, " if stored else ""
+    past = stored + encoded - config.data.cache_bytes
     cache = (
-        f"node cache: {size(min(stored + encoded, config.data.cache_bytes))} of each node's disk, for {shards}"
+        f"node cache: {size(stored + encoded - max(past, 0))} of each node's disk, for {shards}"
         f"{size(encoded)} of encoded images"
     )
+    if past > 0:
+        cache += "; more than data.cache_bytes: layers that are not read any more make room, and what then still does "
+        cache += "not fit stays in memory"
     disk = plan_disk(config, dataset.source)
     for line in (
         f"{place}; features: encoded images in memory; working: batches, the solver, a whitening, a readout; "

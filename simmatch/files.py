@@ -117,7 +117,7 @@ def locked(path: Path, limit_s: float) -> Iterator[int]:
     Traceback (most recent call last):
     TimeoutError: /.../lock: expected a free lock, another process holds it
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # less what the umask takes
     try:
         deadline = time.monotonic() + limit_s
         while True:

@@ -67,7 +67,7 @@ class FeatureCache:
         folder = self._room.folder / FEATURES / key
         try:
             make_folder(folder)
-            descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(folder / IN_USE, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             self.past(f"{folder}: {error.strerror or error}")
             return None
@@ -109,7 +109,7 @@ class Features:
     def __init__(self, cache: FeatureCache, folder: Path, descriptor: int) -> None:
         self._cache, self.folder = cache, folder
         self._held = OpenFile(descriptor, str(folder / IN_USE))  # closes it
-        self._full = False
+        self._full = self._told = False
 
     def path(self, number: int) -> Path:
         """The file of a chunk."""
@@ -136,8 +136,9 @@ class Features:
         if opened is None and not self.path(number).exists():
             return False
         whole = opened is not None and sha256(memoryview(content)[:size]).digest() == content[size:]
-        if not whole:
-            self._cache.say(f"{self.path(number)} is damaged: these images are encoded again")
+        if not whole and not self._told:
+            self._told = True
+            self._cache.say(f"{self.path(number)} is damaged: it is made again, as are others beside it")
         return whole
 
     def write(self, number: int, content: Sequence[memoryview]) -> bool:

@@ -252,6 +252,22 @@ def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, di
     assert below.startswith("data 1 × layer 1 × channel 2, 2 ranks on cpu")
 
 
+def test_what_the_cache_cannot_hold_is_told(make_config: MakeConfig, digits: Dataset) -> None:
+    def text(*overrides: str) -> str:
+        out = io.StringIO()
+        print_plan(Console(file=out), make_config(*overrides), digits)
+        (line,) = [line for line in out.getvalue().splitlines() if line.startswith("node cache: ")]
+        return line
+
+    assert text().endswith("of encoded images")
+    small = text("data.cache_bytes=1000000")
+    assert small.startswith("node cache: 1 MB of each node's disk, for ")
+    assert small.endswith(
+        "; more than data.cache_bytes: layers that are not read any more make room, and what then still "
+        "does not fit stays in memory"
+    )
+
+
 def test_a_password_is_not_printed(make_config: MakeConfig, digits: Dataset) -> None:
     out = io.StringIO()
     config = make_config("tracking.uri=https://ada:secret@mlflow.example")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,7 +211,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip])
-def test_a_damaged_chunk_is_encoded_again_with_one_word(
+def test_damaged_chunks_are_encoded_again_with_one_line_for_each_layer(
     images: Tensor, labels: Tensor, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     expected, _ = train(images, labels, cache_in(tmp_path))
@@ -217,13 +219,14 @@ def test_a_damaged_chunk_is_encoded_again_with_one_word(
     damaged = [folder / "000002.bin" for folder in counts]
     for path in damaged:
         damage(path)
+        damage(path.with_name("000003.bin"))
     said: list[str] = []
     weights, counted = train(images, labels, cache_in(tmp_path, said))
     same(weights, expected)
-    assert counted.encoded_images == [BATCH] * 3
-    assert counted.found == [COUNT - BATCH] * 3
+    assert counted.encoded_images == [2 * BATCH] * 3
+    assert counted.found == [COUNT - 2 * BATCH] * 3
     assert sorted(line.partition(": ")[2] for line in said) == sorted(
-        f"{path} is damaged: these images are encoded again" for path in damaged
+        f"{path} is damaged: it is made again, as are others beside it" for path in damaged
     )
     assert train(images, labels, cache_in(tmp_path, said))[1].encoded_images == [0, 0, 0]
 
@@ -316,6 +319,18 @@ def test_a_small_budget_removes_what_was_used_longest_ago(images: Tensor, labels
     same(weights, expected)
     (line,) = said
     assert line.endswith(f"data.cache_bytes={of_a_run // 2} is taken by what is in use")
+
+
+def test_the_members_of_a_group_can_share_a_cache(tmp_path: Path) -> None:
+    """Under a umask that lets the group write, it can write to every lock file, too; and may read without writing."""
+    before = os.umask(0o002)
+    try:
+        features = cache_in(tmp_path).open("key")
+        assert features is not None
+        assert features.write(0, [memoryview(b"maps")])
+    finally:
+        os.umask(before)
+    assert {stat.filemode(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()} == {"-rw-rw-r--"}
 
 
 def test_two_runs_at_once_share_a_key(images: Tensor, labels: Tensor, tmp_path: Path) -> None:
