@@ -111,6 +111,7 @@ class Traffic:
         every = (mesh.everyone, mesh.owners, mesh.replicas, mesh.columns, mesh.below, mesh.above)
         distinct: dict[object, None] = dict.fromkeys(every)
         self.connections = [one for one in distinct if isinstance(one, Connection)]
+        self._ranks = mesh.everyone.world_size // mesh.stages
 
     @property
     def started(self) -> dict[str, int]:
@@ -124,8 +125,16 @@ class Traffic:
 
     @property
     def num_exchanges(self) -> int:
-        """Exchanges of the connections whose first rank this is, so that none counts twice over the ranks of a mesh."""
-        return sum(connection.num_exchanges for connection in self.connections if connection.rank == 0)
+        """Exchanges of this rank's stage, as its first rank counts them: of each connection that it is the first rank
+        of, times the number of such connections in the stage, which all make the same."""
+        counts = (one.num_exchanges * self._alike(one) for one in self.connections if one.rank == 0)
+        return sum(counts)
+
+    def _alike(self, connection: Connection) -> int:
+        """Connections of the stage along the same axis; that of all ranks is the first stage's."""
+        if isinstance(connection, TorchLink):
+            return self._ranks
+        return max(1, self._ranks // connection.world_size)
 
     @property
     def bytes_exchanged(self) -> int:

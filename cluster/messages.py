@@ -30,7 +30,8 @@ class LayerMetrics:
     dead_channels, revived_channels: see `SimilarityMatchingConv2d`.
     images_per_second, window_s: throughput since the metrics before, and how long ago they were.
     waiting_share, checkpoint_share: shares of that time spent waiting for other ranks, and on checkpoints.
-    bytes_exchanged, num_exchanges: of all ranks since this group started.
+    bytes_exchanged, num_exchanges: of all ranks of the stage since this group started; the bytes are those of the first
+        rank times the ranks.
     """
 
     layer: int

@@ -117,6 +117,19 @@ def test_tensors_come_through_a_pipeline_in_order(ranks: Any) -> None:
     assert [count for _, _, count in found] == [rounds * len(SHAPES)] * 2 + [0]  # counted where they come from
 
 
+def exchanged(exchange: TorchExchange, extents: dict[str, int]) -> int:
+    """Counted after one exchange of each connection."""
+    mesh = mesh_of(exchange, **extents)
+    for each in (mesh.owners, mesh.replicas, mesh.columns):
+        each.all_gather(torch.zeros(each.world_size, 1)).wait()
+    return Traffic(mesh).num_exchanges
+
+
+def test_the_first_rank_counts_for_its_stage(ranks: Any) -> None:
+    """Two pairs of owners, two pairs of replicas, and all four."""
+    assert results(ranks(exchanged, 4, {"data": 2, "channel": 2}))[0] == 2 + 2 + 1
+
+
 # -- who is late -------------------------------------------------------------------------------------------------------
 
 
