@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -83,6 +84,8 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("expected a command after --, such as: -- python -m jobs.pretrain --config FILE, got none")
     metadata = _json("--metadata-json", options.metadata_json, "names and texts", lambda value: isinstance(value, str))
     resources = _json("--entrypoint-resources", options.entrypoint_resources, "names and numbers", _is_amount)
+    if (name := options.submission_id) is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise ConfigError(f"--submission-id: expected letters, digits, '_', '.' and '-', got {name!r}")
     runtime_env: dict[str, Any] = {"env_vars": {GRACE: str(options.stop_grace_s), **_variables(options.env)}}
     origin = {OWNER: user_name()}
     if folder := options.working_dir:

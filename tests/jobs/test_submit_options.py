@@ -122,6 +122,7 @@ EXPECTED = "expected the address of the cluster's dashboard, such as http://10.0
         (["--entrypoint-resources", '{"a": true}', *COMMAND], {}, "--entrypoint-resources: expected a JSON object of"),
         (["--address", "ray://head:10001", *COMMAND], {}, f"--address: {EXPECTED} ray://head:10001, of Ray Client"),
         (["--address", "http://head:x", *COMMAND], {}, f"--address: {EXPECTED} http://head:x"),
+        (["--submission-id", "../x; rm", *COMMAND], {}, "--submission-id: expected letters, digits, "),
         (["--env", "a-b=s3cret", *COMMAND], {}, "--env: expected NAME=VALUE, or the NAME of"),
         (COMMAND, {"RAY_ADDRESS": "10.0.0.7:6379"}, f"RAY_ADDRESS: {EXPECTED} 10.0.0.7:6379"),
         (COMMAND, {"RAY_API_SERVER_ADDRESS": "auto", "RAY_ADDRESS": "x"}, f"RAY_API_SERVER_ADDRESS: {EXPECTED} auto"),
