@@ -78,9 +78,9 @@ class PatchSample:
             raise ValueError("images: expected finite values, got NaN or infinity")
         start, stop = first * self._positions, (first + len(x)) * self._positions
         if self._chosen is None:
-            within = torch.arange(stop - start)
+            within = torch.arange(stop - start, device="cpu")
         else:
-            edges = torch.searchsorted(self._chosen, torch.tensor([start, stop])).tolist()
+            edges = torch.searchsorted(self._chosen, torch.tensor([start, stop], device="cpu")).tolist()
             within = self._chosen[slice(*edges)] - start
         for part in torch.split(within, ROWS):
             if len(part) > 0:

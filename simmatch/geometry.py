@@ -392,8 +392,10 @@ def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: t
     """
     height, width = config.map_size((images.shape[2], images.shape[3]))
     total = images.shape[0] * height * width
-    drawn = total > count
-    index = torch.randint(total, (count,), generator=generator, device="cpu") if drawn else torch.arange(total)
+    if total > count:
+        index = torch.randint(total, (count,), generator=generator, device="cpu")
+    else:
+        index = torch.arange(total, device="cpu")
     return normalised_patches(images, config, index.to(images.device))
 
 

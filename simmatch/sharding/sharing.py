@@ -252,7 +252,14 @@ def _added(own: Statistics | None, replicas: Exchange, state: OwnState) -> Stati
 
 
 def unsolved(rows: Rows, part: Part, state: OwnState) -> Solution:
-    """Zeros in place of the solution of an owner with a fault, or of no columns."""
+    """Zeros in place of the solution of an owner with a fault, or of no columns.
+
+    >>> from simmatch.solvers.bound import certify_afresh
+    >>> weights, rows = Weights(torch.ones(4, 1, 3, 3), torch.eye(4), torch.zeros(4, 0)), Rows.all(4)
+    >>> state = OwnState(weights, certify_afresh(weights.lateral, rows, ridge=0.0), None, LocalFault(IDENTITY))
+    >>> unsolved(rows, Part.of_columns(2, 36, ranks=1, rank=0), state).y.shape
+    torch.Size([4, 72])
+    """
     zeros = state.weights.lateral.new_zeros(rows.total + 1, len(part.columns))
     return Solution(zeros[:-1], 0, zeros[-1])
 

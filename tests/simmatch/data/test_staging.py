@@ -291,7 +291,7 @@ IMAGES = 200
 def trainer(images: Any, dataset: Dataset, *, stack: Stack | None = None, **options: Any) -> Trainer:
     source = InputConfig(in_channels=1, height=8, width=8, num_classes=10)
     stack = stack or Stack(ModelConfig(layers=LAYERS), source, seed=3)
-    return Trainer(stack, images, dataset.train_labels[:IMAGES], encode_batch=70, **options)
+    return Trainer(stack, images, dataset.train_labels[:IMAGES], encode_batch=80, **options)
 
 
 @pytest.mark.parametrize("cache", [True, False])
