@@ -7,6 +7,8 @@ iterations instead.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -119,7 +121,13 @@ class StackLearner(Observer):
             x = pooled(layer.solve(x).y, config)
 
     def updated(self, update: Update) -> None:
+        self._lap(update.index)
         self.on_progress(f"layer {update.index}: learn", update.number, update.total)
+
+    @contextmanager
+    def encoding(self, index: int, layer: SimilarityMatchingConv2d) -> Iterator[None]:
+        yield
+        self._lap(index + 1)
 
     def learnt(self, index: int, layer: SimilarityMatchingConv2d) -> None:
         self._lap(index)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from cluster.training import Assignment, Training
+from jobs.evaluation import stacks
 from jobs.evaluation.learners import BATCH
 from jobs.evaluation.nonnegative import COUNTED_IMAGES, NonnegativeCodes
 from jobs.evaluation.stacks import StackLearner
@@ -196,3 +199,16 @@ def test_seconds_are_those_of_each_layer(digits: Dataset) -> None:
     started = time.monotonic()
     learner.outputs(to_unit(digits.test_images, torch.float32))
     assert 0 < learner.seconds(1)[1] < learner.seconds(2)[1] < time.monotonic() - started
+
+
+def test_layers_that_learn_together_take_turns_in_seconds_too(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for every look at the clock: each update of the pass has one for layer 0, and for layer 1 one of its
+    update and one of encoding its input."""
+    clock = count()
+    monkeypatch.setattr(stacks, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    layers = [{**layer, "train": {"images": 200, "batch_size": 20}} for layer in LAYERS]
+    learner = StackLearner(parse(ModelConfig, {"layers": layers, "schedule": "together"}), SOURCE, 0)
+    learner.fit(to_unit(digits.train_images, torch.float32), digits.train_labels)
+    updates, others = 10, 8  # at most: calibration in six parts, the end, scaling V
+    assert updates <= learner.fit_seconds[0] <= updates + others
+    assert 2 * updates <= learner.fit_seconds[1] <= 2 * updates + others
