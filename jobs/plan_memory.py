@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from cluster.config import RunConfig
 from cluster.text import size
 from simmatch.config import ConfigError, LayerConfig
-from simmatch.features import RESIDENT_BYTES
 from simmatch.geometry import PatchConfig
+from simmatch.inputs import RESIDENT_BYTES
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.moments import ROWS
 from simmatch.sharding.passing import IN_FLIGHT

@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from simmatch.features import Staged
+from simmatch.inputs import Staged
 from simmatch.parts import recording
 from simmatch.sharding.exchange import Exchange
 

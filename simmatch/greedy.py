@@ -7,7 +7,7 @@ from contextlib import closing
 
 from torch import Tensor
 
-from simmatch.features import LayerInputs
+from simmatch.inputs import LayerInputs
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.learning import Learner, Setup
 from simmatch.model import layer_inputs

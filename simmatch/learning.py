@@ -17,8 +17,9 @@ from torch import Tensor
 from simmatch.captured import Updates, new_graph
 from simmatch.config import LayerConfig, Reduce, TrainConfig
 from simmatch.data.order import Batches
-from simmatch.features import FeatureStore, Staged
+from simmatch.features import FeatureStore
 from simmatch.geometry import Patches
+from simmatch.inputs import Staged
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
 from simmatch.memory import Lever, MemoryWatch

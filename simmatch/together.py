@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from simmatch.data.staging import Tensors
-from simmatch.features import Staged
 from simmatch.geometry import Patches
+from simmatch.inputs import Staged
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.learning import Learner, Setup
 from simmatch.model import layer_inputs, pooled

@@ -23,8 +23,9 @@ from simmatch.data.config import DataConfig
 from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, load_dataset, to_unit
 from simmatch.devices import check_device
-from simmatch.features import FeatureStore, LayerInputs, Staged
+from simmatch.features import FeatureStore
 from simmatch.geometry import Patches
+from simmatch.inputs import LayerInputs, Staged
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
 from simmatch.parts import timed

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster import collectives
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, join_group, open_store
-from simmatch.features import gather_images, own_part
+from simmatch.inputs import gather_images, own_part
 from simmatch.sharding.exchange import Exchange, IdentityExchange
 from simmatch.sharding.rows import split_rows
 from simmatch.sharding.sums import sum_over_ranks

@@ -18,8 +18,8 @@ from cluster.messages import Message, Outbox, ShardWritten
 from cluster.monitors import TrainingFault
 from cluster.training import Assignment, Training
 from simmatch.config import parse
-from simmatch.features import LayerInputs, Staged
 from simmatch.geometry import Patches
+from simmatch.inputs import LayerInputs, Staged
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.mesh import Mesh
 from tests.exchanges import of_type, results

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from simmatch import captured, learning
 from simmatch.config import LayerConfig, ModelConfig, PlasticityConfig, TrainConfig
-from simmatch.features import Staged
 from simmatch.fit import Trainer
+from simmatch.inputs import Staged
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack
 from simmatch.observer import Observer, Update

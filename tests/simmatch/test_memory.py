@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simmatch.features
+import simmatch.inputs
 import simmatch.model
 from simmatch import LayerConfig, ModelConfig, SimilarityMatchingConv2d, Stack, fit_stack
 from simmatch.config import TrainConfig
@@ -227,7 +228,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
         "layer 0, encoding: {}: set encode_batch to at most 20 (now 40), or use more ranks",
     ),
     "cache": (
-        simmatch.features.LayerInputs,
+        simmatch.inputs.LayerInputs,
         "_fill",
         fail,
         "layer 1, caching its input: {}: set cache_features to false",
