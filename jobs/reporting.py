@@ -285,6 +285,6 @@ def git_commit(folder: Path | None = None) -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: no text
             return (folder / "COMMIT").read_text().strip()
     return None

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from cluster.redaction import Redactor, one_line
+from cluster.redaction import one_line
 from cluster.timeouts import run_with_timeout
 from cluster.tracking.tracker import user_name
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         request = _request(options)
         address = _address(options.address)
-        shown = _hidden(address)
+        shown = one_line(address)
         _find_mode(address, shown)
         if (folder := request["runtime_env"].get("working_dir")) and "://" not in folder:
             upload = measure(Path(folder))
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         job = SubmittedJob(shown, run_with_timeout(SUBMIT_S, "ray", lambda: _submit(address, request)))
     except Exception as error:  # whatever Ray and its server make of it
-        print(f"error: the cluster at {shown} did not take the job: {_hidden(error)}", file=sys.stderr)
+        print(f"error: the cluster at {shown} did not take the job: {one_line(error)}", file=sys.stderr)
         return FAILED
     print(f"job {job.id} at {shown}; output: ray job logs -f {job.id}; stop: ray job stop {job.id}", flush=True)
     return job.follow() if options.wait else 0
@@ -153,7 +153,7 @@ def _address(given: str | None) -> str:
         hint = ", of Ray Client, which takes no jobs" if address.startswith("ray://") else ""
         raise ConfigError(
             f"{name}: expected the address of the cluster's dashboard, such as http://10.0.0.7:8265, "
-            f"got {_hidden(address)}{hint}"
+            f"got {one_line(address)}{hint}"
         )
     return address
 
@@ -177,7 +177,7 @@ def _find_mode(address: str, shown: str) -> None:
         except requests.exceptions.InvalidHeader:  # characters that no header may have
             return 403
         except requests.RequestException as error:
-            raise ConfigError(f"expected {where}, got {_hidden(error)}") from None
+            raise ConfigError(f"expected {where}, got {one_line(error)}") from None
 
     answer = status(None)
     if answer in (401, 403):
@@ -195,10 +195,6 @@ def _submit(address: str, request: dict[str, Any]) -> Any:
 
     client = JobSubmissionClient(address)
     return client, client.submit_job(**request)
-
-
-def _hidden(error: object) -> str:
-    return Redactor(os.environ)(one_line(error))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
 from contextlib import aclosing
 from typing import Any
 
-from cluster.redaction import Redactor, one_line
+from cluster.redaction import one_line
 from cluster.timeouts import run_with_timeout
 from jobs.entry_point import FAILED
 from jobs.signals import Interrupted, exit_status
@@ -68,7 +67,7 @@ class SubmittedJob:
             print(f"error: {interrupted}; the job goes on: ray job stop {self.id} ends it", file=sys.stderr)
             return exit_status(interrupted.signum)
         lost = f"error: the cluster at {self.address} has not answered for {PATIENCE_S:g} s: {why}"
-        print(f"{Redactor(os.environ)(lost)}; job {self.id} may still run", file=sys.stderr)
+        print(f"{lost}; job {self.id} may still run", file=sys.stderr)
         return FAILED
 
     async def _show_output(self) -> None:
@@ -88,8 +87,7 @@ class SubmittedJob:
     def _end(self, info: Any, lost: str) -> int:
         """Say how it ended, and why the end of its output is lost, if it is; returns the exit status."""
         if lost:  # such as with the node that the command ran on
-            why = Redactor(os.environ)(lost)
-            print(f"warning: the output of job {self.id} cannot be shown to its end: {why}", file=sys.stderr)
+            print(f"warning: the output of job {self.id} cannot be shown to its end: {lost}", file=sys.stderr)
         code = {"SUCCEEDED": 0, "STOPPED": exit_status(signal.SIGTERM)}.get(info.status.value, info.driver_exit_code)
         if code is None:  # the command never ran
             print(f"error: job {self.id} failed: {one_line(info.message or 'Ray gives no reason')}", file=sys.stderr)

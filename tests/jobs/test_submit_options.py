@@ -17,6 +17,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
 from jobs import submit, submitted_job
+from jobs.reporting import git_commit
 from jobs.signals import Interrupted
 from jobs.submitted_job import SubmittedJob
 from jobs.working_dir import JOBS_API_BYTES, check_upload, measure
@@ -171,6 +172,11 @@ def test_what_is_submitted(
     assert (
         second == f"job raysubmit_7 at {dashboard}; output: ray job logs -f raysubmit_7; stop: ray job stop raysubmit_7"
     )
+
+
+def test_a_file_that_is_no_commit_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "COMMIT").write_bytes(b"\xff\xfe")
+    assert git_commit(tmp_path) is None
 
 
 def test_a_cluster_that_fails_is_one_line(
