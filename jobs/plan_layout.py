@@ -64,7 +64,7 @@ def volumes(config: RunConfig, source: InputConfig) -> list[Volume]:
     """What replicas and stages exchange in an update of every layer, on the rank with the most rows."""
     value, mesh, sizes = 8 if config.dtype == "float64" else 4, config.mesh, layer_sizes(config, source)
     found = [
-        Volume("data", f"statistics of layer {index}", _summed(layer, mesh.data, value))
+        Volume("data", f"statistics of layer {index}", _summed(layer, config))
         for index, layer in enumerate(sizes)
         if mesh.data > 1
     ]
@@ -75,9 +75,14 @@ def volumes(config: RunConfig, source: InputConfig) -> list[Volume]:
     return found
 
 
-def _summed(layer: LayerSizes, replicas: int, value: int) -> int:
-    """Bytes of a sum over replicas: each adds a part of the values, and sends its sums to the others."""
-    return value * 2 * (replicas - 1) * -(-layer.rows * layer.width // replicas)
+def _summed(layer: LayerSizes, config: RunConfig) -> int:
+    """Bytes of a sum over replicas: each adds a part of the values, and sends its sums to the others.
+
+    With `reduce: exact` they are integers of eight bytes, with Σ y.
+    """
+    replicas, exact = config.mesh.data, config.reduce == "exact"
+    value = 8 if exact or config.dtype == "float64" else 4
+    return value * 2 * (replicas - 1) * -(-layer.rows * (layer.width + exact) // replicas)
 
 
 def volumes_table(config: RunConfig, source: InputConfig) -> Table:

@@ -334,7 +334,8 @@ class ModelConfig(Frozen):
     layers below after their update u. Then `epochs`, `images` and `batch_size` are equal for all layers."""
 
     freeze_below: bool = False
-    """With `schedule: together`: where a layer begins, the layers below it stop learning."""
+    """With `schedule: together`: where a layer begins, the layers below it stop learning, so `start_after` must rise
+    from layer to layer. False: they go on, and upper layers lose accuracy, unless the rates below are low by then."""
 
     features: Literal["last", "all", "unsupervised"] = "last"
     """Input of a readout: the pooled activities of the last layer, of all layers side by side, or of the layers that

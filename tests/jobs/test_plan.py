@@ -16,15 +16,16 @@ from cluster.config import RunConfig
 from cluster.messages import Outbox, ShardWritten
 from cluster.training import Assignment, Training
 from jobs.plan import plan_layers, print_plan
+from jobs.plan_layout import volumes
 from jobs.plan_memory import check_whitening, plan_disk, plan_memory
-from simmatch.config import ConfigError, parse
+from simmatch.config import ConfigError, Reduce, parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import Stack, layer_inputs, save_model
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
-from tests.exchanges import ThreadExchange, of_type, results, run_owners
+from tests.exchanges import ThreadExchange, meshes, of_type, results, run_meshes, run_owners
 from tests.live_bytes import LiveBytes
 
 MakeConfig = Callable[..., RunConfig]
@@ -229,6 +230,30 @@ def test_bytes_of_an_update_are_those_that_arrive(make_config: MakeConfig, digit
 
     bound_bytes = 4 * (channel - 1) * (4 * rows[0].padded + 2)
     assert results(run_owners(channel, owner))[0] == plan.exchange_bytes + bound_bytes
+
+
+@pytest.mark.parametrize("reduce", ["fast", "exact"])
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_bytes_between_replicas_are_those_that_arrive(
+    make_config: MakeConfig, digits: Dataset, replicas: int, reduce: Reduce
+) -> None:
+    modes = [f"model.layers.{index}.dynamics.exchange=gather_state" for index in range(2)]
+    config = make_config("mesh.channel=1", f"mesh.data={replicas}", f"reduce={reduce}", *modes)
+    layer, (channels, extent) = config.model.layers[1], layer_inputs(config.model, digits.source)[1]
+    images, labels = torch.rand(6, channels, *extent), digits.train_labels[:6]
+
+    def received(mesh: Mesh) -> int:
+        replica = SimilarityMatchingConv2d.from_config(
+            layer, channels, extent, num_classes=10, mesh=mesh, reduce=reduce
+        )
+        replica.calibrate(images)
+        assert isinstance(mesh.replicas, ThreadExchange)
+        before = mesh.replicas.bytes_exchanged
+        replica.partial_fit(images, labels)
+        return mesh.replicas.bytes_exchanged - before
+
+    planned = {volume.what: volume.received for volume in volumes(config, digits.source)}
+    assert set(results(run_meshes(meshes(replicas), received))) == {planned["statistics of layer 1"]}
 
 
 def test_drawn_positions_are_fewer_columns(make_config: MakeConfig, digits: Dataset) -> None:
