@@ -173,6 +173,6 @@ def test_every_update_draws_anew(with_positions: RunMaker, tmp_path: Path, monke
 
 
 def test_positions_that_a_map_lacks_stop_training(with_positions: RunMaker, tmp_path: Path) -> None:
-    training = Training(Assignment(with_positions(1, (37, None)), tmp_path, 0), IDENTITY, Outbox(), torch.device("cpu"))
+    training = Training(Assignment(with_positions(1, (37, None)), tmp_path, 0), Mesh(), Outbox(), torch.device("cpu"))
     with pytest.raises(TrainingFault, match="positions: expected at most 36, the map of 6 × 6 activities, got 37"):
         training.run()
