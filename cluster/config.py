@@ -140,8 +140,8 @@ class RunConfig(Frozen):
         least = self.cluster.min_shards
         if least is not None and (self.mesh.data, self.mesh.layer) != (1, 1):
             raise ConfigError(
-                f"cluster.min_shards: expected none with {self.mesh}, since a smaller group has fewer shards of "
-                f"channels only (mesh.data=1 and mesh.layer=1), got {least}"
+                f"cluster.min_shards: expected none with {self.mesh}, since only a group of shards (mesh.data=1 and "
+                f"mesh.layer=1) can become smaller, got {least}"
             )
         if least is not None and least > self.mesh.channel:
             raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={self.mesh.channel}, got {least}")

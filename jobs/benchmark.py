@@ -32,7 +32,7 @@ SUBCOMMANDS = {
     "gpu": (gpu, "the dynamics, updates and encoding on a CUDA device, compared with plain torch"),
     "ingest": (ingest, "reading an epoch of prepared images: speed and memory, compared with other ways to read"),
     "pynsm": (pynsm, "encoding and training compared with the authors' library"),
-    "scaling": (scaling, "shards compared with one device, for every exchange mode"),
+    "scaling": (scaling, "shards compared with one device, for every exchange mode; with --axes, replicas and stages"),
     "network": (network, "exchange modes and number formats between two hosts on a slow link"),
     "overhead": (overhead, "share of training time spent on checkpoints and tracking"),
 }

@@ -53,11 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="of the job (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument(
-        "--layouts", nargs="*", choices=sorted(LAYOUTS), metavar="NAME", help="of the job; none: no job"
-    )
+    names, widths = ", ".join(LAYOUTS), " ".join(map(str, WIDTHS))
+    layouts = f"of the job, from: {names} (default: all, and a job that is killed); without a name: no job"
+    parser.add_argument("--layouts", nargs="*", choices=sorted(LAYOUTS), metavar="NAME", help=layouts)
     parser.add_argument("--data", default="fashion_mnist", metavar="NAME", help="of the updates (default: %(default)s)")
-    parser.add_argument("--channels", type=at_least(1), nargs="*", metavar="K", help="widths; none: no updates")
+    channels = f"of the updates (default: {widths}); without a number: no updates"
+    parser.add_argument("--channels", type=at_least(1), nargs="*", metavar="K", help=channels)
     parser.add_argument("--images", type=at_least(1), default=20, metavar="B", help="of an update (default: 20)")
     parser.add_argument("--ranks", type=at_least(2), default=2, metavar="G", help="of the updates (default: 2)")
 
