@@ -82,8 +82,15 @@ def measure(folder: Path) -> Upload:
     # what Ray's upload does, step by step; it has no public name
     excludes = [packaging._get_excludes(folder, ray_constants.get_runtime_env_default_excludes())]
     heed_git = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    packaging._dir_travel(folder, excludes, add, include_gitignore=heed_git, logger=logging.getLogger(__name__))
+    packaging._dir_travel(folder, excludes, add, include_gitignore=heed_git, logger=_quiet())
     return Upload(folder, files, archive_bytes, _largest(sizes))
+
+
+def _quiet() -> logging.Logger:
+    """For what Ray says of an error that we raise: the name of a file as it is, which may be no text."""
+    logger = logging.Logger(__name__)  # not below the root logger
+    logger.addHandler(logging.NullHandler())
+    return logger
 
 
 def _largest(sizes: Counter[Path]) -> tuple[tuple[str, int], ...]:
