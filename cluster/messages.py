@@ -18,7 +18,9 @@ Phase = Literal["calibrate", "cache", "learn", "encode", "readout"]
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """Metrics of one layer after an update; all ranks know the same, but for the times, which are each rank's own.
+    """Metrics of one layer after an update; all ranks of a stage know the same, but for times and traffic.
+
+    The first rank of the stage sends its own.
 
     Attributes
     ----------
@@ -30,8 +32,8 @@ class LayerMetrics:
     dead_channels, revived_channels: see `SimilarityMatchingConv2d`.
     images_per_second, window_s: throughput since the metrics before, and how long ago they were.
     waiting_share, checkpoint_share: shares of that time spent waiting for other ranks, and on checkpoints.
-    bytes_exchanged, num_exchanges: of all ranks of the stage since this group started; the bytes are those of the first
-        rank times the ranks.
+    bytes_exchanged, num_exchanges: of all ranks of the stage, as its first rank counts them, since this group started;
+        the bytes are those that it received, times the ranks.
     """
 
     layer: int

@@ -57,6 +57,7 @@ def triple(exact: ConfigMaker, ranks: Any, tmp_path_factory: pytest.TempPathFact
     """The run on three ranks with `gather_state`, and what they reported."""
     run_dir, config = tmp_path_factory.mktemp("triple") / "run", exact(MODE, 3)
     messages = run(ranks, config, run_dir)
+    assert len(set(ranks.num_exchanges)) == 1
     commit_all(config, run_dir, messages)
     return run_dir, messages
 
@@ -86,13 +87,18 @@ def test_a_run_gives_the_model_of_the_other_mode(single: Any, triple: Any) -> No
 def test_all_ranks_record_the_same(triple: Any) -> None:
     """Each looks at its own columns; what they report is about all of them.
 
-    Only the bytes differ: rank 0 receives nothing of the calibrations that it broadcasts.
+    Only the traffic differs: rank 0 receives nothing of the calibrations that it broadcasts, and it alone counts the
+    exchanges, of which all have made as many.
     """
     _, messages = triple
     metrics = [[unchanging(metrics) for metrics in of_type(own, LayerMetrics)] for own in messages]
     bytes_exchanged = [[each.bytes_exchanged for each in own] for own in metrics]
     assert bytes_exchanged[0] < bytes_exchanged[1] == bytes_exchanged[2]
-    without = [[dataclasses.replace(each, bytes_exchanged=0) for each in own] for own in metrics]
+    num_exchanges = [[each.num_exchanges for each in own] for own in metrics]
+    assert num_exchanges[0][0] > 0
+    assert num_exchanges[0] == sorted(set(num_exchanges[0]))
+    assert num_exchanges[1] == num_exchanges[2] == [0.0] * len(metrics[0])
+    without = [[dataclasses.replace(each, bytes_exchanged=0, num_exchanges=0) for each in own] for own in metrics]
     assert without[0] == without[1] == without[2]
     shares = [metrics.waiting_share for own in messages for metrics in of_type(own, LayerMetrics)]
     assert all(0.0 < share < 1.0 for share in shares)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.config import RunConfig
-from cluster.messages import LayerMetrics, Message, Outbox, ReadoutScored, TrainingWarning
+from cluster.messages import LayerMetrics, LayerWarning, Message, Outbox, ReadoutScored
 from cluster.monitors import TrainingFault
 from cluster.training import Assignment
 from simmatch.config import DynamicsConfig, ModelConfig, PlasticityConfig, TrainConfig
@@ -54,7 +54,7 @@ def make_layer(
         "dynamics": dynamics,
         "plasticity": PlasticityConfig(lr=LR, tau=TAU),
         "rows": split_rows(CHANNELS, exchange.world_size)[exchange.rank],
-        "exchange": exchange,
+        "mesh": Mesh.of_owners(exchange),
         "dtype": dtype,
         "device": device,
     }
@@ -233,29 +233,22 @@ def test_early_stop_in_float32(ranks: Any, kind: str) -> None:
 # -- the whole program -------------------------------------------------------------------------------------------------
 
 
-class LateExchange:
-    """An exchange whose owner comes late to every seventh, be it a gather or not.
+def come_late(exchange: Exchange, delay_s: float) -> None:
+    """Make this end of an exchange late at every seventh, be it a gather or not.
 
-    Only the time differs; what is exchanged does not.
+    Only the time differs; what is exchanged does not. It remains the connection whose exchanges are recorded.
     """
 
-    def __init__(self, inner: Exchange, delay_s: float) -> None:
-        self.inner, self.delay_s = inner, delay_s
+    def late(start: Callable[..., Handle]) -> Callable[..., Handle]:
+        def begin(*tensors: Tensor) -> Handle:
+            if exchange.num_exchanges % 7 == 0:
+                time.sleep(delay_s)
+            return start(*tensors)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+        return begin
 
-    def all_gather(self, gathered: Tensor) -> Handle:
-        self._dawdle()
-        return self.inner.all_gather(gathered)
-
-    def all_to_all(self, received: Tensor, sent: Tensor) -> Handle:
-        self._dawdle()
-        return self.inner.all_to_all(received, sent)
-
-    def _dawdle(self) -> None:
-        if self.inner.num_exchanges % 7 == 0:
-            time.sleep(self.delay_s)
+    for name in ("all_gather", "all_to_all"):
+        setattr(exchange, name, late(getattr(exchange, name)))
 
 
 def train(
@@ -268,7 +261,7 @@ def train(
     """One rank of `cluster.training.Training`; the messages that it sends."""
     assignment, outbox = Assignment(config, run_dir, exchange.rank), Outbox()
     if exchange.rank == late_rank:
-        exchange = LateExchange(exchange, 0.02)
+        come_late(exchange, 0.02)
     try:
         faulty_training(*plans)(assignment, Mesh.of_owners(exchange), outbox, torch.device("cpu")).run()
     except TrainingFault as fault:
@@ -428,7 +421,7 @@ def test_an_objective_above_one_is_told_once_with_its_rates(
     config = config.model_copy(update={"model": ModelConfig(layers=(layer,))})
     with torch.no_grad():
         messages = train(IdentityExchange(), config, tmp_path)
-    warnings = of_type(messages, TrainingWarning)
+    warnings = of_type(messages, LayerWarning)
     high = [metrics.update for metrics in of_type(messages, LayerMetrics) if metrics.objective > 1]
     if tau == 1.0:
         assert not warnings

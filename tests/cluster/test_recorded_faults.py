@@ -12,6 +12,7 @@ from cluster.config import RunConfig
 from cluster.messages import Outbox
 from cluster.monitors import TrainingFault
 from cluster.training import Assignment
+from simmatch.sharding.mesh import Mesh
 from tests.exchanges import ThreadExchange, run_owners
 from tests.faults import FaultPlan, Kind, faulty_training
 from tests.simmatch.kernels import scripted
@@ -46,7 +47,7 @@ def test_a_recorded_fault_ends_the_training_of_all_ranks_before_anything_is_kept
     def program(exchange: ThreadExchange) -> None:
         assignment, outbox = Assignment(config, tmp_path, exchange.rank), Outbox()
         plan = FaultPlan(rank=1, layer=0, step=step, kind=kind)
-        faulty_training(plan)(assignment, exchange, outbox, torch.device("cpu")).run()
+        faulty_training(plan)(assignment, Mesh.of_owners(exchange), outbox, torch.device("cpu")).run()
 
     outcomes = run_owners(2, program)
     assert [type(outcome) for outcome in outcomes] == [TrainingFault] * 2, outcomes

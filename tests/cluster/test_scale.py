@@ -61,6 +61,8 @@ class Scene:
         assignment = Assignment(self.config, run_dir, 0)
         self.group = WorkerGroup(assignment)
         self.workers = [Worker(Assignment(self.config, run_dir, rank)) for rank in range(ranks)]
+        for worker in self.workers:
+            worker._outbox.leads = worker.assignment.rank == 0  # a single stage
         self.group._actors = [actor_of(worker) for worker in self.workers]
         self.group._head = SimpleNamespace(lost=False)  # type: ignore[assignment]
         nothing: Any = SimpleNamespace(
@@ -158,5 +160,5 @@ def test_only_rank_0_sends_what_all_ranks_know(digits_config: ConfigMaker, tmp_p
     assert sent == [{LayerMetrics}, {ShardWritten}, {ShardWritten}]
     statuses = scene.group.poll()
     assert [len(status.phases) for status in statuses] == [len(PHASES) + 1, 1, 1]
-    assert [status.progress and status.progress.metrics is not None for status in statuses] == [True, False, False]
+    assert [status.progress is not None and len(status.progress.metrics) for status in statuses] == [1, 0, 0]
     assert all(status.progress is not None and status.progress.done == 10 for status in statuses)
