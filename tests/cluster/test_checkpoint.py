@@ -563,10 +563,11 @@ def test_resuming_repeats_every_bit_on_one_rank(ranks: Any, alone: Reference, tm
     for name, tensor in exported(tmp_path / "run").items():
         assert torch.equal(tensor, expected[name]), name
     assert metrics_of(messages[0]).items() <= alone.metrics.items()
-    written = [
-        (message.cursor, message.layers, [message.shard, *message.constants])
-        for message in of_type(messages[0], ShardWritten)
-    ]
+    written = []
+    for message in of_type(messages[0], ShardWritten):
+        layers = [message.layers.get(index, LayerState()) for index in range(message.cursor.layer + 1)]
+        assert message.layers.keys() == {message.cursor.layer}  # those before have learnt, those after have no state
+        written.append((message.cursor, layers, [message.shard, *message.constants]))
     later = [cursor for cursor in alone.cursors if cursor.step > step]  # it did not begin again
     manifests = [read_manifest(folder_of(alone.run_dir, cursor.step)) for cursor in later]
     assert written == [(manifest.cursor, manifest.layers, manifest.files) for manifest in manifests]

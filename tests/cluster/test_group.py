@@ -510,7 +510,8 @@ def test_a_stuck_rank_is_told_from_those_that_wait_for_it(ray: Any, digits_confi
         statuses = poll_until(group, lambda statuses: all(status.idle_s > 1.0 for status in statuses))
     failure = stalled(statuses, 1.0)
     assert failure is not None
-    assert failure.message.startswith("rank 0: no progress for 1 s (layer 0, ")
+    expected = r"rank 0 has not started exchange \d+ \(layer 0, learn \d+/10\), rank 1 waited for it for 1 s"
+    assert re.fullmatch(expected, failure.message), failure.message
     assert stalled(statuses, 100.0) is None
 
 

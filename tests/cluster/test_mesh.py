@@ -97,9 +97,18 @@ def fits(config: RunConfig, images: int | None = None) -> str | None:
 def test_what_does_not_fit_is_named_by_axis_and_layer(
     digits_config: Callable[..., RunConfig], mesh: dict[str, int], images: int | None, expected: str | None
 ) -> None:
-    found = fits(digits_config(mesh=mesh), images)
+    model = digits_config().model.model_dump(mode="json") | {"schedule": "together"}
+    model["layers"][1]["train"] = model["layers"][0]["train"]  # they learn from the same batches
+    found = fits(digits_config(mesh=mesh, model=model), images)
     assert found is None if expected is None else str(found).startswith(expected)
     assert "\n" not in str(found)
+
+
+def test_stages_need_layers_that_learn_together(digits_config: Callable[..., RunConfig]) -> None:
+    assert fits(digits_config(mesh={"layer": 2, "channel": 2})) == (
+        "mesh.layer: expected at most 1, as layers learn one after the other (model.schedule: greedy), got 2; "
+        "the nearest mesh that fits is data 1 × layer 1 × channel 2"
+    )
 
 
 def test_a_solver_of_all_channels_takes_no_shards(digits_config: Callable[..., RunConfig]) -> None:

@@ -94,7 +94,7 @@ def test_an_administrators_interface_stays_and_ours_is_exact(
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", value)
     monkeypatch.setattr("cluster.worker.connect_store", lambda *_: None)
     monkeypatch.setattr("cluster.worker.join_group", join)
-    monkeypatch.setattr("cluster.worker.join_mesh", lambda *_: None)
+    monkeypatch.setattr("cluster.worker.join_mesh", lambda *_, link_timeout_s: None)
     Worker(Assignment(digits_config(2), tmp_path, 1)).join(None, "10.0.0.2", ("10.0.0.1", 1))
     assert joined == [expected]
 

@@ -139,6 +139,7 @@ def test_the_run_directory(finished: Ended, make_config: Callable[..., RunConfig
     assert (kinds[0], *kinds[-2:]) == ("start", "finish", "model")
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "constants",
+        f"step-{UPDATES[0]:08d}",  # the newest of the layer before
         "step-00000100",
         "step-00000116",
     ]
