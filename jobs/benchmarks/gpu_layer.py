@@ -30,7 +30,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.measurement import measure
 from simmatch.parts import timed
 from simmatch.profile import Recorder
-from simmatch.sharding.exchange import IdentityExchange
+from simmatch.sharding.mesh import Mesh
 from simmatch.solvers.dynamics import Solution
 
 Row = dict[str, Any]
@@ -103,8 +103,8 @@ def measure_updates(plan: GpuPlan, report: Report) -> None:
     dataset = plan.dataset("fashion_mnist")
     modes: dict[str, Row] = {
         "alone": {},
-        "gather_state": {"dynamics": DynamicsConfig(exchange="gather_state"), "exchange": IdentityExchange()},
-        "every_iteration": {"exchange": IdentityExchange()},
+        "gather_state": {"dynamics": DynamicsConfig(exchange="gather_state"), "mesh": Mesh()},
+        "every_iteration": {"mesh": Mesh()},
     }
     for mode, changes in modes.items():
         # the iterations of the last are decided by the host
