@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -536,12 +537,19 @@ def test_a_bucket_that_is_away_is_asked_again(
     uri = upload(tmp_path / "away", "away")
     monkeypatch.setattr(simmatch.remote, "ATTEMPTS", 1)
     store.stop()
-    timer = threading.Timer(2.0, store.start)
-    timer.start()
+
+    def start_once_told() -> None:
+        deadline = time.monotonic() + 30.0
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.05)
+        store.start()
+
+    starts = threading.Thread(target=start_once_told)
+    starts.start()
     try:
         assert load(uri).digest() == expected
     finally:
-        timer.join()
+        starts.join()
     [told] = caplog.messages
     assert told.startswith(f"{uri}: cannot be read: Could not connect to the endpoint URL")
     assert told.endswith("; asked again for 60 s")
