@@ -54,9 +54,11 @@ def images(batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.fixture
 def pyfunc(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`mlflow.pyfunc.load_model`, which puts a model's code on the path for good; no pickle is loaded."""
+    """`mlflow.pyfunc.load_model`, which puts a model's code on the path for good; no pickle is loaded, and the
+    folder stays as it was saved: Python keeps no compiled code beside the model's."""
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's own type hints, which it looks at while it is imported
         import mlflow.pyfunc
