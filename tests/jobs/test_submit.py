@@ -288,6 +288,8 @@ def test_a_driver_sends_its_checkout_to_other_nodes(cluster: Cluster) -> None:
 
 def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster) -> None:
     """A relative run directory would vanish with the job's copy of the checkout; only a real job can know."""
+    # jobs of one upload share Ray's copy of it, in which Python keeps what it compiled: this one is unpacked anew
+    (cluster.working_dir / "note.txt").write_text("only of this upload")
     code, status, logs = cluster.submit(f"find . -type f | sort; {pretrain('runs/mine')}; exit $?")
     assert (code, status) == (1, "FAILED"), logs
     errors = [line for line in logs.splitlines() if line.startswith("error: ")]
@@ -296,7 +298,8 @@ def test_bad_configuration_fails_the_job_and_the_upload_is_lean(cluster: Cluster
     assert errors[0].endswith("got 'runs/mine'")
     assert "Traceback" not in logs
     uploaded = {line.removeprefix("./") for line in logs.splitlines() if line.startswith("./")}
-    assert {"jobs/pretrain.py", "jobs/configs/digits.yaml", "simmatch/layer.py", "cluster/group.py"} <= uploaded
+    expected = {"jobs/pretrain.py", "jobs/configs/digits.yaml", "simmatch/layer.py", "cluster/group.py", "note.txt"}
+    assert expected <= uploaded
     assert not uploaded & set(DECOYS)
     assert not any(name.endswith(".pyc") for name in uploaded)
 
