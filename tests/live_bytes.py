@@ -1,4 +1,4 @@
-"""Bytes that a computation allocates at its peak."""
+"""What a computation allocates: bytes at its peak, and how often."""
 
 from __future__ import annotations
 
@@ -26,4 +26,21 @@ class LiveBytes(TorchDispatchMode):
                 self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.alive = {key: (weak, size) for key, (weak, size) in self.alive.items() if not weak.expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+class CountAllocations(TorchDispatchMode):
+    """Counts results of at least `size` elements that lie in storage none of the arguments owns."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.numel() >= self.size:
+                self.count += leaf.untyped_storage().data_ptr() not in known
         return result

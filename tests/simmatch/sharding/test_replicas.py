@@ -19,8 +19,8 @@ from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import meshes, results, run_meshes
 from tests.simmatch.sharding.injected import FUNCTIONS, WEIGHTS, damage
+from tests.simmatch.sharding.layers import CHANNELS, CLASSES, layer_of
 
-CHANNELS, CLASSES = 10, 10  # on 3 owners 4, 3, 3
 UPDATES = 13
 STATE = (*WEIGHTS, "silent", "class_frequency", "perron", "updates", "revived")
 MODES = ("every_iteration", "block", "gather_state")
@@ -32,23 +32,8 @@ TIGHT = {"tolerance": 1e-9, "max_iterations": 50_000, "ridge": 0.0}
 
 
 def make_layer(mesh: Mesh, mode: str, kind: str, dynamics: dict[str, Any]) -> SimilarityMatchingConv2d:
-    """`maps`: unsupervised, 4 × 3 columns an image. `supervised`: with labels and whitening. `dense`: one column."""
-    options: dict[str, Any] = {"normalize": "contrast", "stride": 2, "padding": 1}
-    if kind != "maps":
-        options |= {"num_classes": CLASSES, "label_gain": 0.5, "whiten": True}
-    if kind == "dense":
-        options |= {"normalize": "none", "stride": 1, "padding": 0}
-    return SimilarityMatchingConv2d(
-        1,
-        CHANNELS,
-        6 if kind == "dense" else 3,
-        dynamics=DynamicsConfig(exchange=mode, tile_columns=16, **dynamics),
-        plasticity=PlasticityConfig(dead_after=5, lr=0.2, lr_decay_steps=20),
-        dtype=torch.float64,
-        rows=split_rows(CHANNELS, mesh.owners.world_size)[mesh.owners.rank],
-        mesh=mesh,
-        **options,
-    )
+    rates = PlasticityConfig(dead_after=5, lr=0.2, lr_decay_steps=20)
+    return layer_of(mesh, mode, kind, {"tile_columns": 16, **dynamics}, rates)
 
 
 def images_of(digits: Dataset, kind: str) -> Tensor:

@@ -17,35 +17,18 @@ from simmatch.measurement import Measurement, measure
 from simmatch.sharding import sharing
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
-from simmatch.sharding.rows import split_rows
 from tests.exchanges import ThreadExchange, results, run_owners
 from tests.simmatch.sharding.injected import FUNCTIONS, InjectedError, damage, fail
+from tests.simmatch.sharding.layers import CHANNELS, CLASSES, layer_of
 
-CHANNELS = 10  # on 3 owners 4, 3, 3
-CLASSES = 10
 UPDATES = 25
 WEIGHTS = ("feedforward", "lateral", "label")
 FIXED = {"solver": "accelerated", "tolerance": 0.0, "max_iterations": 12}
 
 
 def make_layer(exchange: ThreadExchange, mode: str, kind: str, dynamics: dict[str, Any]) -> SimilarityMatchingConv2d:
-    """`conv`: maps of 4 × 3 columns. `supervised`: the same with labels and whitening. `dense`: one column an image."""
-    options: dict[str, Any] = {"normalize": "contrast", "stride": 2, "padding": 1}
-    if kind != "conv":
-        options |= {"num_classes": CLASSES, "label_gain": 0.5, "whiten": True}
-    if kind == "dense":
-        options |= {"normalize": "none", "stride": 1, "padding": 0}
-    return SimilarityMatchingConv2d(
-        1,
-        CHANNELS,
-        6 if kind == "dense" else 3,
-        dynamics=DynamicsConfig(exchange=mode, tile_columns=64, **dynamics),
-        plasticity=PlasticityConfig(dead_after=5),
-        dtype=torch.float64,
-        rows=split_rows(CHANNELS, exchange.world_size)[exchange.rank],
-        mesh=Mesh.of_owners(exchange),
-        **options,
-    )
+    rates = PlasticityConfig(dead_after=5)
+    return layer_of(Mesh.of_owners(exchange), mode, kind, {"tile_columns": 64, **dynamics}, rates)
 
 
 def batches(digits: Dataset, kind: str, size: int) -> list[tuple[Tensor, Tensor | None]]:

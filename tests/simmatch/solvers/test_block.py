@@ -10,8 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from simmatch.config import DynamicsConfig
 from simmatch.sharding.exchange import IDENTITY
@@ -22,6 +20,7 @@ from simmatch.solvers.block import Blocks, BlockTile, bound_of_block
 from simmatch.solvers.bound import certify_afresh
 from tests.blocks import solve_blocks, steps_of
 from tests.exchanges import results, run_owners
+from tests.live_bytes import CountAllocations
 from tests.reference import nnls_columns, random_drive, random_lateral, relative_residual
 
 PROBLEMS = settings(derandomize=True, deadline=None, database=None, max_examples=6)
@@ -423,23 +422,6 @@ def test_the_bound_of_a_block_holds(seed: int, size: int, signed: bool, dead_row
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
-
-
-class CountAllocations(TorchDispatchMode):
-    """Counts results of at least `size` elements that lie in storage none of the arguments owns."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size, self.count = size, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.numel() >= self.size:
-                self.count += leaf.untyped_storage().data_ptr() not in known
-        return result
 
 
 @pytest.mark.parametrize("exchange_dtype", [None, "bfloat16"])

@@ -12,8 +12,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.data.sources import Dataset, to_unit
@@ -23,6 +21,7 @@ from simmatch.sharding.rows import Rows
 from simmatch.solvers.bound import certify_afresh
 from simmatch.solvers.dynamics import Dynamics, unrolled
 from simmatch.solvers.quadratic import ConvergenceWarning, solve
+from tests.live_bytes import CountAllocations
 from tests.reference import (
     accelerated,
     nnls_columns,
@@ -452,23 +451,6 @@ def test_no_columns_give_no_activities() -> None:
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
-
-
-class CountAllocations(TorchDispatchMode):
-    """Counts results of at least `size` elements that lie in storage none of the arguments owns."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size, self.count = size, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.numel() >= self.size:
-                self.count += leaf.untyped_storage().data_ptr() not in known
-        return result
 
 
 def test_the_counter_counts() -> None:
