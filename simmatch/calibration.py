@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simmatch.geometry import PatchConfig, normalised_patches
+from simmatch.geometry import PatchConfig, drawn_patches, normalised_patches
 from simmatch.moments import ROWS, Moments
 
 
@@ -49,9 +49,8 @@ class PatchSample:
     ) -> None:
         height, width = config.map_size(size)
         self._config, self._whiten, self._positions = config, whiten, height * width
-        self._chosen, total = None, images * height * width
-        if total > count:
-            self._chosen = torch.randint(total, (count,), generator=generator, device="cpu").sort().values
+        total = images * height * width
+        self._chosen = drawn_patches(total, count, generator).sort().values if total > count else None
 
     def moments(self, device: torch.device | str) -> Moments:
         """Empty sums for `rows`."""

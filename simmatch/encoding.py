@@ -12,7 +12,7 @@ from simmatch.labels import one_hot
 from simmatch.learning import Setup
 from simmatch.memory import Lever
 from simmatch.model import EXPORTED, layer_inputs, output_shape, pooled
-from simmatch.sharding.sums import SumOverRanks
+from simmatch.sharding.sums import OrderedSum, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Encoder:
     ----------
     setup: what the stack learns with.
     settled: number of layers, from the first one on, whose label weights have been scaled already.
-    batch: number of images that a rank encodes at a time.
 
     >>> from simmatch import LayerConfig, ModelConfig, Stack
     >>> from simmatch.fit import Trainer
@@ -31,7 +30,7 @@ class Encoder:
     >>> images = torch.rand(20, 1, 8, 8)
     >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=3, pool=2),))
     >>> setup = Trainer(Stack(model, InputConfig.of(images, num_classes=0)), images).setup
-    >>> encoder = Encoder(setup, settled=0, batch=10)
+    >>> encoder = Encoder(setup, settled=0)
     >>> encoder.below(1, images).shape
     torch.Size([20, 8, 2, 2])
     >>> with torch.no_grad():
@@ -42,7 +41,6 @@ class Encoder:
 
     setup: Setup
     settled: int
-    batch: int
 
     def below(self, index: int, x: Tensor) -> Tensor:
         """The input of a layer for images."""
@@ -73,9 +71,8 @@ class Encoder:
             observer.progress("encode", done, store.count, layer=index, images_per_second=rate)
             memory.proceed(done / store.count)
 
-        memory.begin(
-            f"layer {index}, encoding", Lever("encode_batch", min(self.batch, store.count)), otherwise="use more ranks"
-        )
+        size = Lever("encode_batch", min(store.batch, store.count))
+        memory.begin(f"layer {index}, encoding", size, otherwise="use more ranks")
         weights = [getattr(layer, name) for name in (*EXPORTED, "perron") if name != "label" and hasattr(layer, name)]
         store.advance(
             encode,
@@ -88,13 +85,13 @@ class Encoder:
         observer.advanced(index, store.features)
         if config.supervised and index >= self.settled:
             everyone = setup.mesh.everyone
-            yz = SumOverRanks(layer.label, everyone, ordered=True)  # no bit of V depends on the number of ranks
-            zz = SumOverRanks(layer.label.new_zeros(classes, classes), everyone, ordered=False)
+            yz = OrderedSum(layer.label, everyone)  # no bit of V depends on the number of ranks
+            zz = layer.label.new_zeros(classes, classes)
             for part in store.parts:
                 if part.start < part.stop:
                     yz.add(store.features.extras(part.start // store.batch).view_as(layer.label).to(setup.device))
                     z = targets(part)
-                    zz.add(z @ z.T)  # whole numbers: their sum is exact in any order
+                    zz += z @ z.T  # whole numbers: their sum is exact in any order
                 else:
                     yz.add(layer.label.new_zeros(layer.label.shape))
-            layer.settle_label(yz.result(), zz.result())
+            layer.settle_label(yz.result(), sum_over_ranks(zz, everyone))

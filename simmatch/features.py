@@ -19,6 +19,7 @@ from simmatch.data.feature_cache import FeatureCache, program
 from simmatch.data.sources import to_unit
 from simmatch.data.staging import Images, Tensors, in_memory, select, staged
 from simmatch.devices import arithmetic
+from simmatch.sharding.blocks import cut
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.state import gather_from_ranks
 
@@ -118,8 +119,7 @@ class FeatureStore:
 
     def first(self, count: int) -> Generator[tuple[slice, Tensor]]:
         """Those of the first `count` images that are in blocks of this rank: their range, and their features."""
-        blocks = (self.block(number) for number in self.own)
-        return self._values([slice(each.start, min(each.stop, count)) for each in blocks if each.start < count])
+        return self._values(cut(count, self.batch)[self.exchange.rank :: self.exchange.world_size])
 
     def _values(self, parts: Sequence[slice]) -> Generator[tuple[slice, Tensor]]:
         """Images or features of some parts of this rank, on the device."""

@@ -120,7 +120,7 @@ class Trainer:
             measure_every=measure_every,
             to_tolerance=to_tolerance,
         )
-        self._encoder = Encoder(self.setup, settled, encode_batch)
+        self._encoder = Encoder(self.setup, settled)
         self._encode_last, self._cache, self._begun = encode_last, cache, False
         self._together = Together(self.setup) if stack.config.schedule == "together" else None
 

@@ -391,12 +391,19 @@ def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: t
     torch.Size([100, 75])
     """
     height, width = config.map_size((images.shape[2], images.shape[3]))
-    total = images.shape[0] * height * width
-    if total > count:
-        index = torch.randint(total, (count,), generator=generator, device="cpu")
-    else:
-        index = torch.arange(total, device="cpu")
+    index = drawn_patches(images.shape[0] * height * width, count, generator)
     return normalised_patches(images, config, index.to(images.device))
+
+
+def drawn_patches(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of `count` of `total` patches, drawn with replacement, on the CPU; if there are no more, all, in order.
+
+    >>> drawn_patches(3, 5, torch.Generator()), drawn_patches(100, 5, torch.Generator()).shape
+    (tensor([0, 1, 2]), torch.Size([5]))
+    """
+    if total <= count:
+        return torch.arange(total, device="cpu")
+    return torch.randint(total, (count,), generator=generator, device="cpu")
 
 
 def normalised_patches(images: Tensor, config: PatchConfig, index: Tensor) -> Tensor:

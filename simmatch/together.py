@@ -29,6 +29,7 @@ from simmatch.learning import Learner, Setup
 from simmatch.model import layer_inputs, pooled
 from simmatch.observer import Pass
 from simmatch.schedule import learning_updates
+from simmatch.sharding.blocks import cut
 from simmatch.sharding.columns import Part
 from simmatch.sharding.passing import Inlet, Outlet
 from simmatch.sharding.state import gather_from_ranks
@@ -132,8 +133,7 @@ class Together:
 
     def _blocks(self, index: int) -> list[slice]:
         """The images from which a layer is calibrated, in the parts in which they are encoded."""
-        count, size = self._setup.sample_size(index), self._setup.store.batch
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        return cut(self._setup.sample_size(index), self._setup.store.batch)
 
     def _begins(self, number: int, layers: range) -> list[int]:
         """Those of the layers that are calibrated in this update of the pass."""

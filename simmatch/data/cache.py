@@ -1,10 +1,9 @@
 """Open files of a prepared data set: in a local folder, or in a cache that all processes of a node share.
 
 A shard is compared with its sha256 when it is copied; `simmatch.data.room` says where to, and what makes room for it.
-What does not fit into the cache,
-by its budget or because the disk is full, is read from the object store, byte range by byte range. Shards are read, not
-mapped: the memory of a process does not grow with the number of images, and an error of a disk is an exception, not a
-signal that ends the process.
+What does not fit into the cache, by its budget or because the disk is full, is read from the object store, byte range
+by byte range. Shards are read, not mapped: the memory of a process does not grow with the number of images, and an
+error of a disk is an exception, not a signal that ends the process.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.moments import ROWS, Moments
 from simmatch.sharding.exchange import Exchange
 from simmatch.sharding.rows import Rows, join_rows
-from simmatch.sharding.sums import SumOverRanks, sum_over_ranks
+from simmatch.sharding.sums import OrderedSum, sum_over_ranks
 
 SHARDED = ("feedforward", "lateral", "label", "silent")
 """Buffers whose first dimension runs over the layer's own channels."""
@@ -146,7 +146,7 @@ def _moments_in_order(
 ) -> Moments:
     """Count, Σ x and Σ x xᵀ of block after block: unlike mean and scatter, they add up."""
     ranks, size = exchange.world_size, len(empty.mean)
-    total = SumOverRanks(empty.mean.new_zeros(1 + size + size * size), exchange, ordered=True)
+    total = OrderedSum(empty.mean.new_zeros(1 + size + size * size), exchange)
     own = groupby(blocks, key=lambda block: block[0] // (order.batch * ranks))
     number, group = next(own, (-1, iter(())))
     for each in range(order.rounds(ranks)):

@@ -36,51 +36,45 @@ def sum_over_ranks(tensor: Tensor, exchange: Exchange) -> Tensor:
     return parts.view(-1)[:count].view_as(tensor)
 
 
-class SumOverRanks:
-    """A sum of terms that come one after the other, of all ranks; equal on every rank.
+class OrderedSum:
+    """A sum of terms that come one after the other, of all ranks; equal on every rank, and for any number of ranks.
+
+    Term n of all is rank n mod R's term n // R, and terms are added in the order of their numbers, so that no bit
+    depends on R. Every `add` is an exchange, in which a rank receives (R − 1) / R of a term. The ranks add equally
+    often; a rank without a term left adds zeros.
 
     Parameters
     ----------
     like: a tensor with the shape, dtype and device of a term.
     exchange: connects the ranks.
-    ordered: False: each rank adds its terms, and then the ranks their sums. True: term n of all is rank n mod R's term
-        n // R, and terms are added in the order of their numbers, so that no bit depends on R: every `add` is an
-        exchange, in which a rank receives (R − 1) / R of a term. The ranks add equally often, a rank without a term
-        left adds zeros.
 
     >>> from simmatch.sharding.exchange import IDENTITY
-    >>> total = SumOverRanks(torch.zeros(3), IDENTITY, ordered=True)
+    >>> total = OrderedSum(torch.zeros(3), IDENTITY)
     >>> for term in (torch.ones(3), torch.full((3,), 2.0)):
     ...     total.add(term)
     >>> total.result()
     tensor([3., 3., 3.])
     """
 
-    def __init__(self, like: Tensor, exchange: Exchange, *, ordered: bool) -> None:
-        self._exchange, self._ordered, self._shape = exchange, ordered, like.shape
-        ranks = exchange.world_size if ordered else 1
-        self._total = like.new_zeros(-(-like.numel() // ranks))
-        self._sent = like.new_zeros(ranks, len(self._total))
+    def __init__(self, like: Tensor, exchange: Exchange) -> None:
+        self._exchange, self._shape = exchange, like.shape
+        self._total = like.new_zeros(-(-like.numel() // exchange.world_size))
+        self._sent = like.new_zeros(exchange.world_size, len(self._total))
 
     def add(self, term: Tensor) -> None:
         """Add a term of this rank."""
         self._sent.view(-1)[: term.numel()] = term.flatten()
-        received = self._sent
-        if self._ordered:
-            received = torch.empty_like(self._sent)
-            self._exchange.all_to_all(received, self._sent).wait()
+        received = torch.empty_like(self._sent)
+        self._exchange.all_to_all(received, self._sent).wait()
         for part in received:
             self._total += part
 
     def result(self) -> Tensor:
         """The sum; all ranks call this together."""
-        count = self._shape.numel()
-        if not self._ordered:
-            return sum_over_ranks(self._total.view(self._shape), self._exchange)
         parts = self._sent
         parts[self._exchange.rank] = self._total
         self._exchange.all_gather(parts).wait()
-        return parts.view(-1)[:count].view(self._shape)
+        return parts.view(-1)[: self._shape.numel()].view(self._shape)
 
 
 def sum_over_replicas(

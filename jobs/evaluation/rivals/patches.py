@@ -15,7 +15,15 @@ from torch import Tensor
 
 from jobs.evaluation.learners import Shape
 from jobs.evaluation.material import UnitImages
-from simmatch.geometry import PatchConfig, drive, explicit, prepare, sample_patches, transform
+from simmatch.geometry import (
+    PatchConfig,
+    drawn_patches,
+    drive,
+    explicit,
+    normalised_patches,
+    prepare,
+    sample_patches,
+)
 from simmatch.moments import Moments
 from simmatch.whitening import Whitening, zca
 
@@ -68,16 +76,16 @@ def sampled(images: UnitImages, config: PatchConfig, count: int, generator: torc
     if isinstance(images, Tensor):
         return sample_patches(images, config, count, generator)
     height, width = config.map_size((images.shape[2], images.shape[3]))
-    total = len(images) * height * width
-    index = torch.arange(total) if total <= count else torch.randint(total, (count,), generator=generator)
+    positions = height * width
+    index = drawn_patches(len(images) * positions, count, generator)
     order = index.argsort(stable=True)
-    number, position = index[order] // (height * width), index[order] % (height * width)
-    needed, which = torch.unique_consecutive(number, return_inverse=True)
+    needed, which = torch.unique_consecutive(index[order] // positions, return_inverse=True)
+    among_needed = which * positions + index[order] % positions
     patches = torch.empty(len(index), config.patch_size)
     for first in range(0, len(needed), IMAGES_AT_ONCE):
         start, stop = torch.searchsorted(which, torch.tensor([first, first + IMAGES_AT_ONCE])).tolist()
         read, rows = images[needed[first : first + IMAGES_AT_ONCE]], slice(start, stop)
-        patches[order[rows]] = transform(config.convolution.gather(read, which[rows] - first, position[rows]), config)
+        patches[order[rows]] = normalised_patches(read, config, among_needed[rows] - first * positions)
     return patches
 
 
