@@ -6,7 +6,9 @@ are whole or absent, one class of errors, and a time-out for every wait.
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -72,6 +74,66 @@ def write_whole(path: AnyPath, content: Content) -> None:
         local = Path(folder) / path.name
         files.write_whole(local, content)
         _remote(path, lambda: path.fs.put_file(str(local), path.path))
+
+
+def create_whole(path: AnyPath, content: bytes) -> None:
+    """`simmatch.files.create_whole` at any place: of several that create a file, on any machines, one succeeds.
+
+    An object store is asked by the header `If-None-Match: *` (or what its protocol has for it); whether it heeds that,
+    `check_exclusive` finds out. Where it does not, only a file that is there already is refused.
+
+    Raises
+    ------
+    FileExistsError
+        There is such a file, and it holds something else.
+    OSError
+        The disk, or the object store, did not take it. Repeat the call with the same content.
+    """
+    if isinstance(path, Path):
+        files.create_whole(path, content)
+        return
+    if not exists(path):
+        try:
+            _remote(path, lambda: _create(path, content))
+            return
+        except StorageError:  # the store refuses, or it created the file and its answer was lost
+            if not exists(path):
+                raise
+    if read(path) != content:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _create(path: UPath, content: bytes) -> None:
+    try:
+        path.fs.pipe_file(path.path, content, mode="create")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        path.fs.pipe_file(path.path, content)  # the store does not know the header
+
+
+def check_exclusive(folder: AnyPath) -> str | None:
+    """Try `create_whole` in a folder, which leaves nothing behind. Returns why it protects nothing there, or None.
+
+    Raises
+    ------
+    OSError
+        The disk, or the object store, did not take a file.
+    """
+    path = folder / f"exclusive-{secrets.token_hex(4)}"
+    first, second = b"first", b"second"
+    create_whole(path, first)
+    try:
+        if isinstance(path, Path):
+            files.create_whole(path, second)
+        else:
+            _remote(path, lambda: _create(path, second))
+    except (FileExistsError, StorageError):
+        pass
+    try:
+        return None if read(path) == first else f"{folder}: its store replaces a file that was to be created"
+    finally:
+        remove(path)
 
 
 def copy_whole(source: AnyPath, target: AnyPath) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -40,8 +41,55 @@ def write_whole(path: Path, content: Content) -> None:
     ...     Path(folder, "runs", "config.yaml").read_text()
     'seed: 1'
     """
+    _put(path, path.with_name(path.name + PARTIAL), content, lambda partial: partial.replace(path))
+
+
+def create_whole(path: Path, content: bytes) -> None:
+    """Create a complete file, which exists for nobody before it is whole; of several that try, one succeeds.
+
+    Give the content something of your own, such as a random number: a file that holds the same content counts as
+    created here, so that a call whose answer was lost, as over NFS, can be repeated. On a file system without links the
+    file is created exclusively and then written, so a crash can leave a part of it.
+
+    Raises
+    ------
+    FileExistsError
+        There is such a file, and it holds something else.
+    OSError
+        The file could not be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     create_whole(Path(folder, "owner"), b"first")
+    ...     create_whole(Path(folder, "owner"), b"second")
+    Traceback (most recent call last):
+    FileExistsError: [Errno 17] File exists: '/.../owner'
+    """
+    partial = path.with_name(f"{path.name}-{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        _put(path, partial, content, lambda partial: _link(partial, path, content))
+    except FileExistsError as error:
+        if path.is_symlink() or not path.is_file() or path.read_bytes() != content:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+
+
+def _link(partial: Path, path: Path, content: bytes) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):  # of systems without links
+            raise
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _put(path: Path, partial: Path, content: Content, name_it: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, then give it its own; both are on the disk when this returns."""
     make_folder(path.parent)
-    partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)  # a symbolic link there would redirect the write
     try:
         if callable(content):
@@ -51,7 +99,7 @@ def write_whole(path: Path, content: Content) -> None:
                 file.write(content.encode() if isinstance(content, str) else content)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        name_it(partial)
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,20 @@ from cluster.checkpoints.manifest import (
 )
 from cluster.checkpoints.reader import Reader, newest_good
 from cluster.checkpoints.shard_writer import write_shard
-from cluster.storage import AnyPath, copy_whole, exists, fetch, find, is_local, locate, read, remove, write_whole
+from cluster.storage import (
+    AnyPath,
+    check_exclusive,
+    copy_whole,
+    create_whole,
+    exists,
+    fetch,
+    find,
+    is_local,
+    locate,
+    read,
+    remove,
+    write_whole,
+)
 from simmatch.model import MODEL_FILES
 from simmatch.remote import StorageError, retry
 from simmatch.sharding.rows import Rows, split_rows
@@ -131,6 +144,96 @@ def test_a_file_is_copied_to_and_from_any_place(place: AnyPath, tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match="missing"):
         copy_whole(place / "missing", tmp_path / "copies" / "missing")
     assert [path.name for path in (tmp_path / "copies").iterdir()] == ["two"]
+
+
+def test_a_file_is_created_once(place: AnyPath) -> None:
+    """Whoever comes second is told; whoever repeats its own call, because the answer was lost, is not."""
+    create_whole(place / "deep" / "owner", b"first")
+    create_whole(place / "deep" / "owner", b"first")
+    with pytest.raises(FileExistsError, match="owner"):
+        create_whole(place / "deep" / "owner", b"second")
+    assert read(place / "deep" / "owner") == b"first"
+    assert [path.name for path in find(place / "deep", "*")] == ["owner"]
+    assert check_exclusive(place) is None
+    assert [path.name for path in find(place, "*")] == ["deep"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_that_create_a_file_one_succeeds(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    contents = [str(number).encode() * 1000 for number in range(10, 26)]
+    created: list[bytes] = []
+
+    def create(content: bytes) -> None:
+        with suppress(FileExistsError):
+            create_whole(tmp_path / "owner", content)
+            created.append(content)
+
+    threads = [threading.Thread(target=create, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert created == [read(tmp_path / "owner")]
+    assert [path.name for path in tmp_path.iterdir()] == ["owner"]
+
+
+def test_a_link_or_a_folder_is_not_a_file_that_was_created(tmp_path: Path) -> None:
+    (tmp_path / "same").write_bytes(b"first")
+    (tmp_path / "link").symlink_to("same")
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "folder"):
+        with pytest.raises(FileExistsError, match=name):
+            create_whole(tmp_path / name, b"first")
+
+
+@pytest.mark.parametrize("kind", ["ignores", "refuses"])
+def test_a_store_that_does_not_know_the_header(kind: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files can be written there, and it is noticed that they are not protected."""
+    from moto.s3.exceptions import S3ClientError
+    from moto.s3.responses import S3Response
+    from werkzeug.datastructures import Headers
+
+    put_object = S3Response.put_object
+
+    def put(response: S3Response) -> object:
+        if kind == "refuses" and "If-None-Match" in response.headers:
+            raise S3ClientError("NotImplemented", "A header you provided implies functionality not implemented")
+        response.headers = Headers(list(response.headers.items()))
+        response.headers.pop("If-None-Match", None)
+        return put_object(response)
+
+    monkeypatch.setattr(S3Response, "put_object", put)
+    place = locate(f"s3://{BUCKET}/{kind}")
+    create_whole(place / "owner", b"first")
+    with pytest.raises(FileExistsError, match="owner"):
+        create_whole(place / "owner", b"second")
+    assert read(place / "owner") == b"first"
+    assert check_exclusive(place) == f"{place}: its store replaces a file that was to be created"
+
+
+def test_an_answer_that_is_lost(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client asks again by itself, and is told that the file exists: it is its own."""
+    from moto.s3.responses import S3Response
+
+    put_object, calls = S3Response.put_object, []
+
+    def put(response: S3Response) -> object:
+        answer = put_object(response)
+        calls.append(answer)
+        if len(calls) == 1:
+            raise ConnectionError("the answer is lost")
+        return answer
+
+    monkeypatch.setattr(S3Response, "put_object", put)
+    path = locate(f"s3://{BUCKET}/lost/owner")
+    create_whole(path, b"first")
+    assert read(path) == b"first"
 
 
 @pytest.mark.parametrize("replaces", [True, False])
