@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jobs.benchmarks import sweep
-from jobs.benchmarks.links import Link, exits_on_sigterm, measure_link
+from jobs.benchmarks.links import Link, measure_link
+from jobs.benchmarks.namespaces import exits_on_sigterm
 from jobs.benchmarks.processes import RankGroup
 from jobs.benchmarks.sweep import Cell, Sizes
 from jobs.benchmarks.updates import BASELINE, Comparison, keep_inputs, modes, sample, trained

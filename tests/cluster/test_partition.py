@@ -23,7 +23,8 @@ import psutil
 import pytest
 
 from cluster.config import RunConfig
-from jobs.benchmarks.links import INTERFACE, Link
+from jobs.benchmarks.links import Link
+from jobs.benchmarks.namespaces import INTERFACE
 from jobs.reporting import MissingError
 from tests.cluster.actors import ConfigMaker, assert_gone, assert_parity, is_alive, model, train
 from tests.cluster.drivers import Driver, environment, longer

@@ -16,7 +16,8 @@ import torch
 from matplotlib.figure import Figure
 
 from jobs.benchmark import main
-from jobs.benchmarks.links import NAMESPACES, Link, exits_on_sigterm
+from jobs.benchmarks.links import Link
+from jobs.benchmarks.namespaces import NAMESPACES, exits_on_sigterm
 from jobs.benchmarks.network import PLAIN, ways
 from jobs.benchmarks.processes import Host, Member, RankFailed, RankGroup
 from jobs.benchmarks.scaling import draw_map, draw_ratios
@@ -250,7 +251,7 @@ def test_a_failure_in_a_namespace_names_its_rank_and_leaves_nothing(namespaces: 
         nonlocal group
         with Link() as link, RankGroup(link.hosts, threads=1) as group:
             assert all(process.poll() is None for process in group.processes)
-            assert len(namespaces_of(os.getpid())) == 2
+            assert len(namespaces_of(os.getpid())) == 3  # two hosts and their bridge
             group.ask(raise_on_rank_1)
 
     with pytest.raises(RankFailed) as caught:
