@@ -104,7 +104,21 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
         raise ConfigError(f"{options}: expected a store that answers, got {error}") from None
 
 
-def _choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
+def place_of(name: str, run_dir: str | None) -> AnyPath:
+    """The run directory that is meant.
+
+    Parameters
+    ----------
+    name: of the run.
+    run_dir: the user's folder or URI, or None for `runs/<name>`.
+
+    Raises
+    ------
+    ConfigError
+        A relative folder inside a Ray job's copy, a folder that could not be made, or an unknown protocol.
+    OSError
+        A store that does not answer.
+    """
     if run_dir is not None and in_throw_away_copy() and "://" not in run_dir and not Path(run_dir).is_absolute():
         raise ConfigError(
             f"--run-dir: expected an absolute path inside a Ray job, whose working directory is a copy that is "
@@ -112,8 +126,13 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
         )
     if run_dir == "":
         raise ConfigError("--run-dir: expected a folder, got nothing")
-    base = _located("--run-dir", run_dir if run_dir is not None else str(default_root() / config.name))
+    base = _located("--run-dir", run_dir if run_dir is not None else str(default_root() / name))
     _check_place(base)
+    return base
+
+
+def _choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
+    base = place_of(config.name, run_dir)
     if resume not in ("auto", "never"):
         source = _located("--resume", resume)
         if exists(source / "config.yaml"):
