@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from cluster.messages import RankInfo
 from cluster.text import count
+from simmatch.control_groups import ROOT, cpu_quota, limits
 
 
-def allowed_cpus(root: Path = Path("/")) -> int:
+def allowed_cpus(root: Path = ROOT) -> int:
     """Whole CPUs that this process may use, by its affinity and its control groups' quotas; at least 1.
 
     A container or pod with 4 of 64 CPUs sees all 64 in `os.cpu_count`.
 
     root: where `proc` and `sys` are mounted.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min([affinity, *_quotas(root)])))
+    return cpu_limit(root)[0]
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    """CPUs allowed by each control group (cgroup v2 or v1) that this process is in, and by those above it."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no such thing on this system
-        return
-    for controllers, name in (line.split(":", 2)[1:] for line in lines if line.count(":") >= 2):
-        mount = root / "sys/fs/cgroup" / controllers  # v2 names no controllers
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # inside a container the name may be the host's, and what limits the container lies at the mount itself
-        folder = mount / os.path.normpath(name).lstrip("/")
-        for group in (folder, *folder.parents):
-            with suppress(OSError, ValueError, ZeroDivisionError):
-                yield _quota(group, v2=not controllers)
-            if group == mount:
-                break
-
-
-def _quota(folder: Path, *, v2: bool) -> float:
-    """CPUs that one control group allows. Raises OSError or ValueError where it sets no limit."""
-    if v2:
-        quota, period = (folder / "cpu.max").read_text().split()  # "max 100000" where there is no limit
-    else:
-        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-    if int(quota) < 0:
-        raise ValueError("no limit")
-    return int(quota) / int(period)
+def cpu_limit(root: Path = ROOT) -> tuple[int, str]:
+    """As `allowed_cpus`, and what sets that limit: `control group`, `affinity`, or nothing ("") but the machine."""
+    machine = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    quota = min(limits("cpu", cpu_quota, root), default=math.inf)
+    limited_by = "control group" if quota < affinity else "affinity" if affinity < machine else ""
+    return max(1, int(min(affinity, quota))), limited_by
 
 
 def threads_per_rank(ranks: Sequence[RankInfo]) -> int:

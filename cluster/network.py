@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from pathlib import Path
 
 import psutil
 
@@ -36,13 +37,48 @@ def interface_of(name: str | None, address: str) -> tuple[str, str]:
     raise ValueError(f"cluster.interface: expected {wanted} on {socket.gethostname()}, got {known}")
 
 
-def use_interface(name: str) -> None:
-    """Set the environment variables that gloo and nccl read when a group is made: there is no argument for it.
+VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
+"""What each library reads when a group is made: there is no argument for it."""
 
-    Values that an administrator has set stay. Both libraries take the interface's first address.
+NCCL_FILES = (Path("~/.nccl.conf"), Path("/etc/nccl.conf"))
+"""Where nccl reads variables that the environment does not set; NCCL_CONF_FILE names another first file."""
+
+
+def use_interface(name: str) -> None:
+    """Have gloo and nccl use this interface, where an administrator has not chosen one for them.
+
+    gloo takes a list of names; nccl takes prefixes, unless a sign stands before them: eth1 would mean eth10 too. Both
+    libraries take the interface's first address.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign eth1 would mean eth10 too
+    chosen = administrators()
+    for library, value in (("gloo", name), ("nccl", f"={name}")):
+        if library not in chosen:
+            os.environ[VARIABLES[library]] = value
+
+
+def administrators() -> dict[str, str]:
+    """Library → the interface that an administrator has chosen for it on this node, and where.
+
+    Such as `{"nccl": "NCCL_SOCKET_IFNAME=^docker0 in /etc/nccl.conf"}`.
+    """
+    chosen = {library: f"{name}={os.environ[name]}" for library, name in VARIABLES.items() if os.environ.get(name)}
+    if "nccl" not in chosen:  # its files give way to the environment, which we would set
+        first = os.environ.get("NCCL_CONF_FILE")
+        for path in (Path(first) if first else NCCL_FILES[0], *NCCL_FILES[1:]):
+            value = _in_file(path.expanduser(), VARIABLES["nccl"])
+            if value is not None:
+                return chosen | {"nccl": f"{VARIABLES['nccl']}={value} in {path}"}
+    return chosen
+
+
+def _in_file(path: Path, variable: str) -> str | None:
+    """The value that a file of nccl's gives to a variable, in lines NAME=value; None without one."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    values = [value for name, sign, value in (line.partition("=") for line in lines) if sign and name == variable]
+    return values[0] if values else None  # nccl sets what is not set yet
 
 
 class RayHead:

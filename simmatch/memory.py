@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from simmatch.control_groups import ROOT, limits, memory_limit
 
 MARGIN = 1.25
 """Memory used at a time, over what was allocated when an allocation failed: another one might have followed."""
@@ -23,13 +26,16 @@ TEXTS = ("out of memory", "allocate memory", "status_alloc_failed")
 """Parts of the lower-case text of a RuntimeError: of CUDA, of torch's allocator on a CPU, of CUDA's libraries."""
 
 
-def machine_bytes() -> int:
-    """Memory of this machine in bytes.
+def machine_bytes(root: Path = ROOT) -> int:
+    """Memory of this machine in bytes, or what the control groups of this process allow of it.
+
+    root: where `proc` and `sys` are mounted.
 
     >>> machine_bytes() > 2**20
     True
     """
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min([physical, *limits("memory", memory_limit, root)]))
 
 
 class OutOfMemory(MemoryError):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from cluster.cpus import all_cpus, allowed_cpus, oversubscribed, threads_per_rank
+from cluster.cpus import all_cpus, allowed_cpus, cpu_limit, oversubscribed, threads_per_rank
 from cluster.messages import RankInfo
+from simmatch.memory import machine_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,33 @@ V1 = "12:memory:/docker/7\n4:cpu,cpuacct:/docker/7\n1:name=systemd:/docker/7\n0:
 )
 def test_what_the_groups_allow(tmp_path: Path, groups: str, files: dict[str, str], expected: int) -> None:
     assert allowed_cpus(system(tmp_path, groups, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (V2, {"kubepods/pod7/main/memory.max": "8589934592\n"}, 2**33),
+        (V2, {"kubepods/pod7/main/memory.max": "max\n", "kubepods/pod7/memory.max": "4096\n"}, 4096),
+        (V2, {"kubepods/pod7/main/memory.max": "max\n"}, None),
+        (V1, {"memory/docker/7/memory.limit_in_bytes": "4294967296\n"}, 2**32),
+        (V1, {"memory/docker/7/memory.limit_in_bytes": "9223372036854771712\n"}, None),  # no limit
+        ("", {}, None),
+    ],
+)
+def test_the_memory_that_the_groups_allow(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: int | None
+) -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine_bytes(system(tmp_path, groups, files)) == min(expected or physical, physical)
+
+
+def test_what_limits_the_cpus_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    root = system(tmp_path, V2, {"kubepods/pod7/main/cpu.max": "400000 100000\n"})
+    assert cpu_limit(root) == (4, "control group")
+    assert cpu_limit(tmp_path / "no such system") == (64, "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 9})
+    assert cpu_limit(root) == (2, "affinity")
 
 
 def test_affinity_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cluster.config import RunConfig
-from cluster.network import interface_of
+from cluster.network import administrators, interface_of
 from cluster.training import Assignment
 from cluster.worker import Worker
 
@@ -65,27 +65,39 @@ def test_a_missing_interface_is_named_with_all_that_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("set_before", "expected"),
+    ("set_before", "in_file", "expected"),
     [
-        ({}, {"GLOO": "eth1", "NCCL": "=eth1"}),
-        ({"NCCL": "ib0,ib1"}, {"GLOO": "eth1", "NCCL": "ib0,ib1"}),
-        ({"GLOO": "ib0", "NCCL": "^docker"}, {"GLOO": "ib0", "NCCL": "^docker"}),
+        ({}, "", {"GLOO": "eth1", "NCCL": "=eth1"}),
+        ({"NCCL": "ib0,ib1"}, "", {"GLOO": "eth1", "NCCL": "ib0,ib1"}),
+        ({"GLOO": "ib0", "NCCL": "^docker"}, "", {"GLOO": "ib0", "NCCL": "^docker"}),
+        ({}, "NCCL_DEBUG=WARN\nNCCL_SOCKET_IFNAME=^docker0,lo\n", {"GLOO": "eth1", "NCCL": None}),
+        ({}, "#NCCL_SOCKET_IFNAME=ib0\nNCCL_SOCKET_IFNAME\n", {"GLOO": "eth1", "NCCL": "=eth1"}),
+        ({"NCCL": ""}, "", {"GLOO": "eth1", "NCCL": "=eth1"}),
     ],
-    ids=["ours", "nccl", "both"],
+    ids=["ours", "nccl", "both", "nccl's file", "a comment in it", "empty"],
 )
 @pytest.mark.usefixtures("interfaces")
 def test_an_administrators_interface_stays_and_ours_is_exact(
     set_before: dict[str, str],
-    expected: dict[str, str],
+    in_file: str,
+    expected: dict[str, str | None],
     digits_config: Callable[..., RunConfig],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """gloo takes a plain name, nccl a prefix unless a sign of equality stands before it."""
-    joined: list[dict[str, str]] = []
+    """gloo takes a plain name, nccl a prefix unless a sign of equality stands before it.
+
+    What nccl would read from a file of its own gives way to the environment, so that stays as it is.
+    """
+    joined: list[dict[str, str | None]] = []
 
     def join(*_: Any) -> None:
-        joined.append({library: os.environ[f"{library}_SOCKET_IFNAME"] for library in expected})
+        joined.append({library: os.environ.get(f"{library}_SOCKET_IFNAME") for library in expected})
+
+    conf = tmp_path / "nccl.conf"
+    conf.write_text(in_file)
+    monkeypatch.setattr("cluster.network.NCCL_FILES", (tmp_path / "none", conf))
+    monkeypatch.delenv("NCCL_CONF_FILE", raising=False)
 
     for library in expected:
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "")  # so that what the rank sets is taken back
@@ -97,6 +109,29 @@ def test_an_administrators_interface_stays_and_ours_is_exact(
     monkeypatch.setattr("cluster.worker.join_mesh", lambda *_, link_timeout_s: None)
     Worker(Assignment(digits_config(2), tmp_path, 1)).join(None, "10.0.0.2", ("10.0.0.1", 1))
     assert joined == [expected]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "1"),
+        ({"NCCL_CONF_FILE": "other"}, "2"),
+        ({"NCCL_CONF_FILE": "none"}, "3"),
+        ({"NCCL_SOCKET_IFNAME": "4"}, "4"),
+    ],
+)
+def test_of_several_settings_of_nccl_its_own_order_decides(
+    environment: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment, then NCCL_CONF_FILE or the file of the user, then that of the machine."""
+    for name, value in (("user", "1"), ("other", "2"), ("machine", "3")):
+        (tmp_path / name).write_text(f"NCCL_SOCKET_IFNAME={value}\n")
+    monkeypatch.setattr("cluster.network.NCCL_FILES", (tmp_path / "user", tmp_path / "machine"))
+    for variable in ("NCCL_CONF_FILE", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, str(tmp_path / value) if "FILE" in variable else value)
+    assert administrators()["nccl"].partition(" in ")[0] == f"NCCL_SOCKET_IFNAME={expected}"
 
 
 TWO_ADDRESSES = """
