@@ -187,14 +187,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[int]:
-    """`mlflow server` on loopback with a SQLite store in `folder`; its port."""
+def mlflow_server(folder: Path, *options: str, **environment: str) -> Iterator[int]:
+    """`mlflow server` on loopback with a SQLite store in `folder`, and more options and variables; its port."""
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
+    command += [option.format(port=port) for option in options]
     dropped = ("MLFLOW_TRACKING_URI", "PYTHONWARNINGS")
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment = {name: value for name, value in os.environ.items() if name not in dropped} | environment
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = folder / "server.log"
     with log.open("w") as output:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -13,6 +14,8 @@ from cluster.redaction import HIDDEN, Redactor, redact
 from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+NAME_VARIABLE, ID_VARIABLE = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
+DEFAULT_EXPERIMENT = "simmatch"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -25,14 +28,42 @@ class TrackingConfig(Frozen):
     uri: str | None = None
     """MLflow's tracking URI. None: `$MLFLOW_TRACKING_URI`, then `mlflow.db` (SQLite) beside the run directory."""
 
-    experiment: str = "simmatch"
-    """Name of the MLflow experiment, made if it does not exist."""
+    experiment: str | None = None
+    """Name of the MLflow experiment, made if it does not exist. None: `$MLFLOW_EXPERIMENT_NAME`, then
+    `$MLFLOW_EXPERIMENT_ID`, then `simmatch`. Where both variables are set, they have to name the same experiment."""
 
     timeout_s: PositiveFloat = 10.0
     """Longest wait for one answer of the server."""
 
     flush_s: NonNegativeFloat = 60.0
     """Longest wait, at the end of the job, for what is not sent yet."""
+
+
+@dataclass(frozen=True)
+class ExperimentKey:
+    """Which experiment a run belongs to: by name, by id, or by both, which then have to agree."""
+
+    name: str | None
+    id: str | None = None
+
+    def __str__(self) -> str:
+        return f"experiment {self.name!r}" if self.name is not None else f"the experiment of id {self.id}"
+
+
+def resolve_experiment(config: TrackingConfig) -> ExperimentKey:
+    """The experiment in force: the configured one, or the environment's, as MLflow's own client reads it.
+
+    Raises
+    ------
+    ConfigError
+        `tracking.experiment` is empty.
+    """
+    if config.experiment is not None:
+        if not config.experiment.strip():
+            raise ConfigError(f"tracking.experiment: expected a name, got {config.experiment!r}")
+        return ExperimentKey(config.experiment)
+    name, number = os.environ.get(NAME_VARIABLE) or None, os.environ.get(ID_VARIABLE) or None
+    return ExperimentKey(DEFAULT_EXPERIMENT if name is None and number is None else name, number)
 
 
 def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:

@@ -69,7 +69,9 @@ class StartEvent(_Event):
     run_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     attempt: PositiveInt
     name: Text
-    experiment: Text
+    experiment: Text | None
+    """Its name; None where only the id was given."""
+    experiment_id: Text | None = None
     layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
     uri: Text
     tags: dict[Text, JsonValue]

@@ -114,10 +114,15 @@ def _silence(*loggers: str) -> Iterator[None]:
 
 def artifact_root(uri: str) -> Path | None:
     """Folder for artifacts beside a SQLite store's file; servers and other data bases have their own."""
+    database = database_file(uri)
+    return None if database is None else database.parent / "mlartifacts"
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for any other."""
     if not uri.startswith("sqlite"):
         return None
-    database = unquote(uri.partition("///")[2].partition("?")[0])
-    return Path(database).absolute().parent / "mlartifacts"
+    return Path(unquote(uri.partition("///")[2].partition("?")[0])).absolute()
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
-from urllib.parse import quote
 
 from cluster.redaction import Redactor, redact
+from cluster.tracking.config import DEFAULT_EXPERIMENT, ExperimentKey
 from cluster.tracking.delivery import PROGRESS_NAME, Delivery, RejectedError
 from cluster.tracking.events import (
     LARGEST_ARTIFACT,
@@ -33,6 +33,7 @@ from cluster.tracking.events import (
     TagsEvent,
     Unreadable,
 )
+from cluster.tracking.experiments import KIND_TAG, find_experiment, make_experiment, mark_experiment
 from cluster.tracking.mlflow_client import artifact_root, mlflow_settings, open_client, translate_errors
 from cluster.tracking.sender import STALLED_S, Sender
 from cluster.tracking.spool import Spool
@@ -41,6 +42,7 @@ from simmatch.model import MODEL_FILES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
     from cluster.tracking.mlflow_model import ModelLogger
 
@@ -61,19 +63,16 @@ class MlflowSink:
     ----------
     client
         MLflow's client, bound to the server.
+    uri
+        Of the server.
     run_dir
         Folder that paths in events start from.
-    artifact_folder
-        Folder for the artifacts of experiments created here; None leaves it to the server.
     log_model
         Called for events of kind `model`; None rejects them.
     """
 
-    def __init__(
-        self, client: MlflowClient, run_dir: Path, artifact_folder: Path | None, log_model: ModelLogger | None
-    ) -> None:
-        self._client, self._run_dir = client, run_dir
-        self._artifact_folder, self._log_model = artifact_folder, log_model
+    def __init__(self, client: MlflowClient, uri: str, run_dir: Path, log_model: ModelLogger | None) -> None:
+        self._client, self._uri, self._run_dir, self._log_model = client, uri, run_dir, log_model
         self._runs: dict[str, str] = {}
         self._key = ""
 
@@ -125,13 +124,8 @@ class MlflowSink:
                 assert_never(event)
 
     def _find_or_make_runs(self, start: StartEvent, wanted: Sequence[str]) -> dict[str, str]:
-        key, name = start.run_key, start.experiment
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            location = (self._artifact_folder / _folder_name(name)).as_uri() if self._artifact_folder else None
-            experiment_id = self._client.create_experiment(name, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
+        key = start.run_key
+        experiment_id = self._experiment_of(start).experiment_id
         # if a request that came late has made a second run, take the one in use
         candidates = sorted(
             self._client.search_runs([experiment_id], _of_key(key)),
@@ -147,6 +141,20 @@ class MlflowSink:
                 run = self._client.create_run(experiment_id, start.time_ms, tags, run_name)
                 runs[which] = run.info.run_id
         return {which: runs[which] for which in wanted}
+
+    def _experiment_of(self, start: StartEvent) -> Experiment:
+        """Found or made; at another server than the recorded one an id means nothing."""
+        elsewhere = start.experiment_id is not None and redact(self._uri) != redact(start.uri)
+        key = ExperimentKey(start.experiment, None if elsewhere else start.experiment_id)
+        if key.id is None and key.name is None:
+            key = ExperimentKey(DEFAULT_EXPERIMENT)
+        experiment = find_experiment(self._client, key)
+        if experiment is None:
+            assert key.name is not None
+            return make_experiment(self._client, key.name, artifact_root(self._uri))
+        if KIND_TAG not in experiment.tags:
+            mark_experiment(self._client, experiment)
+        return experiment
 
     def _run_of(self, layer: int | None) -> str:
         which = PARENT if layer is None else str(layer)
@@ -277,13 +285,7 @@ def open_sink(
 ) -> Iterator[MlflowSink]:
     """A sink for one MLflow server; `alive` is called before each request."""
     with open_client(uri, alive) as client:
-        yield MlflowSink(client, run_dir, artifact_root(uri), log_model)
-
-
-def _folder_name(experiment: str) -> str:
-    """The name of one folder for an experiment of any name."""
-    dots = not experiment.strip(".")
-    return experiment.replace(".", "%2E") if dots else quote(experiment, safe=" ", errors="replace")
+        yield MlflowSink(client, uri, run_dir, log_model)
 
 
 def _of_key(key: str) -> str:

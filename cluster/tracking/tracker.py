@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.redaction import Redactor
-from cluster.tracking.config import TrackingConfig, resolve_uri
+from cluster.tracking.config import TrackingConfig, resolve_experiment, resolve_uri
 from cluster.tracking.events import (
     ArtifactEvent,
     DatasetEvent,
@@ -71,7 +71,7 @@ class Tracker:
     Raises
     ------
     ConfigError
-        `tracking.uri` is malformed.
+        `tracking.uri` is malformed, or `tracking.experiment` empty.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Tracker:
         self._redact = Redactor(os.environ)
         self.uri = resolve_uri(config, self.run_dir)
         """Where events go; may hold credentials. `redact` it before showing it."""
+        self._experiment = resolve_experiment(config)
         self.seconds = 0.0
         """Spent by the controller in calls that record something."""
         self.unsent = 0
@@ -120,7 +121,8 @@ class Tracker:
             run_key=starts[0].run_key if starts else uuid.uuid4().hex,
             attempt=len(starts) + 1,
             name=name,
-            experiment=self.config.experiment,
+            experiment=self._experiment.name,
+            experiment_id=self._experiment.id,
             layers=layers,
             uri=self.uri,
             tags={"mlflow.user": user_name(), **(tags or {})},

@@ -33,7 +33,8 @@ from cluster.summary import RunRecord
 from cluster.tracking.config import TrackingConfig
 from cluster.tracking.delivery import RejectedError, SendProgress
 from cluster.tracking.events import MOST_LAYERS, event_of, parse_event
-from cluster.tracking.mlflow_sink import MlflowSink, _folder_name
+from cluster.tracking.experiments import _folder_name
+from cluster.tracking.mlflow_sink import MlflowSink
 from cluster.tracking.spool import LONGEST_LINE_BYTES, Spool
 from cluster.tracking.tracker import Tracker
 from simmatch.config import ConfigError
@@ -140,7 +141,7 @@ def test_what_lies_elsewhere_is_not_opened(run_dir: Path, place: str) -> None:
 def sink_of(run_dir: Path) -> tuple[MlflowSink, Mock, Mock]:
     client, log_model = Mock(), Mock()
     client.get_run.return_value = SimpleNamespace(info=SimpleNamespace(run_id="id"))
-    sink = MlflowSink(client, run_dir, None, log_model)
+    sink = MlflowSink(client, "http://127.0.0.1:9", run_dir, log_model)
     sink.connect(parse_event(START), {"parent": "id", "0": "id-0"})
     return sink, client, log_model
 
