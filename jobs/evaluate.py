@@ -39,7 +39,7 @@ from jobs.evaluation.units import Unit, UnitResult, load, run_unit
 from jobs.options import at_least, read_yaml
 from jobs.preflight import memory_of_ranks
 from jobs.ray_session import shut_down_ray
-from jobs.recording import run_recorded
+from jobs.recording import open_tracker, run_recorded
 from jobs.reporting import save_figure
 from jobs.run_directory import default_root, local_folder
 from jobs.signals import SignalHandler
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         limit = machine_bytes() if options.workers == 1 else memory_of_ranks()
         held = {row.name: row.held_bytes() for row in rows}
         told = memory_line(held, material, other, limit=limit, workers=options.workers)
-        tracker = Tracker(run_dir, config.tracking)
+        tracker = open_tracker(run_dir, config.tracking)
         threads = options.threads or max(1, allowed_cpus() // options.workers)
         job = Evaluation(config, rows, material, tracker, console)
         params = config.model_dump(mode="json", exclude={"tracking", "stacks", "quick"})

@@ -55,7 +55,7 @@ from jobs.evaluation.resume import (
 from jobs.evaluation.tables import markdown
 from jobs.evaluation.threads import run_in_threads
 from jobs.options import at_least, read_yaml
-from jobs.recording import run_recorded
+from jobs.recording import open_tracker, run_recorded
 from jobs.reporting import save_figure
 from jobs.run_directory import default_root, local_folder
 from jobs.signals import SignalHandler
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         definition = identity(run_dir, config)
         threads = options.threads or allowed_cpus()
         told = memory_line(held_bytes(config, material), material, threads=threads, limit=machine_bytes())
-        tracker = Tracker(run_dir, config.tracking)
+        tracker = open_tracker(run_dir, config.tracking)
         job = Finetuning(config, material, tracker, console, threads)
         params = config.model_dump(mode="json", exclude={"tracking", "quick"})
         begin(tracker, definition, params, config.data.title, material)

@@ -18,12 +18,12 @@ from cluster.config import RunConfig
 from cluster.redaction import one_line
 from cluster.storage import is_local
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
-from cluster.tracking.tracker import Tracker
 from jobs.display import MakeDisplay, RunDisplay, load_shown
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import at_least, override, read_yaml
 from jobs.plan import print_plan
 from jobs.preflight import check, check_checkpoint, check_device_of_ranks
+from jobs.recording import open_tracker
 from jobs.run_directory import as_begun, choose
 from jobs.training_job import TrainingJob
 from simmatch.config import ConfigError, parse
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
         check_device_of_ranks(config)
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
-        tracker = Tracker(
+        tracker = open_tracker(
             start.run_dir, config.tracking, ModelLogger(load_exported), held=not is_local(start.destination)
         )
     except (ConfigError, DataError, CheckpointError) as error:

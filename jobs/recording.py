@@ -1,4 +1,6 @@
-"""The end of every job: it records its status, waits for MLflow, and reports which records have arrived."""
+"""Records of a job: MLflow is asked before anything starts; at the end the job waits for it, and reports which records
+have arrived.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from rich.console import Console
 from cluster.controller import RunFailed
 from cluster.redaction import one_line, redact
 from cluster.text import count
-from cluster.tracking.config import sqlite_uri, sync_command
+from cluster.tracking.config import TrackingConfig, sqlite_uri, sync_command
 from cluster.tracking.events import RunStatus
+from cluster.tracking.mlflow_model import ModelLogger
+from cluster.tracking.server_check import ask_server
 from cluster.tracking.tracker import Tracker
 from jobs.entry_point import BAD_INPUT, FAILED
 from jobs.signals import SignalHandler
@@ -24,6 +28,27 @@ from simmatch.config import ConfigError
 
 MODEL = "model: "
 """Prefix of the note of a model that cannot be logged."""
+
+
+def open_tracker(
+    run_dir: Path, config: TrackingConfig, log_model: ModelLogger | None = None, *, held: bool = False
+) -> Tracker:
+    """The tracker of a run, see `Tracker`, once MLflow has been asked whether it takes the run's records.
+
+    One line on standard error says that it does not answer: the run goes on, and its records are kept.
+
+    Raises
+    ------
+    ConfigError
+        MLflow will refuse them; with its reason and what to do about it.
+    """
+    tracker = Tracker(run_dir, config, log_model, held=held)
+    answer = ask_server(config, run_dir)
+    if answer.verdict == "refused":
+        raise ConfigError(f"tracking: {answer}")
+    if answer.verdict == "away":
+        print(f"warning: {answer}; the run goes on, and its records are kept", file=sys.stderr)
+    return tracker
 
 
 def run_recorded(work: Callable[[], None], tracker: Tracker, console: Console, signals: SignalHandler) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +17,10 @@ from simmatch.data.sources import Dataset, load_dataset
 
 # The problems are small and the machines that run them are shared: more threads only add noise.
 torch.set_num_threads(1)
+
+# A developer's own server and user must not decide what the tests see.
+for _name in [name for name in os.environ if re.match("MLFLOW_(TRACKING|REGISTRY|EXPERIMENT)_", name)]:
+    del os.environ[_name]
 
 # What runs of the tests keep on the node's disk, and where workers of a Ray cluster that outlives a test keep it.
 os.environ["SIMMATCH_CACHE"] = tempfile.mkdtemp(prefix="simmatch-tests-")

@@ -32,7 +32,6 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # what Ray calls staying on loopback
 os.environ.pop("RAY_ADDRESS", None)
-os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 LOOPBACK = "127.0.0.1"
 PRELOAD = ["torch.distributed", "cluster.training", "sklearn.datasets", "sklearn.linear_model", "pytest", "hypothesis"]

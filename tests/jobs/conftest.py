@@ -15,7 +15,7 @@ from simmatch.config import parse
 # Read when ray is imported. A developer's own settings must not decide what the tests see.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-for _name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "SIMMATCH_DATA"):
+for _name in ("RAY_ADDRESS", "SIMMATCH_DATA"):
     os.environ.pop(_name, None)
 
 ROOT = Path(__file__).resolve().parents[2]

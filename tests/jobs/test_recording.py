@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from cluster.tracking.config import TrackingConfig
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.tracker import Tracker
-from jobs.recording import outcome_fields, outcome_lines
+from jobs import pretrain
+from jobs.recording import open_tracker, outcome_fields, outcome_lines
 from tests.outages import Outage, Proxy
 
 
@@ -83,3 +85,51 @@ def test_where_a_run_is_looked_at(uri: str, shown: str, tmp_path: Path, monkeypa
     tracker = Tracker(tmp_path, TrackingConfig(uri=uri))
     monkeypatch.setattr(Tracker, "run_id", "1234")
     assert outcome_lines(tracker) == [f"MLflow run: 1234 ({shown})"]
+
+
+def test_a_server_that_refuses_ends_a_job_before_it_starts(
+    tmp_path: Path, digits_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy = Proxy(0, Outage("error", status=403))
+    command = ["--config", str(digits_yaml), "--set", f"tracking.uri={proxy.uri}", "--run-dir", str(tmp_path / "run")]
+    try:
+        assert pretrain.main(command) == 2
+    finally:
+        proxy.close()
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: tracking: MLflow at {proxy.uri}: 403: a planned failure; ask its owner for the permission EDIT on "
+        "experiment 'simmatch', or name another experiment in tracking.experiment\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_server_that_is_away_costs_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    proxy = Proxy(0, Outage("refuse"))
+    try:
+        open_tracker(tmp_path / "run", TrackingConfig(uri=proxy.uri))
+    finally:
+        proxy.close()
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: MLflow at {proxy.uri}: ")
+    assert error.endswith("; the run goes on, and its records are kept\n")
+    assert error.count("\n") == 1
+
+
+def test_what_a_server_refuses_later_is_shown_within_a_minute(tmp_path: Path) -> None:
+    proxy = Proxy(0, Outage("error", status=403))
+    lines: list[str] = []
+    tracker = Tracker(tmp_path / "run", TrackingConfig(uri=proxy.uri, timeout_s=1.0, flush_s=0.0))
+    (tmp_path / "run").mkdir()
+    tracker.announce_to(lines.append)
+    tracker.start("run", layers=1)
+    started = time.monotonic()
+    while not lines and time.monotonic() - started < 60.0:
+        time.sleep(0.1)
+    tracker.finish("FINISHED")
+    tracker.close()
+    proxy.close()
+    [line] = lines
+    assert f"MLflow at {proxy.uri} takes no records" in line
+    assert "403" in line
+    assert "a planned failure" in line
