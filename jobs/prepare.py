@@ -29,7 +29,7 @@ from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import add_counts, override, read_yaml
 from jobs.ray_session import shut_down_ray, start_ray
 from simmatch.config import ConfigError, parse
-from simmatch.data.formats import DataError
+from simmatch.data.formats import DataError, errors_name
 from simmatch.data.listing import list_samples
 from simmatch.data.location import Location
 from simmatch.data.preparation import LOCK, finished, place_in_cache, prepare
@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         if config.path is None:
             raise ConfigError("data.path: expected own images; a built-in data set needs no preparation")
         to = None if options.out is None else Location(options.out)
-        if to is None or (manifest := finished(config, to)) is None:
+        with errors_name("--out"):
+            manifest = None if to is None else finished(config, to)
+        if manifest is None:
             listing = list_samples(config)
             _say(console, listing.note)
             plan = Plan(config, listing)

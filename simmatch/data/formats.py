@@ -11,6 +11,8 @@ import math
 import pickle
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +28,21 @@ class DataError(ValueError):
     Traceback (most recent call last):
     simmatch.data.formats.DataError: missing-idx3-ubyte: cannot be read: [Errno 2] No such file or directory: ...
     """
+
+
+@contextmanager
+def errors_name(key: str) -> Iterator[None]:
+    """Every `DataError` about a place begins with the key that gives the place.
+
+    >>> with errors_name("data.path"):
+    ...     raise DataError("/nowhere: no such folder")
+    Traceback (most recent call last):
+    simmatch.data.formats.DataError: data.path: /nowhere: no such folder
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 _IDX_DTYPES: dict[int, np.dtype[Any]] = {0x08: np.dtype(np.uint8), 0x0D: np.dtype(">f4")}

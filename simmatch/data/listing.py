@@ -17,7 +17,7 @@ import numpy as np
 from simmatch.config import ConfigError
 from simmatch.data.config import DataConfig
 from simmatch.data.folders import list_folder
-from simmatch.data.formats import DataError
+from simmatch.data.formats import DataError, errors_name
 from simmatch.data.parquet import list_parquet
 from simmatch.data.places import absolute, contents, is_folder, is_pattern
 from simmatch.data.samples import Samples
@@ -74,13 +74,14 @@ def list_samples(config: DataConfig) -> Listing:
 
     >>> list_samples(DataConfig(path="/nowhere/photos", test_fraction=0.1))
     Traceback (most recent call last):
-    simmatch.data.formats.DataError: /nowhere/photos: no such folder
+    simmatch.data.formats.DataError: data.path: /nowhere/photos: no such folder
     """
     assert config.path is not None, "own images have a path"
-    path = absolute(config.path)
-    train_path, test_path = path, None if config.test_path is None else absolute(config.test_path)
-    kind = _format(path) if config.format == "auto" else config.format
-    named = _named_split(path)
+    with errors_name("data.path"):
+        path = absolute(config.path)
+        kind = _format(path) if config.format == "auto" else config.format
+        named = _named_split(path)
+    train_path, test_path, test_key = path, config.test_path, "data.test_path"
     if named is not None:
         if test_path is not None or config.test_fraction is not None:
             key = "test_fraction" if test_path is None else "test_path"
@@ -88,15 +89,18 @@ def list_samples(config: DataConfig) -> Listing:
                 f"data.{key}: expected null, as {shortened(path)} holds train and test images (or name one part of it "
                 f"in data.path), got {getattr(config, key)}"
             )
-        train_path, test_path = named
-        if config.format == "auto" and is_folder(train_path):
+        (train_path, test_path), test_key = named, "data.path"
+    with errors_name("data.path"):
+        if named is not None and config.format == "auto" and is_folder(train_path):
             kind = _format(train_path)
-    train, classes, ignored = FORMATS[kind](train_path, config)
-    _check_labels(train, classes, train_path)
+        train, classes, ignored = FORMATS[kind](train_path, config)
+        _check_labels(train, classes, train_path)
     if test_path is not None:
-        test, test_classes, more = FORMATS[kind](test_path, config)
-        _check_labels(test, test_classes, test_path)
-        test, ignored = _as_in(test, test_classes, classes, train_path), ignored + more
+        with errors_name(test_key):
+            test_path = absolute(test_path)
+            test, test_classes, more = FORMATS[kind](test_path, config)
+            _check_labels(test, test_classes, test_path)
+            test, ignored = _as_in(test, test_classes, classes, train_path), ignored + more
         how = "by their names" if named is not None else f"data.test_path: {test_path}"
     elif config.test_fraction is not None:
         train, test = train.split(config.test_fraction, config.split_seed)
@@ -106,7 +110,8 @@ def list_samples(config: DataConfig) -> Listing:
             f"data.test_path: expected test images, or a share of {shortened(path)} for testing in data.test_fraction, "
             "got neither"
         )
-    classes = _checked_classes(train, test, classes, train_path, config)
+    with errors_name("data.path"):
+        classes = _checked_classes(train, test, classes, train_path, config)
     if not len(test):
         raise ConfigError(
             f"data.test_fraction: expected a share that gives one test image of {len(train)}, got "

@@ -69,12 +69,12 @@ def store_of(uri: str) -> tuple[Any, str]:
 
     >>> store_of("gopher://photos")
     Traceback (most recent call last):
-    simmatch.data.formats.DataError: data: expected a folder or a URI such as s3://bucket/prefix, got 'gopher://photos'
+    simmatch.data.formats.DataError: expected a folder or a URI such as s3://bucket/prefix, got 'gopher://photos'
     """
     try:
         system, path, _ = file_system(uri)
     except ValueError as error:
-        raise DataError(f"data: expected {error}") from None
+        raise DataError(f"expected {error}") from None
     return system, path
 
 

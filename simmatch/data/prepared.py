@@ -14,6 +14,7 @@ from torch import Tensor
 from simmatch.config import ConfigError
 from simmatch.data.cache import MOST_OPEN, OpenShards, Readable, ShardCache
 from simmatch.data.config import OF_OWN_IMAGES, DataConfig
+from simmatch.data.formats import errors_name
 from simmatch.data.location import Location
 from simmatch.data.order import WINDOW
 from simmatch.data.places import absolute, is_folder, is_pattern
@@ -229,8 +230,9 @@ def open_prepared(config: DataConfig, warn: Callable[[str], None]) -> PreparedDa
     >>> open_prepared(DataConfig(path="/nowhere"), warn=print)
     """
     path = str(config.path)
-    if is_pattern(path) or not is_folder(absolute(path)):
-        return None
+    with errors_name("data.path"):
+        if is_pattern(path) or not is_folder(absolute(path)):
+            return None
     try:
         prepared = PreparedData(Location(path), config, warn)
     except FileNotFoundError:

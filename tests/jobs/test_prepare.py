@@ -96,7 +96,7 @@ def test_prepare_then_train_without_the_source(
     ("assignments", "message"),
     [
         (["data.path=null", "data.test_fraction=null", "data.name=digits"], "data.path: expected own images"),
-        (["data.path=/nowhere"], "/nowhere: no such folder"),
+        (["data.path=/nowhere"], "data.path: /nowhere: no such folder"),
         (["data.sise=3"], "data.sise: unknown key"),
         (["data.size=0"], "data.size"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import threading
 import time
 import tracemalloc
@@ -447,11 +448,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         {"test_path": "{}/../test", "test_fraction": None},
         r"class 'élan' of the test images: expected one of the training images' classes",
     ),
-    "protocol": (lambda f: None, {"path": "gopher://photos"}, r"data: expected a folder or a URI"),
+    "protocol": (lambda f: None, {"path": "gopher://photos"}, r"data\.path: expected a folder or a URI"),
     "credentials": (
         lambda f: None,
         {"path": "s3://me:secret@bucket/x"},
-        r"data: expected a URI without credentials",
+        r"data\.path: expected a URI without credentials",
     ),
 }
 
@@ -465,6 +466,7 @@ def test_every_fault_is_one_line(fault: str, tmp_path: Path) -> None:
     texts = {key: value.format(folder) if isinstance(value, str) else value for key, value in options.items()}
     with pytest.raises((DataError, ConfigError), match=message) as caught:
         load(**{"path": folder, **texts})
+    assert re.match(r"data\.[a-z_]+: ", str(caught.value))
     assert str(caught.value).isprintable()
     assert "secret" not in str(caught.value)
 
