@@ -558,7 +558,7 @@ def test_a_bucket_that_is_away_is_asked_again(
     store.stop()
     monkeypatch.setattr(simmatch.data.places, "PATIENCE_S", 1.0)
     try:
-        with pytest.raises(DataError, match=rf"^{uri}: cannot be read: ") as caught:
+        with pytest.raises(DataError, match=rf"^data\.path: {uri}: cannot be read: ") as caught:
             load(uri)
         assert str(caught.value).isprintable()
     finally:
