@@ -129,6 +129,20 @@ def slice_bytes(
     return columns * (body_bytes * rows + value_bytes * tails)
 
 
+def image_bytes(dataset: Dataset) -> tuple[int, int]:
+    """Bytes of the images that every rank and the driver hold, and of those that they read from a node's cache."""
+    held = sum(part.nbytes for part in (dataset.train_images, dataset.test_images) if isinstance(part, Tensor))
+    stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images)) if held == 0 else 0
+    return held, stored
+
+
+def rank_bytes(config: RunConfig, dataset: Dataset) -> float:
+    """Memory of the host that a rank takes at its most, with the program itself."""
+    phases = plan_memory(config, dataset.source, len(dataset.train_images))
+    working = 0.0 if config.device == "cuda" else max(phase.total for phase in phases)
+    return PROGRAM_BYTES + image_bytes(dataset)[0] + working
+
+
 def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
     """The resolved configuration, the mesh, and tables of the layers and of the memory."""
     source, train_images = dataset.source, len(dataset.train_images)
@@ -166,7 +180,7 @@ def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
 
 def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None:
     """Memory of rank 0 and the driver, and what goes to the disk."""
-    images = sum(held.nbytes for held in (dataset.train_images, dataset.test_images) if isinstance(held, Tensor))
+    images, stored = image_bytes(dataset)
     phases = plan_memory(config, dataset.source, len(dataset.train_images))
     rows = [
         (phase.phase, *map(size, (images, phase.features, phase.weights, phase.working, images + phase.total)))
@@ -180,7 +194,6 @@ def _print_memory(console: Console, config: RunConfig, dataset: Dataset) -> None
     place = "images: in every rank and in the driver"
     if config.device == "cuda":
         place += f", {size(images)} of the host's memory; all else is on the device"
-    stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images)) if images == 0 else 0
     encoded = plan_features(config, dataset.source, len(dataset.train_images))
     shards = f"{size(stored)} of images, " if stored else ""
     past = stored + encoded - config.data.cache_bytes
