@@ -84,12 +84,21 @@ class GroupConfig(Frozen):
     """Most new groups in a row, after lost ranks, without a new checkpoint between them. A new group continues from
     the newest checkpoint; every new checkpoint resets the count."""
 
+    max_preemptions: NonNegativeInt | None = None
+    """Most new groups in a row, after nodes that were taken away (drained by Ray, or ended by SIGTERM), without a new
+    checkpoint between them; they do not count as restarts. None: any number."""
+
     backoff_s: PositiveFloat = 1.0
     """Pause before the second new group in a row, twice as long before each further one, a minute at most."""
 
     min_shards: PositiveInt | None = None
     """Where a lost node does not come back within `start_timeout_s`: the smallest number of channel shards to continue
     with. None: wait, and try again with as many as before."""
+
+    grow_after_s: PositiveFloat = 60.0
+    """A group that has become smaller grows again once there has been room for so long, without a change: at an update
+    at which all ranks write a checkpoint, and not before it has written one of its own. Twice as long after a larger
+    group that did not come up, and so on."""
 
 
 class RunConfig(Frozen):

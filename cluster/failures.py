@@ -105,6 +105,9 @@ RETRYABLE_TEXTS = (
 ADVICE = (" Some common causes include", " CUDA kernel errors might be asynchronously", " Search for `cuda")
 """Where the text of Ray, or of torch, goes on with guesses and general advice."""
 
+TAKEN_AWAY = "the actor's node was terminated expectedly"
+"""Ray's word for a node whose Ray was told to end, as by `ray stop` or SIGTERM; what follows is the reason."""
+
 SETTLE_S = 5.0
 """Longest wait for the rank whose exception the others have been told of: it reports its own at about the same time."""
 
@@ -128,7 +131,9 @@ def classify(error: BaseException) -> Failure:
         # a program that cannot be loaded on its node, or whose constructor fails, would fail again
         return Failure(_last_line(error), retryable=False)
     if ray:
-        return Failure(_sentence(error), retryable=bool(ray & RETRYABLE_IN_RAY) and not _is_fatal(error))
+        taken = _taken_away(error)
+        retryable = bool(ray & RETRYABLE_IN_RAY) and not _is_fatal(error)
+        return Failure(_sentence(error) + taken, retryable, preempted=bool(taken))
     chain = _chain(error)
     diverged = bool(getattr(error, "diverged", False))
     retryable = not diverged and any(map(_is_retryable, chain))
@@ -199,6 +204,14 @@ def _position(status: RankStatus) -> str:
         return "start"
     layer = "" if latest.layer is None else f"layer {latest.layer}, "
     return f"{layer}{latest.phase} {latest.done}/{latest.total}"
+
+
+def _taken_away(error: BaseException) -> str:
+    """That the node of an actor was ended on purpose, as Ray says it, for a message; empty where it was not."""
+    if getattr(error, "preempted", False):
+        return "; its node was drained"
+    _, found, reason = str(error).partition(TAKEN_AWAY)
+    return f"; its node was ended{reason.splitlines()[0]}" if found else ""
 
 
 def _chain(error: BaseException) -> list[BaseException]:

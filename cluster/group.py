@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.capacity import room_for, shortage
 from cluster.config import GroupConfig
 from cluster.cpus import threads_per_rank
+from cluster.departures import ClusterView
 from cluster.failures import classify
 from cluster.messages import RankInfo, RankStatus
 from cluster.network import LOOPBACK, RayHead
@@ -30,6 +31,7 @@ from cluster.shared_folder import check_copies, write_nonce
 from cluster.text import count
 from cluster.timeouts import run_with_timeout
 from cluster.training import Assignment
+from cluster.watch import ClusterWatch, nodes_to_place_on
 from cluster.worker import Worker
 from simmatch.config import ConfigError
 from simmatch.sharding.faults import named
@@ -76,6 +78,8 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._received = [0] * self.world_size
         self._head: RayHead | None = None
+        self._watch: ClusterWatch | None = None
+        self._nodes: list[str] = []
 
     def start(self) -> None:
         """Place the actors, join them to one group, and begin training.
@@ -94,7 +98,8 @@ class WorkerGroup:
         addresses = self._addresses()
         nonce = self._at_run_dir(lambda: write_nonce(self.assignment.run_dir, self.assignment.token))
         calls = [actor.describe.remote(address) for actor, address in zip(self._actors, addresses, strict=True)]
-        self.ranks = self._gather(calls, "start")
+        described: list[RankInfo] = self._gather(calls, "start")
+        self.ranks = [replace(rank, node=node) for rank, node in zip(described, self._nodes, strict=True)]
         refuse_ranks("device: ", {rank: rank.device_error.removeprefix("device: ") for rank in self.ranks})
         self._check_run_dir(nonce)
         if self.world_size > 1:
@@ -126,9 +131,7 @@ class WorkerGroup:
 
     def _place(self) -> None:
         """Reserve the resources of all ranks."""
-        bundle = {"CPU": float(self.config.cpus_per_rank)}
-        if self.assignment.config.device == "cuda":
-            bundle["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
+        bundle = self._bundle()
         ranks = count(self.world_size, "rank")
         if self.assignment.generation == 0:  # later a cluster that had room for the group may have lost a node
             self._check_room(bundle, ranks)
@@ -137,7 +140,7 @@ class WorkerGroup:
         limit_s = self.config.start_timeout_s
         if not self._ask("reserve resources", partial(self._placement.wait, limit_s), limit_s):
             free = self._ask("report its resources", ray.available_resources)
-            nodes = self._ask("list its nodes", ray.nodes)
+            nodes = self._ask("list its nodes", nodes_to_place_on)
             raise GroupFailure(
                 Failure(
                     f"no room for {ranks} of {bundle} within {limit_s:g} s; "
@@ -147,6 +150,13 @@ class WorkerGroup:
                     fits=room_for(bundle, free, nodes),
                 )
             )
+
+    def _bundle(self) -> dict[str, float]:
+        """What a rank needs."""
+        bundle = {"CPU": float(self.config.cpus_per_rank)}
+        if self.assignment.config.device == "cuda":
+            bundle["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
+        return bundle
 
     def _check_room(self, bundle: dict[str, float], ranks: str) -> None:
         """Refuse a cluster that has no room for the ranks even while nothing else runs on it."""
@@ -174,6 +184,7 @@ class WorkerGroup:
             actor = actor_class.options(scheduling_strategy=strategy, **options)
             self._actors.append(actor.remote(replace(self.assignment, rank=rank)))
             self._actors[-1].expire_after.remote(lease_s(self.config))
+            self._actors[-1].outlast_sigterm.remote()
 
     def _addresses(self) -> list[str]:
         """Address of the node that each rank was placed on.
@@ -187,7 +198,8 @@ class WorkerGroup:
         if gone:
             message = f"{named(gone)}: lost before the start, with the node"
             raise GroupFailure(Failure(message, retryable=True))
-        return [nodes[placed[rank]]["NodeManagerAddress"] for rank in range(self.world_size)]
+        self._nodes = [placed[rank] for rank in range(self.world_size)]
+        return [nodes[node]["NodeManagerAddress"] for node in self._nodes]
 
     def _ask(self, verb: str, call: Callable[[], Result], limit_s: float = 0.0) -> Result:
         """A call to Ray's control service, which has no limit beyond the call's own `limit_s`."""
@@ -228,6 +240,15 @@ class WorkerGroup:
         self._check_head()
         self._received = [first + len(status.messages) for first, status in zip(self._received, statuses, strict=True)]
         return statuses
+
+    def watch(self, missing: int) -> None:
+        """From now on look at the cluster, and keep room for ranks that are missing; does not wait."""
+        self._watch = ClusterWatch(self._bundle(), missing)
+
+    @property
+    def view(self) -> ClusterView:
+        """What is known of the cluster, a second old or so."""
+        return ClusterView() if self._watch is None else self._watch.latest
 
     def _check_head(self) -> None:
         """Actors answer without the head, but no lost rank could be replaced, and Ray would end this process."""
@@ -290,12 +311,14 @@ class WorkerGroup:
 
         Waits `END_S` at most: without the head nothing is released, and ranks end by themselves (`lease_s`).
         """
-        actors, placement = self._actors, self._placement
-        self._actors, self._placement = [], None
+        actors, placement, watch = self._actors, self._placement, self._watch
+        self._actors, self._placement, self._watch = [], None, None
         if self._head is not None and self._head.lost:
             return
 
         def release() -> None:
+            if watch is not None:
+                watch.end()
             for actor in actors:
                 ray.kill(actor)
             if placement is not None:

@@ -207,6 +207,7 @@ class RankInfo:
     Attributes
     ----------
     cpus: how many its process may use.
+    node: id of its Ray node.
     run_dir_error: why it cannot use the run directory, see `cluster.shared_folder`; empty where it can.
     device_error: why it cannot use the run's device; empty where it can.
     """
@@ -218,6 +219,7 @@ class RankInfo:
     cpus: int
     run_dir_error: str = ""
     device_error: str = ""
+    node: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -234,6 +236,7 @@ class RankStatus:
     exchanges: connection → exchanges started, on a GPU those that the device has come to; the others of a connection
         wait for the rank that has started the fewest. Connections by their names, "" for that of all ranks.
     stopped: it is done because it was asked to stop, and its shard is written.
+    terminated: its process has got SIGTERM, and goes on until its group ends.
     idle_s: since a poll last found that its training thread or its GPU had moved: started or ended an exchange, sent a
         message or reported progress. A rank that waits in an exchange is idle as well; see `cluster.failures.stalled`.
     """
@@ -245,6 +248,7 @@ class RankStatus:
     messages: list[Message]
     exchanges: dict[str, int]
     stopped: bool = False
+    terminated: bool = False
     idle_s: float = 0.0
 
     @property

@@ -66,6 +66,11 @@ class RunRecord:
     readout: ReadoutScored | None = None
     steps: int = 0
     restarts: int = 0
+    """New groups after failures."""
+    preemptions: int = 0
+    """New groups after nodes that were taken away."""
+    growths: int = 0
+    """Larger groups after nodes that have come back."""
     steps_again: int = 0
     images: int = 0
     """Learned from since this process began; those of repeated updates count once."""
@@ -182,6 +187,8 @@ def summarise(
         "bytes_exchanged": int(record.bytes_exchanged),
         "num_exchanges": int(record.num_exchanges),
         "restarts": record.restarts,
+        "preemptions": record.preemptions,
+        "growths": record.growths,
         "steps_again": record.steps_again,
         "skipped_images": skipped_images,
         "mlflow_run_id": run_id,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import socket
 import threading
 import time
@@ -57,6 +58,7 @@ class Worker:
         self._lease_s: float | None = None
         self._mark: tuple[float, ...] = ()
         self._moved = time.monotonic()
+        self._terminated = False
 
     def expire_after(self, lease_s: float) -> None:
         """End this process once the controller has not called for `lease_s` seconds: it is gone, or has a new group.
@@ -70,6 +72,17 @@ class Worker:
     def _renew(self) -> None:
         if self._lease_s is not None:
             faulthandler.dump_traceback_later(self._lease_s, exit=True, file=2)
+
+    def outlast_sigterm(self) -> None:
+        """Report SIGTERM instead of ending by it: the controller asks all ranks for a checkpoint, and ends this one.
+
+        For the main thread only. While that waits for calls, the handler runs when the next one comes, such as a poll.
+        """
+
+        def note(*_: object) -> None:
+            self._terminated = True
+
+        signal.signal(signal.SIGTERM, note)
 
     def describe(self, address: str) -> RankInfo:
         """Where this rank runs, and what it cannot use of what the run needs. `address` is that of its node."""
@@ -132,6 +145,7 @@ class Worker:
             messages=self._outbox.since(first),
             exchanges=Traffic(self._mesh).started,
             stopped=self._stopped,
+            terminated=self._terminated,
             idle_s=self._idle_s(),
         )
 

@@ -120,9 +120,9 @@ class TrainingJob:
             return RunOutcome("FAILED", BAD_INPUT if isinstance(error, ConfigError) else FAILED, self._hide(str(error)))
         except RunStopped as error:
             self._over = True
-            assert self._signum is not None
-            message = f"{Interrupted(self._signum)}; {error}"
-            return RunOutcome("KILLED", exit_status(self._signum), self._hide(message))
+            signum = self._signum or signal.SIGTERM  # as if its node's end had been signalled
+            message = f"{error.why or Interrupted(signum)}; {error}"
+            return RunOutcome("KILLED", exit_status(signum), self._hide(message))
 
     def _train(self, display: JobDisplay, start_step: int) -> None:
         group = self.config.cluster

@@ -6,6 +6,7 @@ A rank is forked from a server that has imported torch once, so that three of th
 from __future__ import annotations
 
 import http.server
+import logging
 import multiprocessing as mp
 import os
 import secrets
@@ -17,6 +18,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -24,6 +26,8 @@ from cluster.collectives import TorchExchange, connect_store, join_group, open_s
 from cluster.config import RunConfig
 from simmatch.config import parse
 from simmatch.sharding.exchange import IdentityExchange
+from tests.cluster.actors import assert_gone
+from tests.cluster.ray_nodes import Nodes
 
 # Read when ray is imported. A developer's own settings must not decide what the tests see.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -226,3 +230,17 @@ def broken_server() -> Iterator[tuple[str, list[str]]]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    import ray
+
+    found = Nodes()
+    ray.init(address=found.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    heads = [found.cluster.head_node.all_processes[kind][0].process.pid for kind in ("gcs_server", "raylet")]
+    processes = [*heads, *(child.pid for pid in heads for child in psutil.Process(pid).children(recursive=True))]
+    yield found
+    ray.shutdown()
+    found.cluster.shutdown()
+    assert_gone(processes)

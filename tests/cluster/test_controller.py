@@ -20,6 +20,7 @@ from cluster.checkpoints.manifest import MANIFEST, Cursor, LayerState, Manifest,
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
+from cluster.departures import ClusterView
 from cluster.messages import (
     LayerMetrics,
     Message,
@@ -61,6 +62,11 @@ class ScriptedGroup:
         self.ranks: list[RankInfo] = []
         self.calls: list[str] = []
         self.cpus = 8
+        self.view = ClusterView()
+        self.missing: int | None = None
+
+    def watch(self, missing: int) -> None:
+        self.missing = missing
 
     def start(self) -> None:
         self.calls.append("start")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster.controller import Controller, RunFailed
@@ -28,6 +26,7 @@ from tests.cluster.actors import (
     train,
 )
 from tests.cluster.drivers import ROOT, environment
+from tests.cluster.ray_nodes import Nodes
 from tests.exchanges import results
 from tests.faults import COMMITTED, MOMENTS, FaultPlan, faulty_worker
 
@@ -37,57 +36,6 @@ CHECKPOINT = 16
 """The newest before the moment "in mid-epoch"."""
 
 Record = Callable[[str, object], None]
-
-
-class Nodes:
-    """A head without room for ranks, and nodes of one CPU each."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
-
-    def add(self) -> None:
-        self.cluster.add_node(num_cpus=1)
-
-    def remove_that_of(self, pid: int) -> None:
-        """All of a node's processes at once, as when its machine loses power."""
-        self.remove(psutil.Process(pid).ppid())
-
-    def remove(self, raylet: int) -> None:
-        """The node of this raylet, likewise."""
-        (node,) = [node for node in self.cluster.worker_nodes if self.raylet(node) == raylet]
-        self.cluster.remove_node(node, allow_graceful=False)
-
-    @staticmethod
-    def raylet(node: Any) -> int:
-        return node.all_processes["raylet"][0].process.pid
-
-    def fill(self, count: int) -> None:
-        """As many nodes as there are to be, and known to the head."""
-        import ray
-
-        while len(self.cluster.worker_nodes) < count:
-            self.add()
-        deadline = time.monotonic() + 30
-        while ray.cluster_resources().get("CPU", 0) != count:
-            assert time.monotonic() < deadline, ray.nodes()
-            time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    import ray
-
-    found = Nodes()
-    ray.init(address=found.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    heads = [found.cluster.head_node.all_processes[kind][0].process.pid for kind in ("gcs_server", "raylet")]
-    processes = [*heads, *(child.pid for pid in heads for child in psutil.Process(pid).children(recursive=True))]
-    yield found
-    ray.shutdown()
-    found.cluster.shutdown()
-    assert_gone(processes)
 
 
 @pytest.fixture(autouse=True)
