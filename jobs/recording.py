@@ -42,6 +42,8 @@ def open_tracker(
     ConfigError
         MLflow will refuse them; with its reason and what to do about it.
     """
+    if config.register is not None and log_model is None:
+        raise ConfigError(f"tracking.register: expected none, as this job exports no model, got {config.register!r}")
     tracker = Tracker(run_dir, config, log_model, held=held)
     answer = ask_server(config, run_dir)
     if answer.verdict == "refused":
@@ -105,7 +107,7 @@ def outcome_lines(tracker: Tracker) -> list[str]:
         )
     elif tracker.run_id is not None:
         lines.append(f"MLflow run: {tracker.run_id} ({_where(tracker.uri)})")
-    return lines
+    return [*lines, *tracker.told]
 
 
 def outcome_fields(tracker: Tracker) -> dict[str, Any]:

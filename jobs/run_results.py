@@ -129,6 +129,8 @@ class RunResults:
         tracker.finish(outcome.status)
         if self._model is not None:
             tracker.model(self._model, tuple(self.dataset.train_images.shape[1:]))
+            if outcome.status == "FINISHED":
+                tracker.register(data=self.dataset.digest(), probe=probe_of(record), accuracy=self._summary["accuracy"])
         self._write(tracking_share=tracker.seconds / seconds)
         return self._summary
 
@@ -143,6 +145,15 @@ class RunResults:
             write_whole(self.start.run_dir / "summary.json", dump_json(self._summary))
         except OSError as error:  # the weights are in the checkpoints
             self.report(f"summary.json is not written: {error}")
+
+
+def probe_of(record: RunRecord) -> str:
+    """What the accuracy of a run was measured with."""
+    readout = record.readout
+    if readout is None:
+        return "none"
+    subset = f", {readout.subset}" if readout.subset else ""
+    return f"{readout.readout} on {count(readout.train_images, 'image')}{subset}"
 
 
 def table_of(name: str, summary: dict[str, Any]) -> Table:

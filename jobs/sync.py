@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cluster.redaction import one_line, redact
 from cluster.text import count
-from cluster.tracking.config import URI_VARIABLE, check_uri, recorded_uri
+from cluster.tracking.config import URI_VARIABLE, check_uri, recorded_uri, resolve_registry
 from cluster.tracking.events import FinishEvent, StartEvent, Unreadable
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from cluster.tracking.mlflow_sink import PARENT, make_sender
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _join_parts(spool.path)
         start, ended = _inspect(spool)
         uri = check_uri(options.uri or recorded_uri(start.uri, run_dir))
+        registry = resolve_registry(uri)
         spool.open()
     except (ConfigError, SpoolBusyError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals = SignalHandler()
     try:
         with signals:
-            sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported))
+            sender = make_sender(spool, uri, run_dir, options.timeout, ModelLogger(load_exported), registry=registry)
             sender.delivery.load()
             _send(sender, options.wait)
             return _report(sender, redact(uri), ended)
@@ -109,6 +110,8 @@ def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
     pending = delivery.pending()
     sent = count(delivery.sent - delivery.rejected, "event")
     print(f"{sent} sent to {shown_uri}, run {delivery.progress.runs.get(PARENT, 'unknown')}")
+    for line in sender.told:
+        print(line)
     for note in delivery.notes:
         print(f"refused: {note}", file=sys.stderr)
     if pending:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,28 +16,38 @@ from simmatch.config import ConfigError, Frozen, NonNegativeFloat, PositiveFloat
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 NAME_VARIABLE, ID_VARIABLE = "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
+REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
 DEFAULT_EXPERIMENT = "simmatch"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
-class TrackingConfig(Frozen):
-    """Where a run's parameters, metrics, figures and model are recorded."""
+with warnings.catch_warnings():
+    # every abstract class has a method `register`, which nothing calls here
+    warnings.filterwarnings("ignore", 'Field name "register"', UserWarning)
 
-    enabled: bool = True
-    """Send to MLflow. The spool is written either way."""
+    class TrackingConfig(Frozen):
+        """Where a run's parameters, metrics, figures and model are recorded."""
 
-    uri: str | None = None
-    """MLflow's tracking URI. None: `$MLFLOW_TRACKING_URI`, then `mlflow.db` (SQLite) beside the run directory."""
+        enabled: bool = True
+        """Send to MLflow. The spool is written either way."""
 
-    experiment: str | None = None
-    """Name of the MLflow experiment, made if it does not exist. None: `$MLFLOW_EXPERIMENT_NAME`, then
-    `$MLFLOW_EXPERIMENT_ID`, then `simmatch`. Where both variables are set, they have to name the same experiment."""
+        uri: str | None = None
+        """MLflow's tracking URI. None: `$MLFLOW_TRACKING_URI`, then `mlflow.db` (SQLite) beside the run directory."""
 
-    timeout_s: PositiveFloat = 10.0
-    """Longest wait for one answer of the server."""
+        experiment: str | None = None
+        """Name of the MLflow experiment, made if it does not exist. None: `$MLFLOW_EXPERIMENT_NAME`, then
+        `$MLFLOW_EXPERIMENT_ID`, then `simmatch`. Where both variables are set, they have to name the same
+        experiment."""
 
-    flush_s: NonNegativeFloat = 60.0
-    """Longest wait, at the end of the job, for what is not sent yet."""
+        register: str | None = None
+        """Registered model that a finished run becomes a new version of, in the registry of `$MLFLOW_REGISTRY_URI`,
+        then of the tracking server. None: none."""
+
+        timeout_s: PositiveFloat = 10.0
+        """Longest wait for one answer of the server."""
+
+        flush_s: NonNegativeFloat = 60.0
+        """Longest wait, at the end of the job, for what is not sent yet."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,24 @@ def resolve_uri(config: TrackingConfig, run_dir: Path) -> str:
     return check_uri(config.uri or os.environ.get(URI_VARIABLE) or default_uri(run_dir))
 
 
+def resolve_registry(tracking_uri: str) -> str:
+    """The URI of the model registry in force: the environment's, or that of tracking."""
+    return check_uri(os.environ.get(REGISTRY_VARIABLE) or tracking_uri, REGISTRY_VARIABLE)
+
+
+def check_model_name(config: TrackingConfig) -> None:
+    """Refuse a name that a registry refuses, or that its filters could not hold.
+
+    Raises
+    ------
+    ConfigError
+        Names `tracking.register`.
+    """
+    name = config.register
+    if name is not None and not re.fullmatch(r"\w[\w .-]{0,199}", name):
+        raise ConfigError(f"tracking.register: expected letters, digits, spaces, '_', '.' and '-', got {name[:200]!r}")
+
+
 def default_uri(run_dir: Path) -> str:
     """The URI of a SQLite file beside the run directory."""
     return sqlite_uri(run_dir.absolute().parent / "mlflow.db")
@@ -102,24 +131,26 @@ def sync_command(run_dir: Path, uri: str) -> str:
     return shlex.join(["python", "-m", "jobs.sync", str(run_dir), *options])
 
 
-def check_uri(uri: str) -> str:
+def check_uri(uri: str, key: str = "tracking.uri") -> str:
     """Refuse a URI that MLflow could never reach; a SQLite path becomes absolute.
+
+    key: where it was given.
 
     Raises
     ------
     ConfigError
-        Names `tracking.uri`, what was expected and what was given.
+        Names the key, what was expected and what was given.
     """
     scheme = uri.partition(":")[0].partition("+")[0].lower()
     plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
     if scheme not in {*SCHEMES, *plugins} - {"file"}:
-        raise _uri_error(f"a URI of scheme {', '.join(SCHEMES)}", uri)
+        raise _uri_error(key, f"a URI of scheme {', '.join(SCHEMES)}", uri)
     if scheme in ("http", "https") and not _has_host(uri):
-        raise _uri_error(f"{scheme}://HOST[:PORT]", uri)
+        raise _uri_error(key, f"{scheme}://HOST[:PORT]", uri)
     if scheme == "sqlite":
         head, slashes, path = uri.partition(":///")
         if not slashes or not path:
-            raise _uri_error("sqlite:///PATH", uri)
+            raise _uri_error(key, "sqlite:///PATH", uri)
         return f"{head}:///{_in_uri(Path.cwd()) / path}"
     return uri
 
@@ -138,8 +169,8 @@ def _in_uri(path: Path) -> Path:
     return Path(re.sub("[%?#]", lambda match: quote(match[0]), str(path)))
 
 
-def _uri_error(expected: str, uri: str) -> ConfigError:
-    return ConfigError(f"tracking.uri: expected {expected}, got {redact(uri)!r}")
+def _uri_error(key: str, expected: str, uri: str) -> ConfigError:
+    return ConfigError(f"{key}: expected {expected}, got {redact(uri)!r}")
 
 
 def _has_host(uri: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Annotated, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from cluster.tracking.events import Event, Unreadable
+from cluster.tracking.events import Event, RegisterEvent, Unreadable
 from cluster.tracking.spool import Spool
 from simmatch.documents import dump_json, shortened
 from simmatch.files import write_whole
@@ -84,6 +84,18 @@ class SendProgress:
         write_whole(path, dump_json(asdict(self)))
 
 
+def _batch(events: Iterator[tuple[Event | Unreadable, int]]) -> list[tuple[Event | Unreadable, int]]:
+    """The next events to be confirmed together; a registration is alone, as its server may be another."""
+    batch: list[tuple[Event | Unreadable, int]] = []
+    for event, end in itertools.islice(events, BATCH_EVENTS):
+        if isinstance(event, RegisterEvent) and batch:
+            break
+        batch.append((event, end))
+        if isinstance(event, RegisterEvent):
+            break
+    return batch
+
+
 class Delivery:
     """The position in a spool, and what became of the events before it. Has no thread of its own.
 
@@ -147,7 +159,7 @@ class Delivery:
 
         saving: as for `connect`, which comes first again after RunsLostError.
         """
-        batch = list(itertools.islice(self._safe(self.progress.offset), BATCH_EVENTS))
+        batch = _batch(self._safe(self.progress.offset))
         if not batch:
             return 0, []
         rejected: list[str] = []

@@ -143,6 +143,19 @@ class ModelEvent(_Event):
         return shape
 
 
+class RegisterEvent(_Event):
+    """The run's logged model becomes a version of a registered model."""
+
+    kind: Literal["register"] = "register"
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]{0,199}$")]
+    data: Text
+    """Digest of the data set."""
+    probe: Text
+    """What the accuracy was measured with."""
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None
+    description: Text = ""
+
+
 class FinishEvent(_Event):
     """An attempt ends."""
 
@@ -158,7 +171,17 @@ class Unreadable:
     reason: str
 
 
-Event = StartEvent | ParamsEvent | MetricsEvent | TagsEvent | ArtifactEvent | DatasetEvent | ModelEvent | FinishEvent
+Event = (
+    StartEvent
+    | ParamsEvent
+    | MetricsEvent
+    | TagsEvent
+    | ArtifactEvent
+    | DatasetEvent
+    | ModelEvent
+    | RegisterEvent
+    | FinishEvent
+)
 
 KINDS: dict[str, type[Event]] = {kind.model_fields["kind"].default: kind for kind in get_args(Event)}
 

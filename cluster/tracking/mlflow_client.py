@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
+from cluster.tracking.config import sqlite_uri
 from cluster.tracking.delivery import RejectedError, RunsLostError
+from simmatch.files import create_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,12 +53,35 @@ class WatchedClient:
 
 
 @contextmanager
-def open_client(uri: str, alive: Callable[[], None]) -> Iterator[MlflowClient]:
-    """A client of one MLflow server; `alive` is called before each request. MLflow is silent in this thread."""
+def open_client(uri: str, alive: Callable[[], None], registry: str | None = None) -> Iterator[MlflowClient]:
+    """A client of one MLflow server; `alive` is called before each request. MLflow is silent in this thread.
+
+    registry: URI of the model registry; None: the server itself.
+    """
     from mlflow import MlflowClient
 
     with _silence("mlflow", "alembic"):
-        yield cast("MlflowClient", WatchedClient(MlflowClient(uri, registry_uri=uri), alive))
+        for place in dict.fromkeys((uri, registry or uri)):
+            if (database := database_file(place)) is not None:
+                _make_database(database)
+        yield cast("MlflowClient", WatchedClient(MlflowClient(uri, registry_uri=registry or uri), alive))
+
+
+def _make_database(file: Path) -> None:
+    """Make a SQLite store that does not exist, in one step: of several jobs that begin at once, one makes it.
+
+    MLflow fills a new file table by table and locks nothing: two at the same moment, or a process that ends meanwhile,
+    leave a file that no later job can open.
+    """
+    from mlflow import MlflowClient
+
+    if file.exists():
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        made = Path(folder) / file.name
+        MlflowClient(sqlite_uri(made))
+        with suppress(FileExistsError):
+            create_whole(file, made.read_bytes())
 
 
 @contextmanager

@@ -29,12 +29,14 @@ from cluster.tracking.events import (
     MetricsEvent,
     ModelEvent,
     ParamsEvent,
+    RegisterEvent,
     StartEvent,
     TagsEvent,
     Unreadable,
 )
 from cluster.tracking.experiments import KIND_TAG, find_experiment, make_experiment, mark_experiment
 from cluster.tracking.mlflow_client import artifact_root, mlflow_settings, open_client, translate_errors
+from cluster.tracking.registry import register
 from cluster.tracking.sender import STALLED_S, Sender
 from cluster.tracking.spool import Spool
 from simmatch.files import open_inside, write_whole
@@ -69,10 +71,24 @@ class MlflowSink:
         Folder that paths in events start from.
     log_model
         Called for events of kind `model`; None rejects them.
+    registry
+        URI of the model registry, if it is not the server.
+    tell
+        Called with a line about a model that was registered.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, run_dir: Path, log_model: ModelLogger | None) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        uri: str,
+        run_dir: Path,
+        log_model: ModelLogger | None,
+        *,
+        registry: str | None = None,
+        tell: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self._client, self._uri, self._run_dir, self._log_model = client, uri, run_dir, log_model
+        self._registry, self._tell = registry, tell
         self._runs: dict[str, str] = {}
         self._key = ""
 
@@ -114,6 +130,8 @@ class MlflowSink:
                 self._send_dataset(event)
             case ModelEvent():
                 self._send_model(event)
+            case RegisterEvent():
+                self._send_registration(event)
             case FinishEvent():
                 self._send_finish(event)
             case MetricsEvent():
@@ -232,6 +250,17 @@ class MlflowSink:
         self._log_model(self._run_dir / event.path, event.input_shape, self._runs[PARENT], key, self._client)
         self._tidy()
 
+    def _send_registration(self, event: RegisterEvent) -> None:
+        run = self._client.get_run(self._runs[PARENT])
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if not outputs:
+            raise RejectedError("the run has no logged model")
+        model = self._client.get_logged_model(outputs[-1].model_id)
+        link = None
+        if self._registry not in (None, self._uri):  # it does not know the run
+            link = f"{redact(self._uri)}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        self._tell(register(self._client, event, model, run_link=link))
+
     def _send_finish(self, event: FinishEvent) -> None:
         self._tidy()
         for run_id in reversed(self._runs.values()):  # the parent last: once it has ended, so have all
@@ -266,26 +295,35 @@ def make_sender(
     timeout_s: float,
     log_model: ModelLogger | None,
     *,
+    registry: str | None = None,
     stalled_s: float = STALLED_S,
     safe_bytes: Callable[[], float] = lambda: math.inf,
 ) -> Sender:
-    """The sender of a run's spool to one MLflow server; see `Sender` and `Delivery`."""
+    """The sender of a run's spool to one MLflow server and its registry; see `Sender` and `Delivery`."""
+    told: list[str] = []
     delivery = Delivery(spool, run_dir / PROGRESS_NAME, redact(uri), Redactor(os.environ), safe_bytes)
     return Sender(
         delivery,
-        partial(open_sink, uri, run_dir, log_model),
+        partial(open_sink, uri, run_dir, log_model, registry=registry, tell=told.append),
         settings=partial(mlflow_settings, uri, timeout_s),
         stalled_s=stalled_s,
+        told=told,
     )
 
 
 @contextmanager
 def open_sink(
-    uri: str, run_dir: Path, log_model: ModelLogger | None, alive: Callable[[], None] = lambda: None
+    uri: str,
+    run_dir: Path,
+    log_model: ModelLogger | None,
+    alive: Callable[[], None] = lambda: None,
+    *,
+    registry: str | None = None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Iterator[MlflowSink]:
     """A sink for one MLflow server; `alive` is called before each request."""
-    with open_client(uri, alive) as client:
-        yield MlflowSink(client, uri, run_dir, log_model)
+    with open_client(uri, alive, registry) as client:
+        yield MlflowSink(client, uri, run_dir, log_model, registry=registry, tell=tell)
 
 
 def _of_key(key: str) -> str:

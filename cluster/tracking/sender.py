@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,6 +62,8 @@ class Sender:
         Entered once, around all attempts.
     stalled_s
         A request that takes longer is abandoned.
+    told
+        Lines of the sink about what it has sent.
 
     Attributes
     ----------
@@ -76,7 +78,9 @@ class Sender:
         *,
         settings: Callable[[], AbstractContextManager[object]] = nullcontext,
         stalled_s: float = STALLED_S,
+        told: Sequence[str] = (),
     ) -> None:
+        self.told = told
         self.delivery = delivery
         self.last_error: str | None = None
         self.notices = Notices(delivery.progress.destination)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,11 +20,14 @@ from cluster.tracking.config import (
     URI_VARIABLE,
     ExperimentKey,
     TrackingConfig,
+    check_model_name,
     resolve_experiment,
+    resolve_registry,
     resolve_uri,
 )
 from cluster.tracking.experiments import NoExperimentError, find_experiment, make_experiment, mark_experiment
 from cluster.tracking.mlflow_client import NOT_JSON, database_file, mlflow_settings, open_client
+from cluster.tracking.registry import open_registered_model
 
 ANSWER_S = 5.0
 """Longest wait for the server."""
@@ -32,6 +37,8 @@ INVALID_HOST = "Invalid Host header"
 
 BODY, CAUSE = "Response body: ", "(Caused by "
 """Before the server's own words, or the network's, in a message of MLflow's client."""
+
+_OTHER_ID = f"correct ${ID_VARIABLE} or ${NAME_VARIABLE}, or name an experiment in tracking.experiment"
 
 
 @dataclass(frozen=True)
@@ -59,44 +66,89 @@ def ask_server(config: TrackingConfig, run_dir: Path, *, limit_s: float = ANSWER
     """Ask the server in force for `run_dir` whether this job may write to its experiment, which is made if need be.
 
     It waits at most `limit_s` for the server, and before that until `mlflow` is imported. A SQLite file is only looked
-    at.
+    at. With `tracking.register` it asks the registry in the same way about the registered model.
 
     Raises
     ------
     ConfigError
-        `tracking.uri` or `tracking.experiment` is malformed.
+        `tracking.uri`, `tracking.experiment` or `tracking.register` is malformed.
     """
+    check_model_name(config)
     uri, key = resolve_uri(config, run_dir), resolve_experiment(config)
     if not config.enabled:
         return ServerAnswer("ok", "nothing is sent to MLflow (tracking.enabled: false)")
-    database = database_file(uri)
-    answer = _ask(uri, key, limit_s) if database is None else _look_at(database, key)
+    question = _Question(uri, f"permission EDIT on {key}, or name another experiment in tracking.experiment")
+    database, name = database_file(uri), config.register
+    answer = question.ask(partial(_ask_client, key=key), limit_s) if database is None else _look_at(database, key)
+    registry = resolve_registry(uri)
+    if answer.verdict == "ok" and name is not None and database_file(registry) is None:
+        uri = registry
+        question = _Question(uri, f"permission EDIT on registered model {name!r}, or name another in tracking.register")
+        answer = question.ask(partial(_ask_registry, name=name), limit_s)
     return replace(answer, text=f"MLflow at {redact(uri)}: {one_line(answer.text)}")
 
 
-def _ask(uri: str, key: ExperimentKey, limit_s: float) -> ServerAnswer:
-    import mlflow  # noqa: F401  # takes seconds, which are not the server's
+@dataclass(frozen=True)
+class _Question:
+    """One question to one server.
 
-    answers: list[ServerAnswer] = []
-    over = threading.Event()
+    Attributes
+    ----------
+    permission: which one lacks if the server forbids it, and what to do without.
+    """
 
-    def alive() -> None:
-        if over.is_set():
-            raise TimeoutError("asked too late")
+    uri: str
+    permission: str
 
-    def work() -> None:
-        try:
-            with open_client(uri, alive) as client:
-                answers.append(_ask_client(client, key))
-        except Exception as error:  # whatever the network, the server or its client raises
-            answers.append(_answer_of(error, uri, key))
+    def ask(self, question: Callable[[Any], ServerAnswer], limit_s: float) -> ServerAnswer:
+        """What the server says within `limit_s`."""
+        import mlflow  # noqa: F401  # takes seconds, which are not the server's
 
-    with mlflow_settings(uri, limit_s):
-        thread = threading.Thread(target=work, name="tracking-check", daemon=True)
-        thread.start()
-        thread.join(limit_s)
-        over.set()
-    return answers[0] if answers else _away(f"no answer within {limit_s:g} s")
+        answers: list[ServerAnswer] = []
+        over = threading.Event()
+
+        def alive() -> None:
+            if over.is_set():
+                raise TimeoutError("asked too late")
+
+        def work() -> None:
+            try:
+                with open_client(self.uri, alive) as client:
+                    answers.append(question(client))
+            except Exception as error:  # whatever the network, the server or its client raises
+                answers.append(self.meaning(error))
+
+        with mlflow_settings(self.uri, limit_s):
+            thread = threading.Thread(target=work, name="tracking-check", daemon=True)
+            thread.start()
+            thread.join(limit_s)
+            over.set()
+        return answers[0] if answers else _away(f"no answer within {limit_s:g} s")
+
+    def meaning(self, error: Exception) -> ServerAnswer:
+        """What an error of MLflow's client means."""
+        from requests.exceptions import SSLError
+
+        code, text = getattr(error, "error_code", ""), str(error)
+        reason = text.partition(BODY)[2].strip("'\" ") or text.rpartition(CAUSE)[2].removesuffix("))")
+        reason = reason or type(error).__name__
+        if isinstance(error.__context__, SSLError):
+            fix = "check http:// or https:// in its URI; MLFLOW_TRACKING_SERVER_CERT_PATH names its certificate"
+        elif isinstance(error, NoExperimentError):
+            fix = _OTHER_ID
+        elif code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+            reason, fix = f"401: {reason}", _log_in()
+        elif INVALID_HOST in text:
+            host = urlsplit(self.uri).netloc.rpartition("@")[2]
+            reason = f"403: {reason}"
+            fix = f"start the server with --allowed-hosts {host} among its hosts, the port included"
+        elif code == "PERMISSION_DENIED":
+            reason, fix = f"403: {reason}", f"ask for the {self.permission}"
+        elif code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST") and not text.startswith(NOT_JSON):
+            fix = "correct tracking.experiment or tracking.register"
+        else:
+            return _away(reason)
+        return ServerAnswer("refused", reason, fix)
 
 
 def _ask_client(client: Any, key: ExperimentKey) -> ServerAnswer:
@@ -108,6 +160,11 @@ def _ask_client(client: Any, key: ExperimentKey) -> ServerAnswer:
         return _deleted(experiment.name, experiment.experiment_id)
     mark_experiment(client, experiment)
     return ServerAnswer("ok", f"takes records of experiment {experiment.name!r}")
+
+
+def _ask_registry(client: Any, name: str) -> ServerAnswer:
+    open_registered_model(client, name)
+    return ServerAnswer("ok", f"takes records, and versions of registered model {name!r}")
 
 
 def _look_at(database: Path, key: ExperimentKey) -> ServerAnswer:
@@ -127,40 +184,12 @@ def _look_at(database: Path, key: ExperimentKey) -> ServerAnswer:
             return _away(str(error))
         fix = f"make {database} a SQLite file that this user may write, or name another store in tracking.uri"
         return ServerAnswer("refused", str(error), fix)
+    if row is None and key.name is None:
+        return ServerAnswer("refused", f"no experiment has the id {key.id}", _OTHER_ID)
     if row is None:
-        return (
-            ServerAnswer("ok", f"takes records of {key}")
-            if key.name is not None
-            else _answer_of(NoExperimentError(f"no experiment has the id {key.id}"), "", key)
-        )
+        return ServerAnswer("ok", f"takes records of {key}")
     number, name, stage = row
     return ServerAnswer("ok", f"takes records of experiment {name!r}") if stage == "active" else _deleted(name, number)
-
-
-def _answer_of(error: Exception, uri: str, key: ExperimentKey) -> ServerAnswer:
-    """What an error of MLflow's client means."""
-    from requests.exceptions import SSLError
-
-    code, text = getattr(error, "error_code", ""), str(error)
-    reason = text.partition(BODY)[2].strip("'\" ") or text.rpartition(CAUSE)[2].removesuffix("))") or str(type(error))
-    if isinstance(error.__context__, SSLError):
-        fix = "check http:// or https:// in the URI; name the server's certificate in MLFLOW_TRACKING_SERVER_CERT_PATH"
-    elif isinstance(error, NoExperimentError):
-        fix = f"correct ${ID_VARIABLE} or ${NAME_VARIABLE}, or name an experiment in tracking.experiment"
-    elif code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
-        reason, fix = f"401: {reason}", _log_in()
-    elif INVALID_HOST in text:
-        host = urlsplit(uri).netloc.rpartition("@")[2]
-        reason = f"403: {reason}"
-        fix = f"start the server with --allowed-hosts {host} among its hosts, the port included"
-    elif code == "PERMISSION_DENIED":
-        reason = f"403: {reason}"
-        fix = f"ask its owner for the permission EDIT on {key}, or name another experiment in tracking.experiment"
-    elif code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST") and not text.startswith(NOT_JSON):
-        fix = "correct tracking.experiment"
-    else:
-        return _away(reason)
-    return ServerAnswer("refused", reason, fix)
 
 
 def _log_in() -> str:

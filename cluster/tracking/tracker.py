@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.redaction import Redactor
-from cluster.tracking.config import TrackingConfig, resolve_experiment, resolve_uri
+from cluster.tracking.config import TrackingConfig, check_model_name, resolve_experiment, resolve_registry, resolve_uri
 from cluster.tracking.events import (
     ArtifactEvent,
     DatasetEvent,
@@ -34,6 +34,7 @@ from cluster.tracking.events import (
     MetricsEvent,
     ModelEvent,
     ParamsEvent,
+    RegisterEvent,
     RunStatus,
     StartEvent,
     TagsEvent,
@@ -71,7 +72,7 @@ class Tracker:
     Raises
     ------
     ConfigError
-        `tracking.uri` is malformed, or `tracking.experiment` empty.
+        `tracking.uri`, `tracking.experiment` or `tracking.register` is malformed, or `$MLFLOW_REGISTRY_URI`.
     """
 
     def __init__(
@@ -87,9 +88,16 @@ class Tracker:
         """Spent by the controller in calls that record something."""
         self.unsent = 0
         """Events left for `jobs.sync`; known once `close` has returned."""
+        check_model_name(config)
         self._spool = Spool(self.run_dir / SPOOL_NAME)
         self._sender = make_sender(
-            self._spool, self.uri, self.run_dir, config.timeout_s, log_model, safe_bytes=self._safe_bytes
+            self._spool,
+            self.uri,
+            self.run_dir,
+            config.timeout_s,
+            log_model,
+            registry=resolve_registry(self.uri),
+            safe_bytes=self._safe_bytes,
         )
         self._writer = SpoolWriter(self._spool, self._sender.wake)
         self._released_bytes = 0 if held else sys.maxsize
@@ -189,6 +197,14 @@ class Tracker:
         """
         self._append(ModelEvent, path=self._portable(path), input_shape=list(input_shape), key=_digest(path))
 
+    def register(self, *, data: str, probe: str, accuracy: float | None, description: str = "") -> None:
+        """Make the logged model a version of the registered model that `tracking.register` names, if it does.
+
+        data, probe: digest of the data set, and what the accuracy was measured with: only equal ones are compared.
+        """
+        if (name := self.config.register) is not None:
+            self._append(RegisterEvent, name=name, data=data, probe=probe, accuracy=accuracy, description=description)
+
     def finish(self, status: RunStatus) -> None:
         """The end of the run and of its layers; it is on the disk when this returns, unless that takes `timeout_s`."""
         self._append(FinishEvent, status=status)
@@ -237,6 +253,11 @@ class Tracker:
     def refused(self) -> tuple[int, list[str]]:
         """Events that MLflow rejected: how many, and the latest as lines `kind: reason`, without credentials."""
         return self._sender.delivery.rejected, list(self._sender.delivery.refusals)
+
+    @property
+    def told(self) -> Sequence[str]:
+        """Lines about what was sent: the registered version, and whether it is the champion."""
+        return self._sender.told
 
     @property
     def lost(self) -> int:
