@@ -98,7 +98,7 @@ def test_a_server_that_refuses_ends_a_job_before_it_starts(
         proxy.close()
     error = capsys.readouterr().err
     assert error == (
-        f"error: tracking: MLflow at {proxy.uri}: 403: a planned failure; ask its owner for the permission EDIT on "
+        f"error: tracking: MLflow at {proxy.uri}: 403: a planned failure; ask for the permission EDIT on "
         "experiment 'simmatch', or name another experiment in tracking.experiment\n"
     )
     assert not (tmp_path / "run").exists()
