@@ -5,7 +5,6 @@ It runs in the job's driver process and holds no tensors. `step` is one round, s
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +18,8 @@ from cluster.checkpoints.manifest import cursor_of, readable_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.cpus import oversubscribed, threads_per_rank
-from cluster.departures import ClusterView, departures
 from cluster.failures import group_failure
+from cluster.halting import Halting
 from cluster.messages import (
     Display,
     FeaturesFound,
@@ -39,19 +38,9 @@ from cluster.messages import (
     Traceback,
     TrainingWarning,
 )
-from cluster.policy import (
-    RATE_FACTOR_AFTER_DIVERGENCE,
-    Decision,
-    Failure,
-    FailurePolicy,
-    GroupFailure,
-    Growth,
-    GrowthPolicy,
-    Halt,
-    Restart,
-    Stop,
-)
+from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, GroupFailure, Growth, Restart, Stop
 from cluster.storage import AnyPath
+from cluster.succession import Succession
 from cluster.summary import ABANDONED_TAG, RATE_TAG, RunRecord, abandoned, updates_at
 from cluster.text import count
 from cluster.tracking.tracker import Tracker
@@ -71,10 +60,10 @@ class RunStopped(RuntimeError):
 
     Attributes
     ----------
-    why: for people, where nobody called `stop`.
+    why: for people.
     """
 
-    def __init__(self, message: str, why: str | None = None) -> None:
+    def __init__(self, message: str, why: str = "asked to end") -> None:
         self.why = why
         super().__init__(message)
 
@@ -115,22 +104,14 @@ class Controller:
         self.config, self.run_dir, self.resume, self.data, self.on_config = config, run_dir, resume, data, on_config
         self.profile = profile
         self.make_group, self.recorder, self.display = make_group, recorder, display
-        group = config.cluster
-        self.policy = FailurePolicy(
-            group.max_restarts, group.max_preemptions, group.min_shards, group.backoff_s, config.divergence
-        )
-        self.growth = GrowthPolicy(config.mesh.world_size, group.grow_after_s)
         manifest = readable_manifest(resume)
         self._images_before = cursor_of(manifest).images
         self.record = RunRecord(rate=1.0 if manifest is None else manifest.rate)
-        self._in_a_row = {"failure": 0, "preemption": 0}  # since the newest checkpoint
-        self._generation = 0
-        self._smaller: int | None = None  # where the group has grown and has not learnt yet
+        self._succession = Succession(config, self.record)
+        self._halting: Halting | None = None
         self._training = self._learning = self._stop_asked = self._done = self._saved = self._stopped = False
-        self._halt: Halt | None = None
-        self._halted_s = 0.0
-        self._why_ended: str | None = None
-        self._view, self._terminated, self._told = ClusterView(), list[int](), set[str]()
+        self._room = 0
+        self._terminated: list[int] = []
         self._step = self._phases_shown = 0
         self._node_warnings: set[str] = set()
         self._metrics: dict[int, LayerMetrics] = {}
@@ -164,7 +145,7 @@ class Controller:
         while True:
             config = self.config.at_rate(self.record.rate)
             assignment = Assignment(
-                config, self.run_dir, 0, self._generation, self.resume, token_hex(4), self.data, self.profile
+                config, self.run_dir, 0, self._succession.generation, self.resume, token_hex(4), self.data, self.profile
             )
             try:
                 outcome = self._run_group(assignment)
@@ -177,42 +158,17 @@ class Controller:
                 if error is not None:
                     raise RunFailed(f"the model is not published: {error}; run the same command again to continue")
                 return self.record
-            if self._stop_asked:
-                raise RunStopped(outcome.message, self._why_ended)
-            decision = self._decide(outcome)
+            if self._stop_asked or (self._halting is not None and self._halting.ends):
+                raise RunStopped(outcome.message, self._why)
+            decision = self._succession.after(outcome, self.config.mesh.world_size, self._room)
             if isinstance(decision, Stop):
                 raise RunFailed(decision.why)
             self._restart(decision, outcome)
 
-    def _decide(self, outcome: Failure | Growth) -> Decision:
-        """What follows a group that has ended."""
-        now_s, shards = time.monotonic(), self.config.mesh.world_size
-        if isinstance(outcome, Growth):
-            return Restart(outcome.shards, 0.0)
-        if self._smaller is not None and not outcome.diverged:
-            self.growth.tried(now_s, came_up=False)
-            return Restart(self._smaller, 0.0)
-        kind = "preemption" if outcome.preempted else "failure"
-        decision = self.policy.decide(outcome, self._in_a_row[kind], shards, lowered=self.record.rate < 1)
-        larger = self.growth.at_a_restart(now_s, shards, self._view.room)
-        if isinstance(decision, Restart) and decision.shards == shards and larger is not None:
-            return replace(decision, shards=larger)
-        return decision
-
     def _restart(self, decision: Restart, outcome: Failure | Growth) -> None:
         """Prepare the next group: its checkpoint, its size and its learning rates."""
-        tags = {}
-        if isinstance(outcome, Failure) and outcome.preempted:
-            self.record.preemptions += 1
-            self._in_a_row["preemption"] += 1
-            tags["preemptions"] = str(self.record.preemptions)
-        elif isinstance(outcome, Failure) and self._smaller is None:
-            self.record.restarts += 1
-            self._in_a_row["failure"] += 1
-            tags["restarts"] = str(self.record.restarts)
-        self._generation += 1
         shards = self.config.mesh.world_size
-        self._smaller = shards if decision.shards > shards else None
+        tags = self._succession.count(decision, outcome, shards)
         self.resume = self._newest_checkpoint() or self.resume
         cursor = cursor_of(readable_manifest(self.resume))
         how = ""
@@ -254,32 +210,32 @@ class Controller:
         self.record.start_group(self._images_before)
         self._step = cursor_of(readable_manifest(assignment.resume)).step
         self._checkpoints.start_group(self._step)
-        self._saved, self._stopped, self._halt = False, False, None
-        self._view, self._terminated, self._told = ClusterView(), [], set()
+        self._saved, self._stopped, self._halting = False, False, None
+        self._room, self._terminated = 0, []
         try:
             group.start()
             self.display.note(GroupStarted(tuple(group.ranks)))
             self._share_cpus(group.ranks)
             self._training, self._learning, self._phases_shown = True, False, 0
-            group.watch(self.growth.full - assignment.config.mesh.world_size)
+            group.watch(self._succession.missing(assignment.config.mesh.world_size))
+            self._halting = Halting(group, self.config.cluster.grace_s, self.display.note)
             while True:
-                outcome = self._ask_to_stop(group)
+                outcome = self._halted(group, self._halting)
                 if outcome is not None:
                     return outcome
                 done, failure = self.step(group)
                 if failure is not None:
-                    return self._explained(failure)
+                    return self._halting.explain(failure)
+                if done and self._stopped:
+                    return self._next(self._halting)
                 if done:
-                    if self._stopped:
-                        assert self._halt is not None
-                        return self._end_of(self._halt)
                     self._done = True
                     return None
                 time.sleep(self.config.cluster.poll_s)
         except GroupFailure as error:
-            return self._explained(error.failure)
+            return error.failure if self._halting is None else self._halting.explain(error.failure)
         except ConfigError as error:
-            if self._smaller is None:
+            if not self._succession.growing:
                 raise
             return Failure(str(error), retryable=False)  # of a node that has come back
         finally:
@@ -296,67 +252,34 @@ class Controller:
         for line in oversubscribed(ranks, self.config.cluster.threads_per_rank):
             self.display.note(line)
 
-    def _explained(self, failure: Failure) -> Failure:
-        """What fails while a node goes has failed through that."""
-        then = None if self._halt is None else self._halt.then
-        if self._halt is None or not isinstance(then, Failure) or not failure.retryable:
-            return failure
-        return replace(failure, message=f"{self._halt.message}; {failure.message}", preempted=True)
-
-    def _ask_to_stop(self, group: WorkerGroup) -> Failure | Growth | None:
-        """Ask the ranks for a last checkpoint once the run is to end, a node is to go, or a larger group fits.
-
-        Returns why there is a next group, where there is nothing to save; ends the run when its grace period is over.
+    def _halted(self, group: WorkerGroup, halting: Halting) -> Failure | Growth | None:
+        """Ask the ranks for a last checkpoint where there is a reason. Returns why there is a next group, once there is
+        nothing left to save; raises RunStopped where the run ends then, or its grace period is over.
         """
-        reason = self._reason_to_stop(group)
-        if reason is not None and reason.outranks(self._halt):
-            self._halt, self._halted_s, asked = reason, time.monotonic(), False
-        elif self._halt is None:
+        self._room = group.view.room
+        larger = self._succession.larger(self.config.mesh.world_size, self._room, saved=self._saved)
+        growth = larger if self._learning else None
+        halt = halting.look(end=self._stop_asked, terminated=self._terminated, larger=growth)
+        if halt is None:
             return None
-        else:
-            asked = True
         # before or between layers, once the layer that has ended is saved
         if not self._learning and self._checkpoints.settled_step >= self._step:
-            return self._end_of(self._halt)
-        limit_s = self._halt.limit_s
-        if not asked:
-            at_most = f" at most {limit_s:g} s" if limit_s < math.inf else ""
-            self.display.note(f"{self._halt.message}: waiting{at_most} for a last checkpoint")
-            group.stop()
-        elif time.monotonic() - self._halted_s > limit_s:
-            raise RunStopped(f"no last checkpoint within {limit_s:g} s", self._why_ended)
+            return self._next(halting)
+        if not halting.ask():
+            raise RunStopped(f"no last checkpoint within {halt.limit_s:g} s", self._why)
         return None
 
-    def _reason_to_stop(self, group: WorkerGroup) -> Halt | None:
-        """The most urgent one."""
-        self._view = view = group.view
-        now_s, shards, grace_s = time.monotonic(), self.config.mesh.world_size, self.config.cluster.grace_s
-        larger = self.growth.decide(now_s, shards, view.room, saved=self._saved)
-        leaving = departures(view, group.ranks, self._terminated, time.time())
-        for name in leaving.keys() - self._told:
-            self._told.add(name)
-            if self._halt is not None:
-                self.display.note(leaving[name].what)
-        for departure in leaving.values():
-            if departure.driver and not self._stop_asked:
-                self._stop_asked, self._why_ended = True, departure.what
-                left_s = math.inf if departure.at_s is None else max(0.0, departure.at_s - time.time())
-                return Halt(departure.what, limit_s=min(grace_s, left_s))
-        if self._stop_asked:
-            return Halt("asked to end", limit_s=grace_s)
-        if leaving:
-            message = "; ".join(departure.what for departure in leaving.values())
-            return Halt(message, Failure(message, retryable=True, preempted=True))
-        if larger is not None and self._learning:
-            message = f"there is room for {count(larger, 'rank')} again"
-            return Halt(message, Growth(message, larger))
-        return None
+    def _next(self, halting: Halting) -> Failure | Growth:
+        """Why there is a next group after ranks that have stopped, or had nothing to save."""
+        if self._stop_asked or halting.ends:
+            raise RunStopped(self._newest(), self._why)
+        return halting.then()
 
-    def _end_of(self, halt: Halt) -> Failure | Growth:
-        """The ranks have stopped, or had nothing to save. Returns why there is a next group."""
-        if halt.then is None or self._stop_asked:
-            raise RunStopped(self._newest(), self._why_ended)
-        return replace(halt.then, message=f"{halt.message}, stopped {time.monotonic() - self._halted_s:.1f} s later")
+    @property
+    def _why(self) -> str:
+        """Why the run ends."""
+        halt = None if self._halting is None else self._halting.halt
+        return "asked to end" if halt is None else halt.message
 
     def step(self, group: WorkerGroup) -> tuple[bool, Failure | None]:
         """One round: poll every rank and handle its messages. Returns whether all are done, or why they cannot be."""
@@ -372,8 +295,8 @@ class Controller:
         self._phases_shown = max(0, len(statuses[0].phases) - 1)
         latest_phase = statuses[0].progress
         self._learning = latest_phase is not None and latest_phase.phase == "learn"
-        if self._learning and self._smaller is not None:
-            self._has_grown()
+        if self._learning and self._succession.growing:
+            self.recorder.tags(self._succession.learns())
         self._step = max([self._step, *(phase.step for phase in statuses[0].phases if phase.step is not None)])
         self.record.steps = max(self.record.steps, self._step)
         limits = self.config.cluster
@@ -383,13 +306,6 @@ class Controller:
         self._terminated = [status.rank for status in statuses if status.terminated]
         self._stopped = any(status.stopped for status in statuses)
         return all(status.done for status in statuses), None
-
-    def _has_grown(self) -> None:
-        """A larger group learns: it has come up."""
-        self._smaller = None
-        self.growth.tried(time.monotonic(), came_up=True)
-        self.record.growths += 1
-        self.recorder.tags({"growths": str(self.record.growths)})
 
     def _newest(self) -> str:
         """Where a run that ends now can continue."""
@@ -435,4 +351,4 @@ class Controller:
         """Take in the outcomes of commits; a new checkpoint earns new restarts."""
         if self._checkpoints.settle(limit_s):
             self._saved = True
-            self._in_a_row = dict.fromkeys(self._in_a_row, 0)
+            self._succession.saved()

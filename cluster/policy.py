@@ -70,27 +70,6 @@ class Growth:
     shards: int
 
 
-@dataclass(frozen=True)
-class Halt:
-    """Why ranks that work are asked for a checkpoint, after which their group ends.
-
-    Attributes
-    ----------
-    message: for people.
-    then: why there is a next group; None: the run ends.
-    limit_s: longest wait for the checkpoint.
-    """
-
-    message: str
-    then: Failure | Growth | None = None
-    limit_s: float = math.inf
-
-    def outranks(self, other: Halt | None) -> bool:
-        """Whether this one is in force where both are given: the end of the run, then a node that goes."""
-        order = (Growth, Failure, type(None))
-        return other is None or order.index(type(self.then)) > order.index(type(other.then))
-
-
 class GroupFailure(RuntimeError):
     """Raised where a group cannot go on."""
 

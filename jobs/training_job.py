@@ -121,7 +121,7 @@ class TrainingJob:
         except RunStopped as error:
             self._over = True
             signum = self._signum or signal.SIGTERM  # as if its node's end had been signalled
-            message = f"{error.why or Interrupted(signum)}; {error}"
+            message = f"{error.why if self._signum is None else Interrupted(signum)}; {error}"
             return RunOutcome("KILLED", exit_status(signum), self._hide(message))
 
     def _train(self, display: JobDisplay, start_step: int) -> None:
