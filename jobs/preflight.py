@@ -13,7 +13,9 @@ from cluster.config import RunConfig
 from cluster.storage import AnyPath
 from cluster.text import count
 from cluster.training import check_data
+from jobs.diagnosis.surroundings import RUN_DIR, look_at_room, look_at_run_dir
 from jobs.plan_memory import check_whitening
+from jobs.ray_session import check_cluster
 from simmatch.config import ConfigError
 from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
@@ -91,6 +93,28 @@ def check_device_of_ranks(config: RunConfig) -> None:
     ranks, gpus = config.mesh.world_size, torch.cuda.device_count()
     if config.device == "cuda" and gpus < ranks:
         raise ConfigError(f"mesh: expected a GPU for each of {count(ranks, 'rank')}, got {gpus} on this machine")
+
+
+def check_surroundings(config: RunConfig, run_dir: AnyPath, dataset: Dataset) -> list[str]:
+    """What a run needs besides itself, before its first file is written: a cluster that answers, a run directory, room
+    for it. Returns warnings.
+
+    Raises
+    ------
+    ConfigError
+        Nothing can be written to the run directory, or the token of the cluster is missing or wrong.
+    RunFailed
+        The cluster does not answer.
+    """
+    check_cluster(config.cluster.start_timeout_s)
+    warnings = []
+    for finding in (*look_at_run_dir(run_dir), *look_at_room(config, dataset, run_dir)):
+        line = f"{finding.text}; {finding.fix}"
+        if finding.check == RUN_DIR and finding.status == "failure":
+            raise ConfigError(f"--run-dir: expected a place that can be written to, got {line}")
+        if finding.status != "ok":  # a full disk may have room later, and costs checkpoints, not the run
+            warnings.append(line)
+    return warnings
 
 
 def check_checkpoint(config: RunConfig, folder: AnyPath, dataset: Dataset) -> None:

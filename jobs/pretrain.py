@@ -15,14 +15,15 @@ from rich.console import Console
 
 from cluster.checkpoints.manifest import CheckpointError
 from cluster.config import RunConfig
+from cluster.controller import RunFailed
 from cluster.redaction import one_line
 from cluster.storage import is_local
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from jobs.display import MakeDisplay, RunDisplay, load_shown
-from jobs.entry_point import BAD_INPUT, run_main
+from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import at_least, override, read_yaml
 from jobs.plan import print_plan
-from jobs.preflight import check, check_checkpoint, check_device_of_ranks
+from jobs.preflight import check, check_checkpoint, check_device_of_ranks, check_surroundings
 from jobs.recording import open_tracker
 from jobs.run_directory import as_begun, choose
 from jobs.training_job import TrainingJob
@@ -52,12 +53,17 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
         check_device_of_ranks(config)
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
+        for warning in check_surroundings(config, start.destination, dataset):
+            print(f"warning: {one_line(warning)}", file=sys.stderr)
         tracker = open_tracker(
             start.run_dir, config.tracking, ModelLogger(load_exported), held=not is_local(start.destination)
         )
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
+    except RunFailed as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return FAILED
     return TrainingJob(config, dataset, start, tracker, console, make_display, profile=options.profile).run()
 
 

@@ -91,17 +91,38 @@ def _embedded(cpus: int) -> str:
     return "embedded" if mode == "token" else "embedded, open to every process of this machine"
 
 
+def check_cluster(limit_s: float) -> None:
+    """Whether the cluster of `RAY_ADDRESS` answers this process; joins nothing. Of no cluster there is nothing to ask.
+
+    Raises
+    ------
+    ConfigError, RunFailed
+        As of `start_ray`.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address not in ("", "local"):
+        _found(address, limit_s)
+
+
+def _found(address: str, limit_s: float) -> tuple[str | None, str | None]:
+    """host:port of the control service, and `RAY_AUTH_MODE` of the cluster; None where that is not known."""
+    where, target = _expected(address), _control_address(address)
+    if target is None:
+        return None, None
+    if not accepts_connections(target, CONNECT_S):
+        raise RunFailed(f"{where}, which accepts no connection within {CONNECT_S:g} s")
+    return target, _mode(target, where, CONNECT_S + limit_s)
+
+
+def _expected(address: str) -> str:
+    return f"RAY_ADDRESS: expected a running cluster at {address}"
+
+
 def _joined(address: str, limit_s: float) -> str:
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEADLESS_S))
-    where = f"RAY_ADDRESS: expected a running cluster at {address}"
-    target = _control_address(address)
-    mode = None
-    if target is not None:
-        if not accepts_connections(target, CONNECT_S):
-            raise RunFailed(f"{where}, which accepts no connection within {CONNECT_S:g} s")
-        mode = _mode(target, where, CONNECT_S + limit_s)
-        if mode is not None:
-            os.environ["RAY_AUTH_MODE"] = mode
+    target, mode = _found(address, limit_s)
+    if mode is not None:
+        os.environ["RAY_AUTH_MODE"] = mode
     nodes = [] if target is None or mode is None else _other_nodes(target, mode, CONNECT_S + limit_s)
     code = checkout_for(nodes)
     import ray
@@ -113,7 +134,7 @@ def _joined(address: str, limit_s: float) -> str:
         with own_signals():
             run_with_timeout(CONNECT_S + limit_s, "ray.init", init)
     except Exception as error:  # such as another version of Ray, or a wrong token
-        raise RunFailed(f"{where}, got {error}") from error
+        raise RunFailed(f"{_expected(address)}, got {error}") from error
     joined = ray.get_runtime_context().gcs_address
     sent = "" if code is None else f", this checkout ({code}) sent to {count(len(nodes), 'other node')}"
     return f"cluster at {joined}{', which asks for no token' if mode == 'disabled' else ''}{sent}"

@@ -158,11 +158,19 @@ class Examination:
 
     def _tracking(self) -> list[Finding]:
         config = self.config.tracking if self.config else TrackingConfig()
-        beside = working_folder(self.config, self._place()) if self.config else Path("runs", "any")
+        place = self._known_place()
+        beside = Path("runs", "any") if self.config is None or place is None else working_folder(self.config, place)
         return [surroundings.look_at_tracking(config, beside, ANSWER_S)]
 
     def _place(self) -> AnyPath:
         return place_of(self.config.name if self.config else "", self._run_dir)
+
+    def _known_place(self) -> AnyPath | None:
+        """None where there can be none: the check of the run directory says why."""
+        try:
+            return self._place()
+        except (ConfigError, OSError):
+            return None
 
     def _join(self) -> bool:
         """Join the cluster, or make one; reports what that says."""
@@ -271,9 +279,10 @@ class Examination:
 
     def _own_disk(self) -> list[Finding]:
         dataset = None if self.config is None else self._dataset.result(CHECK_S)
-        if self.config is None or dataset is None:
+        place = self._known_place()
+        if self.config is None or dataset is None or place is None:
             return []
-        return surroundings.look_at_room(self.config, dataset, self._place())
+        return surroundings.look_at_room(self.config, dataset, place)
 
     def _disks(self, nodes: Nodes) -> list[Finding]:
         config, needed = self.config, {}

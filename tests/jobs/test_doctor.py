@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ import pytest
 
 from cluster.allocation import Allocation
 from cluster.tracking.server_check import ServerAnswer
-from jobs import doctor
+from jobs import doctor, preflight, pretrain
 from jobs.diagnosis import examination, judge, link_check, node, nodes, surroundings
 from jobs.diagnosis.findings import Finding, ok
 from jobs.diagnosis.links import LinkSpeed
 from jobs.diagnosis.node import Gpus, Room, Versions
 from jobs.diagnosis.nodes import Answers, Node, late
+from tests.object_store import BUCKET, object_store
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE, THERE = "10.0.0.1", "10.0.0.2"
@@ -410,11 +413,69 @@ def test_a_head_that_is_away(environment: dict[str, str], digits_yaml: Path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["no bucket", "wrong credentials"])
+def test_a_store_that_takes_nothing(
+    instead: object,
+    diagnose: Callable[..., Diagnosis],
+    digits_yaml: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same line from both; a run leaves nothing on this machine."""
+    monkeypatch.setattr(preflight, "check_cluster", lambda limit_s: None)
+    with object_store() as store, refusing_store() as refuser:
+        bucket = "nobody-made-it"
+        if kind == "wrong credentials":
+            bucket = BUCKET
+            monkeypatch.setenv("AWS_ENDPOINT_URL", refuser)
+        assert store.environment
+        status, (line, _) = diagnose("--run-dir", f"s3://{bucket}/digits", "--set", "tracking.enabled=false")
+        assert status == 1
+        assert line.startswith(f"failure run directory s3://{bucket}/digits")
+        words = ["--config", str(digits_yaml), "--set", "data.train_images=200", "--set", "tracking.enabled=false"]
+        assert pretrain.main([*words, "--run-dir", f"s3://{bucket}/digits"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: --run-dir: expected a ")
+    assert f"s3://{bucket}/digits" in err
+    assert ("The specified bucket does not exist" if kind == "no bucket" else "Forbidden") in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def refusing_store() -> Iterator[str]:
+    """Address of a store that knows no key."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = (
+                b"<Error><Code>InvalidAccessKeyId</Code><Message>The AWS Access Key Id does not exist</Message></Error>"
+            )
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """Of loopback; nobody listens there, and nobody else gets it."""
-    import socket
-
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
