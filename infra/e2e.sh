@@ -66,13 +66,11 @@ submit() { # NAME COMMAND...: in the background, from the desk, as a job of the 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 step() { # TEXT COMMAND...: run the command, say how long it took
-    local text=$1 began=$EPOCHREALTIME log
+    local text=$1 began=$EPOCHREALTIME
     shift
     "$@" >"$work/step" 2>&1 & # in the background: a signal ends the wait, not only the command
     if ! wait $!; then
-        for log in "$work"/*.log "$work"/ports-* "$work/step"; do
-            [ ! -e "$log" ] || { echo "--- ${log##*/}" && tail -n 12 "$log"; }
-        done >&2
+        tail -n 50 "$work/step" >&2
         echo "failed: $text" >&2
         exit 1
     fi
@@ -81,14 +79,15 @@ step() { # TEXT COMMAND...: run the command, say how long it took
 }
 
 wait_for() { # NAME COMMAND...: until the command succeeds, as long as what was started by that name runs
-    local pid=${started[$1]} limit=$((SECONDS + limit_s)) runs=true
+    local name=$1 limit=$((SECONDS + limit_s)) runs=true
     shift
     while $runs && [ "$SECONDS" -lt "$limit" ]; do
-        kill -0 "$pid" 2>/dev/null || runs=false
+        kill -0 "${started[$name]}" 2>/dev/null || runs=false
         if "$@"; then return 0; fi
         sleep 0.5
     done
-    echo "$([ "$runs" = true ] && echo "not within $limit_s s" || echo "ended before"): $*"
+    tail -n 40 "$work/$name.log"
+    if $runs; then echo "$name: not within $limit_s s: $*"; else echo "$name ended before: $*"; fi
     return 1
 }
 
@@ -133,15 +132,16 @@ requests.post(url, json=user, auth=("admin", os.environ["admin_password"]), time
 PY
 }
 
-nodes() { # COUNT: whether so many are alive
-    on desk "$python" - "$1" <<'PY'
+nodes() { # COUNT [ADDRESS]: whether so many are alive; the id of the one with that address
+    on desk "$python" - "$@" <<'PY'
 import os, sys, requests
 token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()
 url = os.environ["RAY_API_SERVER_ADDRESS"] + "/nodes?view=summary"
 answer = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
 answer.raise_for_status()
-states = [node["raylet"]["state"] for node in answer.json()["data"]["summary"]]
-sys.exit(states.count("ALIVE") != int(sys.argv[1]))
+alive = [each for node in answer.json()["data"]["summary"] if (each := node["raylet"])["state"] == "ALIVE"]
+print(*(node["nodeId"] for node in alive if node["nodeManagerAddress"] in sys.argv[2:]))
+sys.exit(len(alive) != int(sys.argv[1]))
 PY
 }
 
@@ -197,3 +197,91 @@ if $short; then
     step "checkpoints in S3" checkpoints 1
     exit
 fi
+
+# --- the user's way ---------------------------------------------------------------------------------------------------
+
+images() { # the 8 × 8 digits of scikit-learn as PNG files in three tar files
+    on desk "$python" - <<'PY'
+import io, os, s3fs
+from PIL import Image
+from sklearn.datasets import load_digits
+from tests.own_images import write_tars
+from pathlib import Path
+
+def png(values):
+    file = io.BytesIO()
+    Image.fromarray((values * 15.9375).round().astype("uint8")).save(file, "PNG")
+    return file.getvalue()
+
+digits = load_digits()
+items = [(f"{index:04d}", int(label), png(image)) for index, (image, label) in enumerate(zip(digits.images, digits.target))]
+folder = write_tars(Path(os.environ["TMPDIR"]) / "images", items)
+s3fs.S3FileSystem().put(f"{folder}/*.tar", "s3://e2e/images/")
+PY
+}
+
+drain() { # HOST: what a cloud says before it takes a machine back
+    local id
+    id=$(nodes 3 "${address[$1]}")
+    on desk ray drain-node --address="${address[head]}:6379" --node-id="$id" --reason=DRAIN_NODE_REASON_PREEMPTION \
+        --reason-message=reclaimed --deadline-remaining-seconds=120
+}
+
+power_off() { # HOST
+    local pid
+    for pid in $(ip netns pids "${namespace[$1]}"); do
+        kill -KILL "$pid" 2>/dev/null || true # it may have ended with another
+    done
+    wait_for head nodes 2
+}
+
+champion() { # whether the run is the registered model's version that others should use
+    on desk "$python" - <<'PY'
+import mlflow
+client = mlflow.MlflowClient()
+version = client.get_model_version_by_alias("e2e", "champion")
+print(version.version, client.get_run(version.run_id).data.metrics["accuracy"])
+PY
+}
+
+predicts() { # whether the served model knows the digits: at least 85 % of 200
+    on desk "$python" - "http://${address[desk]}:5001/invocations" <<'PY'
+import sys, numpy as np, requests
+from sklearn.datasets import load_digits
+digits = load_digits()
+images = (digits.images[:200, None] / 16).astype(np.float32)
+answer = requests.post(sys.argv[1], json={"inputs": images.tolist()}, timeout=60)
+answer.raise_for_status()
+found = answer.json()["predictions"]
+accuracy = np.mean(np.argmax(found["scores"], axis=1) == digits.target[:200])
+print("accuracy", accuracy, "features", np.shape(found["features"]))
+sys.exit(accuracy < 0.85)
+PY
+}
+
+run+=(--set 'data={path: s3://e2e/prepared, size: 8, channels: 1, test_fraction: 0.2}')
+raw=(--set data.path=s3://e2e/images)
+train=(python -m jobs.pretrain "${run[@]}" --run-dir "$run_dir" --set model.layers.1.train.epochs=150)
+train+=(--set cluster.min_shards=1 --set cluster.grow_after_s=1 --set tracking.register=e2e)
+
+step "images in S3" images
+step "jobs.doctor on every node" on desk "$python" -m jobs.doctor --submit "${run[@]}" "${raw[@]}" --run-dir "$run_dir"
+submit prepare python -m jobs.prepare "${run[@]}" "${raw[@]}" --out s3://e2e/prepared
+step "jobs.prepare: shards in S3" wait_for prepare succeeded prepare
+submit train "${train[@]}"
+step "jobs.submit: two shards on two workers" wait_for train says train "^ranks: "
+step "a checkpoint in S3" wait_for train checkpoints 1
+step "every port without the token" ports
+step "worker-2 is drained" drain worker-2
+step "the run goes on with one shard" wait_for train says train "starting a new group of 1 rank"
+step "worker-2 is gone" power_off worker-2
+worker worker-2
+step "worker-2 is back: two shards again" wait_for train says train "starting a new group of 2 ranks"
+step "the run to its end" wait_for train succeeded train
+step "checkpoints in S3" checkpoints 1
+submit again "${train[@]}"
+step "the same command again: nothing to do" wait_for again succeeded again
+step "the run says so" says again "already finished"
+step "the registered model's champion" champion
+start desk serve mlflow models serve --model-uri models:/e2e@champion --env-manager local --host "${address[desk]}" --port 5001
+step "a served prediction" wait_for serve predicts
