@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray._private import ray_constants
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
@@ -58,6 +59,9 @@ def test_the_size_is_that_of_rays_archive(heed_git: bool, tmp_path: Path, monkey
 
 
 def test_too_much_is_refused_with_the_largest_folders(tmp_path: Path) -> None:
+    """Ray 55877: the documented limit is that of `ray.init`; the jobs API takes less, and says so only after the upload
+    with `Request Entity Too Large`."""
+    assert ray_constants.DASHBOARD_CLIENT_MAX_SIZE == JOBS_API_BYTES
     for name, num_bytes in (("runs/old/model.bin", 90), ("photos/a.jpg", 20), ("b.bin", 5), ("c/d", 1)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         with (tmp_path / name).open("wb") as file:
