@@ -55,21 +55,31 @@ def input_filters(layer: SimilarityMatchingConv2d) -> Tensor:
 
 
 def preferred_images(stack: Stack, index: int, images: Tensor) -> Tensor:
-    """Mean of the images [B, C, H, W], weighted by each channel's mean activity, less the plain mean: [K, C, H, W]."""
+    """Mean of the images [B, C, H, W], weighted by each channel's mean activity, less the plain mean: [K, C, H, W].
+
+    Of signals [B, C, 1, T] that of their spectra, [K, C, 1, T // 2 + 1]: windows are cut anywhere, so their means are
+    near zero.
+    """
     activity = stack.below(images, index + 1).flatten(2).mean(dim=2)
     weight = activity / activity.sum(dim=0).clamp(min=1e-12)
     less_mean = weight - weight.sum(dim=0) / len(images)  # a silent channel's weights are 0, and so is its image
-    return torch.einsum("bk,bchw->kchw", less_mean, images)
+    shown = torch.fft.rfft(images).abs() if _are_signals(images) else images
+    return torch.einsum("bk,bchw->kchw", less_mean, shown)
+
+
+def _are_signals(images: Tensor) -> bool:
+    return images.shape[2] == 1 < images.shape[3]
 
 
 def filters(stack: Stack, index: int, images: Tensor, path: Path, limit: int = 64) -> None:
-    """Tiles of a layer's channels: filters of the first layer, preferred images of the others."""
+    """Tiles of a layer's channels: filters of the first layer, preferred images of the others. Of signals, curves."""
     layer = stack.layer(index)
     if index == 0:
         tiles, title = input_filters(layer), f"layer {index}: feedforward filters in input space"
     else:
         tiles = preferred_images(stack, index, images)
-        title = f"layer {index}: activity-weighted mean of {len(images)} test images, less their mean"
+        what = f"spectrum of {len(images)} test windows" if _are_signals(images) else f"of {len(images)} test images"
+        title = f"layer {index}: activity-weighted mean {what}, less their mean"
     shown = tiles[:limit].cpu().float()
     columns = int(np.ceil(np.sqrt(len(shown))))
     rows = -(-len(shown) // columns)
@@ -86,7 +96,11 @@ def filters(stack: Stack, index: int, images: Tensor, path: Path, limit: int = 6
 
 def _show(axes: matplotlib.axes.Axes, tile: Tensor) -> None:
     extent = float(tile.abs().amax()) or 1.0
-    if tile.shape[0] == 3:
+    if _are_signals(tile.unsqueeze(0)):  # a curve for each channel
+        axes.axhline(0.0, color="0.8", linewidth=0.5)
+        axes.plot(tile[:, 0].T.numpy(), linewidth=0.8)
+        axes.set_ylim(-1.1 * extent, 1.1 * extent)
+    elif tile.shape[0] == 3:
         axes.imshow(rearrange(tile / (2 * extent) + 0.5, "c h w -> h w c").numpy())
     else:
         axes.imshow(tile.mean(dim=0).numpy(), cmap="RdBu_r", vmin=-extent, vmax=extent)

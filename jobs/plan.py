@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from cluster.config import RunConfig, public
 from cluster.text import count, size
@@ -14,6 +13,7 @@ from jobs.plan_layout import layout_table, volumes_table
 from jobs.plan_memory import DRIVER_BYTES, PROGRAM_BYTES, plan_disk, plan_features, plan_memory
 from jobs.reporting import Table
 from simmatch.config import LayerConfig
+from simmatch.data.prepared import PreparedImages
 from simmatch.data.sources import Dataset
 from simmatch.documents import dump_yaml
 from simmatch.geometry import PatchConfig
@@ -131,9 +131,9 @@ def slice_bytes(
 
 def image_bytes(dataset: Dataset) -> tuple[int, int]:
     """Bytes of the images that every rank and the driver hold, and of those that they read from a node's cache."""
-    held = sum(part.nbytes for part in (dataset.train_images, dataset.test_images) if isinstance(part, Tensor))
-    stored = sum(part.shape.numel() for part in (dataset.train_images, dataset.test_images)) if held == 0 else 0
-    return held, stored
+    parts = dataset.train_images, dataset.test_images
+    held = sum(part.nbytes for part in parts if not isinstance(part, PreparedImages))
+    return held, sum(part.shape.numel() for part in parts if isinstance(part, PreparedImages))
 
 
 def rank_bytes(config: RunConfig, dataset: Dataset) -> float:

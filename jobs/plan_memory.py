@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from cluster.config import RunConfig
 from cluster.text import size
 from simmatch.config import ConfigError, LayerConfig
+from simmatch.extent import at_most
 from simmatch.geometry import PatchConfig
 from simmatch.inputs import RESIDENT_BYTES
-from simmatch.model import InputConfig, layer_inputs
+from simmatch.model import InputConfig, layer_inputs, output_shape
 from simmatch.moments import ROWS
 from simmatch.sharding.passing import IN_FLIGHT
 from simmatch.sharding.rows import split_rows
@@ -70,7 +71,8 @@ class LayerSizes:
 
     Attributes
     ----------
-    input, activities, output: of one image: before the layer, after the dynamics, and after pooling.
+    input, activities, output, features: of one image: before the layer, after the dynamics, after pooling, and as a
+        readout sees it.
     patch, channels, rows: P, K, and the rows of rank 0.
     images, columns: of this replica's part of a batch.
     whole, own: of W, M, V and the whitening: of the whole layer, and of the rows of rank 0.
@@ -80,6 +82,7 @@ class LayerSizes:
     input: int
     activities: int
     output: int
+    features: int
     patch: int
     channels: int
     rows: int
@@ -111,13 +114,15 @@ def layer_sizes(config: RunConfig, source: InputConfig) -> list[LayerSizes]:
     for layer, (channels, extent) in zip(config.model.layers, layer_inputs(config.model, source), strict=True):
         patch = PatchConfig.of_layer(layer, channels, extent)
         positions = math.prod(patch.map_size(extent))
+        neurons, *passed = output_shape(layer, patch, extent)
         images = -(-layer.train.batch_size // config.mesh.data)
         sizes.append(
             LayerSizes(
                 config=layer,
                 input=channels * math.prod(extent),
                 activities=layer.out_channels * positions,
-                output=layer.out_channels * (positions if layer.pool is None else layer.pool**2),
+                output=neurons * math.prod(passed),
+                features=neurons * math.prod(at_most((passed[0], passed[1]), config.model.feature_pool)),
                 patch=patch.patch_size,
                 channels=layer.out_channels,
                 rows=split_rows(layer.out_channels, config.mesh.channel)[0].count,
@@ -174,8 +179,7 @@ def plan_memory(config: RunConfig, source: InputConfig, train_images: int) -> li
             phases.append(PhaseMemory(f"{stage}, calibrate", 0, stack + own, scratch + calibration))
             phases.append(PhaseMemory(f"{stage}, learn", resident, stack + own, scratch + update))
         if index in config.model.feature_layers():
-            pool = config.model.feature_pool
-            kept += layer.output if pool is None else min(layer.output, layer.channels * pool**2)
+            kept += layer.features
         scratch += value * _scratch(config, layer)
         encoding = value * block * (2 * layer.input + 3 * layer.activities)
         phases.append(PhaseMemory(f"{stage}, encode", 2 * value * layer.output * block, stack, scratch + encoding))

@@ -4,6 +4,7 @@ from simmatch.config import ConfigError, DynamicsConfig, LayerConfig, ModelConfi
 from simmatch.encoder import feedforward_encoder
 from simmatch.fit import Trainer, fit_stack
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.layer_1d import SimilarityMatchingConv1d
 from simmatch.model import Stack, load_model, save_model
 from simmatch.observer import Observer, Update
 from simmatch.plasticity import Statistics
@@ -20,6 +21,7 @@ __all__ = [
     "Observer",
     "PlasticityConfig",
     "Profile",
+    "SimilarityMatchingConv1d",
     "SimilarityMatchingConv2d",
     "Solution",
     "Stack",

@@ -106,7 +106,7 @@ def batch_statistics(batch: Batch, y: Tensor, rows: Rows, num_classes: int) -> S
     """
     own, config = y[rows.start : rows.stop], batch.patches.config
     if batch.columns == 0:
-        yx = y.new_zeros(rows.count, config.in_channels, config.kernel_size, config.kernel_size)
+        yx = y.new_zeros(rows.count, config.in_channels, *config.kernel)
         yz, zz = y.new_zeros(rows.count, num_classes), y.new_zeros(num_classes, num_classes)
         return Statistics(yx, y.new_zeros(rows.count, rows.total), yz, zz, 0)
     yz, zz = label_sums(batch, own, num_classes), y.new_zeros(num_classes, num_classes)

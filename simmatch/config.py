@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from simmatch.extent import KernelExtent, NonNegativeExtent, PositiveExtent
 from simmatch.schedule import check_schedule
 from simmatch.validation import one_line
 
@@ -211,14 +212,15 @@ class LayerOptions(Frozen):
     out_channels: PositiveInt
     """K, the number of neurons (output channels)."""
 
-    kernel_size: PositiveInt | Literal["full"]
-    """k of the k × k patches. `full`: the kernel covers the whole input map, which makes the layer dense."""
+    kernel_size: KernelExtent
+    """k of the k × k patches, or [height, width] of the patches: [1, k] for signals, which are maps of height 1.
+    `full`: the kernel covers the whole input map, which makes the layer dense."""
 
-    stride: PositiveInt = 1
-    """Pixels between neighbouring patches."""
+    stride: PositiveExtent = 1
+    """Pixels between neighbouring patches, of both axes or [down, across]."""
 
-    padding: NonNegativeInt = 0
-    """Pixels of zeros added on each side of an image."""
+    padding: NonNegativeExtent = 0
+    """Pixels of zeros added on each side of an image, of both axes or [above and below, left and right]."""
 
     normalize: Literal["none", "contrast"] = "none"
     """`contrast`: subtract the mean of each patch and divide by its standard deviation, at least `contrast_floor`."""
@@ -254,8 +256,8 @@ class LayerArguments(LayerOptions):
     in_channels: PositiveInt
     """C, the number of input channels."""
 
-    kernel_size: PositiveInt
-    """k of the k × k patches."""
+    kernel_size: PositiveExtent
+    """k of the k × k patches, or [height, width] of the patches."""
 
     num_classes: NonNegativeInt = 0
     """Number of classes, that is of columns of the label weights V; 0 for a layer without labels."""
@@ -300,8 +302,9 @@ class LayerConfig(LayerOptions):
     supervised: bool = False
     """Learn the label weights V, and let labels drive the activities with `label_gain`."""
 
-    pool: PositiveInt | None = None
-    """Height and width to which activities are average-pooled before the next layer or a readout. None: no pooling."""
+    pool: PositiveExtent | None = None
+    """Height and width, or [height, width], to which activities are average-pooled before the next layer or a readout:
+    [1, n] for signals. None: no pooling."""
 
     power: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Power to which pooled activities are raised before the next layer or a readout; ½ reduces the influence of a few
@@ -341,8 +344,9 @@ class ModelConfig(Frozen):
     """Input of a readout: the pooled activities of the last layer, of all layers side by side, or of the layers that
     learn without labels. (A readout overfits features that were learnt from the labels of its training images.)"""
 
-    feature_pool: PositiveInt | None = None
-    """Height and width to which larger maps are averaged for a readout. None: they are used as they are passed on."""
+    feature_pool: PositiveExtent | None = None
+    """Height and width, or [height, width], to which larger axes of maps are averaged for a readout. None: maps are
+    used as they are passed on."""
 
     @model_validator(mode="after")
     def _features_exist(self) -> ModelConfig:

@@ -13,7 +13,7 @@ On a GPU the library always convolves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from simmatch.extent import Extent, pair
 from simmatch.precision import repeatable_convolutions
 
 CHUNK_VALUES = 1 << 18
@@ -57,7 +58,8 @@ class Convolution:
 
     Parameters
     ----------
-    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros.
+    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros; or (height,
+        width) of each.
 
     >>> convolution = Convolution(kernel_size=3, stride=1, padding=0)
     >>> images, weight = torch.ones(2, 1, 8, 8), torch.ones(5, 1, 3, 3)
@@ -66,13 +68,38 @@ class Convolution:
     (torch.Size([5, 72]), torch.Size([5, 10]))
     """
 
-    kernel_size: int
-    stride: int
-    padding: int
+    kernel_size: Extent
+    stride: Extent
+    padding: Extent
 
-    def extent(self, size: int) -> int:
-        """Positions along an axis of `size` pixels."""
-        return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """(k_h, k_w)."""
+        return pair(self.kernel_size)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Pixels from one patch to the next, (down, across)."""
+        return pair(self.stride)
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Pixels of zeros on each side, (above and below, left and right)."""
+        return pair(self.padding)
+
+    @property
+    def frame(self) -> list[int]:
+        """The margins in torch's order: left, right, above, below."""
+        vertical, horizontal = self.margins
+        return [horizontal, horizontal, vertical, vertical]
+
+    def map_size(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """(H', W'): positions along the axes of images of (H, W) pixels."""
+        height, width = (
+            (size + 2 * margin - kernel) // stride + 1
+            for size, margin, kernel, stride in zip(image_size, self.margins, self.kernel, self.strides, strict=True)
+        )
+        return height, width
 
     def forward(self, images: Tensor, weight: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         """conv(x, W) · scale + offset.
@@ -80,7 +107,7 @@ class Convolution:
         Parameters
         ----------
         images: [B, C, H, W].
-        weight: [K, C, k, k].
+        weight: [K, C, k_h, k_w].
         scale: [B, 1, H', W'], a factor of each patch, or None for 1.
         offset: [K], or None for 0.
 
@@ -90,7 +117,7 @@ class Convolution:
         """
         if torch.compiler.is_exporting():  # a graph has no loop over an open batch
             return self._graph(images, weight, scale, offset)
-        height, width = self.extent(images.shape[2]), self.extent(images.shape[3])
+        height, width = self.map_size(images.shape[2:])
         channels = weight.shape[0]
         result = images.new_empty(channels, images.shape[0] * height * width)
         maps = rearrange(result, "k (b h w) -> b k h w", h=height, w=width)
@@ -104,7 +131,7 @@ class Convolution:
         bias = offset if scale is None else None
         for chunk in self._chunks(images, channels):
             with repeatable_convolutions(images.device):
-                maps_of_chunk = F.conv2d(chunk.images, weight, bias, self.stride)
+                maps_of_chunk = F.conv2d(chunk.images, weight, bias, self.strides)
             target = maps[chunk.batch, :, chunk.rows]
             if scale is None:
                 target.copy_(maps_of_chunk)
@@ -126,15 +153,15 @@ class Convolution:
         -------
         [K, P + 1]: the gradient of the weight, and Σ y in the last column.
         """
-        channels, kernel = y.shape[0], self.kernel_size
-        weight = y.new_empty(channels, images.shape[1], kernel, kernel)  # only its shape is used
+        channels = y.shape[0]
+        weight = y.new_empty(channels, images.shape[1], *self.kernel)  # only its shape is used
         total = y.new_zeros(channels, weight[0].numel() + 1)
         lowered = self._lowered(weight)
         if lowered is not None:
             for chunk, patches in self._patches(images, scale, lowered):
                 total.addmm_(y[:, chunk.columns], patches.T)
             return total
-        height, width = self.extent(images.shape[2]), self.extent(images.shape[3])
+        height, width = self.map_size(images.shape[2:])
         maps = rearrange(y, "k (b h w) -> b k h w", h=height, w=width)
         for chunk in self._chunks(images, channels):
             own = maps[chunk.batch, :, chunk.rows]
@@ -148,8 +175,8 @@ class Convolution:
         return total
 
     def _library_gradient(self, scaled: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-        """Gradient [K, C, k, k] of a convolution without padding, as automatic differentiation computes it."""
-        stride, none, once = [self.stride] * 2, [0, 0], [1, 1]
+        """Gradient [K, C, k_h, k_w] of a convolution without padding, as automatic differentiation computes it."""
+        stride, none, once = list(self.strides), [0, 0], [1, 1]
         gradient: Tensor
         with repeatable_convolutions(images.device):
             _, gradient, _ = torch.ops.aten.convolution_backward(
@@ -168,12 +195,12 @@ class Convolution:
         """
         padded = self._pad(images)
         _, channels, height, width = padded.shape
-        columns = self.extent(images.shape[3])
-        corner = position // columns * (self.stride * width) + position % columns * self.stride
+        columns, (down, across) = self.map_size(images.shape[2:])[1], self.strides
+        corner = position // columns * (down * width) + position % columns * across
         corner = corner + batch * (channels * height * width)
-        kernel = torch.arange(self.kernel_size, device=images.device)
+        tall, wide = (torch.arange(size, device=images.device) for size in self.kernel)
         channel = torch.arange(channels, device=images.device) * (height * width)
-        inside = rearrange(channel, "c -> c 1 1") + rearrange(kernel * width, "i -> i 1") + kernel
+        inside = rearrange(channel, "c -> c 1 1") + rearrange(tall * width, "i -> i 1") + wide
         inside = inside.flatten()
         patches = images.new_empty(len(corner), len(inside))
         rows = max(1, _budget(images) // len(inside))
@@ -182,15 +209,16 @@ class Convolution:
         return patches
 
     def _windows(self, padded: Tensor) -> Tensor:
-        """All patches of padded images as a view: [B, C, h, w] → [B, C, H', W', k, k]."""
-        return padded.unfold(2, self.kernel_size, self.stride).unfold(3, self.kernel_size, self.stride)
+        """All patches of padded images as a view: [B, C, h, w] → [B, C, H', W', k_h, k_w]."""
+        (tall, wide), (down, across) = self.kernel, self.strides
+        return padded.unfold(2, tall, down).unfold(3, wide, across)
 
     def _pad(self, images: Tensor) -> Tensor:
-        return F.pad(images, (self.padding,) * 4) if self.padding else images
+        return F.pad(images, self.frame) if any(self.margins) else images
 
     def _graph(self, images: Tensor, weight: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         """`forward` as a plain graph."""
-        result = F.conv2d(images, weight, stride=self.stride, padding=self.padding)
+        result = F.conv2d(images, weight, stride=self.strides, padding=self.margins)
         result = rearrange(result if scale is None else result * scale, "b k h w -> k (b h w)")
         return result if offset is None else result + offset.unsqueeze(1)
 
@@ -202,7 +230,8 @@ class Convolution:
 
     def _chunks(self, images: Tensor, values_per_column: int) -> Iterator[Chunk]:
         """The batch in chunks of about `CHUNK_VALUES` values, each at least one row of one image."""
-        height, width = self.extent(images.shape[2]), self.extent(images.shape[3])
+        height, width = self.map_size(images.shape[2:])
+        (tall, _), (down, _) = self.kernel, self.strides
         affordable = max(1, _budget(images) // (values_per_column * width))
         rows, step = min(affordable, height), max(1, affordable // height)
         for start in range(0, images.shape[0], step):
@@ -210,7 +239,7 @@ class Convolution:
             padded = self._pad(images[batch])
             for top in range(0, height, rows):
                 bottom = min(top + rows, height)
-                covered = padded[:, :, top * self.stride : (bottom - 1) * self.stride + self.kernel_size]
+                covered = padded[:, :, top * down : (bottom - 1) * down + tall]
                 first = (start * height + top) * width
                 columns = slice(first, first + (batch.stop - start) * (bottom - top) * width)
                 yield Chunk(covered, batch, slice(top, bottom), columns)

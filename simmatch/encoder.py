@@ -150,6 +150,7 @@ def feedforward_encoder(layer: SimilarityMatchingConv2d, images: Tensor) -> Enco
     >>> encoder(torch.rand(2, 1, 8, 8)).shape
     torch.Size([2, 4, 6, 6])
     """
+    images = layer.as_images(images)
     positions = _draw(layer, images)
     patches = layer.prepare(images, positions)
     weight, bias = match(_matrix(patches), true_activities(layer, patches), _empty_response(layer))
@@ -175,6 +176,7 @@ def feedforward_filter(layer: SimilarityMatchingConv2d, images: Tensor) -> Filte
     >>> feedforward_filter(layer, images).weight.shape
     torch.Size([4, 1, 3, 3])
     """
+    images = layer.as_images(images)
     positions = _draw(layer, images)
     y = true_activities(layer, layer.prepare(images, positions))
     raw = _matrix(prepare(images, replace(layer.patch, contrast=False), None, positions))

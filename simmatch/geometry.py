@@ -15,11 +15,13 @@ computes both. `prepare` stores the patches themselves in two cases: where the k
 each image is one patch, and where only some positions of each image are selected. The mean over randomly drawn
 positions is an unbiased estimate of the mean over all.
 
-Only this module and `simmatch.model` assume two spatial axes.
+A patch is k_h × k_w pixels. A signal is a map of height 1, and so are its patches. Only this module, `convolution` and
+`simmatch.model` assume two spatial axes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from simmatch.config import LayerConfig
 from simmatch.convolution import Convolution, images_per_chunk
+from simmatch.extent import Extent, pair, shown
 from simmatch.seeding import folded
 from simmatch.sharding.blocks import by_blocks
 from simmatch.sharding.columns import Part
@@ -42,19 +45,23 @@ class PatchConfig:
     Parameters
     ----------
     in_channels: C, channels of the images.
-    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros.
+    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros; or (height,
+        width) of each.
     contrast: whether each patch is shifted to zero mean and divided by its standard deviation.
     contrast_floor: smallest standard deviation to divide by, in units of the input.
 
     >>> patch = PatchConfig(in_channels=3, kernel_size=5, padding=2)
     >>> patch.patch_size, patch.map_size((32, 32))
     (75, (32, 32))
+    >>> signal = PatchConfig(in_channels=2, kernel_size=(1, 32), stride=(1, 8))
+    >>> signal.patch_size, signal.map_size((1, 256))
+    (64, (1, 29))
     """
 
     in_channels: int
-    kernel_size: int
-    stride: int = 1
-    padding: int = 0
+    kernel_size: Extent
+    stride: Extent = 1
+    padding: Extent = 0
     contrast: bool = False
     contrast_floor: float = 0.1
 
@@ -65,15 +72,15 @@ class PatchConfig:
         Raises
         ------
         ValueError
-            The kernel is larger than the padded input, or is `full` for an input that is not square.
+            The kernel is larger than the padded input.
 
-        >>> PatchConfig.of_layer(LayerConfig(out_channels=8, kernel_size="full"), 16, (7, 7)).kernel_size
-        7
+        >>> dense = LayerConfig(out_channels=8, kernel_size="full")
+        >>> [PatchConfig.of_layer(dense, 16, size).kernel_size for size in ((7, 7), (1, 29))]
+        [7, (1, 29)]
         """
         height, width = image_size
-        kernel = height if layer.kernel_size == "full" else layer.kernel_size
-        if layer.kernel_size == "full" and height != width:
-            raise ValueError(f"kernel_size: expected a number for an input of {height} × {width}, got 'full'")
+        whole = height if height == width else (height, width)
+        kernel = whole if layer.kernel_size == "full" else layer.kernel_size
         contrast = layer.normalize == "contrast"
         patch = cls(in_channels, kernel, layer.stride, layer.padding, contrast, layer.contrast_floor)
         patch.map_size(image_size)
@@ -81,8 +88,13 @@ class PatchConfig:
 
     @property
     def patch_size(self) -> int:
-        """P = C · k · k."""
-        return self.in_channels * self.kernel_size**2
+        """P = C · k_h · k_w."""
+        return self.in_channels * math.prod(self.kernel)
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """(k_h, k_w)."""
+        return pair(self.kernel_size)
 
     @property
     def convolution(self) -> Convolution:
@@ -90,14 +102,16 @@ class PatchConfig:
 
     def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the activities. Raises ValueError if the kernel is larger than the padded image."""
-        padded = [size + 2 * self.padding for size in image_size]
-        if min(padded) < self.kernel_size:
+        convolution, square = self.convolution, isinstance(self.kernel_size, int)
+        (height, width), (above, beside) = image_size, convolution.margins
+        padded = height + 2 * above, width + 2 * beside
+        if padded[0] < self.kernel[0] or padded[1] < self.kernel[1]:
+            hint = f"; [1, {self.kernel[1]}] for signals" if height == 1 and square else ""
             raise ValueError(
-                f"kernel_size: expected at most {min(padded)} for images of {image_size[0]} × {image_size[1]} "
-                f"with padding {self.padding}, got {self.kernel_size}"
+                f"kernel_size: expected at most {shown(min(padded) if square else padded)} for images of "
+                f"{height} × {width} with padding {shown(self.padding)}, got {shown(self.kernel_size)}{hint}"
             )
-        height, width = map(self.convolution.extent, image_size)
-        return height, width
+        return convolution.map_size(image_size)
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ def prepare(
         gathered = config.convolution.gather(images, batch, positions.flatten())
         matrix = by_blocks(lambda part: transform(part, config), gathered, rows)
         return Patches(config, whitening, map_size, matrix=matrix, whitened=whitening is None)
-    if map_size == (1, 1) and config.padding == 0 and images.shape[2:] == (config.kernel_size,) * 2:
+    if map_size == (1, 1) and not any(config.convolution.margins) and images.shape[2:] == config.kernel:
         matrix = by_blocks(lambda part: transform(part, config, whitening), images.flatten(1), block)
         return Patches(config, whitening, map_size, matrix=matrix)
     scale = by_blocks(lambda part: inverse_contrast(part, config), images, block) if config.contrast else None
@@ -233,11 +247,12 @@ def inverse_contrast(images: Tensor, config: PatchConfig) -> Tensor:
     >>> inverse_contrast(torch.rand(2, 3, 8, 8), PatchConfig(in_channels=3, kernel_size=3, contrast=True)).shape
     torch.Size([2, 1, 6, 6])
     """
+    convolution = config.convolution
 
     def box_mean(values: Tensor) -> Tensor:  # batch innermost in memory: pooling is vectorised over it
-        padded = F.pad(rearrange(values, "b 1 h w -> 1 b h w"), (config.padding,) * 4)
+        padded = F.pad(rearrange(values, "b 1 h w -> 1 b h w"), convolution.frame)
         padded = padded.contiguous(memory_format=torch.channels_last)
-        means = F.avg_pool2d(padded, config.kernel_size, config.stride)
+        means = F.avg_pool2d(padded, convolution.kernel, convolution.strides)
         return rearrange(means, "1 b h w -> b 1 h w")
 
     if images.shape[0] == 0:  # a rank may have no images of a small batch
@@ -288,7 +303,7 @@ class Filters:
 
     Attributes
     ----------
-    weight: [K_g, C, k, k], W Π J, or W where the patches are whitened already.
+    weight: [K_g, C, k_h, k_w], W Π J, or W where the patches are whitened already.
     offset: [K_g], −W Π μ, or None for 0.
 
     >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
@@ -319,7 +334,7 @@ def drive(patches: Patches, feedforward: Tensor, filters: Filters | None = None)
     Parameters
     ----------
     patches: N columns, from `prepare`.
-    feedforward: [K_g, C, k, k], the rows of W held here.
+    feedforward: [K_g, C, k_h, k_w], the rows of W held here.
     filters: of these rows, if they are needed more than once.
 
     Returns
@@ -340,7 +355,7 @@ def drive(patches: Patches, feedforward: Tensor, filters: Filters | None = None)
 
 
 def correlate(patches: Patches, y: Tensor) -> Tensor:
-    """Σ over columns of y x̃ᵀ: y [K_g, N] → [K_g, C, k, k].
+    """Σ over columns of y x̃ᵀ: y [K_g, N] → [K_g, C, k_h, k_w].
 
     >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
     >>> correlate(patches, torch.ones(5, 72)).shape
@@ -366,7 +381,7 @@ def raw_correlation(patches: Patches, y: Tensor) -> tuple[Tensor, Tensor | None]
 
 
 def normalised(product: Tensor, total: Tensor | None, patches: Patches) -> Tensor:
-    """Σ y x̃ᵀ [K_g, C, k, k] from the sums of `raw_correlation`, over these or other patches of the layer.
+    """Σ y x̃ᵀ [K_g, C, k_h, k_w] from the sums of `raw_correlation`, over these or other patches of the layer.
 
     >>> patches = prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3))
     >>> normalised(torch.ones(5, 9), torch.ones(5, 1), patches).shape
@@ -378,7 +393,7 @@ def normalised(product: Tensor, total: Tensor | None, patches: Patches) -> Tenso
     if whitening is not None and not (patches.matrix is not None and patches.whitened):
         assert total is not None
         product = product @ whitening.matrix.T - total * whitening.offset
-    return product.reshape(-1, config.in_channels, config.kernel_size, config.kernel_size)
+    return product.reshape(-1, config.in_channels, *config.kernel)
 
 
 def sample_patches(images: Tensor, config: PatchConfig, count: int, generator: torch.Generator) -> Tensor:

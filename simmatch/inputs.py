@@ -120,7 +120,7 @@ class LayerInputs:
         store, layer = self._store, self._layer
         assert store.features is not None
         _, height, width = store.features.shape
-        if layer.patch.padding > 0 or (height, width) != (layer.patch.kernel_size,) * 2:  # not dense
+        if any(layer.patch.convolution.margins) or (height, width) != layer.patch.kernel:  # not dense
             store.share(store.features, on_progress)
             return store.features
         half = -(-store.count // 2)

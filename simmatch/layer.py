@@ -27,6 +27,7 @@ from simmatch.arguments import check_activities, check_images, check_not_empty, 
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.calibration import PatchSample
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, Reduce, parse
+from simmatch.extent import Extent
 from simmatch.geometry import PatchConfig, Patches, draw_positions, prepare
 from simmatch.labels import check_labels, one_hot
 from simmatch.moments import Moments
@@ -55,7 +56,8 @@ class SimilarityMatchingConv2d(Synapses):
     ----------
     in_channels: C, the number of channels of the images.
     out_channels: K, the number of channels of the activities.
-    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros.
+    kernel_size, stride, padding: k × k patches, taken every `stride` pixels from images padded with zeros; or (height,
+        width) of each.
     num_classes: number of classes of the labels; 0 for a layer without label weights.
     label_gain: variance of a label direction relative to the mean variance of an input direction. It sets
         α = label_gain · tr C_x / P, so that its meaning does not change if the input is rescaled.
@@ -96,10 +98,10 @@ class SimilarityMatchingConv2d(Synapses):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: Extent,
         *,
-        stride: int = 1,
-        padding: int = 0,
+        stride: Extent = 1,
+        padding: Extent = 0,
         num_classes: int = 0,
         label_gain: float = 0.0,
         dynamics: DynamicsConfig | None = None,
@@ -138,7 +140,7 @@ class SimilarityMatchingConv2d(Synapses):
         super().__init__(arguments, rows or Rows.all(out_channels), mesh or Mesh(), dtype=dtype, device=device)
         self.sharing: Sharing
         if self.dynamics.exchange == "gather_state":
-            filters = (in_channels, kernel_size, kernel_size)
+            filters = (in_channels, *self.patch.kernel)
             by_columns = BlockSharing if self.exact else ColumnSharing
             self.sharing = by_columns(self.dynamics, self.rows, self.mesh, filters, num_classes)
         else:
@@ -180,6 +182,18 @@ class SimilarityMatchingConv2d(Synapses):
 
     # ------------------------------------------------------------------------------------------- input
 
+    def as_images(self, x: Tensor) -> Tensor:
+        """The layer's input, or activities, as maps [B, C, H, W]: as they are. A 1-D layer takes signals."""
+        return x
+
+    def of_maps(self, maps: Tensor) -> Tensor:
+        """Maps [B, K, H', W'] as the layer returns them: as they are. A 1-D layer returns signals."""
+        return maps
+
+    def _as_maps(self, columns: Tensor, patches: Patches) -> Tensor:
+        height, width = patches.map_size
+        return self.of_maps(rearrange(columns, "k (b h w) -> b k h w", h=height, w=width))
+
     @property
     def _whitening(self) -> Whitening | None:
         return Whitening(self.whitening, self.whitening_mean) if self.whiten else None
@@ -207,6 +221,7 @@ class SimilarityMatchingConv2d(Synapses):
         >>> layer.solve(patches).y.shape, layer.prepare(torch.rand(2, 1, 8, 8), positions=5).map_size
         (torch.Size([2, 4, 1, 3]), (1, 5))
         """
+        x = self.as_images(x)
         check_images(x, self.in_channels, self.feedforward)
         if isinstance(positions, int):
             positions = self.draw_positions(positions, x, first=0 if part is None else part.images.start)
@@ -225,6 +240,7 @@ class SimilarityMatchingConv2d(Synapses):
         >>> SimilarityMatchingConv2d(1, 4, kernel_size=3).draw_positions(5, torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 5])
         """
+        x = self.as_images(x)
         map_size = self.patch.map_size((x.shape[2], x.shape[3]))
         key = folded(stream("positions", self.seed), self.updates)
         return draw_positions(count, range(first, first + x.shape[0]), map_size, key, x.device)
@@ -282,6 +298,7 @@ class SimilarityMatchingConv2d(Synapses):
         >>> layer.calibrated, layer.whitening.shape
         (True, torch.Size([9, 9]))
         """
+        x = self.as_images(x)
         check_images(x, self.in_channels, self.feedforward)
         check_not_empty(x.shape[0])
         if num_patches < 1:
@@ -367,8 +384,8 @@ class SimilarityMatchingConv2d(Synapses):
         batch = self._batch(x, labels, fault)
         solution = self.sharing.solve(batch, self._own_state(fault))
         height, width = batch.patches.map_size
-        residual = rearrange(solution.residual, "(b h w) -> b h w", h=height, w=width)
-        return Solution(_as_maps(solution.y, batch.patches), solution.iterations, residual)
+        residual = rearrange(solution.residual, "(b h w) -> b 1 h w", h=height, w=width)
+        return Solution(self._as_maps(solution.y, batch.patches), solution.iterations, self.of_maps(residual)[:, 0])
 
     @eager_full_precision
     def forward(self, x: Tensor | Patches) -> Tensor:
@@ -382,8 +399,8 @@ class SimilarityMatchingConv2d(Synapses):
         if torch.compiler.is_exporting():
             bound, ridge = traced_bound(self.lateral, self.perron, ridge=self.dynamics.ridge)
             drive = batch_drive(batch, self.weights)
-            return _as_maps(unrolled(drive, self.lateral, self.dynamics, bound=bound, ridge=ridge), batch.patches)
-        return _as_maps(self.sharing.solve(batch, self._own_state(fault), fixed=True).y, batch.patches)
+            return self._as_maps(unrolled(drive, self.lateral, self.dynamics, bound=bound, ridge=ridge), batch.patches)
+        return self._as_maps(self.sharing.solve(batch, self._own_state(fault), fixed=True).y, batch.patches)
 
     # ------------------------------------------------------------------------------------------- slow: plasticity
 
@@ -408,7 +425,7 @@ class SimilarityMatchingConv2d(Synapses):
         (torch.Size([4, 1, 3, 3]), torch.Size([4, 4]), 72)
         >>> layer.update(statistics)
         """
-        batch = self._batch(x, labels)
+        batch, y = self._batch(x, labels), self.as_images(y)
         shape = (batch.patches.batch_size, self.out_channels, *batch.patches.map_size)
         check_activities(y, shape, self.feedforward)
         return batch_statistics(batch, rearrange(y, "b k h w -> k (b h w)"), self.rows, self.num_classes)
@@ -474,8 +491,3 @@ class SimilarityMatchingConv2d(Synapses):
         batch = self._batch(x, labels)
         check_not_empty(batch.patches.batch_size)
         return batch_objective(batch, y, float(self.alpha), columns=columns)
-
-
-def _as_maps(columns: Tensor, patches: Patches) -> Tensor:
-    height, width = patches.map_size
-    return rearrange(columns, "k (b h w) -> b k h w", h=height, w=width)

@@ -21,6 +21,7 @@ from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, NonNe
 from simmatch.data.prepared import StoredImages
 from simmatch.devices import check_device
 from simmatch.documents import DocumentError, dump_yaml, load_yaml_file
+from simmatch.extent import Extent, at_most, pooled_size, shown
 from simmatch.files import write_whole
 from simmatch.geometry import PatchConfig
 from simmatch.layer import SimilarityMatchingConv2d
@@ -101,11 +102,17 @@ def layer_inputs(model: ModelConfig, source: InputConfig) -> list[tuple[int, tup
         try:
             patch = PatchConfig.of_layer(config, channels, size)
             height, width = patch.map_size(size)
+            above, beside = patch.convolution.margins
+            if size[0] == patch.kernel[0] == 1 < patch.kernel[1] and above > 0:
+                raise ValueError(f"padding: expected [0, {beside}] for signals, got {shown(config.padding)}")
         except ValueError as error:
             raise ConfigError(f"{where}.{error}") from None
-        if config.pool is not None and config.pool > min(height, width):
+        small, large = pooled_size((height, width), config.pool), (height, width)
+        if small[0] > height or small[1] > width:
+            most = min(large) if isinstance(config.pool, int) else large
+            hint = f"; [1, {config.pool}] for signals" if height == 1 and isinstance(config.pool, int) else ""
             raise ConfigError(
-                f"{where}.pool: expected at most {min(height, width)}, the map of activities, got {config.pool}"
+                f"{where}.pool: expected at most {shown(most)}, the map of activities, got {shown(small)}{hint}"
             )
         channels, *extent = output_shape(config, patch, size)
         size = (extent[0], extent[1])
@@ -133,7 +140,7 @@ def build_layer(
 
 
 def pooled(activities: Tensor, config: LayerConfig) -> Tensor:
-    """Output of a layer from its activities [B, K, H, W]: averages [B, K, pool, pool], raised to `config.power`.
+    """Output of a layer from its activities [B, K, H, W]: averages [B, K, *pool], raised to `config.power`.
 
     >>> pooled(torch.ones(2, 8, 6, 6), LayerConfig(out_channels=8, kernel_size=3, pool=2)).shape
     torch.Size([2, 8, 2, 2])
@@ -149,22 +156,23 @@ def output_shape(config: LayerConfig, patch: PatchConfig, size: tuple[int, int])
     >>> output_shape(config, PatchConfig.of_layer(config, 1, (8, 8)), (8, 8))
     (8, 2, 2)
     """
-    height, width = patch.map_size(size) if config.pool is None else (config.pool, config.pool)
-    return config.out_channels, height, width
+    return config.out_channels, *pooled_size(patch.map_size(size), config.pool)
 
 
-def readout_input(passed: Tensor, config: LayerConfig, pool: int | None) -> Tensor:
-    """Input of a readout [B, F] from the output of a layer: larger maps are averaged down to `pool` × `pool`.
+def readout_input(passed: Tensor, config: LayerConfig, pool: Extent | None) -> Tensor:
+    """Input of a readout [B, F] from the output of a layer: larger axes of its maps are averaged down to `pool`.
 
     The average is taken of activities: `config.power` is undone before it and applied again after it.
 
     >>> readout_input(torch.ones(2, 8, 6, 6), LayerConfig(out_channels=8, kernel_size=3), pool=2).shape
     torch.Size([2, 32])
     """
-    if pool is None or max(passed.shape[2:]) <= pool:
+    size = passed.shape[2], passed.shape[3]
+    small_size = at_most(size, pool)
+    if small_size == size:
         return passed.flatten(1)
     maps = passed if config.power == 1.0 else passed.pow(1 / config.power)
-    small = F.adaptive_avg_pool2d(maps, pool)
+    small = F.adaptive_avg_pool2d(maps, small_size)
     return (small if config.power == 1.0 else small.pow(config.power)).flatten(1)
 
 

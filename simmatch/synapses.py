@@ -60,7 +60,7 @@ class Synapses(nn.Module):
 
     Attributes
     ----------
-    feedforward: [K_g, C, k, k], W.
+    feedforward: [K_g, C, k_h, k_w], W.
     lateral: [K_g, K], M: symmetric, positive semidefinite, entrywise nonnegative.
     label: [K_g, num_classes], V.
     whitening, whitening_mean: [P, P] and [P], Π and μ, if whitening is configured.
@@ -125,12 +125,12 @@ class Synapses(nn.Module):
 
     def _register(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Register the buffers with their initial values."""
-        own, size, kernel = self.rows.count, self.patch.patch_size, self.patch.kernel_size
+        own, size = self.rows.count, self.patch.patch_size
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.register_buffer("feedforward", zeros(own, self.in_channels, kernel, kernel))
+        self.register_buffer("feedforward", zeros(own, self.in_channels, *self.patch.kernel))
         self.register_buffer("lateral", zeros(own, self.out_channels))
         self.register_buffer("label", zeros(own, self.num_classes))
         if self.whiten:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simmatch.extent import Extent
+
 # -- nonnegative quadratic programs ------------------------------------------------------------------------------------
 
 
@@ -92,7 +94,7 @@ def random_drive(size: int, columns: int, seed: int) -> Tensor:
 # -- patches -----------------------------------------------------------------------------------------------------------
 
 
-def patch_matrix(images: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+def patch_matrix(images: Tensor, kernel_size: Extent, stride: Extent, padding: Extent) -> Tensor:
     """All patches [N, C·k·k], rows in the order of 'b h w', zero padding."""
     unfolded = F.unfold(images, kernel_size, stride=stride, padding=padding)  # [B, P, L]
     return unfolded.permute(0, 2, 1).reshape(-1, unfolded.shape[1])

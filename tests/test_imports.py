@@ -23,7 +23,7 @@ ALLOWED = {
 
 EXTRAS = {
     "simmatch": (),
-    "simmatch, inside functions": ("eval", "images"),
+    "simmatch, inside functions": ("eval", "images", "signals"),
     "cluster": ("cluster",),
     "jobs": ("cluster", "eval"),
     "jobs, inside functions": ("cluster", "eval", "images"),
@@ -126,8 +126,8 @@ def declared(*extras: str) -> set[str]:
 
 
 def distributions_of(module: str) -> set[str]:
-    """Names of the installed distributions that hold a module."""
-    return {canonicalize_name(name) for name in ALL_MODULES.get(module, [])}
+    """Names of the installed distributions that hold a module; its own where none is installed."""
+    return {canonicalize_name(name) for name in ALL_MODULES.get(module, [module])}
 
 
 @pytest.mark.parametrize("package", [*ALLOWED, "tests"])

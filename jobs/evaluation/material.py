@@ -13,7 +13,7 @@ from torch import Tensor
 from jobs.evaluation.corruptions import CORRUPTIONS, corrupt
 from simmatch.config import ConfigError
 from simmatch.data.order import stratified_subset
-from simmatch.data.prepared import PreparedImages, StoredImages
+from simmatch.data.prepared import StoredImages
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.labels import UNLABELLED
 from simmatch.model import InputConfig
@@ -21,7 +21,8 @@ from simmatch.seeding import seeded
 
 
 class ReadImages:
-    """Images of a prepared data set in [0, 1], read when they are indexed; in other ways as a tensor [N, C, H, W].
+    """Images of a prepared data set in [0, 1], or windows of signals, read when they are indexed; otherwise as a tensor
+    [N, C, H, W].
 
     Attributes
     ----------
@@ -30,7 +31,7 @@ class ReadImages:
     source: shape that every image is brought to, see `resized`; None: as stored.
     """
 
-    def __init__(self, stored: PreparedImages, chosen: Tensor, source: InputConfig | None = None) -> None:
+    def __init__(self, stored: StoredImages, chosen: Tensor, source: InputConfig | None = None) -> None:
         self.stored, self.chosen, self.source = stored, chosen, source
         shape = stored.shape[1:] if source is None else (source.in_channels, *source.image_size)
         self.shape = torch.Size((len(chosen), *shape))
@@ -56,9 +57,9 @@ def in_batches(images: UnitImages, size: int) -> Iterator[Tensor]:
 
 def unit_images(stored: StoredImages) -> UnitImages:
     """Images as stored, uint8 or in [0, 1]: in memory, or to be read when they are needed."""
-    if isinstance(stored, PreparedImages):
-        return ReadImages(stored, torch.arange(len(stored)))
-    return to_unit(stored, torch.float32)
+    if isinstance(stored, Tensor):
+        return to_unit(stored, torch.float32)
+    return ReadImages(stored, torch.arange(len(stored)))
 
 
 @dataclass(frozen=True, eq=False)

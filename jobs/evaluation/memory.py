@@ -16,6 +16,7 @@ from jobs.evaluation.corruptions import CORRUPTIONS
 from jobs.evaluation.kernel_readout import LANDMARKS
 from jobs.evaluation.material import Material
 from simmatch.config import ConfigError, ModelConfig
+from simmatch.extent import at_most, pooled_size
 from simmatch.geometry import PatchConfig
 from simmatch.model import InputConfig, layer_inputs
 
@@ -66,10 +67,9 @@ def stack_values(model: ModelConfig, source: InputConfig, pool: int) -> tuple[li
     inputs = layer_inputs(model, source)
     blocks, passed = [], []
     for config, (channels, extent) in zip(model.layers, inputs, strict=True):
-        height, width = PatchConfig.of_layer(config, channels, extent).map_size(extent)
-        blocks.append(config.out_channels * (pool**2 if width > pool else height * width))
-        after = height * width if config.pool is None else config.pool**2
-        passed.append(config.out_channels * after)
+        size = PatchConfig.of_layer(config, channels, extent).map_size(extent)
+        blocks.append(config.out_channels * math.prod(at_most(size, pool)))
+        passed.append(config.out_channels * math.prod(pooled_size(size, config.pool)))
     between = [0, *passed[:-1]]
     return blocks, max(before + after for before, after in zip(between, [*passed[:-1], 0], strict=True))
 

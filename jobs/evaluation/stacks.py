@@ -20,6 +20,7 @@ from jobs.evaluation.learners import BATCH, Cost, OnProgress, no_progress, num_a
 from jobs.evaluation.material import UnitImages, in_batches
 from jobs.evaluation.nonnegative import COUNTED_IMAGES, NonnegativeCodes
 from simmatch.config import ModelConfig
+from simmatch.extent import at_most, pooled_size
 from simmatch.fit import Trainer
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack, pooled
@@ -49,7 +50,8 @@ class EncodedLayer:
 
         Before the layer's power: exponents are for the readout to choose, from the same for all learners.
         """
-        small = F.adaptive_avg_pool2d(activities, pool) if activities.shape[-1] > pool else activities
+        size = activities.shape[2], activities.shape[3]
+        small = activities if (few := at_most(size, pool)) == size else F.adaptive_avg_pool2d(activities, few)
         self.features.append(rearrange(small, "b k h w -> b (k h w)"))
         self.codes.append(reduce(activities, "b k h w -> b k", "mean"))
         self.active = self.active[0] + num_active(activities), self.active[1] + activities.numel()
@@ -210,5 +212,5 @@ class StackLearner(Observer):
             trained += weights + whitening
             inference += weights + (channels if layer.whiten else 0)
             operations += round(height * width * channels * (patch + self._iterations[index] * channels))
-            size = (height, width) if config.pool is None else (config.pool, config.pool)
+            size = pooled_size((height, width), config.pool)
         return Cost(trained, inference, operations)

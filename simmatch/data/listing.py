@@ -77,10 +77,12 @@ def list_samples(config: DataConfig) -> Listing:
     simmatch.data.formats.DataError: data.path: /nowhere/photos: no such folder
     """
     assert config.path is not None, "own images have a path"
+    if config.signals:
+        raise ConfigError(f"data: expected images, got signals ({shortened(config.path)})")
     with errors_name("data.path"):
         path = absolute(config.path)
         kind = _format(path) if config.format == "auto" else config.format
-        named = _named_split(path)
+        named = named_split(path, (".tar", ".parquet"))
     train_path, test_path, test_key = path, config.test_path, "data.test_path"
     if named is not None:
         if test_path is not None or config.test_fraction is not None:
@@ -139,15 +141,18 @@ def _format(path: str) -> str:
     return found[0] if found else "folder"
 
 
-def _named_split(path: str) -> tuple[str, str] | None:
-    """The places of training and test images in a folder that names them so."""
+def named_split(path: str, endings: tuple[str, ...]) -> tuple[str, str] | None:
+    """The places of training and test data in a folder that names them so; endings: of the files to look at.
+
+    >>> named_split("/nowhere", (".tar",))
+    """
     if is_pattern(path) or not is_folder(path):
         return None
     folders, files = contents(path)
     for test in TEST_NAMES:
         if "train" in folders and test in folders:
             return f"{path}/train", f"{path}/{test}"
-    shards = [name for name in files if name.lower().endswith((".tar", ".parquet"))]
+    shards = [name for name in files if name.lower().endswith(endings)]
     parts = {
         part: [name for name in shards if part in re.split(r"[-_.]", name.lower())] for part in ("train", *TEST_NAMES)
     }

@@ -20,6 +20,7 @@ from simmatch.data.order import WINDOW
 from simmatch.data.places import absolute, is_folder, is_pattern
 from simmatch.data.preparing import policy_of
 from simmatch.data.shards import Manifest, Shard, Split, read_labels, read_manifest
+from simmatch.data.windows import Windows
 from simmatch.documents import quoted, shortened
 
 
@@ -150,8 +151,8 @@ def read_rows(opened: Callable[[int], Readable], starts: np.ndarray, chosen: np.
         source.read_into(target[begin : begin + (stop - start) * size], offsets[start] * size)
 
 
-StoredImages = Tensor | PreparedImages
-"""Images [N, C, H, W], of which only the shape and `images[indices]` are used."""
+StoredImages = Tensor | PreparedImages | Windows
+"""Images [N, C, H, W], or signals [N, C, 1, T], of which only the shape and `images[indices]` are used."""
 
 
 def default_cache() -> Path:

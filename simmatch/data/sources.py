@@ -1,6 +1,6 @@
-"""Data sets in memory: images and labels, read from a built-in data set or from own images, and checked.
+"""Data sets: images or signals with their labels, built in or the user's own, found, read and checked.
 
-A built-in data set is added in `builtin`, a format of own images in `listing`.
+A built-in data set is added in `builtin`, a format of own images in `listing`, one of signals in `recordings`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from simmatch.data.listing import list_samples
 from simmatch.data.loading import Loader
 from simmatch.data.preparation import plan_if_large, prepared_in_cache
 from simmatch.data.prepared import PreparedData, PreparedImages, StoredImages, open_prepared
+from simmatch.data.signals import load_signals
+from simmatch.data.windows import Windows
 from simmatch.model import InputConfig
 
 HASHED = 1024
@@ -49,7 +51,7 @@ class Dataset:
 
     name: str
     train_images: StoredImages
-    """`[N, C, H, W]`, uint8, or float32 in [0, 1]."""
+    """`[N, C, H, W]`, uint8, or float32 in [0, 1]; windows of signals `[N, C, 1, T]`, float32."""
     train_labels: Tensor
     """`[N]`, int64; −1 for an unlabelled image, only in own images."""
     test_images: StoredImages
@@ -88,7 +90,7 @@ class Dataset:
         layout = [(list(tensor.shape), str(tensor.dtype)) for tensor in tensors]
         digest = sha256(repr((self.name, self.num_classes, layout)).encode())
         for tensor in tensors:
-            if isinstance(tensor, PreparedImages):
+            if not isinstance(tensor, Tensor):
                 digest.update(tensor.digest.encode())
                 continue
             for block in torch.split(tensor, HASHED):  # no copy of the whole, however the tensor lies in memory
@@ -117,7 +119,9 @@ class Dataset:
 
 
 def _some(images: StoredImages, chosen: Tensor | slice) -> StoredImages:
-    """Some images; those of a range of a prepared data set are not read."""
+    """Some images; those of a range of a prepared data set, and windows, are not read."""
+    if isinstance(images, Windows):
+        return images.take(chosen)
     if isinstance(images, PreparedImages) and isinstance(chosen, slice):
         return images.range(chosen)
     return images[chosen]
@@ -192,12 +196,13 @@ def load_dataset(
     progress: Callable[[int, int], None] = lambda done, total: None,
     warn: Callable[[str], None] = _warn,
 ) -> Dataset:
-    """Find, read and check a data set: own images (`data.path`) or a built-in one (`data.name`).
+    """Find, read and check a data set: own images or signals (`data.path`) or a built-in one (`data.name`).
 
     Own images are decoded one by one, see `simmatch.data.decoding`, and mixed, see `data.split_seed`; `progress` is
     called with the number of images done and of all. Where `data.path` is a prepared data set, or its images would take
     more than `preparation.IN_MEMORY_BYTES`, which are prepared first, images are read when they are needed, see
-    `simmatch.data.prepared`; `warn` is told what the reader should know. For a built-in data set the first of these
+    `simmatch.data.prepared`; `warn` is told what the reader should know. Of signals
+    windows are read when they are needed, see `simmatch.data.windows`. For a built-in data set the first of these
     places that holds all files is used:
 
     1. `data.root`; if it is given, no other place is searched;
@@ -223,6 +228,8 @@ def load_dataset(
     >>> load_dataset(DataConfig(name="digits", train_images=100)).train_images.shape
     torch.Size([100, 1, 8, 8])
     """
+    if config.signals:
+        return _first_images(_signals(config), config)
     if config.path is not None:
         return _first_images(_own_images(config, progress, warn), config)
     parts = read_builtin(config, allow_download=allow_download)
@@ -249,6 +256,19 @@ def _own_images(config: DataConfig, progress: Callable[[int, int], None], warn: 
         num_classes=len(listing.classes),
         skipped=len(loader.damaged),
         notes=(listing.note, *loader.notes(), *unused),
+    )
+
+
+def _signals(config: DataConfig) -> Dataset:
+    signals = load_signals(config)
+    return Dataset(
+        config.title,
+        signals.train,
+        signals.train_labels,
+        signals.test,
+        signals.test_labels,
+        num_classes=len(signals.classes),
+        notes=(signals.note,),
     )
 
 

@@ -115,18 +115,20 @@ def crop(patches: Patches, start: int, stop: int) -> tuple[Patches, int]:
     config = patches.config
     if patches.matrix is not None:
         return replace(patches, matrix=patches.matrix[start:stop], map_size=(1, stop - start)), start
-    if patches.images is None or config.padding >= config.kernel_size:
+    convolution = config.convolution
+    (tall, _), (down, _), (margin, _) = convolution.kernel, convolution.strides, convolution.margins
+    if patches.images is None or margin >= tall:
         return patches, 0
     height, width = patches.map_size
-    margin = -(-config.padding // config.stride)
-    top, bottom = max(0, start // width - margin), min(height, -(-stop // width) + margin)
+    outermost = -(-margin // down)
+    top, bottom = max(0, start // width - outermost), min(height, -(-stop // width) + outermost)
     end = patches.images.shape[2]
     if bottom < height:
-        end = (bottom - 1) * config.stride + config.kernel_size - 2 * config.padding
+        end = (bottom - 1) * down + tall - 2 * margin
     scale = patches.inverse_scale
     part = replace(
         patches,
-        images=patches.images[:, :, top * config.stride : end],
+        images=patches.images[:, :, top * down : end],
         inverse_scale=None if scale is None else scale[:, :, top:bottom],
         map_size=(bottom - top, width),
     )

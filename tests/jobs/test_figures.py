@@ -113,6 +113,32 @@ def test_preferred_images_are_weighted_means(digits: Dataset) -> None:
         torch.testing.assert_close(found[channel], oracle, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filters_of_signals_are_curves(tmp_path: Path, drawn: list[Figure], channels: int) -> None:
+    layers = [
+        {"out_channels": 5, "kernel_size": [1, 16], "pool": [1, 4]},
+        {"out_channels": 3, "kernel_size": "full"},
+    ]
+    source = InputConfig(in_channels=channels, height=1, width=64, num_classes=0)
+    stack = Stack(parse(ModelConfig, {"layers": layers}), source, seed=1).eval()
+    images = torch.randn(30, channels, 1, 64, generator=torch.Generator().manual_seed(0))
+    for index in (0, 1):
+        filters(stack, index, images, tmp_path / f"{index}.png")
+        assert spread(tmp_path / f"{index}.png") > 0.05
+    weight, spectra = stack.layer(0).feedforward[:, :, 0], np.abs(np.fft.rfft(images[:, :, 0].numpy()))
+    activity = stack(images).flatten(1).numpy()
+    means = [(spectra.transpose(1, 2, 0) * (row / max(row.sum(), 1e-12))).sum(axis=2) for row in activity.T]
+    preferred = [mean - spectra.mean(axis=0) * (row.sum() > 0) for mean, row in zip(means, activity.T, strict=True)]
+    for figure, expected in zip(drawn, (weight, preferred), strict=True):
+        panels = [axes for axes in figure.axes if axes.lines]
+        for axes, curves in zip(panels, expected, strict=True):
+            assert not axes.images
+            assert len(axes.lines) == channels + 1  # and the line at zero
+            for line, curve in zip(axes.lines[1:], curves, strict=True):
+                assert np.allclose(line.get_ydata(), curve, atol=1e-3)
+    assert drawn[1].get_suptitle() == "layer 1: activity-weighted mean spectrum of 30 test windows, less their mean"
+
+
 def test_a_silent_channel_prefers_nothing(digits: Dataset, tmp_path: Path) -> None:
     stack, images = make_stack(), to_unit(digits.test_images[:12])
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,12 +12,14 @@ import simmatch.convolution
 from jobs.benchmarks.efficiency import peak_allocated_bytes
 from simmatch.config import DynamicsConfig
 from simmatch.convolution import Convolution
+from simmatch.extent import pair
 from simmatch.layer import SimilarityMatchingConv2d
 from tests.live_bytes import LiveBytes
 from tests.reference import patch_matrix
 
 # (in_channels, kernel, stride, padding, height, width)
-SHAPES = [(2, 3, 1, 1, 8, 7), (1, 4, 3, 0, 9, 12), (3, 2, 3, 1, 5, 5), (1, 3, 2, 2, 6, 9)]
+SHAPES: list[tuple[Any, ...]] = [(2, 3, 1, 1, 8, 7), (1, 4, 3, 0, 9, 12), (3, 2, 3, 1, 5, 5), (1, 3, 2, 2, 6, 9)]
+SHAPES += [(2, (1, 5), (1, 3), 0, 1, 20), (2, (3, 2), (1, 2), (2, 0), 5, 8)]  # kernels of their own along each axis
 IMAGES = 5
 
 # values in a chunk: one row of one image at a time, some rows, one or two whole images, everything
@@ -25,17 +29,17 @@ BUDGETS = [1, 150, 1000, 1 << 18]
 class Case:
     """A convolution of random images with random factors, and its patches one by one, in float64."""
 
-    def __init__(self, shape: tuple[int, ...], channels: int) -> None:
+    def __init__(self, shape: tuple[Any, ...], channels: int) -> None:
         in_channels, kernel, stride, padding, height, width = shape
-        generator = torch.Generator().manual_seed(sum(shape))
+        generator = torch.Generator().manual_seed(sum(sum(pair(side)) for side in shape))
 
         def draw(*sizes: int) -> Tensor:
             return torch.randn(sizes, generator=generator, dtype=torch.float64)
 
         self.convolution = Convolution(kernel, stride, padding)
-        self.images, self.weight = draw(IMAGES, in_channels, height, width), draw(channels, in_channels, kernel, kernel)
-        extent = self.convolution.extent(height), self.convolution.extent(width)
-        self.scale, self.offset = draw(IMAGES, 1, *extent), draw(channels)
+        self.images, self.weight = draw(IMAGES, in_channels, height, width), draw(channels, in_channels, *pair(kernel))
+        map_size = self.convolution.map_size((height, width))
+        self.scale, self.offset = draw(IMAGES, 1, *map_size), draw(channels)
         self.patches = patch_matrix(self.images, kernel, stride, padding)
         self.y = draw(channels, len(self.patches))
 
@@ -45,7 +49,7 @@ class Case:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_chunks_equal_explicit_patches(
-    shape: tuple[int, ...], channels: int, budget: int, scaled: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[Any, ...], channels: int, budget: int, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(simmatch.convolution, "CHUNK_VALUES", budget)
     case = Case(shape, channels)
@@ -70,7 +74,7 @@ def test_both_ways_to_convolve_are_under_test() -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gathered_patches_are_those_of_their_positions(
-    shape: tuple[int, ...], budget: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[Any, ...], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(simmatch.convolution, "CHUNK_VALUES", budget)
     case = Case(shape, 1)

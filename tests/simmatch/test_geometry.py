@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from simmatch.data.sources import Dataset, to_unit
+from simmatch.extent import pair
 from simmatch.geometry import PatchConfig, correlate, drive, prepare, sample_patches, transform
 from simmatch.moments import Moments
 from simmatch.whitening import Whitening, zca
@@ -18,6 +20,7 @@ FLOOR = 0.15
 
 # (in_channels, kernel, stride, padding, height, width): strides 1–3, paddings 0–2, odd sizes, borders that do not
 # fit the stride, a 1 × 1 kernel, and a kernel that covers the map, with and without padding
+# and kernels, strides and paddings of their own along each axis, as signals have them
 SHAPES = [
     *((2, 3, stride, padding, 8, 7) for stride, padding in product((1, 2, 3), (0, 1, 2))),
     (1, 4, 3, 0, 9, 12),
@@ -27,20 +30,27 @@ SHAPES = [
     (1, 6, 1, 0, 6, 6),
     (2, 5, 1, 1, 3, 3),
     (1, 5, 2, 0, 6, 6),
+    (2, (1, 5), (1, 3), 0, 1, 17),
+    (3, (1, 4), 2, (0, 3), 1, 9),
+    (2, (1, 7), 1, 0, 1, 7),
+    (1, (3, 2), (1, 2), (2, 1), 5, 8),
+    (2, (2, 5), (3, 1), 0, 2, 5),
 ]
+
+Shape = tuple[Any, ...]
 
 
 class Case:
     """One geometry with its explicit patch matrix, as seen by the neurons: [N, P]."""
 
-    def __init__(self, shape: tuple[int, ...], *, contrast: bool, whiten: bool) -> None:
+    def __init__(self, shape: Shape, *, contrast: bool, whiten: bool) -> None:
         in_channels, kernel, stride, padding, height, width = shape
-        generator = torch.Generator().manual_seed(sum(shape))
+        generator = torch.Generator().manual_seed(sum(np.ravel(side).sum() for side in shape).item())
         self.images = torch.rand(4, in_channels, height, width, generator=generator, dtype=torch.float64)
         self.images[0] = 0.4  # flat: its inner patches have no contrast, the floor acts
         self.images[1] *= 0.2
         self.config = PatchConfig(in_channels, kernel, stride, padding, contrast, FLOOR)
-        self.feedforward = torch.randn(5, in_channels, kernel, kernel, generator=generator, dtype=torch.float64)
+        self.feedforward = torch.randn(5, in_channels, *pair(kernel), generator=generator, dtype=torch.float64)
         self.explicit = normalised(patch_matrix(self.images, kernel, stride, padding), FLOOR if contrast else None)
         self.whitening = None
         if whiten:
@@ -53,7 +63,7 @@ class Case:
 
 
 @pytest.fixture(params=SHAPES, ids=str)
-def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
+def shape(request: pytest.FixtureRequest) -> Shape:
     return request.param
 
 
@@ -61,7 +71,7 @@ VARIANTS = pytest.mark.parametrize(("contrast", "whiten"), [(False, False), (Tru
 
 
 @VARIANTS
-def test_drive_equals_explicit_patches(shape: tuple[int, ...], contrast: bool, whiten: bool) -> None:
+def test_drive_equals_explicit_patches(shape: Shape, contrast: bool, whiten: bool) -> None:
     case = Case(shape, contrast=contrast, whiten=whiten)
     expected = case.feedforward.flatten(1) @ case.explicit.T
     result = drive(case.patches, case.feedforward)
@@ -70,7 +80,7 @@ def test_drive_equals_explicit_patches(shape: tuple[int, ...], contrast: bool, w
 
 
 @VARIANTS
-def test_correlate_equals_explicit_patches(shape: tuple[int, ...], contrast: bool, whiten: bool) -> None:
+def test_correlate_equals_explicit_patches(shape: Shape, contrast: bool, whiten: bool) -> None:
     case = Case(shape, contrast=contrast, whiten=whiten)
     columns = case.explicit.shape[0]
     y = torch.randn(3, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

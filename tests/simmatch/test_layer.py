@@ -41,7 +41,7 @@ def of_all(shards: list[SimilarityMatchingConv2d], name: str) -> Tensor:
     [
         ((0, 4, 3), {}, "in_channels: expected greater than 0, got 0"),
         ((1, -4, 3), {}, "out_channels: expected greater than 0, got -4"),
-        ((1, 4, 2.5), {}, r"kernel_size: expected an integer, got 2\.5"),
+        ((1, 4, 2.5), {}, r"kernel_size: expected an integer or \[height, width\], got 2\.5"),
         ((1, 4, 3), {"stride": 0}, "stride: expected greater than 0, got 0"),
         ((1, 4, 3), {"padding": -1}, "padding: expected greater than or equal to 0, got -1"),
         ((1, 4, 3), {"num_classes": -1}, "num_classes: expected greater than or equal to 0, got -1"),
@@ -152,8 +152,7 @@ def test_a_layer_is_built_from_its_configuration() -> None:
     dense = LayerConfig(out_channels=5, kernel_size="full")
     assert SimilarityMatchingConv2d.from_config(dense, 2, (7, 7), num_classes=4).label.shape == (5, 0)
     assert SimilarityMatchingConv2d.from_config(dense, 2, (7, 7)).patch.kernel_size == 7
-    with pytest.raises(ValueError, match=r"^kernel_size: expected a number for an input of 7 × 8, got 'full'$"):
-        SimilarityMatchingConv2d.from_config(dense, 2, (7, 8))
+    assert SimilarityMatchingConv2d.from_config(dense, 2, (7, 8)).feedforward.shape == (5, 2, 7, 8)
     with pytest.raises(
         ValueError, match=r"^kernel_size: expected at most 2 for images of 2 × 2 with padding 0, got 3$"
     ):

@@ -74,9 +74,9 @@ class Coder(nn.Module):
 
     def _fold(self, columns: Tensor) -> Tensor:
         """Sum of patches [P, N] where they overlap: [B, C, H, W]."""
-        config = self.config
+        geometry = self.config.convolution
         by_image = rearrange(columns, "p (b l) -> b p l", l=self.positions)
-        return F.fold(by_image, self.image_size, config.kernel_size, padding=config.padding, stride=config.stride)
+        return F.fold(by_image, self.image_size, geometry.kernel, padding=geometry.margins, stride=geometry.strides)
 
     def joined(self, columns: Tensor) -> Tensor:
         """Mean of patches [P, N] where they overlap: [B, C, H, W]; 0 where there is none."""

@@ -173,8 +173,7 @@ class PatchView:
         if self.whitening is not None:
             offset = offset - filters @ self.whitening.offset
             filters = filters @ self.whitening.matrix
-        channels, kernel = self.config.in_channels, self.config.kernel_size
-        return Affine(self.config, rearrange(filters, "r (c i j) -> r c i j", c=channels, i=kernel, j=kernel), offset)
+        return Affine(self.config, filters.reshape(-1, self.config.in_channels, *self.config.kernel), offset)
 
 
 def encoded(images: Tensor, config: PatchConfig, rows: int, code: Callable[[Tensor], Tensor]) -> Tensor:

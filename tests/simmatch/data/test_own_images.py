@@ -485,7 +485,10 @@ def test_every_fault_is_one_line(fault: str, tmp_path: Path) -> None:
         ),
         ({"path": "x", "test_path": "y", "test_fraction": 0.1}, "expected test_path or test_fraction, got both"),
         ({"path": ""}, "expected a folder, a file or a URI as path, got nothing"),
-        ({"path": "x", "format": "zip"}, "format: expected 'auto', 'folder', 'tar' or 'parquet', got 'zip'"),
+        (
+            {"path": "x", "format": "zip"},
+            "format: expected 'auto', 'folder', 'tar', 'parquet', 'numpy', 'csv' or 'ts', got 'zip'",
+        ),
         ({"path": "x", "channels": 4}, "channels: expected 1 or 3, got 4"),
         ({"path": "x", "test_fraction": 1.0}, "test_fraction: expected less than 1, got 1.0"),
         ({"path": "x", "size": [8]}, r"size: expected 1 to 8192 pixels, or \[height, width\], got \[8\]$"),

@@ -37,13 +37,15 @@ def test_ranges_cover_all_columns_evenly(total: int, parts: int) -> None:
         PatchConfig(2, 2, 3, 0),
         PatchConfig(2, 2, 1, 3),  # padding beyond the kernel
         PatchConfig(2, 7, 1, 0),  # the kernel covers the width
+        PatchConfig(2, (4, 2), (2, 3), (1, 2), contrast=True),
+        PatchConfig(2, (1, 3), (1, 2), (0, 1)),
     ],
 )
 def test_parts_give_the_drive_and_sums_of_the_whole(config: PatchConfig, images: int, parts: int) -> None:
     """Drives of all ranges side by side, and sums added up, against those of the whole batch."""
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(images, 2, 9, 7, generator=generator, dtype=torch.float64)
-    weight = torch.randn(5, 2, config.kernel_size, config.kernel_size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 2, *config.kernel, generator=generator, dtype=torch.float64)
     patches = prepare(x, config)
     total = images * patches.positions
     y = torch.rand(5, total, generator=generator, dtype=torch.float64)
