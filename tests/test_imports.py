@@ -149,6 +149,7 @@ def test_what_is_declared_is_imported() -> None:
         "cluster": ("simmatch", "cluster", "jobs"),
         "eval": ("simmatch", "jobs"),
         "images": ("simmatch",),
+        "signals": ("simmatch",),
         "s3": ("tests",),
         "test": ("tests",),
     }
