@@ -487,7 +487,7 @@ def test_every_fault_is_one_line(fault: str, tmp_path: Path) -> None:
         ({"path": ""}, "expected a folder, a file or a URI as path, got nothing"),
         (
             {"path": "x", "format": "zip"},
-            "format: expected 'auto', 'folder', 'tar', 'parquet', 'numpy', 'csv' or 'ts', got 'zip'",
+            "format: expected 'auto', .* or 'ts', got 'zip'",
         ),
         ({"path": "x", "channels": 4}, "channels: expected 1 or 3, got 4"),
         ({"path": "x", "test_fraction": 1.0}, "test_fraction: expected less than 1, got 1.0"),
