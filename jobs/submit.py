@@ -43,6 +43,9 @@ GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
 GRACE_S = 40
 """More than `cluster.grace_s`, in which a run writes its last checkpoint."""
 
+NAME = "job_name"
+"""Metadata that Ray's dashboard shows as the name of a job."""
+
 SUBMIT_S = 600.0
 """Longest that packing, uploading and submitting may take."""
 
@@ -87,7 +90,7 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
     if (name := options.submission_id) is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ConfigError(f"--submission-id: expected letters, digits, '_', '.' and '-', got {name!r}")
     runtime_env: dict[str, Any] = {"env_vars": {GRACE: str(options.stop_grace_s), **_variables(options.env)}}
-    origin = {OWNER: user_name()}
+    origin = {NAME: _name(command), OWNER: user_name()}
     if folder := options.working_dir:
         runtime_env["working_dir"] = folder
         if "://" not in folder:
@@ -104,6 +107,17 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
         "entrypoint_memory": options.entrypoint_memory,
         "entrypoint_resources": resources or None,
     }
+
+
+def _name(command: list[str]) -> str:
+    """For the dashboard's list of jobs: `pretrain digits`, of `python -m jobs.pretrain --config …/digits.yaml`."""
+
+    def after(option: str) -> str | None:
+        return command[command.index(option) + 1] if option in command[:-1] else None
+
+    config = after("--config")
+    words = [(after("-m") or Path(command[0]).name).removeprefix("jobs."), Path(config).stem if config else ""]
+    return " ".join(words).strip()
 
 
 def _is_amount(value: object) -> bool:

@@ -170,12 +170,25 @@ def test_what_is_submitted(
     assert request["runtime_env"]["working_dir"] == str(tmp_path)
     assert (request["entrypoint_num_cpus"], request["entrypoint_resources"]) == (0.5, {"disk": 2})
     assert {"project": "x", "simmatch.owner": "ada"}.items() <= request["metadata"].items()
+    assert request["metadata"]["job_name"] == "sh"
     assert request["metadata"]["simmatch.git_commit"] == "unknown"  # of that folder, not of this checkout
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"working directory: 111 B in 1 file from {tmp_path}"
     assert (
         second == f"job raysubmit_7 at {dashboard}; output: ray job logs -f raysubmit_7; stop: ray job stop raysubmit_7"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("python -m jobs.pretrain --config jobs/configs/digits.yaml --set a=b", "pretrain digits"),
+        ("python -m jobs.prepare --out x --config=y.yaml", "prepare"),
+        ("/usr/bin/env python -m", "env"),
+    ],
+)
+def test_the_name_that_the_dashboard_shows(command: str, name: str) -> None:
+    assert submit._name(command.split()) == name
 
 
 def test_a_file_that_is_no_commit_is_passed_over(tmp_path: Path) -> None:
