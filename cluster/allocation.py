@@ -44,8 +44,11 @@ class Allocation:
     memory_bytes: int = 0
     gpus: tuple[str, ...] = ()
     interface: str = ""
-    chosen: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict, hash=False)
     interface_error: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.host} ({self.address})"
 
     @property
     def of_cpus(self) -> str:

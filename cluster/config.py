@@ -59,8 +59,12 @@ class GroupConfig(Frozen):
     actors share one machine, else the interface of Ray's own node address. Where a node's environment sets
     GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, gloo or nccl uses that."""
 
+    placement_timeout_s: PositiveFloat = 1800.0
+    """Longest wait for room: for nodes that an autoscaler starts or that join late, or for other jobs to end. It costs
+    no restart: one request stays pending all the time, and what it waits for is shown."""
+
     start_timeout_s: PositiveFloat = 120.0
-    """Longest wait for actors to be placed, started and joined."""
+    """Longest wait for actors, once there is room for them, to start and join."""
 
     heartbeat_s: PositiveFloat = 30.0
     """A rank that has not answered the controller for this long is lost."""
@@ -93,7 +97,7 @@ class GroupConfig(Frozen):
 
     min_shards: PositiveInt | None = None
     """Where a lost node does not come back within `start_timeout_s`: the smallest number of channel shards to continue
-    with. None: wait, and try again with as many as before."""
+    with. None: wait for `placement_timeout_s`."""
 
     grow_after_s: PositiveFloat = 60.0
     """A group that has become smaller grows again once there has been room for so long, without a change: at an update

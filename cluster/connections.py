@@ -89,7 +89,7 @@ def join_mesh(everyone: TorchExchange, config: MeshConfig, device: torch.device,
             mesh = replace(mesh, columns=at_stage, owners=by_replica[place.replica], replicas=by_owner[place.owner])
     for rank in config.ranks(stage=0):
         for stage in stages[1:]:
-            lower, upper = (rank + other * config.channel for other in (stage - 1, stage))
+            lower, upper = (config.rank(replace(config.place(rank), stage=other)) for other in (stage - 1, stage))
             link = groups.link(lower, upper, link_timeout_s)
             if everyone.rank == lower:
                 mesh = replace(mesh, above=link)

@@ -17,9 +17,9 @@ from cluster.checkpoints.committer import Committer
 from cluster.checkpoints.manifest import cursor_of, readable_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
-from cluster.cpus import oversubscribed, threads_per_rank
 from cluster.failures import group_failure
 from cluster.halting import Halting
+from cluster.layout import oversubscribed, threads_per_rank
 from cluster.messages import (
     Display,
     FeaturesFound,
@@ -213,7 +213,7 @@ class Controller:
         self._saved, self._stopped, self._halting = False, False, None
         self._room, self._terminated = 0, []
         try:
-            group.start()
+            group.start(self.display.note)
             self.display.note(GroupStarted(tuple(group.ranks)))
             self._share_cpus(group.ranks)
             self._training, self._learning, self._phases_shown = True, False, 0

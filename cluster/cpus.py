@@ -1,4 +1,4 @@
-"""How many CPUs a process may use, and how the ranks of a group share those of their hosts."""
+"""How many CPUs a process may use, and its threads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from cluster.messages import RankInfo
-from cluster.text import count
 from simmatch.control_groups import ROOT, cpu_quota, limits
 
 
@@ -34,31 +32,6 @@ def cpu_limit(root: Path = ROOT) -> tuple[int, str]:
     quota = min(limits("cpu", cpu_quota, root), default=math.inf)
     limited_by = "control group" if quota < affinity else "affinity" if affinity < machine else ""
     return max(1, int(min(affinity, quota))), limited_by
-
-
-def threads_per_rank(ranks: Sequence[RankInfo]) -> int:
-    """Threads for every rank: the CPUs per rank of the host that has the fewest."""
-    return max(1, min(cpus // of_host for cpus, of_host in _hosts(ranks).values()))
-
-
-def oversubscribed(ranks: Sequence[RankInfo], threads: int) -> list[str]:
-    """A line for every host that allows fewer CPUs than its ranks have threads."""
-    return [
-        f"{host} allows {count(cpus, 'CPU')}, fewer than cluster.threads_per_rank={threads} for "
-        f"{count(of_host, 'rank')}: slower, same bits"
-        for host, (cpus, of_host) in _hosts(ranks).items()
-        if cpus < of_host * threads
-    ]
-
-
-def _hosts(ranks: Sequence[RankInfo]) -> dict[str, tuple[int, int]]:
-    """Host → its CPUs and how many of the ranks it has."""
-    hosts: dict[str, tuple[int, int]] = {}
-    for rank in ranks:
-        name = f"{rank.host} ({rank.address})"
-        cpus, of_host = hosts.get(name, (rank.cpus, 0))
-        hosts[name] = min(cpus, rank.cpus), of_host + 1
-    return hosts
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def departures(
         parts = [named([rank.rank for rank in own])] if own else []
         parts += ["the driver of this job"] if node == view.own_node else []
         if parts:
-            which = f"node {own[0].host} ({own[0].address})" if own else "the node"
+            which = f"node {own[0].allocation}" if own else "the node"
             when = "has no deadline" if at_s is None else f"ends in {max(0.0, at_s - now_s):.0f} s"
             what = f"{which} with {' and '.join(parts)} is drained by Ray and {when}"
             found[node] = Departure(what, at_s, node == view.own_node)

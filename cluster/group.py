@@ -10,31 +10,26 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.capacity import room_for, shortage
 from cluster.config import GroupConfig
-from cluster.cpus import threads_per_rank
 from cluster.departures import ClusterView
 from cluster.failures import classify
+from cluster.layout import idle_gpus, threads_per_rank
 from cluster.messages import RankInfo, RankStatus
 from cluster.network import LOOPBACK, RayHead
+from cluster.placement import Placement, Seat, ask_ray, order_by_gpu
 from cluster.policy import Failure, GroupFailure
 from cluster.shared_folder import check_copies, write_nonce
-from cluster.text import count
 from cluster.timeouts import run_with_timeout
 from cluster.training import Assignment
-from cluster.watch import ClusterWatch, nodes_to_place_on
+from cluster.watch import ClusterWatch
 from cluster.worker import Worker
 from simmatch.config import ConfigError
-from simmatch.sharding.faults import named
 
 Result = TypeVar("Result")
 
@@ -63,45 +58,59 @@ class WorkerGroup:
     ----------
     assignment: of rank 0; every rank gets a copy with its own number.
     worker_class: the class made into actors.
+    grows: whether nodes may join the cluster, so that one that is too small is waited for.
 
     Attributes
     ----------
     ranks: where each rank runs, once they have started.
     """
 
-    def __init__(self, assignment: Assignment, worker_class: type[Worker] = Worker) -> None:
+    def __init__(self, assignment: Assignment, worker_class: type[Worker] = Worker, *, grows: bool = True) -> None:
         self.assignment, self.worker_class = assignment, worker_class
         self.config = assignment.config.cluster
         self.world_size = assignment.config.mesh.world_size
         self.ranks: list[RankInfo] = []
-        self._placement: PlacementGroup | None = None
+        self._placement = Placement(assignment.config, grows=grows)
+        self._seats: list[Seat] = []
         self._actors: list[Any] = []
         self._received = [0] * self.world_size
         self._head: RayHead | None = None
         self._watch: ClusterWatch | None = None
-        self._nodes: list[str] = []
 
-    def start(self) -> None:
+    def start(self, note: Callable[[str], None] = lambda _: None) -> None:
         """Place the actors, join them to one group, and begin training.
+
+        note: told what is waited for.
 
         Raises
         ------
         ConfigError
-            The cluster is too small for the group, or a node cannot use the run directory.
+            The cluster is too small for the group and cannot grow, or a node cannot use the run directory.
         GroupFailure
-            A rank did not start in time.
+            There was no room for the group, or a rank did not start in time.
         """
         self._head = RayHead(ray.get_runtime_context().gcs_address, self.config.heartbeat_s)
         self._check_own_node()
-        self._place()
+        self._placement.request()
+        self._placement.wait(note)
+        self._seats = self._placement.seats()
+        if self.assignment.generation == 0:
+            free = self._ask("report its resources", ray.available_resources)
+            idle = idle_gpus(self.assignment.config, int(free.get("GPU", 0)))
+            if idle is not None:
+                note(idle)
         self._ask("start actors", self._create)
-        addresses = self._addresses()
         nonce = self._at_run_dir(lambda: write_nonce(self.assignment.run_dir, self.assignment.token))
-        calls = [actor.describe.remote(address) for actor, address in zip(self._actors, addresses, strict=True)]
+        interface = self.config.interface
+        calls = [
+            actor.describe.remote(interface, seat.address)
+            for actor, seat in zip(self._actors, self._seats, strict=True)
+        ]
         described: list[RankInfo] = self._gather(calls, "start")
-        self.ranks = [replace(rank, node=node) for rank, node in zip(described, self._nodes, strict=True)]
+        self.ranks = [replace(rank, node=seat.node) for rank, seat in zip(described, self._seats, strict=True)]
         refuse_ranks("device: ", {rank: rank.device_error.removeprefix("device: ") for rank in self.ranks})
         self._check_run_dir(nonce)
+        self._order_by_gpu()
         if self.world_size > 1:
             self._rendezvous()
         threads = self.config.threads_per_rank or threads_per_rank(self.ranks)
@@ -129,94 +138,31 @@ class WorkerGroup:
         expected = f"--run-dir: expected a folder that all nodes share, got {run_dir}: "
         refuse_ranks(expected, dict(zip(self.ranks, errors, strict=True)))
 
-    def _place(self) -> None:
-        """Reserve the resources of all ranks."""
-        bundle = self._bundle()
-        ranks = count(self.world_size, "rank")
-        if self.assignment.generation == 0:  # later a cluster that had room for the group may have lost a node
-            self._check_room(bundle, ranks)
-        place = partial(placement_group, [bundle] * self.world_size, strategy="PACK")
-        self._placement = self._ask("create a placement group", place)
-        limit_s = self.config.start_timeout_s
-        if not self._ask("reserve resources", partial(self._placement.wait, limit_s), limit_s):
-            free = self._ask("report its resources", ray.available_resources)
-            nodes = self._ask("list its nodes", nodes_to_place_on)
-            raise GroupFailure(
-                Failure(
-                    f"no room for {ranks} of {bundle} within {limit_s:g} s; "
-                    f"free now: { {kind: free.get(kind, 0.0) for kind in bundle} }; "
-                    f"{shortage(bundle, self.world_size, nodes)}",
-                    retryable=True,
-                    fits=room_for(bundle, free, nodes),
-                )
-            )
-
-    def _bundle(self) -> dict[str, float]:
-        """What a rank needs."""
-        bundle = {"CPU": float(self.config.cpus_per_rank)}
-        if self.assignment.config.device == "cuda":
-            bundle["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
-        return bundle
-
-    def _check_room(self, bundle: dict[str, float], ranks: str) -> None:
-        """Refuse a cluster that has no room for the ranks even while nothing else runs on it."""
-        total = self._ask("report its resources", ray.cluster_resources)
-        for kind, amount in bundle.items():
-            if total.get(kind, 0.0) < amount * self.world_size:
-                raise ConfigError(
-                    f"mesh: expected a cluster with at least {amount * self.world_size:g} {kind} "
-                    f"for {ranks}, got one with {total.get(kind, 0.0):g}"
-                )
-        nodes = self._ask("list its nodes", ray.nodes)
-        if room_for(bundle, total, nodes) < self.world_size:  # such as nodes with half a GPU each
-            held = shortage(bundle, self.world_size, nodes)
-            raise ConfigError(f"mesh: expected nodes with room for {ranks} of {bundle}, got {held}")
-
     def _create(self) -> None:
-        assert self._placement is not None
-        gpus = 1 if self.assignment.config.device == "cuda" else 0
+        """An actor for every rank."""
         actor_class = ray.remote(self.worker_class)
-        for rank in range(self.world_size):
-            strategy = PlacementGroupSchedulingStrategy(
-                placement_group=self._placement, placement_group_bundle_index=rank
-            )
-            options = {"num_cpus": self.config.cpus_per_rank, "num_gpus": gpus, "max_restarts": 0}
-            actor = actor_class.options(scheduling_strategy=strategy, **options)
+        for rank, seat in enumerate(self._seats):
+            actor = actor_class.options(max_restarts=0, **self._placement.options(seat))
             self._actors.append(actor.remote(replace(self.assignment, rank=rank)))
             self._actors[-1].expire_after.remote(lease_s(self.config))
             self._actors[-1].outlast_sigterm.remote()
 
-    def _addresses(self) -> list[str]:
-        """Address of the node that each rank was placed on.
+    def _order_by_gpu(self) -> None:
+        """Neighbours in rank get neighbouring GPUs: which GPU Ray gives to an actor is known to the actor alone."""
+        order = order_by_gpu(self._seats, [rank.allocation.gpus for rank in self.ranks])
+        if order != sorted(order):
+            self._actors = [self._actors[rank] for rank in order]
+            self._seats = [self._seats[rank] for rank in order]
+            self.ranks = [replace(self.ranks[before], rank=rank) for rank, before in enumerate(order)]
+            self._gather([actor.renumber.remote(rank) for rank, actor in enumerate(self._actors)], "take its number")
 
-        A node that has been lost since is missing from Ray's table of placement groups, or from its list of nodes.
-        """
-        nodes = {node["NodeID"]: node for node in self._ask("list its nodes", ray.nodes) if node["Alive"]}
-        table = self._ask("report its placement groups", partial(ray.util.placement_group_table, self._placement))
-        placed = table.get("bundles_to_node_id", {})
-        gone = [rank for rank in range(self.world_size) if placed.get(rank) not in nodes]
-        if gone:
-            message = f"{named(gone)}: lost before the start, with the node"
-            raise GroupFailure(Failure(message, retryable=True))
-        self._nodes = [placed[rank] for rank in range(self.world_size)]
-        return [nodes[node]["NodeManagerAddress"] for node in self._nodes]
-
-    def _ask(self, verb: str, call: Callable[[], Result], limit_s: float = 0.0) -> Result:
-        """A call to Ray's control service, which has no limit beyond the call's own `limit_s`."""
-        try:
-            return run_with_timeout(limit_s + self.config.heartbeat_s, verb, call)
-        except TimeoutError as error:
-            raise GroupFailure(Failure(f"the Ray cluster did not {error}", retryable=False)) from error
-        except Exception as error:
-            failure = classify(error)
-            retryable = failure.retryable or type(error) is Exception  # as Ray says "Placement group … does not exist"
-            message = f"the Ray cluster did not {verb}: {failure.message}"
-            raise GroupFailure(replace(failure, message=message, retryable=retryable)) from error
+    def _ask(self, verb: str, call: Callable[[], Result]) -> Result:
+        return ask_ray(self.config.heartbeat_s, verb, call)
 
     def _rendezvous(self) -> None:
         """Rank 0 binds a store and all join it, on loopback where they share a machine."""
-        single = len({rank.address for rank in self.ranks}) == 1
-        addresses = [LOOPBACK if single else rank.address for rank in self.ranks]
+        nodes = [seat.address for seat in self._seats]
+        addresses = [LOOPBACK] * self.world_size if len(set(nodes)) == 1 else nodes
         interface = self.config.interface
         (store,) = self._gather([self._actors[0].bind.remote(interface, addresses[0])], "bind its store")
         self._gather(
@@ -243,7 +189,7 @@ class WorkerGroup:
 
     def watch(self, missing: int) -> None:
         """From now on look at the cluster, and keep room for ranks that are missing; does not wait."""
-        self._watch = ClusterWatch(self._bundle(), missing)
+        self._watch = ClusterWatch(self._placement.needs, missing)
 
     @property
     def view(self) -> ClusterView:
@@ -311,8 +257,8 @@ class WorkerGroup:
 
         Waits `END_S` at most: without the head nothing is released, and ranks end by themselves (`lease_s`).
         """
-        actors, placement, watch = self._actors, self._placement, self._watch
-        self._actors, self._placement, self._watch = [], None, None
+        actors, watch = self._actors, self._watch
+        self._actors, self._watch = [], None
         if self._head is not None and self._head.lost:
             return
 
@@ -321,8 +267,7 @@ class WorkerGroup:
                 watch.end()
             for actor in actors:
                 ray.kill(actor)
-            if placement is not None:
-                remove_placement_group(placement)
+            self._placement.release()
 
         with suppress(TimeoutError, RayError, ConnectionError):
             run_with_timeout(END_S, "release the group", release)
@@ -330,7 +275,7 @@ class WorkerGroup:
 
 def refuse_ranks(expected: str, errors: dict[RankInfo, str]) -> None:
     """Raise a ConfigError that names the ranks with an error, if there are any."""
-    faults = [f"rank {rank.rank} on {rank.host}: {error}" for rank, error in errors.items() if error]
+    faults = [f"rank {rank.rank} on {rank.allocation.host}: {error}" for rank, error in errors.items() if error]
     if faults:
         more = f"; and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
         raise ConfigError(f"{expected}{'; '.join(faults[:MOST_NAMED])}{more}")

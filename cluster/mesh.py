@@ -1,8 +1,12 @@
 """The mesh: how many parts every parallel axis has. Pure arithmetic, checked before any process starts.
 
-data      replicas: each learns from a part of every batch, and their statistics are summed once per update
 layer     stages of the stack, which learn at the same time (`schedule: together`)
-channel   shards of a layer's output channels (the innermost axis: neighbours in rank)
+data      replicas: each learns from a part of every batch, and their statistics are summed once per update
+channel   shards of a layer's output channels
+
+The outermost axis comes first. Neighbours in rank share a node where they can (`cluster.placement`), so the innermost
+axis is the one whose ranks wait for each other most: owners within the dynamics, replicas once per update, and a stage
+only for a slower one.
 """
 
 from __future__ import annotations
@@ -23,11 +27,11 @@ class Place:
 
 
 class MeshConfig(Frozen):
-    """Extent of every axis. Ranks are numbered rank = (replica × layer + stage) × channel + owner.
+    """Extent of every axis. Ranks are numbered rank = (stage × data + replica) × channel + owner.
 
     >>> mesh = MeshConfig(data=2, layer=3, channel=2)
-    >>> mesh.place(7), mesh.rank(Place(replica=1, stage=0, owner=1))
-    (Place(replica=1, stage=0, owner=1), 7)
+    >>> mesh.place(7), mesh.rank(Place(replica=1, stage=1, owner=1))
+    (Place(replica=1, stage=1, owner=1), 7)
     """
 
     channel: PositiveInt = 1
@@ -46,18 +50,18 @@ class MeshConfig(Frozen):
     def place(self, rank: int) -> Place:
         """The coordinates of a rank."""
         rest, owner = divmod(rank, self.channel)
-        replica, stage = divmod(rest, self.layer)
+        stage, replica = divmod(rest, self.data)
         return Place(replica, stage, owner)
 
     def rank(self, place: Place) -> int:
         """The rank with these coordinates."""
-        return (place.replica * self.layer + place.stage) * self.channel + place.owner
+        return (place.stage * self.data + place.replica) * self.channel + place.owner
 
     def ranks(self, replica: int | None = None, stage: int | None = None, owner: int | None = None) -> tuple[int, ...]:
         """The ranks with these coordinates, in order; None: any.
 
         >>> MeshConfig(data=2, layer=2, channel=2).ranks(stage=1)
-        (2, 3, 6, 7)
+        (4, 5, 6, 7)
         """
         wanted = (replica, stage, owner)
         places = ((rank, self.place(rank)) for rank in range(self.world_size))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+from cluster.allocation import Allocation
 from cluster.checkpoints.manifest import Constant, Cursor, LayerState, Shard
+from cluster.layout import layout_lines
 from cluster.policy import Failure
 from simmatch.parts import PartTime
 
@@ -206,23 +208,22 @@ class RankInfo:
 
     Attributes
     ----------
-    cpus: how many its process may use.
+    pid: of its process; 0 where there is none yet.
+    allocation: what its process may use of its node.
     node: id of its Ray node.
     run_dir_error: why it cannot use the run directory, see `cluster.shared_folder`; empty where it can.
     device_error: why it cannot use the run's device; empty where it can.
     """
 
     rank: int
-    host: str
-    address: str
     pid: int
-    cpus: int
+    allocation: Allocation
     run_dir_error: str = ""
     device_error: str = ""
     node: str = ""
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+        return f"rank {self.rank} (pid {self.pid} on {self.allocation.host})"
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class GroupStarted:
     ranks: tuple[RankInfo, ...]
 
     def __str__(self) -> str:
-        return "ranks: " + ", ".join(f"{rank.rank} on {rank.host} (pid {rank.pid})" for rank in self.ranks)
+        return "ranks: " + "\n       ".join(layout_lines(self.ranks))
 
 
 Note = str | StartingPoint | GroupStarted

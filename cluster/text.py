@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def count(number: int, noun: str) -> str:
     """A number and its noun, in the plural unless the number is 1.
@@ -23,3 +25,18 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers in order, three or more neighbours by the first and the last.
+
+    >>> spans([0, 1, 2, 3]), spans([0, 1, 4, 6, 7, 8])
+    ('0 to 3', '0, 1, 4, 6 to 8')
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -18,9 +18,10 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from cluster.allocation import allocation
 from cluster.collectives import WATCHDOG_FACTOR, PeerTimeout, connect_store, join_group, open_store
 from cluster.connections import Traffic, join_mesh
-from cluster.cpus import ThreadClock, allowed_cpus
+from cluster.cpus import ThreadClock
 from cluster.failures import classify
 from cluster.messages import Outbox, RankInfo, RankStatus, Traceback
 from cluster.network import interface_of, use_interface
@@ -84,7 +85,7 @@ class Worker:
 
         signal.signal(signal.SIGTERM, note)
 
-    def describe(self, address: str) -> RankInfo:
+    def describe(self, interface: str | None, address: str) -> RankInfo:
         """Where this rank runs, and what it cannot use of what the run needs. `address` is that of its node."""
         self._renew()
         rank = self.assignment.rank
@@ -94,7 +95,13 @@ class Worker:
         except ConfigError as error:
             no_device = str(error)
         no_folder = copy_nonce(self.assignment.run_dir, self.assignment.token, rank)
-        return RankInfo(rank, socket.gethostname(), address, os.getpid(), allowed_cpus(), no_folder, no_device)
+        return RankInfo(rank, os.getpid(), allocation(interface, address), no_folder, no_device)
+
+    def renumber(self, rank: int) -> None:
+        """Be another rank; for the time before the ranks meet."""
+        self._renew()
+        self.assignment = replace(self.assignment, rank=rank)
+        self._outbox = Outbox(rank)
 
     def bind(self, interface: str | None, address: str) -> tuple[str, int]:
         """Rank 0: bind the store of the rendezvous on a free port. Returns its address and port."""

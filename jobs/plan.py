@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig, public
 from cluster.text import count, size
-from jobs.plan_layout import layout_table, volumes_table
+from jobs.plan_layout import layout_table, placement_lines, volumes_table
 from jobs.plan_memory import DRIVER_BYTES, PROGRAM_BYTES, plan_disk, plan_features, plan_memory
 from jobs.reporting import Table
 from simmatch.config import LayerConfig
@@ -150,6 +150,8 @@ def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     mesh = config.mesh
     console.print(f"mesh: {mesh}, {count(mesh.world_size, 'rank')} on {config.device}", highlight=False)
+    for line in placement_lines(config):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     layout_table(config, source).show(console)
     rows = [
         (

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cluster.allocation import allocation
 from cluster.config import RunConfig
-from cluster.text import size
+from cluster.layout import idle_gpus, layout_lines, oversubscribed, threads_per_rank
+from cluster.messages import RankInfo
+from cluster.network import LOOPBACK
+from cluster.text import count, size
 from jobs.plan_memory import LayerSizes, layer_sizes
+from jobs.ray_session import embeds_ray
 from jobs.reporting import Table
 from simmatch.model import InputConfig
 from simmatch.sharding.rows import split_rows
@@ -42,6 +47,20 @@ def layout_table(config: RunConfig, source: InputConfig) -> Table:
         rows.append((str(rank), place.replica, place.stage, some(layers), channels))
     title = "ranks" if mesh.world_size <= MOST_RANKS else f"the first {MOST_RANKS} of {mesh.world_size} ranks"
     return Table(title, ("rank", "replica", "stage", "layers", "channels of each layer"), rows)
+
+
+def placement_lines(config: RunConfig) -> list[str]:
+    """Where ranks will run, as far as it is known before they start: on this machine, or wherever Ray places them."""
+    if not embeds_ray():
+        return ["placement: shown when the run starts, as Ray decides; ranks that are neighbours share a node"]
+    held, ranks = allocation(config.cluster.interface, LOOPBACK), config.mesh.world_size
+    gpus = held.gpus if config.device == "cuda" else ()
+    planned = [RankInfo(rank, 0, replace(held, gpus=gpus[rank : rank + 1])) for rank in range(ranks)]
+    threads = config.cluster.threads_per_rank or threads_per_rank(planned)
+    lines = [f"placement: {line}" for line in layout_lines(planned)]
+    lines.append(f"threads: {count(threads, 'thread')} for each rank")
+    idle = idle_gpus(config, len(held.gpus) - len(gpus[:ranks]))
+    return lines + oversubscribed(planned, threads) + ([] if idle is None else [idle])
 
 
 @dataclass(frozen=True)

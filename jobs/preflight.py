@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from cluster.text import count
 from cluster.training import check_data
 from jobs.diagnosis.surroundings import RUN_DIR, look_at_room, look_at_run_dir
 from jobs.plan_memory import check_whitening
-from jobs.ray_session import check_cluster
+from jobs.ray_session import check_cluster, embeds_ray
 from simmatch.config import ConfigError
 from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError
@@ -74,7 +73,7 @@ def check(config: RunConfig, load: Callable[[DataConfig], Dataset] = load_datase
 
 def memory_of_ranks() -> float | None:
     """Bytes of memory of this machine, where it is to run all ranks; None where a cluster is."""
-    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+    if not embeds_ray():
         return None
     return float(machine_bytes())
 
@@ -87,7 +86,7 @@ def check_device_of_ranks(config: RunConfig) -> None:
     ConfigError
         torch cannot use the device here, or finds fewer GPUs than ranks.
     """
-    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+    if not embeds_ray():
         return
     check_device(config.device, touch=False)
     ranks, gpus = config.mesh.world_size, torch.cuda.device_count()

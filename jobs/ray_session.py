@@ -65,8 +65,12 @@ def start_ray(cpus: int, limit_s: float) -> str:
     # read when ray is imported: no usage reports, and accelerators stay visible to actors that reserve none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = os.environ.get("RAY_ADDRESS", "")
-    return _embedded(cpus) if address in ("", "local") else _joined(address, limit_s)
+    return _embedded(cpus) if embeds_ray() else _joined(os.environ["RAY_ADDRESS"], limit_s)
+
+
+def embeds_ray() -> bool:
+    """Whether this process starts a Ray of its own, on this machine alone, rather than join a cluster."""
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
 def _embedded(cpus: int) -> str:

@@ -24,7 +24,7 @@ from jobs.display import JobDisplay, MakeDisplay, RunDisplay
 from jobs.entry_point import BAD_INPUT, FAILED
 from jobs.mirror import Mirror
 from jobs.ray_job import COMMIT, OWNER, job_metadata
-from jobs.ray_session import shut_down_ray, start_ray
+from jobs.ray_session import embeds_ray, shut_down_ray, start_ray
 from jobs.reporting import git_commit
 from jobs.run_directory import RunStart
 from jobs.run_results import RunOutcome, RunResults, lines_of, table_of, waits_of
@@ -133,7 +133,7 @@ class TrainingJob:
         controller = Controller(
             self.config,
             self.start.destination,
-            WorkerGroup,
+            partial(WorkerGroup, grows=not embeds_ray()),
             self.tracker,
             display,
             resume=self.start.resume,

@@ -182,7 +182,7 @@ class Setup:
             gather_layer(layer, whole)
         if mesh.stages > 1:
             for tensor in whole.state_dict().values():
-                mesh.everyone.broadcast(tensor, source=stage * mesh.owners.world_size).wait()
+                mesh.everyone.broadcast(tensor, source=stage * mesh.columns.world_size).wait()
             whole.recertify()
         self.observer.learnt(index, whole)
 

@@ -258,7 +258,7 @@ def meshes(
     asynchronous: bool = False,
     delays_s: dict[int, float] | None = None,
 ) -> list[Mesh]:
-    """The mesh of every rank, in order: rank = (replica · stages + stage) · owners + owner.
+    """The mesh of every rank, in order: rank = (stage · replicas + replica) · owners + owner.
 
     delays_s: slept by a rank before every exchange, and before it takes a message.
     """
@@ -273,13 +273,13 @@ def meshes(
     def link_to(replica: int, stage: int, owner: int, *, upper: bool) -> LinkEnd | None:
         if not 0 < stage < stages:
             return None
-        delay_s = delays_s.get((replica * stages + stage) * owners + owner, 0.0)
+        delay_s = delays_s.get((stage * replicas + replica) * owners + owner, 0.0)
         up, down = links.setdefault((replica, stage, owner), (ThreadLink(delay_s=delay_s), ThreadLink()))
         return LinkEnd(down, up) if upper else LinkEnd(up, down)
 
     made = []
     for rank in range(replicas * stages * owners):
-        replica, stage, owner = rank // (stages * owners), rank // owners % stages, rank % owners
+        stage, replica, owner = rank // (replicas * owners), rank // owners % replicas, rank % owners
         made.append(
             Mesh(
                 everyone=end(("everyone",), replicas * stages * owners, rank, rank),

@@ -26,7 +26,8 @@ ConfigMaker = Callable[..., RunConfig]
 
 def limits(**changes: Any) -> dict[str, Any]:
     """`cluster` of a configuration, with waits that fit a test."""
-    return {"poll_s": 0.1, "threads_per_rank": 1, "heartbeat_s": 20.0, "start_timeout_s": 60.0} | changes
+    waits = {"heartbeat_s": 20.0, "placement_timeout_s": 60.0, "start_timeout_s": 60.0}
+    return {"poll_s": 0.1, "threads_per_rank": 1} | waits | changes
 
 
 def train(exchange: Exchange, config: RunConfig, run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_every_rank_meets_those_of_its_axes(ranks: Any, extents: dict[str, int])
         assert met["replicas"] == list(config.ranks(stage=at.stage, owner=at.owner))
         assert met["columns"] == list(config.ranks(stage=at.stage))
         assert met["stage"] == (at.stage, config.layer)
-        assert met["below"] == (rank - config.channel if at.stage > 0 else -1)
+        assert met["below"] == (config.rank(replace(at, stage=at.stage - 1)) if at.stage > 0 else -1)
         assert len(met["names"]) == len(set(met["names"]))  # told apart by name
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import cluster.controller
 import simmatch.remote
+from cluster.allocation import Allocation
 from cluster.checkpoints.manifest import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, read_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
@@ -68,11 +69,11 @@ class ScriptedGroup:
     def watch(self, missing: int) -> None:
         self.missing = missing
 
-    def start(self) -> None:
+    def start(self, note: Callable[[str], None]) -> None:
         self.calls.append("start")
         if self.failure is not None:
             raise self.failure
-        self.ranks = [RankInfo(rank, "node", "127.0.0.1", 6 + rank, self.cpus) for rank in range(2)]
+        self.ranks = [RankInfo(rank, 6 + rank, Allocation("node", "127.0.0.1", self.cpus)) for rank in range(2)]
 
     def poll(self) -> list[RankStatus]:
         self.calls.append("poll")
@@ -550,7 +551,9 @@ def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> 
     assert [read_manifest(folder_of(tmp_path, step)).config["cluster"]["threads_per_rank"] for step in (4, 8)] == [4, 4]
     (note,) = [note for note in playing.display.notes if "threads_per_rank" in note]
     assert (
-        note == "node (127.0.0.1) allows 2 CPUs, fewer than cluster.threads_per_rank=4 for 2 ranks: slower, same bits"
+        note
+        == "cluster.threads_per_rank: expected at most 1 on node (127.0.0.1), which allows 2 CPUs to 2 ranks, got 4: "
+        "slower, same bits"
     )
 
 

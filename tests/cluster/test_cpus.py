@@ -1,4 +1,4 @@
-"""The CPUs that control groups allow, on files as kernels lay them out, and how ranks share those of their hosts."""
+"""The CPUs that control groups allow, on files as kernels lay them out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from cluster.cpus import all_cpus, allowed_cpus, cpu_limit, oversubscribed, threads_per_rank
-from cluster.messages import RankInfo
+from cluster.cpus import all_cpus, allowed_cpus, cpu_limit
 from simmatch.memory import machine_bytes
 
 
@@ -92,30 +91,6 @@ def test_affinity_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 9})
     assert allowed_cpus(root) == 2
     assert allowed_cpus(tmp_path / "no such system") == 2
-
-
-def on_hosts(*hosts: tuple[str, int]) -> list[RankInfo]:
-    return [RankInfo(rank, host, f"10.0.0.{host}", 7, cpus) for rank, (host, cpus) in enumerate(hosts)]
-
-
-@pytest.mark.parametrize(
-    ("hosts", "expected"),
-    [
-        ([("1", 8)], 8),
-        ([("1", 8), ("1", 8)], 4),
-        ([("1", 64), ("2", 4)], 4),  # the smallest allocation decides for all
-        ([("1", 64), ("1", 64), ("1", 64), ("2", 30)], 21),
-        ([("1", 1), ("1", 1)], 1),
-    ],
-)
-def test_the_smallest_allocation_decides(hosts: list[tuple[str, int]], expected: int) -> None:
-    assert threads_per_rank(on_hosts(*hosts)) == expected
-
-
-def test_a_host_that_allows_fewer_is_named() -> None:
-    assert oversubscribed(on_hosts(("1", 8), ("2", 6), ("2", 6)), 3) == []
-    (line,) = oversubscribed(on_hosts(("1", 8), ("2", 6), ("2", 6)), 4)
-    assert line == "2 (10.0.0.2) allows 6 CPUs, fewer than cluster.threads_per_rank=4 for 2 ranks: slower, same bits"
 
 
 def test_all_of_them_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

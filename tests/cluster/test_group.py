@@ -32,6 +32,7 @@ from cluster.controller import Controller, RunFailed
 from cluster.failures import group_failure, stalled
 from cluster.group import WorkerGroup, lease_s
 from cluster.messages import GroupStarted, Note, Progress, RankStatus
+from cluster.placement import Placement
 from cluster.policy import Failure, GroupFailure
 from cluster.profiles import FOLDER
 from cluster.training import Assignment, Training
@@ -311,7 +312,7 @@ def test_a_rank_without_enough_memory_ends_the_run_with_advice(
 def test_a_cluster_that_is_too_small_is_refused_with_the_sizes(
     ray: Any, digits_config: ConfigMaker, tmp_path: Path, changes: dict[str, Any], kind: str, wanted: str
 ) -> None:
-    group = WorkerGroup(Assignment(digits_config(2, **changes), tmp_path, 0))
+    group = WorkerGroup(Assignment(digits_config(2, **changes), tmp_path, 0), grows=False)
     with pytest.raises(ConfigError, match=rf"at least {wanted} {kind} for 2 ranks, got one with \d+$"):
         group.start()
     group.end()
@@ -330,18 +331,16 @@ def test_a_node_whose_torch_has_no_gpu_is_refused(ray: Any, digits_config: Confi
     assert_gone([rank.pid for rank in group.ranks])
 
 
-def test_parts_of_a_gpu_on_many_nodes_are_no_gpu(
-    digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_a_gpu_on_many_nodes_are_no_gpu(digits_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"Alive": True, "NodeManagerAddress": "10.0.0.7", "Resources": {"CPU": 8.0, "GPU": 0.5}}
     nodes = [node, node | {"NodeManagerAddress": "10.0.0.8"}]
-    group = WorkerGroup(Assignment(digits_config(1, device="cuda"), tmp_path, 0))
+    placement = Placement(digits_config(1, device="cuda"), grows=False)
     answers = {"report its resources": {"CPU": 16.0, "GPU": 1.0}, "list its nodes": nodes}
-    monkeypatch.setattr(group, "_ask", lambda verb, call, limit_s=0.0: answers[verb])
+    monkeypatch.setattr(placement, "_ask", lambda verb, call, limit_s=0.0: answers[verb])
     with pytest.raises(ConfigError) as caught:
-        group._place()
+        placement.request()
     assert str(caught.value) == (
-        "mesh: expected nodes with room for 1 rank of {'CPU': 1.0, 'GPU': 1.0}, got nodes: 10.0.0.7 with 8 CPU and "
+        "mesh: expected nodes with room for 1 rank of 1 CPU and 1 GPU, got nodes: 10.0.0.7 with 8 CPU and "
         "0.5 GPU, 10.0.0.8 with 8 CPU and 0.5 GPU; 1 rank more than there is room for"
     )
 
@@ -349,14 +348,31 @@ def test_parts_of_a_gpu_on_many_nodes_are_no_gpu(
 def test_a_busy_cluster_is_waited_for_and_then_named(ray: Any, digits_config: ConfigMaker, tmp_path: Path) -> None:
     blocker = ray.util.placement_group([{"CPU": 3.0}])
     assert blocker.wait(20)
-    group = WorkerGroup(Assignment(digits_config(2, cluster=limits(start_timeout_s=1.0)), tmp_path, 0))
+    group = WorkerGroup(Assignment(digits_config(2, cluster=limits(placement_timeout_s=1.0)), tmp_path, 0))
+    expected = r"no room for 2 ranks of 1 CPU within 1 s; free now: 1 CPU; nodes: .*; cluster\.placement_timeout_s=1$"
     try:
-        with pytest.raises(GroupFailure, match=r"no room for 2 ranks .* within 1 s; free now: .*1\.0") as caught:
+        with pytest.raises(GroupFailure, match=expected) as caught:
             group.start()
     finally:
         group.end()
         ray.util.remove_placement_group(blocker)
-    assert caught.value.failure.retryable
+    assert not caught.value.failure.retryable  # a new request would be one more among those that wait
+
+
+def test_a_group_that_may_shrink_does_so_while_others_have_the_rest(
+    ray: Any, digits_config: ConfigMaker, tmp_path: Path
+) -> None:
+    blocker = ray.util.placement_group([{"CPU": 3.0}])
+    assert blocker.wait(20)
+    waits = limits(min_shards=1, start_timeout_s=1.0)
+    group = WorkerGroup(Assignment(digits_config(2, cluster=waits), tmp_path, 0))
+    try:
+        with pytest.raises(GroupFailure, match=r"no room for 2 ranks ") as caught:
+            group.start()
+    finally:
+        group.end()
+        ray.util.remove_placement_group(blocker)
+    assert (caught.value.failure.retryable, caught.value.failure.fits) == (True, 1)
 
 
 class Elsewhere(Worker):

@@ -43,15 +43,15 @@ def test_a_bad_mesh_is_refused_by_key_expectation_and_value(
     assert "\n" not in message
 
 
-def test_ranks_are_numbered_by_replica_stage_and_owner() -> None:
-    """Every rank has one place, and neighbours in rank are owners of the same rows' neighbours."""
+def test_ranks_are_numbered_by_stage_replica_and_owner() -> None:
+    """Every rank has one place; neighbours in rank are owners that wait for each other, then replicas."""
     mesh = MeshConfig(data=2, layer=3, channel=4)
     places = [mesh.place(rank) for rank in range(mesh.world_size)]
-    assert places == [Place(replica, stage, owner) for replica in range(2) for stage in range(3) for owner in range(4)]
+    assert places == [Place(replica, stage, owner) for stage in range(3) for replica in range(2) for owner in range(4)]
     assert [mesh.rank(place) for place in places] == list(range(24))
     assert mesh.ranks(replica=1, stage=2) == (20, 21, 22, 23)
-    assert mesh.ranks(stage=0, owner=1) == (1, 13)
-    assert mesh.ranks(stage=1) == (4, 5, 6, 7, 16, 17, 18, 19)  # by replica, then owner
+    assert mesh.ranks(stage=0, owner=1) == (1, 5)
+    assert mesh.ranks(stage=1) == (8, 9, 10, 11, 12, 13, 14, 15)  # by replica, then owner
 
 
 def fits(config: RunConfig, images: int | None = None) -> str | None:

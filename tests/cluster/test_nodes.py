@@ -140,19 +140,48 @@ def test_where_it_does_not_the_run_goes_on_with_the_shards_that_fit(
 def test_a_run_that_may_not_shrink_ends_and_says_what_is_missing(
     nodes: Nodes, digits_config: ConfigMaker, tmp_path: Path
 ) -> None:
-    scene = Scene(nodes, digits_config(2, cluster=limits(start_timeout_s=10.0, max_restarts=2)), tmp_path)
+    scene = Scene(nodes, digits_config(2, cluster=limits(placement_timeout_s=10.0)), tmp_path)
     with pytest.raises(RunFailed) as caught:
         scene.controller.run()
     ended_s = time.monotonic() - scene.removed
     message = str(caught.value)
-    assert message.startswith("no room for 2 ranks of {'CPU': 1.0} within 10 s; free now: {'CPU': 1.0}; nodes: ")
+    assert message.startswith("no room for 2 ranks of 1 CPU within 10 s; free now: 1 CPU; nodes: ")
     assert "127.0.0.1 with 0 CPU" in message
     assert "127.0.0.1 with 1 CPU" in message
-    assert message.endswith("1 rank more than there is room for; cluster.max_restarts=2 without a new checkpoint")
+    assert message.endswith("1 rank more than there is room for; cluster.placement_timeout_s=10")
     assert scene.watcher.committed(CHECKPOINT)  # from where it can go on
-    assert scene.controller.record.restarts == 2
-    assert 20.0 <= ended_s < 60.0  # two waits of 10 s and one pause of a second
+    assert scene.controller.record.restarts == 1
+    assert 10.0 <= ended_s < 60.0
     assert_gone(scene.watcher.pids)
+
+
+def test_nodes_that_come_late_cost_no_restart(
+    nodes: Nodes, digits_config: ConfigMaker, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The run begins on a cluster without a node for any rank; its one request is there until all have come."""
+    import ray
+
+    for node in list(nodes.cluster.worker_nodes):
+        nodes.cluster.remove_node(node, allow_graceful=False)
+    watcher = Watcher(tmp_path)
+    controller = Controller(digits_config(2, cluster=limits()), tmp_path, WorkerGroup, watcher, watcher)
+    before = set(ray.util.placement_group_table())
+    seen: set[str] = set()
+    with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread only
+        running = pool.submit(controller.run)
+        for room in range(2):
+            while not any(f"free now: {room} CPU" in note for note in watcher.notes):
+                assert not running.done(), running.result()
+                seen |= set(ray.util.placement_group_table()) - before
+                time.sleep(0.1)
+            nodes.add()
+        record = running.result()
+    seen |= set(ray.util.placement_group_table()) - before
+    assert len(seen) == 1
+    assert record.restarts == 0
+    assert watcher.notes[0].startswith("waiting for room for 2 ranks of 1 CPU, at most 60 s (cluster.placement_timeout")
+    assert any(note.startswith("room for 2 ranks of 1 CPU after ") for note in watcher.notes)
+    assert model(tmp_path).read_bytes() == model(undisturbed).read_bytes()
 
 
 HELD = """

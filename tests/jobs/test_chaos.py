@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster.allocation import Allocation
 from cluster.messages import GroupStarted, Progress, RankInfo, StartingPoint
 from jobs.chaos import main
 from jobs.json_progress import JsonDisplay, Shown, Text, read_line, write_line
@@ -25,7 +26,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> WatchedJob:
 
 
 def started(*pids: int) -> GroupStarted:
-    return GroupStarted(tuple(RankInfo(rank, "node", "127.0.0.1", pid, 2) for rank, pid in enumerate(pids)))
+    return GroupStarted(tuple(RankInfo(rank, pid, Allocation("node", "127.0.0.1", 2)) for rank, pid in enumerate(pids)))
 
 
 def report(job: WatchedJob, *messages: tuple[float, Shown]) -> None:

@@ -12,11 +12,13 @@ import torch
 import yaml
 from rich.console import Console
 
+from cluster.allocation import Allocation
 from cluster.config import RunConfig
 from cluster.messages import Outbox, ShardWritten
+from cluster.network import LOOPBACK
 from cluster.training import Assignment, Training
 from jobs.plan import plan_layers, print_plan
-from jobs.plan_layout import volumes
+from jobs.plan_layout import placement_lines, volumes
 from jobs.plan_memory import check_whitening, plan_disk, plan_memory
 from simmatch.config import ConfigError, Reduce, parse
 from simmatch.data.sources import Dataset, to_unit
@@ -275,6 +277,25 @@ def test_the_text_holds_configuration_mesh_and_table(make_config: MakeConfig, di
         for word in ("parameters", "activations", "every iteration", "8 of 16", "16×8×8", "10,560", "1.47 MB"):
             assert word in below
     assert below.startswith("data 1 × layer 1 × channel 2, 2 ranks on cpu")
+
+
+def test_where_ranks_will_run_is_told_as_far_as_it_is_known(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All on this machine, which has eight GPUs and a pod's share of the CPUs; or on a cluster that is not asked."""
+    held = Allocation("node-a", LOOPBACK, 6, 64, "control group", 32 * 10**9, tuple("01234567"), "lo")
+    monkeypatch.setattr("jobs.plan_layout.allocation", lambda interface, address: held)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert placement_lines(make_config("device=cuda", "cluster.threads_per_rank=4", "mesh.channel=2")) == [
+        "placement: 0, 1 on node-a (127.0.0.1), GPUs 0, 1, 6 CPUs (of 64, by its control group), 32 GB",
+        "threads: 4 threads for each rank",
+        "cluster.threads_per_rank: expected at most 3 on node-a (127.0.0.1), which allows 6 CPUs (of 64, by its "
+        "control group) to 2 ranks, got 4: slower, same bits",
+        "mesh: data 1 × layer 1 × channel 2; 6 GPUs are idle; mesh.data: 4 or mesh.channel: 8 would use them",
+    ]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    (line,) = placement_lines(make_config("device=cuda"))
+    assert line.startswith("placement: shown when the run starts")
 
 
 def test_what_the_cache_cannot_hold_is_told(make_config: MakeConfig, digits: Dataset) -> None:
