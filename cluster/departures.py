@@ -54,7 +54,8 @@ def departures(
     terminated: ranks whose processes have got SIGTERM.
     now_s: Unix time.
 
-    >>> ranks = [RankInfo(rank, "worker-1", "10.0.0.7", 100 + rank, 8, node="ab12") for rank in range(2)]
+    >>> held = Allocation("worker-1", "10.0.0.7", cpus=8)
+    >>> ranks = [RankInfo(rank, 100 + rank, held, node="ab12") for rank in range(2)]
     >>> departures(ClusterView({"ab12": 130.0, "cd34": None}), ranks, [], now_s=102.0)["ab12"].what
     'node worker-1 (10.0.0.7) with ranks 0, 1 is drained by Ray and ends in 28 s'
     >>> departures(ClusterView(), ranks, [1], now_s=0.0)

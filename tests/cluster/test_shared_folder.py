@@ -78,7 +78,7 @@ def test_a_node_without_permission_to_write(tmp_path: Path, monkeypatch: pytest.
 def test_a_worker_reports_whether_it_can_use_it(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     nonce = write_nonce(tmp_path, "token")
     ranks = [
-        Worker(Assignment(digits_config(2), run_dir, rank, token="token")).describe("127.0.0.1")
+        Worker(Assignment(digits_config(2), run_dir, rank, token="token")).describe(None, "127.0.0.1")
         for rank, run_dir in enumerate((tmp_path, tmp_path / "not-here"))
     ]
     errors = [info.run_dir_error for info in ranks]
