@@ -9,7 +9,7 @@ import psutil
 
 
 class Nodes:
-    """A head without room for ranks, and nodes of one CPU each."""
+    """A head without room for ranks, and nodes of one CPU each, or as they are asked for."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -17,8 +17,8 @@ class Nodes:
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
         self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
 
-    def add(self) -> None:
-        self.cluster.add_node(num_cpus=1)
+    def add(self, **options: Any) -> Any:
+        return self.cluster.add_node(**{"num_cpus": 1} | options)
 
     def remove_that_of(self, pid: int) -> None:
         """All of a node's processes at once, as when its machine loses power."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import time
@@ -21,6 +20,7 @@ from cluster.network import administrators, use_interface
 from cluster.placement import Placement, Seat, bundle_sizes, needs_of, order_by_gpu, seats_of
 from cluster.policy import GroupFailure
 from tests.cluster.actors import limits
+from tests.cluster.ray_nodes import Nodes
 
 MESHES = st.builds(MeshConfig, channel=st.integers(1, 8), data=st.integers(1, 4), layer=st.integers(1, 3))
 
@@ -129,37 +129,21 @@ def test_a_rank_needs_its_cpus_and_one_whole_gpu(digits_config: Callable[..., Ru
 CHOSEN = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "^docker"}
 
 
-class Nodes:
-    """A head without room for ranks, and nodes a and b, each with two CPUs and two GPUs, as Ray is told.
-
-    On node a an administrator has chosen interfaces.
-    """
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
-        self.add("a", CHOSEN)
-        self.add("b")
-
-    def add(self, name: str, environment: dict[str, str] | None = None) -> Any:
-        return self.cluster.add_node(num_cpus=2, num_gpus=2, resources={name: 1}, env_vars=environment or {})
+def add(nodes: Nodes, name: str, environment: dict[str, str] | None = None) -> Any:
+    """A node with two CPUs and two GPUs, as Ray is told."""
+    return nodes.add(num_cpus=2, num_gpus=2, resources={name: 1}, env_vars=environment or {})
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    import ray
-
-    found = Nodes()
-    ray.init(address=found.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield found
-    ray.shutdown()
-    found.cluster.shutdown()
+def two_nodes(nodes: Nodes) -> Nodes:
+    """Node a, on which an administrator has chosen interfaces, and node b."""
+    add(nodes, "a", CHOSEN)
+    add(nodes, "b")
+    return nodes
 
 
 @pytest.fixture
-def placed(nodes: Nodes) -> Iterator[Callable[[RunConfig], Placement]]:
+def placed(two_nodes: Nodes) -> Iterator[Callable[[RunConfig], Placement]]:
     """Makes a placement, once the nodes are free, and takes it back."""
     import ray
 
@@ -247,7 +231,7 @@ def test_several_ranks_share_a_bundle_and_each_has_a_gpu_of_its_own(
 )
 @pytest.mark.skipif("nccl" in administrators(), reason="this machine's nccl.conf decides")
 def test_nothing_between_a_node_and_its_ranks_forces_an_interface(
-    nodes: Nodes, node: str, expected: dict[str, str]
+    two_nodes: Nodes, node: str, expected: dict[str, str]
 ) -> None:
     """Neither Ray nor we replace what the environment of a node says; what is ours is exact."""
     import ray
@@ -259,7 +243,7 @@ def test_nothing_between_a_node_and_its_ranks_forces_an_interface(
 
 @pytest.mark.slow
 def test_one_request_waits_for_nodes_that_come_late(
-    nodes: Nodes, placed: Callable[[RunConfig], Placement], digits_config: Callable[..., RunConfig]
+    two_nodes: Nodes, placed: Callable[[RunConfig], Placement], digits_config: Callable[..., RunConfig]
 ) -> None:
     import ray
 
@@ -277,7 +261,7 @@ def test_one_request_waits_for_nodes_that_come_late(
             assert not waiting.done(), waiting.result()
             time.sleep(0.05)
         assert requests() == dict([pending]) == {pending[0]: "PENDING"}  # what an autoscaler sees
-        late = nodes.add("c")
+        late = add(two_nodes, "c")
         waiting.result()
     assert requests() == {pending[0]: "CREATED"}
     assert notes[0].startswith("waiting for room for 5 ranks of 1 CPU, at most 60 s (cluster.placement_timeout_s), ")
@@ -288,7 +272,7 @@ def test_one_request_waits_for_nodes_that_come_late(
     assert_neighbours_share_a_node(seats)
     assert sorted(Counter(nodes_of(seats)).values()) == [1, 2, 2]
     placement.release()
-    nodes.cluster.remove_node(late)
+    two_nodes.cluster.remove_node(late)
 
 
 @pytest.mark.slow
