@@ -94,11 +94,6 @@ class WorkerGroup:
         self._placement.request()
         self._placement.wait(note)
         self._seats = self._placement.seats()
-        if self.assignment.generation == 0:
-            free = self._ask("report its resources", ray.available_resources)
-            idle = idle_gpus(self.assignment.config, int(free.get("GPU", 0)))
-            if idle is not None:
-                note(idle)
         self._ask("start actors", self._create)
         nonce = self._at_run_dir(lambda: write_nonce(self.assignment.run_dir, self.assignment.token))
         interface = self.config.interface
@@ -113,6 +108,8 @@ class WorkerGroup:
         self._order_by_gpu()
         if self.world_size > 1:
             self._rendezvous()
+        if self.assignment.generation == 0:
+            self._tell_idle_gpus(note)
         threads = self.config.threads_per_rank or threads_per_rank(self.ranks)
         self._gather([actor.begin.remote(threads) for actor in self._actors], "begin")
 
@@ -155,6 +152,12 @@ class WorkerGroup:
             self._seats = [self._seats[rank] for rank in order]
             self.ranks = [replace(self.ranks[before], rank=rank) for rank, before in enumerate(order)]
             self._gather([actor.renumber.remote(rank) for rank, actor in enumerate(self._actors)], "take its number")
+
+    def _tell_idle_gpus(self, note: Callable[[str], None]) -> None:
+        free = self._ask("report its resources", ray.available_resources)
+        idle = idle_gpus(self.assignment.config, int(free.get("GPU", 0)))
+        if idle is not None:
+            note(idle)
 
     def _ask(self, verb: str, call: Callable[[], Result]) -> Result:
         return ask_ray(self.config.heartbeat_s, verb, call)
