@@ -57,7 +57,7 @@ class GroupConfig(Frozen):
     interface: str | None = None
     """Network interface of the exchanges, such as eth0; they carry no authentication. None: loopback while all
     actors share one machine, else the interface of Ray's own node address. Where a node's environment sets
-    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, gloo or nccl uses that."""
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, or a file of nccl's the latter, gloo or nccl uses that."""
 
     placement_timeout_s: PositiveFloat = 1800.0
     """Longest wait for room: for nodes that an autoscaler starts or that join late, or for other jobs to end. It costs

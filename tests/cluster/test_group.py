@@ -26,13 +26,14 @@ from ray.exceptions import ActorDiedError
 
 import cluster.group
 import cluster.read_out
+from cluster.allocation import Allocation
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.failures import group_failure, stalled
 from cluster.group import WorkerGroup, lease_s
-from cluster.messages import GroupStarted, Note, Progress, RankStatus
-from cluster.placement import Placement
+from cluster.messages import GroupStarted, Note, Progress, RankInfo, RankStatus
+from cluster.placement import Placement, Seat
 from cluster.policy import Failure, GroupFailure
 from cluster.profiles import FOLDER
 from cluster.training import Assignment, Training
@@ -496,6 +497,30 @@ def test_an_actor_that_cannot_be_made_is_a_fault_that_names_its_reason(
         rf"\(ray job submit --working-dir\) or the checkout at the driver's path, here {re.escape(os.getcwd())}"
     )
     assert re.fullmatch(expected, caught.value.failure.message)
+
+
+def test_ranks_of_a_node_take_the_order_of_their_gpus(
+    digits_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray has given GPU 2 to the first actor, 0 to the second, 1 to the third; each becomes another rank in place."""
+    group = WorkerGroup(Assignment(digits_config(3), tmp_path, 0))
+    workers = [Worker(Assignment(digits_config(3), tmp_path, rank)) for rank in range(3)]
+    by_actor = [SimpleNamespace(renumber=SimpleNamespace(remote=worker.renumber)) for worker in workers]
+    group._actors = list(by_actor)
+    group._seats = [Seat(0, "a", "10.0.0.1")] * 3
+    group.ranks = [
+        RankInfo(rank, 70 + rank, Allocation("a", "10.0.0.1", 8, gpus=(gpu,))) for rank, gpu in enumerate("201")
+    ]
+    monkeypatch.setattr(group, "_gather", lambda refs, verb: refs)
+    group._order_by_gpu()
+    assert [(rank.rank, rank.pid, rank.allocation.gpus) for rank in group.ranks] == [
+        (0, 71, ("0",)),
+        (1, 72, ("1",)),
+        (2, 70, ("2",)),
+    ]
+    assert group._actors == [by_actor[1], by_actor[2], by_actor[0]]
+    assert [worker.assignment.rank for worker in workers] == [2, 0, 1]
+    assert [worker.poll(0).rank for worker in workers] == [2, 0, 1]
 
 
 # -- ranks that do not move --------------------------------------------------------------------------------------------
