@@ -103,9 +103,8 @@ def check_cluster(limit_s: float) -> None:
     ConfigError, RunFailed
         As of `start_ray`.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address not in ("", "local"):
-        _found(address, limit_s)
+    if not embeds_ray():
+        _found(os.environ["RAY_ADDRESS"], limit_s)
 
 
 def _found(address: str, limit_s: float) -> tuple[str | None, str | None]:

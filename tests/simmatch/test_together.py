@@ -240,7 +240,7 @@ def test_a_replica_reads_encodes_and_passes_on_its_own_images(
     order = Batches(len(images), 30, epochs=2, seed=SEED, images=100)
     for rank, (stack, reads) in enumerate(found):
         assert_equal(stack.state_dict(), found[0][0].state_dict())
-        replica, stage = rank // (stages * owners), rank // owners % stages
+        stage, replica = rank // (replicas * owners), rank // owners % replicas
         for number in range(TOTAL):
             batch = order[number].tolist()
             own = batch[replica * len(batch) // replicas : (replica + 1) * len(batch) // replicas]
