@@ -29,7 +29,7 @@ from jobs.diagnosis.surroundings import working_folder
 from jobs.plan import image_bytes, rank_bytes
 from jobs.plan_memory import plan_features
 from jobs.preflight import check
-from jobs.ray_session import shut_down_ray, start_ray
+from jobs.ray_session import embeds_ray, shut_down_ray, start_ray
 from jobs.run_directory import place_of
 from simmatch.config import ConfigError
 from simmatch.data.formats import DataError
@@ -83,7 +83,7 @@ class Examination:
         self._dataset: Future[Dataset | None] = Future()
         self._running: dict[str, Running] = {}
         self._ends = time.monotonic() + TOTAL_S
-        self._alone = os.environ.get("RAY_ADDRESS", "") in ("", "local")
+        self._alone = embeds_ray()
 
     def run(self) -> None:
         """Check everything; the report has all findings afterwards."""
