@@ -18,6 +18,7 @@ from cluster.checkpoints.manifest import cursor_of, readable_manifest
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.failures import group_failure
+from cluster.fence import UNFENCED, AttemptLostError, Unfenced
 from cluster.halting import Halting
 from cluster.layout import oversubscribed, threads_per_rank
 from cluster.messages import (
@@ -85,6 +86,7 @@ class Controller:
     data: digest of the data set that all ranks must load, in this process and in every one that continues the run.
     on_config: called with the configuration once its open values are known, see `GroupConfig.threads_per_rank`.
     profile: number of updates of every layer that each rank profiles; 0: none.
+    fence: of this attempt at the run.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class Controller:
         data: str | None = None,
         on_config: Callable[[RunConfig], None] = lambda _: None,
         profile: int = 0,
+        fence: Unfenced = UNFENCED,
     ) -> None:
+        self.fence = fence
         self.config, self.run_dir, self.resume, self.data, self.on_config = config, run_dir, resume, data, on_config
         self.profile = profile
         self.make_group, self.recorder, self.display = make_group, recorder, display
@@ -116,7 +120,7 @@ class Controller:
         self._node_warnings: set[str] = set()
         self._metrics: dict[int, LayerMetrics] = {}
         saving = config.checkpoint
-        committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s)
+        committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s, fence=fence)
         self._checkpoints = CheckpointCollector(committer, display.note, data)
 
     @property
@@ -141,6 +145,8 @@ class Controller:
             The policy decided to stop, or the model could not be published.
         RunStopped
             `stop` was called.
+        AttemptLostError
+            Another attempt has taken over the run.
         """
         while True:
             config = self.config.at_rate(self.record.rate)
@@ -153,6 +159,7 @@ class Controller:
                 self._settle(config.checkpoint.patience_s)
                 raise
             self._settle(config.checkpoint.patience_s)
+            self._check_owner()
             if outcome is None:
                 error = self._checkpoints.model_error
                 if error is not None:
@@ -288,6 +295,7 @@ class Controller:
             for message in status.messages:
                 self._handle(status.rank, message)
         self._settle(SETTLE_S)
+        self._check_owner()
         for latest in statuses[0].phases[self._phases_shown :]:  # also those that have ended since the last round
             if latest.phase == "learn" and latest.layer is None:  # layers of other stages, too
                 latest = replace(latest, metrics=tuple(self._metrics[layer] for layer in sorted(self._metrics)))
@@ -306,6 +314,10 @@ class Controller:
         self._terminated = [status.rank for status in statuses if status.terminated]
         self._stopped = any(status.stopped for status in statuses)
         return all(status.done for status in statuses), None
+
+    def _check_owner(self) -> None:
+        if self.fence.lost is not None:
+            raise AttemptLostError(self.fence.lost)
 
     def _newest(self) -> str:
         """Where a run that ends now can continue."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from cluster.fence import UNFENCED, Unfenced
 from cluster.profiles import FOLDER
 from cluster.storage import AnyPath, copy_whole, exists, fetch, is_local, write_whole
 from cluster.tracking.delivery import PROGRESS_NAME
@@ -34,6 +35,7 @@ class Mirror:
     patience_s: how long a store that does not answer is asked again, once training is over.
     flush: called before records are copied, to write those that are still in memory.
     pushed: called with the number of bytes of the spool that another machine can read.
+    fence: of this attempt; `pull` comes after its `begin`. Once it has lost the run, nothing is copied there any more.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class Mirror:
         patience_s: float = 0.0,
         flush: Callable[[], object] = lambda: None,
         pushed: Callable[[int], None] = lambda _: None,
+        fence: Unfenced = UNFENCED,
     ) -> None:
+        self._fence = fence
         self.destination, self.work, self._patience_s = destination, work, patience_s
         self._flush, self._pushed = flush, pushed
         self.remote = not is_local(destination)
@@ -66,6 +70,7 @@ class Mirror:
             return
         spool = self.work / SPOOL_NAME
         Spool(spool).open().close()
+        self._records.attempt = self._fence.attempt
         theirs = self._records.read()
         self._pushed(len(theirs))
         if spool.read_bytes().startswith(theirs):
@@ -84,10 +89,13 @@ class Mirror:
         ------
         OSError
             The run directory does not answer.
+        AttemptLostError
+            Another attempt has taken over the run.
         """
         self._flush()
         if not self.remote:
             return
+        self._fence.check()
         offset, spool = self.work / PROGRESS_NAME, self.work / SPOOL_NAME
         with self._lock:
             sent = offset.read_bytes() if offset.exists() else None

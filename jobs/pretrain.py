@@ -1,7 +1,8 @@
 """Pre-train a stack of similarity-matching layers: `python -m jobs.pretrain --config FILE`.
 
-Exit status: 0 finished, also where a signal ended the wait for MLflow after that; 1 failed; 2 bad configuration or data
-(one line, nothing started); 130, 143, 129 interrupted by SIGINT, SIGTERM, SIGHUP.
+Exit status: 0 finished, now or before, also where a signal ended the wait for MLflow after that; 1 failed, also where
+another attempt took over the run; 2 bad configuration or data, or another attempt is at work (one line, nothing
+started); 130, 143, 129 interrupted by SIGINT, SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from rich.console import Console
 from cluster.checkpoints.manifest import CheckpointError
 from cluster.config import RunConfig
 from cluster.controller import RunFailed
+from cluster.fence import Fence, Holder
 from cluster.redaction import one_line
 from cluster.storage import is_local
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from jobs.display import MakeDisplay, RunDisplay, load_shown
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
+from jobs.finished import PLAIN, report_finished
 from jobs.options import at_least, override, read_yaml
 from jobs.plan import print_plan
 from jobs.preflight import check, check_checkpoint, check_device_of_ranks, check_surroundings
+from jobs.ray_job import SUBMISSION, job_metadata
 from jobs.recording import open_tracker
-from jobs.run_directory import as_begun, choose
+from jobs.run_directory import find_start
 from jobs.training_job import TrainingJob
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError
@@ -48,15 +52,22 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
         if options.dry_run:
             print_plan(console, config, dataset)
             return 0
-        start = as_begun(choose(config, options.run_dir, options.resume))
+        start = find_start(config, options.run_dir, options.resume, partial(console.print, **PLAIN))
         config = start.config
+        if start.finished:
+            return report_finished(start, dataset, console)
         check_device_of_ranks(config)
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
         for warning in check_surroundings(config, start.destination, dataset):
             print(f"warning: {one_line(warning)}", file=sys.stderr)
+        fence = Fence(start.destination, Holder.here(job_metadata().get(SUBMISSION, "")))
         tracker = open_tracker(
-            start.run_dir, config.tracking, ModelLogger(load_exported), held=not is_local(start.destination)
+            start.run_dir,
+            config.tracking,
+            ModelLogger(load_exported),
+            held=not is_local(start.destination),
+            owned=fence.owned,
         )
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -64,7 +75,8 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
     except RunFailed as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return FAILED
-    return TrainingJob(config, dataset, start, tracker, console, make_display, profile=options.profile).run()
+    job = TrainingJob(config, dataset, start, tracker, console, make_display, fence=fence, profile=options.profile)
+    return job.run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
-        help="auto (default): continue an unfinished run of this configuration; never: start a new run; "
+        help="auto (default): continue an unfinished run of this configuration, or show the result of a finished "
+        "one; never: start a new, numbered run; "
         "DIR: start from this run or checkpoint",
     )
     parser.add_argument(

@@ -9,6 +9,9 @@ from pathlib import Path
 COMMIT, OWNER = "simmatch.git_commit", "simmatch.owner"
 """Metadata of a job: the commit of the files that were uploaded, and who submitted it."""
 
+SUBMISSION = "job_submission_id"
+"""Ray's own metadata: the name under which the job was submitted."""
+
 VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray leaves a job's metadata and runtime environment for its driver."""
 

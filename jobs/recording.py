@@ -31,7 +31,7 @@ MODEL = "model: "
 
 
 def open_tracker(
-    run_dir: Path, config: TrackingConfig, log_model: ModelLogger | None = None, *, held: bool = False
+    run_dir: Path, config: TrackingConfig, log_model: ModelLogger | None = None, *, held: bool = False, owned: Callable[[], bool] = lambda: True
 ) -> Tracker:
     """The tracker of a run, see `Tracker`, once MLflow has been asked whether it takes the run's records.
 
@@ -44,7 +44,7 @@ def open_tracker(
     """
     if config.register is not None and log_model is None:
         raise ConfigError(f"tracking.register: expected none, as this job exports no model, got {config.register!r}")
-    tracker = Tracker(run_dir, config, log_model, held=held)
+    tracker = Tracker(run_dir, config, log_model, held=held, owned=owned)
     answer = ask_server(config, run_dir)
     if answer.verdict == "refused":
         raise ConfigError(f"tracking: {answer}")
@@ -106,7 +106,7 @@ def outcome_lines(tracker: Tracker) -> list[str]:
             f"send them with: {sync_command(tracker.run_dir, tracker.uri)}"
         )
     elif tracker.run_id is not None:
-        lines.append(f"MLflow run: {tracker.run_id} ({_where(tracker.uri)})")
+        lines.append(f"MLflow run: {tracker.run_id} ({where_to_look(tracker.uri)})")
     return [*lines, *tracker.told]
 
 
@@ -123,7 +123,7 @@ def outcome_fields(tracker: Tracker) -> dict[str, Any]:
     }
 
 
-def _where(uri: str) -> str:
+def where_to_look(uri: str) -> str:
     """How to look at the records of a store: a server has a page; `make ui` opens the data base in `runs`."""
     if not uri.startswith("sqlite:"):
         return redact(uri)

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from cluster.checkpoints.manifest import MANIFEST, CheckpointError, read_manifest
+from cluster.checkpoints.manifest import MANIFEST, read_manifest
 from cluster.checkpoints.reader import Reader, newest_good
 from cluster.config import RunConfig
-from cluster.storage import AnyPath, exists, find, locate, read
+from cluster.fence import Commits
+from cluster.lease import RunBusyError, wait_for_holder
+from cluster.storage import AnyPath, exists, locate, read
 from jobs.ray_job import in_throw_away_copy
+from jobs.same_run import FREE, RESULT_FREE, check_differences, check_same
 from simmatch.config import ConfigError, parse
-from simmatch.documents import DocumentError, load_json, load_yaml, quoted
-
-FREE = (
-    "cluster",
-    "tracking",
-    "checkpoint",
-    "probe",
-    "mesh",
-    "device",
-    "divergence",
-    "log_every",
-    "encode_batch",
-    "cache_features",
-)
-"""Keys that may differ between a run and its continuation: they change where and how it learns, not what."""
+from simmatch.documents import DocumentError, load_json, load_yaml
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,8 @@ class RunStart:
     Attributes
     ----------
     destination: the run directory, a folder or a URI.
+    newest: number of the newest entry that other attempts have made there, see `cluster.fence`.
+    finished: whether the run has finished already, so that nothing is left to do.
     config: as given; keys that it leaves out and whose default has changed since are those of the run it continues.
     run_dir: the folder of this machine: the run directory itself, or the working folder of a URI.
     """
@@ -52,6 +42,8 @@ class RunStart:
     resume: AnyPath | None
     note: str
     config: RunConfig
+    newest: int = 0
+    finished: bool = False
 
     @property
     def run_dir(self) -> Path:
@@ -87,9 +79,10 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
     Parameters
     ----------
     run_dir: the user's folder or URI, or None for `runs/<name>`.
-    resume: `auto` continues an unfinished run of this configuration and starts a numbered new one beside a finished
-        one; `never` starts a new run; anything else is a run or a checkpoint to begin with. An unfinished run is
-        continued itself if no other `run_dir` is given; otherwise a new run begins from its newest checkpoint.
+    resume: `auto` continues an unfinished run of this configuration, or names a finished one; beside finished runs of
+        other configurations it starts a numbered new one, as `never` always does; anything else is a run or a
+        checkpoint to begin with. An unfinished run is continued itself if no other `run_dir` is given; otherwise a new
+        run begins from its newest checkpoint.
 
     Raises
     ------
@@ -102,6 +95,27 @@ def choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
     except OSError as error:
         options = "--run-dir" if resume in ("auto", "never") else "--run-dir, --resume"
         raise ConfigError(f"{options}: expected a store that answers, got {error}") from None
+
+
+def find_start(config: RunConfig, run_dir: str | None, resume: str, tell: Callable[[str], None]) -> RunStart:
+    """`choose` and `as_begun`, once no other attempt is at work there.
+
+    tell: shows what is waited for.
+
+    Raises
+    ------
+    ConfigError
+        As `choose` does; or another attempt is at work there and does not end.
+    """
+    while True:
+        start = as_begun(choose(config, run_dir, resume))
+        try:
+            if start.finished or wait_for_holder(start.destination, tell) == start.newest:
+                return start
+        except RunBusyError as error:
+            raise ConfigError(f"--run-dir: {error}; end it, or use --resume never or another --run-dir") from None
+        except OSError as error:
+            raise ConfigError(f"--run-dir: expected a store that answers, got {error}") from None
 
 
 def place_of(name: str, run_dir: str | None) -> AnyPath:
@@ -136,19 +150,38 @@ def _choose(config: RunConfig, run_dir: str | None, resume: str) -> RunStart:
     if resume not in ("auto", "never"):
         source = _located("--resume", resume)
         if exists(source / "config.yaml"):
-            same, notes = _check_same(config, source)
+            same, notes = check_same(config, source)
             if _status(source) != "FINISHED" and (run_dir is None or _same_place(base, source)):
-                return _continued(same, source, "continuing the run in", notes)
+                return continued(same, source, "continuing the run in", notes)
         return _from(config, base, source)
+    return _numbered_run(config, base, resume)
+
+
+def _numbered_run(config: RunConfig, base: AnyPath, resume: str) -> RunStart:
+    """For `auto` and `never`: the run to continue, the one that has finished, or the first free number."""
+    finished: RunStart | None = None
+    refused: ConfigError | None = None
     for candidate in _numbered(base):
         if not exists(candidate / "config.yaml"):
             if isinstance(candidate, Path) and candidate.exists() and not candidate.is_dir():
                 raise ConfigError(f"--run-dir: expected a folder, got the file {candidate}")
-            return RunStart(candidate, None, f"a new run in {candidate}", config)
-        if resume == "never" or _status(candidate) == "FINISHED":
+            newest, _ = Commits(candidate).newest()
+            if newest and resume == "never":  # of a run that is about to begin
+                continue
+            if refused is not None:
+                raise refused
+            return finished or RunStart(candidate, None, f"a new run in {candidate}", config, newest)
+        if resume == "never":
             continue
-        same, notes = _check_same(config, candidate)
-        return _continued(same, candidate, "continuing the unfinished run in", notes)
+        ended = _status(candidate) == "FINISHED"
+        try:
+            same, notes = check_same(config, candidate, RESULT_FREE if ended else FREE)
+        except ConfigError as error:
+            refused = refused or (None if ended else error)
+            continue
+        if not ended:
+            return continued(same, candidate, "continuing the unfinished run in", notes)
+        finished, refused = RunStart(candidate, None, "already finished", same, finished=True), None
     raise AssertionError("unreachable: the numbers do not end")
 
 
@@ -211,19 +244,20 @@ def _from(config: RunConfig, base: AnyPath, source: AnyPath) -> RunStart:
     notes: list[str] = []
     checkpoint = source
     if exists(source / "config.yaml"):
-        newest = newest_good(source, notes.append)
-        if newest is None:
+        good = newest_good(source, notes.append)
+        if good is None:
             why = "; ".join(notes) or "it has none"
             raise ConfigError(f"--resume: expected a run with a checkpoint to begin with, got {source}: {why}")
-        checkpoint = newest
+        checkpoint = good
     elif not exists(source / MANIFEST):
         raise ConfigError(f"--resume: expected auto, never, a run directory or a checkpoint, got {source}")
     manifest = read_manifest(checkpoint)
-    config = _check_differences(config, manifest.config, checkpoint)
+    config = check_differences(config, manifest.config, checkpoint)
     if checkpoint is source:
         Reader(source, manifest).verify()
     fresh = next(path for path in _numbered(base) if not exists(path / "config.yaml"))
-    return RunStart(fresh, checkpoint, "\n".join([*notes, f"a new run in {fresh} from {checkpoint}"]), config)
+    newest, _ = Commits(fresh).newest()
+    return RunStart(fresh, checkpoint, "\n".join([*notes, f"a new run in {fresh} from {checkpoint}"]), config, newest)
 
 
 def _same_place(one: AnyPath, other: AnyPath) -> bool:
@@ -232,11 +266,12 @@ def _same_place(one: AnyPath, other: AnyPath) -> bool:
     return str(one).rstrip("/") == str(other).rstrip("/")
 
 
-def _continued(config: RunConfig, run_dir: AnyPath, words: str, notes: list[str]) -> RunStart:
-    """From the newest sound checkpoint; the note also names damaged ones."""
+def continued(config: RunConfig, run_dir: AnyPath, words: str, notes: list[str]) -> RunStart:
+    """An unfinished run, from its newest sound checkpoint; the note begins with `words` and names damaged ones."""
+    newest, _ = Commits(run_dir).newest()
     checkpoint = newest_good(run_dir, notes.append)
     origin = "no checkpoint: from the beginning" if checkpoint is None else f"from {checkpoint.name}"
-    return RunStart(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]), config)
+    return RunStart(run_dir, checkpoint, "\n".join([*notes, f"{words} {run_dir}, {origin}"]), config, newest)
 
 
 def _status(run_dir: AnyPath) -> str | None:
@@ -245,73 +280,3 @@ def _status(run_dir: AnyPath) -> str | None:
     except (FileNotFoundError, DocumentError, AttributeError):
         return None
     return status if isinstance(status, str) else None
-
-
-def _check_same(config: RunConfig, run_dir: AnyPath) -> tuple[RunConfig, list[str]]:
-    """Refuse to continue a run of another configuration; returns the configuration to continue with, and notes.
-
-    If `config.yaml` is damaged, the configuration of the newest checkpoint takes its place.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        other = load_yaml(read(path))
-        content = type(other).__name__
-    except DocumentError as error:
-        other, content = None, str(error)
-    if not isinstance(other, dict):
-        for manifest in reversed(find(run_dir / "checkpoints", f"step-*/{MANIFEST}")):
-            with suppress(CheckpointError):
-                same = _check_differences(config, read_manifest(manifest.parent).config, manifest.parent)
-                return same, [f"{path} is damaged ({content}): the configuration is that of {manifest.parent.name}"]
-        raise ConfigError(f"--resume: expected the configuration of a run in {path} or in a checkpoint, got {content}")
-    return _check_differences(config, other, run_dir), []
-
-
-def _check_differences(config: RunConfig, other: Any, where: AnyPath) -> RunConfig:
-    """Refuse to continue a run that learns something else; returns the configuration to continue with."""
-    if not isinstance(other, dict):
-        raise ConfigError(f"--resume: expected the configuration of a run in {where}, got {type(other).__name__}")
-    theirs = dict(_flat(_with_defaults(other)))
-    config = _with_recorded_tau(config, theirs)
-    ours = dict(_flat(config.model_dump(mode="json")))
-    differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
-    differing = [key for key in differing if key.split(".")[0] not in FREE and key != "name"]
-    if differing:
-        pairs = [(key, quoted(theirs.get(key)), quoted(ours.get(key))) for key in differing[:5]]
-        parts = "; ".join(f"{key}: expected {expected}, got {given}" for key, expected, given in pairs)
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ConfigError(
-            f"--resume: {where} belongs to another configuration: {parts}{more}; use --resume never or --run-dir"
-        )
-    return config
-
-
-def _with_recorded_tau(config: RunConfig, recorded: dict[str, Any]) -> RunConfig:
-    """Take τ from the recorded run where a layer leaves it to the default, which was 0.5 in earlier versions."""
-    layers = list(config.model.layers)
-    for index, layer in enumerate(layers):
-        tau = recorded.get(f"model.layers.{index}.plasticity.tau")
-        if "tau" not in layer.plasticity.model_fields_set and isinstance(tau, float):
-            plasticity = layer.plasticity.model_copy(update={"tau": tau})
-            layers[index] = layer.model_copy(update={"plasticity": plasticity})
-    return config.model_copy(update={"model": config.model.model_copy(update={"layers": tuple(layers)})})
-
-
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of an earlier version with its missing keys filled in; unchanged if it is invalid."""
-    try:
-        filled: dict[str, Any] = parse(RunConfig, values).model_dump(mode="json")
-    except ConfigError:
-        return values
-    return filled
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}{key}.")
-    elif isinstance(values, list):
-        for index, value in enumerate(values):
-            yield from _flat(value, f"{prefix}{index}.")
-    else:
-        yield prefix.rstrip("."), values

@@ -7,18 +7,22 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from rich.console import Console
 
+from cluster.checkpoints.committer import complete_commit
 from cluster.checkpoints.manifest import read_manifest
 from cluster.config import RunConfig, public
 from cluster.controller import Controller, RunFailed, RunStopped
+from cluster.fence import AttemptLostError, Fence
+from cluster.lease import LeaseKeeper
 from cluster.messages import StartingPoint
 from cluster.redaction import Redactor, one_line
 from cluster.summary import RunRecord
 from cluster.text import count
-from cluster.tracking.spool import SPOOL_NAME, SpoolBusyError
+from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.display import JobDisplay, MakeDisplay, RunDisplay
 from jobs.entry_point import BAD_INPUT, FAILED
@@ -26,13 +30,14 @@ from jobs.mirror import Mirror
 from jobs.ray_job import COMMIT, OWNER, job_metadata
 from jobs.ray_session import embeds_ray, shut_down_ray, start_ray
 from jobs.reporting import git_commit
-from jobs.run_directory import RunStart
+from jobs.run_directory import RunStart, continued
 from jobs.run_results import RunOutcome, RunResults, lines_of, table_of, waits_of
 from jobs.signals import Interrupted, SignalHandler, exit_status
 from simmatch.config import ConfigError
 from simmatch.data.sources import Dataset
 from simmatch.documents import dump_yaml
 from simmatch.files import make_folder, write_whole
+from simmatch.remote import retry
 
 
 class TrainingJob:
@@ -43,6 +48,7 @@ class TrainingJob:
     start: the run directory, and the checkpoint to continue from.
     tracker: of this run, not started yet.
     make_display: makes what shows the progress.
+    fence: of this attempt at the run, not begun yet.
     profile: number of updates of every layer to profile; 0: none.
     """
 
@@ -55,8 +61,10 @@ class TrainingJob:
         console: Console,
         make_display: MakeDisplay = RunDisplay,
         *,
+        fence: Fence,
         profile: int = 0,
     ) -> None:
+        self.fence, self._lease = fence, LeaseKeeper(start.destination, fence)
         self._make_display, self._profile = make_display, profile
         self.config, self.dataset, self.start, self.tracker, self.console = config, dataset, start, tracker, console
         self.run_dir = start.run_dir
@@ -64,7 +72,7 @@ class TrainingJob:
         patience_s = config.checkpoint.patience_s
         flush = partial(tracker.flush, patience_s)
         self.mirror = Mirror(
-            start.destination, start.run_dir, patience_s=patience_s, flush=flush, pushed=tracker.release
+            start.destination, start.run_dir, patience_s=patience_s, flush=flush, pushed=tracker.release, fence=fence
         )
         self.results = RunResults(start, dataset, tracker, self.mirror, self._print)
         self.started = time.monotonic()
@@ -73,22 +81,23 @@ class TrainingJob:
         self._controller: Controller | None = None
         self._signals = SignalHandler(self._on_signal)
         self._signum: int | None = None
+        self._due_end: Callable[[], None] | None = None
         self._over = self._uploading = self._unreachable = False
 
     def run(self) -> int:
         """Train, draw, record. Returns the exit status."""
         try:
-            make_folder(self.run_dir)
+            self._begin()
             self.mirror.pull()
             self._record_start()
             self._write_config(self.config)
             self.mirror.push()
+        except AttemptLostError:
+            return self._refuse(f"another attempt has begun in {self.start.destination}: {self.fence.winner}")
         except SpoolBusyError as error:
-            print(f"error: --run-dir: another process works in {self.run_dir}: {error}", file=sys.stderr)
-            return BAD_INPUT
+            return self._refuse(f"another process works in {self.run_dir}: {error}")
         except OSError as error:
-            print(f"error: --run-dir: expected a folder that can be written, got {error}", file=sys.stderr)
-            return BAD_INPUT
+            return self._refuse(f"expected a folder that can be written, got {error}")
         outcome = RunOutcome("FAILED", FAILED)
         try:
             self._signals.install()  # to the end of the process: the exit status of a finished run must not change
@@ -99,8 +108,54 @@ class TrainingJob:
             outcome = RunOutcome("KILLED", exit_status(self._signum), str(Interrupted(self._signum)))
         finally:
             self._over = True
-            self._close(outcome)
+            if self._end(outcome):
+                self._close(outcome)
+            else:
+                outcome = self._lose()
+            self._lease.release()
         return outcome.code
+
+    def _begin(self) -> None:
+        """Take the run, with what an attempt has left that did not end it."""
+        make_folder(self.run_dir)
+        before = self.fence.begin(self.start.newest)
+        self._lease.start()
+        if before is not None and before.kind != "end":
+            Spool(self.run_dir / SPOOL_NAME).take_over()
+        if complete_commit(self.start.destination, before):
+            self.start = continued(self.start.config, self.start.destination, "continuing the unfinished run in", [])
+
+    def _refuse(self, reason: str) -> int:
+        """End before anything was started; returns the exit status."""
+        print(f"error: --run-dir: {reason}", file=sys.stderr)
+        with suppress(AttemptLostError, OSError):
+            self.fence.commit("end", status="FAILED")
+        self._lease.release()
+        return BAD_INPUT
+
+    def _end(self, outcome: RunOutcome) -> bool:
+        """Record the end; returns whether the run is still this process's. A store that does not answer says nothing:
+        it is asked again when the last records are copied there."""
+        self._due_end = partial(self.fence.commit, "end", status=outcome.status)
+        with suppress(OSError):
+            try:
+                self._due_end()
+                self._due_end = None
+            except AttemptLostError:
+                return False
+        return True
+
+    def _copy_rest(self) -> None:
+        if self._due_end is not None and self.mirror.remote:
+            retry(self._due_end, self.config.checkpoint.patience_s)
+        self.mirror.close()
+
+    def _lose(self) -> RunOutcome:
+        """Another attempt has taken over the run: nothing is written and nothing sent any more."""
+        print(f"error: {self.fence.lost}", file=sys.stderr)
+        self.tracker.abandon()
+        shut_down_ray()
+        return RunOutcome("FAILED", FAILED, self.fence.lost)
 
     def _attempt(self, display: JobDisplay) -> RunOutcome:
         """Train and draw figures; returns how it ended. From then on a signal only shortens waits."""
@@ -109,13 +164,18 @@ class TrainingJob:
             resume = self.start.resume
             start_step = 0 if resume is None else read_manifest(resume).cursor.step
             display.note(StartingPoint(start_step, self.start.note))
+            if self.exclusive is not None:
+                display.note(
+                    f"warning: {self.exclusive}: only the lease keeps a second attempt from this run directory"
+                )
             if self.dataset.skipped:
                 display.note(f"{count(self.dataset.skipped, 'damaged image')} left out (data.damaged: skip)")
             self._train(display, start_step)
+            self.fence.check()
             display.note("drawing figures")
             self.results.draw_figures(self.record)
             return RunOutcome("FINISHED", 0)
-        except (RunFailed, ConfigError, OSError) as error:
+        except (RunFailed, AttemptLostError, ConfigError, OSError) as error:
             self._over = True
             return RunOutcome("FAILED", BAD_INPUT if isinstance(error, ConfigError) else FAILED, self._hide(str(error)))
         except RunStopped as error:
@@ -141,6 +201,7 @@ class TrainingJob:
             data=self.data,
             on_config=partial(self._on_config, display),
             profile=self._profile,
+            fence=self.fence,
         )
         self._controller, self.record = controller, controller.record
         self.record.steps = start_step
@@ -178,7 +239,7 @@ class TrainingJob:
                     f"model, figures, summary: {self.start.destination}",
                 ):
                     self._print(line)
-            self._upload(self.mirror.close)
+            self._upload(self._copy_rest)
         finally:
             shut_down_ray()
             self.results.send()
@@ -191,7 +252,7 @@ class TrainingJob:
         try:
             self._uploading = True
             upload()
-        except (Interrupted, OSError) as error:
+        except (Interrupted, OSError, AttemptLostError) as error:
             self._unreachable = True
             self._print(f"the last records are in {self.run_dir} only: {one_line(error)}")
         finally:
@@ -241,6 +302,7 @@ class TrainingJob:
 
     def _write_config(self, config: RunConfig) -> None:
         """Write `config.yaml` into the run directory, and log it to MLflow."""
+        self.fence.check()
         path = self.run_dir / "config.yaml"
         write_whole(path, dump_yaml(public(config)))
         self.tracker.artifact(path)

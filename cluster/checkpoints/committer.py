@@ -20,10 +20,13 @@ from cluster.checkpoints.manifest import (
     Manifest,
     Shard,
     folder_of,
+    manifest_values,
     read_manifest,
     write_manifest,
 )
-from cluster.storage import AnyPath, copy_whole, exists, find, remove, size_bytes
+from cluster.fence import UNFENCED, AttemptLostError, Entry, Unfenced
+from cluster.storage import AnyPath, copy_whole, exists, find, remove, size_bytes, write_whole
+from simmatch.documents import dump_json
 from simmatch.model import MODEL_FILES
 from simmatch.remote import retry
 
@@ -35,13 +38,15 @@ CONSTANT = re.compile(r"[0-9a-f]{64}\.safetensors(\.partial)?")
 """Files of constants; nobody else's match, wherever a link in place of their folder leads."""
 
 
-def commit(folder: AnyPath, manifest: Manifest) -> None:
+def commit(folder: AnyPath, manifest: Manifest, fence: Unfenced = UNFENCED) -> None:
     """Write the manifest, which commits the checkpoint, once every shard is visible here as its rank wrote it.
 
     Shards of an abandoned group may lie in the same folder; no manifest names them, and they are deleted with it.
 
     Raises
     ------
+    AttemptLostError
+        Another attempt has taken over the run.
     OSError
         A shard is not there, because the rank that wrote it reaches another folder under the same name; or the disk or
         the object store did not take the manifest.
@@ -52,7 +57,27 @@ def commit(folder: AnyPath, manifest: Manifest) -> None:
             rank = file.rank if isinstance(file, Shard) else 0
             difference = f"expected {file.size_bytes} bytes of rank {rank}, got {size or 'nothing'}"
             raise OSError(f"{path}: {difference}; does every node reach the same run directory?")
+    fence.commit("checkpoint", step=manifest.cursor.step, manifest=manifest_values(manifest))
     write_manifest(folder, manifest)
+
+
+def complete_commit(run_dir: AnyPath, entry: Entry | None) -> bool:
+    """Write the manifest of a checkpoint whose attempt took its entry and ended before it had written that.
+
+    Only once another attempt has begun, for which `entry` was the newest one. Returns whether there was one to write.
+
+    Raises
+    ------
+    OSError
+        The disk, or the object store, does not answer.
+    """
+    if entry is None or entry.manifest is None or entry.step is None:
+        return False
+    path = folder_of(run_dir, entry.step) / MANIFEST
+    if exists(path):
+        return False
+    write_whole(path, dump_json(entry.manifest))
+    return True
 
 
 def publish_model(run_dir: AnyPath, name: str) -> None:
@@ -144,12 +169,20 @@ class Committer:
     keep: number of newest checkpoints kept.
     before: called before each commit, for what has to be stored by then; if it raises OSError, there is no commit.
     patience_s: how long an object store that does not answer is asked again.
+    fence: of this attempt. Once it has lost the run, nothing is written or deleted any more.
     """
 
     def __init__(
-        self, run_dir: AnyPath, keep: int, before: Callable[[], None] = lambda: None, *, patience_s: float = 0.0
+        self,
+        run_dir: AnyPath,
+        keep: int,
+        before: Callable[[], None] = lambda: None,
+        *,
+        patience_s: float = 0.0,
+        fence: Unfenced = UNFENCED,
     ) -> None:
         self._run_dir, self._keep, self._before, self._patience_s = run_dir, keep, before, patience_s
+        self._fence = fence
         self._due: queue.SimpleQueue[Manifest | str | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Committed] = queue.SimpleQueue()
         self._open = 0
@@ -185,22 +218,27 @@ class Committer:
         while True:
             due = self._due.get()
             if due is None:
-                with suppress(CheckpointError, OSError):  # tried again before the next group
+                with suppress(CheckpointError, OSError, AttemptLostError):  # tried again before the next group
+                    self._fence.check()
                     remove_unnamed(self._run_dir)
                 continue
             step, reason = None if isinstance(due, str) else due.cursor.step, None
             try:
                 retry(partial(self._commit, due), self._patience_s)
-            except OSError as error:  # a full disk or a lost store costs checkpoints, not the run
+            except (OSError, AttemptLostError) as error:  # a full disk or a lost store costs checkpoints, not the run
                 reason = " ".join(str(error).split())
             if reason is None and step is not None:
-                with suppress(OSError):  # tried again after the next commit
+                with suppress(OSError, AttemptLostError):  # tried again after the next commit
+                    self._fence.check()
                     prune(self._run_dir, self._keep, step)
+                    self._fence.prune()
             self._outcomes.put(Committed(step, reason))
 
     def _commit(self, due: Manifest | str) -> None:
         if isinstance(due, str):
+            self._fence.commit("model")
             publish_model(self._run_dir, due)
             return
+        self._fence.check()
         self._before()
-        commit(folder_of(self._run_dir, due.cursor.step), due)
+        commit(folder_of(self._run_dir, due.cursor.step), due, self._fence)

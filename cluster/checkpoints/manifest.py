@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what its shards hold and where training stood. Writing it is the commit.
+"""The manifest of a checkpoint: what its shards hold and where training stood. A checkpoint without one is none.
 
     RUN_DIR/checkpoints/step-00000123/
         rank-0-of-2.safetensors     rows of rank 0, and the tensors that are equal on all ranks
@@ -8,8 +8,8 @@
         SHA256.safetensors          a layer that has learnt, or a whitening: written once, named in many manifests
 
 Ranks write shards and report their digests (`shard_writer`); the controller, having heard from all of them, writes the
-manifest (`committer`); any number of ranks reads the tensors by row range (`reader`). RUN_DIR may be a folder or a URI
-(`cluster.storage`).
+manifest (`committer`); any number of ranks reads the tensors by row range (`reader`). Where two attempts work in one
+run directory, `cluster.fence` decides whose checkpoints count. RUN_DIR may be a folder or a URI (`cluster.storage`).
 
 Nothing random is stored: every draw is a pure function of the seed and of how many updates are done, so a cursor is
 all that training needs to continue bit by bit.
@@ -141,6 +141,12 @@ def digest_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def manifest_values(manifest: Manifest) -> dict[str, Any]:
+    """What is written of a manifest: its content and its digest."""
+    values = manifest.model_dump(mode="json")
+    return {DIGEST: digest_of(values), **values}
+
+
 def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
     """Write the manifest of a checkpoint with its digest.
 
@@ -149,8 +155,7 @@ def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
     OSError
         The disk, or the object store, did not take it.
     """
-    values = manifest.model_dump(mode="json")
-    write_whole(folder / MANIFEST, dump_json({DIGEST: digest_of(values), **values}))
+    write_whole(folder / MANIFEST, dump_json(manifest_values(manifest)))
 
 
 def read_manifest(folder: AnyPath) -> Manifest:

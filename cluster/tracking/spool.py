@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 from cluster.tracking.events import Event, Unreadable, event_of, line_of
-from simmatch.files import make_folder, sync_folder
+from simmatch.files import make_folder, sync_folder, write_whole
 
 SPOOL_NAME = "events.jsonl"
 LONGEST_LINE_BYTES = 2**20
@@ -66,6 +66,18 @@ class Spool:
             raise
         self._file, self._end, self._torn = file, file.seek(0, os.SEEK_END), False
         return self
+
+    def take_over(self) -> None:
+        """Put a copy in place of the file, before `open`: a process that may still have it open, on any machine, adds
+        nothing to the copy.
+
+        Raises
+        ------
+        OSError
+            It cannot be written.
+        """
+        if self.path.is_file() and not self.path.is_symlink():
+            write_whole(self.path, self.path.read_bytes())
 
     def append(self, event: Event) -> None:
         """Write one event.

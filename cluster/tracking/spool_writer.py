@@ -83,6 +83,11 @@ class SpoolWriter:
             ended = self._changed.wait_for(lambda: self._ended >= wanted, limit_s)
             return ended and not self._waiting and not self._refused
 
+    def drop(self) -> None:
+        """Forget the events that are not written yet."""
+        with self._changed:
+            self._waiting.clear()
+
     def close(self, limit_s: float) -> bool:
         """Write the rest and end; events that cannot be written in time are lost.
 

@@ -68,6 +68,8 @@ class Tracker:
         Logs an exported model, see `cluster.tracking.mlflow_model`; None leaves models out of MLflow.
     held
         Whether events are sent only once another machine can find them, see `release`.
+    owned
+        Whether the run is still this process's; asked before every request. Events of a run that is not are not sent.
 
     Raises
     ------
@@ -76,9 +78,16 @@ class Tracker:
     """
 
     def __init__(
-        self, run_dir: Path, config: TrackingConfig, log_model: ModelLogger | None = None, *, held: bool = False
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        log_model: ModelLogger | None = None,
+        *,
+        held: bool = False,
+        owned: Callable[[], bool] = lambda: True,
     ) -> None:
         self.run_dir = run_dir.absolute()
+        self._owned = owned
         self.config = config
         self._redact = Redactor(os.environ)
         self.uri = resolve_uri(config, self.run_dir)
@@ -160,7 +169,7 @@ class Tracker:
         self._sender.wake()
 
     def _safe_bytes(self) -> float:
-        return min(self._writer.synced_bytes, self._released_bytes)
+        return min(self._writer.synced_bytes, self._released_bytes) if self._owned() else 0
 
     def params(self, values: Mapping[str, Any], layer: int | None = None) -> None:
         """Parameters of the run, or of a layer; nested values get dotted names."""
@@ -226,6 +235,15 @@ class Tracker:
         if whole:
             self._spool.close()
         return self.unsent
+
+    def abandon(self) -> None:
+        """End at once, without sending or recording anything more: the run is another process's now."""
+        self._sender.abandon()
+        self._sender.close(0.0)
+        self._thread = None
+        self._writer.drop()
+        if self._writer.close(self.config.timeout_s):
+            self._spool.close()
 
     def hurry(self) -> None:
         """End the wait of `close`, begun or to come. May be called from a signal handler."""

@@ -375,7 +375,7 @@ def test_a_disk_without_room_for_the_manifest_does_not_end_the_run(
 ) -> None:
     playing = scene()
 
-    def full(folder: Path, _: Manifest) -> None:
+    def full(folder: Path, *_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / MANIFEST))
 
     with monkeypatch.context() as patched:

@@ -112,6 +112,43 @@ def test_what_followed_a_gap_is_not_mixed_with_what_fills_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_what_a_frozen_attempt_uploads_late_changes_nothing(tmp_path: Path, seed: int) -> None:
+    """Each attempt begins with what it finds, and records its own. Uploads of those before it may come at any time."""
+    draw, run_dir = random.Random(seed), tmp_path / "run"
+    attempts: list[tuple[SpoolParts, Path]] = []
+    content = b""
+    for number in (3, 7, 8, 20):
+        parts, spool = SpoolParts(run_dir), tmp_path / f"{number}.jsonl"
+        parts.attempt = number
+        spool.write_bytes(parts.read())
+        content = spool.read_bytes()
+        attempts.append((parts, spool))
+        for _ in range(8):
+            with spool.open("ab") as file:
+                file.write(b'{"attempt": %d, "step": %d}\n' % (number, draw.randrange(10**6)) * draw.choice([1, 2, 9]))
+            parts.append(spool)
+            content = spool.read_bytes()
+            old, its = draw.choice(attempts)
+            if draw.random() < 0.3:  # it records as well, as nobody has told it yet
+                with its.open("ab") as file:
+                    file.write(b'{"late": %d}\n' % draw.randrange(10**9))
+                if old is not parts:
+                    old.append(its)
+            content = spool.read_bytes() if old is not parts else content
+            assert SpoolParts(run_dir).read() == content
+        if draw.random() < 0.5:
+            content = spool.read_bytes()
+            parts.close(spool)
+            assert SpoolParts(run_dir).read() == content
+            if len(attempts) > 1:
+                old, its = attempts[-2]
+                with its.open("ab") as file:
+                    file.write(b'{"late": 1}\n' * 100)
+                old.append(its)
+            assert SpoolParts(run_dir).read() == content
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_every_line_that_was_uploaded_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Uploads fail or are cut short, old parts stay, machines change, and runs end and go on, in any order."""
     draw, uploads = random.Random(seed), Uploads(monkeypatch)

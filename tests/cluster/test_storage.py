@@ -227,7 +227,7 @@ def test_an_answer_that_is_lost(store: ObjectStore, monkeypatch: pytest.MonkeyPa
         answer = put_object(response)
         calls.append(answer)
         if len(calls) == 1:
-            raise ConnectionError("the answer is lost")
+            raise RuntimeError("the answer is lost")  # the client sees a failure of the server
         return answer
 
     monkeypatch.setattr(S3Response, "put_object", put)

@@ -171,7 +171,8 @@ def test_a_run_directory_by_uri(
     with pytest.raises(ConfigError, match="belongs to another configuration: seed: expected 0, got 1"):
         choose(make_config("seed=1"), str(place), "auto")
     write_whole(place / "summary.json", b'{"status": "FINISHED"}')
-    assert str(choose(make_config(), str(place), "auto").destination) == f"{place}-2"
+    assert choose(make_config(), str(place), "auto").finished
+    assert str(choose(make_config(), str(place), "never").destination) == f"{place}-2"
 
 
 @pytest.mark.parametrize(

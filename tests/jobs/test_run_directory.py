@@ -14,6 +14,7 @@ from cluster.checkpoints.committer import commit
 from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
+from cluster.fence import Fence, Holder
 from jobs.ray_job import job_metadata
 from jobs.run_directory import RunStart, as_begun, choose, default_root
 from simmatch.config import ConfigError
@@ -88,14 +89,37 @@ def test_an_empty_folder_is_used_as_it_is(work: Path, make_config: MakeConfig) -
     assert choose(make_config(), "mine", "auto").run_dir == work / "mine"
 
 
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_numbered_run_beside_finished_ones(work: Path, make_config: MakeConfig, resume: str) -> None:
-    """Whatever their configuration: what is finished stands in nobody's way."""
+def test_each_new_run_gets_a_number(work: Path, make_config: MakeConfig) -> None:
     leave(work / "r", make_config(), "FINISHED", (116,))
-    assert choose(make_config("seed=1"), "r", resume).run_dir == work / "r-2"
-    leave(work / "r-2", make_config("seed=1"), "FINISHED")
-    start = choose(make_config(), "r", resume)
-    assert (start.run_dir, start.resume) == (work / "r-3", None)
+    leave(work / "r-2", make_config("seed=1"))
+    Fence(work / "r-3", Holder.here()).begin(0)  # another command, which has written nothing else yet
+    start = choose(make_config(), "r", "never")
+    assert (start.run_dir, start.resume, start.finished) == (work / "r-4", None, False)
+
+
+def test_the_same_command_names_the_run_that_has_finished(work: Path, make_config: MakeConfig) -> None:
+    """Each configuration has its own run, and what has finished stands in nobody's way."""
+    for _ in range(2):
+        for number, change in enumerate(("seed=0", "seed=1", "probe.readout=ridge"), 1):
+            run_dir = work / ("r" if number == 1 else f"r-{number}")
+            start = choose(make_config(change), "r", "auto")
+            assert (start.run_dir, start.finished) == (run_dir, run_dir.exists())
+            if not start.finished:
+                leave(run_dir, make_config(change), "FINISHED", (116,))
+    assert choose(make_config("mesh.channel=1", "tracking.enabled=false"), "r", "auto").run_dir == work / "r"
+    leave(work / "r-4", make_config(), "FINISHED")  # by --resume never
+    assert choose(make_config(), "r", "auto").run_dir == work / "r-4"
+    leave(work / "r-5", make_config(), "KILLED", (20,))
+    assert choose(make_config(), "r", "auto").resume == folder_of(work / "r-5", 20)
+
+
+def test_an_unfinished_run_of_another_configuration_hides_no_finished_one(work: Path, make_config: MakeConfig) -> None:
+    leave(work / "r", make_config("seed=1"), "KILLED")
+    leave(work / "r-2", make_config(), "FINISHED")
+    start = choose(make_config(), "r", "auto")
+    assert (start.run_dir, start.finished) == (work / "r-2", True)
+    with pytest.raises(ConfigError, match=r"seed: expected 1, got 2; use --resume never or --run-dir"):
+        choose(make_config("seed=2"), "r", "auto")
 
 
 @pytest.mark.parametrize("status", [None, "FAILED", "KILLED"])

@@ -16,18 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from mlflow import MlflowClient
 from rich.console import Console
 
+import cluster.fence
 import cluster.tracking.tracker
 import jobs.run_results
 import jobs.training_job
-from cluster.config import RunConfig
+from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of, manifest_values
+from cluster.checkpoints.shard_writer import write_shard
+from cluster.config import RunConfig, public
 from cluster.controller import RunFailed, RunStopped
+from cluster.fence import Commits, Fence, Holder, Unfenced
+from cluster.lease import LEASE
 from cluster.messages import ReadoutScored
 from cluster.summary import RunRecord
 from cluster.tracking.mlflow_model import ModelLogger
+from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.tracking.tracker import Tracker
 from jobs.display import JobDisplay
+from jobs.finished import report_finished
 from jobs.ray_session import own_signals
 from jobs.run_directory import choose
 from jobs.run_results import RunResults, lines_of
@@ -36,6 +45,7 @@ from jobs.training_job import TrainingJob
 from simmatch.data.sources import Dataset
 from simmatch.model import Stack, save_model
 from simmatch.remote import StorageError
+from simmatch.sharding.rows import Rows
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAYER = {"objective": 0.5, "residual": 1e-3, "num_iters": 9.0, "active_fraction": 0.1, "dead_channels": 0.0}
@@ -85,8 +95,10 @@ def make_job(
         monkeypatch.setattr(jobs.training_job, "Controller", controller)
         config = make_config(*(assignments or ["tracking.enabled=false"]))
         start = choose(config, str(tmp_path / "r"), "auto")
-        tracker = Tracker(start.run_dir, config.tracking, None if load is None else ModelLogger(load))
-        return TrainingJob(config, digits, start, tracker, Console(width=200))
+        fence = Fence(start.destination, Holder.here())
+        logger = None if load is None else ModelLogger(load)
+        tracker = Tracker(start.run_dir, config.tracking, logger, owned=fence.owned)
+        return TrainingJob(config, digits, start, tracker, Console(width=200), fence=fence)
 
     return make
 
@@ -133,7 +145,7 @@ def test_a_signal_ends_the_wait_for_mlflow(
     assert f"; send them with: python -m jobs.sync {job.run_dir}" in out
     assert (before["status"], before["accuracy"], before["mlflow_run_id"]) == ("FINISHED", 0.9, None)
     assert before.items() <= summary_of(job).items()
-    assert choose(job.config, str(job.run_dir), "auto").run_dir == job.run_dir.with_name("r-2")
+    assert choose(job.config, str(job.run_dir), "auto").finished
 
 
 MOMENTS = {
@@ -392,3 +404,117 @@ def test_an_interrupted_wait_leaves_a_finished_run_and_one_model(
     for _ in range(2):
         assert jobs.sync.main([str(job.run_dir)]) == 0
         assert in_mlflow() == ({"FINISHED"}, ["READY"], 1)
+
+
+# -- two attempts, and a run that has finished -------------------------------------------------------------------------
+
+FAR = Holder(host="far", pid=7, user="ada", since="2026-01-02 03:04:05 UTC", machine="another")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("ends", ["well", "with a failure", "by a signal"])
+def test_an_attempt_that_has_lost_the_run_stops_and_changes_nothing(
+    make_job: Callable[..., TrainingJob],
+    ends: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It learns so when it would record its end, if not before."""
+    monkeypatch.setattr(cluster.fence, "VERIFY_S", 0.0)
+    before: dict[str, bytes] = {}
+
+    def overtaken(controller: Scripted) -> None:
+        other = Fence(job.run_dir, FAR)
+        other.begin(Commits(job.run_dir).newest()[0])
+        Spool(job.run_dir / SPOOL_NAME).take_over()
+        job.tracker.metrics(5, {"objective": 1.0}, layer=0)
+        before.update(content(job.run_dir))
+        if ends == "with a failure":
+            raise RunFailed("rank 1 was lost")
+        if ends == "by a signal":
+            signal.raise_signal(signal.SIGTERM)
+
+    job = make_job(deed=overtaken)
+    assert job.run() == 1
+    assert content(job.run_dir) == before
+    out, err = capsys.readouterr()
+    assert err == (
+        "error: another attempt took over this run: ada, process 7 on far, since 2026-01-02 03:04:05 UTC; "
+        "this one stops and changes nothing\n"
+    )
+    assert "test accuracy" not in out
+    assert not (job.run_dir / "summary.json").exists()
+
+
+def test_a_run_that_another_command_has_just_begun(
+    make_job: Callable[..., TrainingJob], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    Fence(job.run_dir, FAR).begin(0)
+    before = content(job.run_dir)
+    assert job.run() == 2
+    assert content(job.run_dir) == before
+    assert capsys.readouterr().err.startswith(f"error: --run-dir: another attempt has begun in {job.run_dir}: ada, pro")
+
+
+def test_an_attempt_goes_on_where_the_one_before_was_cut_off(
+    make_job: Callable[..., TrainingJob], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That had taken the number of a checkpoint, had not written its manifest yet, and still holds the spool."""
+
+    def cut_off(controller: Scripted) -> None:
+        shard = write_shard(folder_of(job.run_dir, 20), 0, 1, {"w": torch.zeros(2)}, {"w": Rows.all(2)})
+        cursor = Cursor(step=20, layer=0, updates=20)
+        manifest = Manifest(cursor=cursor, config=public(job.config), layers=[LayerState(usual=1.0)], shards=[shard])
+        job.fence.commit("checkpoint", step=20, manifest=manifest_values(manifest))
+        job.fence = Unfenced()  # type: ignore[assignment]  # its end is not recorded
+        raise RunFailed("cut off")
+
+    job = make_job(deed=cut_off)
+    assert job.run() == 1
+    (job.run_dir / "summary.json").unlink()
+    held = Spool(job.run_dir / SPOOL_NAME).open()
+    again = make_job()
+    assert again.start.resume is None
+    assert again.run() == 0
+    assert again.start.resume == folder_of(job.run_dir, 20)
+    assert f"continuing the unfinished run in {job.run_dir}, from step-00000020" in capsys.readouterr().out
+    held.close()
+    kinds = [json.loads(line)["kind"] for line in (job.run_dir / SPOOL_NAME).read_text().splitlines()]
+    assert kinds.count("start") == 2
+    assert kinds[-2:] == ["finish", "model"]
+    _, entry = Commits(job.run_dir).newest()
+    assert (entry and entry.kind, entry and entry.status) == ("end", "FINISHED")
+    assert not (job.run_dir / LEASE).exists()
+
+
+def test_the_same_command_sends_what_mlflow_has_not_got(
+    make_job: Callable[..., TrainingJob], digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server was away to the end. The command trains nothing any more, and is done once all is sent."""
+    job = make_job("tracking.uri=http://127.0.0.1:1", "tracking.flush_s=0.1", "tracking.timeout_s=0.5")
+    assert job.run() == 0
+    assert summary_of(job)["unsent_records"] > 0
+    capsys.readouterr()
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = job.config.model_copy(update={"tracking": job.config.tracking.model_copy(update={"uri": uri})})
+    console = Console(width=200)
+    for first in (True, False):
+        start = choose(config, str(job.run_dir), "auto")
+        assert start.finished
+        assert report_finished(start, digits, console) == 0
+        out, err = capsys.readouterr()
+        assert err.startswith("refused: model: ") == first  # no rank has written one
+        out = out.splitlines()
+        summary = summary_of(job)
+        assert summary["unsent_records"] == 0
+        assert MlflowClient(uri).get_run(summary["mlflow_run_id"]).info.status == "FINISHED"
+        run_id, events = summary["mlflow_run_id"], Spool(job.run_dir / SPOOL_NAME).count(0) - 1
+        assert out[:-1] == ([f"{events} events sent to {uri}, run {run_id}"] if first else [])
+        assert out[-1] == (
+            f"already finished, see {job.run_dir}: test accuracy 0.9000 (ridge readout); model: {job.run_dir}/model; "
+            f"MLflow run: {run_id} (mlflow ui --backend-store-uri {uri}) (--resume never starts a new run)"
+        )
