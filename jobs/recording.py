@@ -31,7 +31,12 @@ MODEL = "model: "
 
 
 def open_tracker(
-    run_dir: Path, config: TrackingConfig, log_model: ModelLogger | None = None, *, held: bool = False, owned: Callable[[], bool] = lambda: True
+    run_dir: Path,
+    config: TrackingConfig,
+    log_model: ModelLogger | None = None,
+    *,
+    held: bool = False,
+    owned: Callable[[], bool] = lambda: True,
 ) -> Tracker:
     """The tracker of a run, see `Tracker`, once MLflow has been asked whether it takes the run's records.
 

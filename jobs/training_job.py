@@ -164,10 +164,6 @@ class TrainingJob:
             resume = self.start.resume
             start_step = 0 if resume is None else read_manifest(resume).cursor.step
             display.note(StartingPoint(start_step, self.start.note))
-            if self.exclusive is not None:
-                display.note(
-                    f"warning: {self.exclusive}: only the lease keeps a second attempt from this run directory"
-                )
             if self.dataset.skipped:
                 display.note(f"{count(self.dataset.skipped, 'damaged image')} left out (data.damaged: skip)")
             self._train(display, start_step)
