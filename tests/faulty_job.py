@@ -1,7 +1,7 @@
 """`python -m tests.faulty_job PLAN ARGUMENTS…`: `python -m jobs.pretrain ARGUMENTS…` whose ranks fail as planned.
 
-PLAN: a `FaultPlan` as JSON, `null`, or `"crash in commit"`: the driver dies, by SIGKILL, while it writes the manifest
-of its second checkpoint.
+PLAN: a `FaultPlan` as JSON, `null`, `"crash in commit"`: the driver dies, by SIGKILL, while it writes the manifest of
+its second checkpoint, or `"impatient"`: it takes over from an attempt that has not ended without waiting for it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import cluster.checkpoints.manifest
 import cluster.group
+import cluster.lease
 from jobs.entry_point import run_main
 from jobs.pretrain import main
 from tests.faults import FaultPlan, faulty_worker
@@ -41,6 +42,8 @@ if __name__ == "__main__":
     values = json.loads(sys.argv[1])
     if values == "crash in commit":
         crash_in_commit()
+    elif values == "impatient":
+        cluster.lease.EXPIRE_S = 0.0
     elif values is not None:
         worker = faulty_worker(FaultPlan(**values))
         cluster.group.WorkerGroup = partial(cluster.group.WorkerGroup, worker_class=worker)

@@ -32,7 +32,7 @@ import pytest
 from cluster.checkpoints.manifest import MANIFEST, folder_of
 from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
-from cluster.storage import AnyPath, locate, read
+from cluster.storage import AnyPath, find, locate, read
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from tests.faults import COMMIT_S, HOLD_S, MOMENTS, FaultPlan, Kind, wait_for
@@ -382,13 +382,50 @@ def test_another_machine_goes_on(ray: Any, make_cell: Callable[..., Cell], undis
 
 @pytest.mark.fault
 def test_a_driver_that_dies_while_it_commits(ray: Any, make_cell: Callable[..., Cell], undisturbed: bytes) -> None:
-    """Half a manifest is no manifest: the checkpoint before it is taken."""
+    """Half a manifest is no manifest. Its checkpoint has its number already, so the next driver writes the manifest."""
     cell = make_cell()
     cell.start("crash in commit")
     assert cell.end() == -signal.SIGKILL
     (half,) = Path(str(cell.run_dir)).rglob("manifest.json.partial")  # a rank may have left half a shard as well
     assert not half.with_suffix("").exists()
     resume(cell)
-    assert f"continuing the unfinished run in {cell.run_dir}, from step-00000004" in cell.out[1]
+    assert f"continuing the unfinished run in {cell.run_dir}, from step-00000008" in cell.out[1]
     assert_whole(ray, cell, undisturbed, restarts=0)
     assert not half.exists()
+
+
+def files_of(run_dir: AnyPath) -> dict[str, bytes]:
+    """All but shards: those that no manifest names are nobody's."""
+    found = [path for depth in range(1, 4) for path in find(run_dir, "/".join("*" * depth))]
+    return {str(path): read(path) for path in found if path.is_file() and not path.name.startswith("rank-")}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("remote", [False, True], ids=["folder", "s3"])
+def test_two_jobs_of_one_run_overlap(
+    ray: Any, make_cell: Callable[..., Cell], undisturbed: bytes, remote: bool
+) -> None:
+    """The first one is frozen, as on a host that is cut off, and goes on once the second one has finished: it stops,
+    and changes nothing. Submitted once more, the job trains nothing."""
+    first, second = make_cell(remote=remote), make_cell(remote=remote)
+    second.run_dir, signals = first.run_dir, first.work / "signals"
+    signals.mkdir()
+    first.start(FaultPlan.at("in mid-epoch", "tell", signals=str(signals)))
+    wait_for(signals / "here", HOLD_S)
+    wait_for(folder_of(first.run_dir, 12) / MANIFEST, COMMIT_S)
+    signal_driver(signal.SIGSTOP)(first)
+    second.start("impatient")
+    assert second.end() == 0, second.out
+    before = files_of(first.run_dir)
+    (signals / "go").touch()
+    signal_driver(signal.SIGCONT)(first)
+    assert first.end() == 1, first.out
+    assert "another attempt took over this run: " in first.out[0]
+    assert "test accuracy" not in first.out[0]
+    assert files_of(first.run_dir) == before
+    resume(second)
+    told = second.out[1].splitlines()
+    assert [line for line in told if line.startswith("already finished, see ")] == told[-1:]
+    assert files_of(first.run_dir) == before
+    assert_whole(ray, second, undisturbed, restarts=0)
+    assert_nothing_left(ray, first)
