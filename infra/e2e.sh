@@ -262,7 +262,8 @@ PY
 run+=(--set 'data={path: s3://e2e/prepared, size: 8, channels: 1, test_fraction: 0.2}')
 raw=(--set data.path=s3://e2e/images)
 train=(python -m jobs.pretrain "${run[@]}" --run-dir "$run_dir" --set model.layers.1.train.epochs=60)
-train+=(--set model.layers.1.out_channels=256 --set cluster.min_shards=1 --set cluster.grow_after_s=1 --set tracking.register=e2e)
+train+=(--set model.layers.1.out_channels=256 --set cluster.min_shards=1 --set cluster.start_timeout_s=60)
+train+=(--set cluster.grow_after_s=1 --set tracking.register=e2e)
 
 step "images in S3" images
 step "jobs.doctor on every node" on desk "$python" -m jobs.doctor --submit "${run[@]}" "${raw[@]}" --run-dir "$run_dir"
