@@ -266,7 +266,8 @@ train+=(--set model.layers.1.out_channels=256 --set cluster.min_shards=1 --set c
 train+=(--set cluster.grow_after_s=1 --set tracking.register=e2e)
 
 step "images in S3" images
-step "jobs.doctor on every node" on desk "$python" -m jobs.doctor --submit "${run[@]}" "${raw[@]}" --run-dir "$run_dir"
+doctor=(on desk "$python" -m jobs.doctor --submit "${run[@]}" "${raw[@]}" --run-dir "$run_dir")
+step "jobs.doctor on every node" wait_for head "${doctor[@]}" # on a busy machine a node may not answer in time
 submit prepare python -m jobs.prepare "${run[@]}" "${raw[@]}" --out s3://e2e/prepared
 step "jobs.prepare: shards in S3" wait_for prepare succeeded prepare
 submit train "${train[@]}"

@@ -12,6 +12,7 @@ SIGINT, SIGTERM, SIGHUP.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def _submitted(words: list[str]) -> int:
     """The same as a job of the cluster, where its nodes can be reached. Returns the job's exit status."""
     from jobs import submit
 
+    logging.disable(logging.WARNING)  # Ray tells of every request
     return submit.main(["--wait", "--", "python", "-m", "jobs.doctor", *words])
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from jobs.benchmarks.timing import Timings
 from jobs.benchmarks.updates import Comparison, exchanges, modes
 from jobs.reporting import MissingError
 from simmatch.solvers.block import TAIL
+from tests.cluster.actors import is_alive
 
 CHANNELS, PADDED, PATCH, PIXELS = 7, 4, 25, 64
 """7 channels on 2 ranks: slices are padded to 4 rows. 5 × 5 patches, as many columns as an 8 × 8 image has pixels."""
@@ -375,6 +379,27 @@ def test_namespaces_are_removed_on_sigterm(namespaces: None) -> None:
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert left_behind() == []
+
+
+def test_hosts_for_a_command(namespaces: None, tmp_path: Path) -> None:
+    """It sees every host, and the other from one; its exit status is passed on; what it leaves running is ended."""
+    script = tmp_path / "command"
+    script.write_text(f"""
+        read -r name address namespace <<<"$SIMMATCH_HOSTS"
+        ip netns exec "$namespace" {sys.executable} -c "import time; print(flush=True); time.sleep(300)" >{tmp_path}/up &
+        echo $! >{tmp_path}/pid
+        until [ -s {tmp_path}/up ]; do sleep 0.1; done
+        echo "$SIMMATCH_HOSTS"
+        exit 7
+    """)
+    words = [sys.executable, "-m", "jobs.benchmarks.namespaces", "one", "two", "--", "bash", str(script)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 7
+    unique = rf"simmatch-{process.pid}-\w{{6}}"
+    assert re.fullmatch(rf"one 198\.18\.0\.1 {unique}-0\ntwo 198\.18\.0\.2 {unique}-1\n", out)
+    assert namespaces_of(process.pid) == []
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 def fake_ip(folder: Path, refused: str) -> None:
