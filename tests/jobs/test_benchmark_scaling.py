@@ -386,7 +386,7 @@ def test_hosts_for_a_command(namespaces: None, tmp_path: Path) -> None:
     script = tmp_path / "command"
     script.write_text(f"""
         read -r name address namespace <<<"$SIMMATCH_HOSTS"
-        ip netns exec "$namespace" {sys.executable} -c "import time; print(flush=True); time.sleep(300)" >{tmp_path}/up &
+        ip netns exec "$namespace" {sys.executable} -c "import time; print(flush=True); time.sleep(99)" >{tmp_path}/up &
         echo $! >{tmp_path}/pid
         until [ -s {tmp_path}/up ]; do sleep 0.1; done
         echo "$SIMMATCH_HOSTS"
