@@ -20,8 +20,8 @@ NOT_RUN = "not run in tests"
 """In the comment behind a command that takes too long, or needs what a test machine lacks."""
 
 OF_A_RUN = (
-    "checkpoints/", "checkpoints/constants/", "events/", "figures/", "model/", "profile/", "results/", "summary.json",
-    "tables.md",
+    "checkpoints/", "checkpoints/constants/", "commits/", "events/", "figures/", "model/", "profile/", "results/",
+    "summary.json", "tables.md",
 )  # fmt: skip
 """Files of a run, not of the project."""
 

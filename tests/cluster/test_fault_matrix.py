@@ -411,8 +411,8 @@ def test_two_jobs_of_one_run_overlap(
     second.run_dir, signals = first.run_dir, first.work / "signals"
     signals.mkdir()
     first.start(FaultPlan.at("in mid-epoch", "tell", signals=str(signals)))
-    wait_for(signals / "here", HOLD_S)
-    wait_for(folder_of(first.run_dir, 12) / MANIFEST, COMMIT_S)
+    wait_for(signals / "here", LIMIT_S)
+    wait_for(folder_of(first.run_dir, 12) / MANIFEST, LIMIT_S)
     signal_driver(signal.SIGSTOP)(first)
     second.start("impatient")
     assert second.end() == 0, second.out
