@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.config import RunConfig
 from cluster.text import count
 
 MOST_NAMED = 3
 """Nodes that are gone, in one message."""
+
+
+def needs_of(config: RunConfig) -> dict[str, float]:
+    """What Ray reserves for a rank."""
+    needs = {"CPU": float(config.cluster.cpus_per_rank)}
+    if config.device == "cuda":
+        needs["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
+    return needs
 
 
 def room_for(bundle: dict[str, float], free: dict[str, float], nodes: list[dict[str, Any]]) -> int:

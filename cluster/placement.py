@@ -19,7 +19,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.capacity import fitting, room_for, shortage
+from cluster.capacity import fitting, needs_of, room_for, shortage
 from cluster.config import RunConfig
 from cluster.failures import classify
 from cluster.mesh import MeshConfig
@@ -55,14 +55,6 @@ class Seat:
     bundle: int
     node: str
     address: str
-
-
-def needs_of(config: RunConfig) -> dict[str, float]:
-    """What Ray reserves for a rank."""
-    needs = {"CPU": float(config.cluster.cpus_per_rank)}
-    if config.device == "cuda":
-        needs["GPU"] = 1.0  # one whole GPU: nccl refuses to share one between ranks
-    return needs
 
 
 def bundle_sizes(mesh: MeshConfig, room: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from cluster.allocation import Allocation
-from cluster.capacity import fitting
+from cluster.capacity import fitting, needs_of
 from cluster.config import RunConfig
 from cluster.text import count, size
 from jobs.diagnosis.findings import Finding, Status, ok
@@ -110,8 +110,7 @@ def _gpus_of(node: str, found: Gpus, offered: int) -> list[Finding]:
 
 def most_ranks(node: Node, config: RunConfig) -> int:
     """How many of the ranks may be placed on a node."""
-    bundle = {"CPU": float(config.cluster.cpus_per_rank)} | ({"GPU": 1.0} if config.device == "cuda" else {})
-    return min(config.mesh.world_size, fitting(bundle, dict(node.resources)))
+    return min(config.mesh.world_size, fitting(needs_of(config), dict(node.resources)))
 
 
 def judge_cores(found: Mapping[str, Allocation], nodes: Sequence[Node], config: RunConfig | None) -> list[Finding]:

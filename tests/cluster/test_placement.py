@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.capacity import needs_of
 from cluster.config import RunConfig
 from cluster.mesh import MeshConfig
 from cluster.network import administrators, use_interface
-from cluster.placement import Placement, Seat, bundle_sizes, needs_of, order_by_gpu, seats_of
+from cluster.placement import Placement, Seat, bundle_sizes, order_by_gpu, seats_of
 from cluster.policy import GroupFailure
 from tests.cluster.actors import limits
 from tests.cluster.ray_nodes import Nodes
