@@ -83,10 +83,12 @@ class LeaseKeeper:
             write_whole(self._path, dump_json(lease.model_dump(mode="json")))
 
 
-def wait_for_holder(run_dir: AnyPath, tell: Callable[[str], None]) -> int:
-    """Wait until no attempt is at work in a run directory; returns the number of its newest entry by then.
+def wait_for_holder(run_dir: AnyPath, tell: Callable[[str], None]) -> int | None:
+    """Wait until no attempt is at work in a run directory; returns the number of its newest entry, or None where an
+    attempt has ended meanwhile, so that what it has left is to be looked at again.
 
-    An attempt of another machine gets `EXPIRE_S` to end, or to show that it lives.
+    An attempt of another machine gets `EXPIRE_S` to end, or to show that it lives; so does one that has recorded its
+    end and is bringing its last records.
 
     tell: shows a line.
 
@@ -99,10 +101,11 @@ def wait_for_holder(run_dir: AnyPath, tell: Callable[[str], None]) -> int:
     """
     commits = Commits(run_dir)
     number, entry = commits.newest()
-    if entry is None or entry.kind == "end" or entry.holder.ended():
+    lease = None if entry is None else _read(run_dir, entry.attempt)
+    if entry is None or (entry.kind == "end" and lease is None) or entry.holder.ended():
         return number
-    holder, lease = entry.holder, _read(run_dir, entry.attempt)
-    if lease is not None and holder.machine and holder.machine == machine():
+    holder = entry.holder
+    if entry.kind != "end" and lease is not None and holder.machine and holder.machine == machine():
         silent_s = uptime_s() - lease.uptime_s
         if silent_s < EXPIRE_S:
             raise RunBusyError(_busy(run_dir, holder))
@@ -114,8 +117,8 @@ def wait_for_holder(run_dir: AnyPath, tell: Callable[[str], None]) -> int:
         time.sleep(LOOK_S)
         found, (newest, latest) = _read(run_dir, entry.attempt), commits.newest()
         released = found is None and lease is not None
-        if released or latest is None or latest.kind == "end" or latest.attempt != entry.attempt:
-            return newest
+        if released or latest is None or latest.attempt != entry.attempt:
+            return None
         if (found, newest) != (lease, number):
             lease, number, changed_s = found, newest, time.monotonic()
             if changed_s - started_s >= EXPIRE_S:
