@@ -395,9 +395,10 @@ def test_a_driver_that_dies_while_it_commits(ray: Any, make_cell: Callable[..., 
 
 
 def files_of(run_dir: AnyPath) -> dict[str, bytes]:
-    """All but shards: those that no manifest names are nobody's."""
-    found = [path for depth in range(1, 4) for path in find(run_dir, "/".join("*" * depth))]
-    return {str(path): read(path) for path in found if path.is_file() and not path.name.startswith("rank-")}
+    """All but what ranks write: shards that no manifest names and models that are not published are nobody's."""
+    found = [path for depth in range(1, 4) for path in find(run_dir, "/".join("*" * depth)) if path.is_file()]
+    ranks = ("rank-", "model-")
+    return {str(path): read(path) for path in found if not {path.name[:5], path.parent.name[:6]} & set(ranks)}
 
 
 @pytest.mark.fault
