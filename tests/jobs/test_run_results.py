@@ -22,6 +22,7 @@ from rich.console import Console
 
 import cluster.fence
 import cluster.tracking.tracker
+import jobs.pretrain
 import jobs.run_results
 import jobs.training_job
 from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of, manifest_values
@@ -489,6 +490,35 @@ def test_an_attempt_goes_on_where_the_one_before_was_cut_off(
     _, entry = Commits(job.run_dir).newest()
     assert (entry and entry.kind, entry and entry.status) == ("end", "FINISHED")
     assert not (job.run_dir / LEASE).exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_finished_job_that_is_submitted_again_trains_nothing(
+    make_job: Callable[..., TrainingJob],
+    digits_yaml: Path,
+    resume: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As by a cluster that has lost sight of it. It says where the result is, and takes nothing of the cluster."""
+    job = make_job()
+    assert job.run() == 0
+    before, begun = content(job.run_dir), []
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_again"}}')
+    monkeypatch.setattr(TrainingJob, "run", lambda again: begun.append(again) or 0)
+    capsys.readouterr()
+    options = ["--config", str(digits_yaml), "--set", "tracking.enabled=false", "--run-dir", str(job.run_dir)]
+    assert jobs.pretrain.main([*options, "--resume", resume]) == 0
+    assert content(job.run_dir) == before
+    if resume == "never":
+        (again,) = begun
+        assert (again.run_dir, again.fence.holder.job) == (job.run_dir.with_name("r-2"), "raysubmit_again")
+        return
+    assert begun == []
+    assert capsys.readouterr().out == (
+        f"already finished, see {job.run_dir}: test accuracy 0.9000 (ridge readout); model: {job.run_dir}/model "
+        "(--resume never starts a new run)\n"
+    )
 
 
 def test_the_same_command_sends_what_mlflow_has_not_got(
