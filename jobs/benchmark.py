@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from cluster.redaction import one_line
-from jobs.benchmarks import dynamics, exact, gpu, ingest, network, overhead, pynsm, scaling
+from jobs.benchmarks import dynamics, exact, gpu, ingest, network, overhead, pynsm, scaling, windows
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import at_least
@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "ingest": (ingest, "reading an epoch of prepared images: speed and memory, compared with other ways to read"),
     "pynsm": (pynsm, "encoding and training compared with the authors' library"),
     "scaling": (scaling, "shards compared with one device, for every exchange mode; with --axes, replicas and stages"),
+    "signals": (windows, "1-D layers on signals: accuracy beside random filters and the spectrum, windows per second"),
     "network": (network, "exchange modes and number formats between two hosts on a slow link"),
     "overhead": (overhead, "share of training time spent on checkpoints and tracking"),
 }

@@ -408,7 +408,17 @@ def test_help_lists_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    assert set(SUBCOMMANDS) == {"dynamics", "exact", "gpu", "ingest", "pynsm", "scaling", "network", "overhead"}
+    assert set(SUBCOMMANDS) == {
+        "dynamics",
+        "exact",
+        "gpu",
+        "ingest",
+        "pynsm",
+        "scaling",
+        "network",
+        "overhead",
+        "signals",
+    }
     assert all(name in said for name in SUBCOMMANDS)
     for name in SUBCOMMANDS:
         with pytest.raises(SystemExit) as stop:

@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import RidgeClassifier
+from sklearn.preprocessing import StandardScaler
 
+import jobs.benchmark
 import jobs.pretrain
 from cluster.config import RunConfig
 from cluster.messages import Outbox, ReadoutScored
 from cluster.training import Assignment, Training
+from jobs.benchmarks import windows
 from jobs.options import override, read_yaml
 from jobs.preflight import check
 from simmatch.config import parse
 from simmatch.data.sources import load_dataset
 from simmatch.fit import Trainer
 from simmatch.model import Stack, load_model
+from simmatch.parts import PARTS
 from simmatch.sharding.mesh import Mesh
 from tests.exchanges import meshes, of_type, results, run_meshes
 
@@ -116,7 +121,37 @@ def test_a_run_on_two_ranks_leaves_a_model_of_signals(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"] > 0.95
     model = load_model(tmp_path / "run" / "model")
-    windows = load_dataset(config_of(folder).data).test_images[:5]
-    assert model(windows).shape == (5, 16, 1, 13)
-    assert model.features(windows).shape == (5, 16)
+    images = load_dataset(config_of(folder).data).test_images[:5]
+    assert model(images).shape == (5, 16, 1, 13)
+    assert model.features(images).shape == (5, 16)
     assert (tmp_path / "run" / "figures" / "filters-layer-0.png").stat().st_size > 10_000
+
+
+def test_the_benchmark_compares_one_readout(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: scikit-learn's ridge classifier on the spectrum, and on torch's own convolution with ReLU."""
+    monkeypatch.setattr(windows, "WARM", 2)
+    monkeypatch.setattr(windows, "UPDATES", 3)
+    monkeypatch.setattr(windows, "KERNEL", 16)
+    config = config_of(folder)
+    words = ["signals", "--quick", "--run-dir", str(tmp_path), "--config", str(BEARINGS)]
+    places = [f"data.path={config.data.path}", f"data.test_path={config.data.test_path}"]
+    for assignment in [*places, *SHORT, "data.hop=8"]:
+        words += ["--set", assignment]
+    assert jobs.benchmark.main(words) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    accuracy = {row["row"]: row["accuracy"] for row in rows if row["kind"] == "accuracy"}
+    assert set(accuracy) == {"similarity matching", "random", "random, whitened", "spectrum"}
+    dataset = load_dataset(config_of(folder, "data.hop=8").data)
+    spectra = [np.abs(np.fft.rfft(images[:][:, 0, 0])) for images in (dataset.train_images, dataset.test_images)]
+    scale = StandardScaler().fit(spectra[0])
+    ridge = RidgeClassifier(alpha=0.01 * len(spectra[0])).fit(scale.transform(spectra[0]), dataset.train_labels)
+    expected = ridge.score(scale.transform(spectra[1]), dataset.test_labels)
+    assert accuracy["spectrum"] == pytest.approx(expected, abs=1 / len(spectra[1]))
+    speed = [row for row in rows if row["kind"] == "speed"]
+    assert [row["solver"] for row in speed] == ["coordinate_descent", "accelerated"]
+    for row in speed:
+        assert row["windows_per_second"] == pytest.approx(1e6 / row["update_us"], rel=0.5)
+    parts = [row for row in rows if row["kind"] == "part"]
+    assert all(0.9 < sum(row[name] for name in PARTS if name in row) <= 1.001 for row in parts)
