@@ -10,6 +10,9 @@ from cluster.text import count
 MOST_NAMED = 3
 """Nodes that are gone, in one message."""
 
+MOST_HELD = 8
+"""Nodes that there are, in one message."""
+
 
 def needs_of(config: RunConfig) -> dict[str, float]:
     """What Ray reserves for a rank."""
@@ -45,7 +48,8 @@ def shortage(bundle: dict[str, float], ranks: int, nodes: list[dict[str, Any]]) 
     ]
     # Ray lists every node that there ever was
     gone = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in alive})
-    parts = [f"nodes: {', '.join(held) or 'none'}"]
+    more = f" and {len(held) - MOST_HELD} more" if len(held) > MOST_HELD else ""
+    parts = [f"nodes: {', '.join(held[:MOST_HELD]) or 'none'}{more}"]
     if gone:
         parts.append(f"gone: {', '.join(gone[:MOST_NAMED])}{' and more' if len(gone) > MOST_NAMED else ''}")
     lacking = ranks - sum(fitting(bundle, node["Resources"]) for node in alive)

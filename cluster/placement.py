@@ -38,7 +38,7 @@ LOOK_EVERY_S = 2.0
 """Pause between two looks at what the cluster has, while it is waited for."""
 
 TELL_AGAIN_S = 60.0
-"""Pause before a wait is told again where nothing has changed; twice as long each time."""
+"""Pause before a wait is told again where the nodes are the same; twice as long each time."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Placement:
     def wait(self, note: Callable[[str], None] = lambda _: None) -> None:
         """Wait until all resources are reserved, `cluster.placement_timeout_s` at most.
 
-        note: told at once what is waited for, then where something has changed, and sparsely otherwise.
+        note: told at once what is waited for, then where nodes have come or gone, and sparsely otherwise.
 
         Raises
         ------
@@ -200,14 +200,14 @@ class Placement:
         told, tell_at, pause_s = "", 0.0, TELL_AGAIN_S
         while not self._ready(min(LOOK_EVERY_S if told else FIRST_LOOK_S, limit_s)):
             waited_s = time.monotonic() - began
-            lacking, room = self._lacking()
+            free, held, room = self._look()
             if waited_s >= limit_s or self._may_shrink(waited_s, room):
-                raise GroupFailure(self._no_room(min(waited_s, limit_s), lacking, room))
-            if lacking != told or waited_s >= tell_at:
+                raise GroupFailure(self._no_room(min(waited_s, limit_s), f"{free}; {held}", room))
+            if held != told or waited_s >= tell_at:
                 until = f"at most {limit_s:g} s (cluster.placement_timeout_s)"
-                note(f"waiting for room for {self._wanted}, {until}, {waited_s:.0f} s so far: {lacking}")
-                pause_s = TELL_AGAIN_S if lacking != told else 2 * pause_s
-                told, tell_at = lacking, waited_s + pause_s
+                note(f"waiting for room for {self._wanted}, {until}, {waited_s:.0f} s so far: {free}; {held}")
+                pause_s = TELL_AGAIN_S if held != told else 2 * pause_s
+                told, tell_at = held, waited_s + pause_s
         if told:
             note(f"room for {self._wanted} after {time.monotonic() - began:.0f} s")
 
@@ -253,19 +253,19 @@ class Placement:
         assert self._group is not None
         return self._ask("reserve resources", partial(self._group.wait, limit_s), limit_s)
 
-    def _lacking(self) -> tuple[str, int]:
-        """What the cluster has and lacks now, in a sentence, and for how many ranks it has room."""
+    def _look(self) -> tuple[str, str, int]:
+        """What is free now, which nodes there are and what they lack, and for how many ranks there is room."""
         free = self._ask("report its resources", ray.available_resources)
         nodes = self._ask("list its nodes", nodes_to_place_on)
         amounts = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in self.needs)
-        return f"free now: {amounts}; {shortage(self.needs, self.ranks, nodes)}", room_for(self.needs, free, nodes)
+        return f"free now: {amounts}", shortage(self.needs, self.ranks, nodes), room_for(self.needs, free, nodes)
 
     def _may_shrink(self, waited_s: float, room: int) -> bool:
         least = self.limits.min_shards
         return least is not None and least <= room < self.ranks and waited_s >= self.limits.start_timeout_s
 
-    def _no_room(self, waited_s: float, lacking: str, room: int) -> Failure:
-        message = f"no room for {self._wanted} within {waited_s:.0f} s; {lacking}"
+    def _no_room(self, waited_s: float, found: str, room: int) -> Failure:
+        message = f"no room for {self._wanted} within {waited_s:.0f} s; {found}"
         least = self.limits.min_shards
         if least is not None and room >= least:
             return Failure(message, retryable=True, fits=room)

@@ -169,8 +169,8 @@ def test_nodes_that_come_late_cost_no_restart(
     seen: set[str] = set()
     with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread only
         running = pool.submit(controller.run)
-        for room in range(2):
-            while not any(f"free now: {room} CPU" in note for note in watcher.notes):
+        for come in range(2):
+            while not any(note.startswith("waiting ") and note.count(" with 1 CPU") == come for note in watcher.notes):
                 assert not running.done(), running.result()
                 seen |= set(ray.util.placement_group_table()) - before
                 time.sleep(0.1)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.capacity import needs_of
+from cluster.capacity import needs_of, shortage
 from cluster.config import RunConfig
 from cluster.mesh import MeshConfig
 from cluster.network import administrators, use_interface
@@ -122,6 +122,13 @@ def test_ranks_of_a_node_are_in_the_order_of_their_gpus(gpus: list[tuple[str, ..
 def test_a_rank_needs_its_cpus_and_one_whole_gpu(digits_config: Callable[..., RunConfig]) -> None:
     assert needs_of(digits_config(2, cluster={"cpus_per_rank": 3})) == {"CPU": 3.0}
     assert needs_of(digits_config(2, device="cuda")) == {"CPU": 1.0, "GPU": 1.0}
+
+
+def test_of_many_nodes_some_are_named() -> None:
+    nodes = [{"Alive": True, "NodeManagerAddress": f"10.0.0.{n}", "Resources": {"CPU": 2.0}} for n in range(20)]
+    text = shortage({"CPU": 4.0}, 1, nodes)
+    assert text.startswith("nodes: 10.0.0.0 with 2 CPU, ")
+    assert text.endswith(", 10.0.0.7 with 2 CPU and 12 more; 1 rank more than there is room for")
 
 
 # -- on nodes of Ray ---------------------------------------------------------------------------------------------------
