@@ -12,10 +12,13 @@ SIGINT, SIGTERM, SIGHUP.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import IO
 
 from cluster.config import RunConfig
 from cluster.redaction import Redactor, one_line
@@ -30,8 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, check. Returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(given)
-    if options.submit:
-        return _submitted([word for word in given if word != "--submit"])
+    with redirect_stdout(JsonOnly(sys.stdout)) if options.json else nullcontext():
+        if options.submit:
+            return _submitted([word for word in given if word != "--submit"])
+        return _examined(options)
+
+
+def _examined(options: argparse.Namespace) -> int:
     try:
         if options.set and options.config is None:
             raise ConfigError("--set: expected --config FILE, whose keys it overrides")
@@ -44,6 +52,29 @@ def main(arguments: list[str] | None = None) -> int:
     with report:
         Examination(config, options.run_dir, report).run()
     return 0 if report.summary() else FAILED
+
+
+class JsonOnly(io.TextIOBase):
+    """Writes objects, a line each, to a stream, and all other lines, such as Ray's own, to standard error.
+
+    >>> print("job 7", file=JsonOnly(sys.stdout))
+    >>> print('{"check": "data"}', file=JsonOnly(sys.stdout))
+    {"check": "data"}
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream, self._begun = stream, ""
+
+    def write(self, text: str) -> int:
+        """Write the lines that end in this text, or before."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            print(line, file=self._stream if line.startswith("{") else sys.stderr, flush=True)
+        return len(text)
+
+    def isatty(self) -> bool:
+        """Whether people read along."""
+        return self._stream.isatty()
 
 
 def _submitted(words: list[str]) -> int:

@@ -210,12 +210,8 @@ class Examination:
     def _on_nodes(self, nodes: Nodes, missing: Sequence[Finding]) -> None:
         from jobs.diagnosis.link_check import LinkCheck  # imports ray, whose environment is set by now
 
-        names = [node.name for node in nodes.nodes]
-        self.report.nodes = len(names) + len(missing)
-        processors = sum(node.resources.get("CPU", 0) for node in nodes.nodes)
-        text = f"{count(len(names), 'node')} with {processors:g} CPUs: {', '.join(names[:8])}"
-        text += f" and {len(names) - 8} more" if len(names) > 8 else ""
-        self.report.add("nodes", [*missing, *([ok("nodes", text, nodes=names)] if names else [])])
+        self.report.nodes = len(nodes.nodes) + len(missing)
+        self.report.add("nodes", [*missing, *judge.judge_nodes(nodes.nodes, None if missing else self.config)])
         links = LinkCheck(nodes.nodes, self.config, LINKS_S)
         try:
             links.start()

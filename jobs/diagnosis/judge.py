@@ -31,6 +31,9 @@ LITTLE_BYTES = 100 * 10**6
 SPILL_SHARE = 0.95
 """Of a disk in use, from which on Ray neither spills nor makes objects there."""
 
+MOST_LISTED = 8
+"""Nodes listed by name."""
+
 SLOW = 0.5
 """A link with less than this share of the median is told."""
 
@@ -111,6 +114,24 @@ def _gpus_of(node: str, found: Gpus, offered: int) -> list[Finding]:
 def most_ranks(node: Node, config: RunConfig) -> int:
     """How many of the ranks may be placed on a node."""
     return min(config.mesh.world_size, fitting(needs_of(config), dict(node.resources)))
+
+
+def judge_nodes(nodes: Sequence[Node], config: RunConfig | None) -> list[Finding]:
+    """Which nodes there are, and whether all ranks find a place on them; of GPUs `judge_gpus` tells."""
+    names = [node.name for node in nodes]
+    if not names:
+        return []
+    processors = sum(node.resources.get("CPU", 0) for node in nodes)
+    text = f"{count(len(names), 'node')} with {count(int(processors), 'CPU')}: {', '.join(names[:MOST_LISTED])}"
+    text += f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    values = {"nodes": names, "cpus": processors}
+    if config is not None:
+        bundle, ranks = {"CPU": float(config.cluster.cpus_per_rank)}, config.mesh.world_size
+        room = sum(fitting(bundle, dict(node.resources)) for node in nodes)
+        if room < ranks:
+            text += f"; room for {room} of {count(ranks, 'rank')} of {count(config.cluster.cpus_per_rank, 'CPU')}"
+            return [Finding("nodes", "failure", text, "start more nodes, or ask for fewer ranks (mesh)", values=values)]
+    return [ok("nodes", text, **values)]
 
 
 def judge_cores(found: Mapping[str, Allocation], nodes: Sequence[Node], config: RunConfig | None) -> list[Finding]:

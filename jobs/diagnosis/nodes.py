@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.failures import classify
 from cluster.redaction import Redactor, one_line
 from jobs.diagnosis.findings import Finding
 
@@ -163,7 +164,7 @@ def gather(check: str, limit_s: float, refs: Mapping[str, Any]) -> Answers:
             except RayTaskError as error:
                 answers.faults.append(_fault(check, name, str(error.cause or error)))
             except RayError as error:
-                answers.faults.append(_fault(check, name, f"its process was lost: {one_line(error)}"))
+                answers.faults.append(_fault(check, name, f"its process was lost: {classify(error).message}"))
     answers.faults += [late(check, limit_s, name) for name in waiting.values()]
     return answers
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -43,19 +45,29 @@ class Report:
         self.nodes = 1
         self._order, self._json, self._hide = list(order), as_json, hide
         self._found: dict[str, list[Finding]] = {}
-        self._console, self._progress = Console(), Console(stderr=True)
-        self._status = self._progress.status("") if self._progress.is_terminal else None
+        self._console = Console()
+        self._spinner = Spinner("dots")
+        self._live = self._make_live()
         self._begun = self._told = time.monotonic()
         self._width = max(map(len, order))
 
     def __enter__(self) -> Report:
-        if self._status is not None:
-            self._status.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    def _make_live(self) -> Live | None:
+        """A line that moves, below the findings; None where no terminal shows it without disturbing what is printed."""
+        together = self._console.is_terminal and not self._json
+        console = self._console if together else Console(stderr=True)
+        if not console.is_terminal or (self._console.is_terminal and self._json):
+            return None
+        # what a pipe waits for must not end up in the console
+        return Live(self._spinner, console=console, transient=True, redirect_stdout=together, redirect_stderr=together)
 
     def add(self, check: str, findings: Sequence[Finding]) -> None:
         """All that a check has found; shown once those before it are."""
@@ -74,8 +86,8 @@ class Report:
         """What is not known yet."""
         now = time.monotonic()
         text = f"waiting for: {', '.join(checks)} ({now - self._begun:.0f} s)"
-        if self._status is not None:
-            self._status.update(text)
+        if self._live is not None:
+            self._spinner.update(text=text)
         elif now - self._told >= LINE_EVERY_S:
             self._told = now
             print(text, file=sys.stderr, flush=True)

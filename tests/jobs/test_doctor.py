@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster.allocation import Allocation
 from cluster.tracking.server_check import ServerAnswer
 from jobs import doctor, preflight, pretrain
-from jobs.diagnosis import examination, judge, link_check, node, nodes, surroundings
+from jobs.diagnosis import examination, judge, link_check, node, nodes, report, surroundings
 from jobs.diagnosis.findings import Finding, ok
 from jobs.diagnosis.links import LinkSpeed
 from jobs.diagnosis.node import Gpus, Room, Versions
@@ -91,6 +93,14 @@ def test_gpus(make_config: Callable[..., Any]) -> None:
     idle = only(judge.judge_gpus({THERE: CARD}, two[1:], make_config("mesh.channel=1")))
     assert idle.status == "warning"
     assert idle.text.startswith("1 GPU in the cluster; a run on cpu")
+
+
+def test_room_for_all_ranks(make_config: Callable[..., Any]) -> None:
+    two = [a_node(HERE), a_node(THERE)]
+    assert only(judge.judge_nodes(two, make_config("mesh.channel=8", "mesh.data=1"))).status == "ok"
+    finding = only(judge.judge_nodes(two, make_config("mesh.channel=8", "cluster.cpus_per_rank=2")))
+    assert finding.status == "failure"
+    assert finding.text == f"2 nodes with 8 CPUs: {HERE}, {THERE}; room for 4 of 8 ranks of 2 CPUs"
 
 
 def test_cores_against_threads_and_against_what_ray_offers(make_config: Callable[..., Any]) -> None:
@@ -381,6 +391,24 @@ def test_data_that_is_missing_is_one_failure(instead: Any, diagnose: Callable[..
     status, (line, _) = diagnose("--set", "data={path: /nowhere/photos, test_fraction: 0.1}")
     assert status == 1
     assert line.startswith("failure configuration /nowhere/photos: no such folder; fix: ")
+
+
+def test_colours_are_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    finding = Finding("disk", "failure", "full", "make room", (HERE,))
+    report.Report(["disk"]).add("disk", [finding])
+    assert capsys.readouterr().out == "failure  disk  full; fix: make room\n"
+    monkeypatch.setattr(report, "Console", partial(Console, force_terminal=True, width=80, _environ={}))
+    terminal = report.Report(["disk"])
+    with terminal:
+        terminal.waiting(["disk"])
+        terminal.add("disk", [finding])
+    out = capsys.readouterr().out
+    assert "\x1b[1;31mfailure\x1b[0m" in out
+    assert "waiting for: disk" in out
+    as_json = report.Report(["disk"], as_json=True)
+    with as_json:
+        as_json.add("disk", [finding])
+    assert json.loads(capsys.readouterr().out)["fix"] == "make room"
 
 
 # -- what is no cluster, and bad options -------------------------------------------------------------------------------

@@ -208,6 +208,23 @@ def test_our_submission_ends_as_the_job_does(cluster: Cluster, tmp_path: Path) -
     assert failed.returncode == 7, failed.stdout + failed.stderr
 
 
+def test_the_doctor_as_a_job(cluster: Cluster) -> None:
+    """Its objects alone on standard output, and its exit status."""
+    values = {name: value for name, value in cluster.environment.items() if name != "RAY_AUTH_MODE"}
+    words = ["--submit", "--json", "--config", "jobs/configs/digits.yaml", "--run-dir", "relative"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.doctor", *words],
+        env=values, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    *objects, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1, done.stderr
+    assert objects[2]["message"].startswith(f"cluster at {cluster.control}")
+    (failure,) = [each for each in objects if each["status"] == "failure"]
+    assert failure["message"].startswith("--run-dir: expected an absolute path inside a Ray job")
+    assert (last["check"], last["failures"]) == ("summary", 1)
+    assert "FAILED, exit status 1" in done.stderr
+
+
 STOPPED = """
 trap 'touch {0}/asked; python -c "import time; time.sleep(5)"; touch {0}/ended; exit 0' TERM
 touch {0}/begun
