@@ -39,11 +39,12 @@ class Finding:
 
         >>> full = Finding("disk", "warning", "full", nodes=("10.0.0.7", "10.0.0.8"))
         >>> full.where(3), full.where(2)
-        ('on 10.0.0.7, 10.0.0.8: full', 'on all 2 nodes: full')
+        ('on 10.0.0.7, 10.0.0.8: full', 'on both nodes: full')
         """
         if not self.nodes or nodes == 1:
             return self.text
-        return f"on {f'all {nodes} nodes' if len(self.nodes) == nodes else named(self.nodes)}: {self.text}"
+        everywhere = "both nodes" if nodes == 2 else f"all {nodes} nodes"
+        return f"on {everywhere if len(self.nodes) == nodes else named(self.nodes)}: {self.text}"
 
 
 def ok(check: str, text: str, **values: Any) -> Finding:

@@ -126,7 +126,7 @@ def judge_nodes(nodes: Sequence[Node], config: RunConfig | None) -> list[Finding
     text += f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
     values = {"nodes": names, "cpus": processors}
     if config is not None:
-        bundle, ranks = {"CPU": float(config.cluster.cpus_per_rank)}, config.mesh.world_size
+        bundle, ranks = {"CPU": needs_of(config)["CPU"]}, config.mesh.world_size
         room = sum(fitting(bundle, dict(node.resources)) for node in nodes)
         if room < ranks:
             text += f"; room for {room} of {count(ranks, 'rank')} of {count(config.cluster.cpus_per_rank, 'CPU')}"

@@ -165,6 +165,7 @@ def gather(check: str, limit_s: float, refs: Mapping[str, Any]) -> Answers:
                 answers.faults.append(_fault(check, name, str(error.cause or error)))
             except RayError as error:
                 answers.faults.append(_fault(check, name, f"its process was lost: {classify(error).message}"))
+    answers.by_node = {name: answers.by_node[name] for name in refs if name in answers.by_node}
     answers.faults += [late(check, limit_s, name) for name in waiting.values()]
     return answers
 

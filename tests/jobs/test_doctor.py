@@ -261,7 +261,7 @@ def test_a_healthy_cluster(
     checks = list(dict.fromkeys(line[9:22].strip() for line in lines))
     assert checks == list(examination.CHECKS)
     assert all(line[22:24] == "  " and line[24] != " " for line in lines)
-    assert any(line.endswith("on all 2 nodes: 4 CPUs, Ray offers 4") for line in lines)
+    assert any(line.endswith("on both nodes: 4 CPUs, Ray offers 4") for line in lines)
     assert summary.startswith(f"{len(lines)} ok, 0 warnings, 0 failures in ")
     assert summary.endswith(": a run can start")
     assert list(tmp_path.iterdir()) == []
