@@ -390,7 +390,7 @@ def test_mlflow(
 def test_data_that_is_missing_is_one_failure(instead: Any, diagnose: Callable[..., Diagnosis]) -> None:
     status, (line, _) = diagnose("--set", "data={path: /nowhere/photos, test_fraction: 0.1}")
     assert status == 1
-    assert line.startswith("failure configuration /nowhere/photos: no such folder; fix: ")
+    assert line.startswith("failure configuration data.path: /nowhere/photos: no such folder; fix: ")
 
 
 def test_colours_are_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
