@@ -117,7 +117,6 @@ ray_node() { # HOST OPTION...
         --object-store-memory=100000000 "$@"
 }
 
-worker() { ray_node "$1" --address="${address[head]}:6379" --num-cpus=1; } # HOST
 
 bucket() {
     on desk "$python" -c 'import s3fs; s3fs.S3FileSystem().mkdir("e2e")'
@@ -143,6 +142,15 @@ alive = [each for node in answer.json()["data"]["summary"] if (each := node["ray
 print(*(node["nodeId"] for node in alive if node["nodeManagerAddress"] in sys.argv[2:]))
 sys.exit(len(alive) != int(sys.argv[1]))
 PY
+}
+
+join() { # HOST COUNT: a worker joins, so that there are so many nodes; Ray gives it 30 s, too few on a busy machine
+    local _
+    for _ in 1 2 3; do
+        ray_node "$1" --address="${address[head]}:6379" --num-cpus=1
+        if wait_for "$1" nodes "$2"; then return 0; fi
+    done
+    return 1
 }
 
 ports() { # of every host, without the token; of those with ranks first, while there are any
@@ -172,9 +180,8 @@ ray_node head --head --port=6379 --num-cpus=0 --dashboard-host="${address[head]}
 step "S3: a server, a bucket" wait_for s3 bucket
 step "MLflow: a server that asks for a password, a user" wait_for mlflow user
 step "Ray: a head that asks for a token" wait_for head nodes 1
-worker worker-1
-worker worker-2
-step "Ray: two workers" wait_for head nodes 3
+step "Ray: a worker" join worker-1 2
+step "Ray: another" join worker-2 3
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
@@ -277,8 +284,8 @@ step "every port without the token" ports
 step "worker-2 is drained" drain worker-2
 step "the run goes on with one shard" wait_for train says train "starting a new group of 1 rank"
 step "worker-2 is gone" power_off worker-2
-worker worker-2
-step "worker-2 is back: two shards again" wait_for train says train "starting a new group of 2 ranks"
+step "worker-2 is back" join worker-2 3
+step "two shards again" wait_for train says train "starting a new group of 2 ranks"
 step "the run to its end" wait_for train succeeded train
 step "checkpoints in S3" checkpoints 1
 submit again "${train[@]}"
