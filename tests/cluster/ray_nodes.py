@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from typing import Any
 
 import psutil
+
+POD = """
+import sys, time
+
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+Node(
+    RayParams(
+        gcs_address=sys.argv[1],
+        num_cpus=1,
+        num_gpus=0,
+        node_ip_address="127.0.0.1",
+        object_store_memory=150 * 2**20,
+        include_log_monitor=False,
+        node_manager_port=0,
+        min_worker_port=0,
+        max_worker_port=0,
+    ),
+    head=False,
+    shutdown_at_exit=True,
+)
+while True:
+    time.sleep(1.0)
+"""
+"""What `ray start --block` runs, on a loopback address, which that command refuses."""
+
+
+def drain(address: str, node: str, seconds: float) -> None:
+    """Have Ray drain a node."""
+    import ray
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    ends_ms = int(1000 * (time.time() + seconds))
+    service = ray._raylet.GcsClient(address=address)
+    accepted, why_not = service.drain_node(node, DRAIN_NODE_REASON_PREEMPTION, "reclaimed", ends_ms)
+    assert accepted, why_not
 
 
 class Nodes:
@@ -31,15 +70,13 @@ class Nodes:
 
     def drain(self, pid: int, seconds: float) -> str:
         """Have Ray drain the node of a rank's process, as a cloud does before it takes a machine away; its id."""
-        import ray
-        from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-
         (node,) = [node for node in self.cluster.worker_nodes if self.raylet(node) == psutil.Process(pid).ppid()]
-        service = ray._raylet.GcsClient(address=self.cluster.address)
-        ends_ms = int(1000 * (time.time() + seconds))
-        accepted, why_not = service.drain_node(node.node_id, DRAIN_NODE_REASON_PREEMPTION, "reclaimed", ends_ms)
-        assert accepted, why_not
+        drain(self.cluster.address, node.node_id, seconds)
         return str(node.node_id)
+
+    def add_pod(self) -> subprocess.Popen[bytes]:
+        """One more node, whose first process is another one's, as in a pod."""
+        return subprocess.Popen([sys.executable, "-c", POD, self.cluster.address], stdout=subprocess.DEVNULL)
 
     def forget_the_ended(self) -> None:
         """Nodes whose Ray has ended by itself are no longer nodes to be counted."""

@@ -18,8 +18,8 @@ from cluster.controller import Controller
 from cluster.group import WorkerGroup
 from cluster.summary import RunRecord
 from tests.cluster.actors import ConfigMaker, Watcher, assert_gone, limits, model, nothing_reserved, train
-from tests.cluster.drivers import longer
-from tests.cluster.ray_nodes import Nodes
+from tests.cluster.drivers import Driver, LastingCluster, longer
+from tests.cluster.ray_nodes import Nodes, drain
 from tests.exchanges import results
 from tests.faults import FaultPlan, faulty_worker
 
@@ -61,6 +61,13 @@ def undisturbed(ranks: Any, config: Callable[..., RunConfig], tmp_path_factory: 
     run_dir = tmp_path_factory.mktemp("undisturbed")
     results(ranks(train, 2, config(), run_dir))
     return model(run_dir).read_bytes()
+
+
+def until(reached: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 class Scene:
@@ -198,3 +205,57 @@ def test_a_node_that_is_told_to_end_is_no_failure(
     assert "its node was ended: received SIGTERM; starting a new group from step-00000024" in told
     assert (record.preemptions, record.restarts) == (1, 0)
     assert model(tmp_path).read_bytes() == undisturbed
+
+
+def test_a_pod_that_is_deleted_drains_its_node(
+    nodes: Nodes, config: Callable[..., RunConfig], undisturbed: bytes, tmp_path: Path, record_property: Any
+) -> None:
+    """`ray start --block` that gets SIGTERM waits until its node is empty, 30 s at most: the ranks leave before."""
+    import ray
+
+    nodes.remove(nodes.raylet(next(iter(nodes.cluster.worker_nodes))))
+    until(lambda: ray.cluster_resources()["CPU"] == 1.0, 30.0)
+    pod = nodes.add_pod()
+    try:
+        until(lambda: ray.cluster_resources()["CPU"] == 2.0, 60.0)
+        scene = Scene(config(max_restarts=0), tmp_path, (0, 16))
+        scene.goes_on_after(0, "is drained by Ray")
+        told_at: list[float] = []
+
+        def delete() -> None:
+            pod.terminate()
+            told_at.append(time.monotonic())
+
+        def replace() -> None:
+            pod.wait(30.0)
+            told_at.append(time.monotonic())
+            nodes.add()
+
+        record = scene.run((lambda: scene.here(0), delete), (lambda: bool(scene.watcher.restarts()), replace))
+    finally:
+        pod.terminate()
+        pod.wait(60.0)
+    assert (record.preemptions, record.restarts, record.steps_again) == (1, 0, 0)
+    assert model(tmp_path).read_bytes() == undisturbed
+    gone_s = told_at[1] - told_at[0]
+    assert gone_s < 30.0
+    record_property("gone_s", round(gone_s, 2))
+
+
+def test_a_driver_whose_node_is_drained_ends_in_order(digits_config: ConfigMaker, tmp_path: Path) -> None:
+    lasting = LastingCluster()
+    config = longer(digits_config(2, cluster=limits()), 4000)
+    try:
+        with Driver(config, tmp_path / "run", tmp_path, lasting.env) as driver:
+            driver.wait_for(lambda: driver.committed(20))
+            drain(lasting.cluster.address, lasting.cluster.head_node.node_id, 60)
+            assert driver.finish() == 143, driver.text()
+    finally:
+        lasting.shut_down()
+    summary = driver.summary()
+    assert summary["status"] == "KILLED"
+    assert summary["message"].startswith("node ")
+    assert " with ranks 0, 1 and the driver of this job is drained by Ray and ends in " in summary["message"]
+    step = int(summary["message"].removesuffix(".").split("the newest checkpoint is of step ")[1])
+    assert driver.committed(step)
+    assert step % config.log_every == 0  # written for the occasion: checkpoints are due every four updates
