@@ -42,7 +42,7 @@ LIMITS = ("cluster.max_restarts=1000", "cluster.heartbeat_s=5")
 GAP_S = (45.0, 90.0)
 LONGEST_RECOVERY_S = 300.0
 LISTEN_S = 0.1
-MARKERS = "xov^sD"
+MARKERS = "xov^sDP"
 """Of the kinds of strikes in a timeline."""
 
 

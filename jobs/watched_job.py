@@ -182,10 +182,11 @@ class Strike:
 STRIKES = {
     "rank-kill": signal.SIGKILL,
     "rank-stop": signal.SIGSTOP,
+    "rank-term": signal.SIGTERM,
     "driver-kill": signal.SIGKILL,
     "driver-term": signal.SIGTERM,
 }
-"""Name → signal: a rank is killed or suspended, the job's driver is killed or asked to end."""
+"""Name → signal: a rank is killed, suspended or asked to end, the job's driver is killed or asked to end."""
 
 ENDS_DRIVER = {"driver-kill": -signal.SIGKILL, "driver-term": 128 + signal.SIGTERM}
 """Strikes after which the job is started again, and the exit status that belongs to them."""

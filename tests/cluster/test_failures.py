@@ -15,6 +15,7 @@ import pytest
 import ray.exceptions as rx
 import torch
 import torch.distributed as dist
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 
 from cluster.checkpoints.manifest import DamagedError
 from cluster.collectives import PeerTimeout, TorchExchange, connect_store, open_store
@@ -171,6 +172,34 @@ def test_every_error_of_ray_is_considered() -> None:
         if kind.__name__ in {"ObjectLostError", "RaySystemError"}
     }
     assert known - tested - not_raised_here - derived == set()
+
+
+@pytest.mark.parametrize(
+    ("reason", "text", "preempted", "end"),
+    [
+        ("AUTOSCALER_DRAIN_PREEMPTED", "The actor died because its node has died.", True, "; its node was drained"),
+        (
+            "EXPECTED_TERMINATION",
+            "The actor died because its node has died.\n\tthe actor's node was terminated expectedly: received SIGTERM",
+            True,
+            "; its node was ended: received SIGTERM",
+        ),
+        (
+            "UNEXPECTED_TERMINATION",
+            "The actor died because its node has died.\n\tthe actor's node was terminated unexpectedly: no heartbeats",
+            False,
+            "its node has died.",
+        ),
+    ],
+)
+def test_a_node_that_is_taken_away_on_purpose_is_no_failure(reason: str, text: str, preempted: bool, end: str) -> None:
+    """As Ray reports an actor of it."""
+    died = ActorDiedErrorContext(
+        error_message=text, actor_id=bytes(16), node_death_info=NodeDeathInfo(reason=NodeDeathInfo.Reason.Value(reason))
+    )
+    failure = classify(rx.ActorDiedError(died))
+    assert (failure.retryable, failure.preempted) == (True, preempted)
+    assert failure.message.endswith(end)
 
 
 def test_the_message_is_one_line_without_details() -> None:
