@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import cluster.halting
+from cluster.allocation import Allocation
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.departures import ClusterView, departures
@@ -20,6 +21,7 @@ from cluster.training import Assignment
 from simmatch.config import ConfigError
 from tests.cluster.test_controller import LOST, Recorded, ScriptedGroup, Shown, shard_written, status
 
+HELD = Allocation("w", "10.0.0.7", cpus=8)
 TAKEN = Failure("node n with rank 1 is drained by Ray", retryable=True, preempted=True)
 
 # -- policies ----------------------------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def test_a_larger_group_that_does_not_come_up_is_tried_less_and_less_often() -> 
 
 
 def test_departures_name_what_goes_with_a_node() -> None:
-    ranks = [RankInfo(rank, "w", "10.0.0.7", 7 + rank, 8, node="ab"[rank]) for rank in range(2)]
+    ranks = [RankInfo(rank, 7 + rank, HELD, node="ab"[rank]) for rank in range(2)]
     view = ClusterView({"a": None, "c": 9.0, "d": 12.4}, own_node="d")
     found = departures(view, ranks, [0, 1], now_s=10.0)
     assert {name: (departure.what, departure.driver) for name, departure in found.items()} == {
@@ -106,9 +108,9 @@ class LearningGroup(ScriptedGroup):
         self.terminated = False
         self.phase: Any = "learn"
 
-    def start(self) -> None:
-        super().start()
-        self.ranks = [RankInfo(rank, "w", "10.0.0.7", 6 + rank, 8, node=f"n{rank}") for rank in range(self.size)]
+    def start(self, note: Callable[[str], None]) -> None:
+        super().start(note)
+        self.ranks = [RankInfo(rank, 6 + rank, HELD, node=f"n{rank}") for rank in range(self.size)]
 
     def poll(self) -> list[RankStatus]:
         self.polls += 1
