@@ -39,6 +39,7 @@ from cluster.messages import (
     Traceback,
     TrainingWarning,
 )
+from cluster.node_usage import metrics_of
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, GroupFailure, Growth, Restart, Stop
 from cluster.storage import AnyPath
 from cluster.succession import Succession
@@ -294,6 +295,9 @@ class Controller:
         for status in statuses:
             for message in status.messages:
                 self._handle(status.rank, message)
+            if status.usage is not None:
+                usage = metrics_of(status.usage, group.ranks[status.rank], group.ranks)
+                self.recorder.metrics(self.record.next_sample(), usage)
         self._settle(SETTLE_S)
         self._check_owner()
         for latest in statuses[0].phases[self._phases_shown :]:  # also those that have ended since the last round

@@ -22,6 +22,7 @@ from cluster.failures import classify
 from cluster.layout import idle_gpus, threads_per_rank
 from cluster.messages import RankInfo, RankStatus
 from cluster.network import LOOPBACK, RayHead
+from cluster.node_usage import samplers
 from cluster.placement import Placement, Seat, ask_ray, order_by_gpu
 from cluster.policy import Failure, GroupFailure
 from cluster.shared_folder import check_copies, write_nonce
@@ -111,7 +112,9 @@ class WorkerGroup:
         if self.assignment.generation == 0:
             self._tell_idle_gpus(note)
         threads = self.config.threads_per_rank or threads_per_rank(self.ranks)
-        self._gather([actor.begin.remote(threads) for actor in self._actors], "begin")
+        sampling = samplers(self.ranks) if self.assignment.config.tracking.system_metrics_s else set()
+        calls = [actor.begin.remote(threads, samples=rank in sampling) for rank, actor in enumerate(self._actors)]
+        self._gather(calls, "begin")
 
     def _check_own_node(self) -> None:
         """A driver whose own node is gone cannot own actors: Ray ends every one that it makes."""

@@ -236,6 +236,7 @@ class RankStatus:
     messages: those sent since the poll before.
     exchanges: connection → exchanges started, on a GPU those that the device has come to; the others of a connection
         wait for the rank that has started the fewest. Connections by their names, "" for that of all ranks.
+    usage: of the node, if this rank samples it and has a new sample, see `cluster.node_usage`.
     stopped: it is done because it was asked to stop, and its shard is written.
     terminated: its process has got SIGTERM, and goes on until its group ends.
     idle_s: since a poll last found that its training thread or its GPU had moved: started or ended an exchange, sent a
@@ -248,6 +249,7 @@ class RankStatus:
     phases: list[Progress]
     messages: list[Message]
     exchanges: dict[str, int]
+    usage: dict[str, float] | None = None
     stopped: bool = False
     terminated: bool = False
     idle_s: float = 0.0

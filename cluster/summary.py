@@ -12,6 +12,7 @@ from typing import Any
 from cluster.checkpoints.manifest import Cursor
 from cluster.config import RunConfig
 from cluster.messages import LayerMetrics, LayerProfiled, ReadoutScored
+from cluster.node_usage import is_usage
 from cluster.tracking.events import MetricsEvent, TagsEvent
 from cluster.tracking.spool import Spool
 from simmatch.config import ModelConfig
@@ -85,6 +86,9 @@ class RunRecord:
     waits: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Stage → seconds in which it has learnt, and how many of them its first rank waited for others."""
 
+    _samples: int = 0
+    """Of nodes, recorded so far."""
+
     _before: tuple[int, float, float] = (0, 0.0, 0.0)
     _exchanged: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Stage → bytes and exchanges since the present group started."""
@@ -110,6 +114,11 @@ class RunRecord:
         totals = {"bytes_exchanged": self.bytes_exchanged, "num_exchanges": self.num_exchanges}
         values = metrics.values() | totals
         return values if self._append(metrics.layer, metrics.update, values) else None
+
+    def next_sample(self) -> int:
+        """Number of the next sample of a node: the step of its metrics."""
+        self._samples += 1
+        return self._samples - 1
 
     def add_profile(self, rank: int, profile: LayerProfiled) -> str | None:
         """Take in a rank's profile of a layer. Returns what to tell: the first problem with that layer's."""
@@ -150,6 +159,8 @@ class RunRecord:
                         self.forget({int(layer): int(number) for layer, number in marks})
                     if RATE.fullmatch(rate := str(values.get(RATE_TAG))):
                         self.rate = min(self.rate, float(rate))
+                case MetricsEvent(layer=None, step=step, values=values) if any(map(is_usage, values)):
+                    self._samples = max(self._samples, step + 1)
                 case MetricsEvent(layer=int(layer), step=step, values=values) if values.keys() >= TOTALS:
                     self.bytes_exchanged, self.num_exchanges = values["bytes_exchanged"], values["num_exchanges"]
                     self._append(layer, step, values)

@@ -25,6 +25,7 @@ from cluster.cpus import ThreadClock
 from cluster.failures import classify
 from cluster.messages import Outbox, RankInfo, RankStatus, Traceback
 from cluster.network import interface_of, use_interface
+from cluster.node_usage import NodeUsage
 from cluster.node_warnings import node_warnings
 from cluster.policy import Failure
 from cluster.redaction import Redactor
@@ -56,6 +57,7 @@ class Worker:
         self._failure: Failure | None = None
         self._thread: threading.Thread | None = None
         self._clock: ThreadClock | None = None
+        self._usage: NodeUsage | None = None
         self._lease_s: float | None = None
         self._mark: tuple[float, ...] = ()
         self._moved = time.monotonic()
@@ -129,10 +131,13 @@ class Worker:
         limit_s = config.cluster.stall_timeout_s * (WATCHDOG_FACTOR if self._device.type == "cuda" else 1.0)
         self._mesh = join_mesh(everyone, config.mesh, self._device, link_timeout_s=limit_s)
 
-    def begin(self, threads: int) -> None:
-        """Start training in a thread; returns at once."""
+    def begin(self, threads: int, *, samples: bool = False) -> None:
+        """Start training in a thread, and sampling of the node in another; returns at once."""
         self._renew()
         self._moved = time.monotonic()
+        if samples:
+            self._usage = NodeUsage(self.assignment.config.tracking.system_metrics_s)
+            self._usage.start()
         self._thread = threading.Thread(target=self._run, args=(threads,), name="training", daemon=True)
         self._thread.start()
 
@@ -151,6 +156,7 @@ class Worker:
             phases=list(self._outbox.phases),
             messages=self._outbox.since(first),
             exchanges=Traffic(self._mesh).started,
+            usage=None if self._usage is None else self._usage.take(),
             stopped=self._stopped,
             terminated=self._terminated,
             idle_s=self._idle_s(),

@@ -16,11 +16,10 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -38,6 +37,7 @@ from rich.table import Table as TerminalTable
 
 from cluster.cpus import allowed_cpus
 from jobs.display import ProgressBars
+from jobs.origin import git_commit
 from simmatch.config import ConfigError
 from simmatch.devices import cpu_model
 from simmatch.files import make_folder, write_whole
@@ -267,24 +267,3 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": git_commit(),
     }
-
-
-def git_commit(folder: Path | None = None) -> str | None:
-    """The full hash of the commit of a checkout, by default that of this code, with '+' where files differ from it.
-
-    Outside a checkout what the image says in its file `COMMIT`; None where there is none.
-    """
-    folder = folder or Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10.0
-        )  # fmt: skip
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        with suppress(OSError, ValueError):  # ValueError: no text
-            return (folder / "COMMIT").read_text().strip()
-    return None

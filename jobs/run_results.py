@@ -5,7 +5,7 @@ However that wait ends, the model and its accuracy are on the disk and have been
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,8 @@ class RunResults:
         )
         if record.readout is not None and record.readout.subset:
             tracker.tags({"probe_subset": record.readout.subset})
+        description = description_of(config, self.dataset, self._summary)
+        tracker.tags({"mlflow.note.content": description})
         tracker.finish(outcome.status)
         if self._model is not None:
             tracker.model(self._model, tuple(self.dataset.train_images.shape[1:]))
@@ -145,6 +147,26 @@ class RunResults:
             write_whole(self.start.run_dir / "summary.json", dump_json(self._summary))
         except OSError as error:  # the weights are in the checkpoints
             self.report(f"summary.json is not written: {error}")
+
+
+def description_of(config: RunConfig, dataset: Dataset, summary: Mapping[str, Any] | None = None) -> str:
+    """What MLflow's page says about a run at its head: mesh, data, model, and once it has ended the result."""
+    shape = " × ".join(str(size) for size in dataset.train_images.shape[1:])
+    layers = ", ".join(str(layer.out_channels) for layer in config.model.layers)
+    lines = [
+        f"**Mesh** {config.mesh}, device {config.device}",
+        f"**Data** {dataset.name}: {len(dataset.train_images):,} training images of {shape}, digest {dataset.digest()}",
+        f"**Model** {count(len(config.model.layers), 'layer')} of {layers} channels",
+    ]
+    if summary is not None:
+        parts = [summary["status"].lower()]
+        if summary["accuracy"] is not None:
+            parts.append(f"test accuracy {summary['accuracy']:.4f} ({summary['probe']} readout)")
+        if summary["accuracy_decode"] is not None:
+            parts.append(f"{summary['accuracy_decode']:.4f} by the nearest column of V")
+        parts.append(f"{count(summary['steps'], 'update')} in {summary['seconds']:.0f} s")
+        lines.append(f"**Result** {', '.join(parts)}")
+    return "  \n".join(lines)
 
 
 def probe_of(record: RunRecord) -> str:

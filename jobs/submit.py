@@ -29,9 +29,9 @@ from cluster.timeouts import run_with_timeout
 from cluster.tracking.tracker import user_name
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import at_least
+from jobs.origin import git_commit
 from jobs.ray_job import COMMIT, OWNER
 from jobs.ray_token import check_token
-from jobs.reporting import git_commit
 from jobs.submitted_job import ANSWER_S, SubmittedJob
 from jobs.working_dir import JOBS_API_BYTES, check_upload, measure
 from simmatch.config import ConfigError

@@ -27,11 +27,11 @@ from cluster.tracking.tracker import Tracker
 from jobs.display import JobDisplay, MakeDisplay, RunDisplay
 from jobs.entry_point import BAD_INPUT, FAILED
 from jobs.mirror import Mirror
-from jobs.ray_job import COMMIT, OWNER, job_metadata
+from jobs.origin import git_commit, source_tags
+from jobs.ray_job import COMMIT, job_metadata
 from jobs.ray_session import embeds_ray, shut_down_ray, start_ray
-from jobs.reporting import git_commit
 from jobs.run_directory import RunStart, continued
-from jobs.run_results import RunOutcome, RunResults, lines_of, table_of, waits_of
+from jobs.run_results import RunOutcome, RunResults, description_of, lines_of, table_of, waits_of
 from jobs.signals import Interrupted, SignalHandler, exit_status
 from simmatch.config import ConfigError
 from simmatch.data.sources import Dataset
@@ -276,17 +276,16 @@ class TrainingJob:
 
     def _record_start(self) -> None:
         """Record what is known before the first step."""
-        config, tracker, given = self.config, self.tracker, job_metadata()
-        tags = {
-            "simmatch.git_commit": given.get(COMMIT) or git_commit() or "unknown",
+        config, tracker = self.config, self.tracker
+        tags = source_tags() | {
+            "mlflow.note.content": description_of(config, self.dataset),
+            "simmatch.git_commit": job_metadata().get(COMMIT) or git_commit() or "unknown",
             "simmatch.world_size": str(config.mesh.world_size),
             "simmatch.mesh": str(config.mesh),
             "simmatch.host": os.uname().nodename,
             "simmatch.device": config.device,
             "simmatch.skipped_images": str(self.dataset.skipped),
         }
-        if given.get(OWNER):  # a job runs as a user of the cluster
-            tags["mlflow.user"] = given[OWNER]
         tracker.start(self.run_dir.name, layers=len(config.model.layers), tags=tags)
         values = public(config)
         layers = values["model"].pop("layers")

@@ -43,6 +43,9 @@ with warnings.catch_warnings():
         """Registered model that a finished run becomes a new version of, in the registry of `$MLFLOW_REGISTRY_URI`,
         then of the tracking server. None: none."""
 
+        system_metrics_s: NonNegativeFloat = 10.0
+        """Seconds between two samples of each node's CPU, memory, disk, network and GPUs. 0: none."""
+
         timeout_s: PositiveFloat = 10.0
         """Longest wait for one answer of the server."""
 

@@ -6,6 +6,7 @@ readout: other numbers cannot be compared. Somebody who wants another champion m
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from cluster.tracking.delivery import RejectedError
@@ -55,6 +56,8 @@ def register(client: MlflowClient, event: RegisterEvent, model: LoggedModel, *, 
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise RejectedError(str(error)) from error
         raise
+    versions = json.dumps([{"name": event.name, "version": version.version}])
+    client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": versions})  # the page of the logged model
     decision = version.tags.get(CHAMPION_TAG)
     if decision is None:  # once: somebody may have moved the alias since
         decision = _decide(client, event, version)

@@ -18,7 +18,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
 from jobs import submit, submitted_job
-from jobs.reporting import git_commit
+from jobs.origin import git_commit
 from jobs.signals import Interrupted
 from jobs.submitted_job import SubmittedJob
 from jobs.working_dir import JOBS_API_BYTES, check_upload, measure
