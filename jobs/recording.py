@@ -112,7 +112,7 @@ def outcome_lines(tracker: Tracker) -> list[str]:
         )
     elif tracker.run_id is not None:
         lines.append(f"MLflow run: {tracker.run_id} ({where_to_look(tracker.uri)})")
-    return [*lines, *tracker.told]
+    return [*lines, *dict.fromkeys(tracker.told)]  # an event may be sent twice
 
 
 def outcome_fields(tracker: Tracker) -> dict[str, Any]:

@@ -132,7 +132,12 @@ class RunResults:
         if self._model is not None:
             tracker.model(self._model, tuple(self.dataset.train_images.shape[1:]))
             if outcome.status == "FINISHED":
-                tracker.register(data=self.dataset.digest(), probe=probe_of(record), accuracy=self._summary["accuracy"])
+                tracker.register(
+                    data=self.dataset.digest(),
+                    probe=probe_of(record),
+                    accuracy=self._summary["accuracy"],
+                    description=description,
+                )
         self._write(tracking_share=tracker.seconds / seconds)
         return self._summary
 

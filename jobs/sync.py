@@ -110,7 +110,7 @@ def _report(sender: Sender, shown_uri: str, ended: bool) -> int:
     pending = delivery.pending()
     sent = count(delivery.sent - delivery.rejected, "event")
     print(f"{sent} sent to {shown_uri}, run {delivery.progress.runs.get(PARENT, 'unknown')}")
-    for line in sender.told:
+    for line in dict.fromkeys(sender.told):  # an event may be sent twice
         print(line)
     for note in delivery.notes:
         print(f"refused: {note}", file=sys.stderr)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 KIND_TAG = "mlflow.experimentKind"
 KIND = "custom_model_development"
-"""Value of the tag with which MLflow opens an experiment on its page for model training, not on that for GenAI."""
+"""An experiment of model training, not of GenAI. MLflow 3.17's own pages no longer look at it: there the browser's
+switch decides, and the address, see `cluster.tracking.mlflow_sink.TRAINING_PAGES`."""
 
 
 class NoExperimentError(Exception):

@@ -26,6 +26,8 @@ MODEL = "model"
 MODEL_KEY_TAG = "simmatch.model_key"
 # torch.export turns an axis of length 1 into a constant: the batch has to be longer to stay open
 EXAMPLE_BATCH = 2
+MOST_SHOWN = 50_000
+"""Values of an example that is kept as JSON."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def _save(module: nn.Module, path: Path, input_shape: Sequence[int]) -> None:
             str(path),
             mlflow_model=model,
             signature=signature_of(example, module(example)),
-            input_example=example,
+            # MLflow keeps an array as an example on the model's page, but not a tensor
+            input_example=example.numpy() if example.numel() <= MOST_SHOWN else example,
             serialization_format="pt2",
             code_paths=[scoring.__file__],
             # given, because MLflow would start a process to find them

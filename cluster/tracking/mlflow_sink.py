@@ -44,7 +44,7 @@ from simmatch.model import MODEL_FILES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
 
     from cluster.tracking.mlflow_model import ModelLogger
 
@@ -55,6 +55,8 @@ METRICS_PER_REQUEST = 1000
 PAIRS_PER_REQUEST = 100
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 LONGEST_DIGEST = 36
+TRAINING_PAGES = "workflowType=machine_learning"
+"""In the address of a page of MLflow: the pages for model training."""
 TRUNCATED = " … [truncated]"
 
 
@@ -256,24 +258,37 @@ class MlflowSink:
         if not outputs:
             raise RejectedError("the run has no logged model")
         model = self._client.get_logged_model(outputs[-1].model_id)
-        link = None
-        if self._registry not in (None, self._uri):  # it does not know the run
-            link = f"{redact(self._uri)}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        known = self._registry in (None, self._uri)
+        link = None if known else self._page(run)
         self._tell(register(self._client, event, model, run_link=link))
 
+    def _page(self, run: Run) -> str:
+        """The address of a run's page.
+
+        Without its last part a browser shows what it showed last: GenAI's pages, if it has never shown others.
+        """
+        info = run.info
+        return f"{redact(self._uri)}/#/experiments/{info.experiment_id}/runs/{info.run_id}?{TRAINING_PAGES}"
+
     def _send_finish(self, event: FinishEvent) -> None:
-        self._tidy()
+        parent = self._tidy()
+        if self._uri.startswith("http"):
+            self._tell(f"page of the run: {self._page(parent)}")
         for run_id in reversed(self._runs.values()):  # the parent last: once it has ended, so have all
             self._client.set_terminated(run_id, event.status, event.time_ms)
 
-    def _tidy(self) -> None:
-        """Remove runs and models that were made twice: by a request that was abandoned, and by its repetition."""
+    def _tidy(self) -> Run:
+        """Remove runs and models that were made twice: by a request that was abandoned, and by its repetition.
+
+        Returns the parent run.
+        """
         parent = self._client.get_run(self._runs[PARENT])
         for run in self._client.search_runs([parent.info.experiment_id], _of_key(parent.data.tags[RUN_KEY_TAG])):
             if run.info.run_id not in self._runs.values():
                 self._client.delete_run(run.info.run_id)
         if self._log_model is not None:
             self._log_model.tidy(self._runs[PARENT], self._client)
+        return parent
 
     def _answers(self) -> bool:
         """Whether MLflow accepts a sound request for these runs: if not, a refusal says nothing about the event.

@@ -115,7 +115,16 @@ def test_the_folder_holds_the_graph_and_its_loader(logged: tuple[Stack, Path]) -
     _, folder = logged
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     own = {"data/model.pt2", "code/simmatch_scoring.py"}
-    assert files == own | {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
+    examples = {"input_example.json", "serving_input_example.json"}
+    assert files == own | examples | {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
+
+
+def test_the_kept_example_is_answered(logged: tuple[Stack, Path], pyfunc: Any) -> None:
+    stack, folder = logged
+    model = pyfunc(folder.as_uri())
+    example = model.input_example
+    assert (example.dtype, example.shape) == (np.float32, (2, *SIZE))
+    check(model.predict(example), stack.outputs(torch.from_numpy(example)))
 
 
 @pytest.fixture
