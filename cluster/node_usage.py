@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from cluster.allocation import Allocation
 from cluster.messages import RankInfo
 
 PREFIX = "system/"
@@ -108,12 +109,13 @@ def metrics_of(sample: dict[str, float], rank: RankInfo, ranks: Sequence[RankInf
     """A sample of a rank's node under the names of MLflow's page, which hold the node's name, or if several nodes have
     it, its address too.
 
-    >>> here = RankInfo(0, "node-a", "10.0.0.1", 1, 4, node="n1")
+    >>> here = RankInfo(0, 1, Allocation("node-a", "10.0.0.1", 4), node="n1")
     >>> metrics_of({"cpu_utilization_percentage": 12.0}, here, [here])
     {'system/node-a/cpu_utilization_percentage': 12.0}
     """
-    shared = any(other.host == rank.host and other.node != rank.node for other in ranks)
-    name = f"{rank.host}-{rank.address}" if shared else rank.host
+    here = rank.allocation
+    shared = any(other.allocation.host == here.host and other.node != rank.node for other in ranks)
+    name = f"{here.host}-{here.address}" if shared else here.host
     return {f"{PREFIX}{name}/{key}": value for key, value in sample.items()}
 
 

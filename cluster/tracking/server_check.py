@@ -131,7 +131,7 @@ class _Question:
 
         code, text = getattr(error, "error_code", ""), str(error)
         reason = text.partition(BODY)[2].strip("'\" ") or text.rpartition(CAUSE)[2].removesuffix("))")
-        reason = reason or type(error).__name__
+        reason = (reason or type(error).__name__).rstrip(".")
         if isinstance(error.__context__, SSLError):
             fix = "check http:// or https:// in its URI; MLFLOW_TRACKING_SERVER_CERT_PATH names its certificate"
         elif isinstance(error, NoExperimentError):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cluster.allocation import Allocation
 from cluster.messages import RankInfo
 from cluster.node_usage import NodeUsage, metrics_of, samplers
 from cluster.summary import RunRecord
@@ -82,7 +83,7 @@ def test_a_node_without_gpus_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_one_rank_of_each_node_samples_it() -> None:
     ranks = [
-        RankInfo(rank, host, address, 1, 4, node=node)
+        RankInfo(rank, 1, Allocation(host, address, 4), node=node)
         for rank, (host, address, node) in enumerate(
             [("a", "10.0.0.1", "n1"), ("a", "10.0.0.1", "n1"), ("b", "10.0.0.2", "n2"), ("b", "10.0.0.3", "n3")]
         )
