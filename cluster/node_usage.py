@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 
-from cluster.allocation import Allocation
 from cluster.messages import RankInfo
 
 PREFIX = "system/"
@@ -109,6 +108,7 @@ def metrics_of(sample: dict[str, float], rank: RankInfo, ranks: Sequence[RankInf
     """A sample of a rank's node under the names of MLflow's page, which hold the node's name, or if several nodes have
     it, its address too.
 
+    >>> from cluster.allocation import Allocation
     >>> here = RankInfo(0, 1, Allocation("node-a", "10.0.0.1", 4), node="n1")
     >>> metrics_of({"cpu_utilization_percentage": 12.0}, here, [here])
     {'system/node-a/cpu_utilization_percentage': 12.0}
