@@ -117,7 +117,8 @@ class Quiet:
         """When the newest group began to train: how long actors take to start is the machine's affair."""
 
     def metrics(self, step: int, values: Any, layer: int | None = None, time_s: float | None = None) -> None:
-        self.rows.append((layer, step))
+        if layer is not None:  # not samples of the nodes, which come as time passes
+            self.rows.append((layer, step))
 
     def tags(self, values: dict[str, str]) -> None: ...
 
