@@ -103,6 +103,8 @@ def read_text(text: str) -> Any:
     return override({}, [f"value={text}"])["value"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_run_on_two_ranks_leaves_a_model_of_signals(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +129,8 @@ def test_a_run_on_two_ranks_leaves_a_model_of_signals(
     assert (tmp_path / "run" / "figures" / "filters-layer-0.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_benchmark_compares_one_readout(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
