@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -65,8 +66,9 @@ def _send_rest(start: RunStart, summary: dict[str, Any]) -> dict[str, Any]:
         mirror.pull()
     except SpoolBusyError:  # `jobs.sync` does it already, or the job itself, to its end
         return summary
-    mirror.fetch_model()
-    mirror.fetch("figures", [path.name for path in find(start.destination / "figures", "*")])
+    with suppress(FileNotFoundError):  # what is gone is refused, as `jobs.sync` says
+        mirror.fetch("figures", [path.name for path in find(start.destination / "figures", "*")])
+        mirror.fetch_model()
     uri = resolve_uri(tracking, run_dir)
     sync.main([str(run_dir), "--uri", uri, "--wait", str(tracking.flush_s), "--timeout", str(tracking.timeout_s)])
     spool = Spool(run_dir / SPOOL_NAME)

@@ -32,7 +32,9 @@ from cluster.controller import RunFailed, RunStopped
 from cluster.fence import Commits, Fence, Holder, Unfenced
 from cluster.lease import LEASE
 from cluster.messages import ReadoutScored
+from cluster.storage import copy_whole, exists, locate, read
 from cluster.summary import RunRecord
+from cluster.tracking.delivery import PROGRESS_NAME
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from cluster.tracking.tracker import Tracker
@@ -47,6 +49,7 @@ from simmatch.data.sources import Dataset
 from simmatch.model import Stack, save_model
 from simmatch.remote import StorageError
 from simmatch.sharding.rows import Rows
+from tests.object_store import BUCKET, object_store
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAYER = {"objective": 0.5, "residual": 1e-3, "num_iters": 9.0, "active_fraction": 0.1, "dead_channels": 0.0}
@@ -548,3 +551,32 @@ def test_the_same_command_sends_what_mlflow_has_not_got(
             f"already finished, see {job.run_dir}: test accuracy 0.9000 (ridge readout); model: {job.run_dir}/model; "
             f"MLflow run: {run_id} (mlflow ui --backend-store-uri {uri}) (--resume never starts a new run)"
         )
+
+
+def test_another_machine_sends_what_mlflow_has_not_got(
+    make_job: Callable[..., TrainingJob],
+    digits: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run directory is in an object store, and the machine that trained is gone with what it had there."""
+    job = make_job("tracking.uri=http://127.0.0.1:1", "tracking.flush_s=0.1", "tracking.timeout_s=0.5")
+    assert job.run() == 0
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = job.config.model_copy(update={"tracking": job.config.tracking.model_copy(update={"uri": uri})})
+    monkeypatch.chdir(tmp_path)
+    with object_store():
+        place = locate(f"s3://{BUCKET}/run")
+        for path in job.run_dir.rglob("*"):
+            if path.is_file():
+                copy_whole(path, place / str(path.relative_to(job.run_dir)))
+        for _ in range(2):
+            start = choose(config, str(place), "auto")
+            assert start.finished
+            assert report_finished(start, digits, Console(width=200)) == 0
+        summary = json.loads(read(place / "summary.json"))
+        assert exists(place / PROGRESS_NAME)
+    assert summary["unsent_records"] == 0
+    assert MlflowClient(uri).get_run(summary["mlflow_run_id"]).info.status == "FINISHED"
+    assert capsys.readouterr().out.count(f"already finished, see {place}: test accuracy 0.9000") == 2
