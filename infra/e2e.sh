@@ -110,14 +110,6 @@ export AWS_ACCESS_KEY_ID=e2e AWS_SECRET_ACCESS_KEY MLFLOW_TRACKING_USERNAME=ada 
 
 # --- servers ----------------------------------------------------------------------------------------------------------
 
-ray_node() { # HOST OPTION...
-    local host=$1
-    shift
-    start "$host" "$host" ray start --block --disable-usage-stats --node-ip-address="${address[$host]}" \
-        --object-store-memory=100000000 "$@"
-}
-
-
 bucket() {
     on desk "$python" -c 'import s3fs; s3fs.S3FileSystem().mkdir("e2e")'
 }
@@ -144,13 +136,23 @@ sys.exit(len(alive) != int(sys.argv[1]))
 PY
 }
 
-join() { # HOST COUNT: a worker joins, so that there are so many nodes; Ray gives it 30 s, too few on a busy machine
-    local _
+join() { # HOST COUNT OPTION...: a node joins, so that there are so many; Ray gives it 30 s, too few on a busy machine
+    local host=$1 count=$2 _
+    shift 2
     for _ in 1 2 3; do
-        ray_node "$1" --address="${address[head]}:6379" --num-cpus=1
-        if wait_for "$1" nodes "$2"; then return 0; fi
+        start "$host" "$host" ray start --block --disable-usage-stats --node-ip-address="${address[$host]}" \
+            --object-store-memory=100000000 "$@"
+        if wait_for "$host" nodes "$count"; then return 0; fi
+        power_off "$host"
     done
     return 1
+}
+
+power_off() { # HOST
+    local pid
+    for pid in $(ip netns pids "${namespace[$1]}"); do
+        kill -KILL "$pid" 2>/dev/null || true # it may have ended with another
+    done
 }
 
 ports() { # of every host, without the token; of those with ranks first, while there are any
@@ -175,13 +177,14 @@ start desk mlflow env MLFLOW_AUTH_CONFIG_PATH="$work/mlflow.ini" MLFLOW_AUTH_ADM
     "$python" -m mlflow server --app-name basic-auth --host "${address[desk]}" --port 5000 --workers 1 \
     --allowed-hosts "${address[desk]}:5000" --backend-store-uri "sqlite:///$work/host/mlflow.db" \
     --artifacts-destination "$work/host/artifacts"
-ray_node head --head --port=6379 --num-cpus=0 --dashboard-host="${address[head]}" --temp-dir="$work/host/ray"
+head=(--head --port=6379 --num-cpus=0 --dashboard-host="${address[head]}" --temp-dir="$work/host/ray")
+worker=(--address="${address[head]}:6379" --num-cpus=1)
 
 step "S3: a server, a bucket" wait_for s3 bucket
 step "MLflow: a server that asks for a password, a user" wait_for mlflow user
-step "Ray: a head that asks for a token" wait_for head nodes 1
-step "Ray: a worker" join worker-1 2
-step "Ray: another" join worker-2 3
+step "Ray: a head that asks for a token" join head 1 "${head[@]}"
+step "Ray: a worker" join worker-1 2 "${worker[@]}"
+step "Ray: another" join worker-2 3 "${worker[@]}"
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
@@ -234,12 +237,9 @@ drain() { # HOST: what a cloud says before it takes a machine back
         --reason-message=reclaimed --deadline-remaining-seconds=120
 }
 
-power_off() { # HOST
-    local pid
-    for pid in $(ip netns pids "${namespace[$1]}"); do
-        kill -KILL "$pid" 2>/dev/null || true # it may have ended with another
-    done
-    wait_for head nodes 2
+gone() { # HOST
+    power_off "$1"
+    wait_for s3 nodes 2
 }
 
 champion() { # whether the run is the registered model's version that others should use
@@ -274,7 +274,7 @@ train+=(--set cluster.grow_after_s=1 --set tracking.register=e2e)
 
 step "images in S3" images
 doctor=(on desk "$python" -m jobs.doctor --submit "${run[@]}" "${raw[@]}" --run-dir "$run_dir")
-step "jobs.doctor on every node" wait_for head "${doctor[@]}" # on a busy machine a node may not answer in time
+step "jobs.doctor on every node" wait_for s3 "${doctor[@]}" # on a busy machine a node may not answer in time
 submit prepare python -m jobs.prepare "${run[@]}" "${raw[@]}" --out s3://e2e/prepared
 step "jobs.prepare: shards in S3" wait_for prepare succeeded prepare
 submit train "${train[@]}"
@@ -283,8 +283,8 @@ step "a checkpoint in S3" wait_for train checkpoints 1
 step "every port without the token" ports
 step "worker-2 is drained" drain worker-2
 step "the run goes on with one shard" wait_for train says train "starting a new group of 1 rank"
-step "worker-2 is gone" power_off worker-2
-step "worker-2 is back" join worker-2 3
+step "worker-2 is gone" gone worker-2
+step "worker-2 is back" join worker-2 3 "${worker[@]}"
 step "two shards again" wait_for train says train "starting a new group of 2 ranks"
 step "the run to its end" wait_for train succeeded train
 step "checkpoints in S3" checkpoints 1
