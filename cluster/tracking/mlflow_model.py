@@ -5,6 +5,7 @@ It has two flavors: `pytorch` gives back the module, `python_function` takes arr
 
 from __future__ import annotations
 
+import json
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,6 +29,9 @@ MODEL_KEY_TAG = "simmatch.model_key"
 EXAMPLE_BATCH = 2
 MOST_SHOWN = 50_000
 """Values of an example that is kept as JSON."""
+EXAMPLES = "input_example.json", "serving_input_example.json"
+"""MLflow's names of the example, and of the request that holds it. It keeps that of an array, but with an array it
+would also add its own flavor, which takes no named outputs; of a tensor it keeps none."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +143,22 @@ def _save(module: nn.Module, path: Path, input_shape: Sequence[int]) -> None:
         code="code",
         env={"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
     )
+    shown = example.numel() <= MOST_SHOWN
+    if shown:
+        model.saved_input_example_info = {
+            "artifact_path": EXAMPLES[0], "serving_input_path": EXAMPLES[1], "type": "ndarray", "format": "tf-serving"
+        }  # fmt: skip
     with torch.no_grad():
         mlflow.pytorch.save_model(
             module,
             str(path),
             mlflow_model=model,
             signature=signature_of(example, module(example)),
-            # MLflow keeps an array as an example on the model's page, but not a tensor
-            input_example=example.numpy() if example.numel() <= MOST_SHOWN else example,
+            input_example=example,
             serialization_format="pt2",
             code_paths=[scoring.__file__],
             # given, because MLflow would start a process to find them
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}"],
         )
+    for name in EXAMPLES if shown else ():
+        (path / name).write_text(json.dumps({"inputs": example.tolist()}))

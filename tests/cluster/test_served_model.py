@@ -122,7 +122,7 @@ def test_the_folder_holds_the_graph_and_its_loader(logged: tuple[Stack, Path]) -
 def test_the_kept_example_is_answered(logged: tuple[Stack, Path], pyfunc: Any) -> None:
     stack, folder = logged
     model = pyfunc(folder.as_uri())
-    example = model.input_example
+    example = model.metadata.load_input_example(str(folder))
     assert (example.dtype, example.shape) == (np.float32, (2, *SIZE))
     check(model.predict(example), stack.outputs(torch.from_numpy(example)))
 
