@@ -160,5 +160,6 @@ def _save(module: nn.Module, path: Path, input_shape: Sequence[int]) -> None:
             # given, because MLflow would start a process to find them
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}"],
         )
-    for name in EXAMPLES if shown else ():
-        (path / name).write_text(json.dumps({"inputs": example.tolist()}))
+    for name, content in zip(EXAMPLES, (example.tolist(), {"inputs": example.tolist()}), strict=True):
+        if shown:
+            (path / name).write_text(json.dumps(content))
