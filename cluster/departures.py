@@ -54,6 +54,7 @@ def departures(
     terminated: ranks whose processes have got SIGTERM.
     now_s: Unix time.
 
+    >>> from cluster.allocation import Allocation
     >>> held = Allocation("worker-1", "10.0.0.7", cpus=8)
     >>> ranks = [RankInfo(rank, 100 + rank, held, node="ab12") for rank in range(2)]
     >>> departures(ClusterView({"ab12": 130.0, "cd34": None}), ranks, [], now_s=102.0)["ab12"].what
