@@ -100,13 +100,14 @@ def test_the_readmes_example_runs_where_only_the_library_is_installed(wheel: zip
 
 
 def test_the_locked_versions_are_within_the_declared_ranges() -> None:
+    """All but aeon, which wants an older numba and pandas: the image does not carry it."""
     locked = dict(line.split("==") for line in (ROOT / "infra/requirements.lock").read_text().splitlines()[1:])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = {canonicalize_name(name): version for name, version in locked.items()}
     wrong = [
         text
         for text in sum(project["optional-dependencies"].values(), project["dependencies"])
-        if (wanted := Requirement(text)).name != "setuptools"  # pip freeze leaves it out
+        if (wanted := Requirement(text)).name not in ("setuptools", "aeon")  # pip freeze leaves out the former
         and versions.get(canonicalize_name(wanted.name), "0") not in wanted.specifier
     ]
     assert wrong == []
