@@ -153,7 +153,7 @@ def test_a_group_that_shrank_grows_back(
     nodes: Nodes, config: Callable[..., RunConfig], undisturbed: bytes, tmp_path: Path
 ) -> None:
     """Two groups that find no place, or do, and the bits of a run without either."""
-    waits = {"start_timeout_s": 20.0, "min_shards": 1, "grow_after_s": 1.0}
+    waits = {"start_timeout_s": 30.0, "min_shards": 1, "grow_after_s": 1.0}
     scene = Scene(config(**waits), tmp_path, (0, 16), (2, 36))
     scene.goes_on_after(0, "is drained by Ray")
     scene.goes_on_after(1, "there is room for 2 ranks again")
@@ -199,7 +199,7 @@ def test_a_node_that_is_told_to_end_is_no_failure(
         raylet.wait(30)
 
     record = scene.run(
-        (lambda: scene.here(0), end),
+        (lambda: scene.here(0) and scene.watcher.committed(24), end),
         (lambda: bool(scene.watcher.restarts()), nodes.add),
     )
     (told,) = scene.watcher.restarts()
