@@ -88,6 +88,7 @@ def _submitted(words: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.doctor",
+        allow_abbrev=False,  # a job that is given --sub would submit another one
         description="Check every node of the Ray cluster at RAY_ADDRESS, or this machine, before a run does.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run that is to work; see jobs/configs")

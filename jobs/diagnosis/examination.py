@@ -83,6 +83,7 @@ class Examination:
         self._dataset: Future[Dataset | None] = Future()
         self._running: dict[str, Running] = {}
         self._ends = time.monotonic() + TOTAL_S
+        self._known_by = time.monotonic() + CHECK_S
         self._alone = embeds_ray()
 
     def run(self) -> None:
@@ -164,6 +165,13 @@ class Examination:
 
     def _place(self) -> AnyPath:
         return place_of(self.config.name if self.config else "", self._run_dir)
+
+    def _data_set(self) -> Dataset | None:
+        """None where it cannot be read, or not in time: the line of the configuration says why."""
+        try:
+            return self._dataset.result(max(0.0, self._known_by - time.monotonic()))
+        except TimeoutError:
+            return None
 
     def _known_place(self) -> AnyPath | None:
         """None where there can be none: the check of the run directory says why."""
@@ -256,7 +264,7 @@ class Examination:
         elif name == "interface":
             findings = judge.judge_interfaces(found)
         else:
-            dataset = self._dataset.result(CHECK_S)
+            dataset = self._data_set()
             needed = None if dataset is None or config is None else rank_bytes(config, dataset)
             findings = judge.judge_memory(found, nodes.nodes, config, needed)
         return [*answers.faults, *findings]
@@ -265,16 +273,16 @@ class Examination:
         config = self.config
         if config is None:
             return []
-        dataset = self._dataset.result(CHECK_S)
+        dataset = self._data_set()
         if dataset is None:
-            return []  # the line of the configuration says why
+            return []
         if self._alone:
             return [ok("data", f"{dataset.name}, digest {dataset.digest()}", digest=dataset.digest())]
         answers = nodes.ask("data", CHECK_S, data_digest, lambda _: (config.data,))
         return [*answers.faults, *judge.judge_data(answers.by_node, dataset.digest(), dataset.name)]
 
     def _own_disk(self) -> list[Finding]:
-        dataset = None if self.config is None else self._dataset.result(CHECK_S)
+        dataset = None if self.config is None else self._data_set()
         place = self._known_place()
         if self.config is None or dataset is None or place is None:
             return []
@@ -283,7 +291,7 @@ class Examination:
     def _disks(self, nodes: Nodes) -> list[Finding]:
         config, needed = self.config, {}
         data = config.data if config else None
-        dataset = None if config is None else self._dataset.result(CHECK_S)
+        dataset = None if config is None else self._data_set()
         if config is not None and dataset is not None:
             stored = image_bytes(dataset)[1] + plan_features(config, dataset.source, len(dataset.train_images))
             needed = {"cache": min(stored, config.data.cache_bytes)}

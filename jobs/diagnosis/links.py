@@ -7,7 +7,6 @@ there are many. Pairs without a rank in common are measured at the same time, as
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -147,10 +146,6 @@ class LinkProbe:
             where = "joining the others" if partner is None else f"with rank {partner}"
             return LinkReport(tuple(speeds), f"{where}: {one_line(error)}")
         return LinkReport(tuple(speeds))
-
-    def leave(self) -> None:
-        """End the process without taking the group apart, which may wait for ranks that are gone."""
-        os._exit(0)
 
 
 def measure_pair(group: dist.ProcessGroup, rank: int, partner: int, device: torch.device) -> list[LinkSpeed]:

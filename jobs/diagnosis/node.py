@@ -188,7 +188,8 @@ def data_of(config: DataConfig) -> Dataset | None:
     ConfigError, DataError
         As of `load_dataset`.
     """
-    if config.path is not None and open_prepared(config, lambda _: None) is None:
+    own_images = config.path is not None and not config.signals
+    if own_images and open_prepared(config, lambda _: None) is None:
         plan = plan_if_large(config, list_samples(config))
         if plan is not None and finished(config, place_in_cache(plan)) is None:
             return None

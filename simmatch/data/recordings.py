@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +69,7 @@ def read_numpy(path: str, name: str, config: DataConfig, files: OpenRecordings) 
     """
     if is_remote(path):
         raise DataError(f"{shortened(path)}: expected files of this machine for format: numpy, got a URI")
-    if path.endswith(".npz"):
+    if path.lower().endswith(".npz"):
         for key, series in series_of_npz(path, name, files):
             yield Recording(f"{name}/{key}", series)
     else:
@@ -92,9 +94,14 @@ def read_csv(path: str, name: str, config: DataConfig, files: OpenRecordings) ->
     with Files() as opened:
         content = opened.read(path)
     try:
-        gzipped = "gzip" if path.endswith(".gz") else None
-        table = pd.read_csv(io.BytesIO(content), compression=gzipped, skipinitialspace=True)
-    except (ValueError, OSError, EOFError) as error:
+        gzipped = "gzip" if path.lower().endswith(".gz") else None
+        with warnings.catch_warnings():
+            # of more fields than names pandas would take the first for names of rows; with False it warns of a loss
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(io.BytesIO(content), compression=gzipped, skipinitialspace=True, index_col=False)
+    except pd.errors.ParserWarning:
+        raise DataError(f"{shortened(name)}: expected as many fields in every line as names, got more") from None
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{shortened(name)}: expected a CSV file: {message(error)}") from None
     known = list(map(str, table.columns))
     labels = None
@@ -190,8 +197,8 @@ def gaps_of(times: np.ndarray[Any, np.dtype[np.float64]], config: DataConfig, na
     if not bool((steps > 0).all()):
         row = int(np.flatnonzero(~(steps > 0))[0]) + 1
         raise DataError(
-            f"{shortened(name)}: expected times that ascend in {config.time_column}, got {times[row]:g} in sample "
-            f"{row} after {times[row - 1]:g}"
+            f"{shortened(name)}: expected times that ascend in {config.time_column}, got {times[row]:.15g} in "
+            f"sample {row} after {times[row - 1]:.15g}"
         )
     period = config.period or (float(np.median(steps)) if len(steps) else 1.0)
     return np.flatnonzero(steps > GAP * period) + 1
@@ -241,7 +248,7 @@ def _labelled(recording: Recording, config: DataConfig) -> Recording:
         label = match[1]
     elif label is None and recording.labels is None and "/" in recording.name:
         first = recording.name.partition("/")[0]
-        label = None if first.endswith(".npz") else first
+        label = None if first.lower().endswith(".npz") else first
     return Recording(recording.name, recording.series, label, recording.labels, recording.gaps)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def _parsed(name: str, call: Any) -> Any:
     """The result of a call that parses a file; any fault of its content is a `DataError`."""
     try:
         return call()
-    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
         raise DataError(f"{shortened(name)}: expected an array of numpy: {message(error)}") from None
 
 

@@ -104,7 +104,7 @@ def load_signals(config: DataConfig) -> Signals:
     if not test and not by_time:
         train, test = _split(train, config)
     with errors_name("data.path"):
-        classes, shape = _classes(train), _shape(train + test, config)
+        classes, shape = _classes(train, config), _shape(train + test, config)
         cuts = [cut_recording(recording, config, shape) for recording in train]
     with errors_name(test_key if test_path is not None else "data.path"):
         test_cuts = cuts if by_time else [cut_recording(recording, config, shape) for recording in test]
@@ -139,7 +139,7 @@ def cut_recording(recording: Recording, config: DataConfig, shape: WindowShape) 
     >>> recording = Recording("a.npy", Series.of(np.array([1.0, np.nan])))
     >>> cut_recording(recording, DataConfig(path="a.npy", window=2), WindowShape(2, 2))
     Traceback (most recent call last):
-    simmatch.data.formats.DataError: a.npy: expected finite values, got nan in sample 1; see data.missing
+    simmatch.data.formats.DataError: a.npy: expected finite values, got nan in channel 0 of sample 1; see data.missing
     """
     length = recording.series.shape[0]
     missing, digest = np.zeros(length, dtype=bool), sha256(repr((recording.series.shape, recording.name)).encode())
@@ -149,9 +149,10 @@ def cut_recording(recording: Recording, config: DataConfig, shape: WindowShape) 
         missing[start : start + len(rows)] = ~np.isfinite(rows).all(axis=1)
     if config.missing == "stop" and missing.any():
         first = int(missing.argmax())
-        value = recording.series.read(first, first + 1)
+        values = recording.series.read(first, first + 1)[0]
+        channel = int(np.isfinite(values).argmin())
         raise DataError(
-            f"{shortened(recording.name)}: expected finite values, got {value[~np.isfinite(value)][0]} in sample "
+            f"{shortened(recording.name)}: expected finite values, got {values[channel]} in channel {channel} of sample "
             f"{first}; see data.missing"
         )
     found = runs(missing, recording.gaps, shape.hold)
@@ -206,12 +207,14 @@ def _in_time(starts: Integers, config: DataConfig, shape: WindowShape) -> tuple[
     return starts[starts + shape.length <= starts[first]], starts[first:]
 
 
-def _classes(recordings: list[Recording]) -> tuple[str, ...]:
+def _classes(recordings: list[Recording], config: DataConfig) -> tuple[str, ...]:
     """Names of the classes: numbers by their value, others by the alphabet."""
     names: set[str] = set()
     for recording in recordings:
         names |= {recording.label or ""} if recording.labels is None else set(recording.labels.tolist())
     names -= {""}
+    if not names and config.labels:
+        raise DataError("expected training recordings with labels, as data.labels: true asks for, got none")
     if len(names) == 1:
         raise DataError(
             f"expected labels of two classes at least, got '{shortened(names.pop())}' only; set data.labels: false to "

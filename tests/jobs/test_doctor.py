@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -393,6 +394,28 @@ def test_data_that_is_missing_is_one_failure(instead: Any, diagnose: Callable[..
     assert line.startswith("failure configuration data.path: /nowhere/photos: no such folder; fix: ")
 
 
+def test_data_that_hangs_is_one_failure(
+    instead: Any, diagnose: Callable[..., Diagnosis], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted folder whose server is gone."""
+    monkeypatch.setattr(examination, "CHECK_S", 4.0)
+    monkeypatch.setattr(examination, "data_of", lambda _: time.sleep(60))
+    status, (line, _) = diagnose()
+    assert status == 1
+    assert line == f"failure configuration no answer within 4 s; fix: {nodes.LATE_FIX}"
+
+
+def test_signals_are_data_like_any_other(instead: Any, diagnose: Callable[..., Diagnosis], tmp_path: Path) -> None:
+    folder = tmp_path / "signals"
+    folder.mkdir()
+    for name in ("a", "b"):
+        np.save(folder / f"{name}.npy", np.arange(500.0))
+    layer = "{out_channels: 8, kernel_size: [1, 4], train: {images: 20, batch_size: 10}}"
+    data = f"{{path: {folder}, window: 16, test_fraction: 0.5}}"
+    status, lines = diagnose("--set", f"data={data}", "--set", f"model.layers=[{layer}]")
+    assert (status, len(lines)) == (0, 1), lines
+
+
 def test_colours_are_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     finding = Finding("disk", "failure", "full", "make room", (HERE,))
     report.Report(["disk"]).add("disk", [finding])
@@ -522,3 +545,9 @@ def closed_port() -> Iterator[int]:
 def test_bad_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(words) == 2
     assert capsys.readouterr() == ("", message)
+
+
+def test_a_word_of_the_doctor_is_not_abbreviated() -> None:
+    """What is left of `--sub` in the job's own command would submit another job, and so on."""
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--sub"])

@@ -215,7 +215,9 @@ def test_recordings_that_do_not_agree_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data.window: .*2. in ..npy and 2. in ..npy, got null$"):
         load(tmp_path, test_fraction=0.5, window=None, format="numpy")
     np.save(tmp_path / "b.npy", np.full((25, 2), np.inf))
-    with pytest.raises(DataError, match=r"^data.path: b.npy: expected finite values, got inf in sample 0; see"):
+    with pytest.raises(
+        DataError, match=r"^data.path: b.npy: expected finite values, got inf in channel 0 of sample 0; see"
+    ):
         load(tmp_path, test_fraction=0.5)
     (tmp_path / "c.csv").write_text("x\n1\n")
     with pytest.raises(ConfigError, match=r"^data.format: expected one of numpy, csv, as .* holds both, got auto$"):
@@ -231,6 +233,8 @@ def test_recordings_that_do_not_agree_are_named(tmp_path: Path) -> None:
         ("time,x\n1,2\n", r"a.csv: expected a column t, found time, x$"),
         ("t,x\nnoon,2\n", r"a.csv: expected times in column t: "),
         ("", r"a.csv: expected a CSV file: "),
+        ("t,x\n1,2,3\n2,3,4\n", r"a.csv: expected as many fields in every line as names, got more$"),
+        ("t,x\n1704067201,0\n1704067200,0\n", r"got 1704067200 in sample 1 after 1704067201$"),
         ("t,x\n", r"a.csv: expected rows with a column of numbers, got columns t, x$"),
     ],
 )
@@ -238,6 +242,43 @@ def test_faulty_tables_are_named(tmp_path: Path, text: str, message: str) -> Non
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "a.csv", time_column="t", split="time", test_fraction=0.5)
+
+
+def test_marks_and_commas_of_spreadsheets(tmp_path: Path) -> None:
+    """A mark of the byte order, names in quotes, a comma at the end of each line of values."""
+    rows = [f"{sample},{10 * sample}," for sample in range(40)]
+    (tmp_path / "a.csv").write_text("\n".join(['"t", "x"', *rows]), encoding="utf-8-sig")
+    dataset = load(tmp_path / "a.csv", time_column="t", window_scale="none", split="time", test_fraction=0.5)
+    assert dataset.train_images[:][0].tolist() == [[[10.0 * sample for sample in range(10)]]]
+
+
+def test_endings_of_any_case(tmp_path: Path) -> None:
+    """As `list_recordings` takes them."""
+    (tmp_path / "A.CSV.GZ").write_bytes(gzip.compress("\n".join(["x", *map(str, range(95))]).encode()))
+    assert load(tmp_path / "A.CSV.GZ", split="time", test_fraction=0.5).image_size == (1, 10)
+    (machines(tmp_path / "zipped", 1) / "day0.npz").rename(tmp_path / "zipped" / "DAY0.NPZ")
+    assert load(tmp_path / "zipped", test_fraction=0.5).in_channels == 1
+
+
+def test_labels_that_are_asked_for_are_there(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(95))
+    with pytest.raises(DataError, match=r"^data.path: expected training recordings with labels, .*true.* got none$"):
+        load(tmp_path, labels=True, split="time", test_fraction=0.5)
+
+
+@pytest.mark.parametrize("ending", ["csv.gz", "npz"])
+def test_what_cannot_be_unpacked_is_named(tmp_path: Path, ending: str) -> None:
+    """Blocks of an unknown type, in the middle of the content."""
+    values, path = np.random.default_rng(0).normal(size=4000), tmp_path / f"a.{ending}"
+    if ending == "npz":
+        np.savez_compressed(path, a=values)
+    else:
+        path.write_bytes(gzip.compress("\n".join(["x", *map(str, values)]).encode()))
+    content = bytearray(path.read_bytes())
+    content[1000:1400] = b"\xff" * 400
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^data.path: a\.{ending}.*: expected a"):
+        load(path, split="time", test_fraction=0.5)
 
 
 def test_images_and_signals_are_not_mixed_up(tmp_path: Path) -> None:
