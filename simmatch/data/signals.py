@@ -152,8 +152,8 @@ def cut_recording(recording: Recording, config: DataConfig, shape: WindowShape) 
         values = recording.series.read(first, first + 1)[0]
         channel = int(np.isfinite(values).argmin())
         raise DataError(
-            f"{shortened(recording.name)}: expected finite values, got {values[channel]} in channel {channel} of sample "
-            f"{first}; see data.missing"
+            f"{shortened(recording.name)}: expected finite values, got {values[channel]} in channel {channel} of "
+            f"sample {first}; see data.missing"
         )
     found = runs(missing, recording.gaps, shape.hold)
     starts = np.concatenate([np.empty(0, np.int64), *(starts_in(run, shape) for run in found)])
