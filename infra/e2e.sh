@@ -161,7 +161,7 @@ ports() { # of every host, without the token; of those with ranks first, while t
         { echo "$host:" && on "$host" env -u RAY_AUTH_TOKEN_PATH "$python" -m tests.ports; } >"$work/ports-$host" 2>&1 &
         pids+=($!)
     done
-    wait "${pids[0]}" && wait "${pids[1]}" && wait "${pids[2]}" && wait "${pids[3]}"
+    wait "${pids[0]}" && wait "${pids[1]}" && wait "${pids[2]}" && wait "${pids[3]}" || { cat "$work"/ports-* && return 1; }
 }
 
 cat >"$work/mlflow.ini" <<INI
