@@ -156,12 +156,14 @@ power_off() { # HOST
 }
 
 ports() { # of every host, without the token; of those with ranks first, while there are any
-    local host pids=()
+    local host pid pids=()
     for host in worker-1 worker-2 head desk; do
         { echo "$host:" && on "$host" env -u RAY_AUTH_TOKEN_PATH "$python" -m tests.ports; } >"$work/ports-$host" 2>&1 &
         pids+=($!)
     done
-    wait "${pids[0]}" && wait "${pids[1]}" && wait "${pids[2]}" && wait "${pids[3]}" || { cat "$work"/ports-* && return 1; }
+    for pid in "${pids[@]}"; do
+        wait "$pid" || { cat "$work"/ports-* && return 1; }
+    done
 }
 
 cat >"$work/mlflow.ini" <<INI

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 REQUESTS = (
     ("GET", "/simmatch"), ("GET", "/api/jobs/"), ("POST", "/api/jobs/"), ("DELETE", "/api/jobs/1"), ("GET", "/nodes"),
@@ -80,13 +80,17 @@ class Port:
 
 def ports() -> list[Port]:
     """All of this host, asked."""
-    found = []
-    for link in psutil.net_connections("tcp"):
-        if link.status == psutil.CONN_LISTEN:
-            port = Port(link.laddr.ip, link.laddr.port, _process(link.pid))
-            ask(port)
-            found.append(port)
-    return sorted(found, key=lambda port: (port.number, port.address))
+    found = [Port(*place, _process(pid)) for place, pid in _listening().items()]
+    for port in found:
+        ask(port)
+    left = _listening()  # without those that were closed meanwhile
+    return sorted((port for port in found if (port.address, port.number) in left), key=lambda port: port.number)
+
+
+def _listening() -> dict[tuple[str, int], int | None]:
+    """Address and port → process."""
+    links = psutil.net_connections("tcp")
+    return {(link.laddr.ip, link.laddr.port): link.pid for link in links if link.status == psutil.CONN_LISTEN}
 
 
 def _process(pid: int | None) -> str:
