@@ -9,9 +9,9 @@ An attempt, which is one process that runs a job, is known by the number of its 
 not do any more once it has happened (a checkpoint, the model, the end), it creates the entry after its newest one. If
 that is taken, another attempt has begun since, and this one has lost the run: nothing of it counts from there on.
 
-No clock is read and no lock is held, so an attempt that was frozen or cut off for any time loses as well. Only entries
-of checkpoints and models are ever deleted, and never the newest one: what follows the last entry of an attempt that has
-lost is the first of another, and stays taken.
+No clock is read and no lock is held, so an attempt that was frozen or cut off for any time loses as well. An attempt
+deletes only its own entries of checkpoints and models, and never the newest of them: its last entry, and what follows
+that, the first of another, stay taken, whatever it knows of them.
 """
 
 from __future__ import annotations
@@ -215,14 +215,11 @@ class Fence(Unfenced):
         """
         self._number = newest
         before = self.commits.read(newest) if newest else None
-        if before is not None and before.kind in ("checkpoint", "model"):
-            self._spent.append(newest)
         self.attempt = newest + 1
         self.commit("attempt")
         latest, entry = self.commits.newest()
-        if latest > self._number:  # the one that was taken had been deleted: others had gone on since
+        if latest > self._number:  # the one that was taken had been deleted, or another attempt has begun since
             self.winner = "unknown" if entry is None else str(entry.holder)
-            remove(self.commits.path(self.attempt))
             self._refuse()
         return before
 
@@ -270,7 +267,7 @@ class Fence(Unfenced):
                 self._verified_s = started_s
 
     def prune(self) -> None:
-        """Delete the entries of checkpoints and models before the newest one, which are complete by now."""
+        """Delete this attempt's entries of checkpoints and models before the newest, which are complete by now."""
         with self._lock:
             spent, self._spent = self._spent[:-1], self._spent[-1:]
         with suppress(OSError):

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_the_attempt_that_began_last_has_the_run(place: AnyPath) -> None:
     second.commit("checkpoint", step=8)
     second.commit("checkpoint", step=12)
     second.prune()
-    assert names(place) == ["00000001.json", "00000003.json", "00000005.json"]
+    assert names(place) == ["00000001.json", "00000002.json", "00000003.json", "00000005.json"]
     told = (
         "another attempt took over this run: ada, process 7 on far, job job-1, since 2026-01-02 03:04:05 UTC; "
         "this one stops and changes nothing"
@@ -90,7 +91,50 @@ def test_the_attempt_that_began_last_has_the_run(place: AnyPath) -> None:
             call()
         assert str(caught.value) == told
     assert (first.owned(), second.owned()) == (False, True)
-    assert len(names(place)) == 3
+    assert len(names(place)) == 4
+
+
+def test_an_attempt_that_loses_while_it_begins_leaves_its_number_taken(
+    place: AnyPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one that was frozen before would find it free, and go on."""
+    first, second, third = (Fence(place, ELSEWHERE) for _ in range(3))
+    first.begin(0)
+    first.commit("checkpoint", step=4)
+    newest = second.commits.newest
+
+    def overtaken() -> Any:
+        third.begin(3)
+        return newest()
+
+    monkeypatch.setattr(second.commits, "newest", overtaken)
+    with pytest.raises(AttemptLostError):
+        second.begin(2)
+    with pytest.raises(AttemptLostError):
+        first.commit("checkpoint", step=8)
+    third.commit("checkpoint", step=8)
+
+
+def test_a_commit_whose_answer_was_lost_stays_the_last_one(place: AnyPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt does not know of it, and is cut off while another one takes over and deletes old entries."""
+    first, second = Fence(place, ELSEWHERE), Fence(place, ELSEWHERE)
+    first.begin(0)
+    create = cluster.fence.create_whole
+
+    def lost(path: AnyPath, content: bytes) -> None:
+        create(path, content)
+        raise StorageError("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster.fence, "create_whole", lost)
+        with pytest.raises(StorageError):
+            first.commit("checkpoint", step=4)
+    second.begin(Commits(place).newest()[0])
+    for step in (8, 12):
+        second.commit("checkpoint", step=step)
+    second.prune()
+    with pytest.raises(AttemptLostError):
+        first.commit("checkpoint", step=8)
 
 
 def test_what_is_looked_up_between_commits_is_enough(place: AnyPath) -> None:
@@ -320,6 +364,8 @@ def check_end(memory: Memory, attempts: dict[str, Attempt]) -> tuple[str, str]:
     winner = attempts[owners[-1]]
     assert winner.outcome == "finished"
     assert entries[-1]["kind"] == "end"
+    lost = [name for name in owners if owners.count(name) == 1]  # while it began, in a number that was free again
+    owners = [name for name in owners if name not in lost]
     turns = [owner for index, owner in enumerate(owners) if index == 0 or owners[index - 1] != owner]
     assert len(turns) <= 2  # nothing of one after the other has begun
     manifests = {
