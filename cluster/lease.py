@@ -34,12 +34,7 @@ class Lease(Frozen):
     attempt: NonNegativeInt
     renewals: NonNegativeInt = 0
     uptime_s: NonNegativeFloat = 0.0
-    """Of the holder's machine, at the latest renewal; means something on that machine only."""
-
-
-def uptime_s() -> float:
-    """Seconds since this machine was started, asleep or not."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    """Of the holder's machine, at the latest renewal, less the time it was asleep; means something there only."""
 
 
 class LeaseKeeper:
@@ -78,7 +73,7 @@ class LeaseKeeper:
 
     def _renew(self, renewals: int) -> None:
         self._fence.check()
-        lease = Lease(attempt=self._fence.attempt, renewals=renewals, uptime_s=uptime_s())
+        lease = Lease(attempt=self._fence.attempt, renewals=renewals, uptime_s=time.monotonic())
         with suppress(OSError):
             write_whole(self._path, dump_json(lease.model_dump(mode="json")))
 
@@ -106,24 +101,26 @@ def wait_for_holder(run_dir: AnyPath, tell: Callable[[str], None]) -> int | None
         return number
     holder = entry.holder
     if entry.kind != "end" and lease is not None and holder.machine and holder.machine == machine():
-        silent_s = uptime_s() - lease.uptime_s
+        silent_s = time.monotonic() - lease.uptime_s
         if silent_s < EXPIRE_S:
             raise RunBusyError(_busy(run_dir, holder))
         tell(f"{run_dir}: taking over from an attempt that has given no sign of life for {silent_s:.0f} s: {holder}")
         return number
     tell(f"{run_dir}: waiting at most {2 * EXPIRE_S:g} s for an earlier attempt to end: {holder}")
     started_s = changed_s = time.monotonic()
-    while time.monotonic() - changed_s < EXPIRE_S:
+    while True:
         time.sleep(LOOK_S)
+        looked_s = time.monotonic()  # before the look: this process may have been frozen until now
         found, (newest, latest) = _read(run_dir, entry.attempt), commits.newest()
         released = found is None and lease is not None
         if released or latest is None or latest.attempt != entry.attempt:
             return None
         if (found, newest) != (lease, number):
-            lease, number, changed_s = found, newest, time.monotonic()
+            lease, number, changed_s = found, newest, looked_s
             if changed_s - started_s >= EXPIRE_S:
                 raise RunBusyError(_busy(run_dir, holder))
-    return number
+        elif looked_s - changed_s >= EXPIRE_S:
+            return number
 
 
 def _busy(run_dir: AnyPath, holder: Holder) -> str:

@@ -166,7 +166,11 @@ def read(path: AnyPath) -> bytes:
     ------
     FileNotFoundError, OSError
     """
-    return path.read_bytes() if isinstance(path, Path) else _remote(path, path.read_bytes)
+    if isinstance(path, Path):
+        return path.read_bytes()
+    # in one answer: an opened file is read in parts, which fails where it is replaced meanwhile
+    content: bytes = _remote(path, lambda: path.fs.cat_file(path.path))
+    return content
 
 
 def fetch(path: AnyPath, copies: Callable[[], Path]) -> Path:

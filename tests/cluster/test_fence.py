@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -407,7 +409,7 @@ def test_nobody_is_waited_for(tmp_path: Path) -> None:
         process.communicate(b"\n")
     assert holder.ended()
     Fence(tmp_path, holder).begin(0)
-    lease_of(tmp_path, 1, 3, cluster.lease.uptime_s())
+    lease_of(tmp_path, 1, 3, time.monotonic())
     assert wait_for_holder(tmp_path, pytest.fail) == 1
     far = Fence(tmp_path, ELSEWHERE)
     far.begin(1)
@@ -419,10 +421,10 @@ def test_a_process_of_this_machine_is_refused_at_once_while_it_lives(tmp_path: P
     """If it is frozen, it has given no sign of life for a while; another process of the same number is not it."""
     holder = Holder.here().model_copy(update={"pid": os.getppid(), "process": begun(os.getppid())})
     Fence(tmp_path, holder).begin(0)
-    lease_of(tmp_path, 1, 3, cluster.lease.uptime_s() - 5)
+    lease_of(tmp_path, 1, 3, time.monotonic() - 5)
     with pytest.raises(RunBusyError, match=rf"another attempt works in {tmp_path}: .*process {os.getppid()} on "):
         wait_for_holder(tmp_path, pytest.fail)
-    lease_of(tmp_path, 1, 3, max(0.0, cluster.lease.uptime_s() - 65))
+    lease_of(tmp_path, 1, 3, max(0.0, time.monotonic() - 65))
     told: list[str] = []
     assert wait_for_holder(tmp_path, told.append) == 1
     assert "taking over from an attempt that has given no sign of life for 65 s" in told[0]
@@ -445,6 +447,26 @@ def test_an_attempt_of_another_machine_is_watched(place: AnyPath) -> None:
         wait_for_holder(place, told.append)
     keeper.release()
     assert not exists(place / LEASE)
+
+
+def test_who_was_frozen_while_it_waited_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt that it waits for has gone on meanwhile."""
+    Fence(tmp_path, ELSEWHERE).begin(0)
+    lease_of(tmp_path, 1, 3)
+    now_s, looks, look = 1000.0, 0, cluster.lease._read
+
+    def frozen(*arguments: Any) -> Lease | None:
+        nonlocal now_s, looks
+        seen, looks = look(*arguments), looks + 1
+        if looks == 2:
+            now_s += 3600.0
+            lease_of(tmp_path, 1, 4)
+        return seen
+
+    monkeypatch.setattr(cluster.lease, "_read", frozen)
+    monkeypatch.setattr(cluster.lease, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=lambda _: None))
+    with pytest.raises(RunBusyError, match="ada, process 7 on far"):
+        wait_for_holder(tmp_path, lambda _: None)
 
 
 @pytest.mark.usefixtures("soon")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,22 @@ def test_an_answer_that_is_lost(store: ObjectStore, monkeypatch: pytest.MonkeyPa
     path = locate(f"s3://{BUCKET}/lost/owner")
     create_whole(path, b"first")
     assert read(path) == b"first"
+
+
+def test_a_file_that_is_replaced_while_it_is_read(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a lease that is renewed: one content or the other is read, and no error."""
+    from moto.s3.responses import S3Response
+
+    path, head_object = locate(f"s3://{BUCKET}/replaced/lease"), S3Response.head_object
+    write_whole(path, "first")
+
+    def head(*arguments: Any, **named: Any) -> object:
+        answer = head_object(*arguments, **named)
+        write_whole(path, "second")
+        return answer
+
+    monkeypatch.setattr(S3Response, "head_object", head)
+    assert read(path) in (b"first", b"second")
 
 
 @pytest.mark.parametrize("replaces", [True, False])
