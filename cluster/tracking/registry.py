@@ -81,7 +81,7 @@ def _create(client: MlflowClient, event: RegisterEvent, model: LoggedModel, run_
         MODEL_KEY_TAG: model.tags.get(MODEL_KEY_TAG, ""),
         DATA_TAG: event.data,
         PROBE_TAG: event.probe,
-        ACCURACY_TAG: "none" if event.accuracy is None else f"{event.accuracy:.6f}",
+        ACCURACY_TAG: "none" if event.accuracy is None else _as_kept(event.accuracy),
     }
     known = run_link is None
     return client.create_model_version(
@@ -95,6 +95,11 @@ def _create(client: MlflowClient, event: RegisterEvent, model: LoggedModel, run_
         description=event.description,
         await_creation_for=0,
     )
+
+
+def _as_kept(accuracy: float) -> str:
+    """Of both versions the same digits are compared: an equal accuracy is not a higher one."""
+    return f"{accuracy:.6f}"
 
 
 def _decide(client: MlflowClient, event: RegisterEvent, version: ModelVersion) -> str:
@@ -117,7 +122,7 @@ def _decide(client: MlflowClient, event: RegisterEvent, version: ModelVersion) -
         theirs = float(champion.tags.get(ACCURACY_TAG, ""))
     except ValueError:
         return f"{stays}, whose accuracy is not known"
-    if mine <= theirs:
+    if float(_as_kept(mine)) <= theirs:
         return f"{stays}: its accuracy {theirs:.4f} is not below {mine:.4f}"
     client.set_registered_model_alias(event.name, CHAMPION, version.version)
     return f"moved here from version {holder}: accuracy {mine:.4f}, was {theirs:.4f}"

@@ -71,10 +71,10 @@ def test_the_champion_moves_to_what_is_better_and_comparable(
     store: str, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = [
-        ({"accuracy": 0.8}, "1", "this version, the first; accuracy 0.8000"),
-        ({"accuracy": 0.7}, "1", "stays version 1: its accuracy 0.8000 is not below 0.7000"),
-        ({"accuracy": 0.8}, "1", "stays version 1: its accuracy 0.8000 is not below 0.8000"),
-        ({"accuracy": 0.9}, "4", "moved here from version 1: accuracy 0.9000, was 0.8000"),
+        ({"accuracy": 5 / 6}, "1", "this version, the first; accuracy 0.8333"),
+        ({"accuracy": 0.7}, "1", "stays version 1: its accuracy 0.8333 is not below 0.7000"),
+        ({"accuracy": 5 / 6}, "1", "stays version 1: its accuracy 0.8333 is not below 0.8333"),
+        ({"accuracy": 0.9}, "4", "moved here from version 1: accuracy 0.9000, was 0.8333"),
         ({"accuracy": 0.99, "data": "d2"}, "4", "stays version 4, which was measured with other data: d1, here d2"),
         ({"accuracy": 0.99, "probe": "knn"}, "4", "stays version 4, which was measured with another probe: ridge, "),
         ({"accuracy": None}, "4", "not considered, no readout was fitted"),
