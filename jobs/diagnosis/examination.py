@@ -115,6 +115,8 @@ class Examination:
         def run() -> None:
             try:
                 running.found = call()
+            except ConfigError as error:
+                running.found = [Finding(name, "failure", one_line(error), CONFIG_FIX)]
             except Exception as error:  # of whatever is broken
                 running.found = [Finding(name, "failure", f"{type(error).__name__}: {one_line(error)}")]
 
@@ -150,6 +152,7 @@ class Examination:
                 return [Finding(name, "warning", text, "python -m jobs.prepare, once, to a place that all nodes read")]
             check(config, lambda _: dataset)
         except (ConfigError, DataError, OSError) as error:
+            dataset = None  # other checks would say the same again
             return [Finding(name, "failure", one_line(error), CONFIG_FIX)]
         finally:
             self._dataset.set_result(dataset)

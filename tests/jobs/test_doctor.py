@@ -394,6 +394,24 @@ def test_data_that_is_missing_is_one_failure(instead: Any, diagnose: Callable[..
     assert line.startswith("failure configuration data.path: /nowhere/photos: no such folder; fix: ")
 
 
+@pytest.mark.parametrize(
+    ("assignment", "check"),
+    [
+        ("model.layers.0.kernel_size=99", "configuration"),
+        ("model.layers.0.train.images=5000", "configuration"),
+        ("tracking.uri=ftp://x", "mlflow"),
+        ("tracking.register=a/b", "mlflow"),
+    ],
+)
+def test_a_key_that_is_wrong_is_one_failure(
+    instead: Any, diagnose: Callable[..., Diagnosis], assignment: str, check: str
+) -> None:
+    status, (line, _) = diagnose("--set", assignment)
+    assert status == 1
+    assert line.startswith(f"failure {check} {assignment.partition('=')[0]}: expected ")
+    assert line.endswith(f"; fix: {examination.CONFIG_FIX}")
+
+
 def test_data_that_hangs_is_one_failure(
     instead: Any, diagnose: Callable[..., Diagnosis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
