@@ -141,7 +141,7 @@ class Examination:
     def _configuration(self) -> list[Finding]:
         """Everything that can be wrong before a process starts, as a job checks it."""
         config, name = self.config, "configuration"
-        dataset = None
+        fits = None  # what does not fit is told here alone
         try:
             if config is None:
                 return [ok(name, "none given: data, memory and threads are not checked; see --config")]
@@ -150,12 +150,11 @@ class Examination:
             if dataset is None:
                 text = f"{config.data.title}: own images of more than a gigabyte, which every node would decode first"
                 return [Finding(name, "warning", text, "python -m jobs.prepare, once, to a place that all nodes read")]
-            check(config, lambda _: dataset)
+            fits = check(config, lambda _: dataset)
         except (ConfigError, DataError, OSError) as error:
-            dataset = None  # other checks would say the same again
             return [Finding(name, "failure", one_line(error), CONFIG_FIX)]
         finally:
-            self._dataset.set_result(dataset)
+            self._dataset.set_result(fits)
         ranks = f"{count(config.mesh.world_size, 'rank')} on {config.device}"
         images = count(len(dataset.train_images), "training image")
         return [ok(name, f"{config.name}: {config.mesh}, {ranks}; {dataset.name}, {images}", name=config.name)]
