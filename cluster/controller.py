@@ -264,7 +264,7 @@ class Controller:
         """Ask the ranks for a last checkpoint where there is a reason. Returns why there is a next group, once there is
         nothing left to save; raises RunStopped where the run ends then, or its grace period is over.
         """
-        self._room = group.view.room
+        self._room = group.view.spare(group.ranks)
         larger = self._succession.larger(self.config.mesh.world_size, self._room, saved=self._saved)
         growth = larger if self._learning else None
         halt = halting.look(end=self._stop_asked, terminated=self._terminated, larger=growth)

@@ -29,6 +29,10 @@ class ClusterView:
     own_node: str = ""
     room: int = 0
 
+    def spare(self, ranks: Sequence[RankInfo]) -> int:
+        """Ranks that there is room for beside these, once those on nodes that go have moved."""
+        return max(0, self.room - sum(rank.node in self.draining for rank in ranks))
+
 
 @dataclass(frozen=True)
 class Departure:

@@ -109,8 +109,9 @@ class Halting:
             return Halt("asked to end", limit_s=self._grace_s)
         for departure in leaving.values():
             if departure.driver:
-                left_s = math.inf if departure.at_s is None else max(0.0, departure.at_s - now_s)
-                return Halt(departure.what, limit_s=min(self._grace_s, left_s))
+                left_s = math.inf if departure.at_s is None else departure.at_s - now_s
+                # one that is over has not been enforced, or is by another clock
+                return Halt(departure.what, limit_s=min(self._grace_s, left_s) if left_s > 0 else self._grace_s)
         if leaving:
             message = "; ".join(departure.what for departure in leaving.values())
             return Halt(message, Failure(message, retryable=True, preempted=True))

@@ -278,9 +278,12 @@ def test_ranks_that_do_not_learn_are_replaced_at_once(digits_config: Callable[..
     assert "stop" not in scene.groups[0].calls
 
 
-def test_the_drivers_own_node_ends_the_run(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("left_s", [300.0, pytest.param(-5.0, id="over, by the clock of another machine")])
+def test_the_drivers_own_node_ends_the_run(
+    digits_config: Callable[..., RunConfig], tmp_path: Path, left_s: float
+) -> None:
     def drain(group: LearningGroup) -> None:
-        group.view = ClusterView({"head": time.time() + 300.0}, own_node="head")
+        group.view = ClusterView({"head": time.time() + left_s}, own_node="head")
 
     scene = Scene(digits_config, tmp_path, {5: drain})
     with pytest.raises(RunStopped, match=r"^the newest checkpoint is of step 6$") as caught:
@@ -344,6 +347,17 @@ def test_a_restart_uses_room_that_has_come(digits_config: Callable[..., RunConfi
     record = scene.run()
     assert scene.sizes == [2, 2, 1, 2]
     assert (record.growths, record.restarts) == (1, 3)
+
+
+def test_room_that_ranks_of_a_drained_node_need_is_no_room_for_more(
+    digits_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """A larger group would wait for it in vain."""
+    small = {1: has_room(1), 3: drains("n0")}
+    scene = Scene(digits_config, tmp_path, {5: loses}, NO_ROOM, small, {}, grow_after_s=900.0)
+    record = scene.run()
+    assert scene.sizes == [2, 2, 1, 1]
+    assert (record.growths, record.preemptions) == (0, 1)
 
 
 def test_the_end_of_the_run_comes_before_growth(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
