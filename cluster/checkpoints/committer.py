@@ -80,11 +80,13 @@ def complete_commit(run_dir: AnyPath, entry: Entry | None) -> bool:
     return True
 
 
-def publish_model(run_dir: AnyPath, name: str) -> None:
+def publish_model(run_dir: AnyPath, name: str, fence: Unfenced = UNFENCED) -> None:
     """Copy the model that one group has written to folder `name` into `model`, and remove the folders of all groups.
 
     Raises
     ------
+    AttemptLostError
+        Another attempt has taken over the run.
     OSError
         It is not there, or the disk or the object store did not take it.
     """
@@ -92,14 +94,16 @@ def publish_model(run_dir: AnyPath, name: str) -> None:
         if size_bytes(run_dir / name / file) is None:
             raise OSError(f"{run_dir / name / file}: expected the model of rank 0, got nothing")
     for file in MODEL_FILES:
+        fence.check()
         copy_whole(run_dir / name / file, run_dir / MODEL / file)
     with suppress(OSError):
         for left in find(run_dir, f"{MODEL}-*"):
             if MODEL_OF_A_GROUP.fullmatch(left.name):
+                fence.check()
                 remove(left)
 
 
-def prune(run_dir: AnyPath, keep: int, step: int) -> None:
+def prune(run_dir: AnyPath, keep: int, step: int, fence: Unfenced = UNFENCED) -> None:
     """Delete all but the newest `keep` checkpoints up to `step`, and uncommitted folders before them.
 
     Also kept is the newest checkpoint of an earlier layer: it is whole where a constant is damaged that all later ones
@@ -115,6 +119,7 @@ def prune(run_dir: AnyPath, keep: int, step: int) -> None:
         earlier = _of_an_earlier_layer(committed)
         for folder in folders[: folders.index(committed[-keep])]:
             if folder != earlier:
+                fence.check()
                 remove(folder)
 
 
@@ -128,7 +133,7 @@ def _of_an_earlier_layer(committed: list[AnyPath]) -> AnyPath | None:
     return None
 
 
-def remove_unnamed(run_dir: AnyPath) -> None:
+def remove_unnamed(run_dir: AnyPath, fence: Unfenced = UNFENCED) -> None:
     """Delete constants that no manifest names.
 
     Only before a group starts: constants of a group stay in use to its end, and are written before a manifest names
@@ -136,6 +141,8 @@ def remove_unnamed(run_dir: AnyPath) -> None:
 
     Raises
     ------
+    AttemptLostError
+        Another attempt has taken over the run.
     CheckpointError, OSError
         A manifest cannot be read. What it names is unknown, so nothing is deleted.
     """
@@ -146,6 +153,7 @@ def remove_unnamed(run_dir: AnyPath) -> None:
         named = {constant.file for manifest in manifests for constant in manifest.constants}
         for path in present:
             if CONSTANT.fullmatch(path.name) and path.name not in named:
+                fence.check()
                 remove(path)
 
 
@@ -219,8 +227,7 @@ class Committer:
             due = self._due.get()
             if due is None:
                 with suppress(CheckpointError, OSError, AttemptLostError):  # tried again before the next group
-                    self._fence.check()
-                    remove_unnamed(self._run_dir)
+                    remove_unnamed(self._run_dir, self._fence)
                 continue
             step, reason = None if isinstance(due, str) else due.cursor.step, None
             try:
@@ -229,15 +236,14 @@ class Committer:
                 reason = " ".join(str(error).split())
             if reason is None and step is not None:
                 with suppress(OSError, AttemptLostError):  # tried again after the next commit
-                    self._fence.check()
-                    prune(self._run_dir, self._keep, step)
+                    prune(self._run_dir, self._keep, step, self._fence)
                     self._fence.prune()
             self._outcomes.put(Committed(step, reason))
 
     def _commit(self, due: Manifest | str) -> None:
         if isinstance(due, str):
             self._fence.commit("model")
-            publish_model(self._run_dir, due)
+            publish_model(self._run_dir, due, self._fence)
             return
         self._fence.check()
         self._before()

@@ -21,13 +21,24 @@ import cluster.checkpoints.committer
 import cluster.checkpoints.manifest
 import cluster.fence
 import cluster.lease
-from cluster.checkpoints.committer import commit, complete_commit, prune
-from cluster.checkpoints.manifest import MANIFEST, Cursor, LayerState, Manifest, Shard, folder_of, read_manifest
+from cluster.checkpoints.committer import commit, complete_commit, prune, publish_model, remove_unnamed
+from cluster.checkpoints.manifest import (
+    CONSTANTS,
+    MANIFEST,
+    Cursor,
+    LayerState,
+    Manifest,
+    Shard,
+    folder_of,
+    read_manifest,
+    write_manifest,
+)
 from cluster.checkpoints.reader import newest_good
 from cluster.fence import COMMITS, AttemptLostError, Commits, Fence, Holder, begun
 from cluster.lease import LEASE, Lease, LeaseKeeper, RunBusyError, wait_for_holder
 from cluster.storage import AnyPath, exists, find, locate, read, write_whole
 from simmatch.documents import dump_json
+from simmatch.model import MODEL_FILES
 from simmatch.remote import StorageError
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -211,6 +222,33 @@ def test_a_store_that_does_not_answer_takes_the_run_from_nobody(
     assert not fence.owned()
 
 
+@pytest.mark.parametrize("work", [publish_model, remove_unnamed, prune])
+def test_a_loser_stops_between_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[..., None]
+) -> None:
+    """It is frozen at the first one of what it copies, or deletes."""
+    first = Fence(tmp_path, Holder.here())
+    first.begin(0)
+    constants = [tmp_path / "checkpoints" / CONSTANTS / f"{digit * 64}.safetensors" for digit in "01"]
+    manifests = [folder_of(tmp_path, step) / MANIFEST for step in (4, 8, 12)]
+    for path in (*constants, *(tmp_path / "model-0123abcd" / file for file in MODEL_FILES)):
+        write_whole(path, b"")
+    for step, path in zip((4, 8, 12), manifests, strict=True):
+        write_manifest(path.parent, manifest_of(step))
+    done: list[str] = []
+
+    def frozen(*paths: AnyPath) -> None:
+        done.append(paths[-1].name)
+        Fence(tmp_path, ELSEWHERE).begin(1)
+
+    for name in ("remove", "copy_whole"):
+        monkeypatch.setattr(cluster.checkpoints.committer, name, frozen)
+    what = {publish_model: ("model-0123abcd",), prune: (1, 12)}.get(work, ())
+    with pytest.raises(AttemptLostError):
+        work(tmp_path, *what, first)
+    assert len(done) == 1
+
+
 # -- every interleaving ------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +372,7 @@ class Attempt:
                     continue
                 self.done.append(step)
                 self.fence.check()
-                prune(RUN, 1, step)
+                prune(RUN, 1, step, self.fence)
                 self.fence.prune()
             self.fence.commit("end", status="FINISHED")
             self.outcome = "finished"
