@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.checkpoints.manifest import readable_manifest
-from cluster.checkpoints.reader import newest_good
+from cluster.checkpoints.manifest import MANIFEST, readable_manifest
 from cluster.redaction import redact
 from cluster.storage import AnyPath, find, read
 from cluster.text import count
@@ -51,7 +50,9 @@ def report_finished(start: RunStart, dataset: Dataset, console: Console) -> int:
 
 
 def _check_data(run_dir: AnyPath, dataset: Dataset) -> None:
-    manifest = readable_manifest(newest_good(run_dir, lambda _: None))
+    """By the newest manifest that can be read; no shard is read for that."""
+    manifests = (readable_manifest(path.parent) for path in reversed(find(run_dir / "checkpoints", f"*/{MANIFEST}")))
+    manifest = next(filter(None, manifests), None)
     try:
         check_data(dataset, None if manifest is None else manifest.data)
     except DataError as error:

@@ -25,7 +25,15 @@ import cluster.tracking.tracker
 import jobs.pretrain
 import jobs.run_results
 import jobs.training_job
-from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of, manifest_values
+from cluster.checkpoints.manifest import (
+    Cursor,
+    LayerState,
+    Manifest,
+    Shard,
+    folder_of,
+    manifest_values,
+    write_manifest,
+)
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig, public
 from cluster.controller import RunFailed, RunStopped
@@ -45,6 +53,7 @@ from jobs.run_directory import choose
 from jobs.run_results import RunResults, lines_of
 from jobs.signals import termination_signals
 from jobs.training_job import TrainingJob
+from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset
 from simmatch.model import Stack, save_model
 from simmatch.remote import StorageError
@@ -522,6 +531,20 @@ def test_a_finished_job_that_is_submitted_again_trains_nothing(
         f"already finished, see {job.run_dir}: test accuracy 0.9000 (ridge readout); model: {job.run_dir}/model "
         "(--resume never starts a new run)\n"
     )
+
+
+def test_a_run_that_has_finished_with_other_data_is_another_one(
+    make_job: Callable[..., TrainingJob], digits: Dataset
+) -> None:
+    """The manifest says so; no shard, which may be large and far away, is read."""
+    job = make_job()
+    assert job.run() == 0
+    shards = [Shard(rank=0, file="rank-0-of-1.safetensors", sha256="0", rows={}, shapes={})]
+    cursor = Cursor(step=4, layer=0, updates=4)
+    write_manifest(folder_of(job.run_dir, 4), Manifest(cursor=cursor, config={}, layers=[], shards=shards, data="d1"))
+    start = choose(job.config, str(job.run_dir), "auto")
+    with pytest.raises(DataError, match=r"has finished: .*expected the data of this run, d1, got .*; use --resume"):
+        report_finished(start, digits, Console(width=200))
 
 
 def test_the_same_command_sends_what_mlflow_has_not_got(
