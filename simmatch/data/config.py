@@ -125,7 +125,8 @@ class DataConfig(SignalKeys):
 
     label_column: str = "label"
     """Column of the labels, for `format: parquet`; key of the label in `key.json`, for `format: tar`. Integers, −1 for
-    unlabelled. Of a CSV file, integers or names: a window is of the class of its last sample."""
+    unlabelled. Of a CSV file, integers or names, an empty field for unlabelled: a window is of the class of its last
+    sample."""
 
     size: Annotated[int | Annotated[tuple[int, int], Field(strict=False)] | None, BeforeValidator(_size)] = None
     """Height and width of all images, or [height, width], at most 8192: the short side is resized (bilinear,

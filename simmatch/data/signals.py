@@ -117,12 +117,13 @@ def load_signals(config: DataConfig) -> Signals:
             _windows(own, starts, shape, classes, config, what)
             for own, starts, what in ((cuts, kept, "training"), (test_cuts, tested, "test"))
         ]
-    missing = sum(cut.missing for cut in (cuts if by_time else cuts + test_cuts))
+    every = cuts if by_time else cuts + test_cuts
+    missing, short = sum(cut.missing for cut in every), sum(not len(cut.starts) for cut in every)
     note = (
         f"{shortened(path)}: {len(cuts)} training and {len(test_cuts)} test recordings"
         f"{', split in time' if by_time else ''}, {len(parts[0][0]):,} and {len(parts[1][0]):,} windows of "
         f"{shape.length} samples, {parts[0][0].shape[1]} channels, {len(classes)} classes, {missing:,} samples with "
-        "missing values"
+        f"missing values{f'; recordings too short for a window: {short}' if short else ''}"
     )
     return Signals(*parts[0], *parts[1], classes, note)
 

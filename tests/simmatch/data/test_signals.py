@@ -206,6 +206,12 @@ def test_what_does_not_fit_is_named(
         load(machines(tmp_path), **defaults | options)
 
 
+def test_a_recording_without_a_window_is_told(tmp_path: Path) -> None:
+    np.savez(machines(tmp_path) / "day9.npz", fan_x=np.zeros(9))
+    [note] = load(tmp_path, labels=False, test_fraction=0.25).notes
+    assert note.endswith("0 samples with missing values; recordings too short for a window: 1")
+
+
 def test_recordings_that_do_not_agree_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((20, 2)))
     np.save(tmp_path / "b.npy", np.zeros(25))
