@@ -53,7 +53,7 @@ def _checked(least: int, *words: str) -> BeforeValidator:
     """A validator with messages of its own: those of a union would name every alternative."""
 
     def check(value: Any) -> Any:
-        if value in words or value is None:
+        if value in words:
             return value
         if isinstance(value, (list, tuple)):
             if len(value) == 2 and all(type(side) is int and side >= least for side in value):

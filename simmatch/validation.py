@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -26,10 +26,16 @@ def one_line(cls: type[BaseModel], error: ValidationError) -> str:
     ...     print(one_line(Mesh, error))
     channel: expected an integer, unable to parse string as an integer, got 'two'
     """
-    faults = error.errors(include_url=False)
+    faults = _of_their_own(error.errors(include_url=False))
     lines = _merged([_describe(cls, fault) for fault in faults[:MOST_FAULTS]])
     more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
     return "; ".join([*lines, *more])
+
+
+def _of_their_own(faults: Sequence[Any]) -> list[Any]:
+    """Without the fault that a list is too short where one of its items is wrong: pydantic counts the others only."""
+    inside = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
+    return [fault for fault in faults if fault["type"] != "too_short" or fault["loc"] not in inside]
 
 
 def _merged(lines: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from simmatch import (
     load_model,
     save_model,
 )
-from simmatch.config import TrainConfig
+from simmatch.config import TrainConfig, parse
 from simmatch.model import InputConfig, layer_inputs
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.rows import split_rows
@@ -175,6 +175,15 @@ def test_a_configuration_for_images_is_told_how_signals_are_written(layer: dict[
 def test_a_wrong_kernel_is_named(value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerConfig.model_validate({"out_channels": 4, "kernel_size": value})
+
+
+@pytest.mark.parametrize("value", ["half", None])
+def test_a_wrong_layer_is_one_fault(value: object) -> None:
+    """pydantic adds that the list of layers is too short without it."""
+    with pytest.raises(ConfigError) as caught:
+        parse(ModelConfig, {"layers": [{"out_channels": 4, "kernel_size": value}]})
+    expected = "expected an integer or [height, width] or 'full'"
+    assert str(caught.value) == f"layers.0.kernel_size: {expected}, got {value!r}"
 
 
 def test_shapes_that_are_no_signals_are_refused() -> None:
