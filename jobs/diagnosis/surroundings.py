@@ -63,8 +63,8 @@ def look_at_run_dir(run_dir: AnyPath, nodes: Nodes | None = None, limit_s: float
     token, made = token_hex(8), _missing(run_dir)
     names = [] if nodes is None else [node.name for node in nodes.nodes]
     try:
-        nonce = write_nonce(run_dir, token)
         unprotected = check_exclusive(run_dir)
+        nonce = write_nonce(run_dir, token)  # removed by `check_copies`
         answers = Answers()
         if nodes is not None:
             answers = nodes.ask(RUN_DIR, limit_s, try_run_dir, lambda node: (run_dir, token, names.index(node.name)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -359,6 +361,19 @@ def test_a_node_that_cannot_write_and_one_that_sees_another_folder(
     status, (line, _) = diagnose("--run-dir", "shared")
     assert status == 1
     assert line.endswith(f"does not see the file that this job wrote there; fix: {surroundings.SHARED_FIX}")
+    assert not Path("shared").exists()
+
+
+def test_a_store_that_fails_is_left_as_it_was(
+    instead: Any, diagnose: Callable[..., Diagnosis], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(surroundings, "check_exclusive", fail)
+    status, (line, _) = diagnose("--run-dir", "shared")
+    assert status == 1
+    assert "Disk quota exceeded; fix: " in line
     assert not Path("shared").exists()
 
 
