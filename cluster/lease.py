@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from cluster.fence import AttemptLostError, Commits, Fence, Holder, machine
+from cluster.fence import AttemptLostError, Commits, Fence
+from cluster.holder import Holder, machine
 from cluster.storage import AnyPath, read, remove, write_whole
 from simmatch.config import ConfigError, Frozen, NonNegativeFloat, NonNegativeInt, parse
 from simmatch.documents import DocumentError, dump_json, load_json

@@ -17,7 +17,8 @@ from rich.console import Console
 from cluster.checkpoints.manifest import CheckpointError
 from cluster.config import RunConfig
 from cluster.controller import RunFailed
-from cluster.fence import Fence, Holder
+from cluster.fence import Fence
+from cluster.holder import Holder
 from cluster.redaction import one_line
 from cluster.storage import is_local
 from cluster.tracking.mlflow_model import ModelLogger, load_exported

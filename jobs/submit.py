@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 
 import requests
 
+from cluster.holder import user_name
 from cluster.redaction import one_line
 from cluster.timeouts import run_with_timeout
-from cluster.tracking.tracker import user_name
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import at_least
 from jobs.origin import git_commit
@@ -90,7 +90,7 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
     if (name := options.submission_id) is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ConfigError(f"--submission-id: expected letters, digits, '_', '.' and '-', got {name!r}")
     runtime_env: dict[str, Any] = {"env_vars": {GRACE: str(options.stop_grace_s), **_variables(options.env)}}
-    origin = {NAME: _name(command), OWNER: user_name()}
+    origin = {NAME: _name(command), OWNER: user_name() or "unknown"}
     if folder := options.working_dir:
         runtime_env["working_dir"] = folder
         if "://" not in folder:

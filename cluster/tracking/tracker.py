@@ -12,7 +12,6 @@ hand events to the controller, see `cluster.messages`.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import sys
@@ -24,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.holder import user_name
 from cluster.redaction import Redactor
 from cluster.tracking.config import TrackingConfig, check_model_name, resolve_experiment, resolve_registry, resolve_uri
 from cluster.tracking.events import (
@@ -142,7 +142,7 @@ class Tracker:
             experiment_id=self._experiment.id,
             layers=layers,
             uri=self.uri,
-            tags={"mlflow.user": user_name(), **(tags or {})},
+            tags={"mlflow.user": user_name() or "unknown", **(tags or {})},
         )
         if not self._writer.flush(START_S):
             raise self._writer.error or TimeoutError(f"{self._spool.path}: nothing was written within {START_S:g} s")
@@ -304,11 +304,3 @@ def _digest(folder: Path) -> str:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder)}\0".encode(errors="replace") + path.read_bytes())
     return digest.hexdigest()
-
-
-def user_name() -> str:
-    """Of who runs this process."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user id need not have a name
-        return "unknown"

@@ -34,7 +34,8 @@ from cluster.checkpoints.manifest import (
     write_manifest,
 )
 from cluster.checkpoints.reader import newest_good
-from cluster.fence import COMMITS, AttemptLostError, Commits, Fence, Holder, begun
+from cluster.fence import COMMITS, AttemptLostError, Commits, Fence
+from cluster.holder import Holder, begun
 from cluster.lease import LEASE, Lease, LeaseKeeper, RunBusyError, wait_for_holder
 from cluster.storage import AnyPath, exists, find, locate, read, write_whole
 from simmatch.documents import dump_json
@@ -559,13 +560,14 @@ import cluster.fence
 from cluster.checkpoints.committer import Committer
 from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of
 from cluster.checkpoints.shard_writer import write_shard
+from cluster.holder import Holder
 from cluster.storage import locate
 from simmatch.sharding.rows import Rows
 import torch
 
 cluster.fence.VERIFY_S = 0.0
 place, name = locate(sys.argv[1]), sys.argv[2]
-fence = cluster.fence.Fence(place, cluster.fence.Holder(host=name, pid=1))
+fence = cluster.fence.Fence(place, Holder(host=name, pid=1))
 committer = Committer(place, keep=2, fence=fence)
 for line in sys.stdin:
     step = int(line)

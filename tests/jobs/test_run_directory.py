@@ -14,7 +14,8 @@ from cluster.checkpoints.committer import commit
 from cluster.checkpoints.manifest import Cursor, LayerState, Manifest, folder_of
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig
-from cluster.fence import Fence, Holder
+from cluster.fence import Fence
+from cluster.holder import Holder
 from jobs.ray_job import job_metadata
 from jobs.run_directory import RunStart, as_begun, choose, default_root
 from simmatch.config import ConfigError

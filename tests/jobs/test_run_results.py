@@ -37,7 +37,8 @@ from cluster.checkpoints.manifest import (
 from cluster.checkpoints.shard_writer import write_shard
 from cluster.config import RunConfig, public
 from cluster.controller import RunFailed, RunStopped
-from cluster.fence import Commits, Fence, Holder, Unfenced
+from cluster.fence import Commits, Fence, Unfenced
+from cluster.holder import Holder
 from cluster.lease import LEASE
 from cluster.messages import ReadoutScored
 from cluster.storage import copy_whole, exists, locate, read
