@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from secrets import token_hex
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING
 
 from cluster.checkpoints.collector import CheckpointCollector
 from cluster.checkpoints.committer import Committer
@@ -21,26 +20,9 @@ from cluster.failures import group_failure
 from cluster.fence import UNFENCED, AttemptLostError, Unfenced
 from cluster.halting import Halting
 from cluster.layout import oversubscribed, threads_per_rank
-from cluster.messages import (
-    Display,
-    FeaturesFound,
-    GroupStarted,
-    LayerMetrics,
-    LayerProfiled,
-    LayerWarning,
-    Message,
-    ModelExported,
-    NodeWarning,
-    RankInfo,
-    ReadoutScored,
-    ShardFailed,
-    ShardWritten,
-    StartingPoint,
-    Traceback,
-    TrainingWarning,
-)
-from cluster.node_usage import metrics_of
+from cluster.messages import Display, GroupStarted, RankInfo, StartingPoint
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, GroupFailure, Growth, Restart, Stop
+from cluster.reports import Reports
 from cluster.storage import AnyPath
 from cluster.succession import Succession
 from cluster.summary import ABANDONED_TAG, RATE_TAG, RunRecord, abandoned, updates_at
@@ -117,12 +99,11 @@ class Controller:
         self._training = self._learning = self._stop_asked = self._done = self._saved = self._stopped = False
         self._room = 0
         self._terminated: list[int] = []
-        self._step = self._phases_shown = 0
-        self._node_warnings: set[str] = set()
-        self._metrics: dict[int, LayerMetrics] = {}
+        self._step = 0
         saving = config.checkpoint
         committer = Committer(run_dir, saving.keep, before_commit, patience_s=saving.patience_s, fence=fence)
         self._checkpoints = CheckpointCollector(committer, display.note, data)
+        self._reports = Reports(self.record, self._checkpoints, recorder, display)
 
     @property
     def finished(self) -> bool:
@@ -224,7 +205,8 @@ class Controller:
             group.start(self.display.note)
             self.display.note(GroupStarted(tuple(group.ranks)))
             self._share_cpus(group.ranks)
-            self._training, self._learning, self._phases_shown = True, False, 0
+            self._training, self._learning = True, False
+            self._reports.start_group()
             group.watch(self._succession.missing(assignment.config.mesh.world_size))
             self._halting = Halting(group, self.config.cluster.grace_s, self.display.note)
             while True:
@@ -292,19 +274,10 @@ class Controller:
     def step(self, group: WorkerGroup) -> tuple[bool, Failure | None]:
         """One round: poll every rank and handle its messages. Returns whether all are done, or why they cannot be."""
         statuses = group.poll()
-        for status in statuses:
-            for message in status.messages:
-                self._handle(status.rank, message)
-            if status.usage is not None:
-                usage = metrics_of(status.usage, group.ranks[status.rank], group.ranks)
-                self.recorder.metrics(self.record.next_sample(), usage)
+        self._reports.take_in(statuses, group.ranks, self.config)
         self._settle(SETTLE_S)
         self._check_owner()
-        for latest in statuses[0].phases[self._phases_shown :]:  # also those that have ended since the last round
-            if latest.phase == "learn" and latest.layer is None:  # layers of other stages, too
-                latest = replace(latest, metrics=tuple(self._metrics[layer] for layer in sorted(self._metrics)))
-            self.display.progress(latest)
-        self._phases_shown = max(0, len(statuses[0].phases) - 1)
+        self._reports.show(statuses[0].phases)
         latest_phase = statuses[0].progress
         self._learning = latest_phase is not None and latest_phase.phase == "learn"
         if self._learning and self._succession.growing:
@@ -329,39 +302,6 @@ class Controller:
         if step is not None:
             return f"the newest checkpoint is of step {step}"
         return "no checkpoint was written" if self.resume is None else f"the newest checkpoint is {self.resume.name}"
-
-    def _handle(self, rank: int, message: Message) -> None:
-        match message:
-            case ShardWritten():
-                self.record.steps = max(self.record.steps, message.cursor.step)
-                self._checkpoints.shard_written(rank, message, self.config, self.record.rate)
-            case ShardFailed():
-                self._checkpoints.shard_failed(rank, message)
-            case Traceback(text):
-                self.display.note(f"rank {rank}:\n{text}")
-            case LayerProfiled():
-                problem = self.record.add_profile(rank, message)
-                if problem is not None:
-                    self.display.note(problem)
-            case LayerMetrics():
-                values = self.record.add(message, self.config.mesh.place(rank).stage)
-                self._metrics[message.layer] = replace(message, bytes_exchanged=self.record.bytes_exchanged)
-                if values is not None:
-                    self.recorder.metrics(message.update, values, layer=message.layer)
-            case FeaturesFound():
-                self.display.note(str(message))
-            case TrainingWarning(text) | LayerWarning(text):
-                self.display.note(f"warning: {text}")
-            case NodeWarning(text):
-                if text not in self._node_warnings:
-                    self._node_warnings.add(text)
-                    self.display.note(f"warning: {text}")
-            case ModelExported(folder):
-                self._checkpoints.model_exported(folder)
-            case ReadoutScored():
-                self.record.readout = message
-            case _:
-                assert_never(message)
 
     def _settle(self, limit_s: float) -> None:
         """Take in the outcomes of commits; a new checkpoint earns new restarts."""
