@@ -42,7 +42,15 @@ class Holder(Frozen):
         """Whether it is known to have ended, as a process of this machine or an earlier job of this one."""
         if not self.machine or self.machine != machine():
             return False
-        return self.pid == os.getpid() or begun(self.pid) != self.process
+        found = begun(self.pid)
+        try:
+            if not found:
+                os.kill(self.pid, 0)
+        except PermissionError:  # another user's, which the system hides (hidepid)
+            return False
+        except ProcessLookupError:
+            pass
+        return self.pid == os.getpid() or found != self.process
 
     def __str__(self) -> str:
         who = f"{self.user}, " if self.user else ""

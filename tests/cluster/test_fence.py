@@ -20,6 +20,7 @@ import pytest
 import cluster.checkpoints.committer
 import cluster.checkpoints.manifest
 import cluster.fence
+import cluster.holder
 import cluster.lease
 from cluster.checkpoints.committer import commit, complete_commit, prune, publish_model, remove_unnamed
 from cluster.checkpoints.manifest import (
@@ -468,6 +469,21 @@ def test_a_process_of_this_machine_is_refused_at_once_while_it_lives(tmp_path: P
     assert wait_for_holder(tmp_path, told.append) == 1
     assert "taking over from an attempt that has given no sign of life for 65 s" in told[0]
     assert holder.model_copy(update={"process": "1"}).ended()
+
+
+def test_a_process_that_the_system_hides_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, where /proc is mounted with hidepid: its lease counts."""
+
+    def refuse(pid: int, signum: int) -> None:
+        raise PermissionError(pid, signum)
+
+    holder = Holder.here().model_copy(update={"pid": os.getppid(), "process": begun(os.getppid())})
+    monkeypatch.setattr(cluster.holder, "begun", lambda _: "")
+    monkeypatch.setattr(os, "kill", refuse)
+    Fence(tmp_path, holder).begin(0)
+    lease_of(tmp_path, 1, 3, time.monotonic() - 5)
+    with pytest.raises(RunBusyError):
+        wait_for_holder(tmp_path, pytest.fail)
 
 
 @pytest.mark.usefixtures("soon")
