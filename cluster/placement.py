@@ -180,12 +180,18 @@ class Placement:
             self._refuse_small(nodes)
         free = self._ask("report its resources", ray._private.state.available_resources_per_node)
         alive = [node["NodeID"] for node in nodes if node["Alive"]]
-        self.sizes = bundle_sizes(self.config.mesh, [fitting(self.needs, free.get(node, {})) for node in alive])
+        self._reserve(bundle_sizes(self.config.mesh, [fitting(self.needs, free.get(node, {})) for node in alive]))
+
+    def _reserve(self, sizes: list[int]) -> None:
+        self.sizes = sizes
         bundles = [{kind: size * amount for kind, amount in self.needs.items()} for size in self.sizes]
         self._group = self._ask("create a placement group", partial(placement_group, bundles, strategy="PACK"))
 
     def wait(self, note: Callable[[str], None] = lambda _: None) -> None:
         """Wait until all resources are reserved, `cluster.placement_timeout_s` at most.
+
+        Where a node that had room for several ranks is gone or used by others, and there is room for each elsewhere,
+        each gets a bundle of its own after `cluster.start_timeout_s`.
 
         note: told at once what is waited for, then where nodes have come or gone, and sparsely otherwise.
 
@@ -203,6 +209,10 @@ class Placement:
             free, held, room = self._look()
             if waited_s >= limit_s or self._may_shrink(waited_s, room):
                 raise GroupFailure(self._no_room(min(waited_s, limit_s), f"{free}; {held}", room))
+            if room >= self.ranks and max(self.sizes) > 1 and waited_s >= self.limits.start_timeout_s:
+                note(f"no node has room for {max(self.sizes)} ranks together any more: they may be apart")
+                self.release()
+                self._reserve([1] * self.ranks)
             if held != told or waited_s >= tell_at:
                 until = f"at most {limit_s:g} s (cluster.placement_timeout_s)"
                 note(f"waiting for room for {self._wanted}, {until}, {waited_s:.0f} s so far: {free}; {held}")

@@ -284,6 +284,20 @@ def test_one_request_waits_for_nodes_that_come_late(
 
 
 @pytest.mark.slow
+def test_ranks_whose_node_is_gone_may_be_apart(
+    placed: Callable[[RunConfig], Placement], digits_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All four were to be on one node; those that are left have room for two each."""
+    monkeypatch.setattr("cluster.placement.bundle_sizes", lambda mesh, room: [mesh.world_size])
+    placement = placed(digits_config(4, cluster=limits(start_timeout_s=1.0)))
+    notes: list[str] = []
+    placement.request()
+    placement.wait(notes.append)
+    assert "no node has room for 4 ranks together any more: they may be apart" in notes
+    assert_neighbours_share_a_node(placement.seats())
+
+
+@pytest.mark.slow
 def test_the_wait_has_a_limit_of_its_own(
     placed: Callable[[RunConfig], Placement], digits_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
