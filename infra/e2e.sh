@@ -282,12 +282,12 @@ step "jobs.prepare: shards in S3" wait_for prepare succeeded prepare
 submit train "${train[@]}"
 step "jobs.submit: two shards on two workers" wait_for train says train "^ranks: "
 step "a checkpoint in S3" wait_for train checkpoints 1
-step "every port without the token" ports
 step "worker-2 is drained" drain worker-2
 step "the run goes on with one shard" wait_for train says train "starting a new group of 1 rank"
 step "worker-2 is gone" gone worker-2
 step "worker-2 is back" join worker-2 3 "${worker[@]}"
 step "two shards again" wait_for train says train "starting a new group of 2 ranks"
+step "every port without the token" ports
 step "the run to its end" wait_for train succeeded train
 step "checkpoints in S3" checkpoints 1
 submit again "${train[@]}"
