@@ -294,5 +294,6 @@ submit again "${train[@]}"
 step "the same command again: nothing to do" wait_for again succeeded again
 step "the run says so" says again "already finished"
 step "the registered model's champion" champion
-start desk serve mlflow models serve --model-uri models:/e2e@champion --env-manager local --host "${address[desk]}" --port 5001
+start desk serve "$python" -m mlflow models serve --model-uri models:/e2e@champion --env-manager local \
+    --host "${address[desk]}" --port 5001
 step "a served prediction" wait_for serve predicts
