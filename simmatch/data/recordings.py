@@ -12,7 +12,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Recording:
     label: the name of its class; None: it has none, or `labels` has those of its samples.
     labels: [T], names of classes, '' for none.
     gaps: samples before which time has a gap, ascending.
+    channels: names of the channels, where the file has some.
 
     >>> Recording("pump/monday.npy", Series.of(np.zeros((100, 3))), label="pump").series.shape
     (100, 3)
@@ -55,6 +56,7 @@ class Recording:
     label: str | None = None
     labels: np.ndarray[Any, np.dtype[np.str_]] | None = None
     gaps: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    channels: tuple[str, ...] = ()
 
 
 ReadFile = Callable[[str, str, DataConfig, OpenRecordings], Iterator[Recording]]
@@ -116,7 +118,7 @@ def read_csv(path: str, name: str, config: DataConfig, files: OpenRecordings) ->
     gaps = np.empty(0, np.int64)
     if config.time_column is not None:
         gaps = gaps_of(_times(_column(table, config.time_column, name), config.time_column, name), config, name)
-    yield Recording(name, Series.of(np.stack(columns, axis=1)), labels=labels, gaps=gaps)
+    yield Recording(name, Series.of(np.stack(columns, axis=1)), labels=labels, gaps=gaps, channels=tuple(chosen))
 
 
 def read_ts(path: str, name: str, config: DataConfig, files: OpenRecordings) -> Iterator[Recording]:
@@ -249,7 +251,7 @@ def _labelled(recording: Recording, config: DataConfig) -> Recording:
     elif label is None and recording.labels is None and "/" in recording.name:
         first = recording.name.partition("/")[0]
         label = None if first.lower().endswith(".npz") else first
-    return Recording(recording.name, recording.series, label, recording.labels, recording.gaps)
+    return replace(recording, label=label)
 
 
 def _column(table: Any, column: str, name: str) -> Any:

@@ -170,6 +170,11 @@ def _shape(recordings: list[Recording], config: DataConfig) -> WindowShape:
                 f"expected recordings of one number of channels, got {first.series.shape[1]} in "
                 f"{shortened(first.name)} and {each.series.shape[1]} in {shortened(each.name)}"
             )
+        if each.channels != first.channels and sorted(each.channels) == sorted(first.channels):
+            raise DataError(
+                f"{shortened(each.name)}: expected the order of the columns of {shortened(first.name)}, "
+                f"{shortened(', '.join(first.channels))}, got another; see data.columns"
+            )
         if config.window is None and each.series.shape[0] != first.series.shape[0]:
             raise ConfigError(
                 f"data.window: expected a number of samples, as recordings differ in length, "

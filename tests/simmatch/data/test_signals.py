@@ -206,6 +206,17 @@ def test_what_does_not_fit_is_named(
         load(machines(tmp_path), **defaults | options)
 
 
+def test_columns_in_another_order_are_not_mixed_up(tmp_path: Path) -> None:
+    """Unless the configuration names them, and so their order."""
+    for name, header in (("a", "x,y"), ("b", "y,x")):
+        rows = [f"{sample},{-sample}" if name == "a" else f"{-sample},{sample}" for sample in range(20)]
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *rows]))
+    with pytest.raises(DataError, match=r"^data.path: ..csv: expected the order of the columns of ..csv, ., ., got"):
+        load(tmp_path, test_fraction=0.5)
+    dataset = load(tmp_path, test_fraction=0.5, window_scale="none", columns=["x", "y"])
+    assert torch.equal(dataset.train_images[:], dataset.test_images[:])
+
+
 def test_a_recording_without_a_window_is_told(tmp_path: Path) -> None:
     np.savez(machines(tmp_path) / "day9.npz", fan_x=np.zeros(9))
     [note] = load(tmp_path, labels=False, test_fraction=0.25).notes
