@@ -56,12 +56,14 @@ def make_experiment(client: MlflowClient, name: str, artifact_folder: Path | Non
 
     location = (artifact_folder / _folder_name(name)).as_uri() if artifact_folder else None
     try:
-        return client.get_experiment(client.create_experiment(name, location, {KIND_TAG: KIND}))
+        client.create_experiment(name, location, {KIND_TAG: KIND})
     except MlflowException as error:
-        found = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
-        if found is None:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return found
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        raise NoExperimentError(f"experiment {name!r} is gone after it was made")
+    return found
 
 
 def mark_experiment(client: MlflowClient, experiment: Experiment) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import cluster.tracking.simmatch_scoring as scoring
 from cluster.tracking.delivery import RejectedError
+from simmatch.files import write_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -162,4 +163,4 @@ def _save(module: nn.Module, path: Path, input_shape: Sequence[int]) -> None:
         )
     for name, content in zip(EXAMPLES, (example.tolist(), {"inputs": example.tolist()}), strict=True):
         if shown:
-            (path / name).write_text(json.dumps(content))
+            write_whole(path / name, json.dumps(content))

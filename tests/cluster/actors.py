@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -94,6 +95,11 @@ class Watcher:
 
     def restarts(self) -> list[str]:
         return [note for note in self.notes if "starting a new group" in note]
+
+
+def pids_in(output: str) -> list[int]:
+    """Of the ranks that a job has named."""
+    return [int(pid) for found in re.findall(r", pids? ([\d, ]+)$", output, re.MULTILINE) for pid in found.split(", ")]
 
 
 def assert_gone(pids: Iterable[int], limit_s: float = 20.0) -> None:

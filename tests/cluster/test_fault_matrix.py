@@ -35,6 +35,7 @@ from cluster.config import RunConfig
 from cluster.storage import AnyPath, find, locate, read
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
+from tests.cluster.actors import pids_in
 from tests.faults import COMMIT_S, HOLD_S, MOMENTS, FaultPlan, Kind, wait_for
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -202,7 +203,7 @@ def make_cell(
 
 def assert_nothing_left(ray: Any, cell: Cell, limit_s: float = 30.0) -> None:
     """No process of a rank, no placement group, no reserved CPU."""
-    pids = [int(pid) for out in cell.out for pid in re.findall(r"\(pid (\d+)\)", out)]
+    pids = [pid for out in cell.out for pid in pids_in(out)]
     deadline = time.monotonic() + limit_s
     while True:
         alive = [pid for pid in pids if psutil.pid_exists(pid)]

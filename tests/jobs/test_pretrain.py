@@ -38,7 +38,7 @@ from simmatch import load_model
 from simmatch.config import parse
 from simmatch.data.sources import Dataset, to_unit
 from simmatch.model import Stack
-from tests.cluster.actors import assert_gone
+from tests.cluster.actors import assert_gone, pids_in
 from tests.faults import FaultPlan, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -183,7 +183,7 @@ def test_plain_output(finished: Ended) -> None:
 
 
 def test_nothing_is_left_running(finished: Ended) -> None:
-    pids = [int(pid) for pid in re.findall(r"\(pid (\d+)\)", finished.out)]
+    pids = pids_in(finished.out)
     assert len(pids) == 2
     assert_gone(pids)  # killed ones exist until the system has reaped them
 
@@ -377,7 +377,7 @@ def test_an_interrupted_run_says_so(interrupted: Ended) -> None:
     newest = newest_good(interrupted.run_dir, pytest.fail)
     assert newest is not None
     assert summary["accuracy"] is None
-    pids = [int(pid) for pid in re.findall(r"\(pid (\d+)\)", interrupted.out)]
+    pids = pids_in(interrupted.out)
     assert len(pids) == 2
     assert_gone(pids)  # killed ones exist until the system has reaped them
 
