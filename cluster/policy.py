@@ -84,7 +84,7 @@ class FailurePolicy:
 
     Attributes
     ----------
-    max_restarts: most restarts in a row without a new checkpoint.
+    max_restarts: most restarts in a row without a new checkpoint; a group may shrink all the same.
     max_preemptions: the same for nodes that were taken away, which count for themselves; None: any number.
     min_shards: smallest group that a run may shrink to where there is room for no more ranks; None: it never shrinks.
     backoff_s: pause before the second restart in a row, doubled for each further one; none before the first.
@@ -109,14 +109,14 @@ class FailurePolicy:
             return Stop(failure.message)
         key = "max_preemptions" if failure.preempted else "max_restarts"
         most: int | None = getattr(self, key)
+        after_s = min(self.backoff_s * 2 ** (in_a_row - 1), LONGEST_PAUSE_S) if in_a_row else 0.0
+        if failure.fits is not None and self.min_shards is not None and failure.fits < shards:
+            if failure.fits < self.min_shards:
+                return Stop(f"{failure.message}; cluster.min_shards={self.min_shards}")
+            return Restart(failure.fits, after_s)  # whatever the limit: what has failed, or been taken, was counted
         if most is not None and in_a_row >= most:
             return Stop(f"{failure.message}; cluster.{key}={most} without a new checkpoint")
-        after_s = min(self.backoff_s * 2 ** (in_a_row - 1), LONGEST_PAUSE_S) if in_a_row else 0.0
-        if failure.fits is None or failure.fits >= shards or self.min_shards is None:
-            return Restart(shards, after_s)
-        if failure.fits < self.min_shards:
-            return Stop(f"{failure.message}; cluster.min_shards={self.min_shards}")
-        return Restart(failure.fits, after_s)
+        return Restart(shards, after_s)
 
 
 @dataclass

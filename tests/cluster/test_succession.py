@@ -259,6 +259,15 @@ def test_preemptions_without_a_checkpoint_between_them_end_at_their_limit(
     assert Scene(digits_config, tmp_path / "progress", *drained, {}, max_preemptions=1).run().preemptions == 4
 
 
+def test_a_group_without_its_drained_node_needs_no_restart(
+    digits_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """No node takes its place, so the group shrinks."""
+    scene = Scene(digits_config, tmp_path, {5: drains("n1")}, NO_ROOM, {}, max_restarts=0)
+    assert scene.run().preemptions == 1
+    assert scene.sizes == [2, 2, 1]
+
+
 def test_a_process_that_gets_sigterm_is_replaced(digits_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     def terminate(group: LearningGroup) -> None:
         group.terminated = True
