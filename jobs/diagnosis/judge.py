@@ -9,7 +9,7 @@ from cluster.allocation import Allocation
 from cluster.capacity import fitting, needs_of
 from cluster.config import RunConfig
 from cluster.text import count, size
-from jobs.diagnosis.findings import Finding, Status, ok
+from jobs.diagnosis.findings import Finding, Status, named, ok
 from jobs.diagnosis.links import LinkSpeed
 from jobs.diagnosis.node import Gpus, Room, Versions
 from jobs.diagnosis.nodes import Node
@@ -31,9 +31,6 @@ LITTLE_BYTES = 100 * 10**6
 SPILL_SHARE = 0.95
 """Of a disk in use, from which on Ray neither spills nor makes objects there."""
 
-MOST_LISTED = 8
-"""Nodes listed by name."""
-
 SLOW = 0.5
 """A link with less than this share of the median is told."""
 
@@ -52,7 +49,7 @@ def judge_versions(versions: Mapping[str, Versions]) -> list[Finding]:
             nodes_of.setdefault(getattr(found, key), []).append(node)
         if len(nodes_of) > 1:
             groups = sorted(nodes_of.items(), key=lambda item: -len(item[1]))
-            parts = [f"{found} on {', '.join(nodes)}" for found, nodes in groups]
+            parts = [f"{found} on {named(nodes)}" for found, nodes in groups]
             # only the driver talks to MLflow
             status: Status = "warning" if key == "mlflow" else "failure"
             values = {"package": package, "versions": nodes_of}
@@ -122,8 +119,7 @@ def judge_nodes(nodes: Sequence[Node], config: RunConfig | None) -> list[Finding
     if not names:
         return []
     processors = sum(node.resources.get("CPU", 0) for node in nodes)
-    text = f"{count(len(names), 'node')} with {count(int(processors), 'CPU')}: {', '.join(names[:MOST_LISTED])}"
-    text += f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    text = f"{count(len(names), 'node')} with {count(int(processors), 'CPU')}: {named(names)}"
     values = {"nodes": names, "cpus": processors}
     if config is not None:
         bundle, ranks = {"CPU": needs_of(config)["CPU"]}, config.mesh.world_size
