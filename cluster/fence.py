@@ -209,7 +209,14 @@ class Fence(Unfenced):
                 self._verified_s = started_s
 
     def prune(self) -> None:
-        """Delete this attempt's entries of checkpoints and models before the newest, which are complete by now."""
+        """Delete this attempt's entries of checkpoints and models before the newest, which are complete by now.
+
+        Raises
+        ------
+        AttemptLostError
+            Another attempt has begun.
+        """
+        self.check()
         with self._lock:
             spent, self._spent = self._spent[:-1], self._spent[-1:]
         with suppress(OSError):

@@ -97,6 +97,8 @@ def test_the_attempt_that_began_last_has_the_run(place: AnyPath) -> None:
     second.commit("checkpoint", step=12)
     second.prune()
     assert names(place) == ["00000001.json", "00000002.json", "00000003.json", "00000005.json"]
+    with pytest.raises(AttemptLostError):
+        first.prune()
     told = (
         "another attempt took over this run: ada, process 7 on far, job job-1, since 2026-01-02 03:04:05 UTC; "
         "this one stops and changes nothing"
