@@ -264,7 +264,7 @@ answer.raise_for_status()
 found = answer.json()["predictions"]
 accuracy = np.mean(np.argmax(found["scores"], axis=1) == digits.target[:200])
 print("accuracy", accuracy, "features", np.shape(found["features"]))
-sys.exit(accuracy < 0.85)
+sys.exit(int(accuracy < 0.85))
 PY
 }
 

@@ -1,8 +1,8 @@
 """Every port that is listened on, and what each does with a stranger: `python -m tests.ports`.
 
-A line per port of this host: address (`*`: every interface), process, what happened. Nothing is sent that would be
-harmful if it were accepted, as far as that can be known. Exit status 1 where a stranger is let in whom `KNOWN` does not
-name.
+A line per port of this host: address (`*`: every interface), process, what happened. Exit status 1 where a stranger is
+let in whom `KNOWN` does not name. Messages are empty, but a server that accepts them may do as it is told: for hosts of
+your own, such as those of `infra/e2e.sh`.
 """
 
 from __future__ import annotations

@@ -73,6 +73,16 @@ def test_a_run_on_three_hosts_leaves_checkpoints_in_s3() -> None:
     assert re.search(r"^ *[\d.]+ s  checkpoints in S3$", run("--short"), re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.timeout(3600)
+def test_from_empty_hosts_to_a_served_prediction() -> None:
+    """A worker is drained and comes back in between; the script checks each step itself."""
+    steps = [line.partition(" s  ")[2] for line in run().splitlines()]
+    assert len(steps) == 22
+    assert steps[-1] == "a served prediction"
+
+
 def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
