@@ -105,7 +105,7 @@ class Unfenced:
     def commit(self, kind: Kind, **fields: Any) -> None:
         """Take the next entry; raises AttemptLostError if another attempt has begun."""
 
-    def check(self) -> None:
+    def check(self, *, sure: bool = False) -> None:
         """Raise AttemptLostError if another attempt is known to have begun."""
 
     def owned(self) -> bool:
@@ -191,22 +191,27 @@ class Fence(Unfenced):
                     self._spent.append(number)
             return
 
-    def check(self) -> None:
+    def check(self, *, sure: bool = False) -> None:
         """Look for an entry of another attempt, unless that was done a moment ago; while the store does not answer,
-        the run counts as ours.
+        the run counts as ours, unless `sure`.
 
         Raises
         ------
         AttemptLostError
             There is one.
+        OSError
+            The store does not answer, and only a look is enough.
         """
         self._refuse()
         if self.attempt and time.monotonic() - self._verified_s >= VERIFY_S:
             started_s, number = time.monotonic(), self._number + 1
-            with suppress(OSError):
+            try:
                 if exists(self.commits.path(number)) and self.commits.read(number) is not None:
                     self._look(number)
                 self._verified_s = started_s
+            except OSError:
+                if sure:
+                    raise
 
     def prune(self) -> None:
         """Delete this attempt's entries of checkpoints and models before the newest, which are complete by now.

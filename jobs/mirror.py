@@ -95,7 +95,7 @@ class Mirror:
         self._flush()
         if not self.remote:
             return
-        self._fence.check()
+        self._fence.check(sure=True)
         offset, spool = self.work / PROGRESS_NAME, self.work / SPOOL_NAME
         with self._lock:
             sent = offset.read_bytes() if offset.exists() else None

@@ -223,6 +223,8 @@ def test_a_store_that_does_not_answer_takes_the_run_from_nobody(
         patched.setattr(cluster.fence, "exists", away)
         Fence(tmp_path, ELSEWHERE).begin(1)
         assert fence.owned()
+        with pytest.raises(StorageError):
+            fence.check(sure=True)  # as before records are copied there
     assert not fence.owned()
 
 
