@@ -27,11 +27,24 @@ esac
 
 # --- hosts ------------------------------------------------------------------------------------------------------------
 
+hosts=() limit_s=600 # longest wait, on a machine that may be busy
 work=$(mktemp -d /tmp/e2e-XXXX) # short: Ray's sockets lie below it, and the path of a socket may have 107 characters
-trap 'rm -rf "$work"' EXIT
+power_off() { # HOST
+    local pid
+    for pid in $(ip netns pids "${namespace[$1]}"); do
+        kill -KILL "$pid" 2>/dev/null || true # it may have ended with another
+    done
+}
+
+clean_up() {
+    local host
+    for host in "${hosts[@]}"; do power_off "$host"; done
+    rm -rf "$work"
+}
+
+trap clean_up EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
-hosts=() limit_s=600 # longest wait, on a machine that may be busy
 declare -A address namespace started
 while read -r name its_address its_namespace; do
     hosts+=("$name") address[$name]=$its_address namespace[$name]=$its_namespace
@@ -148,13 +161,6 @@ join() { # HOST COUNT OPTION...: a node joins, so that there are so many; Ray gi
     return 1
 }
 
-power_off() { # HOST
-    local pid
-    for pid in $(ip netns pids "${namespace[$1]}"); do
-        kill -KILL "$pid" 2>/dev/null || true # it may have ended with another
-    done
-}
-
 ports() { # of every host, without the token; of those with ranks first, while there are any
     local host pid pids=()
     for host in worker-1 worker-2 head desk; do
@@ -201,11 +207,13 @@ run_dir=s3://e2e/runs/digits
 run=(--config jobs/configs/digits.yaml --set model.layers.1.dynamics.exchange=gather_state --set log_every=20)
 run+=(--set checkpoint.every_steps=100 --set probe.readout=ridge)
 if $short; then
-    submit train python -m jobs.pretrain "${run[@]}" --run-dir "$run_dir" --set model.layers.1.train.epochs=10
+    # so long that it does not end by itself, on a machine of any speed
+    submit train python -m jobs.pretrain "${run[@]}" --run-dir "$run_dir" --set model.layers.1.train.epochs=10000
     step "jobs.submit: two shards on two workers" wait_for train says train "^ranks: "
     step "every port without the token" ports
     sed 's/^/          /' "$work"/ports-*
-    step "the run to its end" wait_for train succeeded train
+    step "ray job stop" on desk ray job stop train
+    step "the job ends with status 143" wait_for train says train "STOPPED, exit status 143"
     step "checkpoints in S3" checkpoints 1
     exit
 fi
