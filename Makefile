@@ -44,7 +44,7 @@ test: lint typecheck ## lint, types and tests; then a quick benchmark, for infor
 
 test-faults: $(TEST_STAMP) ## 2,000 fuzzed versions of each input, then all tests that lose a rank, a disk or a server (half an hour)
 	SIMMATCH_FUZZ=2000 $(BIN)/python -m pytest $(PYTEST_ARGS) \
-		tests/test_fuzz.py tests/test_security.py tests/cluster \
+		tests/test_fuzz.py tests/test_security.py tests/test_e2e.py tests/cluster \
 		tests/jobs/test_chaos.py tests/jobs/test_submit.py tests/jobs/test_sync.py tests/jobs/test_entry_point.py tests/jobs/test_run_results.py
 
 lint: $(TEST_STAMP) ## ruff, changing nothing

@@ -12,6 +12,8 @@
 # default that of .venv. No internet. Each step prints its seconds; one that fails prints its output. Exit status: 0; 1, a
 # step failed; 3, this machine lacks something, said in one line. All that was made is removed: processes, namespaces, files.
 set -euo pipefail
+# what is set for other clusters and servers is not for these hosts
+for name in "${!RAY_@}" "${!MLFLOW_@}" "${!AWS_@}"; do unset "$name"; done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
 if [ -z "${SIMMATCH_HOSTS:-}" ]; then

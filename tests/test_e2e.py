@@ -49,6 +49,7 @@ def rows(output: str) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.timeout(1200)
 def test_without_the_token_every_port_refuses() -> None:
     """Those that do not are known, are what they are expected to be, and are on no interface but their own."""
@@ -68,6 +69,7 @@ def test_without_the_token_every_port_refuses() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.timeout(1200)
 def test_a_run_on_three_hosts_leaves_checkpoints_in_s3() -> None:
     assert re.search(r"^ *[\d.]+ s  checkpoints in S3$", run("--short"), re.MULTILINE)
