@@ -26,9 +26,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from cluster.holder import Holder
-from cluster.storage import AnyPath, create_whole, exists, find, read, remove
-from simmatch.config import ConfigError, Frozen, NonNegativeInt, parse
-from simmatch.documents import DocumentError, dump_json, load_json
+from cluster.storage import AnyPath, create_whole, exists, find, read_as, remove
+from simmatch.config import Frozen, NonNegativeInt
+from simmatch.documents import dump_json
 
 COMMITS = "commits"
 NAME = re.compile(r"(\d{8})\.json")
@@ -85,10 +85,7 @@ class Commits:
 
     def read(self, number: int) -> Entry | None:
         """An entry; None if it is not there, or not an entry."""
-        try:
-            return parse(Entry, load_json(read(self.path(number))))
-        except (FileNotFoundError, DocumentError, ConfigError):
-            return None
+        return read_as(Entry, self.path(number))
 
 
 class Unfenced:
@@ -231,9 +228,11 @@ class Fence(Unfenced):
     def _look(self, number: int) -> None:
         """Go on after an entry of this attempt; lose the run to one of another."""
         entry = self.commits.read(number)
-        for _ in range(LOOKS if entry is None else 0):  # without links another thread's is not whole at once
-            time.sleep(PAUSE_S)
-            entry = entry or self.commits.read(number)
+        for _ in range(LOOKS):
+            if entry is not None:
+                break
+            time.sleep(PAUSE_S)  # without links another thread's is not whole at once
+            entry = self.commits.read(number)
         if entry is not None and entry.token == self._token:
             with self._lock:
                 self._number = max(self._number, number)

@@ -13,9 +13,9 @@ from contextlib import suppress
 
 from cluster.fence import AttemptLostError, Commits, Fence
 from cluster.holder import Holder, machine
-from cluster.storage import AnyPath, read, remove, write_whole
-from simmatch.config import ConfigError, Frozen, NonNegativeFloat, NonNegativeInt, parse
-from simmatch.documents import DocumentError, dump_json, load_json
+from cluster.storage import AnyPath, read_as, remove, write_whole
+from simmatch.config import Frozen, NonNegativeFloat, NonNegativeInt
+from simmatch.documents import dump_json
 
 LEASE = "lease.json"
 RENEW_S = 10.0
@@ -130,8 +130,5 @@ def _busy(run_dir: AnyPath, holder: Holder) -> str:
 
 def _read(run_dir: AnyPath, attempt: int) -> Lease | None:
     """The lease of this attempt; None if it has none."""
-    try:
-        lease = parse(Lease, load_json(read(run_dir / LEASE)))
-    except (FileNotFoundError, DocumentError, ConfigError):
-        return None
-    return lease if lease.attempt == attempt else None
+    lease = read_as(Lease, run_dir / LEASE)
+    return None if lease is None or lease.attempt != attempt else lease

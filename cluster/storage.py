@@ -20,6 +20,8 @@ from upath import UPath
 
 from cluster.timeouts import run_with_timeout
 from simmatch import files
+from simmatch.config import ConfigError, Frozen, parse
+from simmatch.documents import DocumentError, load_json
 from simmatch.files import Content
 from simmatch.remote import StorageError, file_system
 
@@ -30,6 +32,7 @@ LIMIT_S = 600.0
 """Longest wait for the transfer of a whole file."""
 
 T = TypeVar("T")
+Document = TypeVar("Document", bound=Frozen)
 
 
 def locate(place: str | os.PathLike[str]) -> AnyPath:
@@ -171,6 +174,20 @@ def read(path: AnyPath) -> bytes:
     # in one answer: an opened file is read in parts, which fails where it is replaced meanwhile
     content: bytes = _remote(path, lambda: path.fs.cat_file(path.path))
     return content
+
+
+def read_as(kind: type[Document], path: AnyPath) -> Document | None:
+    """A document; None if there is none, or it is not of this kind.
+
+    Raises
+    ------
+    OSError
+        The disk, or the object store, does not answer.
+    """
+    try:
+        return parse(kind, load_json(read(path)))
+    except (FileNotFoundError, DocumentError, ConfigError):
+        return None
 
 
 def fetch(path: AnyPath, copies: Callable[[], Path]) -> Path:

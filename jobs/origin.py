@@ -11,10 +11,17 @@ from pathlib import Path
 from jobs.ray_job import COMMIT, OWNER, job_metadata
 
 
-def source_tags() -> dict[str, str]:
-    """What MLflow's page shows as the source of a run, as its version and as its user."""
+def program_commit() -> str:
+    """Of this program: as the job that it runs in was submitted, or as `git_commit`; `unknown` where neither says."""
+    return job_metadata().get(COMMIT) or git_commit() or "unknown"
+
+
+def source_tags(commit: str) -> dict[str, str]:
+    """What MLflow's page shows as the source of a run, as its version and as its user.
+
+    commit: of `program_commit`.
+    """
     metadata, folder = job_metadata(), Path(__file__).resolve().parents[1]
-    commit = metadata.get(COMMIT) or git_commit() or ""
     spec = sys.modules["__main__"].__spec__  # of `python -m jobs.pretrain`
     program = f"{spec.name.replace('.', '/')}.py" if spec else Path(sys.argv[0]).name
     tags = {"mlflow.source.name": program, "mlflow.source.type": "LOCAL"}

@@ -27,8 +27,8 @@ from cluster.tracking.tracker import Tracker
 from jobs.display import JobDisplay, MakeDisplay, RunDisplay
 from jobs.entry_point import BAD_INPUT, FAILED
 from jobs.mirror import Mirror
-from jobs.origin import git_commit, source_tags
-from jobs.ray_job import COMMIT, job_metadata
+from jobs.origin import program_commit, source_tags
+from jobs.ray_job import COMMIT
 from jobs.ray_session import embeds_ray, shut_down_ray, start_ray
 from jobs.run_directory import RunStart, continued
 from jobs.run_results import RunOutcome, RunResults, description_of, lines_of, table_of, waits_of
@@ -276,10 +276,10 @@ class TrainingJob:
 
     def _record_start(self) -> None:
         """Record what is known before the first step."""
-        config, tracker = self.config, self.tracker
-        tags = source_tags() | {
+        config, tracker, commit = self.config, self.tracker, program_commit()
+        tags = source_tags(commit) | {
             "mlflow.note.content": description_of(config, self.dataset),
-            "simmatch.git_commit": job_metadata().get(COMMIT) or git_commit() or "unknown",
+            COMMIT: commit,
             "simmatch.world_size": str(config.mesh.world_size),
             "simmatch.mesh": str(config.mesh),
             "simmatch.host": os.uname().nodename,

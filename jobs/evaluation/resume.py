@@ -21,7 +21,7 @@ from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.material import Material, digest_of
 from jobs.evaluation.results import RowResult
 from jobs.evaluation.rows import Row
-from jobs.origin import source_tags
+from jobs.origin import program_commit, source_tags
 from jobs.reporting import hardware
 from simmatch.config import ConfigError, Frozen, parse
 from simmatch.documents import DocumentError, dump_json, dump_yaml, load_json, load_yaml_file
@@ -125,7 +125,7 @@ def begin(
     check_same_data(tracker.run_dir, digest)
     facts = hardware()
     tags = {f"simmatch.{key}": str(facts[key]) for key in ("cpu", "cores_available", "commit", "torch")}
-    tags |= source_tags()
+    tags |= source_tags(program_commit())
     try:
         tracker.start(tracker.run_dir.name, layers=0, tags=tags)
     except SpoolBusyError as error:

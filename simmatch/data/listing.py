@@ -82,18 +82,9 @@ def list_samples(config: DataConfig) -> Listing:
     with errors_name("data.path"):
         path = absolute(config.path)
         kind = _format(path) if config.format == "auto" else config.format
-        named = named_split(path, (".tar", ".parquet"))
-    train_path, test_path, test_key = path, config.test_path, "data.test_path"
-    if named is not None:
-        if test_path is not None or config.test_fraction is not None:
-            key = "test_fraction" if test_path is None else "test_path"
-            raise ConfigError(
-                f"data.{key}: expected null, as {shortened(path)} holds train and test images (or name one part of it "
-                f"in data.path), got {getattr(config, key)}"
-            )
-        (train_path, test_path), test_key = named, "data.path"
-    with errors_name("data.path"):
-        if named is not None and config.format == "auto" and is_folder(train_path):
+        train_path, test_path, test_key = split_places(config, path, (".tar", ".parquet"), "images")
+        named = train_path != path
+        if named and config.format == "auto" and is_folder(train_path):
             kind = _format(train_path)
         train, classes, ignored = FORMATS[kind](train_path, config)
         _check_labels(train, classes, train_path)
@@ -103,15 +94,12 @@ def list_samples(config: DataConfig) -> Listing:
             test, test_classes, more = FORMATS[kind](test_path, config)
             _check_labels(test, test_classes, test_path)
             test, ignored = _as_in(test, test_classes, classes, train_path), ignored + more
-        how = "by their names" if named is not None else f"data.test_path: {test_path}"
+        how = "by their names" if named else f"data.test_path: {test_path}"
     elif config.test_fraction is not None:
         train, test = train.split(config.test_fraction, config.split_seed)
         how = f"data.test_fraction: {config.test_fraction:g}"
     else:
-        raise ConfigError(
-            f"data.test_path: expected test images, or a share of {shortened(path)} for testing in data.test_fraction, "
-            "got neither"
-        )
+        raise no_test_data(path, "images")
     with errors_name("data.path"):
         classes = _checked_classes(train, test, classes, train_path, config)
     if not len(test):
@@ -141,11 +129,49 @@ def _format(path: str) -> str:
     return found[0] if found else "folder"
 
 
-def named_split(path: str, endings: tuple[str, ...]) -> tuple[str, str] | None:
-    """The places of training and test data in a folder that names them so; endings: of the files to look at.
+def split_places(config: DataConfig, path: str, endings: tuple[str, ...], what: str) -> tuple[str, str | None, str]:
+    """The places of training and of test data, and the key that gives the latter; None: there is no place of its own.
 
-    >>> named_split("/nowhere", (".tar",))
+    Parameters
+    ----------
+    path: of `data.path`, as every process can use it.
+    endings: of the files to look at.
+    what: the data, in messages.
+
+    Raises
+    ------
+    ConfigError
+        The place holds both, and another one, or a share, is given for testing.
+
+    >>> split_places(DataConfig(path="/nowhere", test_path="/elsewhere"), "/nowhere", (".tar",), "images")
+    ('/nowhere', '/elsewhere', 'data.test_path')
     """
+    named = _named_split(path, endings)
+    if named is None:
+        return path, config.test_path, "data.test_path"
+    if config.test_path is not None or config.test_fraction is not None:
+        key = "test_fraction" if config.test_path is None else "test_path"
+        raise ConfigError(
+            f"data.{key}: expected null, as {shortened(path)} holds train and test {what} (or name one part of it in "
+            f"data.path), got {getattr(config, key)}"
+        )
+    return *named, "data.path"
+
+
+def no_test_data(path: str, what: str) -> ConfigError:
+    """What is wrong where nothing says which data is for testing.
+
+    >>> str(no_test_data("/photos", "images")).partition(", or")[0]
+    'data.test_path: expected test images'
+    """
+    return ConfigError(
+        f"data.test_path: expected test {what}, or a share of {shortened(path)} for testing in data.test_fraction, got "
+        "neither"
+    )
+
+
+def _named_split(path: str, endings: tuple[str, ...]) -> tuple[str, str] | None:
+    """The places of training and test data in a folder that names them so."""
     if is_pattern(path) or not is_folder(path):
         return None
     folders, files = contents(path)

@@ -16,7 +16,7 @@ from torch import Tensor
 from simmatch.config import ConfigError
 from simmatch.data.config import DataConfig
 from simmatch.data.formats import DataError, errors_name
-from simmatch.data.listing import named_split
+from simmatch.data.listing import no_test_data, split_places
 from simmatch.data.recordings import ENDINGS, Recording, list_recordings, place_of
 from simmatch.data.samples import Names
 from simmatch.data.series import OpenRecordings
@@ -85,22 +85,14 @@ def load_signals(config: DataConfig) -> Signals:
     simmatch.data.formats.DataError: data.path: /nowhere: no such file or folder
     """
     files, path = OpenRecordings(), place_of(str(config.path))
-    train_path, test_path, test_key = path, config.test_path, "data.test_path"
-    if named := named_split(path, ENDINGS):
-        if test_path is not None or config.test_fraction is not None:
-            key = "test_fraction" if test_path is None else "test_path"
-            raise ConfigError(f"data.{key}: expected null, as {shortened(path)} holds train and test, got another")
-        (train_path, test_path), test_key = named, "data.path"
     with errors_name("data.path"):
+        train_path, test_path, test_key = split_places(config, path, ENDINGS, "recordings")
         train = list_recordings(train_path, config, files)
     with errors_name(test_key):
         test = [] if test_path is None else list_recordings(test_path, config, files)
     by_time = config.split == "time" and not test
     if not test and config.test_fraction is None:
-        raise ConfigError(
-            f"data.test_path: expected test recordings, or a share of {shortened(path)} for testing in "
-            "data.test_fraction, got neither"
-        )
+        raise no_test_data(path, "recordings")
     if not test and not by_time:
         train, test = _split(train, config)
     with errors_name("data.path"):
