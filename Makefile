@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
 # what the jobs import beside the library itself, and the tests beside that
 RUN_EXTRAS := [cluster,eval,images]
-TEST_EXTRAS := [cluster,eval,images,s3,test]
+TEST_EXTRAS := [cluster,eval,images,s3,stream,test]
 # Stamps are keyed on the content of pyproject.toml and on this checkout, not on times that git changes.
 KEY := $(shell { pwd; cat pyproject.toml; } | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.simmatch-run-$(KEY)
