@@ -1,0 +1,1 @@
+"""`python -m jobs.stream`: learning from records that keep arriving."""
