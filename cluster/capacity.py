@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.text import count
+from simmatch.documents import listed
 
 MOST_NAMED = 3
 """Nodes that are gone, in one message."""
@@ -48,10 +49,9 @@ def shortage(bundle: dict[str, float], ranks: int, nodes: list[dict[str, Any]]) 
     ]
     # Ray lists every node that there ever was
     gone = sorted({node["NodeManagerAddress"] for node in nodes} - {node["NodeManagerAddress"] for node in alive})
-    more = f" and {len(held) - MOST_HELD} more" if len(held) > MOST_HELD else ""
-    parts = [f"nodes: {', '.join(held[:MOST_HELD]) or 'none'}{more}"]
+    parts = [f"nodes: {listed(held, MOST_HELD) or 'none'}"]
     if gone:
-        parts.append(f"gone: {', '.join(gone[:MOST_NAMED])}{' and more' if len(gone) > MOST_NAMED else ''}")
+        parts.append(f"gone: {listed(gone, MOST_NAMED)}")
     lacking = ranks - sum(fitting(bundle, node["Resources"]) for node in alive)
     if lacking > 0:
         parts.append(f"{count(lacking, 'rank')} more than there is room for")

@@ -31,6 +31,7 @@ from cluster.training import Assignment
 from cluster.watch import ClusterWatch
 from cluster.worker import Worker
 from simmatch.config import ConfigError
+from simmatch.documents import listed
 
 Result = TypeVar("Result")
 
@@ -237,9 +238,8 @@ class WorkerGroup:
                     deadline = min(deadline, time.monotonic() + self.config.heartbeat_s)
         if not waiting and not failed:
             return [results[rank] for rank in range(len(refs))]
-        missing = ", ".join(self._name(rank) for rank in sorted(waiting.values())[:MOST_NAMED])
-        missing += f" and {len(waiting) - MOST_NAMED} more" if len(waiting) > MOST_NAMED else ""
-        late = f"{missing} did not {verb} within {limit_s:g} s" if waiting else ""
+        missing = [self._name(rank) for rank in sorted(waiting.values())]
+        late = f"{listed(missing, MOST_NAMED)} did not {verb} within {limit_s:g} s" if waiting else ""
         if not failed:
             raise GroupFailure(Failure(late, retryable=True))
         # a failure that would happen again explains the ranks that are late; any other is explained by them
@@ -283,8 +283,7 @@ def refuse_ranks(expected: str, errors: dict[RankInfo, str]) -> None:
     """Raise a ConfigError that names the ranks with an error, if there are any."""
     faults = [f"rank {rank.rank} on {rank.allocation.host}: {error}" for rank, error in errors.items() if error]
     if faults:
-        more = f"; and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
-        raise ConfigError(f"{expected}{'; '.join(faults[:MOST_NAMED])}{more}")
+        raise ConfigError(f"{expected}{listed(faults, MOST_NAMED, '; ')}")
 
 
 def lease_s(config: GroupConfig) -> float:

@@ -10,7 +10,7 @@ from cluster.checkpoints.manifest import MANIFEST, CheckpointError, read_manifes
 from cluster.config import RunConfig
 from cluster.storage import AnyPath, find, read
 from simmatch.config import ConfigError, parse
-from simmatch.documents import DocumentError, load_yaml, quoted
+from simmatch.documents import DocumentError, listed, load_yaml, quoted
 
 FREE = (
     "cluster",
@@ -25,6 +25,9 @@ FREE = (
     "cache_features",
 )
 """Keys that may differ between a run and its continuation: they change where and how it learns, not what."""
+
+MOST_NAMED = 5
+"""Differing keys in one message."""
 
 RESULT_FREE = tuple(key for key in FREE if key != "probe")
 """The same between a run that has finished and one that asks for its result."""
@@ -62,11 +65,10 @@ def check_differences(config: RunConfig, other: Any, where: AnyPath, free: Seque
     differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
     differing = [key for key in differing if key.split(".")[0] not in free and key != "name"]
     if differing:
-        pairs = [(key, quoted(theirs.get(key)), quoted(ours.get(key))) for key in differing[:5]]
-        parts = "; ".join(f"{key}: expected {expected}, got {given}" for key, expected, given in pairs)
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        pairs = [(key, quoted(theirs.get(key)), quoted(ours.get(key))) for key in differing]
+        parts = listed([f"{key}: expected {expected}, got {given}" for key, expected, given in pairs], MOST_NAMED, "; ")
         raise ConfigError(
-            f"--resume: {where} belongs to another configuration: {parts}{more}; use --resume never or --run-dir"
+            f"--resume: {where} belongs to another configuration: {parts}; use --resume never or --run-dir"
         )
     return config
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,17 @@ def shortened(text: str, most: int = 2 * LONGEST_VALUE) -> str:
         text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def listed(items: Sequence[object], most: int, separator: str = ", ") -> str:
+    """The first `most` items in one line, and how many more there are.
+
+    >>> listed("ab", 2), listed("abcde", 2), listed("abcde", 2, "; ")
+    ('a, b', 'a, b and 3 more', 'a; b; and 3 more')
+    """
+    more = len(items) - most
+    join = " " if separator == ", " else separator
+    return separator.join(map(str, items[:most])) + (f"{join}and {more} more" if more > 0 else "")
 
 
 class _Quoted(reprlib.Repr):

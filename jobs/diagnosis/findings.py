@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cluster.text import count
+from simmatch.documents import listed
 
 Status = Literal["ok", "warning", "failure"]
 
@@ -56,10 +56,9 @@ def named(nodes: Sequence[str]) -> str:
     """Some nodes in a sentence.
 
     >>> named(["a", "b"]), named(["a", "b", "c", "d", "e", "f"])
-    ('a, b', 'a, b, c, d and 2 more nodes')
+    ('a, b', 'a, b, c, d and 2 more')
     """
-    more = len(nodes) - MOST_NAMED
-    return ", ".join(nodes[:MOST_NAMED]) + (f" and {count(more, 'more node')}" if more > 0 else "")
+    return listed(nodes, MOST_NAMED)
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:

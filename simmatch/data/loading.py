@@ -13,7 +13,7 @@ from simmatch.data.config import DataConfig
 from simmatch.data.decoding import ImagePolicy, Pixels, decode
 from simmatch.data.formats import DataError
 from simmatch.data.samples import Samples
-from simmatch.documents import shortened
+from simmatch.documents import listed, shortened
 from simmatch.memory import machine_bytes
 
 MOST_NAMED = 5
@@ -156,8 +156,7 @@ class Loader:
             raise DataError(f"{self._config.title}: expected at most {most} damaged images, got more; {self._named()}")
 
     def _named(self) -> str:
-        more = len(self.damaged) - MOST_NAMED
-        return "; ".join(self.damaged[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        return listed(self.damaged, MOST_NAMED, "; ")
 
     def notes(self) -> list[str]:
         """A line that names damaged images, if there were any."""

@@ -30,6 +30,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from simmatch.documents import listed
 from simmatch.sharding.exchange import Exchange
 
 MOST_NAMED = 8
@@ -69,8 +70,7 @@ def named(ranks: Sequence[int]) -> str:
     >>> named([1]), named([0, 2]), named(range(512))
     ('rank 1', 'ranks 0, 2', 'ranks 0, 1, 2, 3, 4, 5, 6, 7 and 504 more')
     """
-    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks[:MOST_NAMED]))}{more}"
+    return f"rank{'' if len(ranks) == 1 else 's'} {listed(ranks, MOST_NAMED)}"
 
 
 class LocalFault:
