@@ -1,8 +1,8 @@
 """What the pipeline returns for a batch: answers, events, metrics, and records that were set aside.
 
-All of it follows from the journal: applied again, the same journal gives equal outcomes. Fields that are measured, such
-as seconds, take no part in comparisons. After a restart the batches since the newest snapshot are applied again, so an
-outcome may come twice; it is known by its batch number, and answers and events by the number of their record.
+All of it follows from the journal: applied again, the same journal gives equal outcomes. After a restart the batches
+since the newest snapshot are applied again, so an outcome may come twice; metrics are known by the number of their
+batch, events by their index, answers by the number of their window. `Usage` is measured beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Literal
 from pydantic import JsonValue
 from torch import Tensor
 
-EventKind = Literal["calibrated", "class", "drift", "novelty", "set_aside", "switch"]
+JsonFields = Mapping[str, JsonValue]
+EventKind = Literal["calibrated", "class", "drift", "fault", "novelty", "champion"]
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,18 @@ class Answer:
 
     Attributes
     ----------
-    id: of the record that holds the window's last sample; an image, or a record of one window, is that record.
-    number: of this record, counted from 0 in the order of the journal.
+    id: of the record that holds the window's last sample; an image, or a record that is a window, is that record.
+    number: of this record, counted from 1 over the whole stream, in the order of the journal.
     time: of this record.
-    window: number of the window, counted from 0.
+    window: number of the window, counted from 1.
     group: the machine or channel group.
+    candidate: who answers.
+    version: the number of batches that it had learnt from.
     label: name of the class with the largest score; None without scores.
-    classes: names of the classes, in the order of `scores`.
-    scores: [classes]; None before the stack is calibrated and two classes are known.
+    scores: by class; empty before the stack is calibrated and two classes are known.
+    novelty: None before the stack is calibrated.
+    novel: whether the novelty is above the threshold; False while there is none.
     features: [F], what the readout sees; None before the stack is calibrated.
-    novelty: score of the novelty detector; None before there is one.
-    novel: whether the score exceeds the threshold; None before there is one.
-    configuration: name of the candidate that answers.
     note: why there are no scores, else empty.
     """
 
@@ -43,13 +44,13 @@ class Answer:
     time: float
     window: int
     group: str
-    label: str | None
-    classes: tuple[str, ...]
-    scores: Tensor | None = field(compare=False)
-    features: Tensor | None = field(compare=False)
-    novelty: float | None
-    novel: bool | None
-    configuration: str
+    candidate: str
+    version: int
+    label: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    novelty: float | None = None
+    novel: bool = False
+    features: Tensor | None = field(default=None, compare=False)
     note: str = ""
 
 
@@ -59,32 +60,110 @@ class Event:
 
     Attributes
     ----------
-    kind: `calibrated`: a candidate's first layer is calibrated; `class`: a new class appeared; `drift`: of a signal;
-        `novelty`: records of a batch are far outside; `set_aside`: records of a batch were set aside; `switch`: another
-        candidate answers.
+    index: counted from 0 over the whole stream: receivers drop repeats by it.
+    kind: `calibrated`: the first windows have calibrated the stacks; `class`: a new class appeared; `drift`: of a
+        signal of a candidate; `novelty`: records of a batch are far outside; `fault`: a record was set aside;
+        `champion`: another candidate answers from the next batch on.
     number, time: of the record at which it was noticed.
     text: one line for a person.
-    fields: the same for a program.
-    configuration: name of the candidate; empty where it concerns all.
+    fields: the same for a program. drift: candidate, signal, before, after. novelty: candidate, windows, of, largest,
+        threshold, id. champion: before, after, low, high. class: label. fault: id, reason, place, total.
+        calibrated: windows.
     """
 
+    index: int
     kind: EventKind
     number: int
     time: float
     text: str
-    fields: Mapping[str, JsonValue] = field(default_factory=dict)
-    configuration: str = ""
+    fields: JsonFields = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CandidateMetrics:
+    """How one candidate did in one batch.
+
+    Attributes
+    ----------
+    answered, right: predictions whose label became known in this batch, at once or late, and those of them that were
+        right. A prediction is the answer that was given before anything was learnt from the window.
+    label_answered, label_right: the same for V, where the last layer is supervised.
+    novelty: mean over the windows; None before calibration, or without windows.
+    threshold: of the novelty; None before there is one.
+    novel: windows above it.
+    weight: mean weight that windows learn with; 1 where none is far outside.
+    signals: means of the label-free signals: objective, residual, active, ….
+    rate: learning rate of the first layer now.
+    difference: lower end, mean and upper end of the confidence sequence of this accuracy − the champion's; None for the
+        champion, and before there is one.
+    nbytes: size of everything it has to remember.
+    """
+
+    answered: int = 0
+    right: int = 0
+    label_answered: int = 0
+    label_right: int = 0
+    novelty: float | None = None
+    threshold: float | None = None
+    novel: int = 0
+    weight: float = 1.0
+    signals: Mapping[str, float] = field(default_factory=dict)
+    rate: float = 0.0
+    difference: tuple[float, float, float] | None = None
+    nbytes: int = 0
+
+    @property
+    def objective(self) -> float | None:
+        return self.signals.get("objective")
+
+    @property
+    def residual(self) -> float | None:
+        return self.signals.get("residual")
+
+    @property
+    def active(self) -> float | None:
+        return self.signals.get("active")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one batch held, and how the candidates did; sums over batches are sums over the stream.
+
+    Attributes
+    ----------
+    batch: its number, counted from 1.
+    number, time: of the newest record of the stream.
+    records, windows: in this batch.
+    labels: windows learnt from with a label in this batch, at once or late; `late` of them late.
+    unused: late labels of unknown or forgotten records, or of records in which no window ends.
+    faults: records, labels and faults of the source that were set aside.
+    classes: known by now.
+    champion: who answers from the next batch on.
+    """
+
+    batch: int
+    number: int
+    time: float
+    records: int
+    windows: int
+    labels: int
+    late: int
+    unused: int
+    faults: int
+    classes: int
+    champion: str
+    candidates: Mapping[str, CandidateMetrics]
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """A record that nothing was learnt from.
+    """Something that arrived and that nothing was learnt from.
 
     Attributes
     ----------
     entry: number of its entry in the journal.
-    id: of the record; empty where it could not be read.
-    reason: what is wrong with it, one line.
+    id: of the record or label; empty where it could not be read.
+    reason: what is wrong, one line.
     raw: what arrived, the start of it.
     place: where it came from: a file and line, or a topic.
     """
@@ -97,77 +176,32 @@ class SetAside:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How one candidate does. Names with `all_` count since the beginning of the stream, the others this batch.
-
-    Attributes
-    ----------
-    scored, right: answers whose label is known, at once or by now, and those of them that were right (prequential: the
-        answers given before anything was learnt from the window).
-    all_scored, all_right: the same.
-    label_scored, label_right: the same for V, where the last layer is supervised.
-    novelty: mean score of the windows; None before there is a detector.
-    threshold: of the detector; None before it is calibrated.
-    novel, all_novel: windows above the threshold.
-    signals: means of the label-free signals.
-    all_drifts: drifts found.
-    state_bytes: size of everything the candidate would need to go on.
-    seconds: of this process for this batch: measured, no part of comparisons.
-    """
-
-    scored: int = 0
-    right: int = 0
-    all_scored: int = 0
-    all_right: int = 0
-    label_scored: int = 0
-    label_right: int = 0
-    novelty: float | None = None
-    threshold: float | None = None
-    novel: int = 0
-    all_novel: int = 0
-    signals: Mapping[str, float] = field(default_factory=dict)
-    all_drifts: int = 0
-    state_bytes: int = 0
-    seconds: float = field(default=0.0, compare=False)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Counts since the beginning of the stream, and how the candidates do.
-
-    Attributes
-    ----------
-    batch: number of the batch, counted from 1.
-    number, time: of the newest record.
-    records: that are in the journal.
-    windows: that were cut from them.
-    labels: windows that were learnt from with a label, at once or late.
-    late_labels: of these, labels that came after their records.
-    unused_labels: late labels of unknown or forgotten records, or of records in which no window ends.
-    set_aside: records, labels and faults of the source that nothing was learnt from.
-    champion: who answers.
-    standings: by candidate.
-    """
-
-    batch: int
-    number: int
-    time: float
-    records: int
-    windows: int
-    labels: int
-    late_labels: int
-    unused_labels: int
-    set_aside: int
-    champion: str
-    standings: Mapping[str, Standing]
-
-
-@dataclass(frozen=True)
 class Outcome:
     """All that a batch led to."""
 
-    batch: int
     answers: tuple[Answer, ...]
     events: tuple[Event, ...]
     set_aside: tuple[SetAside, ...]
     metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What is measured beside a batch, and differs from run to run.
+
+    Attributes
+    ----------
+    seconds: of processor time of this thread, by candidate.
+    wall_s: from the end of the batch to its outcome.
+    lag_s: from the arrival of the batch's first record to the outcome; None for a batch that is applied again.
+    journal_bytes: on the disk.
+    waiting: records that the source holds ready, where it knows.
+    duplicates: records and labels that came again, since this process began.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    wall_s: float = 0.0
+    lag_s: float | None = None
+    journal_bytes: int = 0
+    waiting: int = 0
+    duplicates: int = 0
