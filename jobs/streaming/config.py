@@ -1,0 +1,184 @@
+"""Configuration of a stream: what is read, how it is cut, what learns from it, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from cluster.tracking.config import TrackingConfig
+from jobs.options import override
+from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeFloat, NonNegativeInt, PositiveFloat, parse
+from simmatch.config import PositiveInt as Count
+from simmatch.data.config import SignalKeys
+from simmatch.data.windows import WindowShape
+
+OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
+"""Sections that a candidate may override: the others are common to all."""
+
+OF_RECORDINGS = ("label_pattern", "split", "turn")
+"""Keys of signals that mean nothing for a stream."""
+
+
+class StreamDataConfig(SignalKeys):
+    """How records become windows, and which classes their labels name.
+
+    A record is an image, one sample of a signal, a block of samples, or a whole window. Samples are cut as
+    `jobs.pretrain` cuts recordings, group by group.
+    """
+
+    missing: Literal["cut", "hold"] = "cut"
+    """What to do where a channel has no finite value, see `SignalKeys`; a stream does not end there."""
+
+    classes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Classes known from the start, in this order; others come after them, in the order in which they appear."""
+
+    new_classes: Literal["allow", "set_aside"] = "allow"
+    """A label that is none of the classes so far: a new class, or a fault of the record, which is set aside."""
+
+    calibrate: Count = 500
+    """Windows from which the statistics of patches are measured, before anything is learnt; until then there are no
+    scores. Then they are learnt from, as all others."""
+
+    @model_validator(mode="after")
+    def _of_streams(self) -> StreamDataConfig:
+        given = [key for key in OF_RECORDINGS if getattr(self, key) != SignalKeys.model_fields[key].default]
+        if given:
+            raise ValueError(f"expected none of {', '.join(OF_RECORDINGS)} for a stream, got {', '.join(given)}")
+        if self.hop is not None and self.window is None:
+            raise ValueError(f"expected window with hop: {self.hop}, got none")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"expected each class once, got {', '.join(self.classes)}")
+        return self
+
+    @property
+    def shape(self) -> WindowShape | None:
+        """How samples are cut; None where each record is an image or a window."""
+        if self.window is None:
+            return None
+        hold = self.hold_samples if self.missing == "hold" else 0
+        return WindowShape(self.window, self.hop or self.window, self.window_scale, self.window_floor, hold)
+
+
+class LabelsConfig(Frozen):
+    """Labels that come late, and what is known to have come already."""
+
+    horizon: NonNegativeInt = 10_000
+    """A late label counts if at most so many records have come since its own, or before it: their windows are kept in
+    memory until then."""
+
+    ids: Count = 1_000_000
+    """A record or a label that comes again is known by its id if at most so many others came in between, 32 bytes
+    each."""
+
+
+class JournalConfig(Frozen):
+    """The journal, from which everything follows."""
+
+    sync_ms: NonNegativeFloat = 200.0
+    """Longest time from the arrival of a record until it is on the disk, and acknowledged to the source. At the end of
+    every batch it is in any case."""
+
+    segment_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**20
+    """A file of the journal ends once it is so large."""
+
+    keep: Literal["all", "snapshots"] = "all"
+    """`all`: the whole stream can be replayed. `snapshots`: files that no snapshot needs are removed."""
+
+    max_bytes: Count | None = None
+    """Most bytes of the journal: its oldest files are removed where no snapshot needs them. None: no limit."""
+
+
+class SnapshotConfig(Frozen):
+    """Snapshots of the state: a restart applies only what the journal holds since."""
+
+    every_batches: Count = 200
+    """Batches between two snapshots; drift detectors are rebuilt at each, so results depend on it in their last bits.
+    One more is written at the end, and at a signal."""
+
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Newest snapshots kept: if one is damaged, the one before it serves."""
+
+    copy_to: str | None = None
+    """Folder or URI to which each snapshot is copied, in the background. None: none."""
+
+
+def _one() -> dict[str, tuple[str, ...]]:
+    return {"main": ()}
+
+
+class StreamConfig(Frozen):
+    """Everything about one stream; `jobs/configs/stream*.yaml` hold examples."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the stream and its default folder, runs/<name>."""
+
+    seed: NonNegativeInt = 0
+    data: StreamDataConfig = StreamDataConfig()
+    model: ModelConfig
+
+    candidates: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(default_factory=_one)
+    """Configurations that learn from the stream side by side: name → assignments `key=value`, as for `--set`, of keys
+    below model, rate, readout, novelty and drift."""
+
+    champion: str = "main"
+    """Which of them answers first; from then on the comparison decides."""
+
+    batch_size: Count = 64
+    """Windows of a batch: what is scored, then learnt from, at once. Of samples: as many samples as make so many
+    windows."""
+
+    max_wait_s: PositiveFloat = 1.0
+    """A batch ends so long after its first record, full or not."""
+
+    labels: LabelsConfig = LabelsConfig()
+    journal: JournalConfig = JournalConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("champion")
+    @classmethod
+    def _champion_is_one(cls, champion: str, others: ValidationInfo) -> str:
+        names = others.data.get("candidates", {champion: ()})
+        if champion not in names:
+            raise ValueError(f"expected one of {', '.join(names)}, got {champion!r}")
+        return champion
+
+    def candidate(self, name: str) -> StreamConfig:
+        """This configuration with the overrides of a candidate.
+
+        Raises
+        ------
+        ConfigError
+            An override is invalid, or of a key that is common to all.
+        """
+        assignments = list(self.candidates[name])
+        try:
+            for assignment in assignments:
+                section = assignment.partition("=")[0].partition(".")[0]
+                if section not in OF_CANDIDATES:
+                    raise ConfigError(f"expected a key below {', '.join(OF_CANDIDATES)}, got {assignment!r}")
+            return parse(StreamConfig, override(self.model_dump(mode="json"), assignments)) if assignments else self
+        except ConfigError as error:
+            raise ConfigError(f"candidates.{name}: {str(error).removeprefix('--set ')}") from None
+
+    @property
+    def records_per_window(self) -> int:
+        """Samples after which a group's next window ends."""
+        shape = self.data.shape
+        return 1 if shape is None else shape.hop
+
+
+def parse_stream(values: Mapping[str, Any]) -> StreamConfig:
+    """Build the configuration, with all its candidates checked.
+
+    Raises
+    ------
+    ConfigError
+        Some values are invalid.
+    """
+    config = parse(StreamConfig, values)
+    for name in config.candidates:
+        config.candidate(name)
+    return config
