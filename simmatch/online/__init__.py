@@ -1,0 +1,1 @@
+"""Learning from data that keeps arriving: tested first, then learnt from, in bounded memory."""
