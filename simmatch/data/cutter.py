@@ -132,7 +132,7 @@ class Cutter:
         if not len(values):
             return []
         cuts: Cuts = []
-        missing: Array = ~np.isfinite(values).all(axis=1)
+        missing = np.asarray(~np.isfinite(values).all(axis=1))
         edges = [0, *(np.flatnonzero(np.diff(missing)) + 1).tolist(), len(values)]
         for start, stop in itertools.pairwise(edges):
             if not missing[start]:
