@@ -137,7 +137,7 @@ class Training(Observer):
             observer=self,
             settled=0 if done is None else done.layer,
             encode_batch=config.encode_batch,
-            encode_last=True,
+            encode_last=self.keeps(len(config.model.layers) - 1),
             cache=config.cache_features,
             feature_cache=FeatureCache(
                 cache_of(config.data), config.data.cache_bytes, data=self.dataset.digest(), warn=self._warn
@@ -363,8 +363,11 @@ class Training(Observer):
         states = [] if self.reader is None else self.reader.manifest.layers
         return states[index].usual if index < len(states) else None
 
+    def keeps(self, index: int) -> bool:
+        return index in self.config.model.feature_layers()
+
     def advanced(self, index: int, features: Chunks) -> None:
-        if index in self.config.model.feature_layers():
+        if self.keeps(index):
             self._features[index] = features
         if features.found:
             self.report.send(FeaturesFound(index, features.found, features.count))

@@ -49,10 +49,14 @@ class Encoder:
         return x
 
     def encode(self, index: int) -> None:
-        """Replace the images by the output of a layer, and scale its V to label-free activity, unless that is done."""
+        """Replace the images by the output of a layer, and scale its V to label-free activity, unless that is done.
+
+        Of the last layer no output is kept unless the observer reads it.
+        """
         setup, layer, config = self.setup, self.setup.stack.layer(index), self.setup.layers[index]
         store, observer, memory = setup.store, setup.observer, setup.memory
         classes, started = layer.num_classes, time.monotonic()
+        kept = index + 1 < len(setup.layers) or observer.keeps(index)
 
         def targets(images: slice) -> Tensor:
             assert setup.labels is not None
@@ -62,23 +66,25 @@ class Encoder:
             activities = setup.encoded(layer, x)
             passed = pooled(activities, config)
             observer.encoded(index, activities, passed)
+            values = passed if kept else x.new_empty(len(x), 0)
             if not config.supervised:
-                return passed, x.new_empty(0)
-            return passed, (reduce(activities, "b k h w -> k b", "mean") @ targets(images).T).flatten()
+                return values, x.new_empty(0)
+            return values, (reduce(activities, "b k h w -> k b", "mean") @ targets(images).T).flatten()
 
         def on_progress(done: int) -> None:
             rate = done / max(time.monotonic() - started, 1e-9)
             observer.progress("encode", done, store.count, layer=index, images_per_second=rate)
             memory.proceed(done / store.count)
 
-        size = Lever("encode_batch", min(store.batch, store.count))
-        memory.begin(f"layer {index}, encoding", size, otherwise="use more ranks")
+        lever = Lever("encode_batch", min(store.batch, store.count))
+        memory.begin(f"layer {index}, encoding", lever, otherwise="use more ranks")
+        _, size = layer_inputs(setup.stack.config, setup.stack.source)[index]
         weights = [getattr(layer, name) for name in (*EXPORTED, "perron") if name != "label" and hasattr(layer, name)]
         store.advance(
             encode,
-            output_shape(config, layer.patch, layer_inputs(setup.stack.config, setup.stack.source)[index][1]),
+            output_shape(config, layer.patch, size) if kept else (0,),
             on_progress,
-            by=(config, setup.to_tolerance, setup.reduce, *weights),
+            by=(*(() if kept else ("no values",)), config, setup.to_tolerance, setup.reduce, *weights),
             extra=layer.label.numel() if config.supervised else 0,
         )
         assert store.features is not None

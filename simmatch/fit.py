@@ -49,7 +49,7 @@ class Trainer:
     depth: number of layers to train, from the first one on; None: all.
     settled: number of layers, from the first one on, whose label weights an earlier run has scaled already.
     encode_batch: number of images that a rank encodes at a time.
-    encode_last: whether to encode with the last layer too, for an observer that uses `encoded`.
+    encode_last: whether to encode with the last layer too, for an observer that uses `encoded` or `keeps` its output.
     to_tolerance: whether to encode by solving to the layer's tolerance, as learning does. False: by the fixed number of
         iterations of an exported model.
     cache: whether every rank can read the encoded input of all images while a layer learns. False: each batch is

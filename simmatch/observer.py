@@ -114,8 +114,14 @@ class Observer:
     def encoded(self, index: int, activities: Tensor, passed: Tensor) -> None:
         """Called with activities [B, K, H, W] and output of a layer for images that this rank encodes."""
 
+    def keeps(self, index: int) -> bool:
+        """Whether `advanced` reads the output of a layer. That of the last layer is not kept otherwise: it may be far
+        more than the images, and no layer learns from it."""
+        return False
+
     def advanced(self, index: int, features: Chunks) -> None:
-        """Called with the output of a layer for all images, of which this rank can read its own blocks.
+        """Called with the output of a layer for all images, of which this rank can read its own blocks; of the last
+        layer the values are left out, [N, 0], unless the observer `keeps` it.
 
         `features.found` of them were in the cache: they have not been encoded again.
         """

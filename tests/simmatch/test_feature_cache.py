@@ -63,6 +63,9 @@ class Counter(Observer):
             raise KeyboardInterrupt
         self.encoded_images[index] += len(passed)
 
+    def keeps(self, index: int) -> bool:
+        return True
+
     def advanced(self, index: int, features: Chunks) -> None:
         self.found[index] = features.found
         own = [features.content(number) for number in features.numbers if features.find(number)]
