@@ -9,16 +9,22 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cluster.tracking.config import TrackingConfig
 from jobs.options import override
+from jobs.streaming.sources import SourceConfig
 from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeFloat, NonNegativeInt, PositiveFloat, parse
 from simmatch.config import PositiveInt as Count
 from simmatch.data.config import SignalKeys
 from simmatch.data.windows import WindowShape
+from simmatch.online.readout import ReadoutConfig
 
 OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 """Sections that a candidate may override: the others are common to all."""
 
-OF_RECORDINGS = ("label_pattern", "split", "turn")
-"""Keys of signals that mean nothing for a stream."""
+OF_RECORDINGS = ("columns", "time_column", "label_pattern", "split", "turn")
+"""Keys of signals that mean nothing for a stream: its source names columns, and where the time and the label are."""
+
+FREE = ("source", "max_wait_s", "journal", "snapshot", "tracking")
+"""Keys that may differ between a stream and its continuation: nothing that is learnt follows from them, but by way of
+the journal."""
 
 
 class StreamDataConfig(SignalKeys):
@@ -68,9 +74,9 @@ class LabelsConfig(Frozen):
     """A late label counts if at most so many records have come since its own, or before it: their windows are kept in
     memory until then."""
 
-    ids: Count = 1_000_000
-    """A record or a label that comes again is known by its id if at most so many others came in between, 32 bytes
-    each."""
+    ids: Count = 100_000
+    """A record or a label that comes again is known by its id if fewer than so many others came in between; some 150
+    bytes each."""
 
 
 class JournalConfig(Frozen):
@@ -94,8 +100,7 @@ class SnapshotConfig(Frozen):
     """Snapshots of the state: a restart applies only what the journal holds since."""
 
     every_batches: Count = 200
-    """Batches between two snapshots; drift detectors are rebuilt at each, so results depend on it in their last bits.
-    One more is written at the end, and at a signal."""
+    """Batches between two snapshots; one more is written at the end, and at a signal."""
 
     keep: Annotated[int, Field(ge=2)] = 3
     """Newest snapshots kept: if one is damaged, the one before it serves."""
@@ -115,6 +120,11 @@ class StreamConfig(Frozen):
     """Names the stream and its default folder, runs/<name>."""
 
     seed: NonNegativeInt = 0
+
+    threads: Count = 1
+    """torch threads of this process; another number changes the last bits."""
+
+    source: SourceConfig
     data: StreamDataConfig = StreamDataConfig()
     model: ModelConfig
 
@@ -133,6 +143,12 @@ class StreamConfig(Frozen):
     """A batch ends so long after its first record, full or not."""
 
     labels: LabelsConfig = LabelsConfig()
+    readout: ReadoutConfig = ReadoutConfig()
+
+    recompute_every: NonNegativeInt = 0
+    """Batches after which the readout's sums are computed anew from the features that its reservoir
+    (`readout.reservoir`) has by then. 0: never."""
+
     journal: JournalConfig = JournalConfig()
     snapshot: SnapshotConfig = SnapshotConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Segment:
-    """One file. `first`: number of its first entry; `start`: bytes before it."""
+    """One file. `stream`: that it belongs to; `first`: number of its first entry; `start`: bytes before it."""
 
     path: Path
+    stream: str
     first: int
     start: int
 
@@ -44,17 +46,18 @@ class Journal:
     Parameters
     ----------
     folder: of the files.
-    stream: names the stream and its configuration: a journal of another one is refused.
-    segment_bytes: a file that is so large is the last but one.
+    segment_bytes: a file that is so large is followed by another.
 
     Attributes
     ----------
+    stream: a random name, the same in all files and snapshots of a stream.
     count: number of entries so far, with those that are not synced: that of the next one.
     cut_bytes: that `open` has cut off at the end: entries that a crash left unfinished.
     """
 
-    def __init__(self, folder: Path, stream: str, segment_bytes: int) -> None:
-        self.folder, self._stream, self._segment_bytes = folder, stream, segment_bytes
+    def __init__(self, folder: Path, segment_bytes: int) -> None:
+        self.folder, self._segment_bytes = folder, segment_bytes
+        self.stream = uuid.uuid4().hex
         self.count = self.cut_bytes = 0
         self._segments: list[Segment] = []
         self._file: BinaryIO | None = None
@@ -83,14 +86,15 @@ class Journal:
         Raises
         ------
         JournalError
-            A file is damaged, or belongs to another stream.
+            A file is damaged, or they belong to several streams.
         OSError
             The disk cannot be read or written.
         """
         make_folder(self.folder)
-        self._segments = list_segments(self.folder, self._stream)
+        self._segments = list_segments(self.folder)
         if not self._segments:
             return
+        self.stream = self._segments[0].stream
         last = self._segments[-1]
         self._file = last.path.open("r+b")
         self.count, self._end = last.first, last.start
@@ -136,12 +140,12 @@ class Journal:
 
     def _begin_segment(self, first: int) -> None:
         path = self.folder / f"{first:016d}{SUFFIX}"
-        head = json.dumps({"format": FORMAT, "stream": self._stream, "first": first}).encode() + b"\n"
+        head = json.dumps({"format": FORMAT, "stream": self.stream, "first": first}).encode() + b"\n"
         write_whole(path, head)
         if self._file is not None:
             self._file.close()
         self._before_bytes += self._end
-        self._segments.append(Segment(path, first, len(head)))
+        self._segments.append(Segment(path, self.stream, first, len(head)))
         self._file, self._end = path.open("r+b"), len(head)
 
     def read(self, first: int = 0) -> Iterator[tuple[int, Entry]]:
@@ -174,28 +178,27 @@ class Journal:
         self._kept.clear()
 
 
-def list_segments(folder: Path, stream: str | None = None) -> list[Segment]:
+def list_segments(folder: Path) -> list[Segment]:
     """The files of a journal, oldest first.
-
-    stream: to which they have to belong; None: any one.
 
     Raises
     ------
     JournalError
-        One is damaged, or belongs to another stream.
+        One is damaged, or they belong to several streams.
     """
-    found = []
+    found: list[Segment] = []
     for path in sorted(folder.glob(f"{'[0-9]' * 16}{SUFFIX}")):
         with path.open("rb") as file:
             line = file.readline(65536)
         head = _head(line)
         if head is None or head.get("format") != FORMAT or head.get("first") != int(path.stem):
             raise JournalError(f"{path}: expected a file of a journal of format {FORMAT}, got {line[:80]!r}")
-        if stream is not None and head.get("stream") != stream:
+        segment = Segment(path, str(head.get("stream")), int(path.stem), len(line))
+        if found and segment.stream != found[0].stream:
             raise JournalError(
-                f"{path}: expected the journal of this stream, got that of another, or of another configuration"
+                f"{path}: expected the journal of stream {found[0].stream}, got that of {segment.stream}"
             )
-        found.append(Segment(path, int(path.stem), len(line)))
+        found.append(segment)
     return found
 
 

@@ -56,9 +56,9 @@ def closed() -> Iterator[None]:
         OPENED.pop().close()
 
 
-def opened(folder: Path, segment_bytes: int = 600, stream: str = "s") -> Journal:
+def opened(folder: Path, segment_bytes: int = 600) -> Journal:
     """A journal that can be written."""
-    journal = Journal(folder, stream, segment_bytes)
+    journal = Journal(folder, segment_bytes)
     OPENED.append(journal)
     journal.open()
     return journal
@@ -176,10 +176,13 @@ def test_an_entry_of_another_place_is_no_entry(tmp_path: Path) -> None:
     assert again.count == 3
 
 
-def test_the_journal_of_another_stream_is_refused(tmp_path: Path) -> None:
-    filled(tmp_path, 3).close()
-    with pytest.raises(JournalError, match="expected the journal of this stream, got that of another"):
-        opened(tmp_path, stream="t")
+def test_a_file_of_another_stream_is_named(tmp_path: Path) -> None:
+    filled(tmp_path / "one", 23).close()
+    filled(tmp_path / "other", 23).close()
+    name = sorted(path.name for path in (tmp_path / "one").iterdir())[1]
+    (tmp_path / "other" / name).replace(tmp_path / "one" / name)
+    with pytest.raises(JournalError, match=f"{name}: expected the journal of stream [0-9a-f]+, got that of [0-9a-f]+$"):
+        opened(tmp_path / "one")
 
 
 @pytest.mark.parametrize("failing", ["pwrite", "fsync"])
