@@ -23,7 +23,7 @@ ALLOWED = {
 
 EXTRAS = {
     "simmatch": (),
-    "simmatch, inside functions": ("eval", "images", "signals"),
+    "simmatch, inside functions": ("eval", "images", "signals", "stream"),
     "cluster": ("cluster",),
     "jobs": ("cluster", "eval"),
     "jobs, inside functions": ("cluster", "eval", "images"),

@@ -1,0 +1,274 @@
+"""Changes in the distribution of signals of a stream, found by the detectors of `river`: ADWIN and Page–Hinkley.
+
+Each signal is watched by itself. What a detector sees is a number in [0, 1] with a variance of at most 1/12, whatever
+the signal is, so that one setting gives one rate of false alarms:
+
+    error (0 or 1)       e / max(1, √12 s), s the standard deviation of the reference
+    any other signal     its rank among the values of the reference, as a share: uniform where nothing changes
+
+The reference is the first values of the signal, and later its last `keep` values: the newest are then the reference,
+and both detectors start anew from them. So what a detector knows is a function of a bounded list of last values, which
+is all that is stored; a monitor that is restored goes on with the same bits.
+
+Sources: Bifet & Gavaldà, "Learning from time-changing data with adaptive windowing" (2007); Page, "Continuous
+inspection schemes" (1954).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from simmatch.config import Frozen, PositiveFloat, PositiveInt
+from simmatch.extras import extra
+
+State = dict[str, Tensor]
+Values = NDArray[np.float64]
+
+ERROR = "error"
+"""Name of the signal that is 1 where an answer was wrong and 0 where it was right."""
+
+RECENT = 50
+"""Values after a change that Page–Hinkley found, as `Drift.after` has it; ADWIN knows where the change was."""
+
+UNIFORM_DEVIATION = 12**-0.5
+"""Standard deviation of a number that is uniform in [0, 1]."""
+
+
+class DriftConfig(Frozen):
+    """How changes are looked for; the defaults are those whose false alarms are measured in the README.
+
+    >>> DriftConfig(detectors=("page_hinkley",)).reference
+    300
+    """
+
+    detectors: Annotated[tuple[Literal["adwin", "page_hinkley"], ...], Field(strict=False, min_length=1)] = (
+        "adwin",
+        "page_hinkley",
+    )
+    """Which detectors watch each signal; the first that finds a change raises the alarm."""
+
+    rising: Annotated[tuple[str, ...], Field(strict=False)] = (ERROR, "novelty", "objective", "residual")
+    """Signals of which only a rise is an alarm: they fall where the model learns. Where ADWIN finds that one has
+    fallen, it is watched from there. Others are watched in both directions."""
+
+    reference: PositiveInt = 300
+    """Values of a signal from which its reference is taken, at the start and after a drift; no alarm before."""
+
+    keep: PositiveInt = 2000
+    """Last values of a signal from which reference and detectors are rebuilt, whenever there are twice as many."""
+
+    adwin_delta: PositiveFloat = 1e-6
+    """δ of ADWIN: bound of the probability of a false alarm at each of its looks."""
+
+    adwin_clock: PositiveInt = 8
+    """ADWIN looks at every that many values."""
+
+    tolerance: PositiveFloat = 0.05
+    """δ of Page–Hinkley: deviations from the mean, as shares of the reference, that do not count."""
+
+    threshold: PositiveFloat = 15.0
+    """λ of Page–Hinkley: the sum of the deviations at which it raises the alarm."""
+
+    @model_validator(mode="after")
+    def _kept(self) -> DriftConfig:
+        if self.reference > self.keep:
+            raise ValueError(f"reference: expected at most keep, {self.keep}, got {self.reference}")
+        return self
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A change that was found.
+
+    Attributes
+    ----------
+    signal: which one changed.
+    number: of the record at which it was found.
+    before, after: mean of the signal before and after the change, in its own unit.
+    detector: which one found it.
+
+    >>> Drift("error", number=1200, before=0.02, after=0.4, detector="adwin").number
+    1200
+    """
+
+    signal: str
+    number: int
+    before: float
+    after: float
+    detector: str
+
+
+class DriftMonitor:
+    """Watches signals of a stream, each by itself; after a drift all of them start anew.
+
+    Parameters
+    ----------
+    config: detectors and their settings.
+
+    Raises
+    ------
+    ImportError
+        `river` is missing.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> monitor = DriftMonitor(DriftConfig())
+    >>> monitor.add({"objective": torch.rand(1000, generator=generator)}, number=0)
+    []
+    >>> drift = monitor.add({"objective": 0.5 + torch.rand(1000, generator=generator)}, number=1000)[0]
+    >>> drift.signal, drift.number < 1100
+    ('objective', True)
+    """
+
+    def __init__(self, config: DriftConfig) -> None:
+        self.config = config
+        self._watches: dict[str, _Watch] = {}
+        with extra("stream"):
+            import river.drift  # noqa: F401
+
+    def add(self, values: Mapping[str, Tensor], number: int) -> list[Drift]:
+        """Look at the values of a batch of records.
+
+        Parameters
+        ----------
+        values: name → [n], a signal of each record; NaN for a record without a value.
+        number: of the record that the first values belong to; value i belongs to record number + i.
+
+        Returns
+        -------
+        The changes that were found, at most one per signal. If there is any, what came before this batch is forgotten.
+        """
+        drifts = []
+        for name, signal in values.items():
+            numbers = torch.isfinite(signal).nonzero()[:, 0]
+            watch = self._watches.setdefault(name, _Watch(name, self.config))
+            found = watch.add(signal[numbers].double().cpu().numpy())
+            if found is not None:
+                place, before, after, detector = found
+                drifts.append(Drift(name, number + int(numbers[place]), before, after, detector))
+        if drifts:
+            self._watches.clear()
+        return drifts
+
+    def state(self) -> State:
+        """The values from which `restore` rebuilds all: at most 3 `keep` numbers per signal.
+
+        >>> monitor = DriftMonitor(DriftConfig())
+        >>> monitor.add({"active": torch.rand(400)}, number=0)
+        []
+        >>> {name: tensor.shape for name, tensor in monitor.state().items()}
+        {'active.values': torch.Size([400]), 'active.reference': torch.Size([300])}
+        """
+        state: State = {}
+        for name, watch in self._watches.items():
+            state[f"{name}.values"] = torch.tensor(watch.values, dtype=torch.float64)
+            if watch.reference is not None:
+                state[f"{name}.reference"] = torch.from_numpy(watch.reference.copy())
+        return state
+
+    def restore(self, state: State) -> None:
+        """Go on where the monitor was that gave this state, with the same bits.
+
+        >>> monitor, other = DriftMonitor(DriftConfig()), DriftMonitor(DriftConfig())
+        >>> monitor.add({"active": torch.rand(400)}, number=0)
+        []
+        >>> other.restore(monitor.state())
+        >>> other.add({"active": torch.full((100,), 2.0)}, 400) == monitor.add({"active": torch.full((100,), 2.0)}, 400)
+        True
+        """
+        self._watches.clear()
+        for key in state:
+            name, _, what = key.rpartition(".")
+            if what == "values":
+                watch = self._watches[name] = _Watch(name, self.config)
+                reference = state.get(f"{name}.reference")
+                watch.restart(state[key].numpy(), None if reference is None else reference.numpy())
+
+
+class _Watch:
+    """One signal: its last values, the reference, and the detectors, which are a function of both."""
+
+    def __init__(self, name: str, config: DriftConfig) -> None:
+        self.config, self.is_error, self.rising = config, name == ERROR, name in config.rising
+        self.values: list[float] = []
+        self.reference: Values | None = None
+        self.detectors: dict[str, Any] = {}
+
+    def add(self, values: Values) -> tuple[int, float, float, str] | None:
+        """Look at the next values: place of an alarm among them, means before and after, detector; None: no alarm."""
+        done = 0
+        while done < len(values):
+            part = values[done : done + self._room()]
+            used, name = self._watched(part)
+            self.values.extend(part[:used].tolist())
+            done += used
+            if name is not None:
+                recent = int(self.detectors[name].width) if name == "adwin" else RECENT
+                before, after = _mean(self.values[:-recent]), _mean(self.values[-recent:])
+                if not self.rising or after > before:
+                    return done - 1, before, after, name
+                self.restart(np.asarray(self.values[-recent:]), None)
+            elif self._room() == 0:
+                self.restart(np.asarray(self.values[-self.config.keep :]), None)
+        return None
+
+    def _room(self) -> int:
+        """Values that fit until the reference is taken."""
+        limit = self.config.reference if self.reference is None else 2 * self.config.keep
+        return max(0, limit - len(self.values))
+
+    def restart(self, values: Values, reference: Values | None) -> None:
+        """Start anew from these last values; what the detectors find in them is no alarm."""
+        self.values = values.tolist()
+        if reference is None and len(values) >= self.config.reference:
+            reference = np.sort(values)
+        self.reference, self.detectors = reference, {}
+        if reference is not None:
+            self.detectors = {name: self._detector(name) for name in self.config.detectors}
+            for value in self._shares(values):
+                for detector in self.detectors.values():
+                    detector.update(value)
+
+    def _watched(self, values: Values) -> tuple[int, str | None]:
+        """Number of values used, up to the first alarm, and its detector."""
+        if self.reference is None:
+            return len(values), None
+        for index, value in enumerate(self._shares(values)):
+            alarm = None
+            for name, detector in self.detectors.items():
+                detector.update(value)
+                if alarm is None and detector.drift_detected:
+                    alarm = name
+            if alarm is not None:
+                return index + 1, alarm
+        return len(values), None
+
+    def _shares(self, values: Values) -> list[float]:
+        """What the detectors see: numbers in [0, 1] with a variance of at most 1/12."""
+        assert self.reference is not None
+        if self.is_error:
+            shares = values * min(1.0, UNIFORM_DEVIATION / max(float(self.reference.std()), 1e-9))
+        else:
+            below = np.searchsorted(self.reference, values, "left") + np.searchsorted(self.reference, values, "right")
+            shares = below / (2.0 * len(self.reference))
+        return list(shares.tolist())
+
+    def _detector(self, name: str) -> Any:
+        from river.drift import ADWIN, PageHinkley
+
+        config = self.config
+        if name == "adwin":
+            return ADWIN(delta=config.adwin_delta, clock=config.adwin_clock)
+        mode = "up" if self.rising else "both"
+        return PageHinkley(delta=config.tolerance, threshold=config.threshold, mode=mode)
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
