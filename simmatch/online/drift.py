@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -261,13 +261,13 @@ class _Watch:
         return list(shares.tolist())
 
     def _detector(self, name: str) -> Any:
-        from river.drift import ADWIN, PageHinkley
+        from river import drift
 
-        config = self.config
+        config, of_river = self.config, cast(Any, drift)  # parts of river have no types
         if name == "adwin":
-            return ADWIN(delta=config.adwin_delta, clock=config.adwin_clock)
+            return of_river.ADWIN(delta=config.adwin_delta, clock=config.adwin_clock)
         mode = "up" if self.rising else "both"
-        return PageHinkley(delta=config.tolerance, threshold=config.threshold, mode=mode)
+        return of_river.PageHinkley(delta=config.tolerance, threshold=config.threshold, mode=mode)
 
 
 def _mean(values: list[float]) -> float:
