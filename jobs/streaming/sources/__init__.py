@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pydantic import model_validator
 
 from jobs.streaming.records import Position, Source
+from jobs.streaming.sources.broker import BrokerConfig, BrokerSource
 from jobs.streaming.sources.lines import LinesConfig, LinesSource
 from simmatch.config import Frozen
 
@@ -23,6 +24,9 @@ class SourceConfig(Frozen):
 
     lines: LinesConfig | None = None
     """A file that grows, of JSON or CSV."""
+
+    mqtt: BrokerConfig | None = None
+    """Topics of an MQTT broker, of messages in JSON."""
 
     @model_validator(mode="after")
     def _one(self) -> SourceConfig:
@@ -57,5 +61,7 @@ def open_source(
     >>> source.poll(limit=10, wait_s=0), source.ended
     ([], False)
     """
+    if config.mqtt is not None:
+        return BrokerSource(config.mqtt, tell)
     assert config.lines is not None
     return LinesSource(config.lines, positions, tell)
