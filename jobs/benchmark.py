@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from cluster.redaction import one_line
 from jobs.benchmarks import dynamics, exact, gpu, ingest, network, overhead, pynsm, scaling, windows
+from jobs.benchmarks.stream import command as stream
 from jobs.benchmarks.timing import MIN_ROUNDS
 from jobs.entry_point import BAD_INPUT, run_main
 from jobs.options import at_least
@@ -34,6 +35,7 @@ SUBCOMMANDS = {
     "pynsm": (pynsm, "encoding and training compared with the authors' library"),
     "scaling": (scaling, "shards compared with one device, for every exchange mode; with --axes, replicas and stages"),
     "signals": (windows, "1-D layers on signals: accuracy beside random filters and the spectrum, windows per second"),
+    "stream": (stream, "data that never ends: test, then learn, beside rivals; late and few labels, forgetting"),
     "network": (network, "exchange modes and number formats between two hosts on a slow link"),
     "overhead": (overhead, "share of training time spent on checkpoints and tracking"),
 }

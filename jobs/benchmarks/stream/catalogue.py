@@ -1,0 +1,59 @@
+"""The streams of the benchmark, and the rows that each of them is learnt by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+from jobs.benchmarks.stream import signal_rows
+from jobs.benchmarks.stream.bearings import bearings
+from jobs.benchmarks.stream.electricity import electricity
+from jobs.benchmarks.stream.rows import Kind
+from jobs.benchmarks.stream.streams import Labelling, Stream
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stream of the benchmark.
+
+    Attributes
+    ----------
+    make: (folder of the data, quick) → the stream.
+    rows: name → how it is made; the first is ours.
+    labellings: which labels are given, and when.
+    references: rows that the first has to be above, with an interval above zero, where it is said to adapt.
+    """
+
+    make: Callable[[Path, bool], Stream]
+    rows: Mapping[str, Kind]
+    labellings: Sequence[Labelling]
+    references: Sequence[str]
+
+
+def _bearings(classes: str, folder: Path, quick: bool) -> Stream:
+    return bearings(folder, classes, quick=quick)
+
+
+STREAMS: Mapping[str, Entry] = MappingProxyType(
+    {
+        f"bearings-{classes}": Entry(
+            partial(_bearings, classes),
+            signal_rows.ROWS,
+            [Labelling(share, delay) for share in (0.01, 0.05, 1.0) for delay in (0, 500)],
+            signal_rows.REFERENCES,
+        )
+        for classes in ("types", "faults")
+    }
+    | {
+        "electricity": Entry(
+            lambda folder, quick: electricity(folder, quick=quick),
+            signal_rows.ELECTRICITY,
+            [Labelling(share) for share in (0.01, 0.05, 1.0)],
+            signal_rows.REFERENCES,
+        ),
+    }
+)
+"""By the names of `--streams`."""
