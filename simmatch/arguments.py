@@ -107,7 +107,7 @@ def check_statistics(statistics: Statistics, weights: Weights) -> None:
     Traceback (most recent call last):
     ValueError: statistics: expected sums over at least one column, got a count of 0
     """
-    if statistics.count < 1:
+    if isinstance(statistics.count, int) and statistics.count < 1:
         raise ValueError(f"statistics: expected sums over at least one column, got a count of {statistics.count}")
     classes = weights.label.shape[1]
     expected = {
@@ -121,6 +121,24 @@ def check_statistics(statistics: Statistics, weights: Weights) -> None:
         if tensor.shape != shape:
             raise ValueError(f"statistics: expected {name} {list(shape)}, got {list(tensor.shape)}")
         _check_like(f"statistics: {name}", tensor, weights.lateral)
+
+
+def check_weights(weights: Any, images: int) -> None:
+    """Raise ValueError unless weights are numbers [images] in 0 … 1, some of them above 0.
+
+    >>> check_weights(torch.tensor([1.0, 0.5]), images=2)
+    >>> check_weights(torch.tensor([1.0, 1.5]), images=2)
+    Traceback (most recent call last):
+    ValueError: weights: expected numbers from 0 to 1, got 1.5
+    """
+    if not isinstance(weights, Tensor) or not weights.is_floating_point() or weights.shape != (images,):
+        given = f"{list(weights.shape)} of {weights.dtype}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights: expected a tensor of floating-point numbers [{images}], one per image, got {given}")
+    valid = (weights >= 0) & (weights <= 1)
+    if not bool(valid.all()):
+        raise ValueError(f"weights: expected numbers from 0 to 1, got {float(weights[~valid][0]):g}")
+    if not bool((weights > 0).any()):
+        raise ValueError("weights: expected one above 0, got none: there is nothing to learn from")
 
 
 def _check_like(name: str, given: Tensor, weights: Tensor) -> None:

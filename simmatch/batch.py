@@ -4,7 +4,8 @@
     Σ y x̃ᵀ, Σ y yᵀ, Σ y zᵀ, Σ z zᵀ   statistics
 
 There are N = B · L columns, L positions of each of B images, in the order 'b h w'. All positions of an image have the
-label of the image.
+label of the image, and its weight w in the sums: Σ w y x̃ᵀ and so on, over a count of Σ w columns. Both factors of
+Σ w y yᵀ are √w y, so that it stays positive semidefinite as computed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Batch:
     ----------
     patches: patches of B images, or of a rank's part of them.
     z: [num_classes, B], one-hot labels of all B images, zero columns where unlabelled; None without labels.
+    weights: [B], 0 ≤ w ≤ 1 of all B images; None: 1 of each.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)), z=torch.eye(2))
@@ -37,6 +39,7 @@ class Batch:
 
     patches: Patches
     z: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def images(self) -> int:
@@ -50,7 +53,7 @@ class Batch:
 
     def of_images(self, chosen: slice) -> Batch:
         """A batch of some of the images; all patches are here."""
-        return Batch(self.patches.of_images(chosen), None if self.z is None else self.z[:, chosen])
+        return self._with(self.patches.of_images(chosen), chosen)
 
     def own(self, part: Part) -> Batch:
         """The images of a part, as a batch of its own.
@@ -64,7 +67,19 @@ class Batch:
             return self.of_images(part.images)
         if self.patches.part != part or self.patches.batch_size != part.count:
             raise ValueError(f"patches: expected those of {part}, got {self.patches.part}")
-        return Batch(replace(self.patches, part=None), None if self.z is None else self.z[:, part.images])
+        return self._with(replace(self.patches, part=None), part.images)
+
+    def _with(self, patches: Patches, chosen: slice) -> Batch:
+        """Patches of some of the images, with what belongs to these images."""
+        z, weights = self.z, self.weights
+        return Batch(patches, None if z is None else z[:, chosen], None if weights is None else weights[chosen])
+
+    def weighted(self, y: Tensor) -> Tensor:
+        """√w y of the columns of a batch, [K, N]; y itself without weights."""
+        if self.weights is None:
+            return y
+        by_image = rearrange(y, "k (b l) -> k b l", b=self.patches.batch_size)
+        return (by_image * self.weights.sqrt().unsqueeze(1)).flatten(1)
 
 
 def batch_drive(batch: Batch, weights: Weights, alpha: Tensor | None = None, filters: Filters | None = None) -> Tensor:
@@ -104,17 +119,19 @@ def batch_statistics(batch: Batch, y: Tensor, rows: Rows, num_classes: int) -> S
     >>> statistics.yx.shape, statistics.yy.shape, statistics.count
     (torch.Size([5, 1, 3, 3]), torch.Size([5, 5]), 72)
     """
-    own, config = y[rows.start : rows.stop], batch.patches.config
+    config = batch.patches.config
     if batch.columns == 0:
         yx = y.new_zeros(rows.count, config.in_channels, *config.kernel)
         yz, zz = y.new_zeros(rows.count, num_classes), y.new_zeros(num_classes, num_classes)
         return Statistics(yx, y.new_zeros(rows.count, rows.total), yz, zz, 0)
+    y = batch.weighted(y)
+    own = y[rows.start : rows.stop]
     yz, zz = label_sums(batch, own, num_classes), y.new_zeros(num_classes, num_classes)
-    return with_totals(Statistics(correlate(batch.patches, own), own @ y.T, yz, zz, 0), batch)
+    return with_totals(Statistics(correlate(batch.patches, batch.weighted(own)), own @ y.T, yz, zz, 0), batch)
 
 
 def label_sums(batch: Batch, y: Tensor, num_classes: int) -> Tensor:
-    """Σ y zᵀ over the columns of a batch: [K_g, N] → [K_g, num_classes]; zeros without labels.
+    """Σ w y zᵀ over the columns of a batch, from √w y [K_g, N]: [K_g, num_classes]; zeros without labels.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)), z=torch.eye(2))
@@ -123,11 +140,12 @@ def label_sums(batch: Batch, y: Tensor, num_classes: int) -> Tensor:
     """
     if batch.z is None:
         return y.new_zeros(len(y), num_classes)
-    return reduce(y, "k (b l) -> k b", "sum", b=batch.patches.batch_size) @ batch.z.T
+    z = batch.z if batch.weights is None else batch.z * batch.weights.sqrt()
+    return reduce(y, "k (b l) -> k b", "sum", b=batch.patches.batch_size) @ z.T
 
 
 def with_totals(statistics: Statistics, batch: Batch) -> Statistics:
-    """Replace Σ z zᵀ and the count of columns, which do not depend on activities, by those of a whole batch.
+    """Replace Σ z zᵀ, count and largest weight, which do not depend on activities, by those of a whole batch.
 
     >>> from simmatch.geometry import PatchConfig, prepare
     >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
@@ -135,5 +153,9 @@ def with_totals(statistics: Statistics, batch: Batch) -> Statistics:
     >>> with_totals(part, batch).count
     72
     """
-    zz = statistics.zz if batch.z is None else batch.z @ batch.z.T * batch.patches.positions
-    return replace(statistics, zz=zz, count=batch.columns)
+    z, weights, positions = batch.z, batch.weights, batch.patches.positions
+    if weights is None:
+        return replace(statistics, zz=statistics.zz if z is None else z @ z.T * positions, count=batch.columns)
+    zz = statistics.zz if z is None else (z * weights) @ z.T * positions
+    wide = weights.double()
+    return replace(statistics, zz=zz, count=wide.sum() * positions, largest=wide.amax())

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from simmatch.inputs import Staged
 from simmatch.parts import recording
@@ -124,18 +125,19 @@ class Updates(Generic[T]):
         if self._captured is None or _shape(self._captured[0]) != _shape(batch):
             return self._make(batch)
         inputs, result = self._captured
-        inputs.source.copy_(batch.source)
-        if inputs.labels is not None:
-            assert batch.labels is not None
-            inputs.labels.copy_(batch.labels)
+        for target, given in zip(_tensors(inputs), _tensors(batch), strict=True):
+            if target is not None:
+                assert given is not None
+                target.copy_(given)
         self._graph.replay()
         for exchange, made in zip(self._exchanges, self._made, strict=True):
             exchange.count(*made)
         return result
 
     def _capture(self, graph: Graph, batch: Staged) -> None:
-        labels = None if batch.labels is None else batch.labels.clone()
-        inputs = replace(batch, source=batch.source.clone(), labels=labels)
+        source, labels, weights = (None if each is None else each.clone() for each in _tensors(batch))
+        assert source is not None
+        inputs = replace(batch, source=source, labels=labels, weights=weights)
         before = [(exchange.num_exchanges, exchange.bytes_exchanged) for exchange in self._exchanges]
         try:
             self._captured = inputs, graph.capture(lambda: self._make(inputs))
@@ -158,4 +160,8 @@ class Updates(Generic[T]):
 
 def _shape(batch: Staged) -> tuple[Any, ...]:
     """What a captured update has fixed of its batch."""
-    return batch.source.shape, batch.source.dtype, batch.labels is None, batch.images
+    return batch.source.shape, batch.source.dtype, batch.labels is None, batch.weights is None, batch.images
+
+
+def _tensors(batch: Staged) -> tuple[Tensor | None, ...]:
+    return batch.source, batch.labels, batch.weights

@@ -159,6 +159,9 @@ class PlasticityConfig(Frozen):
     lr_decay_steps: PositiveInt | None = None
     """η decays as lr / (1 + step / lr_decay_steps). None: η is constant."""
 
+    lr_lowest: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Smallest η to which it decays, for data that keeps changing."""
+
     tau: PositiveFloat = 1.0
     """τ, by which the learning rate of M is divided. 0 ≤ η/τ ≤ 1 keeps M positive semidefinite and entrywise
     nonnegative. With τ = 1, W and M average the same batches with the same weights, which keeps W x in the range of M.

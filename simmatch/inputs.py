@@ -58,6 +58,7 @@ class Staged:
         images that this one encodes.
     labels: [images], of the whole batch, or None for a layer without labels.
     images: number of images of the batch, on all ranks.
+    weights: [images], of the whole batch, as for `partial_fit`, or None.
 
     >>> Staged(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), labels=None, images=5).images
     5
@@ -66,6 +67,7 @@ class Staged:
     source: Tensor
     labels: Tensor | None
     images: int
+    weights: Tensor | None = None
 
 
 class LayerInputs:

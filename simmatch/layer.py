@@ -23,7 +23,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simmatch.arguments import check_activities, check_images, check_not_empty, check_patches, check_positions
+from simmatch.arguments import (
+    check_activities,
+    check_images,
+    check_not_empty,
+    check_patches,
+    check_positions,
+    check_weights,
+)
 from simmatch.batch import Batch, batch_drive, batch_statistics
 from simmatch.calibration import PatchSample
 from simmatch.config import DynamicsConfig, LayerArguments, LayerConfig, LayerOptions, PlasticityConfig, Reduce, parse
@@ -138,13 +145,15 @@ class SimilarityMatchingConv2d(Synapses):
             },
         )
         super().__init__(arguments, rows or Rows.all(out_channels), mesh or Mesh(), dtype=dtype, device=device)
-        self.sharing: Sharing
+        self._alone = mesh is None
+        self.sharing = self._new_sharing()
+
+    def _new_sharing(self) -> Sharing:
         if self.dynamics.exchange == "gather_state":
-            filters = (in_channels, *self.patch.kernel)
+            filters = (self.in_channels, *self.patch.kernel)
             by_columns = BlockSharing if self.exact else ColumnSharing
-            self.sharing = by_columns(self.dynamics, self.rows, self.mesh, filters, num_classes)
-        else:
-            self.sharing = RowSharing(self.dynamics, self.rows, self.mesh, alone=mesh is None)
+            return by_columns(self.dynamics, self.rows, self.mesh, filters, self.num_classes)
+        return RowSharing(self.dynamics, self.rows, self.mesh, alone=self._alone)
 
     @classmethod
     def from_config(
@@ -259,9 +268,10 @@ class SimilarityMatchingConv2d(Synapses):
         labels: Tensor | None = None,
         fault: LocalFault | None = None,
         *,
+        weights: Tensor | None = None,
         in_part: bool = False,
     ) -> Batch:
-        """The checked patches and one-hot labels of a batch. `fault` holds what is wrong with patches or labels.
+        """The checked patches, one-hot labels and weights of a batch. `fault` holds what is wrong with them.
 
         With `in_part`, the patches may be those of a part of the batch.
 
@@ -277,7 +287,11 @@ class SimilarityMatchingConv2d(Synapses):
                 if fault is None or not fault.recorded:
                     check_labels(labels, self.num_classes, batch.images)
                 z = one_hot(labels, self.num_classes, self.label)
-        return replace(batch, z=z)
+            if weights is not None:
+                if fault is None or not fault.recorded:
+                    check_weights(weights, batch.images)
+                weights = weights.to(self.lateral)
+        return replace(batch, z=z, weights=weights)
 
     @eager_full_precision
     def calibrate(self, x: Tensor, num_patches: int = 200_000) -> None:
@@ -405,7 +419,9 @@ class SimilarityMatchingConv2d(Synapses):
     # ------------------------------------------------------------------------------------------- slow: plasticity
 
     @eager_full_precision
-    def statistics(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None) -> Statistics:
+    def statistics(
+        self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Statistics:
         """Sums over the columns of a batch, from which `update` learns.
 
         Parameters
@@ -413,11 +429,12 @@ class SimilarityMatchingConv2d(Synapses):
         x: [B, C, H, W], or `Patches`.
         y: [B, K, H', W'], from `solve`.
         labels: [B], as for `solve`.
+        weights: [B], as for `partial_fit`.
 
         Raises
         ------
         ValueError
-            Images, activities or labels do not match this layer or each other.
+            Images, activities, labels or weights do not match this layer or each other.
 
         >>> layer, x = SimilarityMatchingConv2d(1, 4, kernel_size=3), torch.rand(2, 1, 8, 8)
         >>> statistics = layer.statistics(x, layer.solve(x).y)
@@ -425,14 +442,22 @@ class SimilarityMatchingConv2d(Synapses):
         (torch.Size([4, 1, 3, 3]), torch.Size([4, 4]), 72)
         >>> layer.update(statistics)
         """
-        batch, y = self._batch(x, labels), self.as_images(y)
+        batch, y = self._batch(x, labels, weights=weights), self.as_images(y)
         shape = (batch.patches.batch_size, self.out_channels, *batch.patches.map_size)
         check_activities(y, shape, self.feedforward)
         return batch_statistics(batch, rearrange(y, "b k h w -> k (b h w)"), self.rows, self.num_classes)
 
     @eager_full_precision
     @torch.no_grad()
-    def partial_fit(self, x: Tensor | Patches, labels: Tensor | None = None, *, recorded: bool = False) -> Solution:
+    def partial_fit(
+        self,
+        x: Tensor | Patches,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        solution: Solution | None = None,
+        recorded: bool = False,
+    ) -> Solution:
         """Learn from one batch: `solve`, `statistics` and `update` in one call.
 
         A layer with whitening or a label gain calibrates itself on its first batch if `calibrate` was not called.
@@ -441,9 +466,14 @@ class SimilarityMatchingConv2d(Synapses):
         ----------
         x: [B, C, H, W], or `Patches`, of the whole batch or of this rank's part of it (`prepare`).
         labels: [B], as for `solve`, of the whole batch.
+        weights: [B], 0 ≤ w ≤ 1, of the whole batch, one of them above 0: an image counts w times in the means, and the
+            rate is multiplied by the largest. None: 1 of each, with the same bits.
+        solution: of the whole batch, as `solve` has returned it for the present weights, where no labels drive it: the
+            batch is not solved again. The update has the same bits if `learns_from_solutions`.
         recorded: whether faults are recorded on the device and raised by `raise_faults`, so that the host need not wait
-            for the device. An update with a fault, and all later ones, then change nothing. Labels must be valid, as
-            they are not checked. Dynamics that no kernel solves need the host, and may raise faults at once.
+            for the device. An update with a fault, and all later ones, then change nothing. Labels and weights must
+            be valid, as they are not checked. Dynamics that no kernel solves need the host, and may raise faults at
+            once.
 
         Returns
         -------
@@ -462,16 +492,77 @@ class SimilarityMatchingConv2d(Synapses):
         (torch.Size([4, 72]), 1)
         """
         fault = self._fault(recorded=recorded)
-        batch = self._batch(x, labels, fault, in_part=True)
+        batch = self._batch(x, labels, fault, weights=weights, in_part=True)
         check_not_empty(batch.images)
         if (self.whiten or self.label_gain > 0) and isinstance(x, Tensor) and not self.calibrated:
             self.calibrate(x)
             batch = replace(batch, patches=self.prepare(x))  # the patches of a dense layer are whitened already
         state = self._own_state(fault)
-        solution, statistics = self.sharing.learn(batch, state)
+        solution, statistics = self.sharing.learn(batch, state, self._as_columns(solution))
         with timed("plasticity"):
             self._learn(statistics, state)
         return solution
+
+    @property
+    def learns_from_solutions(self) -> bool:
+        """Whether `partial_fit` gives the same bits with the `solution` of `solve`: not where replicas split images."""
+        return not isinstance(self.sharing, RowSharing) or self.mesh.replicas.world_size == 1
+
+    def _as_columns(self, solution: Solution | None) -> Solution | None:
+        """The solution of `solve` with y [K, N] and residual [N]."""
+        if solution is None:
+            return None
+        y = rearrange(self.as_images(solution.y), "b k h w -> k (b h w)")
+        return Solution(y, solution.iterations, solution.residual.flatten())
+
+    @eager_full_precision
+    @torch.no_grad()
+    def learn_labels(self, x: Tensor | Patches, labels: Tensor) -> None:
+        """Learn V and the class frequency from labels that arrive late; W and M have learnt from the images already.
+
+        Parameters
+        ----------
+        x: [B, C, H, W], or `Patches`.
+        labels: [B], as for `solve`.
+
+        Raises
+        ------
+        ValueError, SharedFault
+            As for `partial_fit`.
+
+        >>> layer, x = SimilarityMatchingConv2d(1, 4, kernel_size=3, num_classes=2), torch.rand(2, 1, 8, 8)
+        >>> layer.learn_labels(x, torch.tensor([0, 1]))
+        >>> bool((layer.label != 0).any()), int(layer.updates)
+        (True, 0)
+        """
+        fault = self._fault(recorded=False)
+        batch = self._batch(x, labels, fault, in_part=True)
+        check_not_empty(batch.images)
+        state = self._own_state(fault)
+        self._learn_label(self.sharing.learn(batch, state)[1], state)
+
+    def grow(self, num_classes: int) -> None:
+        """Add classes: their columns of V are zero, and each is expected as often as the average class so far.
+
+        Raises
+        ------
+        ValueError
+            There are more classes already.
+
+        >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3, num_classes=2)
+        >>> layer.grow(3)
+        >>> layer.label.shape, layer.class_frequency
+        (torch.Size([4, 3]), tensor([0.3333, 0.3333, 0.3333]))
+        """
+        before = self.num_classes
+        if num_classes < before:
+            raise ValueError(f"num_classes: expected at least {before}, the classes so far, got {num_classes}")
+        label = self.label.new_zeros(len(self.label), num_classes)
+        label[:, :before] = self.label
+        frequency = self.class_frequency.new_full((num_classes,), 1.0 / max(num_classes, 1))
+        frequency[:before] = self.class_frequency * (before / max(num_classes, 1))
+        self.label, self.class_frequency, self.num_classes = label, frequency, num_classes
+        self.sharing = self._new_sharing()
 
     @eager_full_precision
     def objective(self, x: Tensor | Patches, y: Tensor, labels: Tensor | None = None, *, columns: int = 4096) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,12 +230,15 @@ class Learner:
         def make(batch: Staged) -> tuple[Patches, Solution]:
             with timed("input"):
                 patches = prepare(batch)
-            return patches, layer.partial_fit(patches, batch.labels, recorded=recorded)
+            return patches, layer.partial_fit(patches, batch.labels, batch.weights, recorded=recorded)
 
         self._updates = Updates(make, new_graph(setup.device) if capture else None, exchanges)
 
-    def update(self, number: int, batches: Iterator[Staged]) -> None:
-        """Make one update, from the next batch; `number` counts from 1."""
+    def update(self, number: int, batches: Iterator[Staged], solved: tuple[Patches, Solution] | None = None) -> None:
+        """Make one update, from the next batch; `number` counts from 1.
+
+        solved: patches of the whole batch and their solution, as for `partial_fit`, where they are known already.
+        """
         layer, every = self.layer, self._setup.measure_every
         last = number == self.total
         measured = every is not None and (last or number % every == 0)
@@ -242,7 +246,12 @@ class Learner:
         with self._setup.observer.updating(self.index, layer):
             with timed("input"):
                 batch = next(batches)
-            patches, solution = self._updates(batch)
+            if solved is None:
+                patches, solution = self._updates(batch)
+            else:
+                patches, known = solved
+                options: dict[str, Any] = {"solution": known, "recorded": self._recorded}
+                solution = layer.partial_fit(patches, batch.labels, batch.weights, **options)
             if look:
                 layer.raise_faults()
         measurement = measure(layer, patches, solution, batch.labels) if measured else None

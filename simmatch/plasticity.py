@@ -4,8 +4,10 @@
     ΔM = (η/τ) (⟨y yᵀ⟩ − M)                        anti-Hebbian (M inhibits), lateral
     ΔV = (⟨y zᵀ⟩ − V ⟨z zᵀ⟩) diag(min(η/p̂, 1/p))   Hebbian, label; p̂ the running class frequency, p the batch's
 
-⟨·⟩ is the mean over columns; for V it is the mean over labelled columns, so unlabelled images do not change V. A step
-therefore depends on the batch only through sums and a count (`Statistics`). Sums from several ranks are added before
+⟨·⟩ is the mean over columns; for V it is the mean over labelled columns, so unlabelled images do not change V. Where
+images have weights 0 ≤ w ≤ 1 it is the weighted mean, and η is multiplied by the largest weight: an image of weight 0
+is as good as absent, and a batch of nothing but outliers changes little. A step therefore depends on the batch only
+through sums and a count (`Statistics`). Sums from several ranks are added before
 the step: one reduction per update, never a mean of means. Without the factor 1/p̂, V would learn num_classes times
 more slowly than W. The limit 1/p prevents a batch with many images of one class from overshooting that class's mean
 activity.
@@ -39,7 +41,8 @@ class Statistics:
     yy: [K_g, K], Σ y yᵀ, own rows.
     yz: [K_g, num_classes], Σ y zᵀ.
     zz: [num_classes, num_classes], Σ z zᵀ.
-    count: number of columns in the sums.
+    count: number of columns in the sums; with weights, the sum of those of the columns, 0-d in float64.
+    largest: the largest weight of an image, by which the rate is multiplied, 0-d in float64. None: 1.
 
     Statistics of several batches are added:
 
@@ -52,12 +55,14 @@ class Statistics:
     yy: Tensor
     yz: Tensor
     zz: Tensor
-    count: int
+    count: int | Tensor
+    largest: Tensor | None = None
 
     @property
     def labelled(self) -> Tensor:
-        """Number of labelled columns, but at least 1, so that the mean over none is 0; exact up to 2²⁴ in float32."""
-        return self.zz.diagonal().sum().clamp(min=1.0)
+        """Number of labelled columns, or 1 for none, so that the mean over none is 0; exact up to 2²⁴ in float32."""
+        total = self.zz.diagonal().sum()
+        return torch.where(total > 0, total, 1.0)
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -66,6 +71,7 @@ class Statistics:
             self.yz + other.yz,
             self.zz + other.zz,
             self.count + other.count,
+            None if self.largest is None or other.largest is None else self.largest.maximum(other.largest),
         )
 
 
@@ -167,7 +173,7 @@ def settled_label(label: Tensor, yz: Tensor, zz: Tensor) -> Tensor:
 
 
 def learning_rate(config: PlasticityConfig, update: int | Tensor) -> float | Tensor:
-    """η of an update, counted from 0: lr / (1 + update / lr_decay_steps).
+    """η of an update, counted from 0: lr / (1 + update / lr_decay_steps), but at least `lr_lowest`.
 
     From a 0-d tensor, where the rate decays, a 0-d tensor in float64: with the same bits, and without waiting for it.
 
@@ -179,8 +185,8 @@ def learning_rate(config: PlasticityConfig, update: int | Tensor) -> float | Ten
     if isinstance(update, Tensor):  # by tensors: torch divides numbers, or by numbers, through a rounded reciprocal
         steps = update.double()
         lr, decay_steps = (torch.full_like(steps, number) for number in (config.lr, config.lr_decay_steps))
-        return lr / (1.0 + steps / decay_steps)
-    return config.lr / (1.0 + update / config.lr_decay_steps)
+        return (lr / (1.0 + steps / decay_steps)).clamp(min=config.lr_lowest)
+    return max(config.lr / (1.0 + update / config.lr_decay_steps), config.lr_lowest)
 
 
 def start_share(config: PlasticityConfig, updates: int) -> float:

@@ -70,6 +70,7 @@ class Synapses(nn.Module):
     perron: [K], approximate Perron vector of M, see `simmatch.solvers.bound.WARM`; together with M it determines the
         bound of λmax(M).
     updates: number of updates.
+    rate_from: number of updates from which on the learning rate falls, see `raise_rate`; not saved with the layer.
     revived: number of channels that were drawn anew.
     dead: number of channels, of all owners, that were dead at the last update (and revived, if configured); not saved.
     above_one: whether the relative objective was above 1 in the last update; not saved.
@@ -90,6 +91,7 @@ class Synapses(nn.Module):
     silent: Tensor
     perron: Tensor
     updates: Tensor
+    rate_from: Tensor
     revived: Tensor
     dead: Tensor
     above_one: Tensor
@@ -141,6 +143,7 @@ class Synapses(nn.Module):
         self.register_buffer("silent", zeros(own, dtype=torch.int64))
         self.register_buffer("perron", zeros(self.out_channels).add_(1.0))
         self.register_buffer("updates", zeros(dtype=torch.int64))
+        self.register_buffer("rate_from", zeros(dtype=torch.int64), persistent=False)
         self.register_buffer("revived", zeros(dtype=torch.int64))
         self.register_buffer("dead", zeros(dtype=torch.int64), persistent=False)
         self.register_buffer("above_one", zeros(dtype=torch.bool), persistent=False)
@@ -287,7 +290,7 @@ class Synapses(nn.Module):
 
     def _learnt(self, statistics: Statistics) -> dict[str, Tensor]:
         """New values of the buffers that a step of plasticity changes; the buffers are not changed."""
-        lr = learning_rate(self.plasticity, self.updates)
+        lr = self._rate(statistics)
         change = RULES[self.plasticity.rule](self.weights, statistics, self.class_frequency, lr, self.plasticity)
         active = statistics.yy.diagonal(offset=self.rows.start) > 0
         return {
@@ -298,6 +301,22 @@ class Synapses(nn.Module):
             "silent": (self.silent + 1).masked_fill_(active, 0),
             "updates": self.updates + 1,
         }
+
+    def _rate(self, statistics: Statistics) -> float | Tensor:
+        """η of the next update, times the largest weight of an image."""
+        lr = learning_rate(self.plasticity, (self.updates - self.rate_from).clamp(min=0))
+        return lr if statistics.largest is None else statistics.largest * lr
+
+    def raise_rate(self, hold: int = 0) -> None:
+        """Start the learning rate anew: `plasticity.lr` for `hold` updates, then falling as from the first update on.
+
+        >>> arguments = LayerArguments(in_channels=1, out_channels=4, kernel_size=3)
+        >>> synapses = Synapses(arguments, Rows.all(4), Mesh(), dtype=torch.float32, device="cpu")
+        >>> synapses.raise_rate(hold=10)
+        >>> int(synapses.rate_from)
+        10
+        """
+        self.rate_from.copy_(self.updates + hold)
 
     def _revived(self, after: dict[str, Tensor], dead: Tensor) -> dict[str, Tensor]:
         """Reset dead channels, bool [K]: a newly drawn row of W, M_ii = 1, and no other lateral or label weights.
@@ -317,6 +336,23 @@ class Synapses(nn.Module):
             "silent": after["silent"].masked_fill(own.squeeze(1), 0),
             "revived": self.revived + dead.sum(),
         }
+
+    def _learn_label(self, statistics: Statistics | None, state: OwnState) -> None:
+        """The step of V and of the class frequency alone; without statistics, `state.fault` holds the exception."""
+        ranks, fault = self.mesh.columns, state.fault
+        statuses, label, frequency = self.lateral.new_zeros(ranks.world_size), self.label, self.class_frequency
+        with fault:
+            if statistics is not None:
+                check_statistics(statistics, self.weights)
+                after = self._learnt(statistics)
+                label, frequency = after["label"], after["class_frequency"]
+        own = statuses[ranks.rank : ranks.rank + 1]
+        own += status_of(label)
+        fault.mark(own)
+        ranks.all_gather(statuses).wait()
+        fault.raise_shared(statuses, "label weights")
+        self.label.copy_(label)
+        self.class_frequency.copy_(frequency)
 
     # ------------------------------------------------------------------------------------------- what the host looks at
 

@@ -12,9 +12,9 @@ The magnitudes bound every entry of a block's sums: as computed, with rounding, 
 
     |Σ y_i y_j| ≤ max_i Σ y_i²        |Σ y_i x_p| ≤ max_i Σ y_i · max |x|        |Σ y_i z_c| ≤ max_i Σ y_i
 
-with x the patches as they are stored: mean removal and whitening are linear, and follow after the sum. A sum of n
-products in float32 is off by less than n · 2^−23 times the sum of their magnitudes, so twice is enough for blocks of up
-to 2²¹ columns.
+with x the patches as they are stored, and y times the root of the weight of its image: mean removal and whitening are
+linear, and follow after the sum. A sum of n products in float32 is off by less than n · 2^−23 times the sum of their
+magnitudes, so twice is enough for blocks of up to 2²¹ columns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from simmatch.sharding.columns import Part
 from simmatch.sharding.exact import from_fixed, shifts, to_fixed
 from simmatch.sharding.exchange import IDENTITY
 from simmatch.sharding.faults import LocalFault, status_of
-from simmatch.sharding.sharing import ColumnSharing, OwnState, unsolved
+from simmatch.sharding.sharing import ColumnSharing, OwnState, columns_of, unsolved
 from simmatch.sharding.sums import sum_over_ranks
 from simmatch.solvers.dynamics import Solution
 
@@ -64,16 +64,22 @@ class BlockSharing(ColumnSharing):
         ranks = self.splits.world_size
         return part_of_blocks(images, positions, ranks=ranks, rank=self.splits.rank if rank is None else rank)
 
-    def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
+    def learn(
+        self, batch: Batch, state: OwnState, solution: Solution | None = None
+    ) -> tuple[Solution, Statistics | None]:
         lateral, part = state.weights.lateral, self.part(batch.images, batch.patches.positions)
         solved, table, total, magnitudes = None, None, None, lateral.new_zeros(3)
         with state.fault.apart(self._mesh.owners) as fault:
-            weights = self._weights(state, fault)
+            weights = self._weights(state, fault) if solution is None else None
             with fault.apart(IDENTITY) as alone:
                 blocks = self._own_blocks(batch, part)
-                solved = self._solve_blocks(blocks, weights, state, alone)
+                if solution is None:
+                    assert weights is not None
+                    solved = self._solve_blocks(blocks, weights, state, alone)
+                else:
+                    solved = blocks_of(columns_of(solution, part, batch), blocks)
                 with timed("statistics"):
-                    activities = [aligned(each.y) for each in solved]
+                    activities = [aligned(block.weighted(each.y)) for block, each in zip(blocks, solved, strict=True)]
                     magnitudes = largest_magnitudes(blocks, activities) if blocks else magnitudes
         with timed("exchange"):
             shift = self._shifts(magnitudes, batch, state.fault)
@@ -148,8 +154,9 @@ class BlockSharing(ColumnSharing):
         yx, yy, yz = shift.unbind()
         targets = torch.split(table, [correlation - 1, 1, *others], dim=1)
         for block, y in zip(blocks, activities, strict=True):
-            product, total = raw_correlation(block.patches, y)
-            total = y.sum(dim=1, keepdim=True) if total is None else total
+            weighted = block.weighted(y)
+            product, total = raw_correlation(block.patches, weighted)
+            total = weighted.sum(dim=1, keepdim=True) if total is None else total
             sums = (product, total, y @ y.T, label_sums(block, y, self._num_classes))
             for target, tensor, one in zip(targets, sums, (yx, yx, yy, yz), strict=True):
                 target += to_fixed(tensor, one)
@@ -186,7 +193,24 @@ def aligned_batch(batch: Batch) -> Batch:
     """
     names = [name for name in ("images", "inverse_scale", "matrix") if getattr(batch.patches, name) is not None]
     own: dict[str, Any] = {name: aligned(getattr(batch.patches, name)) for name in names}
-    return Batch(replace(batch.patches, **own), None if batch.z is None else aligned(batch.z))
+    return replace(batch, patches=replace(batch.patches, **own), z=None if batch.z is None else aligned(batch.z))
+
+
+def blocks_of(solution: Solution, blocks: Sequence[Batch]) -> list[Solution]:
+    """The solution of a part, y [K, n] and residual [n], in blocks; `joined` is its inverse.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> whole = Solution(torch.ones(4, 72), 2, torch.zeros(72))
+    >>> [each.y.shape for each in blocks_of(whole, [batch.of_images(slice(1)), batch.of_images(slice(1, 2))])]
+    [torch.Size([4, 36]), torch.Size([4, 36])]
+    """
+    solved, start = [], 0
+    for block in blocks:
+        chosen = slice(start, start + block.columns)
+        solved.append(Solution(solution.y[:, chosen], solution.iterations, solution.residual[chosen]))
+        start = chosen.stop
+    return solved
 
 
 def joined(solved: Sequence[Solution]) -> Solution:

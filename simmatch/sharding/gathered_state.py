@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class GatheredState:
         for other in received.table[1:, : self.rows.count]:
             total += other
         yx, yy, yz = torch.split(total, self.widths, dim=1)
-        return Statistics(yx.view(-1, *self.filters), yy, yz, sums.zz, sums.count)
+        return replace(sums, yx=yx.view(-1, *self.filters), yy=yy, yz=yz)
 
     def fixed_sums(self, table: Tensor | None, width: int, like: Tensor, fault: LocalFault) -> Tensor | None:
         """Sums over this owner's columns for all rows, [K, width], to sums over all columns for its rows, [K_g, width].

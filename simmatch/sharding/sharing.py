@@ -107,16 +107,21 @@ class RowSharing:
         everything = Part.of_images(batch.images, batch.patches.positions, ranks=1, rank=0)
         return self._solve(batch, everything, state, state.fault, fixed=fixed)[1]
 
-    def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
+    def learn(
+        self, batch: Batch, state: OwnState, solution: Solution | None = None
+    ) -> tuple[Solution, Statistics | None]:
         """Solve this replica's part of a batch, y [K, n] and residual [n], and sum statistics of this owner's rows over
-        all columns.
+        all columns; with a `solution` of all columns of the batch, from `solve`, only sum.
 
         All ranks raise an exception of any of them; where one is held or recorded, its owner has no statistics.
         """
         part = self.part(batch.images, batch.patches.positions)
-        solution, statistics = None, None
+        known, statistics = solution, None
         with state.fault.apart(self.shares) as fault:
-            own, solution = self._solve(batch, part, state, fault)
+            if known is None:
+                own, solution = self._solve(batch, part, state, fault)
+            else:
+                own, solution = batch.own(part), columns_of(known, part, batch)
             with timed("statistics"), fault:
                 if own is not None:
                     sums = batch_statistics(own, solution.y, self._rows, state.weights.label.shape[1])
@@ -204,23 +209,30 @@ class ColumnSharing:
             joined, singles = gather_columns(values, [own.num_iters], counts, self.splits, state.fault)
         return Solution(joined[:-1], int(singles.amax()), joined[-1])
 
-    def learn(self, batch: Batch, state: OwnState) -> tuple[Solution, Statistics | None]:
-        """Solve this rank's columns, y [K, n] and residual [n], and sum statistics of its rows over all columns.
+    def learn(
+        self, batch: Batch, state: OwnState, solution: Solution | None = None
+    ) -> tuple[Solution, Statistics | None]:
+        """Solve this rank's columns, y [K, n] and residual [n], and sum statistics of its rows over all columns; with a
+        `solution` of all columns of the batch, from `solve`, only sum.
 
         All ranks raise an exception of any of them; where one is held or recorded, its owner has no statistics.
         """
         part = self.part(batch.images, batch.patches.positions)
-        solution, sums, statistics = None, None, None
+        known, sums, statistics = solution, None, None
         with state.fault.apart(self._mesh.owners) as fault:
-            weights = self._weights(state, fault)
+            weights = self._weights(state, fault) if known is None else None
             with fault.apart(IDENTITY) as alone:
                 own, inside = covering(part.columns, batch.own(part))
-                solution = self._solve(own, inside, weights, state, alone)
+                if known is None:
+                    assert weights is not None
+                    solution = self._solve(own, inside, weights, state, alone)
+                else:
+                    solution = columns_of(known, part, batch)
                 with timed("statistics"):
                     y = F.pad(solution.y, (inside.start, own.columns - inside.stop))  # zero in the other columns
                     sums = with_totals(batch_statistics(own, y, self._all_rows, self._num_classes), batch)
             with timed("exchange"):
-                statistics = self._state.statistics(sums, weights.lateral, fault)
+                statistics = self._state.statistics(sums, state.weights.lateral, fault)
         return solution or unsolved(self._all_rows, part, state), _added(statistics, self._mesh.replicas, state)
 
     def _weights(self, state: OwnState, fault: LocalFault) -> Weights:
@@ -249,6 +261,20 @@ def _added(own: Statistics | None, replicas: Exchange, state: OwnState) -> Stati
     weights = state.weights
     with timed("exchange") if replicas.world_size > 1 else nullcontext():
         return sum_over_replicas(own, (weights.feedforward, weights.lateral, weights.label), replicas)
+
+
+def columns_of(solution: Solution, part: Part, batch: Batch) -> Solution:
+    """Of the solution of a whole batch, y [K, N] and residual [N], the columns of a part.
+
+    >>> from simmatch.geometry import PatchConfig, prepare
+    >>> batch = Batch(prepare(torch.ones(2, 1, 8, 8), PatchConfig(in_channels=1, kernel_size=3)))
+    >>> whole, part = Solution(torch.ones(4, 72), 5, torch.zeros(72)), Part.of_columns(2, 36, ranks=2, rank=1)
+    >>> columns_of(whole, part, batch).y.shape
+    torch.Size([4, 36])
+    """
+    first = part.images.start * batch.patches.positions + part.columns.start
+    chosen = slice(first, first + len(part.columns))
+    return Solution(solution.y[:, chosen].contiguous(), solution.iterations, solution.residual[chosen])
 
 
 def unsolved(rows: Rows, part: Part, state: OwnState) -> Solution:

@@ -7,6 +7,8 @@ rows: K_g (K + P) values, and those of V.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -104,4 +106,4 @@ def sum_over_replicas(
         return None
     sums = torch.split(total, [part.numel() for part in parts])
     yx, yy, yz = (flat.view_as(part) for flat, part in zip(sums, parts, strict=True))
-    return Statistics(yx, yy, yz, own.zz, own.count)
+    return replace(own, yx=yx, yy=yy, yz=yz)
