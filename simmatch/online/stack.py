@@ -1,0 +1,436 @@
+"""A stack that learns from a stream: every batch is encoded first, to be tested on, and then learnt from.
+
+    encoded = stack.encode(x)                # label-free, with the weights as they are
+    stack.learn(encoded, labels, weights)    # one update of all layers: that of `schedule: together`
+
+The updates are those of the trainer (`simmatch.stage_layers`): the same batches in the same order give the same bits.
+What `encode` has solved is not solved again by `learn` where the bits are the same.
+
+A layer is calibrated when it begins, on the first records as the layers below encode them then, and stays so. These
+records are kept until the last layer has begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from simmatch.arguments import check_images, check_weights
+from simmatch.config import ConfigError, ModelConfig, Reduce
+from simmatch.data.sources import to_unit
+from simmatch.features import FeatureStore
+from simmatch.inputs import Staged
+from simmatch.labels import UNLABELLED, check_labels, one_hot
+from simmatch.learning import Setup
+from simmatch.memory import MemoryWatch
+from simmatch.model import InputConfig, Stack, readout_input
+from simmatch.observer import Observer
+from simmatch.online.rate import RateConfig
+from simmatch.online.signals import label_free_signals
+from simmatch.online.state import State, part_of
+from simmatch.plasticity import Weights, settled_label
+from simmatch.readout import decode
+from simmatch.schedule import learning_updates
+from simmatch.sharding.mesh import Mesh
+from simmatch.sharding.state import SHARDED, gather_layer, gather_rows
+from simmatch.stage_layers import Solved, StageLayers
+
+ENDLESS = 1 << 62
+"""Updates of a pass that does not end."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A batch of records as the stack encodes it, before it learns from it.
+
+    Attributes
+    ----------
+    x: [B, C, H, W], the records.
+    features: [B, F], input of a readout.
+    signals: by name, a number of each record [B] that needs no label, of the first layer: `objective`, `residual` of
+        the drive, `active`; see `simmatch.online.signals`.
+    label_scores: [B, num_classes], class scores from V, −inf for classes that have not been seen; None if the last
+        layer is not supervised or has seen no label.
+    activity: [B, K], mean activities of the last layer.
+    solved: by layer, what need not be computed again to learn.
+    version: number of the weights of the stack with which this was encoded.
+
+    >>> x, none = torch.zeros(2, 1, 1, 32), torch.zeros(2, 0)
+    >>> Encoded(x, none, {}, label_scores=None, activity=none, solved={}, version=0).features.shape
+    torch.Size([2, 0])
+    """
+
+    x: Tensor
+    features: Tensor
+    signals: dict[str, Tensor]
+    label_scores: Tensor | None
+    activity: Tensor
+    solved: Mapping[int, Solved] = field(repr=False)
+    version: int
+
+
+class OnlineStack:
+    """A stack of layers that learns from batches of a stream.
+
+    Parameters
+    ----------
+    model: the layers; several layers need `schedule: together`. Of `train` only `positions` and `start_after` are used.
+    source: channels, size and number of classes of the records.
+    seed: of the weights and of drawn positions, as for `Stack`.
+    rate: how the learning rates change.
+    mesh: connects to the other ranks, all of which call the same methods with the same arguments. None: a single
+        process.
+    reduce: as for `Trainer`.
+    dtype, device: of all weights.
+
+    Attributes
+    ----------
+    stack: in a single process the layers that learn; `export` gives a copy to keep, with any number of ranks.
+    source: as given, with the classes that were added since.
+    updates: number of updates so far.
+
+    Raises
+    ------
+    ConfigError
+        A layer does not fit its input, several layers without `schedule: together`, or a layer that cannot have
+        `reduce: exact`.
+
+    >>> from simmatch.config import LayerConfig
+    >>> model = ModelConfig(layers=(LayerConfig(out_channels=8, kernel_size=(1, 5), pool=(1, 2)),))
+    >>> online = OnlineStack(model, InputConfig(in_channels=1, height=1, width=32, num_classes=2))
+    >>> windows = torch.rand(40, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+    >>> online.calibrate(windows[:20])
+    >>> for batch in windows.split(10):
+    ...     encoded = online.encode(batch)
+    ...     online.learn(encoded)
+    >>> online.updates, encoded.features.shape, sorted(encoded.signals)
+    (4, torch.Size([10, 16]), ['active', 'objective', 'residual'])
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        source: InputConfig,
+        *,
+        seed: int = 0,
+        rate: RateConfig | None = None,
+        mesh: Mesh | None = None,
+        reduce: Reduce = "fast",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if len(model.layers) > 1 and model.schedule != "together":
+            raise ConfigError(f"model.schedule: expected together for a stream, got {model.schedule}")
+        model.check_reduce(reduce)
+        self.rate, self.updates = rate or RateConfig(), 0
+        self.stack = Stack(self.rate.applied(model), source, seed=seed, dtype=dtype, device=device)
+        self._mesh, self._reduce = mesh, reduce
+        self._ranges = learning_updates(self.stack.config, ENDLESS)
+        last = self.stack.layer(-1)
+        self._label_yz = torch.zeros_like(last.label)
+        self._label_zz = last.label.new_zeros(last.num_classes)
+        self._version = 0
+        shape = source.in_channels, source.height, source.width
+        self._begin(torch.zeros(0, *shape, dtype=dtype, device=device))
+
+    @property
+    def source(self) -> InputConfig:
+        return self.stack.source
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the first layer has been calibrated, so that records can be encoded."""
+        return self._layers.layers[0].calibrated
+
+    def _begin(self, images: Tensor) -> None:
+        """Make this rank's layers, to be calibrated on these images."""
+        stack, ranks = self.stack, self._mesh or Mesh()
+        like = stack.layer(0).feedforward
+        batch = 500  # as a trainer's `encode_batch`
+        self._setup = Setup(
+            stack=stack,
+            layers=stack.config.layers,
+            store=FeatureStore(images, ranks.everyone, batch=batch, dtype=like.dtype, device=like.device),
+            labels=None,
+            blocks=None,
+            mesh=ranks,
+            alone=self._mesh is None and self._reduce == "fast",
+            reduce=self._reduce,
+            observer=Observer(),
+            memory=MemoryWatch(like.device),
+            measure_every=None,
+            to_tolerance=True,
+        )
+        self._layers = StageLayers(self._setup, range(len(stack.config.layers)), self._ranges)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """Checked records, in the dtype and on the device of the weights."""
+        source, like = self.source, self.stack.layer(0).feedforward
+        expected = [source.in_channels, source.height, source.width]
+        if not isinstance(x, Tensor) or x.ndim != 4 or list(x.shape[1:]) != expected or len(x) == 0:
+            given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: expected [B, {', '.join(map(str, expected))}], got {given}")
+        x = to_unit(x.to(like.device), like.dtype)
+        check_images(x, source.in_channels, like)
+        return x
+
+    # ------------------------------------------------------------------------------------------- calibration
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Calibrate the first layer on the first records, and keep them for layers that begin later.
+
+        Parameters
+        ----------
+        x: [N, C, H, W]; of each layer the first `whiten_images` are used.
+
+        Raises
+        ------
+        RuntimeError
+            It has been calibrated already.
+        """
+        if self.calibrated:
+            raise RuntimeError("calibrate: expected one call, got another; what is measured first stays")
+        most = max(layer.whiten_images for layer in self.stack.config.layers)
+        self._begin(self._unit(x[:most]).clone())
+        self._layers.agree()
+        self._layers.calibrate(0)
+        self._layers.agree()
+        self._drop_images()
+
+    def _drop_images(self) -> None:
+        """Once all layers have been calibrated, forget the first records."""
+        if all(layer.calibrated for layer in self._layers.layers.values()):
+            self._setup.store.images = self._images[:0].clone()
+
+    @property
+    def _images(self) -> Tensor:
+        images = self._setup.store.images
+        assert isinstance(images, Tensor)
+        return images
+
+    # ------------------------------------------------------------------------------------------- test, then learn
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Encoded:
+        """Encode records, label-free, with the weights as they are.
+
+        Parameters
+        ----------
+        x: [B, C, H, W], uint8 or floating-point.
+
+        Raises
+        ------
+        ValueError
+            Records of another shape, or none.
+        RuntimeError
+            The stack has not been calibrated.
+        """
+        if not self.calibrated:
+            raise RuntimeError("encode: expected a calibrated stack; call calibrate() with the first records")
+        unit, model, solved = self._unit(x), self.stack.config, {}
+        passed = unit
+        for index in range(len(model.layers)):
+            solved[index] = self._layers.solve(index, passed)
+            passed = solved[index].passed
+        maps = [
+            readout_input(solved[index].passed, model.layers[index], model.feature_pool)
+            for index in model.feature_layers()
+        ]
+        activity = reduce(solved[len(model.layers) - 1].solution.y, "b k h w -> b k", "mean")
+        first = solved[0]
+        return Encoded(
+            x=unit,
+            features=torch.cat(maps, dim=1),
+            signals=label_free_signals(first.patches, first.solution.y, self._whole_weights(0)),
+            label_scores=self._label_scores(activity),
+            activity=activity,
+            solved=solved,
+            version=self._version,
+        )
+
+    def _whole_weights(self, index: int) -> Weights:
+        """All rows of W and M of a layer, on every rank."""
+        layer = self._layers.layers[index]
+        if layer.rows.count == layer.out_channels:
+            return layer.weights
+        w, m = (gather_rows(each, layer.rows, layer.mesh.owners) for each in (layer.feedforward, layer.lateral))
+        return Weights(w, m, m[:, :0])
+
+    def _label_scores(self, activity: Tensor) -> Tensor | None:
+        seen = self._label_zz > 0
+        if not self.stack.config.layers[-1].supervised or not bool(seen.any()):
+            return None
+        last = self._layers.layers[len(self.stack.config.layers) - 1]
+        label = settled_label(
+            gather_rows(last.label, last.rows, last.mesh.owners), self._label_yz, self._label_zz.diag()
+        )
+        return decode(activity, label).masked_fill(~seen, -torch.inf)
+
+    @torch.no_grad()
+    def learn(self, encoded: Encoded, labels: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """One update of all layers from a batch that was encoded. Where all weights are 0, nothing.
+
+        Parameters
+        ----------
+        encoded: from `encode`. If the stack has learnt since, it is solved again.
+        labels: [B], classes, `UNLABELLED` where unknown; used by supervised layers. None: no labels.
+        weights: [B], 0 ≤ w ≤ 1, how much each record counts, see `simmatch.plasticity`. None: 1 each.
+
+        Raises
+        ------
+        ValueError
+            Labels or weights do not match the records.
+        SharedFault
+            Values that are not finite, on some rank; no weights have changed.
+        """
+        count, device = len(encoded.x), encoded.x.device
+        labels = self._checked_labels(labels, count)
+        if weights is not None:
+            if isinstance(weights, Tensor) and weights.shape == (count,) and not bool(weights.any()):
+                return
+            check_weights(weights, count)
+            weights = None if bool((weights == 1).all()) else weights.to(device)
+        number = self.updates + 1
+        batch = Staged(encoded.x, None if labels is None else labels.to(device), count, weights)
+        if batch.labels is not None:
+            self._add_label_sums(encoded.activity, batch.labels, weights)
+        current = encoded.version == self._version
+        self._layers.update(number, batch, encoded.solved if current else None)
+        self.updates, self._version = number, self._version + 1
+        if len(self._images) > 0:
+            self._drop_images()
+
+    def _checked_labels(self, labels: Tensor | None, count: int) -> Tensor | None:
+        """The labels of a batch if there are any, and some layer learns from them."""
+        if labels is None or not any(layer.supervised for layer in self.stack.config.layers):
+            return None
+        check_labels(labels, self.source.num_classes, count)
+        return labels if bool((labels != UNLABELLED).any()) else None
+
+    def _add_label_sums(self, activity: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """Add to the running sums of label-free activity by class, to which V is scaled for scores."""
+        last = self.stack.config.layers[-1]
+        if not last.supervised:
+            return
+        z = one_hot(labels, self.source.num_classes, activity)
+        weighted = z if weights is None else z * weights.to(z)
+        keep = 1.0 - last.plasticity.lr
+        self._label_yz = keep * self._label_yz + activity.T @ weighted.T
+        self._label_zz = keep * self._label_zz + weighted.sum(dim=1)
+
+    @torch.no_grad()
+    def learn_labels(self, x: Tensor, labels: Tensor) -> None:
+        """Learn V alone from labels that arrived late: W and M have learnt from these records already.
+
+        Parameters
+        ----------
+        x: [B, C, H, W], the records, which are encoded anew.
+        labels: [B], their classes, `UNLABELLED` where unknown.
+        """
+        passed, model = self._unit(x), self.stack.config
+        checked = self._checked_labels(labels, len(passed))
+        if checked is None:
+            return
+        checked, number = checked.to(passed.device), max(self.updates, 1)
+        for index, config in enumerate(model.layers):
+            solved = self._layers.solve(index, passed)
+            if config.supervised and number in self._ranges[index]:
+                self._layers.layers[index].learn_labels(solved.patches, checked)
+            passed = solved.passed
+        self._add_label_sums(reduce(solved.solution.y, "b k h w -> b k", "mean"), checked, None)
+
+    def raise_rate(self) -> None:
+        """After a drift: with `rate.kind: after_drift`, the rates of all layers rise to `lr`, and fall again."""
+        if self.rate.kind == "after_drift":
+            for layer in self._layers.layers.values():
+                layer.raise_rate(self.rate.hold)
+
+    @torch.no_grad()
+    def grow(self, num_classes: int) -> None:
+        """Add classes to V.
+
+        Raises
+        ------
+        ValueError
+            There are more classes already.
+        """
+        before = self.source.num_classes
+        if num_classes < before:
+            raise ValueError(f"num_classes: expected at least {before}, the classes so far, got {num_classes}")
+        for index, config in enumerate(self.stack.config.layers):
+            if config.supervised:
+                for layer in {
+                    id(each): each for each in (self._layers.layers[index], self.stack.layer(index))
+                }.values():
+                    layer.grow(num_classes)
+        self._layers.close()  # what was captured has other shapes
+        added = self.stack.layer(-1).num_classes - self._label_yz.shape[1]
+        self._label_yz = torch.nn.functional.pad(self._label_yz, (0, added))
+        self._label_zz = torch.nn.functional.pad(self._label_zz, (0, added))
+        self.stack.source = self.source.model_copy(update={"num_classes": num_classes})
+
+    # ------------------------------------------------------------------------------------------- state
+
+    @torch.no_grad()
+    def state(self) -> State:
+        """All that later updates depend on, whole on every rank; restoring it gives the same bits ever after."""
+        state: State = {
+            "updates": torch.tensor(self.updates),
+            "label_yz": self._label_yz.clone(),
+            "label_zz": self._label_zz.clone(),
+            "images": self._images.clone(),
+        }
+        for index, layer in self._layers.layers.items():
+            layer.raise_faults()
+            for name, tensor in (*layer.state_dict().items(), ("rate_from", layer.rate_from)):
+                whole = gather_rows(tensor, layer.rows, layer.mesh.owners) if name in SHARDED else tensor
+                state[f"layers.{index}.{name}"] = whole.clone()
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Go on from a state, of any number of ranks.
+
+        Raises
+        ------
+        ValueError
+            The state is that of another model.
+        """
+        like = self.stack.layer(0).feedforward
+        classes = state["label_yz"].shape[1] if self.stack.config.layers[-1].supervised else 0
+        self._layers.close()
+        self._begin(state["images"].to(like))
+        if classes > self.source.num_classes:
+            self.grow(classes)
+        for index, layer in self._layers.layers.items():
+            own = part_of(state, f"layers.{index}")
+            layer.rate_from.copy_(own.pop("rate_from"))
+            part = slice(layer.rows.start, layer.rows.stop)
+            expected = layer.state_dict()
+            given = {name: tensor[part] if name in SHARDED else tensor for name, tensor in own.items()}
+            for name in expected.keys() | given.keys():
+                shapes = [list(each[name].shape) if name in each else "nothing" for each in (expected, given)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(f"layers.{index}.{name}: expected {shapes[0]}, got {shapes[1]} in the state")
+            layer.load_state_dict(given)
+        self.updates, self._version = int(state["updates"]), self._version + 1
+        self._label_yz, self._label_zz = state["label_yz"].to(like).clone(), state["label_zz"].to(like).clone()
+        self._layers.agree()
+
+    @torch.no_grad()
+    def export(self) -> Stack:
+        """A copy of the stack in evaluation mode, to save (`save_model`); V is scaled to label-free activity."""
+        stack = self.stack
+        whole = Stack(
+            stack.config, stack.source, seed=stack.seed, dtype=stack.dtype, device=stack.layer(0).lateral.device
+        )
+        for index, layer in self._layers.layers.items():
+            gather_layer(layer, whole.layer(index))
+        if stack.config.layers[-1].supervised:
+            whole.layer(-1).settle_label(self._label_yz, self._label_zz.diag())
+        return whole.eval()
