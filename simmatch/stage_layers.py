@@ -37,6 +37,7 @@ class Solved:
     patches, solution: of the batch: what the layer learns from, as long as neither its weights nor those below change.
     passed: [B, K, *pool], the output of the layer.
 
+    >>> from simmatch import SimilarityMatchingConv2d
     >>> layer = SimilarityMatchingConv2d(1, 4, kernel_size=3)
     >>> patches = layer.prepare(torch.rand(2, 1, 8, 8))
     >>> solution = layer.solve(patches)

@@ -304,8 +304,12 @@ class Synapses(nn.Module):
 
     def _rate(self, statistics: Statistics) -> float | Tensor:
         """η of the next update, times the largest weight of an image."""
-        lr = learning_rate(self.plasticity, (self.updates - self.rate_from).clamp(min=0))
-        return lr if statistics.largest is None else statistics.largest * lr
+        return self.learning_rate if statistics.largest is None else statistics.largest * self.learning_rate
+
+    @property
+    def learning_rate(self) -> float | Tensor:
+        """η of the next update: a number, or, where it falls, 0-d on the device."""
+        return learning_rate(self.plasticity, (self.updates - self.rate_from).clamp(min=0))
 
     def raise_rate(self, hold: int = 0) -> None:
         """Start the learning rate anew: `plasticity.lr` for `hold` updates, then falling as from the first update on.

@@ -24,7 +24,7 @@ class RateConfig(Frozen):
     """
 
     kind: Literal["constant", "falling", "after_drift"] = "constant"
-    """`constant`, `falling` with the number of updates, or falling and raised again after each drift (`after_drift`)."""
+    """`constant`, `falling` with the number of updates, or falling and raised again after each drift."""
 
     decay_steps: PositiveInt = 100
     """Updates after which the rate has fallen to a half."""

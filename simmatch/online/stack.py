@@ -146,6 +146,11 @@ class OnlineStack:
         """Whether the first layer has been calibrated, so that records can be encoded."""
         return self._layers.layers[0].calibrated
 
+    @property
+    def learning_rate(self) -> float:
+        """η of the next update of the first layer."""
+        return float(self._layers.layers[0].learning_rate)
+
     def _begin(self, images: Tensor) -> None:
         """Make this rank's layers, to be calibrated on these images."""
         stack, ranks = self.stack, self._mesh or Mesh()
