@@ -62,7 +62,7 @@ def test_a_batch_is_tested_before_it_is_learnt_and_held_out_parts_only_tested() 
     row = Diary()
     result = run_stream(stream([0, 1, 2], [1]), row, Labelling(), seed=0)
     assert row.lines == [
-        "learn [0, 1] [0, 0]",  # the warm-up is not scored
+        "learn [0, 1] [0, 0]", "end -1",  # the warm-up is not scored
         "predict [0, 1]", "learn [0, 1] [0, 1]", "predict [2]", "learn [2] [2]", "end 0", "predict [0, 1, 2, 3]",
         "predict [0]", "learn [0] [1]", "end 1", "predict [0, 1, 2, 3]",
     ]  # fmt: skip
@@ -114,7 +114,7 @@ def test_frozen_features_stop_after_the_first_segment() -> None:
         def learn(self, x: Tensor, labels: Tensor) -> None:
             learnt.append(len(x))
 
-    row = WithReadout(Counting(lambda x: x.flatten(1)), ReadoutConfig(), frozen=True)
+    row = WithReadout(Counting(lambda x: x.flatten(1)), ReadoutConfig(), frozen_after=0)
     run_stream(stream([0, 1, 2, 0], [1, 2, 0, 1]), row, Labelling(), seed=0)
     assert sum(learnt) == 2 + 4
 

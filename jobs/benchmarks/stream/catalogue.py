@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from jobs.benchmarks.stream import signal_rows
+from jobs.benchmarks.stream import image_rows, signal_rows
 from jobs.benchmarks.stream.bearings import bearings
 from jobs.benchmarks.stream.electricity import electricity
+from jobs.benchmarks.stream.images import corrupted_fashion_mnist, rotating_fashion_mnist, split_fashion_mnist
 from jobs.benchmarks.stream.rows import Kind
 from jobs.benchmarks.stream.streams import Labelling, Stream
 
@@ -53,6 +54,24 @@ STREAMS: Mapping[str, Entry] = MappingProxyType(
             signal_rows.ELECTRICITY,
             [Labelling(share) for share in (0.01, 0.05, 1.0)],
             signal_rows.REFERENCES,
+        ),
+        "split-fashion-mnist": Entry(
+            lambda folder, quick: split_fashion_mnist(quick=quick),
+            image_rows.SPLIT,
+            [Labelling()],
+            image_rows.REFERENCES,
+        ),
+        "rotating-fashion-mnist": Entry(
+            lambda folder, quick: rotating_fashion_mnist(quick=quick),
+            image_rows.CHANGING,
+            [Labelling()],
+            image_rows.REFERENCES,
+        ),
+        "corrupted-fashion-mnist": Entry(
+            lambda folder, quick: corrupted_fashion_mnist(quick=quick),
+            image_rows.CHANGING,
+            [Labelling()],
+            image_rows.REFERENCES,
         ),
     }
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Measure what has no result, then show all."""
+    """Measure what has no result, then show all. Settings are chosen with the first seed."""
     units, store = list(_units(options)), Store(report.run_dir / ("quick" if options.quick else "results"))
 
     @cache
@@ -60,8 +60,9 @@ def run(options: argparse.Namespace, report: Report) -> None:
         with report.progress(len(missing)) as step:
             for unit in missing:
                 step(f"{unit.key}, {unit.labelling.name}, {unit.row}, seed {unit.seed}")
-                kind = STREAMS[unit.key].rows[unit.row]
-                result = measure(stream(unit.key), unit.row, kind, unit.labelling, unit.seed)
+                kind, first = STREAMS[unit.key].rows[unit.row], _found(store, replace(unit, seed=options.seed))
+                settings = None if first is None else first.settings
+                result = measure(stream(unit.key), unit.row, kind, unit.labelling, unit.seed, settings)
                 store.keep(result.model_copy(update={"stream": unit.key}))
     results = [found for unit in units if (found := _found(store, unit)) is not None]
     for result in results:

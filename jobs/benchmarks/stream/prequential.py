@@ -60,6 +60,14 @@ class Result(BaseModel):
     segment_ends: list[int]
     """Scored records at the end of each segment."""
 
+    by_final: bool = False
+    """Whether rows are compared by `final`: for a stream whose classes come one after the other."""
+
+    @property
+    def figure(self) -> float:
+        """What rows are compared by."""
+        return self.accuracy if self.final is None or not self.by_final else self.final
+
     @property
     def final(self) -> float | None:
         """Mean accuracy on the held-out parts after the last segment."""
@@ -149,15 +157,15 @@ def run_stream(
                 if (due := late.due(seen)) is not None:
                     clock.timed(lambda due=due: row.learn_labels(*due))  # type: ignore[misc]
                     used += len(due[1])
+        row.end_segment(number)
         if number >= 0:
-            row.end_segment(number)
             ends.append(sum(sizes))
             segments[part.name] = sum(right[first:]) / sum(sizes[first:])
             held_out.append({each.name: accuracy_of(row, each) for each in stream.held_out})
     return Result(
         stream=stream.name, row="", seed=seed, labels=labelling.name, settings="", accuracy=sum(right) / sum(sizes),
         segments=segments, held_out=held_out, labels_used=used, us_per_record=1e6 * clock.seconds / sum(sizes),
-        state_bytes=row.nbytes, right=right, sizes=sizes, segment_ends=ends,
+        state_bytes=row.nbytes, right=right, sizes=sizes, segment_ends=ends, by_final=stream.by_final,
     )  # fmt: skip
 
 
@@ -173,19 +181,21 @@ def accuracy_of(row: Row, part: Part) -> float:
 
 
 def choose(stream: Stream, kind: Kind, labelling: Labelling, seed: int) -> str:
-    """The name of the settings with the highest prequential accuracy on the warm-up, where labels are as scarce."""
+    """The name of the settings with the best `Result.figure` before the stream begins, where labels are as scarce."""
     if len(kind.candidates) == 1:
         return next(iter(kind.candidates))
     before = stream.before()
 
     def accuracy(name: str) -> float:
-        return run_stream(before, kind.make(before, seed, kind.candidates[name]), labelling, seed).accuracy
+        return run_stream(before, kind.make(before, seed, kind.candidates[name]), labelling, seed).figure
 
     return max(kind.candidates, key=accuracy)
 
 
-def measure(stream: Stream, name: str, kind: Kind, labelling: Labelling, seed: int) -> Result:
-    """Choose settings on the warm-up, then learn the stream with them."""
-    settings = choose(stream, kind, labelling, seed)
+def measure(
+    stream: Stream, name: str, kind: Kind, labelling: Labelling, seed: int, settings: str | None = None
+) -> Result:
+    """Learn the stream with these settings; None: choose them before it begins."""
+    settings = choose(stream, kind, labelling, seed) if settings is None else settings
     result = run_stream(stream, kind.make(stream, seed, kind.candidates[settings]), labelling, seed)
     return result.model_copy(update={"row": name, "settings": settings})

@@ -107,11 +107,11 @@ def spread(values: Sequence[float]) -> str | None:
 
 
 def difference(results: Sequence[Result], row: str, other: str) -> tuple[float, float] | None:
-    """Mean difference of prequential accuracy of two rows, and half the width of its interval.
+    """Mean difference of `Result.figure` of two rows, and half the width of its interval.
 
     None: fewer than two seeds have both.
     """
-    accuracy = {(result.row, result.seed): result.accuracy for result in results}
+    accuracy = {(result.row, result.seed): result.figure for result in results}
     seeds = [seed for name, seed in accuracy if name == row and (other, seed) in accuracy]
     if len(seeds) < 2:
         return None
@@ -128,7 +128,8 @@ def differences(results: Sequence[Result], row: str, others: Sequence[str]) -> T
             mean, half = found
             lines.append([other, f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"])
     first = results[0]
-    title = f"{row}, {first.stream}, {first.labels}: points above"
+    figure = "held out, at the end" if first.by_final else "prequential"
+    title = f"{row}, {first.stream}, {first.labels}: points above, {figure}"
     return Table(title, ["row", "mean over seeds", f"{CONFIDENCE:.0%} interval"], lines)
 
 

@@ -37,7 +37,7 @@ class Row(Protocol):
         ...
 
     def end_segment(self, number: int) -> None:
-        """A segment has ended; rows that are frozen after the first one stop learning."""
+        """A segment has ended, −1 for the warm-up; rows that are frozen after it stop learning."""
         ...
 
     @property
@@ -74,14 +74,25 @@ class WithReadout:
     ----------
     features: what the readout sees.
     config: of the readout.
-    frozen: the features do not learn after the first segment; the readout does.
+    frozen_after: number of the segment after which the features do not learn, −1 for the warm-up; None: they always do.
+    afresh: the readout begins anew then; else it keeps sums of features that have moved since.
+    recompute_every: batches from one time to the next that the readout is computed anew from its reservoir; 0: never.
 
     Classes are numbered for the readout in the order in which their labels arrive.
     """
 
-    def __init__(self, features: Features, config: ReadoutConfig, *, frozen: bool = False) -> None:
-        self.features, self.config, self.frozen = features, config, frozen
-        self.learning, self.readout, self.names = True, None, list[int]()
+    def __init__(
+        self,
+        features: Features,
+        config: ReadoutConfig,
+        *,
+        frozen_after: int | None = None,
+        afresh: bool = False,
+        recompute_every: int = 0,
+    ) -> None:
+        self.features, self.config = features, config
+        self.frozen_after, self.afresh, self.recompute_every = frozen_after, afresh, recompute_every
+        self.learning, self.readout, self.names, self.batches = True, None, list[int](), 0
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     readout: OnlineReadout | None
@@ -100,17 +111,23 @@ class WithReadout:
         if self.learning:
             self.features.learn(x, labels)
         self._encoded = None
-        self._learn_readout(encoded, labels)
+        self._learn_readout(x, encoded, labels)
+        self.batches += 1
+        if self.recompute_every and self.batches % self.recompute_every == 0 and self.readout is not None:
+            self.readout.recompute(self.features.encode)
 
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
         """See `Row`."""
-        self._learn_readout(self.features.encode(x), labels)
+        self._learn_readout(x, self.features.encode(x), labels)
         if self.learning:
             self.features.learn_labels(x, labels)
 
     def end_segment(self, number: int) -> None:
         """See `Row`."""
-        self.learning = self.learning and not self.frozen
+        if number == self.frozen_after:
+            self.learning = False
+            if self.afresh:
+                self.readout, self.names = None, []
 
     @property
     def nbytes(self) -> int:
@@ -122,12 +139,13 @@ class WithReadout:
             self._encoded = (x, self.features.encode(x))
         return self._encoded[1]
 
-    def _learn_readout(self, encoded: Tensor, labels: Tensor) -> None:
+    def _learn_readout(self, x: Tensor, encoded: Tensor, labels: Tensor) -> None:
         if self.readout is None:
             self.readout = OnlineReadout(encoded.shape[1], self.config)
         self.names += [each for each in dict.fromkeys(labels.tolist()) if each not in (UNLABELLED, *self.names)]
         number = {name: index for index, name in enumerate(self.names)} | {UNLABELLED: UNLABELLED}
-        self.readout.learn(encoded, torch.tensor([number[each] for each in labels.tolist()], dtype=torch.int64))
+        numbers = torch.tensor([number[each] for each in labels.tolist()], dtype=torch.int64)
+        self.readout.learn(encoded, numbers, inputs=x if self.config.reservoir else None)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _model(stream: Stream) -> ModelConfig:
 
 
 def _similarity_matching(frozen: bool, stream: Stream, seed: int, _: None) -> Row:
-    return WithReadout(SimilarityMatching(stream, _model(stream), seed), READOUT, frozen=frozen)
+    return WithReadout(SimilarityMatching(stream, _model(stream), seed), READOUT, frozen_after=0 if frozen else None)
 
 
 def _fixed(name: str, stream: Stream, seed: int, _: None) -> Row:

@@ -74,6 +74,8 @@ class Stream:
     segments: learnt from and scored, in order.
     held_out: scored after every segment.
     batch_size: records that are tested together, then learnt from.
+    pilot: another stream, of other records, on which settings are chosen; None: the warm-up.
+    by_final: rows are compared by their accuracy on the held-out parts after the last segment, not prequentially.
 
     >>> part = Part("a", torch.zeros(4, 1, 1, 8), torch.arange(4))
     >>> Stream("example", 4, part, (part,), (), batch_size=2).source.image_size
@@ -86,6 +88,8 @@ class Stream:
     segments: tuple[Part, ...]
     held_out: tuple[Part, ...]
     batch_size: int
+    pilot: Stream | None = None
+    by_final: bool = False
 
     @property
     def source(self) -> InputConfig:
@@ -93,7 +97,9 @@ class Stream:
         return InputConfig.of(self.warm_up.x, self.classes)
 
     def before(self) -> Stream:
-        """The warm-up as a stream of its own, of which the second half is scored: settings are chosen on it."""
+        """What settings are chosen on: the pilot, or the warm-up as a stream of which the second half is scored."""
+        if self.pilot is not None:
+            return self.pilot
         half = len(self.warm_up) // 2 // self.batch_size * self.batch_size
         first, second = (
             Part(name, self.warm_up.read(chosen), self.warm_up.labels[chosen])

@@ -1,0 +1,336 @@
+"""Rows for streams of images; settings are chosen on `Stream.pilot`.
+
+Equal bytes: RanDumb gets as many random features as fit into the state of our row, of which each row's own account is
+taken (`nbytes`); its random projection, which follows from a seed, is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from jobs.benchmarks.stream.discriminant import NearestMean, StreamingDiscriminant, fourier_features
+from jobs.benchmarks.stream.rivals import Network, NetworkSettings
+from jobs.benchmarks.stream.rows import NO_CLASS, Features, Fixed, Kind, Row, WithReadout
+from jobs.benchmarks.stream.streams import Stream
+from jobs.evaluation import backprop
+from jobs.evaluation.lenet import LeNet
+from simmatch.config import ModelConfig, parse
+from simmatch.labels import UNLABELLED
+from simmatch.model import build_layer, pooled
+from simmatch.online.rate import RateConfig
+from simmatch.online.readout import ReadoutConfig
+from simmatch.online.stack import Encoded, OnlineStack
+from simmatch.readout import fit_ridge
+from simmatch.seeding import seeded
+
+LAYER: Mapping[str, object] = MappingProxyType(
+    {
+        "out_channels": 64, "kernel_size": 7, "padding": 3, "normalize": "contrast", "whiten": True,
+        "whiten_ridge": 0.1, "pool": 4, "power": 0.5,
+        "dynamics": {"exchange": "gather_state"},
+    }
+)  # fmt: skip
+"""Of our rows, and the geometry of random filters: the setting of the comparison, with half of its channels."""
+
+MODEL = parse(ModelConfig, {"layers": [dict(LAYER)]})
+
+RATES: Mapping[str, RateConfig] = MappingProxyType(
+    {
+        "falling rate": RateConfig(kind="falling", decay_steps=20),
+        "constant rate": RateConfig(),
+        "lower constant rate": RateConfig(kind="falling", decay_steps=1, lowest=0.2),
+    }
+)
+"""Of layers that learn throughout: η = 0.1 falling, 0.1, and 0.02."""
+
+UNTIL_FROZEN = RateConfig(kind="falling", decay_steps=100)
+"""Of layers that are frozen after the warm-up."""
+
+SUMMED = ReadoutConfig()
+"""The readout of Split-Fashion-MNIST: nothing may be forgotten."""
+
+FORGETTING = ReadoutConfig(forgetting=0.9996)
+"""The readout of streams that change: half of the weight is on the last 1,700 records."""
+
+RECOMPUTED = ReadoutConfig(reservoir=500)
+"""The readout whose sums are computed anew every `RECOMPUTE_EVERY` batches, from records as features are by then."""
+
+RECOMPUTE_EVERY = 20
+
+
+class SimilarityMatching:
+    """One layer that learns from every batch: `Features`."""
+
+    def __init__(self, stream: Stream, seed: int, rate: RateConfig) -> None:
+        self.stack = OnlineStack(MODEL, stream.source, seed=seed, rate=rate)
+        self.stack.calibrate(stream.warm_up.read(slice(None)))
+        self._encoded: tuple[Tensor, Encoded] | None = None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See `Features`."""
+        self._encoded = x, self.stack.encode(x)
+        return self._encoded[1].features
+
+    def learn(self, x: Tensor, labels: Tensor) -> None:
+        """See `Features`."""
+        known = self._encoded
+        self.stack.learn(known[1] if known is not None and known[0] is x else self.stack.encode(x))
+        self._encoded = None
+
+    def learn_labels(self, x: Tensor, labels: Tensor) -> None:
+        """Nothing."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its state."""
+        return sum(value.nbytes for value in self.stack.state().values())
+
+
+def random_features(stream: Stream, seed: int, threshold: float) -> Fixed:
+    """Rectified Gaussian filters of the same patches, contrast-normalised and whitened alike.
+
+    Parameters
+    ----------
+    threshold: in deviations of the filter's response on the warm-up.
+    """
+    layer, config = build_layer(MODEL, stream.source, 0, seed=seed), MODEL.layers[0]
+    layer.calibrate(stream.warm_up.read(slice(None)))
+    layer.feedforward.copy_(torch.randn(layer.feedforward.shape, generator=seeded("random filters", seed)))
+    deviation = layer.drive(stream.warm_up.read(slice(None))).std(dim=1)
+
+    def encode(x: Tensor) -> Tensor:
+        maps = (layer.drive(x) / deviation[:, None] - threshold).clamp(min=0.0)
+        return pooled(rearrange(maps, "k (b h w) -> b k h w", b=len(x), h=x.shape[2]), config).flatten(1)
+
+    whitening = layer.whitening.nbytes + layer.whitening_mean.nbytes
+    return Fixed(encode, layer.feedforward.nbytes + deviation.nbytes + whitening)
+
+
+class Joint:
+    """Not online: all records are kept, and learnt from together when the last segment ends; until then no answer.
+
+    Parameters
+    ----------
+    features: of records; they do not learn after the warm-up.
+    fit: features [N, F] and labels [N] → (features → classes).
+    segments: number of segments of the stream.
+    """
+
+    def __init__(
+        self, features: Features, fit: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]], segments: int
+    ) -> None:
+        self.features, self.fit, self.segments, self.learning = features, fit, segments, True
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self._fitted: Callable[[Tensor], Tensor] | None = None
+
+    def predict(self, x: Tensor) -> Tensor:
+        """See `Row`."""
+        return torch.full((len(x),), NO_CLASS) if self._fitted is None else self._fitted(self.features.encode(x))
+
+    def learn(self, x: Tensor, labels: Tensor) -> None:
+        """See `Row`."""
+        self.learn_labels(x, labels)
+        if self.learning:
+            self.features.learn(x, labels)
+
+    def learn_labels(self, x: Tensor, labels: Tensor) -> None:
+        """See `Row`."""
+        given = labels != UNLABELLED
+        self.kept.append((_pixels(x[given]), labels[given]))
+
+    def end_segment(self, number: int) -> None:
+        """See `Row`."""
+        self.learning = False
+        if number + 1 == self.segments:
+            encoded = torch.cat([self.features.encode(x.float() / 255) for x, _ in self.kept])
+            self._fitted = self.fit(encoded, torch.cat([labels for _, labels in self.kept]))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all records, a byte a pixel."""
+        return self.features.nbytes + sum(x.nbytes + labels.nbytes for x, labels in self.kept)
+
+
+class LeNetRow(Network):
+    """LeNet-5, fine-tuned batch by batch; what it keeps for replay counts a byte a pixel."""
+
+    def __init__(self, stream: Stream, settings: NetworkSettings, seed: int) -> None:
+        net = LeNet(stream.source.in_channels, stream.source.image_size, stream.classes, seed=seed)
+        width = net.dense[-1].in_features
+        assert isinstance(width, int)
+        super().__init__(_Hidden(net), width, stream.classes, settings, seed)
+
+    @property
+    def nbytes(self) -> int:
+        """Weights, two moments of each, and what is kept for replay."""
+        return 3 * sum(values.nbytes for values in self.parameters) + len(self.kept) * _record_bytes(self.kept)
+
+
+class _Hidden(nn.Module):
+    """LeNet up to its last hidden layer."""
+
+    def __init__(self, net: LeNet) -> None:
+        super().__init__()
+        self.net = net
+        net.dense = net.dense[:-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.net(x))
+
+
+def _record_bytes(kept: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return kept[0][0].numel() + kept[0][1].nbytes if kept else 0
+
+
+def _pixels(x: Tensor) -> Tensor:
+    return (255 * x).round().to(torch.uint8)
+
+
+# -- how rows are made ------------------------------------------------------------------------------------------------
+
+
+def own_bytes(stream: Stream) -> int:
+    """Most bytes of state of our row, the readout included."""
+    features = SimilarityMatching(stream, 0, UNTIL_FROZEN)
+    size = features.encode(stream.warm_up.read(slice(1))).shape[1]
+    return features.nbytes + 8 * (2 * size**2 + 512 * size)
+
+
+def discriminant_size(budget: int, classes: int) -> int:
+    """Features whose scatter, mean and class sums take at most so many bytes.
+
+    >>> discriminant_size(8 * (100 * 100 + 11 * 100 + 10), classes=10)
+    100
+    """
+    values, linear = budget // 8 - classes, classes + 1
+    return (math.isqrt(linear**2 + 4 * values) - linear) // 2
+
+
+def _online(config: ReadoutConfig, stream: Stream, seed: int, rate: RateConfig) -> Row:
+    return WithReadout(SimilarityMatching(stream, seed, rate), config)
+
+
+def _recomputed(stream: Stream, seed: int, rate: RateConfig) -> Row:
+    return WithReadout(SimilarityMatching(stream, seed, rate), RECOMPUTED, recompute_every=RECOMPUTE_EVERY)
+
+
+def _frozen(config: ReadoutConfig, stream: Stream, seed: int, _: None) -> Row:
+    return WithReadout(SimilarityMatching(stream, seed, UNTIL_FROZEN), config, frozen_after=-1, afresh=True)
+
+
+def _random(config: ReadoutConfig, stream: Stream, seed: int, threshold: float) -> Row:
+    return WithReadout(random_features(stream, seed, threshold), config)
+
+
+def _joint(stream: Stream, seed: int, _: None) -> Row:
+    return Joint(
+        SimilarityMatching(stream, seed, UNTIL_FROZEN),
+        lambda x, labels: fit_ridge(x, labels).predict,
+        len(stream.segments),
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def _pixel_count(stream: Stream) -> int:
+    return math.prod(stream.warm_up.x.shape[1:])
+
+
+def _nearest_mean(stream: Stream, seed: int, _: None) -> Row:
+    return NearestMean(_flat, _pixel_count(stream), stream.classes)
+
+
+def _discriminant(stream: Stream, seed: int, shrinkage: float | None) -> Row:
+    return StreamingDiscriminant(_flat, _pixel_count(stream), stream.classes, shrinkage)
+
+
+def _randumb(stream: Stream, seed: int, settings: tuple[float, float | None]) -> Row:
+    width, shrinkage = settings
+    size, pixels = discriminant_size(own_bytes(stream), stream.classes), _pixel_count(stream)
+    scale = pixels * float(stream.warm_up.read(slice(None)).var())
+    return StreamingDiscriminant(fourier_features(size, pixels, width / scale, seed), size, stream.classes, shrinkage)
+
+
+def _lenet(replay: int | None, stream: Stream, seed: int, settings: NetworkSettings) -> Row:
+    row = LeNetRow(stream, replace(settings, replay=replay or 0), seed)
+    if replay is None:  # as many records as fit into the state of our row
+        record = _pixel_count(stream) + stream.warm_up.labels.element_size()
+        row.settings = replace(settings, replay=(own_bytes(stream) - row.nbytes) // record)
+    return row
+
+
+def _lenet_joint(stream: Stream, seed: int, settings: backprop.TrainSettings) -> Row:
+    def fit(x: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        net = LeNet(stream.source.in_channels, stream.source.image_size, stream.classes, seed=seed)
+        with torch.enable_grad():
+            backprop.train(net, x, labels, settings, seed)
+        return lambda images: backprop.predict(net, images).argmax(dim=1)
+
+    return Joint(Fixed(lambda x: x), fit, len(stream.segments))
+
+
+THRESHOLDS: Mapping[str, float] = MappingProxyType({f"threshold {value:g}": value for value in (0.0, 0.25)})
+SHRINKAGES: Mapping[str, float | None] = MappingProxyType({"oracle": None, "0.03": 0.03})
+WIDTHS: Mapping[str, tuple[float, float | None]] = MappingProxyType(
+    {
+        "γ × 0.5": (0.5, None),
+        "γ × 1": (1.0, None),
+        "γ × 2": (2.0, None),
+        "γ × 1, shrinkage 0.03": (1.0, 0.03),
+    }
+)
+"""γ in units of 1 / (pixels × variance of a pixel), the value of RanDumb's code, which takes the oracle's shrinkage."""
+TUNING: Mapping[str, NetworkSettings] = MappingProxyType(
+    {
+        f"lr {lr:g}, {steps} {'steps' if steps > 1 else 'step'}": NetworkSettings(lr=lr, steps=steps)
+        for lr in (5e-4, 2e-3)
+        for steps in (1, 4)
+    }
+)
+LENETS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "LeNet": Kind(partial(_lenet, 0), TUNING),
+        "LeNet, replay of 200": Kind(partial(_lenet, 200), TUNING),
+        "LeNet, replay of 500": Kind(partial(_lenet, 500), TUNING),
+        "LeNet, replay at equal bytes": Kind(partial(_lenet, None), TUNING),
+    }
+)
+
+
+def _own(config: ReadoutConfig) -> dict[str, Kind]:
+    return {
+        "similarity matching, online": Kind(partial(_online, config), RATES),
+        "similarity matching, frozen": Kind(partial(_frozen, config)),
+        "random filters": Kind(partial(_random, config), THRESHOLDS),
+    }
+
+
+SPLIT: Mapping[str, Kind] = MappingProxyType(
+    {
+        **_own(SUMMED),
+        "similarity matching, online, recomputed from 500": Kind(_recomputed, RATES),
+        "nearest mean": Kind(_nearest_mean),
+        "streaming LDA": Kind(_discriminant, SHRINKAGES),
+        "RanDumb, equal bytes": Kind(_randumb, WIDTHS),
+        **LENETS,
+        "joint, frozen features": Kind(_joint),
+        "joint, LeNet": Kind(_lenet_joint, {"": backprop.CANDIDATES["many"][0]}),
+    }
+)
+
+CHANGING: Mapping[str, Kind] = MappingProxyType(
+    _own(FORGETTING) | {name: LENETS[name] for name in ("LeNet", "LeNet, replay of 500")}
+)
+
+REFERENCES: Sequence[str] = ("similarity matching, frozen", "random filters")
