@@ -14,7 +14,11 @@ from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeFloat, 
 from simmatch.config import PositiveInt as Count
 from simmatch.data.config import SignalKeys
 from simmatch.data.windows import WindowShape
+from simmatch.online.comparison import ComparisonConfig
+from simmatch.online.drift import DriftConfig
+from simmatch.online.novelty import NoveltyConfig
 from simmatch.online.readout import ReadoutConfig
+from simmatch.online.stack import RateConfig
 
 OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 """Sections that a candidate may override: the others are common to all."""
@@ -143,7 +147,11 @@ class StreamConfig(Frozen):
     """A batch ends so long after its first record, full or not."""
 
     labels: LabelsConfig = LabelsConfig()
+    rate: RateConfig = RateConfig()
     readout: ReadoutConfig = ReadoutConfig()
+    novelty: NoveltyConfig = NoveltyConfig()
+    drift: DriftConfig = DriftConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
 
     recompute_every: NonNegativeInt = 0
     """Batches after which the readout's sums are computed anew from the features that its reservoir
@@ -180,7 +188,7 @@ class StreamConfig(Frozen):
             raise ConfigError(f"candidates.{name}: {str(error).removeprefix('--set ')}") from None
 
     @property
-    def records_per_window(self) -> int:
+    def samples_per_window(self) -> int:
         """Samples after which a group's next window ends."""
         shape = self.data.shape
         return 1 if shape is None else shape.hop

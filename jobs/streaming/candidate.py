@@ -1,0 +1,168 @@
+"""One candidate: a stack, a readout, a detector of novelty and a monitor of drift, all fed the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.streaming.config import StreamConfig
+from simmatch.labels import UNLABELLED
+from simmatch.model import InputConfig
+from simmatch.online.drift import ERROR, Drift, DriftMonitor
+from simmatch.online.novelty import NoveltyDetector
+from simmatch.online.readout import OnlineReadout
+from simmatch.online.stack import Encoded, OnlineStack
+from simmatch.online.state import joined, part_of
+
+NONE = -1
+"""A prediction that was not made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a candidate says about windows, before it learns from them.
+
+    Attributes
+    ----------
+    encoded: by the stack.
+    scores: [n, classes] of the readout; None before two classes.
+    novelty: [n].
+    novel: bool [n], above the threshold.
+    weights: [n], with which it learns from them.
+    predictions: int64 [n, 2], the classes that the readout and V name, or `NONE`.
+    """
+
+    encoded: Encoded
+    scores: Tensor | None
+    novelty: Tensor
+    novel: Tensor
+    weights: Tensor
+    predictions: Tensor
+
+
+def make_stack(config: StreamConfig, shape: list[int], classes: int) -> OnlineStack:
+    """The stack of a candidate, in this process. Whatever has its interface, such as one of ranks, does as well."""
+    channels, height, width = shape
+    source = InputConfig(in_channels=channels, height=height, width=width, num_classes=classes)
+    return OnlineStack(config.model, source, seed=config.seed, rate=config.rate)
+
+
+class Candidate:
+    """Learns from windows; `calibrate` comes first.
+
+    Parameters
+    ----------
+    config: with the candidate's overrides.
+    shape: [C, H, W] of a window.
+    classes: known so far.
+
+    Attributes
+    ----------
+    batches: learnt from so far.
+    drifts: found so far.
+    """
+
+    def __init__(self, config: StreamConfig, shape: list[int], classes: int) -> None:
+        self._config = config
+        self.stack = make_stack(config, shape, classes)
+        self.monitor = DriftMonitor(config.drift)
+        self.batches = self.drifts = 0
+        self._features = 0
+        self.readout: OnlineReadout
+        self.detector: NoveltyDetector
+
+    def calibrate(self, x: Tensor) -> None:
+        """Measure the statistics of patches on windows [n, C, H, W], from which nothing is learnt yet."""
+        self.stack.calibrate(x)
+        self._build(self.stack.encode(x[:1]).features.shape[1])
+
+    def _build(self, features: int) -> None:
+        self._features = features
+        self.readout = OnlineReadout(features, self._config.readout, seed=self._config.seed)
+        self.detector = NoveltyDetector(features, self._config.novelty)
+
+    def grow(self, classes: int) -> None:
+        """There are so many classes now."""
+        self.stack.grow(classes)
+
+    def say(self, x: Tensor) -> Said:
+        """Encode, score: windows [n, C, H, W]."""
+        encoded = self.stack.encode(x)
+        scores = self.readout.scores(encoded.features)
+        novelty = self.detector.score(encoded.features)
+        threshold = self.detector.threshold
+        novel = torch.zeros(len(x), dtype=torch.bool) if threshold is None else novelty > threshold
+        named = [_named(scores, len(x)), _named(encoded.label_scores, len(x))]
+        weights = self.detector.weights(novelty)
+        return Said(encoded, scores, novelty, novel, weights, torch.stack(named, dim=1))
+
+    def watch(self, said: Said | None, errors: Tensor) -> list[Drift]:
+        """Look for changes in the signals of a batch; the numbers of what is found count its windows.
+
+        errors: [n + late], 1 where wrong, 0 where right, NaN where the label is unknown; those of labels that came late
+            follow those of the windows.
+        """
+        signals = {} if said is None else {"novelty": said.novelty, **said.encoded.signals}
+        found: list[Drift] = self.monitor.add({ERROR: errors, **signals}, 0)
+        if found:
+            self.drifts += len(found)
+            self.stack.raise_rate()
+        return found
+
+    def learn(self, x: Tensor, said: Said, labels: Tensor) -> None:
+        """Learn from windows, labels [n] or `UNLABELLED`."""
+        self.stack.learn(said.encoded, labels, said.weights)
+        self.readout.learn(said.encoded.features, labels, said.weights, inputs=x)
+        self.detector.learn(said.encoded.features, said.novelty)
+        self.batches += 1
+
+    def learn_late(self, x: Tensor, labels: Tensor) -> None:
+        """Labels [n] of windows that W and M have learnt from when they came: the readout and V learn from them."""
+        encoded = self.stack.encode(x)
+        self.readout.learn(encoded.features, labels, inputs=x)
+        self.stack.learn_labels(x, labels)
+
+    def recompute(self) -> None:
+        """Compute the readout's sums anew, from the features that its reservoir has now."""
+        self.readout.recompute(lambda x: self.stack.encode(x).features)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its state."""
+        return sum(tensor.nbytes for tensor in self.state()[0].values())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values."""
+        parts = {"stack": self.stack.state(), "monitor": self.monitor.state()}
+        if self._features:
+            parts |= {"readout": self.readout.state(), "detector": self.detector.state()}
+        return joined(parts), {"batches": self.batches, "drifts": self.drifts, "features": self._features}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """As it was when the state was taken."""
+        self.batches, self.drifts = plain["batches"], plain["drifts"]
+        self.stack.restore(part_of(tensors, "stack"))
+        self.monitor.restore(part_of(tensors, "monitor"))
+        if plain["features"]:
+            self._build(plain["features"])
+            self.readout.restore(part_of(tensors, "readout"))
+            self.detector.restore(part_of(tensors, "detector"))
+
+
+def _named(scores: Tensor | None, windows: int) -> Tensor:
+    """The class with the largest score, or `NONE`: int64 [n]."""
+    return torch.full((windows,), NONE) if scores is None else scores.argmax(dim=1)
+
+
+def right(predictions: Tensor, labels: Tensor) -> Tensor:
+    """1 where a prediction was right, 0 where it was wrong, NaN without a label or a prediction: float64 [n].
+
+    >>> right(torch.tensor([2, 1, NONE, 0]), torch.tensor([2, 0, 1, UNLABELLED])).tolist()
+    [1.0, 0.0, nan, nan]
+    """
+    judged = (predictions != NONE) & (labels != UNLABELLED)
+    return torch.where(judged, (predictions == labels).double(), torch.nan)
