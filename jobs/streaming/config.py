@@ -17,8 +17,8 @@ from simmatch.data.windows import WindowShape
 from simmatch.online.comparison import ComparisonConfig
 from simmatch.online.drift import DriftConfig
 from simmatch.online.novelty import NoveltyConfig
+from simmatch.online.rate import RateConfig
 from simmatch.online.readout import ReadoutConfig
-from simmatch.online.stack import RateConfig
 
 OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 """Sections that a candidate may override: the others are common to all."""
