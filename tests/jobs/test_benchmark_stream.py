@@ -14,7 +14,7 @@ from torch import Tensor
 
 import jobs.benchmark
 from jobs.benchmarks.stream.prequential import Result, run_stream
-from jobs.benchmarks.stream.results import Store, difference
+from jobs.benchmarks.stream.results import Store, difference, held_out_table
 from jobs.benchmarks.stream.rivals import AdaptiveForest, Network, NetworkSettings
 from jobs.benchmarks.stream.rows import Fixed, NoChange, WithReadout
 from jobs.benchmarks.stream.streams import Labelling, Part, Stream
@@ -183,3 +183,15 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path: Path, capsys
     assert (tmp_path / "run" / "figures" / "bearings-types-5.png").stat().st_size > 5000
     assert jobs.benchmark.main([*words, "--rows", "nothing"]) == 2
     assert "--rows: expected some of similarity matching; " in capsys.readouterr().err
+
+
+def test_what_was_forgotten_is_seen_in_the_table_of_held_out_parts() -> None:
+    results = [
+        run_stream(stream([0, 1, 2], [1]), row, Labelling(), seed=0).model_copy(update={"row": "constant"})
+        for row in (Diary(), NoChange())
+    ]
+    found = held_out_table(results, ["constant", "not measured"])
+    assert (found.columns, found.rows) == (
+        ["row", "after", "held out"],
+        [["constant", "segment 0", (0.75 + 0.0) / 2], ["constant", "segment 1", (0.75 + 0.75) / 2]],
+    )

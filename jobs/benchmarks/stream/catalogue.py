@@ -26,12 +26,14 @@ class Entry:
     rows: name → how it is made; the first is ours.
     labellings: which labels are given, and when.
     references: rows that the first has to be above, with an interval above zero, where it is said to adapt.
+    compared: more rows whose lead over all others is shown.
     """
 
     make: Callable[[Path, bool], Stream]
     rows: Mapping[str, Kind]
     labellings: Sequence[Labelling]
     references: Sequence[str]
+    compared: Sequence[str] = ()
 
 
 def _bearings(classes: str, folder: Path, quick: bool) -> Stream:
@@ -60,6 +62,7 @@ STREAMS: Mapping[str, Entry] = MappingProxyType(
             image_rows.SPLIT,
             [Labelling()],
             image_rows.REFERENCES,
+            image_rows.REFERENCES[:1],
         ),
         "rotating-fashion-mnist": Entry(
             lambda folder, quick: rotating_fashion_mnist(quick=quick),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobs.benchmarks.stream.catalogue import STREAMS
 from jobs.benchmarks.stream.prequential import Result, measure
-from jobs.benchmarks.stream.results import Store, curves, differences, table
+from jobs.benchmarks.stream.results import Store, curves, differences, held_out_table, table
 from jobs.benchmarks.stream.streams import Labelling, Stream
 from jobs.options import at_least
 from jobs.reporting import Report
@@ -97,7 +97,9 @@ def _show(results: list[Result], report: Report) -> None:
     text = []
     for (key, labels), own in groups.items():
         entry = STREAMS[key]
-        tables = [table(own, list(entry.rows)), differences(own, next(iter(entry.rows)), list(entry.rows))]
+        rows = list(entry.rows)
+        tables = [table(own, rows), held_out_table(own, rows)]
+        tables += [differences(own, row, rows) for row in (rows[0], *entry.compared)]
         for each in tables:
             if each.rows:
                 each.show(report.console)

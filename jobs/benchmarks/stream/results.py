@@ -84,6 +84,18 @@ def table(results: Sequence[Result], rows: Sequence[str]) -> Table:
     return Table(f"{first.stream}, {first.labels} of labels", columns, lines)
 
 
+def held_out_table(results: Sequence[Result], rows: Sequence[str]) -> Table:
+    """Accuracy on every held-out part after every segment, mean over seeds; results of one stream and one labelling."""
+    first, lines = results[0], list[list[object]]()
+    parts = list(first.held_out[0])
+    for row in rows if parts else ():
+        own = [result.held_out for result in results if result.row == row]
+        for number, segment in enumerate(first.segments if own else ()):
+            means = (sum(each[number][part] for each in own) / len(own) for part in parts)
+            lines.append([row, segment, *means])
+    return Table(f"{first.stream}, {first.labels} of labels: held out", ["row", "after", *parts], lines)
+
+
 def _known(results: Sequence[Result], name: str) -> list[float]:
     return [value for result in results if (value := getattr(result, name)) is not None]
 
