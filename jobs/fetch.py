@@ -136,33 +136,46 @@ def _answers(url: str, timeout_s: float) -> bool:
 
 
 def _from_package(name: str, folder: Path) -> None:
-    """Download and unpack Debian's package of the data set, with private package lists if the system's lack it."""
-    package = DATASETS[name].package
+    """Debian's package of the data set."""
+    package, system_folder = DATASETS[name].package, DATASETS[name].system_folder
     if package is None:
         raise DataError(f"Debian has no package of {name}")
+    assert system_folder is not None, f"{name} names a package but not where it puts its files"
+    with tempfile.TemporaryDirectory() as temporary:
+        unpack_packages([package], Path(temporary))
+        unpacked = Path(temporary, *system_folder.parts[1:])
+        if not unpacked.is_dir():
+            raise DataError(f"{package} holds no {system_folder}")
+        shutil.copytree(unpacked, folder / system_folder.name)
+
+
+def unpack_packages(packages: Sequence[str], folder: Path) -> None:
+    """Download and unpack packages of Debian, with private package lists if the system's lack them. No root is needed,
+    and nothing is installed.
+
+    Raises
+    ------
+    DataError
+        There is no such package, no network, or not the tools.
+    """
     missing = [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]
     if missing:
         raise DataError(f"this system has no {' and no '.join(missing)}")
     with tempfile.TemporaryDirectory() as temporary:
         apt_get = ["apt-get", "-o", f"Acquire::http::Timeout={CONNECT_TIMEOUT_S:.0f}", "-o", "Acquire::Retries=0"]
         try:
-            _run([*apt_get, "download", package], temporary)
+            _run([*apt_get, "download", *packages], temporary)
         except DataError as error:
             if "Failed to fetch" in str(error) and "404" not in str(error):
                 raise  # the lists are fine, the network is not: fresh lists would only fail more slowly
             apt_get += ["-o", f"Dir::State::Lists={temporary}/lists", "-o", f"Dir::Cache={temporary}/cache"]
             _run([*apt_get, "update"], temporary)
-            _run([*apt_get, "download", package], temporary)
-        archives = [str(path) for path in Path(temporary).glob("*.deb")]
-        if not archives:
-            raise DataError(f"apt-get downloaded no {package}")
-        _run(["dpkg", "-x", archives[0], f"{temporary}/unpacked"], temporary)
-        system_folder = DATASETS[name].system_folder
-        assert system_folder is not None, f"{name} names a package but not where it puts its files"
-        unpacked = Path(temporary, "unpacked", *system_folder.parts[1:])
-        if not unpacked.is_dir():
-            raise DataError(f"{package} holds no {system_folder}")
-        shutil.copytree(unpacked, folder / system_folder.name)
+            _run([*apt_get, "download", *packages], temporary)
+        archives = sorted(str(path) for path in Path(temporary).glob("*.deb"))
+        if len(archives) < len(packages):
+            raise DataError(f"apt-get downloaded no {' and no '.join(packages)}")
+        for archive in archives:
+            _run(["dpkg", "-x", archive, str(folder)], temporary)
 
 
 def _run(command: list[str], folder: str) -> None:
