@@ -1,4 +1,4 @@
-"""A real MQTT broker, mosquitto, for the tests. It keeps every message until it is acknowledged, also over a restart."""
+"""A real MQTT broker, mosquitto. It keeps every message until it is acknowledged, also over a restart."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Broker:
         self.folder, self.port = folder, _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        anonymous = "allow_anonymous false" if any("password_file" in line for line in lines) else "allow_anonymous true"
-        settings = [f"listener {self.port} 127.0.0.1", anonymous, *lines]
+        everybody = str(not any("password_file" in line for line in lines)).lower()
+        settings = [f"listener {self.port} 127.0.0.1", f"allow_anonymous {everybody}", *lines]
         settings += ["persistence true", f"persistence_location {folder}/", "autosave_interval 1"]
         settings += [f"autosave_on_changes {str(durable).lower()}"]
         settings += ["max_queued_messages 0", "max_queued_bytes 0", "max_inflight_messages 0"]  # 0: no limit

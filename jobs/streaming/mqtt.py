@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -134,6 +135,9 @@ class MqttConfig(Frozen):
         return password
 
 
+SHORT_S, MOST_SHORT = 10.0, 3
+"""A connection that is lost sooner is a short one; after so many in a row a line is told."""
+
 SESSION_TAKEN_OVER = 0x8E
 """Reason of a disconnection: another client has connected with the same id."""
 
@@ -196,7 +200,8 @@ class MqttConnection:
         self._generation = 0
         """Of the connection: what came by an earlier one is sent again, and cannot be acknowledged any more."""
         self._connected = self._started = self._answered = self._failing = self._refused = False
-        self._accepted = self._confirmed = 0
+        self._accepted = self._confirmed = self._short = 0
+        self._since_s = 0.0
         self.failure: str | None = None
         """Why the connection will never work; one line."""
         self.dropped = 0
@@ -324,9 +329,21 @@ class MqttConnection:
             self.failure = f"{self._key}.client_id: expected a name of one client only, got {name}, which another uses"
             client.disconnect()
             self._answer()
-        elif not connected and not self._failing:
+        elif connected:
+            self._count_short()
+        elif not self._failing:
             about = "; it may ask for another certificate" if self._config.tls is not None else ""
             self._fails(f"it ended the connection without an answer{about}")
+
+    def _count_short(self) -> None:
+        """Two clients of one id take the connection from each other; most brokers do not say so."""
+        self._short = self._short + 1 if time.monotonic() - self._since_s < SHORT_S else 0
+        if self._short == MOST_SHORT and self._subscription is not None:
+            name = quoted(self._subscription.client_id)
+            self._say(
+                f"{self._key}: the broker {self._config.address} ends one connection after the other; another client "
+                f"may use the client_id {name}"
+            )
 
     def _on_publish(self, _: Client, __: Any, ___: int, reason: Any, ____: Any) -> None:
         if reason.is_failure and not self._refused:
@@ -342,7 +359,7 @@ class MqttConnection:
 
     def _works(self) -> None:
         """Connected, and subscribed."""
-        self._connected = True
+        self._connected, self._since_s = True, time.monotonic()
         if self._failing:
             self._failing = False
             self._say(f"{self._key}: the broker {self._config.address} answers again")
