@@ -8,12 +8,16 @@ between points doubles. A year of records takes no more room than an hour.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from cluster.storage import read_as
-from jobs.streaming.outcome import Event, Metrics, Outcome, Standing
+from jobs.streaming.outcome import CandidateMetrics, Event, Outcome, Usage
 from simmatch.config import Frozen, NonNegativeInt
 from simmatch.documents import shortened
 from simmatch.files import write_whole
@@ -32,115 +36,114 @@ LONGEST = 300
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What is measured beside a batch, which does not follow from the journal.
+class Spent:
+    """What has passed since the batch before: seconds, seconds of processor of the whole process, duplicates."""
 
-    Attributes
-    ----------
-    wall_s: seconds since the batch before it.
-    process_s: seconds of processor, of the whole process, in that time.
-    lag_s: the present less the time of the newest record; None where times of records are not those of a clock.
-    journal_bytes: size of the journal.
-    """
-
-    wall_s: float
-    process_s: float
-    lag_s: float | None
-    journal_bytes: int
+    elapsed_s: float = 0.0
+    process_s: float = 0.0
+    duplicates: int = 0
 
 
 class Candidate(Frozen):
-    """Totals of one candidate; `threshold`, `weight`, `difference` and `state_bytes` are the latest values.
+    """Sums of one candidate since the stream began; `threshold`, `difference` and `state_bytes` are the latest values.
 
     Attributes
     ----------
     novelty, measured: sum of the novelty scores, and of how many windows.
     seconds: of processor.
-    difference: least, mean and greatest accuracy of this candidate less the champion's, an anytime-valid interval.
+    difference: lower end, mean and upper end of this accuracy less the champion's, an anytime-valid interval.
     """
 
-    scored: int = 0
+    answered: int = 0
     right: int = 0
     novel: int = 0
     drifts: int = 0
     novelty: float = 0.0
     measured: int = 0
+    weight: float = 0.0
     threshold: float | None = None
     seconds: float = 0.0
     state_bytes: int = 0
-    difference: tuple[float, float, float] | None = None
+    difference: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
 
-    def after(self, standing: Standing, windows: int) -> Candidate:
-        """With a batch of so many windows."""
-        known = standing.novelty is not None and math.isfinite(standing.novelty)
-        difference = getattr(standing, "difference", None)
+    def after(self, batch: CandidateMetrics, *, windows: int, drifts: int, seconds: float) -> Candidate:
+        """With one more batch."""
+        novelty = _finite(batch.novelty)
         return Candidate(
-            scored=standing.all_scored,
-            right=standing.all_right,
-            novel=standing.all_novel,
-            drifts=standing.all_drifts,
-            novelty=self.novelty + (windows * float(standing.novelty or 0.0) if known else 0.0),
-            measured=self.measured + (windows if known else 0),
-            threshold=_finite(standing.threshold),
-            seconds=self.seconds + max(0.0, standing.seconds),
-            state_bytes=standing.state_bytes,
-            difference=None if difference is None or not all(map(math.isfinite, difference)) else tuple(difference),
+            answered=self.answered + batch.answered,
+            right=self.right + batch.right,
+            novel=self.novel + batch.novel,
+            drifts=self.drifts + drifts,
+            novelty=self.novelty + (0.0 if novelty is None else windows * novelty),
+            measured=self.measured + (0 if novelty is None else windows),
+            weight=self.weight + (0.0 if novelty is None else windows * (_finite(batch.weight) or 0.0)),
+            threshold=_finite(batch.threshold),
+            seconds=self.seconds + max(0.0, seconds),
+            state_bytes=batch.nbytes,
+            difference=batch.difference if batch.difference and all(map(math.isfinite, batch.difference)) else None,
         )
 
 
 class Point(Frozen):
-    """Totals after a batch; `lag_s` is the greatest since the point before, `time` and `champion` are the latest.
+    """Sums since the stream began, after a batch. `lag_s` is the greatest since the point before; `number`, `time`,
+    `classes`, `journal_bytes` and `champion` are the latest values.
 
     Attributes
     ----------
-    scored, right: of the answers of whoever was the champion.
+    answered, right: of the answers of whoever was the champion.
+    elapsed_s: in which the job was at work or waited for records.
+    process_s: seconds of processor of the whole process.
     """
 
-    batch: int
-    number: int
-    time: float
+    batch: int = 0
+    number: int = 0
+    time: float = 0.0
     records: int = 0
     windows: int = 0
     labels: int = 0
-    late_labels: int = 0
-    unused_labels: int = 0
-    set_aside: int = 0
+    late: int = 0
+    unused: int = 0
+    faults: int = 0
     duplicates: int = 0
-    scored: int = 0
+    classes: int = 0
+    answered: int = 0
     right: int = 0
-    wall_s: float = 0.0
+    elapsed_s: float = 0.0
     process_s: float = 0.0
     lag_s: float | None = None
     journal_bytes: int = 0
     champion: str = ""
-    candidates: dict[str, Candidate] = {}
+    candidates: dict[str, Candidate] = Field(default_factory=dict)
 
-    def after(self, metrics: Metrics, usage: Usage) -> Point:
+    def after(self, outcome: Outcome, usage: Usage, spent: Spent) -> Point:
         """With one more batch."""
-        windows = metrics.windows - self.windows
-        standing = metrics.standings.get(metrics.champion, Standing())
-        nothing = Candidate()
+        metrics = outcome.metrics
+        answers = metrics.candidates.get(self.champion or metrics.champion, CandidateMetrics())
+        drifts = Counter(str(event.fields.get("candidate")) for event in outcome.events if event.kind == "drift")
         return Point(
             batch=metrics.batch,
             number=metrics.number,
             time=_finite(metrics.time) or 0.0,
-            records=metrics.records,
-            windows=metrics.windows,
-            labels=metrics.labels,
-            late_labels=metrics.late_labels,
-            unused_labels=metrics.unused_labels,
-            set_aside=metrics.set_aside,
-            duplicates=getattr(metrics, "duplicates", 0),
-            scored=self.scored + standing.scored,
-            right=self.right + standing.right,
-            wall_s=self.wall_s + max(0.0, usage.wall_s),
-            process_s=self.process_s + max(0.0, usage.process_s),
+            records=self.records + metrics.records,
+            windows=self.windows + metrics.windows,
+            labels=self.labels + metrics.labels,
+            late=self.late + metrics.late,
+            unused=self.unused + metrics.unused,
+            faults=self.faults + metrics.faults,
+            duplicates=self.duplicates + max(0, spent.duplicates),
+            classes=metrics.classes,
+            answered=self.answered + answers.answered,
+            right=self.right + answers.right,
+            elapsed_s=self.elapsed_s + max(0.0, spent.elapsed_s),
+            process_s=self.process_s + max(0.0, spent.process_s),
             lag_s=_greatest(self.lag_s, usage.lag_s),
             journal_bytes=usage.journal_bytes,
             champion=metrics.champion,
             candidates={
-                name: self.candidates.get(name, nothing).after(each, windows)
-                for name, each in metrics.standings.items()
+                name: self.candidates.get(name, Candidate()).after(
+                    each, windows=metrics.windows, drifts=drifts[name], seconds=usage.seconds.get(name, 0.0)
+                )
+                for name, each in metrics.candidates.items()
             },
         )
 
@@ -148,12 +151,12 @@ class Point(Frozen):
 class Noted(Frozen):
     """An event, as the page shows it."""
 
-    batch: int
+    index: int
     kind: str
     number: int
     time: float
     text: str
-    configuration: str = ""
+    candidate: str = ""
 
 
 class Switch(Frozen):
@@ -172,12 +175,12 @@ class Kept(Frozen):
     written: float = 0.0
     """Unix time."""
     step: NonNegativeInt = 1
-    points: list[Point] = []
+    points: list[Point] = Field(default_factory=list)
     latest: Point | None = None
-    events: list[Noted] = []
-    counts: dict[str, NonNegativeInt] = {}
+    events: list[Noted] = Field(default_factory=list)
+    counts: dict[str, NonNegativeInt] = Field(default_factory=dict)
     """Of events, by kind."""
-    switches: list[Switch] = []
+    switches: list[Switch] = Field(default_factory=list)
 
 
 class History:
@@ -200,13 +203,13 @@ class History:
         """The newest batch; 0 if there is none."""
         return self.kept.latest.batch if self.kept.latest is not None else 0
 
-    def add(self, outcome: Outcome, usage: Usage) -> bool:
+    def add(self, outcome: Outcome, usage: Usage, spent: Spent) -> bool:
         """Take in a batch; False where it is known already."""
         if outcome.metrics.batch <= self.batch:
             return False
         kept = self.kept
-        before = kept.latest or Point(batch=0, number=-1, time=0.0)
-        latest = before.after(outcome.metrics, usage)
+        before = kept.latest or Point()
+        latest = before.after(outcome, usage, spent)
         switches = kept.switches
         if latest.champion != before.champion:
             switches = [*switches, Switch(number=latest.number, champion=latest.champion)][-SWITCHES:]
@@ -222,7 +225,7 @@ class History:
                 "step": step,
                 "latest": latest,
                 "switches": switches,
-                "events": [*kept.events, *(_noted(outcome.batch, event) for event in outcome.events)][-EVENTS:],
+                "events": [*kept.events, *map(_noted, outcome.events)][-EVENTS:],
                 "counts": _counted(kept.counts, outcome.events),
             }
         )
@@ -284,14 +287,14 @@ def _thinned(points: list[Point]) -> list[Point]:
     ] + points[2 * (len(points) // 2) :]
 
 
-def _noted(batch: int, event: Event) -> Noted:
+def _noted(event: Event) -> Noted:
     return Noted(
-        batch=batch,
+        index=event.index,
         kind=event.kind,
         number=event.number,
         time=_finite(event.time) or 0.0,
         text=shortened(event.text, LONGEST),
-        configuration=event.configuration,
+        candidate=shortened(str(event.fields.get("candidate", "")), LONGEST),
     )
 
 

@@ -55,7 +55,7 @@ p{margin:.4rem 0;color:var(--soft)}
 .tiles span{color:var(--soft);font-size:.8rem}
 figure{margin:1.1rem 0}figcaption{font-weight:600;font-size:.9rem;margin-bottom:.35rem}
 figcaption>span{font-weight:400;color:var(--soft)}
-.key{margin-left:.8rem;color:var(--k);white-space:normal}.key::before{content:"";display:inline-block;width:1rem;
+.key{margin-left:.8rem;color:var(--k);display:inline-block}.key::before{content:"";display:inline-block;width:1rem;
 border-top:3px solid var(--k);vertical-align:middle;margin-right:.3rem}
 .plot{position:relative;height:10.5rem;margin-left:3.6rem}.plot.low{height:1.6rem}
 .plot svg{width:100%;height:100%;display:block;overflow:visible}
@@ -71,7 +71,7 @@ stroke-dasharray:4 3;--k:var(--switch)}.novelty{--k:var(--novelty)}
 .c6{--k:var(--c6)}.soft{--k:var(--soft)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.87rem}
 th,td{text-align:left;padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
-th{color:var(--soft);font-weight:500;white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums}
+th{color:var(--soft);font-weight:500;white-space:nowrap}td.n{white-space:nowrap;text-align:right;font-variant-numeric:tabular-nums}
 th.n{text-align:right}
 @media(max-width:34rem){body{padding:.7rem}.plot{height:8.5rem}.hide{display:none}}
 """
@@ -113,7 +113,7 @@ def moment(time: float) -> str:
 
 def records_per_second(points: Sequence[Point]) -> list[float | None]:
     """At every point, over at least one second."""
-    return windowed([(point.records, point.wall_s) for point in points], least=1.0)
+    return windowed([(point.records, point.elapsed_s) for point in points], least=1.0)
 
 
 def _sentence(kept: Kept) -> str:
@@ -130,20 +130,22 @@ def _tiles(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
     if not points:
         return ""
     latest = points[-1]
-    scores = windowed([(point.right, point.scored) for point in points], config.window)
+    scores = windowed([(point.right, point.answered) for point in points], config.window)
     rate = next((value for value in reversed(records_per_second(points)) if value is not None), None)
     champion = latest.candidates.get(latest.champion)
     drifts, bursts = kept.counts.get("drift", 0), kept.counts.get("novelty", 0)
     tiles = [
-        ("score of all answers", _percent(latest.right, latest.scored)),
+        ("score of all answers", _percent(latest.right, latest.answered)),
         (f"of the latest {config.window}", "–" if scores[-1] is None else f"{100 * scores[-1]:.1f} %"),
-        ("labels used", f"{latest.labels:,} ({_percent(latest.labels, latest.windows)})"),
+        ("labels used", f"{latest.labels:,}"),
+        ("of all windows labelled", _percent(latest.labels, latest.windows)),
         ("champion", text(latest.champion or "–")),
         ("drifts", f"{drifts:,}"),
         ("novelty bursts", f"{bursts:,}"),
         ("windows above threshold", f"{champion.novel if champion else 0:,}"),
-        ("set aside", f"{latest.set_aside:,}"),
+        ("set aside", f"{latest.faults:,}"),
         ("duplicates", f"{latest.duplicates:,}"),
+        ("classes", f"{latest.classes:,}"),
         ("records/s", "–" if rate is None else number(rate)),
         ("lag", "–" if latest.lag_s is None else f"{number(latest.lag_s)} s"),
         ("journal", size(latest.journal_bytes)),
@@ -154,12 +156,12 @@ def _tiles(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
 def _charts(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
     xs = [float(point.records) for point in points]
     names = list(dict.fromkeys(name for point in points for name in point.candidates))
-    marks = [*_drifts(points), *(Mark(s.number + 1, "switch") for s in kept.switches[1:])]
+    marks = [*_drifts(points), *(Mark(s.number, "switch") for s in kept.switches[1:])]
     scores = [
         Line(name, windowed([_scored(point, name) for point in points], config.window), style_of(index))
         for index, name in enumerate(names)
     ]
-    total = [point.right / point.scored if point.scored else None for point in points]
+    total = [point.right / point.answered if point.answered else None for point in points]
     scores.append(Line("all answers", total, "soft thin dashed"))
     keys = '<span class="key drift">drift</span><span class="key switch">switch</span>'
     novelty = [
@@ -167,7 +169,7 @@ def _charts(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
         Line("threshold", [_threshold(point) for point in points], "soft thin dashed"),
     ]
     labels = [Line("labels", [float(point.labels) for point in points], "c0")]
-    labels.append(Line("of these late", [float(point.late_labels) for point in points], "c1 thin"))
+    labels.append(Line("of these late", [float(point.late) for point in points], "c1 thin"))
     return "".join(
         [
             chart(f"Prequential score, latest {config.window} labelled answers{keys}", xs, scores, marks),
@@ -176,7 +178,7 @@ def _charts(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
             chart("Labels used", xs, labels),
             chart("Records per second", xs, [Line("", records_per_second(points), "c2")]),
             chart("Lag", xs, [Line("", [point.lag_s for point in points], "c3")], unit=" s"),
-            chart("Set aside", xs, [Line("", [float(point.set_aside) for point in points], "c5")]),
+            chart("Set aside", xs, [Line("", [float(point.faults) for point in points], "c5")]),
             "<p>Every chart over the number of records.</p>" if xs else "",
         ]
     )
@@ -193,7 +195,7 @@ def _drifts(points: Sequence[Point]) -> Iterable[Mark]:
 
 
 def _spans(kept: Kept, points: Sequence[Point], names: Sequence[str]) -> list[Span]:
-    ends = [*(switch.number + 1.0 for switch in kept.switches[1:]), float(points[-1].records) if points else 0.0]
+    ends = [*(float(switch.number) for switch in kept.switches[1:]), float(points[-1].records) if points else 0.0]
     known = float(kept.switches[0].number) if len(kept.switches) == SWITCHES else 0.0  # earlier ones are forgotten
     starts = [known, *ends[:-1]]
     styles = {name: style_of(index) for index, name in enumerate(names)}
@@ -205,7 +207,7 @@ def _spans(kept: Kept, points: Sequence[Point], names: Sequence[str]) -> list[Sp
 
 def _scored(point: Point, name: str) -> tuple[float, float]:
     candidate = point.candidates.get(name)
-    return (candidate.right, candidate.scored) if candidate is not None else (0, 0)
+    return (candidate.right, candidate.answered) if candidate is not None else (0, 0)
 
 
 def _novelty(points: Sequence[Point], name: str) -> list[float | None]:
@@ -233,7 +235,7 @@ def _candidates(points: Sequence[Point], config: PageConfig) -> str:
         rows.append(
             [
                 text(name) + (" (champion)" if name == latest.champion else ""),
-                _percent(each.right, each.scored),
+                _percent(each.right, each.answered),
                 "–" if recent is None else f"{100 * recent:.1f} %",
                 "–" if low is None or mean is None or high is None else _interval(low, mean, high),
                 f"{each.drifts:,}",
@@ -249,7 +251,7 @@ def _events(kept: Kept) -> str:
     if not kept.events:
         return "<h2>Events</h2><p>None.</p>"
     rows = [
-        [f"{event.number:,}", text(moment(event.time)), text(event.kind), text(event.configuration), text(event.text)]
+        [f"{event.number:,}", text(moment(event.time)), text(event.kind), text(event.candidate), text(event.text)]
         for event in reversed(kept.events[-SHOWN:])
     ]
     total = sum(kept.counts.values())

@@ -1,0 +1,337 @@
+"""Answers while a stream learns: the latest ones by id and scores of any window over HTTP, all of them on an MQTT topic.
+
+A request is answered by a `Snapshot`: the champion between two batches, copied and never changed, replaced as a whole.
+So one answer is of one version, and no request waits for a batch. Copying takes at most `COPY_SHARE` of the time: where
+it is quick, every version is served, else some are left out. While the stream waits for records, the newest is served.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.streaming.events import TopicConfig
+from jobs.streaming.http_port import HttpConfig, HttpPort, Refused, last_part, token_from
+from jobs.streaming.mqtt import MqttConnection
+from jobs.streaming.outcome import Answer, Outcome
+from simmatch.config import Frozen, PositiveInt
+from simmatch.documents import quoted
+
+COPY_SHARE = 0.02
+"""Of the time, that copies of the champion may take."""
+
+
+class AnswerTopicConfig(TopicConfig):
+    """A topic that every answer is published to as JSON, with QoS 1.
+
+    After a restart answers since the newest snapshot are published again, with the same content: a receiver drops a
+    `window` that it knows. While the broker is away the latest 1,000 wait; others are dropped, and counted.
+    """
+
+    features: bool = False
+    """With the features."""
+
+
+class AnswersConfig(Frozen):
+    """Who gets answers while the stream learns."""
+
+    http: HttpConfig | None = None
+    mqtt: AnswerTopicConfig | None = None
+
+    kept: PositiveInt = 10_000
+    """Latest answers that GET /answers/ID knows, in memory; after a restart, those since the newest snapshot."""
+
+
+class Candidate(Protocol):
+    """What is served: a stack, a readout and a novelty detector."""
+
+    stack: Any
+    readout: Any
+    detector: Any
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A candidate between two batches, never changed.
+
+    Attributes
+    ----------
+    candidate, version: who it is, and the number of batches that it has learnt from.
+    classes: names, in the order of scores.
+    stack, readout, detector: its own copies.
+    """
+
+    candidate: str
+    version: int
+    classes: tuple[str, ...]
+    stack: Any
+    readout: Any
+    detector: Any
+
+    def score(self, x: Tensor, *, features: bool = False) -> list[dict[str, Any]]:
+        """Answers about windows [n, C, H, W], as JSON has them."""
+        with torch.no_grad():
+            encoded = self.stack.encode(x)
+            scores = self.readout.scores(encoded.features)
+            novelty = self.detector.score(encoded)
+        threshold, answers = self.detector.threshold, []
+        for index in range(len(x)):
+            far = _finite(float(novelty[index]))
+            answers.append(
+                {
+                    "label": None if scores is None else self.classes[int(scores[index].argmax())],
+                    "scores": {} if scores is None else _scores(self.classes, scores[index].tolist()),
+                    "novelty": far,
+                    "novel": far is not None and threshold is not None and far > threshold,
+                }
+                | ({"features": list(map(_finite, encoded.features[index].tolist()))} if features else {})
+            )
+        return answers
+
+
+def snapshot_of(candidate: Candidate, name: str, version: int, classes: Sequence[str]) -> Snapshot:
+    """Copy a candidate, between two batches."""
+    return Snapshot(
+        name,
+        version,
+        tuple(classes),
+        copy.deepcopy(candidate.stack),
+        copy.deepcopy(candidate.readout),
+        copy.deepcopy(candidate.detector),
+    )
+
+
+class Served:
+    """The snapshot of the moment. `offer` is called by the thread that learns, all else by any.
+
+    clock: seconds, as of `time.monotonic`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._snapshot: Snapshot | None = None
+        self._not_before = -math.inf
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """None before the stack is calibrated."""
+        return self._snapshot
+
+    def offer(self, copied: Callable[[], Snapshot], *, idle: bool = False) -> bool:
+        """A new version is there: copy it, unless the last copy was too short a time ago. Returns whether it was.
+
+        idle: nothing else is to be done.
+        """
+        started = self._clock()
+        if started < self._not_before and not idle:
+            return False
+        self._snapshot = copied()  # one assignment: a request has the old one or the new one
+        ended = self._clock()
+        self._not_before = ended + (ended - started) * (1 / COPY_SHARE - 1)
+        return True
+
+
+class Latest:
+    """The latest answers by id, at most so many. `add` is called by one thread, `of` by any."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._size, self._newest = most, 0, 0
+        self._by_id: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Answers about windows that came before are left out."""
+        with self._lock:
+            for answer in answers:
+                if answer.window > self._newest:
+                    self._newest = answer.window
+                    self._by_id.setdefault(answer.id, []).append(as_json(answer))
+                    self._by_id.move_to_end(answer.id)
+                    self._size += 1
+            while self._size > self._most and self._by_id:
+                _, oldest = self._by_id.popitem(last=False)
+                self._size -= len(oldest)
+
+    def of(self, record: str) -> list[dict[str, Any]]:
+        """Answers about the windows that end with this record; none where it is not known."""
+        with self._lock:
+            return list(self._by_id.get(record, ()))
+
+
+def as_json(answer: Answer, *, features: bool = False) -> dict[str, Any]:
+    """An answer as JSON has it."""
+    values: dict[str, Any] = {
+        "id": answer.id,
+        "number": answer.number,
+        "time": _finite(answer.time),
+        "window": answer.window,
+        "group": answer.group,
+        "candidate": answer.candidate,
+        "version": answer.version,
+        "label": answer.label,
+        "scores": {name: _finite(float(score)) for name, score in answer.scores.items()},
+        "novelty": _finite(answer.novelty),
+        "novel": answer.novel,
+    }
+    if answer.note:
+        values["note"] = answer.note
+    if features and answer.features is not None:
+        values["features"] = list(map(_finite, answer.features.tolist()))
+    return values
+
+
+Prepare = Callable[[np.ndarray[Any, np.dtype[np.float64]]], Tensor]
+"""Values [n, …] of windows or images, as they would arrive → the input [n, C, H, W] of a stack; raises ValueError."""
+
+
+class Answers:
+    """Answers over HTTP and on an MQTT topic.
+
+    Parameters
+    ----------
+    stream: its name.
+    prepare: see `Prepare`.
+    state: what GET /state adds.
+    tell: is given lines for people, from other threads.
+
+    Raises
+    ------
+    ConfigError
+        The token is missing, the address cannot be used, or the broker refuses the user.
+    """
+
+    def __init__(
+        self,
+        stream: str,
+        config: AnswersConfig,
+        *,
+        prepare: Prepare,
+        state: Callable[[], Mapping[str, Any]],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.served, self.latest = Served(), Latest(config.kept)
+        self._stream, self._config, self._prepare, self._state = stream, config, prepare, state
+        self.port: HttpPort | None = None
+        self._connection: MqttConnection | None = None
+        if config.http is not None:
+            token = token_from(config.http.token_env, "answers.http.token_env")
+            routes = {("GET", "state"): self._get_state, ("GET", "answers"): self._get_answers}
+            self.port = HttpPort(config.http, routes | {("POST", "score"): self._post_score}, token)
+        if config.mqtt is not None:
+            self._connection = MqttConnection(config.mqtt.broker, "answers.mqtt.broker", tell)
+
+    @property
+    def url(self) -> str | None:
+        """Where requests are answered."""
+        return self.port.url if self.port is not None else None
+
+    @property
+    def dropped(self) -> int:
+        """Answers that were not published, as the broker was away for too long."""
+        return self._connection.dropped if self._connection is not None else 0
+
+    def add(self, outcome: Outcome) -> None:
+        """The answers of a batch."""
+        if self.port is not None:
+            self.latest.add(outcome.answers)
+        topic = self._config.mqtt
+        if self._connection is not None and topic is not None:
+            for answer in outcome.answers:
+                content = {"stream": self._stream} | as_json(answer, features=topic.features)
+                self._connection.publish(topic.topic, dumped(content))
+
+    def offer(self, copied: Callable[[], Snapshot], *, idle: bool = False) -> None:
+        """A new version of the champion, for POST /score."""
+        if self.port is not None:
+            self.served.offer(copied, idle=idle)
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self.port is not None:
+            self.port.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _get_state(self, rest: str, _: Any) -> dict[str, Any]:
+        if rest:
+            raise Refused(HTTPStatus.NOT_FOUND, "expected GET /state")
+        snapshot, port = self.served.snapshot, self.port
+        served = {"candidate": snapshot.candidate, "version": snapshot.version} if snapshot is not None else None
+        counts = {"answered": port.answered, "refused": port.refused} | port.percentiles_ms() if port else {}
+        return {"stream": self._stream, "served": served, "requests": counts} | dict(self._state())
+
+    def _get_answers(self, rest: str, _: Any) -> dict[str, Any]:
+        record = last_part(rest)
+        found = self.latest.of(record)
+        if not found:
+            raise Refused(HTTPStatus.NOT_FOUND, f"expected the id of a late record, got {quoted(record)}")
+        return {"id": record, "answers": found}
+
+    def _post_score(self, rest: str, body: Any) -> dict[str, Any]:
+        assert self._config.http is not None
+        if rest:
+            raise Refused(HTTPStatus.NOT_FOUND, "expected POST /score")
+        windows, features = _windows_of(body, self._config.http.windows)
+        snapshot = self.served.snapshot
+        if snapshot is None:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "expected a calibrated model: none yet", after_s=1.0)
+        try:
+            x = self._prepare(windows)
+        except ValueError as error:
+            raise Refused(HTTPStatus.BAD_REQUEST, f"windows: {error}") from None
+        return {
+            "candidate": snapshot.candidate,
+            "version": snapshot.version,
+            "windows": snapshot.score(x, features=features),
+        }
+
+
+def dumped(values: Any) -> bytes:
+    """JSON for a broker."""
+    return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
+
+
+def _windows_of(body: Any, most: int) -> tuple[np.ndarray[Any, np.dtype[np.float64]], bool]:
+    """The windows of a request, and whether features are asked for."""
+
+    def refuse(reason: str) -> Refused:
+        return Refused(HTTPStatus.BAD_REQUEST, reason)
+
+    if not isinstance(body, dict) or not set(body) <= {"windows", "features"} or "windows" not in body:
+        raise refuse('expected {"windows": [...]}, with "features": true or without')
+    features = body.get("features", False)
+    if not isinstance(features, bool):
+        raise refuse(f"features: expected true or false, got {quoted(features)}")
+    given = body["windows"]
+    if not isinstance(given, list) or not 0 < len(given) <= most:
+        raise refuse(f"windows: expected a list of 1 to {most}")
+    try:
+        values = np.asarray(given)
+        if values.dtype.kind not in "iuf":  # text would be read as numbers, and truth values as 0 and 1
+            raise ValueError
+        values = values.astype(np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise refuse("windows: expected lists of numbers of equal lengths") from None
+    if not np.isfinite(values).all():
+        raise refuse("windows: expected finite numbers")
+    return values, features
+
+
+def _scores(classes: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
+    return {name: _finite(value) for name, value in zip(classes, values, strict=True)}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
