@@ -1,4 +1,4 @@
-"""Answers while a stream learns: the latest ones by id and scores of any window over HTTP, all of them on an MQTT topic.
+"""Answers while a stream learns: over HTTP the latest by id, and scores of any window; on an MQTT topic all of them.
 
 A request is answered by a `Snapshot`: the champion between two batches, copied and never changed, replaced as a whole.
 So one answer is of one version, and no request waits for a batch. Copying takes at most `COPY_SHARE` of the time: where
@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,13 @@ from jobs.streaming.http_port import HttpConfig, HttpPort, Refused, last_part, t
 from jobs.streaming.mqtt import MqttConnection
 from jobs.streaming.outcome import Answer, Outcome
 from simmatch.config import Frozen, PositiveInt
+from simmatch.data.windows import WindowShape, scaled
 from simmatch.documents import quoted
+
+if TYPE_CHECKING:
+    from jobs.streaming.config import StreamDataConfig
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 COPY_SHARE = 0.02
 """Of the time, that copies of the champion may take."""
@@ -54,63 +60,75 @@ class AnswersConfig(Frozen):
     """Latest answers that GET /answers/ID knows, in memory; after a restart, those since the newest snapshot."""
 
 
-class Candidate(Protocol):
-    """What is served: a stack, a readout and a novelty detector."""
-
-    stack: Any
-    readout: Any
-    detector: Any
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """A candidate between two batches, never changed.
 
     Attributes
     ----------
-    candidate, version: who it is, and the number of batches that it has learnt from.
+    name, version: who it is, and the number of batches that it has learnt from.
     classes: names, in the order of scores.
-    stack, readout, detector: its own copies.
+    shape: [C, H, W] of a window.
+    candidate: its own copy.
     """
 
-    candidate: str
+    name: str
     version: int
     classes: tuple[str, ...]
-    stack: Any
-    readout: Any
-    detector: Any
+    shape: tuple[int, ...]
+    candidate: Any
 
     def score(self, x: Tensor, *, features: bool = False) -> list[dict[str, Any]]:
         """Answers about windows [n, C, H, W], as JSON has them."""
         with torch.no_grad():
-            encoded = self.stack.encode(x)
-            scores = self.readout.scores(encoded.features)
-            novelty = self.detector.score(encoded)
-        threshold, answers = self.detector.threshold, []
+            said = self.candidate.say(x)
+        novelty, novel = said.novelty.tolist(), said.novel.tolist()
+        answers = []
         for index in range(len(x)):
-            far = _finite(float(novelty[index]))
+            scores = None if said.scores is None else said.scores[index].tolist()
             answers.append(
                 {
-                    "label": None if scores is None else self.classes[int(scores[index].argmax())],
-                    "scores": {} if scores is None else _scores(self.classes, scores[index].tolist()),
-                    "novelty": far,
-                    "novel": far is not None and threshold is not None and far > threshold,
+                    "label": None if scores is None else self.classes[int(said.predictions[index, 0])],
+                    "scores": {} if scores is None else dict(zip(self.classes, map(_finite, scores), strict=True)),
+                    "novelty": _finite(novelty[index]),
+                    "novel": novel[index],
                 }
-                | ({"features": list(map(_finite, encoded.features[index].tolist()))} if features else {})
+                | ({"features": list(map(_finite, said.encoded.features[index].tolist()))} if features else {})
             )
         return answers
 
 
-def snapshot_of(candidate: Candidate, name: str, version: int, classes: Sequence[str]) -> Snapshot:
-    """Copy a candidate, between two batches."""
-    return Snapshot(
-        name,
-        version,
-        tuple(classes),
-        copy.deepcopy(candidate.stack),
-        copy.deepcopy(candidate.readout),
-        copy.deepcopy(candidate.detector),
-    )
+def snapshot_of(name: str, candidate: Any, classes: Sequence[str], shape: Sequence[int]) -> Snapshot:
+    """Copy what a candidate answers with, between two batches: weights, the solved readout, the detector's memory."""
+    copied = copy.copy(candidate)
+    copied.stack, copied.detector = copy.deepcopy(candidate.stack), copy.deepcopy(candidate.detector)
+    return Snapshot(name, candidate.batches, tuple(classes), tuple(shape), copied)
+
+
+def prepared(values: Floats, data: StreamDataConfig, shape: Sequence[int]) -> Tensor:
+    """Windows as a source delivers them, as input [n, C, H, W] of a stack.
+
+    Parameters
+    ----------
+    values: [n, samples, channels], or images [n, C, H, W] of 0 to 255.
+    shape: [C, H, W] of an input.
+
+    Raises
+    ------
+    ValueError
+        They have another shape.
+    """
+    channels, height, width = shape
+    image = height > 1 or values.ndim == 4
+    expected = [channels, height, width] if image else [width, channels]
+    if list(values.shape[1:]) != expected:
+        what = "channels × height × width" if image else "samples × channels"
+        given = " × ".join(map(str, values.shape[1:])) or "a number"
+        raise ValueError(f"expected {what} of {' × '.join(map(str, expected))}, got {given}")
+    if image:
+        return torch.from_numpy(values).float() / 255
+    how = WindowShape(width, width, data.window_scale, data.window_floor)
+    return torch.from_numpy(scaled(values.transpose(0, 2, 1), how)[:, :, None])
 
 
 class Served:
@@ -192,17 +210,13 @@ def as_json(answer: Answer, *, features: bool = False) -> dict[str, Any]:
     return values
 
 
-Prepare = Callable[[np.ndarray[Any, np.dtype[np.float64]]], Tensor]
-"""Values [n, …] of windows or images, as they would arrive → the input [n, C, H, W] of a stack; raises ValueError."""
-
-
 class Answers:
     """Answers over HTTP and on an MQTT topic.
 
     Parameters
     ----------
     stream: its name.
-    prepare: see `Prepare`.
+    data: how windows are scaled.
     state: what GET /state adds.
     tell: is given lines for people, from other threads.
 
@@ -217,12 +231,12 @@ class Answers:
         stream: str,
         config: AnswersConfig,
         *,
-        prepare: Prepare,
+        data: StreamDataConfig,
         state: Callable[[], Mapping[str, Any]],
         tell: Callable[[str], None],
     ) -> None:
         self.served, self.latest = Served(), Latest(config.kept)
-        self._stream, self._config, self._prepare, self._state = stream, config, prepare, state
+        self._stream, self._config, self._data, self._state = stream, config, data, state
         self.port: HttpPort | None = None
         self._connection: MqttConnection | None = None
         if config.http is not None:
@@ -268,7 +282,7 @@ class Answers:
         if rest:
             raise Refused(HTTPStatus.NOT_FOUND, "expected GET /state")
         snapshot, port = self.served.snapshot, self.port
-        served = {"candidate": snapshot.candidate, "version": snapshot.version} if snapshot is not None else None
+        served = {"candidate": snapshot.name, "version": snapshot.version} if snapshot is not None else None
         counts = {"answered": port.answered, "refused": port.refused} | port.percentiles_ms() if port else {}
         return {"stream": self._stream, "served": served, "requests": counts} | dict(self._state())
 
@@ -288,11 +302,11 @@ class Answers:
         if snapshot is None:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "expected a calibrated model: none yet", after_s=1.0)
         try:
-            x = self._prepare(windows)
+            x = prepared(windows, self._data, snapshot.shape)
         except ValueError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, f"windows: {error}") from None
         return {
-            "candidate": snapshot.candidate,
+            "candidate": snapshot.name,
             "version": snapshot.version,
             "windows": snapshot.score(x, features=features),
         }
@@ -303,7 +317,7 @@ def dumped(values: Any) -> bytes:
     return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
 
 
-def _windows_of(body: Any, most: int) -> tuple[np.ndarray[Any, np.dtype[np.float64]], bool]:
+def _windows_of(body: Any, most: int) -> tuple[Floats, bool]:
     """The windows of a request, and whether features are asked for."""
 
     def refuse(reason: str) -> Refused:
@@ -327,10 +341,6 @@ def _windows_of(body: Any, most: int) -> tuple[np.ndarray[Any, np.dtype[np.float
     if not np.isfinite(values).all():
         raise refuse("windows: expected finite numbers")
     return values, features
-
-
-def _scores(classes: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
-    return {name: _finite(value) for name, value in zip(classes, values, strict=True)}
 
 
 def _finite(value: float | None) -> float | None:

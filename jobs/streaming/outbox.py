@@ -161,7 +161,9 @@ class Outbox:
                 pause_s = FIRST_PAUSE_S
                 if self._failing:
                     self._failing = False
-                    self._say(f"{self.name} takes events again" + (f", without {self._dropped}" if self._dropped else ""))
+                    self._say(
+                        f"{self.name} takes events again" + (f", without {self._dropped}" if self._dropped else "")
+                    )
 
     def _done(self, message: Message, dropped: int = 0) -> None:
         with self._changed:
