@@ -214,11 +214,12 @@ class History:
         if latest.champion != before.champion:
             switches = [*switches, Switch(number=latest.number, champion=latest.champion)][-SWITCHES:]
         points, step = kept.points, kept.step
-        if latest.batch - (points[-1].batch if points else 0) >= step:
-            points.append(latest)
+        if latest.batch % step == 0:
+            points = [*points, latest]
             latest = latest.model_copy(update={"lag_s": None})
-            if len(points) > 2 * KEPT:
-                points, step = _thinned(points), 2 * step
+            while len(points) > 2 * KEPT:
+                step *= 2
+                points = _thinned(points, step)
         self.kept = kept.model_copy(
             update={
                 "points": points,
@@ -279,12 +280,16 @@ def windowed(totals: Sequence[tuple[float, float]], least: float) -> list[float 
     return ratios
 
 
-def _thinned(points: list[Point]) -> list[Point]:
-    """Every second point; a greatest value is that of both."""
-    pairs = zip(points[::2], points[1::2], strict=False)
-    return [
-        second.model_copy(update={"lag_s": _greatest(first.lag_s, second.lag_s)}) for first, second in pairs
-    ] + points[2 * (len(points) // 2) :]
+def _thinned(points: list[Point], step: int) -> list[Point]:
+    """Those at multiples of `step` batches; a greatest value is that of all since the point before."""
+    kept: list[Point] = []
+    greatest: float | None = None
+    for point in points:
+        greatest = _greatest(greatest, point.lag_s)
+        if point.batch % step == 0:
+            kept.append(point.model_copy(update={"lag_s": greatest}))
+            greatest = None
+    return kept
 
 
 def _noted(event: Event) -> Noted:

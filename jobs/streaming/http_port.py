@@ -133,7 +133,7 @@ class HttpPort:
             place = f"{config.host}:{config.port}"
             raise ConfigError(f"answers.http: expected an address to listen at, got {place}: {error}") from None
         self.closing = threading.Event()
-        threading.Thread(target=self._server.serve_forever, args=(LOOK_S,), name="answers", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(LOOK_S / 4,), name="answers", daemon=True).start()
         threading.Thread(target=self._watch, name="answers-watch", daemon=True).start()
 
     @property
