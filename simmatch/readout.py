@@ -162,35 +162,15 @@ def ridge_of_moments(moments: Moments, classes: Tensor, penalty: float = RIDGE) 
     True
     """
     check_classes(classes)
-    gram, right, deviation = standardised(moments, len(moments.mean) - len(classes))
-    matrix = solve_ridge(gram, right, penalty)
-    return LinearClassifier(classes, moments.mean[: len(gram)], deviation, matrix, moments.mean[len(gram) :])
-
-
-def standardised(moments: Moments, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the normal equations of `fit_ridge` need, from moments whose scatter is overwritten.
-
-    Parameters
-    ----------
-    moments: of `with_targets`.
-    size: F, number of features.
-
-    Returns
-    -------
-    ⟨φφᵀ⟩ [F, F] and ⟨φtᵀ⟩ [F, classes] of standardised features φ and centred targets t, and the deviations [F] of the
-    features, 1 where a feature is constant.
-
-    >>> moments = Moments.of(with_targets(torch.tensor([[0.0], [4.0]]), torch.arange(2), torch.arange(2)))
-    >>> [part.tolist() for part in standardised(moments, 1)]
-    [[[1.0]], [[-1.0, 1.0]], [2.0]]
-    """
+    size = len(moments.mean) - len(classes)
     products = moments.scatter.div_(moments.count)[:size]
     gram, right = products[:, :size], products[:, size:]
     deviation = gram.diagonal().sqrt()
     deviation = torch.where(deviation > 0, deviation, 1.0)
     gram /= deviation[:, None]
     gram /= deviation
-    return gram, right / deviation[:, None], deviation
+    matrix = solve_ridge(gram, right / deviation[:, None], penalty)
+    return LinearClassifier(classes, moments.mean[:size], deviation, matrix, moments.mean[size:])
 
 
 def with_targets(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:

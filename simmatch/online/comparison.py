@@ -36,7 +36,7 @@ from pydantic import Field
 from torch import Tensor
 
 from simmatch.config import Frozen, NonNegativeInt, PositiveInt
-from simmatch.online.reservoir import State
+from simmatch.online.state import State
 
 FRACTIONS = tuple(2.0**-power for power in range(1, 9))
 """λ. At most ½, so that no capital is ever negative, for any m in [−1, 1]."""

@@ -1,51 +1,74 @@
-"""A ridge readout that learns online: after every record it is the ridge regression of all records so far.
+"""Readouts that learn online: after every record they are what a fit to all records so far would be.
 
-With S the scatter of features and R that with their targets (`simmatch.moments`), both with weights γ^(labelled records
-since), and D the deviations of the features, the scores are those of `simmatch.readout.ridge_of_moments`:
+Both are solved from the same sums, of `simmatch.moments.ClassMoments`: counts n_c and means μ_c of classes, and the
+scatter W within classes, with weights γ^(labelled records since). With n = Σ n_c, m the mean of all, S = W + Σ n_c
+(μ_c − m)(μ_c − m)ᵀ, D the deviations of the features, and means and features standardised by m and D:
 
-    A = (D⁻¹ S D⁻¹ / n + λ I)⁻¹ D⁻¹ R / n
+    discriminant   (D⁻¹ W D⁻¹ / n + λ I) A = [μ_c],   score_c = A_cᵀ φ − ½ A_cᵀ μ_c + log p_c
+    ridge          (D⁻¹ S D⁻¹ / n + λ I) A = [2 n_c μ_c / n],   score_c = A_cᵀ φ + 2 n_c / n − 1   (`fit_ridge`)
 
-*Exact*: sums, weights, forgetting, new classes. The target of a class is −1 for all records before its first, which
-adds nothing to S and R, and a mean of −1: so nothing of earlier records is needed.
-*Lazy*: D and n, which set the penalty λ n D² alone, are those at the last factorisation; when that is made depends on
-numbers of records. Between two of them, records are rows Z added to a factorised G, by the Woodbury identity:
+with λ = penalty + initial_penalty · F / n: it is what counts while there are few labels. p_c is the share of a class
+after `PRIOR` records of each. A softmax of the scores of the discriminant estimates probabilities.
 
-    (g G + ZᵀZ)⁻¹ = (G⁻¹ − U (g I + Z U)⁻¹ Uᵀ) / g,   U = G⁻¹ Zᵀ,   g = γ^(labelled records since)
+*Exact*: sums, weights, forgetting, new classes. Neither needs anything of the records before the first of a class (of
+the ridge: their target is −1, which adds nothing to sums of centred targets).
+*Lazy*: D and λ n, which set the penalty alone, are those at the last factorisation; numbers of records say when it is
+made. Between two of them, records are rows Z added to a factorised G, by the Woodbury identity:
+
+    (g G + ZᵀZ)⁻¹ = (G⁻¹ − U (g I + Z U)⁻¹ Z G⁻¹) / g,   U = G⁻¹ Zᵀ,   g = γ^(labelled records since)
 
 so that a record costs F² operations and a factorisation F³ / 3. Nothing is updated in place for long: rounding errors
 do not add up.
 
-Source: Hoerl & Kennard (1970); Woodbury (1950); forgetting as in recursive least squares (Haykin, "Adaptive filter
-theory").
+Source: ridge: Hoerl & Kennard (1970). Discriminant: Fisher (1936); with a penalty Friedman, "Regularized discriminant
+analysis" (1989); online Pang, Ozawa & Kasabov, "Incremental linear discriminant analysis for classification of data
+streams" (2005). Woodbury (1950).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from simmatch.config import Frozen, NonNegativeInt, PositiveFloat
+from simmatch.config import Frozen, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from simmatch.labels import UNLABELLED
-from simmatch.moments import Moments
-from simmatch.online.reservoir import Reservoir, State
-from simmatch.readout import RIDGE, LinearClassifier, standardised
+from simmatch.moments import ClassMoments
+from simmatch.online.reservoir import Reservoir
+from simmatch.online.state import State
+from simmatch.readout import LinearClassifier
 
 MOST_PENDING = 256
 """Most rows that wait for the next factorisation."""
+
+PRIOR = 10.0
+"""Records of each class that are taken to have been seen, in the share of a class."""
+
+NEVER = -1e6
+"""Score of a class without records."""
+
+ENCODED = 500
+"""Inputs that are encoded at a time."""
 
 
 class ReadoutConfig(Frozen):
     """How a readout learns online.
 
-    >>> ReadoutConfig(forgetting=0.999).reservoir
-    0
+    >>> ReadoutConfig(forgetting=0.999).kind
+    'discriminant'
     """
 
-    penalty: PositiveFloat = RIDGE
-    """λ, for standardised features."""
+    kind: Literal["discriminant", "ridge"] = "discriminant"
+    """`discriminant`: linear discriminant analysis. `ridge`: least squares on ±1 targets."""
+
+    penalty: PositiveFloat = 0.001
+    """Part of λ, for standardised features, that stays."""
+
+    initial_penalty: NonNegativeFloat = 0.1
+    """Part of λ that falls: times F / n, features over labelled records."""
 
     forgetting: float = Field(default=1.0, gt=0, le=1)
     """γ, the factor by which a labelled record makes all earlier ones count less. 1: none is forgotten."""
@@ -79,13 +102,11 @@ class OnlineReadout:
         self._forget()
 
     def _forget(self) -> None:
-        features = self.features
-        self._moments = Moments(features)  # of features and targets; its scatter lacks the pending rows
-        self._pending = self._moments.mean.new_zeros(0, features)  # Z
-        self._solved = self._moments.mean.new_zeros(features, 0)  # U
-        self._factor = self._moments.mean.new_zeros(0, 0)
-        self._matrix = self._moments.mean.new_zeros(features, 0)  # A of the last factorisation
-        self._deviation = self._moments.mean.new_ones(features)
+        self._moments = ClassMoments(self.features)  # whose scatter lacks the pending rows
+        self._pending = torch.zeros(0, self.features, dtype=torch.float64)  # Z, not standardised
+        self._solved = self._pending  # Uᵀ
+        self._factor = torch.zeros(0, 0, dtype=torch.float64)  # of G
+        self._deviation = torch.ones(self.features, dtype=torch.float64)  # D
         self._count = 0.0  # n at the last factorisation
         self._kept = 1.0  # g
         self._classifier: LinearClassifier | None = None
@@ -93,15 +114,18 @@ class OnlineReadout:
     @property
     def classes(self) -> int:
         """Number of classes so far."""
-        return len(self._moments.mean) - self.features
+        return len(self._moments.counts)
+
+    @property
+    def classifier(self) -> LinearClassifier | None:
+        """What gives the scores, a new object whenever it changes; None before there are two classes."""
+        if self._classifier is None and self.classes > 1:
+            self._classifier = self._solution()
+        return self._classifier
 
     def scores(self, features: Tensor) -> Tensor | None:
         """Scores [B, classes] of features [B, F], in float64; None before there are two classes."""
-        if self.classes < 2:
-            return None
-        if self._classifier is None:
-            self._classifier = self._solution()
-        return self._classifier.scores(features)
+        return None if self.classifier is None else self.classifier.scores(features)
 
     def learn(
         self, features: Tensor, labels: Tensor, weights: Tensor | None = None, inputs: Tensor | None = None
@@ -134,101 +158,106 @@ class OnlineReadout:
 
     def _add(self, features: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         self._classifier = None
-        if (more := int(labels.max()) + 1 - self.classes) > 0:
-            self._moments.widen(more, -1.0)
-            self._pending = torch.nn.functional.pad(self._pending, (0, more), value=0.0)
-            self._matrix = torch.nn.functional.pad(self._matrix, (0, more))
-        rows = torch.cat([features.double(), 2.0 * torch.nn.functional.one_hot(labels, self.classes) - 1.0], dim=1)
-        kept = self.config.forgetting ** len(rows)
+        kept = self.config.forgetting ** len(labels)
         if kept < 1:
-            ages = torch.arange(len(rows) - 1, -1, -1, dtype=torch.float64)
+            ages = torch.arange(len(labels) - 1, -1, -1, dtype=torch.float64)
             weights = self.config.forgetting**ages * (1.0 if weights is None else weights.double())
-        self._fade(kept)
-        if len(self._pending) + len(rows) < self._room:
-            self._wait(self._moments.join(rows, weights))
+            self._fade(kept)
+        # rows may wait for a quarter of the records factorised, so that the penalty keeps up with their number
+        if len(self._pending) + len(labels) < min(self._count / 4, MOST_PENDING, self.features / 4):
+            rows = self._moments.join(features, labels, weights)
+            scaled = rows / (self._deviation * self._count**0.5)
+            self._pending = torch.cat([self._pending, rows])
+            self._solved = torch.cat([self._solved, torch.cholesky_solve(scaled.T, self._factor).T])
         else:
             self._moments.scatter.addmm_(self._pending.T, self._pending)
-            self._moments.add(rows, weights)
+            self._moments.add(features, labels, weights)
             self._factorise()
 
-    @property
-    def _room(self) -> float:
-        """Rows that may wait: a quarter of the records factorised, so that the penalty keeps up with their number."""
-        return min(self._count / 4, MOST_PENDING, self.features / 4)
-
     def _fade(self, kept: float) -> None:
-        if kept < 1:
-            self._moments.fade(kept)
-            self._pending *= kept**0.5
-            self._solved *= kept**0.5
-            self._kept *= kept
-
-    def _wait(self, rows: Tensor) -> None:
-        scaled = rows[:, : self.features] / (self._deviation * self._count**0.5)
-        self._pending = torch.cat([self._pending, rows])
-        self._solved = torch.cat([self._solved, torch.cholesky_solve(scaled.T, self._factor)], dim=1)
+        self._moments.fade(kept)
+        self._pending = self._pending * kept**0.5
+        self._solved = self._solved * kept**0.5
+        self._kept *= kept
 
     def _factorise(self) -> None:
-        gram, right, self._deviation = standardised(self._moments.copy(), self.features)
-        gram.diagonal().add_(self.config.penalty)
-        self._factor = torch.linalg.cholesky(gram)
-        self._matrix = torch.cholesky_solve(right, self._factor)
-        self._count, self._kept = self._moments.count, 1.0
-        self._pending, self._solved = self._pending[:0], self._solved[:, :0]
+        count, mean = self._moments.count, self._moments.mean
+        between = self._moments.counts @ (self._moments.means - mean).square()
+        deviation = ((self._moments.scatter.diagonal() + between) / count).sqrt()
+        self._deviation = torch.where(deviation > 0, deviation, 1.0)
+        gram = self._moments.scatter / (self._deviation * count)
+        gram /= self._deviation[:, None]
+        gram.diagonal().add_(self.config.penalty + self.config.initial_penalty * self.features / count)
+        self._factor = torch.linalg.cholesky(gram).contiguous()  # in the order of a state that has been loaded
+        self._count, self._kept = count, 1.0
+        self._pending, self._solved = self._pending[:0], self._solved[:0]
 
     def _solution(self) -> LinearClassifier:
-        size = self.features
-        matrix = self._matrix
-        if len(self._pending):
-            pending, targets = self._pending[:, :size] / self._deviation, self._pending[:, size:] / self._count**0.5
-            pending = pending / self._count**0.5
-            kept = self._kept
-            matrix = kept * matrix + self._solved @ targets
-            inner = pending @ self._solved
-            inner.diagonal().add_(kept)
-            matrix = (matrix - self._solved @ torch.linalg.solve(inner, pending @ matrix)) / kept
-        mean = self._moments.mean
-        return LinearClassifier(torch.arange(self.classes), mean[:size], self._deviation, matrix, mean[size:])
+        counts, count, mean = self._moments.counts, self._moments.count, self._moments.mean
+        means = torch.where(counts[:, None] > 0, self._moments.means - mean, 0.0) / self._deviation
+        base = torch.cholesky_solve(means.T, self._factor)
+        rows, solved = self._pending / (self._deviation * self._count**0.5), self._solved.T
+        if self.config.kind == "ridge":  # S instead of W
+            share = (counts / self._count).sqrt()
+            rows, solved = torch.cat([rows, means * share[:, None]]), torch.cat([solved, base * share], dim=1)
+        inner = rows @ solved
+        inner.diagonal().add_(self._kept)
+        matrix = (base - solved @ torch.linalg.solve(inner, rows @ base)) / self._kept
+        if self.config.kind == "ridge":
+            matrix = matrix * (2 * counts / self._count)
+            bias = 2 * counts / count - 1
+        else:
+            matrix = matrix * (count / self._count)
+            prior = ((counts + PRIOR) / (counts + PRIOR).sum()).log()
+            bias = torch.where(counts > 0, prior - 0.5 * (means.T * matrix).sum(dim=0), NEVER)
+        return LinearClassifier(torch.arange(self.classes), mean, self._deviation, matrix, bias)
 
     def recompute(self, encode: Callable[[Tensor], Tensor]) -> None:
-        """Forget all sums, and learn from the reservoir as `encode`, inputs → features, sees it now."""
+        """Forget all sums, and learn from the reservoir as `encode`, inputs → features, sees it now.
+
+        >>> readout, x = OnlineReadout(2, ReadoutConfig(reservoir=10)), torch.rand(30, 2)
+        >>> readout.learn(x, torch.arange(30) % 3, inputs=x)
+        >>> readout.recompute(lambda inputs: 2 * inputs)
+        >>> readout.classes
+        3
+        """
         inputs, labels, classes = self.reservoir.inputs, self.reservoir.labels, self.classes
         if inputs is None:
             return
         self._forget()
-        self._moments.widen(classes, -1.0)
-        self._matrix = torch.nn.functional.pad(self._matrix, (0, classes))
-        self._pending = torch.nn.functional.pad(self._pending, (0, classes))
-        self._add(torch.cat([encode(part) for part in torch.split(inputs, 500)]), labels, None)
+        self._moments.grow(classes)
+        self._add(torch.cat([encode(part) for part in torch.split(inputs, ENCODED)]), labels, None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state: at most 8 (2 F² + 512 F) for F features, and those of the reservoir."""
-        return sum(value.nbytes for value in self.state().values())
+        """Bytes of state: at most 8 (2 F² + 512 F + classes F) for F features, and those of the reservoir."""
+        return sum(value.nbytes for value in self._tensors().values()) + self.reservoir.nbytes
 
     def state(self) -> State:
-        """Everything that changes, as tensors."""
-        numbers = {"moments.count": self._moments.count, "count": self._count, "kept": self._kept}
-        tensors = {
-            "moments.mean": self._moments.mean,
-            "moments.scatter": self._moments.scatter,
+        """Everything that changes, in tensors of its own."""
+        numbers = {"count": self._count, "kept": self._kept}
+        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        state |= {name: value.clone() for name, value in self._tensors().items()}
+        return state | {f"reservoir.{name}": value for name, value in self.reservoir.state().items()}
+
+    def _tensors(self) -> State:
+        return {
+            "counts": self._moments.counts,
+            "means": self._moments.means,
+            "scatter": self._moments.scatter,
             "pending": self._pending,
             "solved": self._solved,
             "factor": self._factor,
-            "matrix": self._matrix,
             "deviation": self._deviation,
         }
-        kept = {f"reservoir.{name}": value for name, value in self.reservoir.state().items()}
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()} | tensors | kept
 
     def restore(self, state: State) -> None:
         """Set what `state` gave: from then on the same bits."""
-        self._moments.count = float(state["moments.count"])
-        self._moments.mean, self._moments.scatter = state["moments.mean"].clone(), state["moments.scatter"].clone()
+        self._moments.counts, self._moments.means = state["counts"].clone(), state["means"].clone()
+        self._moments.scatter = state["scatter"].clone()
         self._pending, self._solved = state["pending"].clone(), state["solved"].clone()
-        self._factor, self._matrix = state["factor"].clone(), state["matrix"].clone()
-        self._deviation, self._classifier = state["deviation"].clone(), None
-        self._count, self._kept = float(state["count"]), float(state["kept"])
+        self._factor, self._deviation = state["factor"].clone(), state["deviation"].clone()
+        self._count, self._kept, self._classifier = float(state["count"]), float(state["kept"]), None
         prefix = "reservoir."
         kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         self.reservoir.restore(kept)

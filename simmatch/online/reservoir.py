@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simmatch.online.state import State
 from simmatch.seeding import folded, stream, uniform
-
-State = dict[str, Tensor]
 
 
 class Reservoir:
@@ -67,9 +66,9 @@ class Reservoir:
         return self.labels.nbytes + (0 if self.inputs is None else self.inputs.nbytes)
 
     def state(self) -> State:
-        """Everything that changes."""
-        state = {"labels": self.labels, "seen": torch.tensor(self.seen)}
-        return state if self.inputs is None else state | {"inputs": self.inputs}
+        """Everything that changes, in tensors of its own."""
+        state = {"labels": self.labels.clone(), "seen": torch.tensor(self.seen)}
+        return state if self.inputs is None else state | {"inputs": self.inputs.clone()}
 
     def restore(self, state: State) -> None:
         """Set what `state` gave."""
