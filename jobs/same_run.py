@@ -61,16 +61,21 @@ def check_differences(config: RunConfig, other: Any, where: AnyPath, free: Seque
         raise ConfigError(f"--resume: expected the configuration of a run in {where}, got {type(other).__name__}")
     theirs = dict(_flat(_with_defaults(other)))
     config = _with_recorded_tau(config, theirs)
-    ours = dict(_flat(config.model_dump(mode="json")))
+    refuse_differences(config.model_dump(mode="json"), theirs, where, (*free, "name"))
+    return config
+
+
+def refuse_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: AnyPath, free: Sequence[str]) -> None:
+    """Raise ConfigError where two configurations differ in other than these keys; the message says in which."""
+    ours, theirs = dict(_flat(ours)), dict(_flat(theirs))
     differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
-    differing = [key for key in differing if key.split(".")[0] not in free and key != "name"]
+    differing = [key for key in differing if key.split(".")[0] not in free]
     if differing:
         pairs = [(key, quoted(theirs.get(key)), quoted(ours.get(key))) for key in differing]
         parts = listed([f"{key}: expected {expected}, got {given}" for key, expected, given in pairs], MOST_NAMED, "; ")
         raise ConfigError(
             f"--resume: {where} belongs to another configuration: {parts}; use --resume never or --run-dir"
         )
-    return config
 
 
 def _with_recorded_tau(config: RunConfig, recorded: dict[str, Any]) -> RunConfig:

@@ -22,6 +22,9 @@ NONE = -1
 """A prediction that was not made."""
 
 
+COUNTS = ("batches", "answered", "right", "drifts")
+
+
 @dataclass(frozen=True, eq=False)
 class Said:
     """What a candidate says about windows, before it learns from them.
@@ -63,6 +66,7 @@ class Candidate:
     Attributes
     ----------
     batches: learnt from so far.
+    answered, right: predictions so far whose label is known, and those of them that were right.
     drifts: found so far.
     """
 
@@ -70,7 +74,7 @@ class Candidate:
         self._config = config
         self.stack = make_stack(config, shape, classes)
         self.monitor = DriftMonitor(config.drift)
-        self.batches = self.drifts = 0
+        self.batches = self.answered = self.right = self.drifts = 0
         self._features = 0
         self.readout: OnlineReadout
         self.detector: NoveltyDetector
@@ -140,11 +144,12 @@ class Candidate:
         parts = {"stack": self.stack.state(), "monitor": self.monitor.state()}
         if self._features:
             parts |= {"readout": self.readout.state(), "detector": self.detector.state()}
-        return joined(parts), {"batches": self.batches, "drifts": self.drifts, "features": self._features}
+        return joined(parts), {name: getattr(self, name) for name in COUNTS} | {"features": self._features}
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """As it was when the state was taken."""
-        self.batches, self.drifts = plain["batches"], plain["drifts"]
+        for name in COUNTS:
+            setattr(self, name, plain[name])
         self.stack.restore(part_of(tensors, "stack"))
         self.monitor.restore(part_of(tensors, "monitor"))
         if plain["features"]:

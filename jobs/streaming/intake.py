@@ -98,13 +98,14 @@ class Intake:
     ----------
     classes: in the order of their indices.
     records, time: number of records so far, and time of the newest.
+    set_aside: number of what was set aside so far.
     shape: [C, H, W] of a window, once one is known.
     """
 
     def __init__(self, config: StreamDataConfig, pending: Pending) -> None:
         self._config, self._pending = config, pending
         self.classes = list(config.classes)
-        self.records, self.time = 0, 0.0
+        self.records, self.set_aside, self.time = 0, 0, 0.0
         self.shape: list[int] | None = None
         self._schema: list[int] | None = None
         self._groups: dict[str, _Group] = {}
@@ -126,6 +127,7 @@ class Intake:
                     self._groups[item.group].broken = True
                 taken.set_aside.append(_set_aside(entry, item, str(error)))
         taken.unused += self._pending.expire(self.records)
+        self.set_aside += len(taken.set_aside)
         return taken
 
     def _record(self, record: Record, entry: int, taken: Taken) -> None:
@@ -227,6 +229,7 @@ class Intake:
         plain = {
             "classes": self.classes,
             "records": self.records,
+            "set_aside": self.set_aside,
             "time": self.time,
             "shape": self.shape,
             "schema": self._schema,
@@ -237,7 +240,7 @@ class Intake:
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """As it was when the state was taken."""
         self.classes, self.records, self.time = list(plain["classes"]), plain["records"], plain["time"]
-        self.shape, self._schema = plain["shape"], plain["schema"]
+        self.shape, self._schema, self.set_aside = plain["shape"], plain["schema"], plain["set_aside"]
         self._groups = {}
         for index, (name, time, broken, origins) in enumerate(plain["groups"]):
             group = self._group(name)

@@ -125,7 +125,6 @@ class Ledger:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values, at the end of a batch."""
-        assert not self.open
         return {"ids": self._known.state()}, {"entries": self.entries, "batches": self.batches}
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:

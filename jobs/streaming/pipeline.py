@@ -273,8 +273,10 @@ def _rights(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def _scored(rights: Tensor, said: Said | None, candidate: Candidate) -> CandidateMetrics:
-    """What one batch says about a candidate; rights [n, 2] of its readout and of its V."""
+    """Count, and say what one batch says about a candidate; rights [n, 2] of its readout and of its V."""
     answered, of_them = (~rights.isnan()).sum(dim=0).tolist(), rights.nansum(dim=0).int().tolist()
+    candidate.answered += answered[0]
+    candidate.right += of_them[0]
     counts = {"answered": answered[0], "right": of_them[0], "label_answered": answered[1], "label_right": of_them[1]}
     if said is None:
         return CandidateMetrics(**counts, threshold=candidate.detector.threshold, nbytes=candidate.nbytes)

@@ -23,8 +23,8 @@ class Replayed:
 
     Attributes
     ----------
-    batches, entries: of the journal, up to the last boundary.
-    digest: of the state after the last batch.
+    batches, entries: of the journal.
+    digest: of the state after the last entry.
     begun: the batch after whose snapshot the replay began; 0: it began with the first entry.
     compared: batches whose snapshots were compared.
     differing: those of them whose digests differ.
@@ -71,10 +71,8 @@ def replay(run_dir: Path, config: StreamConfig, see: Callable[[Outcome], None] =
             compared.append(batch.number)
             if state.snapshot(stream).digest != snapshot.digest:
                 differing.append(batch.number)
-    entries = state.ledger.entries - len(state.ledger.open)
-    state.ledger.open.clear()
     digest = state.snapshot(stream).digest
-    return Replayed(state.ledger.batches, entries, digest, begun, tuple(compared), tuple(differing))
+    return Replayed(state.ledger.batches, state.ledger.entries, digest, begun, tuple(compared), tuple(differing))
 
 
 def _good(folder: Path) -> list[Snapshot]:

@@ -111,6 +111,17 @@ class Service:
             if batch is not None:
                 self._apply(batch, None)
                 progress(number + 1, self.journal.count)
+            if self.stopping.is_set():
+                break
+
+    @property
+    def digest(self) -> str:
+        """Of the state, between two batches."""
+        return self.state.snapshot(self.journal.stream).digest
+
+    def close(self, limit_s: float) -> None:
+        """Wait for copies of snapshots, at most so long."""
+        self._keeper.close(limit_s)
 
     def run(self, source: Source) -> None:
         """Until the source has ended or `stopping` is set; then a last batch and a snapshot.

@@ -1,0 +1,123 @@
+"""Learn from data that does not end: `python -m jobs.stream --config FILE`.
+
+Exit status: 0 the source has ended, and all of it is learnt; 1 failed; 2 bad configuration, or another process works
+in the run directory (one line, nothing started); 130, 143, 129 ended by SIGINT, SIGTERM, SIGHUP, after a last snapshot:
+the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cluster.redaction import one_line
+from cluster.text import count
+from jobs.entry_point import BAD_INPUT, FAILED, run_main
+from jobs.options import override, read_yaml
+from jobs.recording import open_tracker
+from jobs.run_directory import default_root, local_folder
+from jobs.streaming.config import StreamConfig, parse_stream
+from jobs.streaming.job import StreamJob, choose, public, read_config
+from jobs.streaming.journal import JournalError
+from jobs.streaming.replay import replay
+from simmatch.config import ConfigError
+from simmatch.documents import dump_yaml
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, build, run. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        if options.config is None and not (options.replay and options.run_dir):
+            raise ConfigError("--config: expected a YAML file, or --replay with --run-dir, got nothing")
+        config = _config(options)
+        base = local_folder("--run-dir", options.run_dir, default_root() / config.name)
+        if options.replay:
+            return _replay(config, base, console)
+        run_dir = choose(config, base, options.resume)
+        if options.dry_run:
+            return _dry_run(config, run_dir, console)
+        tracker = open_tracker(run_dir, config.tracking)
+    except ConfigError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except JournalError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return FAILED
+    return StreamJob(config, run_dir, tracker, console).run()
+
+
+def _config(options: argparse.Namespace) -> StreamConfig:
+    if options.config is None:
+        return read_config(Path(options.run_dir))
+    return parse_stream(override(read_yaml(Path(options.config)), options.set))
+
+
+def _replay(config: StreamConfig, run_dir: Path, console: Console) -> int:
+    """Apply the journal of a run, and compare with its snapshots."""
+    torch.set_num_threads(config.threads)
+    found = replay(run_dir, config)
+    origin = f"the snapshot of batch {found.begun}" if found.begun else "the first entry"
+    line = f"{found.entries} entries and {found.batches} batches of the journal from {origin}: digest {found.digest}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if found.differing:
+        numbers = ", ".join(map(str, found.differing))
+        print(
+            f"error: the digests of the snapshots of batches {numbers} differ from those of the replay", file=sys.stderr
+        )
+        return FAILED
+    console.print(f"equal to the digest of {count(len(found.compared), 'snapshot')}", highlight=False)
+    return 0
+
+
+def _dry_run(config: StreamConfig, run_dir: Path, console: Console) -> int:
+    """Print the configuration, and what would be done."""
+    console.print(dump_yaml(public(config)).rstrip(), markup=False, highlight=False, soft_wrap=True)
+    begun = (run_dir / "config.yaml").exists()
+    names = ", ".join(config.candidates)
+    console.print(
+        f"{'continues' if begun else 'begins'} in {run_dir}; source: {config.source.kind}; candidates: {names}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.stream",
+        description="Learn from data that does not end: a file that grows, a folder that files arrive in, a broker.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file, see jobs/configs/stream*.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, e.g. --set batch_size=16 --set source.lines.path=log.csv; repeatable",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="where the stream's files go (default: runs/<name>)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        choices=("auto", "never"),
+        help="auto (default): go on with the stream that the run directory holds; never: begin a new, numbered one",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the configuration, then exit")
+    what.add_argument(
+        "--replay",
+        action="store_true",
+        help="apply the journal of a run directory, which nothing else may write, and compare with its snapshots",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,241 @@
+"""One process of a stream: its run directory, its records, and what signals do to it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from cluster.redaction import Redactor, one_line, redact
+from cluster.text import count
+from cluster.tracking.events import RunStatus
+from cluster.tracking.spool import SpoolBusyError
+from cluster.tracking.tracker import Tracker
+from jobs.entry_point import BAD_INPUT, FAILED
+from jobs.origin import program_commit, source_tags
+from jobs.recording import outcome_fields, send_records
+from jobs.same_run import refuse_differences
+from jobs.signals import Interrupted, SignalHandler, exit_status
+from jobs.streaming.config import FREE, StreamConfig, parse_stream
+from jobs.streaming.display import StreamDisplay
+from jobs.streaming.journal import Journal, JournalError
+from jobs.streaming.outcome import Outcome, Usage
+from jobs.streaming.records import SourceError
+from jobs.streaming.service import Seen, Service
+from jobs.streaming.sources import open_source
+from simmatch.config import ConfigError
+from simmatch.documents import DocumentError, dump_json, dump_yaml, load_yaml_file
+from simmatch.files import locked, make_folder, write_whole
+
+LOCK = "lock"
+COPIES_S = 30.0
+"""Longest wait for copies of snapshots at the end."""
+
+
+def read_config(run_dir: Path) -> StreamConfig:
+    """The configuration of a run directory.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or it is damaged.
+    """
+    try:
+        values = load_yaml_file(run_dir / "config.yaml")
+    except (OSError, DocumentError) as error:
+        raise ConfigError(f"--run-dir: expected the folder of a stream, got {run_dir}: {one_line(error)}") from None
+    return parse_stream(values if isinstance(values, dict) else {})
+
+
+def choose(config: StreamConfig, base: Path, resume: str) -> Path:
+    """The run directory: `auto` is `base`, begun or new; `never` the first of its numbers that is free.
+
+    Raises
+    ------
+    ConfigError
+        There is another stream.
+    """
+    if resume == "never":
+        number = 2
+        folder = base
+        while (folder / "config.yaml").exists():
+            folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+        return folder
+    if (base / "config.yaml").exists():
+        refuse_differences(
+            config.model_dump(mode="json"), read_config(base).model_dump(mode="json"), base, (*FREE, "name")
+        )
+    return base
+
+
+class StreamJob:
+    """Runs a stream to its end, or to a signal.
+
+    Parameters
+    ----------
+    tracker: of this run, not started yet.
+    """
+
+    def __init__(self, config: StreamConfig, run_dir: Path, tracker: Tracker, console: Console) -> None:
+        self.config, self.run_dir, self.tracker, self.console = config, run_dir, tracker, console
+        self._hide = Redactor(os.environ)
+        self._display = StreamDisplay(console, self._hide)
+        self._signals = SignalHandler(self._on_signal)
+        self._signum: int | None = None
+        self._service: Service | None = None
+        self._over = False
+
+    def run(self) -> int:
+        """Returns the exit status."""
+        try:
+            make_folder(self.run_dir)
+            with locked(self.run_dir / LOCK, 0.0):
+                return self._run()
+        except TimeoutError:
+            return self._refuse(f"another process works in {self.run_dir}; end it, or use another --run-dir")
+        except SpoolBusyError as error:
+            return self._refuse(f"another process works in {self.run_dir}: {error}")
+        except OSError as error:
+            return self._refuse(f"expected a folder that can be written, got {error}")
+
+    def _refuse(self, reason: str) -> int:
+        print(f"error: --run-dir: {one_line(reason)}", file=sys.stderr)
+        return BAD_INPUT
+
+    def _run(self) -> int:
+        torch.set_num_threads(self.config.threads)
+        write_whole(self.run_dir / "config.yaml", dump_yaml(public(self.config)))
+        self.tracker.start(self.run_dir.name, layers=0, tags=self._tags())
+        self.tracker.params({key: value for key, value in public(self.config).items() if key != "tracking"})
+        started = time.monotonic()
+        status: RunStatus = "FAILED"
+        code, message = FAILED, None
+        self._signals.install()
+        journal = Journal(self.run_dir / "journal", self.config.journal.segment_bytes)
+        try:
+            with self._display as display:
+                self.tracker.announce_to(display.note)
+                journal.open()
+                service = self._service = Service(
+                    self.config, self.run_dir, journal, Several([self._display]), display.note
+                )
+                self._stream(service)
+            status, code = "FINISHED", 0
+            if self._signum is not None:
+                raise Interrupted(self._signum)
+        except KeyboardInterrupt:
+            assert self._signum is not None
+            status, code, message = "KILLED", exit_status(self._signum), str(Interrupted(self._signum))
+        except ConfigError as error:
+            code, message = BAD_INPUT, str(error)
+        except (JournalError, SourceError, OSError) as error:
+            message = str(error)
+        finally:
+            self._over = True
+            journal.close()
+        self._close(status, message, time.monotonic() - started)
+        return code
+
+    def _stream(self, service: Service) -> None:
+        """Catch up with the journal, then read the source."""
+        journal, note = service.journal, self._display.note
+        if journal.cut_bytes:
+            note(f"{count(journal.cut_bytes, 'byte')} that a crash left unfinished cut off; what they held comes again")
+        before = journal.count
+        service.catch_up()
+        if service.stopping.is_set():
+            return
+        batches = service.state.ledger.batches
+        note(f"{self.run_dir}: {'continues after' if before else 'begins with'} batch {batches if before else 1}")
+        source = open_source(self.config.source, service.state.ledger.positions, note)
+        try:
+            service.run(source)
+        finally:
+            source.close()
+            service.close(COPIES_S)
+
+    def _close(self, status: RunStatus, message: str | None, seconds: float) -> None:
+        """Write and show the results, then wait for MLflow."""
+        if message is not None:
+            print(f"error: {one_line(self._hide(message))}", file=sys.stderr)
+        summary = self._summary(status, message, seconds)
+        self.tracker.metrics(int(summary["records"]), {"seconds": seconds})
+        self.tracker.finish(status)
+        if self._display.candidates:
+            self._display.note(self._display.line())
+        send_records(self.tracker, self._display.note)
+        try:
+            write_whole(self.run_dir / "summary.json", dump_json(summary | outcome_fields(self.tracker)))
+            self._display.note(f"journal, snapshots, summary: {self.run_dir}")
+        except OSError as error:
+            self._display.note(f"summary.json is not written: {error}")
+
+    def _summary(self, status: RunStatus, message: str | None, seconds: float) -> dict[str, Any]:
+        service = self._service
+        if service is None:
+            return {"status": status, "message": message, "records": 0, "seconds": seconds}
+        pipeline = service.state.pipeline
+        candidates = pipeline.candidates.items()
+        return {
+            "status": status,
+            "message": message,
+            "records": pipeline.intake.records,
+            "windows": pipeline.windows,
+            "batches": service.state.ledger.batches,
+            "duplicates": service.duplicates,
+            "set_aside": pipeline.intake.set_aside,
+            "classes": list(pipeline.intake.classes),
+            "champion": pipeline.champion,
+            "accuracy": {name: one.right / one.answered if one.answered else None for name, one in candidates},
+            "answered": {name: one.answered for name, one in candidates},
+            "drifts": {name: one.drifts for name, one in candidates},
+            "digest": service.digest,
+            "seconds": seconds,
+        }
+
+    def _on_signal(self, signum: int) -> None:
+        """The first signal asks for a last snapshot, the next one ends the process; at the end they end waits."""
+        if self._over:
+            self.tracker.hurry()
+        elif self._signum is None and self._service is not None:
+            self._signum = signum
+            self._service.stopping.set()
+        else:
+            self._signum = signum
+            raise Interrupted(signum)
+
+    def _tags(self) -> dict[str, str]:
+        candidates = count(len(self.config.candidates), "candidate")
+        return source_tags(program_commit()) | {
+            "mlflow.note.content": f"A stream, source: {self.config.source.kind}; {candidates}",
+            "simmatch.host": os.uname().nodename,
+        }
+
+
+class Several:
+    """Tells several what there is to see."""
+
+    def __init__(self, parts: Sequence[Seen]) -> None:
+        self._parts = parts
+
+    def add(self, outcome: Outcome, usage: Usage) -> None:
+        for part in self._parts:
+            part.add(outcome, usage)
+
+    def sync(self) -> None:
+        for part in self._parts:
+            part.sync()
+
+
+def public(config: StreamConfig) -> dict[str, Any]:
+    """Plain values as they may be written down: no credentials in a tracking URI."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    if config.tracking.uri is not None:
+        values["tracking"]["uri"] = redact(config.tracking.uri)
+    return values
