@@ -20,63 +20,54 @@ from torch import Tensor
 
 from jobs.benchmarks.stream.rows import NO_CLASS
 from simmatch.labels import UNLABELLED
-from simmatch.moments import Moments
+from simmatch.moments import ClassMoments
 from simmatch.seeding import seeded
 
 RENEWED = 0.02
 """Growth of the number of records after which a discriminant is solved anew; and where a segment ends."""
 
 
-class _ClassMeans:
-    """Sums of features over the labelled records of each class; a `Row` without its prediction.
+class _ByClass:
+    """A `Row` of fixed features without its prediction.
 
     Parameters
     ----------
     function: records [B, C, H, W] → features [B, F].
-    size: F.
     classes: number of classes.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], size: int, classes: int) -> None:
-        self.function = function
-        self.sums = torch.zeros(classes, size, dtype=torch.float64)
-        self.counts = torch.zeros(classes, dtype=torch.float64)
+    def __init__(self, function: Callable[[Tensor], Tensor], classes: int) -> None:
+        self.function, self.counts = function, torch.zeros(classes, dtype=torch.float64)
 
     def learn(self, x: Tensor, labels: Tensor) -> None:
         """See `Row`; only labelled records are learnt from."""
         given = labels != UNLABELLED
         if bool(given.any()):
-            self._add(self.function(x[given]), labels[given])
+            self.counts += torch.bincount(labels[given], minlength=len(self.counts))
+            self._add(self.function(x[given]).double(), labels[given])
 
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
         """See `Row`."""
         self.learn(x, labels)
 
+    def predict(self, x: Tensor) -> Tensor:
+        """See `Row`: the class with the largest score, of those that have been seen."""
+        if not bool(self.counts.any()):
+            return torch.full((len(x),), NO_CLASS)
+        scores = self._scores(self.function(x).double())
+        return torch.where(self.counts > 0, scores, -torch.inf).argmax(dim=1)
+
     def end_segment(self, number: int) -> None:
         """Nothing."""
 
-    @property
-    def nbytes(self) -> int:
-        """Of sums and counts."""
-        return self.sums.nbytes + self.counts.nbytes
-
-    @property
-    def means(self) -> Tensor:
-        """[classes, F], in float64; zero where a class has no record yet."""
-        return self.sums / self.counts.clamp(min=1.0)[:, None]
-
     def _add(self, features: Tensor, labels: Tensor) -> None:
-        self.sums.index_add_(0, labels, features.double())
-        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        raise NotImplementedError
 
-    def _largest(self, scores: Tensor) -> Tensor:
-        """The class with the largest score, of those that have been seen."""
-        if not bool(self.counts.any()):
-            return torch.full((len(scores),), NO_CLASS)
-        return torch.where(self.counts > 0, scores, -torch.inf).argmax(dim=1)
+    def _scores(self, features: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-class NearestMean(_ClassMeans):
+class NearestMean(_ByClass):
     """The class whose mean is nearest.
 
     >>> row = NearestMean(lambda x: x.flatten(1), size=2, classes=3)
@@ -85,19 +76,30 @@ class NearestMean(_ClassMeans):
     tensor([2])
     """
 
-    def predict(self, x: Tensor) -> Tensor:
-        """See `Row`."""
-        means = self.means
-        return self._largest(self.function(x).double() @ means.T - 0.5 * means.square().sum(dim=1))
+    def __init__(self, function: Callable[[Tensor], Tensor], size: int, classes: int) -> None:
+        super().__init__(function, classes)
+        self.sums = torch.zeros(classes, size, dtype=torch.float64)
+
+    @property
+    def nbytes(self) -> int:
+        """Of sums and counts."""
+        return self.sums.nbytes + self.counts.nbytes
+
+    def _add(self, features: Tensor, labels: Tensor) -> None:
+        self.sums.index_add_(0, labels, features)
+
+    def _scores(self, features: Tensor) -> Tensor:
+        means = self.sums / self.counts.clamp(min=1.0)[:, None]
+        return features @ means.T - 0.5 * means.square().sum(dim=1)
 
 
-class StreamingDiscriminant(_ClassMeans):
-    """Linear discriminant analysis from sums.
+class StreamingDiscriminant(_ByClass):
+    """Linear discriminant analysis from sums, with the least that has to be kept.
 
     Parameters
     ----------
+    size: F.
     shrinkage: ρ in [0, 1]; None: the oracle-approximating one.
-    nbytes_of_function: bytes of state of `function`.
 
     >>> row = StreamingDiscriminant(lambda x: x.flatten(1), size=2, classes=2, shrinkage=0.1)
     >>> row.learn(torch.rand(20, 1, 1, 2) + torch.arange(20).reshape(20, 1, 1, 1) % 2, torch.arange(20) % 2)
@@ -108,18 +110,10 @@ class StreamingDiscriminant(_ClassMeans):
     def __init__(
         self, function: Callable[[Tensor], Tensor], size: int, classes: int, shrinkage: float | None = None
     ) -> None:
-        super().__init__(function, size, classes)
-        self.shrinkage, self.moments = shrinkage, Moments(size)
+        super().__init__(function, classes)
+        self.shrinkage, self.moments = shrinkage, ClassMoments(size)
+        self.moments.grow(classes)
         self._solved: tuple[float, Tensor, Tensor] | None = None  # records, w [F, classes], the rest of the scores
-
-    def predict(self, x: Tensor) -> Tensor:
-        """See `Row`."""
-        if self.moments.count == 0:
-            return torch.full((len(x),), NO_CLASS)
-        if self._solved is None or self.moments.count > (1 + RENEWED) * self._solved[0]:
-            self._solved = (self.moments.count, *self._solution())
-        _, weights, bias = self._solved
-        return self._largest(self.function(x).double() @ weights + bias)
 
     def end_segment(self, number: int) -> None:
         """See `Row`: what is asked next is answered from all records so far."""
@@ -127,29 +121,33 @@ class StreamingDiscriminant(_ClassMeans):
 
     @property
     def nbytes(self) -> int:
-        """Of sums, counts and scatter; nothing else has to be kept to go on."""
-        return super().nbytes + self.moments.mean.nbytes + self.moments.scatter.nbytes
-
-    def _add(self, features: Tensor, labels: Tensor) -> None:
-        super()._add(features, labels)
-        self.moments.add(features)
+        """Of counts, means and scatter."""
+        return self.counts.nbytes + self.moments.means.nbytes + self.moments.scatter.nbytes
 
     def covariance(self) -> Tensor:
         """Σ, [F, F]."""
-        count, away = self.moments.count, self.means - self.moments.mean
-        within = (self.moments.scatter - away.T @ (away * self.counts[:, None])) / count
+        within = self.moments.scatter / self.moments.count
         level = within.trace() / len(within)
-        share = oracle_shrinkage(within, count) if self.shrinkage is None else self.shrinkage
+        share = oracle_shrinkage(within, self.moments.count) if self.shrinkage is None else self.shrinkage
         within *= 1 - share
         within.diagonal().add_(share * level)
         return within
 
+    def _add(self, features: Tensor, labels: Tensor) -> None:
+        self.moments.add(features, labels)
+
+    def _scores(self, features: Tensor) -> Tensor:
+        count = self.moments.count
+        if self._solved is None or count > (1 + RENEWED) * self._solved[0]:
+            self._solved = (count, *self._solution())
+        _, weights, bias = self._solved
+        return features @ weights + bias
+
     def _solution(self) -> tuple[Tensor, Tensor]:
-        covariance, means = self.covariance(), self.means
+        covariance, means = self.covariance(), self.moments.means
         covariance.diagonal().add_(1e-9 * covariance.trace() / len(covariance))  # pixels that are always black
         weights = torch.cholesky_solve(means.T, torch.linalg.cholesky(covariance))
-        priors = self.counts.clamp(min=1e-9).log() - self.counts.sum().log()
-        return weights, priors - 0.5 * (means.T * weights).sum(dim=0)
+        return weights, (self.counts / self.counts.sum()).log() - 0.5 * (means.T * weights).sum(dim=0)
 
 
 def oracle_shrinkage(covariance: Tensor, count: float) -> float:

@@ -27,9 +27,8 @@ from simmatch.config import ModelConfig, parse
 from simmatch.labels import UNLABELLED
 from simmatch.model import build_layer, pooled
 from simmatch.online.rate import RateConfig
-from simmatch.online.readout import ReadoutConfig
+from simmatch.online.readout import OnlineReadout, ReadoutConfig
 from simmatch.online.stack import Encoded, OnlineStack
-from simmatch.readout import fit_ridge
 from simmatch.seeding import seeded
 
 LAYER: Mapping[str, object] = MappingProxyType(
@@ -55,13 +54,13 @@ RATES: Mapping[str, RateConfig] = MappingProxyType(
 UNTIL_FROZEN = RateConfig(kind="falling", decay_steps=100)
 """Of layers that are frozen after the warm-up."""
 
-SUMMED = ReadoutConfig()
+SUMMED = ReadoutConfig(kind="ridge")
 """The readout of Split-Fashion-MNIST: nothing may be forgotten."""
 
-FORGETTING = ReadoutConfig(forgetting=0.9996)
+FORGETTING = ReadoutConfig(kind="ridge", forgetting=0.9996)
 """The readout of streams that change: half of the weight is on the last 1,700 records."""
 
-RECOMPUTED = ReadoutConfig(reservoir=500)
+RECOMPUTED = ReadoutConfig(kind="ridge", reservoir=500)
 """The readout whose sums are computed anew every `RECOMPUTE_EVERY` batches, from records as features are by then."""
 
 RECOMPUTE_EVERY = 20
@@ -202,17 +201,17 @@ def own_bytes(stream: Stream) -> int:
     """Most bytes of state of our row, the readout included."""
     features = SimilarityMatching(stream, 0, UNTIL_FROZEN)
     size = features.encode(stream.warm_up.read(slice(1))).shape[1]
-    return features.nbytes + 8 * (2 * size**2 + 512 * size)
+    return features.nbytes + 8 * (2 * size**2 + (512 + stream.classes) * size)
 
 
 def discriminant_size(budget: int, classes: int) -> int:
-    """Features whose scatter, mean and class sums take at most so many bytes.
+    """Features whose scatter, class means and counts take at most so many bytes.
 
-    >>> discriminant_size(8 * (100 * 100 + 11 * 100 + 10), classes=10)
+    >>> discriminant_size(8 * (100 * 100 + 10 * 100 + 10), classes=10)
     100
     """
-    values, linear = budget // 8 - classes, classes + 1
-    return (math.isqrt(linear**2 + 4 * values) - linear) // 2
+    values = budget // 8 - classes
+    return (math.isqrt(classes**2 + 4 * values) - classes) // 2
 
 
 def _online(config: ReadoutConfig, stream: Stream, seed: int, rate: RateConfig) -> Row:
@@ -232,11 +231,13 @@ def _random(config: ReadoutConfig, stream: Stream, seed: int, threshold: float) 
 
 
 def _joint(stream: Stream, seed: int, _: None) -> Row:
-    return Joint(
-        SimilarityMatching(stream, seed, UNTIL_FROZEN),
-        lambda x, labels: fit_ridge(x, labels).predict,
-        len(stream.segments),
-    )
+    def fit(x: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        readout, order = OnlineReadout(x.shape[1], SUMMED), torch.randperm(len(x), generator=seeded("joint", seed))
+        readout.learn(x[order], labels[order])
+        assert readout.classifier is not None
+        return readout.classifier.predict
+
+    return Joint(SimilarityMatching(stream, seed, UNTIL_FROZEN), fit, len(stream.segments))
 
 
 def _flat(x: Tensor) -> Tensor:
