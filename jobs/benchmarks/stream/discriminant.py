@@ -23,7 +23,7 @@ from simmatch.labels import UNLABELLED
 from simmatch.moments import ClassMoments
 from simmatch.seeding import seeded
 
-RENEWED = 0.02
+RENEWED = 0.05
 """Growth of the number of records after which a discriminant is solved anew; and where a segment ends."""
 
 

@@ -138,7 +138,7 @@ def run_stream(
     """
     late, clock, seen, used = Late(labelling.delay), Clock(), 0, 0
     right, sizes, ends = list[int](), list[int](), list[int]()
-    segments, held_out = dict[str, float](), list[dict[str, float]]()
+    segments, held_out, met = dict[str, float](), list[dict[str, float]](), set(stream.warm_up.labels.tolist())
     for number, part in enumerate((stream.warm_up, *stream.segments), start=-1):
         step(part.name)
         clock.seconds = clock.seconds if number > 0 else 0.0  # of the warm-up nothing counts
@@ -161,7 +161,8 @@ def run_stream(
         if number >= 0:
             ends.append(sum(sizes))
             segments[part.name] = sum(right[first:]) / sum(sizes[first:])
-            held_out.append({each.name: accuracy_of(row, each) for each in stream.held_out})
+            met |= set(part.labels.tolist())
+            held_out.append({each.name: accuracy_of(row, each, met) for each in stream.held_out})
     return Result(
         stream=stream.name, row="", seed=seed, labels=labelling.name, settings="", accuracy=sum(right) / sum(sizes),
         segments=segments, held_out=held_out, labels_used=used, us_per_record=1e6 * clock.seconds / sum(sizes),
@@ -175,8 +176,10 @@ def _timed_prediction(row: Row, x: Tensor, clock: Clock) -> Tensor:
     return predicted[0]
 
 
-def accuracy_of(row: Row, part: Part) -> float:
-    """Accuracy on a held-out part."""
+def accuracy_of(row: Row, part: Part, met: set[int]) -> float:
+    """Accuracy on a held-out part; 0 where none of its classes has been met."""
+    if met.isdisjoint(part.labels.tolist()):
+        return 0.0
     return sum(int((row.predict(x) == labels).sum()) for x, labels in part.batches(AT_ONCE)) / len(part)
 
 
