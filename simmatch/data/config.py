@@ -33,6 +33,13 @@ def _pattern(value: str | None) -> str | None:
     return value
 
 
+ImageSize = Annotated[int | Annotated[tuple[int, int], Field(strict=False)] | None, BeforeValidator(_size)]
+"""Height and width, or one number for both."""
+
+ClassPattern = Annotated[str | None, AfterValidator(_pattern)]
+"""A regular expression whose first group is the name of a class."""
+
+
 class SignalKeys(Frozen):
     """Keys of `DataConfig` for signals: how recordings are cut into windows [C, 1, T], see `simmatch.data.windows`.
 
@@ -71,7 +78,7 @@ class SignalKeys(Frozen):
     hold_samples: PositiveInt = 1
     """Longest run of samples with missing values that is filled, with `missing: hold`."""
 
-    label_pattern: Annotated[str | None, AfterValidator(_pattern)] = None
+    label_pattern: ClassPattern = None
     """Regular expression that is searched for in the names of recordings, `folder/file.npy` or `file.npz/array`; its
     first group is the class. None: the first folder of the name, if there is one."""
 
@@ -128,7 +135,7 @@ class DataConfig(SignalKeys):
     unlabelled. Of a CSV file, integers or names, an empty field for unlabelled: a window is of the class of its last
     sample."""
 
-    size: Annotated[int | Annotated[tuple[int, int], Field(strict=False)] | None, BeforeValidator(_size)] = None
+    size: ImageSize = None
     """Height and width of all images, or [height, width], at most 8192: the short side is resized (bilinear,
     antialiased), the long side is cropped around the centre. None: as stored, where all have one size."""
 

@@ -45,6 +45,7 @@ class Recording:
     label: the name of its class; None: it has none, or `labels` has those of its samples.
     labels: [T], names of classes, '' for none.
     gaps: samples before which time has a gap, ascending.
+    times: [T], where the file has some: numbers as they are, or seconds since 1970 of dates.
     channels: names of the channels, where the file has some.
 
     >>> Recording("pump/monday.npy", Series.of(np.zeros((100, 3))), label="pump").series.shape
@@ -56,6 +57,7 @@ class Recording:
     label: str | None = None
     labels: np.ndarray[Any, np.dtype[np.str_]] | None = None
     gaps: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    times: np.ndarray[Any, np.dtype[np.float64]] | None = None
     channels: tuple[str, ...] = ()
 
 
@@ -115,10 +117,12 @@ def read_csv(path: str, name: str, config: DataConfig, files: OpenRecordings) ->
     columns = [_numbers(_column(table, column, name), column, name) for column in chosen]
     if not columns or not len(table):
         raise DataError(f"{shortened(name)}: expected rows with a column of numbers, got columns {', '.join(known)}")
-    gaps = np.empty(0, np.int64)
+    gaps, times = np.empty(0, np.int64), None
     if config.time_column is not None:
-        gaps = gaps_of(_times(_column(table, config.time_column, name), config.time_column, name), config, name)
-    yield Recording(name, Series.of(np.stack(columns, axis=1)), labels=labels, gaps=gaps, channels=tuple(chosen))
+        times = _times(_column(table, config.time_column, name), config.time_column, name)
+        gaps = gaps_of(times, config, name)
+    series = Series.of(np.stack(columns, axis=1))
+    yield Recording(name, series, labels=labels, gaps=gaps, times=times, channels=tuple(chosen))
 
 
 def read_ts(path: str, name: str, config: DataConfig, files: OpenRecordings) -> Iterator[Recording]:
@@ -206,6 +210,29 @@ def gaps_of(times: np.ndarray[Any, np.dtype[np.float64]], config: DataConfig, na
     return np.flatnonzero(steps > GAP * period) + 1
 
 
+def class_of(name: str, config: DataConfig) -> str | None:
+    """The class that the name of a recording or of an image says: by `label_pattern`, or its first folder.
+
+    Raises
+    ------
+    DataError
+        There is none of `label_pattern`.
+
+    >>> class_of("worn/monday.npy", DataConfig(path="pumps", window=2)), class_of("a.npz/b", DataConfig(path="pumps"))
+    ('worn', None)
+    """
+    if config.label_pattern is not None:
+        match = re.search(config.label_pattern, name)
+        if match is None or match[1] is None:
+            raise DataError(
+                f"{shortened(name)}: expected a name with a class by data.label_pattern {config.label_pattern!r}, "
+                "found none"
+            )
+        return match[1]
+    first, folder, _ = name.partition("/")
+    return first if folder and not first.lower().endswith(".npz") else None
+
+
 def place_of(place: str) -> str:
     """A place as every process can use it; of `aeon:NAME`, the folder inside the package aeon.
 
@@ -237,20 +264,11 @@ def _files(path: str) -> list[tuple[str, str]]:
 
 def _labelled(recording: Recording, config: DataConfig) -> Recording:
     """A recording with its class, by its name, unless its samples or its file have said it."""
-    label: str | None = recording.label
+    label = recording.label
     if config.labels is False:
         label = None
-    elif config.label_pattern is not None:
-        match = re.search(config.label_pattern, recording.name)
-        if match is None or match[1] is None:
-            raise DataError(
-                f"{shortened(recording.name)}: expected a name with a class by data.label_pattern "
-                f"{config.label_pattern!r}, found none"
-            )
-        label = match[1]
-    elif label is None and recording.labels is None and "/" in recording.name:
-        first = recording.name.partition("/")[0]
-        label = None if first.lower().endswith(".npz") else first
+    elif config.label_pattern is not None or (label is None and recording.labels is None):
+        label = class_of(recording.name, config)
     return replace(recording, label=label)
 
 

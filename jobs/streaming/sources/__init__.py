@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from jobs.streaming.records import Position, Source
 from jobs.streaming.sources.broker import BrokerConfig, BrokerSource
+from jobs.streaming.sources.folder import FolderConfig, FolderSource
 from jobs.streaming.sources.lines import LinesConfig, LinesSource
 from simmatch.config import Frozen
 
@@ -24,6 +25,9 @@ class SourceConfig(Frozen):
 
     lines: LinesConfig | None = None
     """A file that grows, of JSON or CSV."""
+
+    folder: FolderConfig | None = None
+    """A folder that files arrive in: recordings, images, lines of JSON."""
 
     mqtt: BrokerConfig | None = None
     """Topics of an MQTT broker, of messages in JSON."""
@@ -43,7 +47,11 @@ class SourceConfig(Frozen):
 
 
 def open_source(
-    config: SourceConfig, positions: Mapping[str, Position], tell: Callable[[str], None] = LOG.warning
+    config: SourceConfig,
+    positions: Mapping[str, Position],
+    tell: Callable[[str], None] = LOG.warning,
+    *,
+    period_s: float | None = None,
 ) -> Source:
     """The source of a configuration, from where reading had been.
 
@@ -51,6 +59,7 @@ def open_source(
     ----------
     positions: the last acknowledged position of each key, `position["source"]`.
     tell: is given one line for people wherever something is waited for, or is not as expected: once each.
+    period_s: from sample to sample, of recordings without times.
 
     Raises
     ------
@@ -63,5 +72,7 @@ def open_source(
     """
     if config.mqtt is not None:
         return BrokerSource(config.mqtt, tell)
+    if config.folder is not None:
+        return FolderSource(config.folder, positions, tell, period_s)
     assert config.lines is not None
     return LinesSource(config.lines, positions, tell)

@@ -233,7 +233,7 @@ class Tail:
     def _find(self, place: Mapping[str, Any]) -> str | None:
         """The path of the file in which a place is: the one with its inode, or one that begins in the same way."""
         paths = [self._path, *(entry.path for entry in self._rotated())]
-        known = {path: inode for path in paths if (inode := _holds(path, place)) is not None}
+        known = {path: inode for path in paths if (inode := inode_with(path, place)) is not None}
         same = [path for path, inode in known.items() if inode == place["inode"]]
         whole = known if place["head"][0] == HEAD_BYTES else ()  # a few bytes may begin any file
         return next(iter([*same, *whole]), None)
@@ -251,8 +251,8 @@ class Tail:
             return []
 
 
-def _holds(path: str, place: Mapping[str, Any]) -> int | None:
-    """The inode of a file, if a place may be in it."""
+def inode_with(path: str, place: Mapping[str, Any]) -> int | None:
+    """The inode of a file, if a place may be in it: it is long enough, and begins as it did."""
     size, head = place["head"]
     try:
         with open(path, "rb") as file:
