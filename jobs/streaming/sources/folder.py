@@ -229,7 +229,7 @@ class FolderSource:
             yield Delivery(held[0], {**held[1], **now, "done": True})
 
     def _unreadable(self, arrival: Arrival, reason: str) -> Fault:
-        name = shortened(arrival.name)
+        name = shortened(arrival.name, LONGEST_ID)
         reason = shortened(reason if reason.startswith(name) else f"{name}: {reason}")
         self._tell(f"{reason}; the file is set aside")
         return Fault(reason, b"", name)
@@ -261,7 +261,7 @@ class FolderSource:
             with open(path, "rb") as file:
                 pixels = decode(file.read(self._config.max_file_bytes), self._policy)
             self._clock = max(self._clock, changed)
-            label = _name(class_of(arrival.name, self._data), arrival.name)
+            label = _name(class_of(arrival.name, self._data))
             record = Record(_id(arrival.name), self._clock, pixels, label, begins=True)
             yield record, {"next": 1, "time": self._clock}
             return
@@ -276,7 +276,7 @@ class FolderSource:
             for start, stop, begins in _blocks(recording, self._config.block):
                 number += 1
                 if number > first:
-                    label = _name(str(labels[min(stop, len(labels)) - 1]), recording.name)
+                    label = _name(str(labels[min(stop, len(labels)) - 1]))
                     record = self._block(recording, start, stop, changed if begins else -np.inf)
                     record = replace(record, label=label, begins=begins)
                     yield record, {"next": number, "time": self._clock}
@@ -317,9 +317,8 @@ def _id(name: str) -> str:
     return f"{shortened(name, LONGEST_ID)}#{digest}"
 
 
-def _name(label: str | None, place: str) -> str | None:
+def _name(label: str | None) -> str | None:
     """A label, if it is one that can be printed."""
     if label is not None and (not label.isprintable() or len(label) > LONGEST_NAME):
-        reason = f"a class of at most {LONGEST_NAME} printable characters, got {quoted(label)}"
-        raise DataError(f"{shortened(place)}: expected {reason}")
+        raise DataError(f"expected a class of at most {LONGEST_NAME} printable characters, got {quoted(label)}")
     return label or None

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.streaming.records import Delivery, Fault, Position, Record, Source
 from jobs.streaming.sources import SourceConfig, open_source
 from simmatch.config import ConfigError, parse
-from tests.image_files import png
 
 Positions = dict[str, Position]
 
@@ -56,10 +56,10 @@ def folder(tmp_path: Path) -> Path:
     np.save(folder / "new/a.npy", np.arange(10.0).reshape(5, 2))
     np.savez(folder / "new/b.npz", x=np.arange(3), y=np.arange(4))
     (folder / "new/c.csv").write_text("time,x,y,label\n1,1,2,on\n2,,4,on\n3,5,6,off\n9,7,8,off\n")
-    (folder / "worn/d.jsonl").write_text(
-        '{"id": "p", "time": 1, "values": [1]}\n\n{"id": "q", "time": 2, "values": [2]}'
-    )
-    (folder / "worn/e.png").write_bytes(png(np.full((1, 4, 4), 7, np.uint8)))
+    fields = '"x": 1, "y": 2, "values": [1]'
+    lines = f'{{"id": "p", "time": 1, {fields}}}\n\n{{"id": "q", "time": 2, {fields}}}'
+    (folder / "worn/d.jsonl").write_text(lines)
+    Image.fromarray(np.full((4, 4), 7, np.uint8)).save(folder / "worn/e.png")
     (folder / "new/notes.txt").write_text("not read")
     (folder / "new/.hidden.npy").write_text("not read")
     for number, file in enumerate(sorted(folder.rglob("*.*"))):
@@ -99,7 +99,7 @@ def test_a_whole_recording_is_a_record(folder: Path) -> None:
 
 
 def test_order_is_by_name_or_by_time(folder: Path) -> None:
-    found = records(everything(opened(folder, block=None, order="time", columns=["y"])))
+    found = records(everything(opened(folder, order="time", columns=["y"])))
     assert [record.id for record in found][:2] == ["worn/e.png", "p"]
 
 
@@ -151,7 +151,7 @@ def test_files_are_read_when_they_are_complete(tmp_path: Path) -> None:
     while len(found) < 2:
         found += source.poll(9, 5.0)
     assert [record.id for record in records(found)] == ["b.npy", "c.npy"]
-    assert told == [f"source.folder: {folder}: cannot be read: No such file or directory; it is looked for again"]
+    assert told == [f"source.folder: {folder}/: cannot be read: No such file or directory; it is looked for again"]
     assert source.poll(9, 0.6) == []
 
 
