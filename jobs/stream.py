@@ -67,9 +67,7 @@ def _replay(config: StreamConfig, run_dir: Path, console: Console) -> int:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     if found.differing:
         numbers = ", ".join(map(str, found.differing))
-        print(
-            f"error: the digests of the snapshots of batches {numbers} differ from those of the replay", file=sys.stderr
-        )
+        print(f"error: the replay differs from the snapshots of batches {numbers}", file=sys.stderr)
         return FAILED
     console.print(f"equal to the digest of {count(len(found.compared), 'snapshot')}", highlight=False)
     return 0

@@ -21,7 +21,7 @@ NOT_RUN = "not run in tests"
 
 OF_A_RUN = (
     "checkpoints/", "checkpoints/constants/", "commits/", "events/", "figures/", "model/", "profile/", "results/",
-    "summary.json", "tables.md",
+    "journal/", "set_aside.jsonl", "snapshots/", "summary.json", "tables.md",
 )  # fmt: skip
 """Files of a run, not of the project."""
 

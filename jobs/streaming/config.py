@@ -9,6 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cluster.tracking.config import TrackingConfig
 from jobs.options import override
+from jobs.streaming.answers import AnswersConfig
+from jobs.streaming.events import EventsConfig
+from jobs.streaming.page import PageConfig
 from jobs.streaming.sources import SourceConfig
 from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeFloat, NonNegativeInt, PositiveFloat, parse
 from simmatch.config import PositiveInt as Count
@@ -26,7 +29,7 @@ OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 OF_RECORDINGS = ("columns", "time_column", "label_pattern", "split", "turn")
 """Keys of signals that mean nothing for a stream: its source names columns, and where the time and the label are."""
 
-FREE = ("source", "max_wait_s", "journal", "snapshot", "tracking")
+FREE = ("source", "max_wait_s", "journal", "snapshot", "answers", "events", "page", "tracking")
 """Keys that may differ between a stream and its continuation: nothing that is learnt follows from them, but by way of
 the journal."""
 
@@ -159,6 +162,9 @@ class StreamConfig(Frozen):
 
     journal: JournalConfig = JournalConfig()
     snapshot: SnapshotConfig = SnapshotConfig()
+    answers: AnswersConfig = AnswersConfig()
+    events: EventsConfig = EventsConfig()
+    page: PageConfig = PageConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("champion")

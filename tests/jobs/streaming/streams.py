@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,11 @@ def named(items: Sequence[Item]) -> Mapping[str, bytes | str]:
         for item in items
         if not isinstance(item, Fault)
     }
+
+
+def wait_until(condition: Callable[[], object], limit_s: float) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not reached within {limit_s:g} s"
+        time.sleep(0.02)

@@ -1,0 +1,146 @@
+"""`python -m jobs.stream`: what it says, its exit statuses, and a run directory that goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.stream import main
+from jobs.streaming.records import LateLabel, Record
+from simmatch.documents import dump_yaml
+from simmatch.files import locked
+from tests.jobs.streaming.streams import Item, journalled, small, wait_until, waves
+
+
+def lines(items: list[Item]) -> str:
+    """Records and labels as a file of JSON lines."""
+    texts = []
+    for item in items:
+        match item:
+            case Record():
+                fields: dict[str, Any] = {"id": item.id, "time": item.time, "values": item.values.tolist()}
+                texts.append(json.dumps(fields | ({"label": item.label} if item.label else {})) + "\n")
+            case LateLabel():
+                texts.append(json.dumps({"id": item.id, "label": item.label}) + "\n")
+    return "".join(texts)
+
+
+def command(folder: Path, *options: str, follow: bool = False) -> list[str]:
+    """Arguments of a job that reads `waves.jsonl` in a folder."""
+    source = {"lines": {"path": str(folder / "waves.jsonl"), "follow": follow}}
+    path = folder / "stream.yaml"
+    path.write_text(dump_yaml(small(source=source).model_dump(mode="json")))
+    return ["--config", str(path), "--run-dir", str(folder / "run"), *options]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Of the run there."""
+    values: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
+    return values
+
+
+def test_a_file_is_learnt_replayed_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = waves(120, labelled=0.5)
+    (tmp_path / "waves.jsonl").write_text(lines(items) + '{"id": "x"\n')
+    assert main(command(tmp_path)) == 0
+    first = summary(tmp_path)
+    assert (first["status"], first["records"], first["set_aside"], first["champion"]) == ("FINISHED", 120, 1, "main")
+    assert first["accuracy"]["main"] > 0.8
+    [aside] = (tmp_path / "run" / "set_aside.jsonl").read_text().splitlines()
+    assert json.loads(aside)["raw"] == '{"id": "x"'
+    capsys.readouterr()
+    assert main(["--run-dir", str(tmp_path / "run"), "--replay"]) == 0
+    assert f"digest {first['digest']}\nequal to the digest of 3 snapshots\n" in capsys.readouterr().out
+    with (tmp_path / "waves.jsonl").open("a") as file:
+        file.write(lines(waves(150)[120:]))
+    assert main(command(tmp_path)) == 0
+    assert summary(tmp_path)["records"] == 150
+    assert summary(tmp_path)["set_aside"] == 1
+    assert len((tmp_path / "run" / "set_aside.jsonl").read_text().splitlines()) == 1
+    assert len(journalled(tmp_path / "run")) == len(items) + 1 + 30
+
+
+def test_another_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "waves.jsonl").write_text(lines(waves(30)))
+    assert main(command(tmp_path)) == 0
+    assert main(command(tmp_path, "--set", "seed=1", "--set", "max_wait_s=2")) == 2
+    assert capsys.readouterr().err == (
+        f"error: --resume: {tmp_path / 'run'} belongs to another configuration: seed: expected 0, got 1; "
+        "use --resume never or --run-dir\n"
+    )
+    assert main(command(tmp_path, "--set", "max_wait_s=2")) == 0
+    assert main(command(tmp_path, "--set", "seed=1", "--resume", "never")) == 0
+    assert (tmp_path / "run-2" / "summary.json").exists()
+
+
+def test_a_replay_that_differs_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "waves.jsonl").write_text(lines(waves(60)))
+    assert main(command(tmp_path)) == 0
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1", 1))
+    assert main(["--run-dir", str(tmp_path / "run"), "--replay"]) == 1
+    assert "error: the replay differs from the snapshots of batches " in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / "lock", 0.0):
+        assert main(command(tmp_path)) == 2
+    assert capsys.readouterr().err == (
+        f"error: --run-dir: another process works in {tmp_path / 'run'}; end it, or use another --run-dir\n"
+    )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("batch_sise=3", "batch_sise: unknown key; expected one of"),
+        ("data.split=time", "data: expected none of columns, time_column, label_pattern, split, turn for a stream"),
+        ("champion=other", "champion: expected one of main, got 'other'"),
+        ("candidates.main=[seed=1]", "candidates.main: expected a key below model, rate, readout, novelty, drift"),
+        ("candidates.main=[rate.knd=constant]", "candidates.main: rate.knd: unknown key; expected one of"),
+        ("source.lines=null", "source: expected one of"),
+        ("snapshot.keep=1", "snapshot.keep: expected greater than or equal to 2, got 1"),
+    ],
+)
+def test_bad_configuration_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert main(command(tmp_path, "--set", option)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path, "--dry-run")) == 0
+    assert f"begins in {tmp_path / 'run'}; source: lines; candidates: main\n" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_leaves_a_snapshot(tmp_path: Path) -> None:
+    """SIGTERM while it waits for more: exit status 143, and the same command goes on."""
+    (tmp_path / "waves.jsonl").write_text(lines(waves(75)))
+    arguments = [sys.executable, "-m", "jobs.stream", *command(tmp_path, follow=True)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        run = tmp_path / "run"
+        wait_until(lambda: (run / "journal").exists() and len(journalled(run)) == 75, 60)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "error: ended by SIGTERM" in output
+    ended = summary(tmp_path)
+    assert (ended["status"], ended["records"]) == ("KILLED", 75)
+    assert (run / "snapshots" / f"{ended['batches']:08d}" / "snapshot.json").exists()
+    with (tmp_path / "waves.jsonl").open("a") as file:
+        file.write(lines(waves(90)[75:]))
+    assert main(command(tmp_path)) == 0
+    assert summary(tmp_path)["records"] == 90
