@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cluster.text import size
+from cluster.text import count, size
 from jobs.display import SEPARATOR, without_control
 from jobs.streaming.outcome import Metrics, Outcome, Usage
 
@@ -128,7 +128,7 @@ class StreamDisplay:
             f"{self._per_s:,.0f}/s",
             f"batch {self._metrics.batch:,}",
             lag,
-            f"{self.drifts:,} drifts",
+            count(self.drifts, "drift"),
             f"{self.set_aside:,} set aside",
             f"journal {size(self._usage.journal_bytes)}",
         ]
