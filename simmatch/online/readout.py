@@ -151,18 +151,21 @@ class OnlineReadout:
         known = labels != UNLABELLED if weights is None else (labels != UNLABELLED) & (weights > 0)
         if not bool(known.any()):
             return
-        labels = labels[known].long()
-        self._add(features[known], labels, None if weights is None else weights[known])
+        labels, weights = labels[known].long(), None if weights is None else weights[known]
         if self.config.reservoir and inputs is not None:
-            self.reservoir.add(inputs[known], labels)
+            self.reservoir.add(inputs[known], labels, weights)
+        if self.config.forgetting < 1:
+            self._fade(self.config.forgetting ** len(labels))
+            weights = self._remembered(torch.arange(len(labels) - 1, -1, -1), weights)
+        self._add(features[known], labels, weights)
+
+    def _remembered(self, ages: Tensor, weights: Tensor | None) -> Tensor:
+        """Weights of records after `ages` [n] others: float64."""
+        left = self.config.forgetting ** ages.double()
+        return left if weights is None else left * weights.double()
 
     def _add(self, features: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         self._classifier = None
-        kept = self.config.forgetting ** len(labels)
-        if kept < 1:
-            ages = torch.arange(len(labels) - 1, -1, -1, dtype=torch.float64)
-            weights = self.config.forgetting**ages * (1.0 if weights is None else weights.double())
-            self._fade(kept)
         # rows may wait for a quarter of the records factorised, so that the penalty keeps up with their number
         if len(self._pending) + len(labels) < min(self._count / 4, MOST_PENDING, self.features / 4):
             rows = self._moments.join(features, labels, weights)
@@ -215,6 +218,8 @@ class OnlineReadout:
     def recompute(self, encode: Callable[[Tensor], Tensor]) -> None:
         """Forget all sums, and learn from the reservoir as `encode`, inputs → features, sees it now.
 
+        Its records count by their weights, and as forgetting has left them.
+
         >>> readout, x = OnlineReadout(2, ReadoutConfig(reservoir=10)), torch.rand(30, 2)
         >>> readout.learn(x, torch.arange(30) % 3, inputs=x)
         >>> readout.recompute(lambda inputs: 2 * inputs)
@@ -226,7 +231,9 @@ class OnlineReadout:
             return
         self._forget()
         self._moments.grow(classes)
-        self._add(torch.cat([encode(part) for part in torch.split(inputs, ENCODED)]), labels, None)
+        order = self.reservoir.numbers.argsort()  # oldest first
+        features = torch.cat([encode(part) for part in torch.split(inputs[order], ENCODED)])
+        self._add(features, labels[order], self._remembered(self.reservoir.ages, self.reservoir.weights)[order])
 
     @property
     def nbytes(self) -> int:
