@@ -19,6 +19,9 @@ from simmatch.documents import quoted, shortened
 LOOK_S = 0.05
 """Pause between two looks at a file that does not grow."""
 
+MARK = b"\xef\xbb\xbf"
+"""With which some programs begin a file in UTF-8."""
+
 
 class LinesConfig(RecordKeys):
     """A file that grows. It may be renamed and made anew, or copied and truncated, as by logrotate.
@@ -130,7 +133,7 @@ class LineReader:
             self._line, self._names, self._header_at = 0, None, None
         elif self._inode is None and self._header_at is not None:  # after a restart
             names = file.first_line(self._header_at)
-            self._names = self._fields(names.decode(errors="replace")) if names is not None else None
+            self._names = self._fields(names.removeprefix(MARK).decode(errors="replace")) if names else None
         self._inode = line.inode
         self._line += 1
         if not line.raw.strip() and line.size <= len(line.raw) + 1:
@@ -148,7 +151,7 @@ class LineReader:
             reason = f"expected at most {keys.max_record_bytes} bytes in a line, got {line.size}"
             return Fault(reason, line.raw, where)
         place = Place(where, f"{self._key}/{self._number}", float(self._number))
-        raw = line.raw.removeprefix(b"\xef\xbb\xbf") if line.start == 0 else line.raw
+        raw = line.raw.removeprefix(MARK) if line.start == 0 else line.raw
         item = from_json(raw, keys, place) if keys.kind == "json" else self._row(raw, line, place)
         if isinstance(item, Record):
             self._number += 1

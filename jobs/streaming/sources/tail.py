@@ -76,6 +76,8 @@ class Tail:
         self._kept = bytearray()
         """Of the incomplete line, at most `longest` bytes and a chunk."""
         self._head: tuple[int, str] = (0, "")
+        self._changed = (0, 0)
+        """Size and time of the last change, at the last look."""
         self._grown_s = 0.0
         """Time of the last growth, or of the first look at a file behind this one."""
         self._renamed = False
@@ -183,14 +185,17 @@ class Tail:
 
     def _fill(self) -> bool:
         """Read on; False: there is no more at the moment."""
-        size = os.fstat(self._file).st_size
-        if size == self._scanned:
+        status = os.fstat(self._file)
+        size, changed = status.st_size, (status.st_size, status.st_mtime_ns)
+        if size == self._scanned and changed == self._changed:
             return False
+        self._changed = changed
         if size < self._scanned or _hash(os.pread(self._file, self._head[0], 0)) != self._head[1]:
             self._tell(f"{shortened(self._path)}: was truncated or written anew; reading it from its beginning")
             self._begin(0)
             return size > 0
-        chunk = os.pread(self._file, CHUNK_BYTES, self._scanned)
+        if not (chunk := os.pread(self._file, CHUNK_BYTES, self._scanned)):
+            return False
         self._scanned += len(chunk)
         self._grown_s = time.monotonic()
         if len(self._kept) > self._longest and b"\n" not in self._kept:  # of a line that is too long, the beginning
