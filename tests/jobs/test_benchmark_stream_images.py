@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 
 from jobs.benchmarks.stream.discriminant import NearestMean, StreamingDiscriminant, fourier_features
-from jobs.benchmarks.stream.image_rows import SPLIT, LeNetRow, discriminant_size, own_bytes
+from jobs.benchmarks.stream.image_rows import SPLIT_ROWS, LeNetRow, discriminant_size, own_bytes
 from jobs.benchmarks.stream.images import turned
 from jobs.benchmarks.stream.prequential import run_stream
 from jobs.benchmarks.stream.rivals import NetworkSettings
@@ -111,9 +111,9 @@ def stream() -> Stream:
     return Stream("example", 4, parts[0], tuple(parts[1:]), held_out, batch_size=10)
 
 
-@pytest.mark.parametrize("name", list(SPLIT))
+@pytest.mark.parametrize("name", list(SPLIT_ROWS))
 def test_rows_learn_a_stream(stream: Stream, name: str) -> None:
-    kind = SPLIT[name]
+    kind = SPLIT_ROWS[name]
     settings = next(iter(kind.candidates.values()))
     if isinstance(settings, TrainSettings):
         settings = settings.shortened(0.02)
@@ -126,7 +126,7 @@ def test_rows_learn_a_stream(stream: Stream, name: str) -> None:
 
 def test_frozen_features_forget_nothing(stream: Stream) -> None:
     """Scores from sums, collected class by class, are those of a ridge regression of all records together."""
-    row = SPLIT["similarity matching, frozen"].make(stream, 0, None)
+    row = SPLIT_ROWS["similarity matching, frozen"].make(stream, 0, None)
     run_stream(stream, row, Labelling(), seed=0)
     assert isinstance(row, WithReadout)
     x, labels = (
@@ -163,7 +163,7 @@ def test_state_of_all_rows_of_equal_bytes_is_ours(stream: Stream) -> None:
     size = discriminant_size(own, 4)
     state = [StreamingDiscriminant(flat, each, 4).nbytes for each in (size, size + 1)]
     assert state[0] <= own < state[1]
-    row = SPLIT["LeNet, replay at equal bytes"].make(stream, 0, NetworkSettings())
+    row = SPLIT_ROWS["LeNet, replay at equal bytes"].make(stream, 0, NetworkSettings())
     assert isinstance(row, LeNetRow)
     record = 16 * 16 + 8
     assert own - record < row.nbytes + row.settings.replay * record <= own

@@ -59,20 +59,20 @@ STREAMS: Mapping[str, Entry] = MappingProxyType(
         ),
         "split-fashion-mnist": Entry(
             lambda folder, quick: split_fashion_mnist(quick=quick),
-            image_rows.SPLIT,
+            image_rows.SPLIT_ROWS,
             [Labelling()],
             image_rows.REFERENCES,
             image_rows.REFERENCES[:1],
         ),
         "rotating-fashion-mnist": Entry(
             lambda folder, quick: rotating_fashion_mnist(quick=quick),
-            image_rows.CHANGING,
+            image_rows.ROTATING_ROWS,
             [Labelling()],
             image_rows.REFERENCES,
         ),
         "corrupted-fashion-mnist": Entry(
             lambda folder, quick: corrupted_fashion_mnist(quick=quick),
-            image_rows.CHANGING,
+            image_rows.CORRUPTED_ROWS,
             [Labelling()],
             image_rows.REFERENCES,
         ),
