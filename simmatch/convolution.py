@@ -208,6 +208,12 @@ class Convolution:
             torch.take(padded, part.unsqueeze(1) + inside, out=target)
         return patches
 
+    def at(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Patches [B, n, P] of every image at the same positions h · W' + w, [n]; `gather` of few, with fewer calls."""
+        columns = self.map_size(images.shape[2:])[1]
+        windows = self._windows(self._pad(images))[:, :, positions // columns, positions % columns]
+        return rearrange(windows, "b c n i j -> b n (c i j)")
+
     def _windows(self, padded: Tensor) -> Tensor:
         """All patches of padded images as a view: [B, C, h, w] → [B, C, H', W', k_h, k_w]."""
         (tall, wide), (down, across) = self.kernel, self.strides

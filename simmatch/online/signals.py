@@ -4,7 +4,7 @@
     residual    ‖W X − M Y‖ / ‖W X‖      the part of the drive that lateral inhibition does not account for
     active      fraction of activities above zero
 
-The first two are measured at up to `POSITIONS` positions, spread evenly over the map.
+They are measured at up to `POSITIONS` positions, spread evenly over the map.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simmatch.geometry import Patches, normalised_patches
+from simmatch.geometry import Patches, transform
 from simmatch.plasticity import Weights
 
-POSITIONS = 16
+POSITIONS = 8
 """Most positions of a record at which it is measured: their similarities cost POSITIONS² (K + P) operations."""
 
 
@@ -36,17 +36,19 @@ def label_free_signals(patches: Patches, y: Tensor, weights: Weights) -> dict[st
     >>> {name: value.shape for name, value in signals.items()}
     {'objective': torch.Size([5]), 'residual': torch.Size([5]), 'active': torch.Size([5])}
     """
-    activities = rearrange(y, "b k h w -> b (h w) k")
-    count = min(POSITIONS, patches.positions)
+    columns = rearrange(y, "b k h w -> k (b h w)")
+    images, count = len(y), min(POSITIONS, patches.positions)
     positions = torch.arange(count, device=y.device) * patches.positions // count
-    x, chosen = columns_at(patches, positions), activities[:, positions]
-    inputs, outputs = x @ x.mT, chosen @ chosen.mT
-    drive = x @ weights.feedforward.flatten(1).T
-    unexplained = drive - chosen @ weights.lateral
+    index = (torch.arange(images, device=y.device).unsqueeze(1) * patches.positions + positions).flatten()
+    x, chosen = columns_at(patches, positions), columns.index_select(1, index).T.contiguous()
+    drive = x.flatten(0, 1) @ weights.feedforward.flatten(1).T
+    unexplained = (drive - chosen @ weights.lateral).view(images, -1)
+    outputs = rearrange(chosen, "(b n) k -> b n k", b=images)
+    similarity = x @ x.mT
     return {
-        "objective": _ratio((inputs - outputs).square().sum(dim=(1, 2)), inputs.square().sum(dim=(1, 2))),
-        "residual": _ratio(unexplained.square().sum(dim=(1, 2)), drive.square().sum(dim=(1, 2))).sqrt(),
-        "active": (activities > 0).to(y.dtype).mean(dim=(1, 2)),
+        "objective": _ratio((similarity - outputs @ outputs.mT).flatten(1), similarity.flatten(1)).square(),
+        "residual": _ratio(unexplained, drive.view(images, -1)),
+        "active": torch.sign(chosen).view(images, -1).mean(dim=1),
     }
 
 
@@ -62,9 +64,9 @@ def columns_at(patches: Patches, positions: Tensor) -> Tensor:
         rows = rearrange(patches.matrix, "(b l) p -> b l p", l=patches.positions)[:, positions]
     else:
         assert patches.images is not None
-        images = torch.arange(patches.batch_size, device=positions.device).unsqueeze(1) * patches.positions
-        rows = normalised_patches(patches.images, patches.config, (images + positions).flatten())
-        rows = rearrange(rows, "(b n) p -> b n p", n=len(positions))
+        rows = patches.config.convolution.at(patches.images, positions)
+        if patches.config.contrast:
+            rows = rearrange(transform(rows.flatten(0, 1), patches.config), "(b n) p -> b n p", n=len(positions))
     whitening = patches.whitening
     if whitening is None or (patches.matrix is not None and patches.whitened):
         return rows
@@ -72,5 +74,6 @@ def columns_at(patches: Patches, positions: Tensor) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 0 where both are 0."""
-    return part / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+    """‖part‖ / ‖whole‖ of every row, and 0 where both are 0."""
+    lengths = [torch.linalg.vector_norm(each, dim=1) for each in (part, whole)]
+    return lengths[0] / lengths[1].clamp(min=torch.finfo(whole.dtype).tiny)
