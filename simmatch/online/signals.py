@@ -70,7 +70,8 @@ def columns_at(patches: Patches, positions: Tensor) -> Tensor:
     whitening = patches.whitening
     if whitening is None or (patches.matrix is not None and patches.whitened):
         return rows
-    return (rows - whitening.mean) @ whitening.matrix.T
+    whitened: Tensor = (rows - whitening.mean) @ whitening.matrix.T
+    return whitened
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
