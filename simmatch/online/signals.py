@@ -60,6 +60,7 @@ def columns_at(patches: Patches, positions: Tensor) -> Tensor:
     >>> columns_at(patches, torch.tensor([0, 35])).shape
     torch.Size([5, 2, 9])
     """
+    rows: Tensor
     if patches.matrix is not None:
         rows = rearrange(patches.matrix, "(b l) p -> b l p", l=patches.positions)[:, positions]
     else:
@@ -70,8 +71,7 @@ def columns_at(patches: Patches, positions: Tensor) -> Tensor:
     whitening = patches.whitening
     if whitening is None or (patches.matrix is not None and patches.whitened):
         return rows
-    whitened: Tensor = (rows - whitening.mean) @ whitening.matrix.T
-    return whitened
+    return (rows - whitening.mean) @ whitening.matrix.T
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def model_of(
     values = []
     for index, layer in enumerate(layers):
         train = {**TRAIN, **layer.get("train", {}), "start_after": starts[index] if starts else 0}
-        values.append({**layer, "train": train, "dynamics": {"tolerance": 1e-3, "exchange": exchange}})
+        dynamics = {"tolerance": 1e-3, **layer.get("dynamics", {}), "exchange": exchange}
+        values.append({**layer, "train": train, "dynamics": dynamics})
     return parse(ModelConfig, {"layers": values, "schedule": "together", **others})
 
 
@@ -73,8 +74,8 @@ def stream_of(x: Tensor) -> list[Tensor]:
     return [batches[number] for number in range(len(batches))]
 
 
-def online_of(model: ModelConfig, x: Tensor, **options: Any) -> OnlineStack:
-    return OnlineStack(model, InputConfig.of(x, CLASSES), seed=SEED, **options)
+def online_of(model: ModelConfig, x: Tensor, *, classes: int = CLASSES, **options: Any) -> OnlineStack:
+    return OnlineStack(model, InputConfig.of(x, classes), seed=SEED, **options)
 
 
 def learnt_from(
