@@ -76,5 +76,5 @@ def columns_at(patches: Patches, positions: Tensor) -> Tensor:
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """‖part‖ / ‖whole‖ of every row, and 0 where both are 0."""
-    lengths = [torch.linalg.vector_norm(each, dim=1) for each in (part, whole)]
-    return lengths[0] / lengths[1].clamp(min=torch.finfo(whole.dtype).tiny)
+    length: Tensor = torch.linalg.vector_norm(part, dim=1)
+    return length / torch.linalg.vector_norm(whole, dim=1).clamp(min=torch.finfo(whole.dtype).tiny)
