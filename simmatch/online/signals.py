@@ -76,5 +76,6 @@ def columns_at(patches: Patches, positions: Tensor) -> Tensor:
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """‖part‖ / ‖whole‖ of every row, and 0 where both are 0."""
-    length: Tensor = torch.linalg.vector_norm(part, dim=1)
-    return length / torch.linalg.vector_norm(whole, dim=1).clamp(min=torch.finfo(whole.dtype).tiny)
+    least = torch.finfo(whole.dtype).tiny
+    ratio: Tensor = torch.linalg.vector_norm(part, dim=1) / torch.linalg.vector_norm(whole, dim=1).clamp(min=least)
+    return ratio
