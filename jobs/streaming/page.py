@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Annotated
+
+from pydantic import Field
 
 from cluster.text import count, size
 from jobs.streaming.charts import Line, Mark, Span, band, chart, number, style_of, text
 from jobs.streaming.history import SWITCHES, Candidate, Kept, Point, points_of, windowed
-from simmatch.config import Frozen, PositiveInt
+from simmatch.config import Frozen, NonNegativeFloat, PositiveInt
 
 FILE = "page.html"
 CLOCK_S = 1e8
@@ -33,6 +36,19 @@ class PageConfig(Frozen):
 
     window: PositiveInt = 500
     """Answers whose label is known, over which the score is shown beside that of all."""
+
+
+class ReportConfig(Frozen):
+    """Prices of the report, see `jobs.streaming.report`."""
+
+    price_cpu_hour: NonNegativeFloat = 0.04
+    """Of one processor for one hour."""
+
+    price_gb_month: NonNegativeFloat = 0.02
+    """Of a gigabyte (10⁹ bytes) on a disk for one month."""
+
+    price_label: Annotated[str, Field(max_length=20)] = "USD"
+    """The currency."""
 
 
 STYLE = """
