@@ -154,6 +154,10 @@ class RegisterEvent(_Event):
     """What the accuracy was measured with."""
     accuracy: Annotated[float, Field(ge=0, le=1)] | None
     description: Text = ""
+    key: Text | None = None
+    """Of the logged model, see `ModelEvent`; None: the one that was logged last."""
+    decided: Text = ""
+    """Why this model is the champion, where that is decided already; empty: the accuracies decide."""
 
 
 class FinishEvent(_Event):

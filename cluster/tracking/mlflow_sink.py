@@ -36,6 +36,7 @@ from cluster.tracking.events import (
 )
 from cluster.tracking.experiments import KIND_TAG, find_experiment, make_experiment, mark_experiment
 from cluster.tracking.mlflow_client import artifact_root, mlflow_settings, open_client, translate_errors
+from cluster.tracking.mlflow_model import MODEL_KEY_TAG
 from cluster.tracking.registry import register
 from cluster.tracking.sender import STALLED_S, Sender
 from cluster.tracking.spool import Spool
@@ -257,7 +258,10 @@ class MlflowSink:
         outputs = run.outputs.model_outputs if run.outputs else []
         if not outputs:
             raise RejectedError("the run has no logged model")
-        model = self._client.get_logged_model(outputs[-1].model_id)
+        models = (self._client.get_logged_model(output.model_id) for output in reversed(outputs))
+        model = next((each for each in models if event.key in (None, each.tags.get(MODEL_KEY_TAG))), None)
+        if model is None:
+            raise RejectedError(f"the run has no logged model of key {event.key}")
         known = self._registry in (None, self._uri)
         link = None if known else self._page(run)
         self._tell(register(self._client, event, model, run_link=link))

@@ -1,7 +1,8 @@
 """A finished run as a new version of a registered model, and the alias of the best one.
 
 The alias `champion` moves to a version only if that is better than the champion on the same data and with the same
-readout: other numbers cannot be compared. Somebody who wants another champion moves the alias by hand.
+readout: other numbers cannot be compared. Somebody who wants another champion moves the alias by hand. A stream decides
+itself which of its candidates is the champion (`RegisterEvent.decided`); the alias follows it on the same data.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ def _decide(client: MlflowClient, event: RegisterEvent, version: ModelVersion) -
         return f"this version; accuracy {mine:.4f}"
     champion = client.get_model_version(event.name, str(holder))
     stays = f"stays version {holder}"
+    if event.decided and champion.tags.get(DATA_TAG) == event.data:
+        client.set_registered_model_alias(event.name, CHAMPION, version.version)
+        return f"moved here from version {holder}: {event.decided}"
     for tag, value, what in ((DATA_TAG, event.data, "other data"), (PROBE_TAG, event.probe, "another probe")):
         if champion.tags.get(tag) != value:
             return f"{stays}, which was measured with {what}: {champion.tags.get(tag, 'unknown')}, here {value}"

@@ -198,21 +198,44 @@ class Tracker:
         """The training data as an input of the run."""
         self._append(DatasetEvent, name=name, source=source, digest=digest, num_images=num_images)
 
-    def model(self, path: Path, input_shape: Sequence[int]) -> None:
-        """The exported model's folder, and the shape [C, H, W] of one image; the same weights are logged once.
+    def model(self, path: Path, input_shape: Sequence[int]) -> str:
+        """The exported model's folder, and the shape [C, H, W] of one image; the same weights are logged once. Returns
+        the model's key.
 
         Call it after `finish`: tracing a model takes seconds, and if the wait ends meanwhile, the run has ended in
         MLflow all the same.
         """
-        self._append(ModelEvent, path=self._portable(path), input_shape=list(input_shape), key=_digest(path))
+        key = _digest(path)
+        self._append(ModelEvent, path=self._portable(path), input_shape=list(input_shape), key=key)
+        return key
 
-    def register(self, *, data: str, probe: str, accuracy: float | None, description: str = "") -> None:
-        """Make the logged model a version of the registered model that `tracking.register` names, if it does.
+    def register(
+        self,
+        *,
+        data: str,
+        probe: str,
+        accuracy: float | None,
+        description: str = "",
+        key: str | None = None,
+        decided: str = "",
+    ) -> None:
+        """Make a logged model a version of the registered model that `tracking.register` names, if it does.
 
         data, probe: digest of the data set, and what the accuracy was measured with: only equal ones are compared.
+        key: of the logged model, as `model` returns it; None: the latest.
+        decided: why it is the champion, where that is decided already.
         """
         if (name := self.config.register) is not None:
-            self._append(RegisterEvent, name=name, data=data, probe=probe, accuracy=accuracy, description=description)
+            self._append(
+                RegisterEvent,
+                name=name,
+                data=data,
+                probe=probe,
+                accuracy=accuracy,
+                description=description,
+                key=key,
+                decided=decided,
+            )
 
     def finish(self, status: RunStatus) -> None:
         """The end of the run and of its layers; it is on the disk when this returns, unless that takes `timeout_s`."""

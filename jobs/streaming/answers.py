@@ -31,6 +31,7 @@ from simmatch.data.windows import WindowShape, scaled
 from simmatch.documents import quoted
 
 if TYPE_CHECKING:
+    from jobs.streaming.candidate import Candidate
     from jobs.streaming.config import StreamDataConfig
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -76,7 +77,7 @@ class Snapshot:
     version: int
     classes: tuple[str, ...]
     shape: tuple[int, ...]
-    candidate: Any
+    candidate: Candidate
 
     def score(self, x: Tensor, *, features: bool = False) -> list[dict[str, Any]]:
         """Answers about windows [n, C, H, W], as JSON has them."""
@@ -98,7 +99,7 @@ class Snapshot:
         return answers
 
 
-def snapshot_of(name: str, candidate: Any, classes: Sequence[str], shape: Sequence[int]) -> Snapshot:
+def snapshot_of(name: str, candidate: Candidate, classes: Sequence[str], shape: Sequence[int]) -> Snapshot:
     """Copy what a candidate answers with, between two batches: weights, the solved readout, the detector's memory."""
     copied = copy.copy(candidate)
     copied.stack, copied.detector = copy.deepcopy(candidate.stack), copy.deepcopy(candidate.detector)
@@ -244,7 +245,7 @@ class Answers:
             routes = {("GET", "state"): self._get_state, ("GET", "answers"): self._get_answers}
             self.port = HttpPort(config.http, routes | {("POST", "score"): self._post_score}, token)
         if config.mqtt is not None:
-            self._connection = MqttConnection(config.mqtt.broker, "answers.mqtt.broker", tell)
+            self._connection = MqttConnection(config.mqtt, "answers.mqtt", tell)
 
     @property
     def url(self) -> str | None:

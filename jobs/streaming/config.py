@@ -11,7 +11,7 @@ from cluster.tracking.config import TrackingConfig
 from jobs.options import override
 from jobs.streaming.answers import AnswersConfig
 from jobs.streaming.events import EventsConfig
-from jobs.streaming.page import PageConfig
+from jobs.streaming.page import PageConfig, ReportConfig
 from jobs.streaming.sources import SourceConfig
 from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeFloat, NonNegativeInt, PositiveFloat, parse
 from simmatch.config import PositiveInt as Count
@@ -29,7 +29,7 @@ OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 OF_RECORDINGS = ("columns", "time_column", "label_pattern", "split", "turn")
 """Keys of signals that mean nothing for a stream: its source names columns, and where the time and the label are."""
 
-FREE = ("source", "max_wait_s", "journal", "snapshot", "answers", "events", "page", "tracking")
+FREE = ("source", "max_wait_s", "journal", "snapshot", "answers", "events", "page", "report", "tracking")
 """Keys that may differ between a stream and its continuation: nothing that is learnt follows from them, but by way of
 the journal."""
 
@@ -165,6 +165,7 @@ class StreamConfig(Frozen):
     answers: AnswersConfig = AnswersConfig()
     events: EventsConfig = EventsConfig()
     page: PageConfig = PageConfig()
+    report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("champion")

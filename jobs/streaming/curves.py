@@ -15,6 +15,7 @@ newest record. What the spool holds is not recorded again after a restart.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from jobs.streaming.history import Candidate, Point
 from jobs.streaming.outcome import Outcome
+
+UNUSUAL = re.compile(r"[^\w .:/-]")
+"""Characters that MLflow takes in no name."""
 
 if TYPE_CHECKING:
     from cluster.tracking.tracker import Tracker
@@ -97,7 +101,7 @@ def row(before: Point, latest: Point) -> dict[str, float]:
         values[f"accuracy/{name}"] = _ratio(candidate.right - earlier.right, candidate.answered - earlier.answered)
         values[f"us_per_record/{name}"] = _ratio(1e6 * (candidate.seconds - earlier.seconds), records)
         values[f"state_bytes/{name}"] = float(candidate.state_bytes)
-    return {name: value for name, value in values.items() if value is not None}
+    return {UNUSUAL.sub("_", name): value for name, value in values.items() if value is not None}
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -69,10 +69,9 @@ class WebhookConfig(Frozen):
         return url
 
 
-class TopicConfig(Frozen):
+class TopicConfig(MqttConfig):
     """A topic of an MQTT broker."""
 
-    broker: MqttConfig
     topic: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^+#\x00]+$")]
     """Without wildcards."""
 
@@ -142,7 +141,7 @@ class Topic:
 
     def __init__(self, config: EventTopicConfig, tell: Callable[[str], None]) -> None:
         self._topic = config.topic
-        self.connection = MqttConnection(config.broker, "events.mqtt.broker", tell)
+        self.connection = MqttConnection(config, "events.mqtt", tell)
 
     def __call__(self, message: Message) -> None:
         if not self.connection.connected or not self.connection.publish(

@@ -137,7 +137,7 @@ def _sentence(kept: Kept) -> str:
     if latest is None:
         return "No batch yet."
     return (
-        f"{count(latest.records, 'record')} in {count(latest.batch, 'batch').replace('batchs', 'batches')}; "
+        f"{count(latest.records, 'record')} in {latest.batch:,} batches; "
         f"time of the newest record: {moment(latest.time)}; page written {moment(kept.written)}."
     )
 

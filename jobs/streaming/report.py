@@ -63,7 +63,7 @@ def text(kept: Kept, points: Sequence[Point], config: StreamConfig) -> str:
         f"# Stream {plain(kept.name)}",
         "",
         f"State: {plain(kept.state)}. {count(latest.records, 'record')}, {count(latest.windows, 'window')}, "
-        f"{count(latest.batch, 'batch', 'batches')}; time of the newest record: {moment(latest.time)}; "
+        f"{latest.batch:,} batches; time of the newest record: {moment(latest.time)}; "
         f"written {moment(kept.written)}.",
         "",
         f"{count(latest.labels, 'label')} used ({_percent(latest.labels, latest.windows)} of the windows, "
@@ -83,9 +83,14 @@ def text(kept: Kept, points: Sequence[Point], config: StreamConfig) -> str:
 
 
 def plain(value: object) -> str:
-    """Text from outside as Markdown shows it: no markup, no line break."""
+    """Text from outside as Markdown shows it, in a table too: no markup, no line break.
+
+    >>> print(plain("a|b <i>*c*"))
+    a&#124;b &lt;i&gt;\\*c\\*
+    """
+    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
     shown = shortened(str(value), 300)
-    return "".join(f"\\{each}" if each in "\\`*_{}[]()<>#+-.!|~&" else each for each in shown)
+    return "".join(entities.get(each, f"\\{each}" if each in "\\`*_{}[]()#+-!~" else each) for each in shown)
 
 
 def costs(candidate: Candidate, latest: Point, prices: ReportConfig) -> dict[str, float | None]:
@@ -161,7 +166,7 @@ def _costs(latest: Point, prices: ReportConfig) -> Table:
     )
     title = (
         f"Costs in {plain(prices.price_label)}, at {prices.price_cpu_hour:g} per hour of one processor and "
-        f"{prices.price_gb_month:g} per gigabyte and month. The whole process took {latest.process_s:,.1f} s of processor"
+        f"{prices.price_gb_month:g} per gigabyte and month. The whole process: {latest.process_s:,.1f} s of processor"
     )
     return Table(title, headings, rows)
 
@@ -184,7 +189,9 @@ def _decision(latest: Point) -> list[str]:
 def _alarms(kept: Kept, latest: Point) -> Table:
     kinds = [(plain(kind), number) for kind, number in sorted(kept.counts.items())]
     per_candidate = [(f"drifts of {plain(name)}", each.drifts) for name, each in latest.candidates.items()]
-    windows = [(f"windows of {plain(name)} above its threshold", each.novel) for name, each in latest.candidates.items()]
+    windows = [
+        (f"windows of {plain(name)} above its threshold", each.novel) for name, each in latest.candidates.items()
+    ]
     rows = [(name, number, _per_million(number, latest.records)) for name, number in (*kinds, *per_candidate, *windows)]
     return Table("Alarms", ("what", "number", "per million records"), rows)
 

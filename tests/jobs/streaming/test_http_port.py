@@ -238,9 +238,7 @@ def test_one_request_works_at_a_time() -> None:
 def test_a_token_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     key, variable = "answers.http.token_env", "STREAM_TEST_TOKEN"
     monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(
-        ConfigError, match=r"^answers\.http\.token_env: .* got STREAM_TEST_TOKEN, which is not set"
-    ):
+    with pytest.raises(ConfigError, match=r"^answers\.http\.token_env: .* got STREAM_TEST_TOKEN, which is not set"):
         token_from(variable, key)
     for bad in ("", "short", "fifteen letters", "a token with a tab\t inside", "ein Schlüssel, lang genug"):
         monkeypatch.setenv(variable, bad)

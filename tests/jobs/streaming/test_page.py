@@ -18,9 +18,7 @@ from jobs.streaming.page import PageConfig, render
 from tests.jobs.streaming.outcomes import NAMES, outcomes
 
 SPENT = Spent(0.03, 0.02, 1)
-HOSTILE = (
-    "</td></title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\x00\x1b[2J\ud800"
-)
+HOSTILE = "</td></title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\x00\x1b[2J\ud800"
 VOID = {"meta", "link", "br", "img", "input", "hr", "path"}
 
 
