@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cluster.redaction import one_line
 from cluster.text import count
+from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import override, read_yaml
 from jobs.recording import open_tracker
@@ -33,16 +34,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:
-        if options.config is None and not (options.replay and options.run_dir):
-            raise ConfigError("--config: expected a YAML file, or --replay with --run-dir, got nothing")
+        of_a_run = options.replay or options.report
+        if options.config is None and not (of_a_run and options.run_dir):
+            raise ConfigError("--config: expected a YAML file, or --run-dir with --replay or --report, got nothing")
         config = _config(options)
         base = local_folder("--run-dir", options.run_dir, default_root() / config.name)
         if options.replay:
             return _replay(config, base, console)
+        if options.report:
+            return _report(config, base, console)
         run_dir = choose(config, base, options.resume)
         if options.dry_run:
             return _dry_run(config, run_dir, console)
-        tracker = open_tracker(run_dir, config.tracking)
+        tracker = open_tracker(run_dir, config.tracking, ModelLogger(load_exported))
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -70,6 +74,19 @@ def _replay(config: StreamConfig, run_dir: Path, console: Console) -> int:
         print(f"error: the replay differs from the snapshots of batches {numbers}", file=sys.stderr)
         return FAILED
     console.print(f"equal to the digest of {count(len(found.compared), 'snapshot')}", highlight=False)
+    return 0
+
+
+def _report(config: StreamConfig, run_dir: Path, console: Console) -> int:
+    """Write the report of a run, which may be at work."""
+    from jobs.streaming.report import report
+
+    try:
+        path = report(run_dir, config)
+    except OSError as error:
+        print(f"error: the report is not written: {one_line(error)}", file=sys.stderr)
+        return FAILED
+    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -113,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         "--replay",
         action="store_true",
         help="apply the journal of a run directory, which nothing else may write, and compare with its snapshots",
+    )
+    what.add_argument(
+        "--report",
+        action="store_true",
+        help="write report.md, with accuracy, alarms and costs of every candidate, into the run directory",
     )
     return parser
 

@@ -14,9 +14,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -32,7 +31,9 @@ from simmatch.documents import quoted
 
 if TYPE_CHECKING:
     from jobs.streaming.candidate import Candidate
-    from jobs.streaming.config import StreamDataConfig
+    from jobs.streaming.config import StreamConfig, StreamDataConfig
+    from simmatch.online.state import State
+    from simmatch.readout import LinearClassifier
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -61,28 +62,66 @@ class AnswersConfig(Frozen):
     """Latest answers that GET /answers/ID knows, in memory; after a restart, those since the newest snapshot."""
 
 
-@dataclass(frozen=True)
+class FixedReadout:
+    """The scores of an online readout as they were."""
+
+    def __init__(self, classifier: LinearClassifier | None) -> None:
+        self._classifier = classifier
+
+    def scores(self, features: Tensor) -> Tensor | None:
+        """Scores [B, classes]; None before there were two classes."""
+        return None if self._classifier is None else self._classifier.scores(features)
+
+
 class Snapshot:
     """A candidate between two batches, never changed.
 
-    Attributes
+    Made by the thread that learns, which only copies; what answers is built by the thread of the first request.
+
+    Parameters
     ----------
-    name, version: who it is, and the number of batches that it has learnt from.
+    name: who it is.
+    config: with its overrides.
+    batch: the last batch that it has learnt from.
     classes: names, in the order of scores.
     shape: [C, H, W] of a window.
-    candidate: its own copy.
     """
 
-    name: str
-    version: int
-    classes: tuple[str, ...]
-    shape: tuple[int, ...]
-    candidate: Candidate
+    def __init__(
+        self,
+        name: str,
+        config: StreamConfig,
+        candidate: Candidate,
+        *,
+        batch: int,
+        classes: Sequence[str],
+        shape: Sequence[int],
+    ) -> None:
+        self.name, self.batch, self.classes, self.shape = name, batch, tuple(classes), list(shape)
+        self._config = config
+        self._candidate = cast(Any, copy.copy(candidate))
+        self._candidate.readout = FixedReadout(candidate.readout.classifier)
+        self._candidate.detector = copy.deepcopy(candidate.detector)
+        self._candidate.stack = None
+        self._weights: State | None = candidate.stack.state()
+        self._lock = threading.Lock()
+
+    def _built(self) -> Candidate:
+        with self._lock:
+            if self._weights is not None:
+                from jobs.streaming.candidate import (
+                    make_stack,  # which reads the configuration that holds this module's
+                )
+
+                stack = make_stack(self._config, self.shape, len(self.classes))
+                stack.restore(self._weights)
+                self._candidate.stack, self._weights = stack, None
+        built: Candidate = self._candidate
+        return built
 
     def score(self, x: Tensor, *, features: bool = False) -> list[dict[str, Any]]:
         """Answers about windows [n, C, H, W], as JSON has them."""
-        with torch.no_grad():
-            said = self.candidate.say(x)
+        said = self._built().say(x)
         novelty, novel = said.novelty.tolist(), said.novel.tolist()
         answers = []
         for index in range(len(x)):
@@ -90,20 +129,13 @@ class Snapshot:
             answers.append(
                 {
                     "label": None if scores is None else self.classes[int(said.predictions[index, 0])],
-                    "scores": {} if scores is None else dict(zip(self.classes, map(_finite, scores), strict=True)),
+                    "scores": {} if scores is None else dict(zip(self.classes, map(_finite, scores), strict=False)),
                     "novelty": _finite(novelty[index]),
                     "novel": novel[index],
                 }
                 | ({"features": list(map(_finite, said.encoded.features[index].tolist()))} if features else {})
             )
         return answers
-
-
-def snapshot_of(name: str, candidate: Candidate, classes: Sequence[str], shape: Sequence[int]) -> Snapshot:
-    """Copy what a candidate answers with, between two batches: weights, the solved readout, the detector's memory."""
-    copied = copy.copy(candidate)
-    copied.stack, copied.detector = copy.deepcopy(candidate.stack), copy.deepcopy(candidate.detector)
-    return Snapshot(name, candidate.batches, tuple(classes), tuple(shape), copied)
 
 
 def prepared(values: Floats, data: StreamDataConfig, shape: Sequence[int]) -> Tensor:
@@ -283,7 +315,7 @@ class Answers:
         if rest:
             raise Refused(HTTPStatus.NOT_FOUND, "expected GET /state")
         snapshot, port = self.served.snapshot, self.port
-        served = {"candidate": snapshot.name, "version": snapshot.version} if snapshot is not None else None
+        served = {"candidate": snapshot.name, "batch": snapshot.batch} if snapshot is not None else None
         counts = {"answered": port.answered, "refused": port.refused} | port.percentiles_ms() if port else {}
         return {"stream": self._stream, "served": served, "requests": counts} | dict(self._state())
 
@@ -308,7 +340,7 @@ class Answers:
             raise Refused(HTTPStatus.BAD_REQUEST, f"windows: {error}") from None
         return {
             "candidate": snapshot.name,
-            "version": snapshot.version,
+            "batch": snapshot.batch,
             "windows": snapshot.score(x, features=features),
         }
 

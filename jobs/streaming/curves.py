@@ -49,7 +49,9 @@ class Curves:
     def __init__(self, tracker: Tracker, run_dir: Path) -> None:
         self._tracker = tracker
         self._before = Point()
-        rows = [event.step for event, _ in Spool(run_dir / SPOOL_NAME).read() if isinstance(event, MetricsEvent)]
+        path = run_dir / SPOOL_NAME
+        events = Spool(path).read() if path.exists() else ()
+        rows = [event.step for event, _ in events if isinstance(event, MetricsEvent)]
         self._recorded = max(rows, default=0)
         self._next = _next(self._recorded)
 

@@ -112,6 +112,9 @@ class StreamDisplay:
         else:
             self.note(self.line())
 
+    def idle(self) -> None:
+        """Nothing changes."""
+
     def sync(self) -> None:
         """Nothing of this is kept."""
 

@@ -27,13 +27,15 @@ from jobs.streaming.display import StreamDisplay
 from jobs.streaming.journal import Journal, JournalError
 from jobs.streaming.outcome import Outcome, Usage
 from jobs.streaming.records import SourceError
-from jobs.streaming.service import Seen, Service
+from jobs.streaming.seen import Seen
+from jobs.streaming.service import Service, Watcher
 from jobs.streaming.sources import open_source
 from simmatch.config import ConfigError
 from simmatch.documents import DocumentError, dump_json, dump_yaml, load_yaml_file
 from simmatch.files import locked, make_folder, write_whole
 
 LOCK = "lock"
+ENDS: dict[RunStatus, str] = {"FINISHED": "ended", "KILLED": "ended by a signal; the same command goes on"}
 COPIES_S = 30.0
 """Longest wait for copies of snapshots at the end."""
 
@@ -89,6 +91,7 @@ class StreamJob:
         self._signals = SignalHandler(self._on_signal)
         self._signum: int | None = None
         self._service: Service | None = None
+        self._seen: Seen | None = None
         self._over = False
 
     def run(self) -> int:
@@ -110,6 +113,11 @@ class StreamJob:
 
     def _run(self) -> int:
         torch.set_num_threads(self.config.threads)
+        try:
+            seen = self._seen = Seen(self.run_dir, self.config, self._display.note, self.tracker)
+        except ConfigError as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return BAD_INPUT
         write_whole(self.run_dir / "config.yaml", dump_yaml(public(self.config)))
         self.tracker.start(self.run_dir.name, layers=0, tags=self._tags())
         self.tracker.params({key: value for key, value in public(self.config).items() if key != "tracking"})
@@ -122,9 +130,11 @@ class StreamJob:
             with self._display as display:
                 self.tracker.announce_to(display.note)
                 journal.open()
-                service = self._service = Service(
-                    self.config, self.run_dir, journal, Several([self._display]), display.note
-                )
+                watchers = Several([self._display, seen])
+                service = self._service = Service(self.config, self.run_dir, journal, watchers, display.note)
+                seen.follow(service.state.pipeline)
+                if seen.answers.url is not None:
+                    display.note(f"answers at {seen.answers.url}")
                 self._stream(service)
             status, code = "FINISHED", 0
             if self._signum is not None:
@@ -167,6 +177,8 @@ class StreamJob:
         summary = self._summary(status, message, seconds)
         self.tracker.metrics(int(summary["records"]), {"seconds": seconds})
         self.tracker.finish(status)
+        if self._seen is not None:
+            self._seen.close(ENDS[status] if status != "FAILED" else f"failed: {one_line(self._hide(message or ''))}")
         if self._display.candidates:
             self._display.note(self._display.line())
         send_records(self.tracker, self._display.note)
@@ -221,12 +233,16 @@ class StreamJob:
 class Several:
     """Tells several what there is to see."""
 
-    def __init__(self, parts: Sequence[Seen]) -> None:
+    def __init__(self, parts: Sequence[Watcher]) -> None:
         self._parts = parts
 
     def add(self, outcome: Outcome, usage: Usage) -> None:
         for part in self._parts:
             part.add(outcome, usage)
+
+    def idle(self) -> None:
+        for part in self._parts:
+            part.idle()
 
     def sync(self) -> None:
         for part in self._parts:

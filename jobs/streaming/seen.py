@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.redaction import one_line
 from jobs.streaming import page
-from jobs.streaming.answers import Answers, snapshot_of
+from jobs.streaming.answers import Answers, Snapshot
 from jobs.streaming.curves import Curves
 from jobs.streaming.events import Events
 from jobs.streaming.history import History, Point, Spent
@@ -49,13 +49,12 @@ RUNNING, WAITING = "running", "waiting for records"
 
 
 class Seen:
-    """Is told of every outcome, by the thread that learns. Call `close` at the end.
+    """Is told of every outcome, by the thread that learns, once it follows a pipeline. Call `close` at the end.
 
     Parameters
     ----------
-    pipeline: the stream's own; it is copied between batches, to answer requests.
     tell: is given lines for people, also from other threads.
-    tracker: begun; None: nothing goes to MLflow.
+    tracker: None: nothing goes to MLflow.
 
     Raises
     ------
@@ -67,12 +66,11 @@ class Seen:
         self,
         run_dir: Path,
         config: StreamConfig,
-        pipeline: Pipeline,
         tell: Callable[[str], None],
         tracker: Tracker | None = None,
     ) -> None:
-        self._run_dir, self._config, self._pipeline, self._tell = run_dir, config, pipeline, tell
-        self._tracker = tracker
+        self._run_dir, self._config, self._tell, self._tracker = run_dir, config, tell, tracker
+        self._pipeline: Pipeline | None = None
         self.history = History(config.name)
         self.history.load(run_dir)
         self.answers = Answers(config.name, config.answers, data=config.data, state=self._summary, tell=tell)
@@ -88,6 +86,10 @@ class Seen:
         self._at, self._processor = time.monotonic(), time.process_time()
         self._written, self._written_batch, self._cost_s = -1e9, self.history.batch, 0.0
         self._try(self._write_address)
+
+    def follow(self, pipeline: Pipeline) -> None:
+        """The pipeline that outcomes will be of; it is copied between batches, to answer requests."""
+        self._pipeline = pipeline
 
     def add(self, outcome: Outcome, usage: Usage) -> None:
         """A batch was applied; also one that is applied again after a restart."""
@@ -149,7 +151,7 @@ class Seen:
             "time": latest.time,
             "labels": latest.labels,
             "faults": latest.faults,
-            "classes": list(self._pipeline.intake.classes),
+            "classes": latest.classes,
             "champion": latest.champion,
             "accuracy": latest.right / latest.answered if latest.answered else None,
             "events": dict(self.history.kept.counts),
@@ -159,12 +161,19 @@ class Seen:
     def _offer(self, *, idle: bool = False) -> None:
         """The champion as it is now, to those that answer requests."""
         pipeline, served = self._pipeline, self.answers.served.snapshot
+        if self.answers.port is None or pipeline is None or not pipeline.calibrated:
+            return
         candidate, shape = pipeline.champion_candidate, pipeline.intake.shape
-        if self.answers.port is None or candidate is None or shape is None or not pipeline.calibrated:
+        assert candidate is not None
+        assert shape is not None
+        if served is not None and served.batch == pipeline.batch:
             return
-        if served is not None and (served.name, served.version) == (pipeline.champion, candidate.batches):
-            return
-        copied = partial(snapshot_of, pipeline.champion, candidate, pipeline.intake.classes, shape)
+
+        def copied() -> Snapshot:
+            config = self._config.candidate(pipeline.champion)
+            classes, batch = pipeline.intake.classes, pipeline.batch
+            return Snapshot(pipeline.champion, config, candidate, batch=batch, classes=classes, shape=shape)
+
         self.answers.offer(copied, idle=idle)
 
     def _write(self) -> None:
@@ -186,9 +195,11 @@ class Seen:
     def _register(self, folder: str, decided: str) -> None:
         """Export the champion, and make it a version of the registered model, if one is configured."""
         pipeline, tracker = self._pipeline, self._tracker
-        candidate, shape = pipeline.champion_candidate, pipeline.intake.shape
-        if candidate is None or shape is None or not pipeline.calibrated:
+        if pipeline is None or not pipeline.calibrated:
             return
+        candidate, shape = pipeline.champion_candidate, pipeline.intake.shape
+        assert candidate is not None
+        assert shape is not None
         if folder != MODEL and (tracker is None or tracker.config.register is None):
             return
         path = self._run_dir / folder

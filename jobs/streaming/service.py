@@ -37,11 +37,14 @@ AGAIN_S = 1.0
 """Between two attempts at a full disk."""
 
 
-class Seen(Protocol):
+class Watcher(Protocol):
     """Who is told of every outcome, also of those that are applied again after a restart."""
 
     def add(self, outcome: Outcome, usage: Usage) -> None:
         """A batch was applied."""
+
+    def idle(self) -> None:
+        """There is nothing to apply at the moment."""
 
     def sync(self) -> None:
         """A snapshot follows: what was added must not get lost."""
@@ -73,7 +76,7 @@ class Service:
         config: StreamConfig,
         run_dir: Path,
         journal: Journal,
-        seen: Seen,
+        seen: Watcher,
         tell: Callable[[str], None],
         *,
         point: Callable[[str], None] = lambda _: None,
@@ -141,8 +144,10 @@ class Service:
                 deliveries = source.poll(min(MOST_POLLED, self._most), self._wait_s())
                 for delivery in deliveries:
                     self._take(delivery)
-                if not deliveries and source.ended:
-                    break
+                if not deliveries:
+                    if source.ended:
+                        break
+                    self._seen.idle()
                 self._look_at_clock()
             if self.state.ledger.open or not self._keeper.has(self.state.ledger.batches):
                 self._end("end")

@@ -101,6 +101,9 @@ class Notes:
         self.outcomes.append(outcome)
         self.usages.append(usage)
 
+    def idle(self) -> None:
+        pass
+
     def sync(self) -> None:
         pass
 
