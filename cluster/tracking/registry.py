@@ -103,25 +103,34 @@ def _as_kept(accuracy: float) -> str:
     return f"{accuracy:.6f}"
 
 
+def _with(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"; accuracy {accuracy:.4f}"
+
+
 def _decide(client: MlflowClient, event: RegisterEvent, version: ModelVersion) -> str:
     """Move the alias to this version, or leave it; returns why."""
     mine = event.accuracy
-    if mine is None:
+    if mine is None and not event.decided:
         return "not considered, no readout was fitted"
     holder = client.get_registered_model(event.name).aliases.get(CHAMPION)
     if holder is None:
         client.set_registered_model_alias(event.name, CHAMPION, version.version)
-        return f"this version, the first; accuracy {mine:.4f}"
+        return f"this version, the first{_with(mine)}"
     if str(holder) == str(version.version):  # moved by a request whose answer was lost
-        return f"this version; accuracy {mine:.4f}"
+        return f"this version{_with(mine)}"
     champion = client.get_model_version(event.name, str(holder))
     stays = f"stays version {holder}"
     if event.decided and champion.tags.get(DATA_TAG) == event.data:
         client.set_registered_model_alias(event.name, CHAMPION, version.version)
         return f"moved here from version {holder}: {event.decided}"
+    if mine is None:
+        return (
+            f"{stays}, which was measured with other data: {champion.tags.get(DATA_TAG, 'unknown')}, here {event.data}"
+        )
     for tag, value, what in ((DATA_TAG, event.data, "other data"), (PROBE_TAG, event.probe, "another probe")):
         if champion.tags.get(tag) != value:
             return f"{stays}, which was measured with {what}: {champion.tags.get(tag, 'unknown')}, here {value}"
+    assert mine is not None
     try:
         theirs = float(champion.tags.get(ACCURACY_TAG, ""))
     except ValueError:

@@ -103,6 +103,35 @@ def test_the_champion_moves_to_what_is_better_and_comparable(
     assert champion(client) == "2"
 
 
+def test_a_stream_decides_itself_which_model_is_the_champion(store: str, client: Any, tmp_path: Path) -> None:
+    """Two models of one run, the second with a lower accuracy; a stream of another name leaves the alias alone."""
+    for name, decided in (("line 4", ("fast answers", "slow answers in place of fast")), ("line 5", ("alone",))):
+        config = TrackingConfig(uri=store, register="a stream", flush_s=60.0)
+        tracker = Tracker(tmp_path / name, config, ModelLogger(lambda path: Toy()))
+        tracker.start(name, layers=0)
+        for number, why in enumerate(decided):
+            folder = tmp_path / name / "models" / str(number)
+            folder.mkdir(parents=True)
+            for file in ("config.yaml", "model.safetensors"):
+                (folder / file).write_text(why)
+            key = tracker.model(folder, (1, 2, 2))
+            accuracy = None if name == "line 5" else 0.9 - 0.2 * number
+            tracker.register(data=f"stream {name}", probe="prequential", accuracy=accuracy, key=key, decided=why)
+        tracker.finish("FINISHED")
+        tracker.close()
+        told = [line for line in outcome_lines(tracker) if line.startswith("registered")]
+        if name == "line 4":
+            assert told == [
+                "registered as a stream, version 1; champion: this version, the first; accuracy 0.9000",
+                "registered as a stream, version 2; champion: moved here from version 1: slow answers in place of fast",
+            ]
+        else:
+            assert "version 3; champion: stays version 2, which was measured with other data" in told[0]
+        assert str(client.get_registered_model("a stream").aliases["champion"]) == "2"
+    sources = {client.get_model_version("a stream", str(number)).source for number in (1, 2, 3)}
+    assert len(sources) == 3
+
+
 def test_a_version_that_was_made_twice_remains_once(store: str, client: Any, tmp_path: Path) -> None:
     finish(tmp_path / "twice", store, 0.1)
     [first] = [v for v in client.search_model_versions(f"name = '{NAME}'") if v.tags["simmatch.accuracy"] == "0.100000"]
