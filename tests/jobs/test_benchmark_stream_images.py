@@ -12,7 +12,8 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 
 from jobs.benchmarks.stream.discriminant import NearestMean, StreamingDiscriminant, fourier_features
-from jobs.benchmarks.stream.image_rows import SPLIT_ROWS, LeNetRow, discriminant_size, own_bytes
+from jobs.benchmarks.stream.image_rivals import LeNetRow
+from jobs.benchmarks.stream.image_rows import SPLIT_ROWS, discriminant_size, own_bytes
 from jobs.benchmarks.stream.images import turned
 from jobs.benchmarks.stream.prequential import run_stream
 from jobs.benchmarks.stream.rivals import NetworkSettings
