@@ -163,7 +163,8 @@ class StreamJob:
             return
         batches = service.state.ledger.batches
         note(f"{self.run_dir}: {'continues after' if before else 'begins with'} batch {batches if before else 1}")
-        source = open_source(self.config.source, service.state.ledger.positions, note)
+        positions, period_s = service.state.ledger.positions, self.config.data.period
+        source = open_source(self.config.source, positions, note, period_s=period_s)
         try:
             service.run(source)
         finally:

@@ -34,6 +34,9 @@ LINES = (".jsonl", ".ndjson", ".json")
 KNOWN = (*LINES, *SUFFIXES, *(ending for endings, _ in FORMATS.values() for ending in endings))
 """Endings of the files that are read."""
 
+MOST_BYTES = 2**28
+"""Of the samples of one record, as float64."""
+
 LONGEST_ID = 120
 """Characters of the name of a file in an id; of a longer one its end and a hash stand there."""
 
@@ -283,6 +286,9 @@ class FolderSource:
 
     def _block(self, recording: Recording, start: int, stop: int, least_s: float) -> Record:
         """Samples of a recording; without times of its own they follow what was before, at `least_s` or later."""
+        size = 8 * (stop - start) * recording.series.shape[1]
+        if size > MOST_BYTES:
+            raise DataError(f"expected at most {MOST_BYTES:,} bytes in a record, got {size:,}; see source.folder.block")
         period_s = self._period_s or 0.0
         name = _id(recording.name) if self._config.block is None else f"{_id(recording.name)}/{start}"
         values = recording.series.read(start, stop).astype(np.float64)

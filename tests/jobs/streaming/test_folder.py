@@ -5,19 +5,26 @@ Oracle: what was written there.
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jobs.streaming.records import Delivery, Fault, Position, Record, Source
 from jobs.streaming.sources import SourceConfig, open_source
+from jobs.streaming.sources.folder import KNOWN
 from simmatch.config import ConfigError, parse
+from simmatch.data.decoding import SUFFIXES
 
 Positions = dict[str, Position]
 
@@ -226,6 +233,48 @@ def test_large_files_and_strange_classes_are_set_aside(tmp_path: Path) -> None:
     reasons = [each.item.reason for each in found if isinstance(each.item, Fault)]
     assert reasons[0].startswith("b.npz: expected at most 4,000 bytes, got 8,")
     assert "expected a class of at most 200 printable characters" in reasons[1]
+
+
+ENDINGS = [ending for ending in KNOWN if not ending.endswith(".ts")]
+
+
+@given(data=st.data(), name=st.sampled_from(ENDINGS))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_content_of_a_file_raises(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str) -> None:
+    """Any bytes, and a good file with some bytes changed or cut off; the next file is read."""
+    folder = tmp_path_factory.mktemp("in")
+    good = io.BytesIO()
+    if name == ".npy":
+        np.save(good, np.arange(12.0).reshape(6, 2))
+    elif name == ".npz":
+        data.draw(st.sampled_from([np.savez, np.savez_compressed]))(good, x=np.arange(12.0))
+    elif name in SUFFIXES:
+        Image.new("L", (4, 4)).save(good, "PNG")
+    elif name.startswith(".csv"):
+        text = b"time,x,label\n1,1,a\n2,,b\n"
+        good.write(gzip.compress(text) if name.endswith(".gz") else text)
+    else:
+        good.write(b'{"id": 1, "time": 1, "x": 1}\n')
+    content = bytearray(good.getvalue())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+        content[place] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))] + data.draw(st.binary(max_size=20))
+    (folder / f"a{name}").write_bytes(content)
+    np.save(folder / "b.npy", np.zeros((1, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow and pandas, about what is wrong with the content
+        found = everything(opened(folder, tell=lambda line: None, columns=["x"], max_file_bytes=10**6))
+    assert found[-1].item.id == "b.npy/0"  # type: ignore[union-attr]
+    assert len(found) > 1
+    assert all(each.position is not None and json.dumps(each.position) for each in found)
+
+
+def test_a_record_that_is_too_large_is_set_aside(tmp_path: Path) -> None:
+    """As a header of 128 bytes can announce."""
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.dtype(np.int8), (2, 2**26)).flush()
+    (found,) = everything(opened(tmp_path, tell=lambda line: None))
+    assert isinstance(found.item, Fault)
+    assert "expected at most 268,435,456 bytes in a record, got 1,073,741,824" in found.item.reason
 
 
 def test_configurations_are_checked(tmp_path: Path) -> None:
