@@ -81,11 +81,11 @@ class Seen:
             self.answers.close()
             raise
         self._state = "starting"
-        self._failing = False
+        self._failing: set[str] = set()
         self._duplicates = 0
         self._at, self._processor = time.monotonic(), time.process_time()
         self._written, self._written_batch, self._cost_s = -1e9, self.history.batch, 0.0
-        self._try(self._write_address)
+        self._try("address of answers", self._write_address)
 
     def follow(self, pipeline: Pipeline) -> None:
         """The pipeline that outcomes will be of; it is copied between batches, to answer requests."""
@@ -107,7 +107,7 @@ class Seen:
             self._curves.add(outcome, self._latest, self.history.kept.counts)
         if any(event.kind == "champion" for event in outcome.events):
             texts = [event.text for event in outcome.events if event.kind == "champion"]
-            self._try(partial(self._register, f"{MODELS}/{outcome.metrics.batch:08d}", texts[-1]))
+            self._try("model", partial(self._register, f"{MODELS}/{outcome.metrics.batch:08d}", texts[-1]))
         due = outcome.metrics.batch - self._written_batch >= self._config.page.every_batches
         if due and now >= self._written + WRITING * self._cost_s:
             self._write()
@@ -122,7 +122,7 @@ class Seen:
     def sync(self) -> None:
         """A snapshot follows: what was added is on the disk, if that takes anything."""
         self._write()
-        self._try(self.events.sync)
+        self._try("file of waiting events", self.events.sync)
 
     def close(self, state: str) -> None:
         """The job ends: the last page, the champion's model, and what waits is sent for some seconds.
@@ -131,11 +131,11 @@ class Seen:
         """
         self._state = state
         self._write()
-        self._try(partial(self._register, MODEL, ""))
+        self._try("model", partial(self._register, MODEL, ""))
         self.events.close()
-        self._try(self.events.sync)
+        self._try("file of waiting events", self.events.sync)
         self.answers.close()
-        self._try((self._run_dir / ADDRESS).unlink)
+        self._try("address of answers", (self._run_dir / ADDRESS).unlink)
 
     @property
     def _latest(self) -> Point:
@@ -179,7 +179,7 @@ class Seen:
     def _write(self) -> None:
         """Write history and page."""
         started = time.monotonic()
-        self._try(self._write_files)
+        self._try("page", self._write_files)
         self._written, self._written_batch = time.monotonic(), self.history.batch
         self._cost_s = self._written - started
 
@@ -219,15 +219,15 @@ class Seen:
         for old in sorted((self._run_dir / MODELS).glob("*"))[:-KEPT_MODELS]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _try(self, call: Callable[[], object]) -> None:
+    def _try(self, what: str, call: Callable[[], object]) -> None:
         """Do something with the disk; one that takes nothing costs a line, once."""
         try:
             call()
         except FileNotFoundError:
             pass
         except OSError as error:
-            if not self._failing:
-                self._tell(f"{self._run_dir} takes no page and no history: {one_line(error)}; the stream goes on")
-            self._failing = True
+            if what not in self._failing:
+                self._tell(f"{self._run_dir} takes no {what}: {one_line(error)}; the stream goes on")
+            self._failing.add(what)
         else:
-            self._failing = False
+            self._failing.discard(what)
