@@ -1,7 +1,7 @@
 """Curves and events of a stream in MLflow, through the run's spool like those of every job.
 
-A row of metrics is recorded at every `EVERY` records, later at every thousandth part of the stream, so that a stream
-of a thousand million records has less than ten thousand rows. Values are means since the row before; their step is the number of the
+A row of metrics is recorded at every `EVERY` records, later at every thousandth part of the stream: less than ten
+thousand rows for a thousand million records. Values are means since the row before; their step is the number of the
 newest record. What the spool holds is not recorded again after a restart.
 
     accuracy, accuracy_total           prequential, of whoever was the champion
