@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import Condition
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from jobs.streaming.mqtt import MqttConfig, MqttConnection, Subscription
 from jobs.streaming.records import Delivery, Fault, SourceError
 from jobs.streaming.sources.fields import Place, RecordKeys, from_json
-from simmatch.documents import shortened
+from simmatch.documents import quoted, shortened
 
 if TYPE_CHECKING:
     from paho.mqtt.client import MQTTMessage
@@ -24,7 +25,17 @@ LOOK_S = 1.0
 LARGEST_PACKET = 16
 """Messages of so many times `max_record_bytes` are not even sent by the broker."""
 
-Topic = Annotated[str, Field(min_length=1, max_length=1000)]
+
+def _filter(topic: str) -> str:
+    """A filter of topics, checked: paho and brokers refuse others."""
+    *inner, last = topic.split("/")
+    wild = [level for level in (*inner, last) if len(level) > 1 and ("+" in level or "#" in level)]
+    if wild or "#" in inner or not topic.isprintable():
+        raise ValueError(f"expected a filter such as pumps/+/vibration or pumps/#, got {quoted(topic)}")
+    return topic
+
+
+TopicFilter = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_filter)]
 
 
 class BrokerConfig(MqttConfig, RecordKeys):
@@ -34,9 +45,7 @@ class BrokerConfig(MqttConfig, RecordKeys):
     604800
     """
 
-    topics: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], Field(min_length=1, strict=False)
-    ]
+    topics: Annotated[tuple[TopicFilter, ...], Field(min_length=1, strict=False)]
     """Filters of topics, such as `pumps/+/vibration`. They are read with QoS 1; what is published with QoS 0 may be
     lost."""
 
@@ -108,7 +117,10 @@ class BrokerSource:
                 self._waiting.append((message, receipt))
                 self._arrived.notify()
                 return
-        self._tell("source.mqtt: messages with QoS 0 come faster than they are learnt from, and are lost; use QoS 1")
+        with suppress(OSError, ValueError):  # as in `MqttConnection`
+            self._tell(
+                "source.mqtt: messages with QoS 0 come faster than they are learnt from, and are lost; use QoS 1"
+            )
 
     def _delivery(self, message: MQTTMessage, receipt: Any) -> Delivery:
         try:

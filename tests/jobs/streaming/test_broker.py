@@ -9,6 +9,7 @@ import gc
 import json
 import signal
 import socket
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -235,6 +236,34 @@ def test_a_topic_without_permission_is_told(tmp_path: Path) -> None:
     assert told == [f"answers.mqtt: the broker 127.0.0.1:{broker.port} refuses what is published: Not authorized"]
 
 
+def test_a_subscription_without_permission_ends_the_start(tmp_path: Path) -> None:
+    plugin = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH") or "", "mosquitto_dynamic_security.so")
+    if not plugin.exists():
+        pytest.skip(f"needs {plugin}, which makes mosquitto refuse subscriptions")
+    access = {"publishClientSend": True, "publishClientReceive": True, "subscribe": False, "unsubscribe": True}
+    rules = {"defaultACLAccess": access, "clients": [], "roles": [], "groups": [{"groupname": "everybody"}]}
+    (tmp_path / "rules.json").write_text(json.dumps({**rules, "anonymousGroup": "everybody"}))
+    lines = [f"plugin {plugin}", f"plugin_opt_config_file {tmp_path / 'rules.json'}"]
+    with Broker(tmp_path / "broker", *lines) as broker:
+        with pytest.raises(ConfigError) as error:
+            open_source(config(broker), {})
+        address = f"127.0.0.1:{broker.port}"
+        assert str(error.value) == f"source.mqtt.topics: the broker {address} refuses topic 'a/#': Not authorized"
+
+
+def test_messages_without_a_promise_are_lost_when_they_are_too_many(broker: Broker) -> None:
+    """Published with QoS 0: memory stays bounded, and it is told."""
+    told: list[str] = []
+    with source(broker, told.append, most_unacknowledged=10) as stream, publisher(broker) as connection:
+        for number in range(100):
+            connection._client.publish("a/b", message(number), qos=0)
+        publish(connection, range(100, 105))
+        wait_for(lambda: "q1, r0, m5" in broker.log())
+        found = take(stream, 25)
+    assert ids(found) == [*range(20), *range(100, 105)]
+    assert told == ["source.mqtt: messages of QoS 0 come faster than they are learnt from, and are lost; use QoS 1"]
+
+
 # paho leaves the closing of a connection whose handshake fails to Python
 @pytest.mark.filterwarnings("ignore:unclosed .*SSLSocket:ResourceWarning")
 def test_encrypted_connections(tmp_path: Path) -> None:
@@ -301,6 +330,8 @@ def test_what_is_too_large_is_set_aside(broker: Broker) -> None:
 def test_configurations_are_checked(broker: Broker) -> None:
     for keys, message in [
         ({"topics": []}, "mqtt.topics: expected a list of at least 1 item"),
+        ({"topics": ["a/#/b"]}, "mqtt.topics.0: expected a filter such as pumps/+/vibration or pumps/#, got 'a/#/b'"),
+        ({"topics": ["a", "b+"]}, "mqtt.topics.1: expected a filter such as"),
         ({"client_id": ""}, "mqtt.client_id: expected text that matches"),
         ({"id_field": None}, "mqtt: expected id_field and time_field with mqtt"),
         ({"pasword": "x"}, "mqtt.pasword: unknown key; "),
