@@ -13,6 +13,7 @@ from scipy.stats import ttest_1samp
 from torch import Tensor
 
 import jobs.benchmark
+from jobs.benchmarks.stream import speed
 from jobs.benchmarks.stream.prequential import Result, run_stream
 from jobs.benchmarks.stream.results import Store, difference, held_out_table
 from jobs.benchmarks.stream.rivals import AdaptiveForest, Network, NetworkSettings
@@ -157,7 +158,9 @@ def test_results_are_kept_and_differences_are_paired(tmp_path: Path) -> None:
     assert (found[0] - found[1], found[0] + found[1]) == pytest.approx((interval.low, interval.high))
 
 
-def test_the_command_measures_what_is_missing_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_what_is_missing_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     draws = np.random.default_rng(0)
     for rpm in (1797, 1772, 1750, 1730):
         folder = tmp_path / "bearings"
@@ -181,6 +184,10 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path: Path, capsys
     assert accuracy["spectrum"] > 0.9  # chance: 0.5; the first records have no label
     assert "| spectrum | 1 |" in (tmp_path / "run" / "tables.md").read_text()
     assert (tmp_path / "run" / "figures" / "bearings-types-5.png").stat().st_size > 5000
+    monkeypatch.setattr(speed, "UPDATES", 3)
+    assert jobs.benchmark.main([*words, "--parts", "speed"]) == 0
+    [timed] = [json.loads(line) for line in capsys.readouterr().out.splitlines() if '"speed"' in line][1:]
+    assert timed["windows_per_second"] > 100
     assert jobs.benchmark.main([*words, "--rows", "nothing"]) == 2
     assert "--rows: expected some of similarity matching; " in capsys.readouterr().err
 

@@ -23,8 +23,8 @@ FILES = ("rpm1797.npz", "rpm1772.npz", "rpm1750.npz", "rpm1730.npz")
 WINDOW, HOP, STRETCH = 256, 128, 50
 """Samples of a window, from one to the next, and windows of a stretch; the window between two stretches is left out."""
 
-HELD_OUT = 4
-"""Every fourth stretch."""
+HELD_OUT, SCORED = 4, 3
+"""Every fourth stretch, and of it every third window."""
 
 WARM_UP, FIRST = (0, 5), (5, 12)
 """Stretches of load 0: before the stream begins, and of its first segment; the others come at its end."""
@@ -56,6 +56,8 @@ def bearings(folder: Path, classes: str, *, quick: bool = False) -> Stream:
         chosen = (stretch >= first) & (stretch < (int(stretch.max()) + 1 if last is None else last))
         own = stretch % HELD_OUT == HELD_OUT - 1
         index = np.flatnonzero(chosen & (own if held_out else ~own))
+        if held_out:
+            index = index[::SCORED]
         if quick:
             index = index[np.isin(stretch[index], np.unique(stretch[index])[:2])]
         return _some(loads[load], name, index)

@@ -44,8 +44,8 @@ STREAMS: Mapping[str, Entry] = MappingProxyType(
     {
         f"bearings-{classes}": Entry(
             partial(_bearings, classes),
-            signal_rows.ROWS,
-            [Labelling(share, delay) for share in (0.01, 0.05, 1.0) for delay in (0, 500)],
+            signal_rows.BEARINGS,
+            [Labelling(share, delay) for delay in (0, 500) for share in (0.01, 0.05, 1.0)],
             signal_rows.REFERENCES,
         )
         for classes in ("types", "faults")
@@ -54,7 +54,7 @@ STREAMS: Mapping[str, Entry] = MappingProxyType(
         "electricity": Entry(
             lambda folder, quick: electricity(folder, quick=quick),
             signal_rows.ELECTRICITY,
-            [Labelling(share) for share in (0.01, 0.05, 1.0)],
+            [Labelling(share) for share in (0.01, 1.0)],
             signal_rows.REFERENCES,
         ),
         "split-fashion-mnist": Entry(

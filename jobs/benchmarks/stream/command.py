@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from jobs.benchmarks.stream import speed
 from jobs.benchmarks.stream.catalogue import STREAMS
 from jobs.benchmarks.stream.prequential import Result, measure
 from jobs.benchmarks.stream.results import Store, curves, differences, held_out_table, table
 from jobs.benchmarks.stream.streams import Labelling, Stream
-from jobs.options import at_least
+from jobs.options import add_parts, at_least
 from jobs.reporting import Report
 from simmatch.config import ConfigError
 from simmatch.files import write_whole
@@ -34,6 +35,7 @@ class Unit:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
+    add_parts(parser, ("rows", "speed"))
     parser.add_argument(
         "--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS), metavar="NAME",
         help=f"of {', '.join(STREAMS)} (default: all)",
@@ -48,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
+    """The parts."""
+    if "rows" in options.parts:
+        _rows(options, report)
+    if "speed" in options.parts and not options.report:
+        rounds = 2 if options.quick else options.rounds
+        speed.measure(STREAMS["bearings-types"].make(Path(options.data), options.quick), rounds, report)
+
+
+def _rows(options: argparse.Namespace, report: Report) -> None:
     """Measure what has no result, then show all. Settings are chosen with the first seed."""
     units, store = list(_units(options)), Store(report.run_dir / ("quick" if options.quick else "results"))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from jobs.benchmarks.stream.discriminant import NearestMean, StreamingDiscriminant, fourier_features
 from jobs.benchmarks.stream.image_rivals import Joint, LeNetRow
 from jobs.benchmarks.stream.rivals import NetworkSettings
-from jobs.benchmarks.stream.rows import Fixed, Kind, Row, WithReadout
+from jobs.benchmarks.stream.rows import Fixed, Kind, Row, SimilarityMatching, WithReadout
 from jobs.benchmarks.stream.streams import Stream
 from jobs.evaluation import backprop
 from jobs.evaluation.lenet import LeNet
@@ -27,7 +27,6 @@ from simmatch.config import ModelConfig, parse
 from simmatch.model import build_layer, pooled
 from simmatch.online.rate import RateConfig
 from simmatch.online.readout import OnlineReadout, ReadoutConfig
-from simmatch.online.stack import Encoded, OnlineStack
 from simmatch.seeding import seeded
 
 LAYER: Mapping[str, object] = MappingProxyType(
@@ -69,34 +68,6 @@ RECOMPUTED = ReadoutConfig(kind="ridge", reservoir=500)
 RECOMPUTE_EVERY = 20
 
 
-class SimilarityMatching:
-    """One layer that learns from every batch: `Features`."""
-
-    def __init__(self, stream: Stream, seed: int, rate: RateConfig) -> None:
-        self.stack = OnlineStack(MODEL, stream.source, seed=seed, rate=rate)
-        self.stack.calibrate(stream.warm_up.read(slice(None)))
-        self._encoded: tuple[Tensor, Encoded] | None = None
-
-    def encode(self, x: Tensor) -> Tensor:
-        """See `Features`."""
-        self._encoded = x, self.stack.encode(x)
-        return self._encoded[1].features
-
-    def learn(self, x: Tensor, labels: Tensor) -> None:
-        """See `Features`."""
-        known = self._encoded
-        self.stack.learn(known[1] if known is not None and known[0] is x else self.stack.encode(x))
-        self._encoded = None
-
-    def learn_labels(self, x: Tensor, labels: Tensor) -> None:
-        """Nothing."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of its state."""
-        return sum(value.nbytes for value in self.stack.state().values())
-
-
 def random_features(stream: Stream, seed: int, threshold: float) -> Fixed:
     """Rectified Gaussian filters of the same patches, contrast-normalised and whitened alike.
 
@@ -122,7 +93,7 @@ def random_features(stream: Stream, seed: int, threshold: float) -> Fixed:
 
 def own_bytes(stream: Stream) -> int:
     """Most bytes of state of our row, the readout included."""
-    features = SimilarityMatching(stream, 0, UNTIL_FROZEN)
+    features = SimilarityMatching(stream, MODEL, 0, UNTIL_FROZEN)
     size = features.encode(stream.warm_up.read(slice(1))).shape[1]
     return features.nbytes + 8 * (2 * size**2 + (512 + stream.classes) * size)
 
@@ -138,15 +109,15 @@ def discriminant_size(budget: int, classes: int) -> int:
 
 
 def _online(config: ReadoutConfig, stream: Stream, seed: int, rate: RateConfig) -> Row:
-    return WithReadout(SimilarityMatching(stream, seed, rate), config)
+    return WithReadout(SimilarityMatching(stream, MODEL, seed, rate), config)
 
 
 def _recomputed(stream: Stream, seed: int, rate: RateConfig) -> Row:
-    return WithReadout(SimilarityMatching(stream, seed, rate), RECOMPUTED, recompute_every=RECOMPUTE_EVERY)
+    return WithReadout(SimilarityMatching(stream, MODEL, seed, rate), RECOMPUTED, recompute_every=RECOMPUTE_EVERY)
 
 
 def _frozen(config: ReadoutConfig, stream: Stream, seed: int, _: None) -> Row:
-    return WithReadout(SimilarityMatching(stream, seed, UNTIL_FROZEN), config, frozen_after=-1, afresh=True)
+    return WithReadout(SimilarityMatching(stream, MODEL, seed, UNTIL_FROZEN), config, frozen_after=-1, afresh=True)
 
 
 def _random(config: ReadoutConfig, stream: Stream, seed: int, threshold: float) -> Row:
@@ -160,7 +131,7 @@ def _joint(stream: Stream, seed: int, _: None) -> Row:
         assert readout.classifier is not None
         return readout.classifier.predict
 
-    return Joint(SimilarityMatching(stream, seed, UNTIL_FROZEN), fit, len(stream.segments))
+    return Joint(SimilarityMatching(stream, MODEL, seed, UNTIL_FROZEN), fit, len(stream.segments))
 
 
 def _flat(x: Tensor) -> Tensor:

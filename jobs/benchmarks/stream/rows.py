@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.stream.streams import Stream
+from simmatch.config import ModelConfig
 from simmatch.labels import UNLABELLED
+from simmatch.online.rate import RateConfig
 from simmatch.online.readout import OnlineReadout, ReadoutConfig
+from simmatch.online.stack import Encoded, OnlineStack
 
 NO_CLASS = -1
 """A prediction where none can be made yet."""
@@ -76,7 +79,8 @@ class WithReadout:
     config: of the readout.
     frozen_after: number of the segment after which the features do not learn, −1 for the warm-up; None: they always do.
     afresh: the readout begins anew then; else it keeps sums of features that have moved since.
-    recompute_every: batches from one time to the next that the readout is computed anew from its reservoir; 0: never.
+    recompute_every: batches from one time to the next that the readout is computed anew from its reservoir, as long as
+        the features learn, and when they are frozen; 0: never.
 
     Classes are numbered for the readout in the order in which their labels arrive.
     """
@@ -113,8 +117,8 @@ class WithReadout:
         self._encoded = None
         self._learn_readout(x, encoded, labels)
         self.batches += 1
-        if self.recompute_every and self.batches % self.recompute_every == 0 and self.readout is not None:
-            self.readout.recompute(self.features.encode)
+        if self.learning and self.recompute_every and self.batches % self.recompute_every == 0:
+            self._recompute()
 
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
         """See `Row`."""
@@ -128,11 +132,17 @@ class WithReadout:
             self.learning = False
             if self.afresh:
                 self.readout, self.names = None, []
+            elif self.recompute_every:
+                self._recompute()
 
     @property
     def nbytes(self) -> int:
         """See `Row`."""
         return self.features.nbytes + (0 if self.readout is None else self.readout.nbytes)
+
+    def _recompute(self) -> None:
+        if self.readout is not None:
+            self.readout.recompute(self.features.encode)
 
     def _encode(self, x: Tensor) -> Tensor:
         if self._encoded is None or self._encoded[0] is not x:
@@ -168,6 +178,42 @@ class Fixed:
 
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
         """Nothing."""
+
+
+class SimilarityMatching:
+    """A stack that learns from every batch, calibrated on the warm-up: `Features`.
+
+    Parameters
+    ----------
+    stream: what it will learn.
+    model: its layers.
+    seed: of its weights.
+    rate: how its learning rates change.
+    """
+
+    def __init__(self, stream: Stream, model: ModelConfig, seed: int, rate: RateConfig) -> None:
+        self.stack = OnlineStack(model, stream.source, seed=seed, rate=rate)
+        self.stack.calibrate(stream.warm_up.read(slice(None)))
+        self._encoded: tuple[Tensor, Encoded] | None = None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See `Features`."""
+        self._encoded = x, self.stack.encode(x)
+        return self._encoded[1].features
+
+    def learn(self, x: Tensor, labels: Tensor) -> None:
+        """See `Features`."""
+        known = self._encoded
+        self.stack.learn(known[1] if known is not None and known[0] is x else self.stack.encode(x))
+        self._encoded = None
+
+    def learn_labels(self, x: Tensor, labels: Tensor) -> None:
+        """Nothing."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its state."""
+        return sum(value.nbytes for value in self.stack.state().values())
 
 
 class NoChange:
