@@ -202,3 +202,9 @@ def test_what_was_forgotten_is_seen_in_the_table_of_held_out_parts() -> None:
         ["row", "after", "held out"],
         [["constant", "segment 0", (0.75 + 0.0) / 2], ["constant", "segment 1", (0.75 + 0.75) / 2]],
     )
+
+
+def test_classes_that_come_last_are_not_forgotten_before() -> None:
+    held_out = [{"a": 0.9, "b": 0.0}, {"a": 0.7, "b": 0.8}]
+    result = run_stream(stream([0], [1]), Diary(), Labelling(), seed=0).model_copy(update={"held_out": held_out})
+    assert result.forgotten == pytest.approx(0.2)

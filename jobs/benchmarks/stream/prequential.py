@@ -75,14 +75,15 @@ class Result(BaseModel):
 
     @property
     def forgotten(self) -> float | None:
-        """Mean over held-out parts of the best accuracy after an earlier segment less that after the last one.
+        """Mean of the best accuracy after an earlier segment less that after the last, of held-out parts known by then.
 
         Source: Chaudhry et al., "Riemannian walk for incremental learning" (2018).
         """
         if len(self.held_out) < 2 or not self.held_out[-1]:
             return None
-        losses = [max(each[name] for each in self.held_out[:-1]) - last for name, last in self.held_out[-1].items()]
-        return sum(losses) / len(losses)
+        best = {name: max(each[name] for each in self.held_out[:-1]) for name in self.held_out[-1]}
+        losses = [best[name] - last for name, last in self.held_out[-1].items() if best[name] > 0]
+        return sum(losses) / len(losses) if losses else None
 
 
 @dataclass
