@@ -22,7 +22,10 @@ NONE = -1
 """A prediction that was not made."""
 
 
-COUNTS = ("batches", "answered", "right", "drifts")
+COUNTS = ("batches", "answered", "right", "drifts", "nbytes")
+
+BATCHES_A_LOOK = 64
+"""Between two looks at the size of the state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +71,14 @@ class Candidate:
     batches: learnt from so far.
     answered, right: predictions so far whose label is known, and those of them that were right.
     drifts: found so far.
+    nbytes: size of its state, at the latest look.
     """
 
     def __init__(self, config: StreamConfig, shape: list[int], classes: int) -> None:
         self._config = config
         self.stack = make_stack(config, shape, classes)
         self.monitor = DriftMonitor(config.drift)
-        self.batches = self.answered = self.right = self.drifts = 0
+        self.batches = self.answered = self.right = self.drifts = self.nbytes = 0
         self._features = 0
         self.readout: OnlineReadout
         self.detector: NoveltyDetector
@@ -122,6 +126,8 @@ class Candidate:
         self.stack.learn(said.encoded, labels, said.weights)
         self.readout.learn(said.encoded.features, labels, said.weights, inputs=x)
         self.detector.learn(said.encoded.features, said.novelty)
+        if self.batches % BATCHES_A_LOOK == 0:
+            self.nbytes = sum(tensor.nbytes for tensor in self.state()[0].values())
         self.batches += 1
 
     def learn_late(self, x: Tensor, labels: Tensor) -> None:
@@ -133,11 +139,6 @@ class Candidate:
     def recompute(self) -> None:
         """Compute the readout's sums anew, from the features that its reservoir has now."""
         self.readout.recompute(lambda x: self.stack.encode(x).features)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of its state."""
-        return sum(tensor.nbytes for tensor in self.state()[0].values())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values."""

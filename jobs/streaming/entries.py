@@ -114,4 +114,5 @@ def _compact(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return values
     with np.errstate(over="ignore"):
         short = values.astype("<f4")
-    return short if np.array_equal(short, values, equal_nan=True) else values.astype("<f8")
+    exact = bool((short == values).all()) or np.array_equal(short, values, equal_nan=True)
+    return short if exact else values.astype("<f8")

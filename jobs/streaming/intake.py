@@ -144,6 +144,8 @@ class Intake:
         else:
             windows = self._cut(record, origin)
         for x, ended in windows:
+            if not bool(x.isfinite().all()):
+                raise Unusable("values: expected numbers of at most 3e38, which float32 holds, got larger ones")
             if ended.label == UNLABELLED and (early := self._pending.of_record(ended.id)) is not None:
                 ended.label = self._class(early.label, taken)  # it came while the window waited to be filled
             taken.windows.append(Window(x, ended.id, ended.number, ended.time, record.group, ended.label))

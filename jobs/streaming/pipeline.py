@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -181,6 +182,9 @@ class Pipeline:
             switch = self.comparison.add({name: one[known] for name, one in rights.items()})
             if switch is not None:
                 told.switch(switch)
+        for name in self.comparison.challengers if self.comparison.records else ():
+            low, high = self.comparison.interval(name)
+            metrics[name] = replace(metrics[name], difference=(low, self.comparison.difference(name), high))
 
     def _hold(self, windows: Sequence[Window], x: Tensor, predictions: Tensor) -> None:
         """Keep the windows without a label, record by record."""

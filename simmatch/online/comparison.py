@@ -181,6 +181,11 @@ class Comparison:
         same = self.records - more - less
         return lower_limit(more, same, less, self.error), -lower_limit(less, same, more, self.error)
 
+    def difference(self, name: str) -> float:
+        """Mean difference of accuracies, a challenger's minus the champion's, since the comparison began."""
+        more, less = self._counts[name]
+        return (more - less) / max(self.records, 1)
+
     def state(self) -> State:
         """Everything that changes, in int64: a few numbers for each candidate."""
         return {
