@@ -33,6 +33,7 @@ from jobs.streaming.sources import open_source
 from simmatch.config import ConfigError
 from simmatch.documents import DocumentError, dump_json, dump_yaml, load_yaml_file
 from simmatch.files import locked, make_folder, write_whole
+from simmatch.sharding.faults import SharedFault
 
 LOCK = "lock"
 ENDS: dict[RunStatus, str] = {"FINISHED": "ended", "KILLED": "ended by a signal; the same command goes on"}
@@ -144,7 +145,7 @@ class StreamJob:
             status, code, message = "KILLED", exit_status(self._signum), str(Interrupted(self._signum))
         except ConfigError as error:
             code, message = BAD_INPUT, str(error)
-        except (JournalError, SourceError, OSError) as error:
+        except (JournalError, SourceError, SharedFault, OSError) as error:
             message = str(error)
         finally:
             self._over = True
