@@ -1,7 +1,7 @@
 """Rows for streams of images; settings are chosen on `Stream.pilot`.
 
-Equal bytes: RanDumb gets as many random features as fit into the state of our row, of which each row's own account is
-taken (`nbytes`); its random projection, which follows from a seed, is not counted.
+Equal bytes: a rival gets as much of what it keeps (random features of RanDumb, records for replay) as fits into the
+whole state of our row, `own_bytes`. The random projection of RanDumb, which follows from a seed, is not counted.
 """
 
 from __future__ import annotations
