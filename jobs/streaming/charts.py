@@ -93,18 +93,27 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
-def chart(title: str, xs: Sequence[float], lines: Sequence[Line], marks: Iterable[Mark] = (), unit: str = "") -> str:
-    """Lines over a common axis, which begins at 0.
+def chart(
+    title: str,
+    xs: Sequence[float],
+    lines: Sequence[Line],
+    marks: Iterable[Mark] = (),
+    *,
+    unit: str = "",
+    most: float = math.inf,
+) -> str:
+    """Lines over a common axis, which begins at 0; no value is below 0.
 
     Parameters
     ----------
     title: HTML.
     xs: places of the points, ascending.
+    most: greatest value that there can be.
     """
     known = [y for line in lines for y in line.ys if y is not None and math.isfinite(y)]
     if not known or not xs or xs[-1] <= 0:
         return f'<figure><figcaption>{title}</figcaption><p class="none">nothing yet</p></figure>'
-    at = ticks(min(known), max(known))
+    at = [tick for tick in ticks(min(known), max(known)) if 0 <= tick <= most]
     low, high = at[0], at[-1]
     shapes = [f'<path class="grid" d="M0 {_y(tick, low, high)}H{WIDTH}"/>' for tick in at]
     shapes += [f'<path class="{mark.style}" d="M{_x(mark.x, xs[-1])} 0V{HEIGHT}"/>' for mark in marks]

@@ -79,7 +79,7 @@ class Candidate(Frozen):
             weight=self.weight + (0.0 if novelty is None else windows * (_finite(batch.weight) or 0.0)),
             threshold=_finite(batch.threshold),
             seconds=self.seconds + max(0.0, seconds),
-            state_bytes=batch.nbytes,
+            state_bytes=batch.nbytes or self.state_bytes,  # a batch without windows tells nothing
             difference=batch.difference if batch.difference and all(map(math.isfinite, batch.difference)) else None,
         )
 

@@ -60,7 +60,8 @@ STYLE = """
 --drift:#ff7b72;--switch:#c297ff;--novelty:#e3b341;--good:#56d364}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:68rem;padding:1rem;background:var(--back);color:var(--text);
-font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
+font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1,p,.tiles b,.state,figcaption,td:last-child{overflow-wrap:anywhere}
 h1{font-size:1.35rem;margin:0 .6rem 0 0;display:inline}h2{font-size:1.05rem;margin:1.6rem 0 .5rem}
 .state{border:1px solid currentColor;border-radius:1rem;padding:.05rem .6rem;font-size:.85rem;color:var(--soft)}
 .state.running{color:var(--good)}.state.failed{color:var(--drift)}
@@ -87,7 +88,7 @@ stroke-dasharray:4 3;--k:var(--switch)}.novelty{--k:var(--novelty)}
 .c6{--k:var(--c6)}.soft{--k:var(--soft)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.87rem}
 th,td{text-align:left;padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
-th{color:var(--soft);font-weight:500;white-space:nowrap}td.n{white-space:nowrap;text-align:right;font-variant-numeric:tabular-nums}
+th{color:var(--soft);font-weight:500;white-space:nowrap}td:last-child{min-width:11rem}td.n{white-space:nowrap;min-width:0;text-align:right;font-variant-numeric:tabular-nums}
 th.n{text-align:right}
 @media(max-width:34rem){body{padding:.7rem}.plot{height:8.5rem}.hide{display:none}}
 """
@@ -148,6 +149,7 @@ def _tiles(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
     latest = points[-1]
     scores = windowed([(point.right, point.answered) for point in points], config.window)
     rate = next((value for value in reversed(records_per_second(points)) if value is not None), None)
+    lag = next((point.lag_s for point in reversed(points) if point.lag_s is not None), None)
     champion = latest.candidates.get(latest.champion)
     drifts, bursts = kept.counts.get("drift", 0), kept.counts.get("novelty", 0)
     tiles = [
@@ -163,7 +165,7 @@ def _tiles(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
         ("duplicates", f"{latest.duplicates:,}"),
         ("classes", f"{latest.classes:,}"),
         ("records/s", "–" if rate is None else number(rate)),
-        ("lag", "–" if latest.lag_s is None else f"{number(latest.lag_s)} s"),
+        ("lag", "–" if lag is None else f"{number(lag)} s"),
         ("journal", size(latest.journal_bytes)),
     ]
     return '<div class="tiles">' + "".join(f"<div><b>{b}</b><span>{a}</span></div>" for a, b in tiles) + "</div>"
@@ -188,7 +190,7 @@ def _charts(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
     labels.append(Line("of these late", [float(point.late) for point in points], "c1 thin"))
     return "".join(
         [
-            chart(f"Prequential score, latest {config.window} labelled answers{keys}", xs, scores, marks),
+            chart(f"Prequential score, latest {config.window} labelled answers{keys}", xs, scores, marks, most=1.0),
             band("Champion", xs[-1] if xs else 0, _spans(kept, points, names)),
             chart(f"Novelty, champion{keys}", xs, novelty, marks),
             chart("Labels used", xs, labels),
