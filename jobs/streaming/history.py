@@ -66,9 +66,12 @@ class Candidate(Frozen):
     state_bytes: int = 0
     difference: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
 
-    def after(self, batch: CandidateMetrics, *, windows: int, drifts: int, seconds: float) -> Candidate:
-        """With one more batch."""
+    def after(
+        self, batch: CandidateMetrics, *, windows: int, drifts: int, seconds: float, same_champion: bool
+    ) -> Candidate:
+        """With one more batch; what it tells nothing about stays."""
         novelty = _finite(batch.novelty)
+        difference = batch.difference or (self.difference if same_champion else None)
         return Candidate(
             answered=self.answered + batch.answered,
             right=self.right + batch.right,
@@ -77,10 +80,10 @@ class Candidate(Frozen):
             novelty=self.novelty + (0.0 if novelty is None else windows * novelty),
             measured=self.measured + (0 if novelty is None else windows),
             weight=self.weight + (0.0 if novelty is None else windows * (_finite(batch.weight) or 0.0)),
-            threshold=_finite(batch.threshold),
+            threshold=self.threshold if batch.threshold is None else _finite(batch.threshold),
             seconds=self.seconds + max(0.0, seconds),
-            state_bytes=batch.nbytes or self.state_bytes,  # a batch without windows tells nothing
-            difference=batch.difference if batch.difference and all(map(math.isfinite, batch.difference)) else None,
+            state_bytes=batch.nbytes or self.state_bytes,
+            difference=difference if difference and all(map(math.isfinite, difference)) else None,
         )
 
 
@@ -141,7 +144,11 @@ class Point(Frozen):
             champion=metrics.champion,
             candidates={
                 name: self.candidates.get(name, Candidate()).after(
-                    each, windows=metrics.windows, drifts=drifts[name], seconds=usage.seconds.get(name, 0.0)
+                    each,
+                    windows=metrics.windows,
+                    drifts=drifts[name],
+                    seconds=usage.seconds.get(name, 0.0),
+                    same_champion=metrics.champion == self.champion,
                 )
                 for name, each in metrics.candidates.items()
             },

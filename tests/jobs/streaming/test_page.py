@@ -14,6 +14,7 @@ import pytest
 from jobs.streaming import history
 from jobs.streaming.charts import Line, chart, text, ticks
 from jobs.streaming.history import KEPT, History, Spent, points_of, windowed
+from jobs.streaming.outcome import CandidateMetrics
 from jobs.streaming.page import PageConfig, render
 from tests.jobs.streaming.outcomes import NAMES, outcomes
 
@@ -205,3 +206,26 @@ def test_a_chart_draws_gaps_and_single_points() -> None:
 
 def test_text_is_one_element() -> None:
     assert text('a"b<c>') == "<bdi>a&quot;b&lt;c&gt;</bdi>"
+
+
+def test_a_batch_that_tells_nothing_changes_no_value() -> None:
+    """One of late faults alone; but an interval is of one champion, and goes with it."""
+    known = told(60)
+    before = points_of(known.kept)[-1]
+    (outcome, usage), *_ = outcomes(61, part=range(61, 62))
+    empty = replace(outcome.metrics, windows=0, records=0, candidates=dict.fromkeys(NAMES, CandidateMetrics()))
+    known.add(replace(outcome, metrics=empty, events=()), usage, SPENT)
+    after = points_of(known.kept)[-1]
+    for name in NAMES:
+        seconds = before.candidates[name].seconds + usage.seconds[name]
+        assert after.candidates[name] == before.candidates[name].model_copy(update={"seconds": seconds})
+    other = replace(empty, batch=62, champion="frozen")
+    known.add(replace(outcome, metrics=other, events=()), usage, SPENT)
+    assert {each.difference for each in points_of(known.kept)[-1].candidates.values()} == {None}
+
+
+def test_a_score_has_no_room_above_one() -> None:
+    html = chart("t", [2.0, 4.0], [Line("a", [1.0, 1.0], "c0")], most=1.0)
+    assert 'top:0%">1</span>' in html
+    assert "1.5" not in html
+    assert 'd="M500 0L1000 0"' in html
