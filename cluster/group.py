@@ -97,7 +97,7 @@ class WorkerGroup:
         self._placement.wait(note)
         self._seats = self._placement.seats()
         self._ask("start actors", self._create)
-        nonce = self._at_run_dir(lambda: write_nonce(self.assignment.run_dir, self.assignment.token))
+        nonce = self._write_nonce()
         interface = self.config.interface
         calls = [
             actor.describe.remote(interface, seat.address)
@@ -130,6 +130,9 @@ class WorkerGroup:
         except OSError as error:  # a TimeoutError is one
             message = f"the run directory cannot be used: {' '.join(str(error).split())}"
             raise GroupFailure(Failure(message, retryable=True)) from error
+
+    def _write_nonce(self) -> str:
+        return self._at_run_dir(lambda: write_nonce(self.assignment.run_dir, self.assignment.token))
 
     def _check_run_dir(self, nonce: str) -> None:
         """Refuse a run directory that is not the same on every node, before anything is trained."""

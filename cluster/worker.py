@@ -96,8 +96,11 @@ class Worker:
             check_device(self._device)
         except ConfigError as error:
             no_device = str(error)
-        no_folder = copy_nonce(self.assignment.run_dir, self.assignment.token, rank)
-        return RankInfo(rank, os.getpid(), allocation(interface, address), no_folder, no_device)
+        return RankInfo(rank, os.getpid(), allocation(interface, address), self._folder_error(), no_device)
+
+    def _folder_error(self) -> str:
+        """Why this rank cannot use the run directory, or an empty string."""
+        return copy_nonce(self.assignment.run_dir, self.assignment.token, self.assignment.rank)
 
     def renumber(self, rank: int) -> None:
         """Be another rank; for the time before the ranks meet."""

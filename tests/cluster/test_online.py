@@ -1,0 +1,182 @@
+"""A stack of a stream on Ray actors: the bits of one process, also after ranks were lost. A group takes some seconds of
+processor time to start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.config import GroupConfig
+from cluster.mesh import MeshConfig
+from cluster.online import RankedStack, RanksLostError
+from simmatch.config import ConfigError, ModelConfig, parse
+from simmatch.labels import UNLABELLED
+from simmatch.model import InputConfig
+from simmatch.online.rate import RateConfig
+from simmatch.online.stack import OnlineStack
+from simmatch.online.state import digest
+from tests.cluster.actors import assert_gone, limits, nothing_reserved
+
+pytestmark = pytest.mark.slow
+
+CPUS = 4
+LAYER = {
+    "out_channels": 7,
+    "kernel_size": [1, 7],
+    "stride": [1, 3],
+    "whiten": True,
+    "supervised": True,
+    "label_gain": 1.0,
+    "pool": [1, 4],
+    "dynamics": {"exchange": "gather_state"},
+}
+MODEL = parse(ModelConfig, {"layers": [LAYER]})
+SOURCE = InputConfig(in_channels=1, height=1, width=40, num_classes=2)
+RATE = RateConfig(kind="after_drift", decay_steps=5)
+OPTIONS: dict[str, Any] = {"seed": 3, "rate": RATE, "reduce": "exact"}
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """An embedded Ray of this module's own."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",  # nothing of it is reachable from outside
+    )
+    yield ray
+    ray.shutdown()
+
+
+@contextmanager
+def ranked(ray: Any, mesh: MeshConfig, **changes: Any) -> Iterator[tuple[RankedStack, list[str]]]:
+    """A stack on ranks, which are gone at the end, and what was noted."""
+    notes: list[str] = []
+    cluster = parse(GroupConfig, limits(heartbeat_s=10.0, **changes))
+    stack = RankedStack(MODEL, SOURCE, mesh=mesh, cluster=cluster, note=notes.append, grows=False, **OPTIONS)
+    try:
+        yield stack, notes
+    finally:
+        pids = pids_of(stack)
+        stack.close()
+        assert_gone(pids)
+        nothing_reserved(ray, CPUS)
+
+
+def pids_of(stack: RankedStack) -> list[int]:
+    return [] if stack._group is None else [rank.pid for rank in stack._group.ranks]
+
+
+def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(150, 1, 1, 40, generator=generator)
+    labels = torch.randint(UNLABELLED, 2, (150,), generator=generator)
+    weights = torch.rand(150, generator=generator)
+    return list(zip(x.split(15), labels.split(15), weights.split(15), strict=True))
+
+
+def stream(
+    stack: OnlineStack | RankedStack, *, kill: dict[int, tuple[int, ...]] | None = None, start: int = 0
+) -> list[str]:
+    """Ten batches; a label that comes late, a class, a drift, a state; ranks kill[n] are killed once batch n has been
+    encoded. What is said of every batch."""
+    said = []
+    work = batches()
+    if not stack.calibrated:
+        stack.calibrate(work[0][0])
+    for number, (x, labels, weights) in list(enumerate(work))[start:]:
+        encoded = stack.encode(x)
+        scores = {} if encoded.label_scores is None else {"scores": encoded.label_scores}
+        said.append(digest({"features": encoded.features, **encoded.signals, **scores}))
+        for rank in (kill or {}).get(number, ()):
+            assert isinstance(stack, RankedStack)
+            os.kill(pids_of(stack)[rank], signal.SIGKILL)
+        stack.learn(encoded, labels, weights if number % 2 else None)
+        if number == 3:
+            stack.learn_labels(x[:4], labels[:4])
+            stack.grow(3)
+        if number == 4:
+            stack.state()
+            stack.raise_rate()
+    return said
+
+
+LOST: dict[str, tuple[MeshConfig, dict[int, tuple[int, ...]], int]] = {
+    "between test and learning": (MeshConfig(channel=2), {6: (1,)}, 1),
+    "often": (MeshConfig(channel=2), {0: (0,), 3: (1,), 8: (0, 1)}, 3),
+    "replicas": (MeshConfig(data=2), {4: (1,)}, 1),
+}
+LONG = {"often", "replicas"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kill", "generations"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.fault] * (name in LONG)) for name, case in LOST.items()],
+)
+def test_ranks_give_the_bits_of_one_process_whoever_is_lost(
+    ray: Any, mesh: MeshConfig, kill: dict[int, tuple[int, ...]], generations: int
+) -> None:
+    alone = OnlineStack(MODEL, SOURCE, **OPTIONS)
+    expected = stream(alone)
+    with ranked(ray, mesh) as (stack, notes):
+        assert stream(stack, kill=kill) == expected
+        assert digest(stack.state()) == digest(alone.state())
+        assert (stack.updates, stack.learning_rate) == (alone.updates, alone.learning_rate)
+        assert stack.source == alone.source
+        assert digest(stack.export().state_dict()) == digest(alone.export().state_dict())
+        lost = [note for note in notes if "starting new ranks" in note]
+        assert len(lost) == stack.generation == generations
+        assert all("rank" in note for note in lost)
+
+
+@pytest.mark.fault
+def test_goes_on_from_the_state_of_one_process(ray: Any) -> None:
+    """A stream that was learnt by one process, on three ranks."""
+    alone = OnlineStack(MODEL, SOURCE, **OPTIONS)
+    stream(alone)
+    state = alone.state()
+    expected = stream(alone, start=7)
+    with ranked(ray, MeshConfig(channel=3)) as (stack, _):
+        stack.restore(state)
+        assert stack.calibrated
+        assert stack.source.num_classes == 3
+        assert stream(stack, start=7) == expected
+        assert digest(stack.state()) == digest(alone.state())
+
+
+@pytest.mark.fault
+def test_what_would_fail_again_ends_it(ray: Any) -> None:
+    """Values that are not finite, on all ranks; and no more new groups than allowed."""
+    with ranked(ray, MeshConfig(channel=2), max_restarts=0) as (stack, _):
+        stack.calibrate(batches()[0][0])
+        with pytest.raises(RanksLostError, match="non-finite"):
+            stack.encode(torch.full((2, 1, 1, 40), torch.nan))
+        os.kill(pids_of_new(stack)[1], signal.SIGKILL)
+        with pytest.raises(RanksLostError, match=r"rank 1.*cluster.max_restarts=0 without a new checkpoint"):
+            stack.encode(batches()[0][0])
+
+
+def pids_of_new(stack: RankedStack) -> list[int]:
+    """Of the group that comes next."""
+    stack.encode(batches()[0][0])
+    return pids_of(stack)
+
+
+def test_what_a_stream_refuses() -> None:
+    with pytest.raises(ConfigError, match=r"mesh.layer: expected 1 for a stream, got 2"):
+        RankedStack(MODEL, SOURCE, mesh=MeshConfig(layer=2))
+    with pytest.raises(ConfigError, match=r"mesh.channel: expected at most 7"):
+        RankedStack(MODEL, SOURCE, mesh=MeshConfig(channel=8))
