@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -50,8 +50,8 @@ class Call:
     """One call of all ranks."""
 
     name: str
-    options: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    options: Mapping[str, int] = field(default_factory=dict)
 
 
 class StreamGroup(WorkerGroup):
@@ -77,7 +77,7 @@ class StreamGroup(WorkerGroup):
         ]
         arrays: Arrays = {name: tensor.detach().cpu().numpy() for name, tensor in call.tensors.items()}
         refs = [
-            actor.perform.remote(call.name, call.options, header, arrays if rank == 0 else None)
+            actor.perform.remote(call.name, dict(call.options), header, arrays if rank == 0 else None)
             for rank, actor in enumerate(self._actors)
         ]
         reply: Reply = self._gather(refs, call.name, limit_s=self.config.stall_timeout_s)[0]
@@ -172,20 +172,17 @@ class RankedStack:
         group.start(self._note)
         self._encoded = None
         if self._state is not None:
-            self._reply = group.perform(Call("restore", {}, self._state))
+            self._reply = group.perform(Call("restore", self._state))
         for call in self._since:
             self._reply = group.perform(call)
         return group
 
-    def _call(self, name: str, *, changes: bool = True, again: Call | None = None, **given: Any) -> Reply:
+    def _call(self, call: Call, *, changes: bool = True, again: Call | None = None) -> Reply:
         """Call all ranks, of as many groups as the policy allows.
 
         changes: whether the stack changes, so that a new group has to be called likewise.
         again: the call for a new group, where it differs.
         """
-        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
-        options = {key: value for key, value in given.items() if key not in tensors and value is not None}
-        call = Call(name, options, tensors)
         with self._turn:
             while True:
                 try:
@@ -251,14 +248,14 @@ class RankedStack:
     def calibrate(self, x: Tensor) -> None:
         if self.calibrated:
             raise RuntimeError("calibrate: expected one call, got another; what is measured first stays")
-        self._call("calibrate", x=x)
+        self._call(Call("calibrate", {"x": x}))
 
     def encode(self, x: Tensor) -> Encoded:
         if not self.calibrated:
             raise RuntimeError("encode: expected a calibrated stack; call calibrate() with the first records")
         with self._turn:
             self._number += 1
-            reply = self._call("encode", changes=False, number=self._number, x=x)
+            reply = self._call(Call("encode", {"x": x}, {"number": self._number}), changes=False)
             self._encoded = self._number
         found = {name: torch.from_numpy(array.copy()) for name, array in reply.tensors.items()}
         signals = {name.removeprefix("signals."): each for name, each in found.items() if name.startswith("signals.")}
@@ -273,33 +270,33 @@ class RankedStack:
         )
 
     def learn(self, encoded: Encoded, labels: Tensor | None = None, weights: Tensor | None = None) -> None:
-        given = {"number": encoded.version, "labels": labels, "weights": weights}
-        tensors = {name: each for name, each in given.items() if isinstance(each, Tensor)}
-        whole = Call("learn", {"number": encoded.version}, {"x": encoded.x, **tensors})
+        number, given = {"number": encoded.version}, {"labels": labels, "weights": weights}
+        tensors = {name: each for name, each in given.items() if each is not None}
+        whole = Call("learn", {"x": encoded.x, **tensors}, number)
         with self._turn:
             here = self._group is not None and self._encoded == encoded.version
-            self._call("learn", again=whole, **given, **({} if here else {"x": encoded.x}))
+            self._call(Call("learn", tensors, number) if here else whole, again=whole)
             self._encoded = None
         if sum(call.name == "learn" for call in self._since) >= STATE_EVERY:
             self.state()
 
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
-        self._call("learn_labels", x=x, labels=labels)
+        self._call(Call("learn_labels", {"x": x, "labels": labels}))
         self._encoded = None
 
     def raise_rate(self) -> None:
-        self._call("raise_rate")
+        self._call(Call("raise_rate"))
 
     def grow(self, num_classes: int) -> None:
         before = self.source.num_classes
         if num_classes < before:
             raise ValueError(f"num_classes: expected at least {before}, the classes so far, got {num_classes}")
-        self._call("grow", num_classes=num_classes)
+        self._call(Call("grow", options={"num_classes": num_classes}))
         self.source = self.source.model_copy(update={"num_classes": num_classes})
 
     def state(self) -> State:
         with self._turn:
-            reply = self._call("state", changes=False)
+            reply = self._call(Call("state"), changes=False)
             state = {name: torch.from_numpy(array.copy()) for name, array in reply.tensors.items()}
             self._state, self._since, self._in_a_row = state, [], 0
         return dict(state)
@@ -312,7 +309,7 @@ class RankedStack:
             if self._group is None:
                 self._reply = Reply({}, local.updates, local.learning_rate, local.calibrated)
             else:
-                self._call("restore", changes=False, **state)
+                self._call(Call("restore", state), changes=False)
 
     def export(self) -> Stack:
         local = self._local()
