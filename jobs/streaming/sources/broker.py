@@ -118,9 +118,7 @@ class BrokerSource:
                 self._arrived.notify()
                 return
         with suppress(OSError, ValueError):  # as in `MqttConnection`
-            self._tell(
-                "source.mqtt: messages with QoS 0 come faster than they are learnt from, and are lost; use QoS 1"
-            )
+            self._tell("source.mqtt: messages of QoS 0 come faster than they are learnt from, and are lost; use QoS 1")
 
     def _delivery(self, message: MQTTMessage, receipt: Any) -> Delivery:
         try:
