@@ -11,7 +11,7 @@ of them are scored, which shows what was forgotten.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Stream:
     def before(self) -> Stream:
         """What settings are chosen on: the pilot, or the warm-up as a stream of which the second half is scored."""
         if self.pilot is not None:
-            return self.pilot
+            return self.pilot if self.by_final else replace(self.pilot, held_out=())
         half = len(self.warm_up) // 2 // self.batch_size * self.batch_size
         first, second = (
             Part(name, self.warm_up.read(chosen), self.warm_up.labels[chosen])
