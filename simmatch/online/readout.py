@@ -13,9 +13,9 @@ after `PRIOR` records of each. A softmax of the scores of the discriminant estim
 *Exact*: sums, weights, forgetting, new classes. Neither needs anything of the records before the first of a class (of
 the ridge: their target is −1, which adds nothing to sums of centred targets).
 *Lazy*: D and λ n, which set the penalty alone, are those at the last factorisation; numbers of records say when it is
-made. Between two of them, records are rows Z added to a factorised G, by the Woodbury identity:
+made. Between two of them, records are rows Z added to a factorised G = L Lᵀ, by the Woodbury identity:
 
-    (g G + ZᵀZ)⁻¹ = (G⁻¹ − U (g I + Z U)⁻¹ Z G⁻¹) / g,   U = G⁻¹ Zᵀ,   g = γ^(labelled records since)
+    (g G + ZᵀZ)⁻¹ = L⁻ᵀ (I − Y (g I + YᵀY)⁻¹ Yᵀ) L⁻¹ / g,   Y = L⁻¹ Zᵀ,   g = γ^(labelled records since)
 
 so that a record costs F² operations and a factorisation F³ / 3. Nothing is updated in place for long: rounding errors
 do not add up.
@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from simmatch.config import Frozen, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from simmatch.labels import UNLABELLED
@@ -41,7 +42,7 @@ from simmatch.online.reservoir import Reservoir
 from simmatch.online.state import State
 from simmatch.readout import LinearClassifier
 
-MOST_PENDING = 256
+MOST_PENDING = 128
 """Most rows that wait for the next factorisation."""
 
 PRIOR = 10.0
@@ -104,8 +105,8 @@ class OnlineReadout:
     def _forget(self) -> None:
         self._moments = ClassMoments(self.features)  # whose scatter lacks the pending rows
         self._pending = torch.zeros(0, self.features, dtype=torch.float64)  # Z, not standardised
-        self._solved = self._pending  # Uᵀ
-        self._factor = torch.zeros(0, 0, dtype=torch.float64)  # of G
+        self._solved = self._pending  # Yᵀ
+        self._factor = torch.zeros(0, 0, dtype=torch.float64)  # L
         self._deviation = torch.ones(self.features, dtype=torch.float64)  # D
         self._count = 0.0  # n at the last factorisation
         self._kept = 1.0  # g
@@ -167,11 +168,11 @@ class OnlineReadout:
     def _add(self, features: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         self._classifier = None
         # rows may wait for a quarter of the records factorised, so that the penalty keeps up with their number
-        if len(self._pending) + len(labels) < min(self._count / 4, MOST_PENDING, self.features / 4):
+        if len(self._pending) + len(labels) <= min(self._count / 4, MOST_PENDING, self.features / 8):
             rows = self._moments.join(features, labels, weights)
             scaled = rows / (self._deviation * self._count**0.5)
             self._pending = torch.cat([self._pending, rows])
-            self._solved = torch.cat([self._solved, torch.cholesky_solve(scaled.T, self._factor).T])
+            self._solved = torch.cat([self._solved, solve_triangular(self._factor, scaled.T, upper=False).T])
         else:
             self._moments.scatter.addmm_(self._pending.T, self._pending)
             self._moments.add(features, labels, weights)
@@ -198,14 +199,13 @@ class OnlineReadout:
     def _solution(self) -> LinearClassifier:
         counts, count, mean = self._moments.counts, self._moments.count, self._moments.mean
         means = torch.where(counts[:, None] > 0, self._moments.means - mean, 0.0) / self._deviation
-        base = torch.cholesky_solve(means.T, self._factor)
-        rows, solved = self._pending / (self._deviation * self._count**0.5), self._solved.T
+        half, rows = solve_triangular(self._factor, means.T, upper=False), self._solved
         if self.config.kind == "ridge":  # S instead of W
-            share = (counts / self._count).sqrt()
-            rows, solved = torch.cat([rows, means * share[:, None]]), torch.cat([solved, base * share], dim=1)
-        inner = rows @ solved
+            rows = torch.cat([rows, (half * (counts / self._count).sqrt()).T])
+        inner = rows @ rows.T
         inner.diagonal().add_(self._kept)
-        matrix = (base - solved @ torch.linalg.solve(inner, rows @ base)) / self._kept
+        matrix = solve_triangular(self._factor.T, half - rows.T @ torch.linalg.solve(inner, rows @ half), upper=True)
+        matrix /= self._kept
         if self.config.kind == "ridge":
             matrix = matrix * (2 * counts / self._count)
             bias = 2 * counts / count - 1
@@ -237,7 +237,7 @@ class OnlineReadout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state: at most 8 (2 F² + 512 F + classes F) for F features, and those of the reservoir."""
+        """Bytes of state: at most 8 (2 F² + 256 F + classes F) for F features, and those of the reservoir."""
         return sum(value.nbytes for value in self._tensors().values()) + self.reservoir.nbytes
 
     def state(self) -> State:

@@ -139,7 +139,7 @@ def test_a_restored_readout_goes_on_with_the_same_bits(
             assert torch.equal(found(whole, x), found(second, x))
     for name, value in whole.state().items():
         assert torch.equal(value, second.state()[name]), name
-    assert whole.nbytes <= 8 * (2 * 24**2 + 512 * 24 + 5 * 24 + 29) + reservoir * (24 * 8 + 24) + 8
+    assert whole.nbytes <= 8 * (2 * 24**2 + 256 * 24 + 5 * 24 + 29) + reservoir * (24 * 8 + 24) + 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
