@@ -21,7 +21,7 @@ NOT_RUN = "not run in tests"
 
 OF_A_RUN = (
     "checkpoints/", "checkpoints/constants/", "commits/", "events/", "figures/", "model/", "profile/", "results/",
-    "journal/", "set_aside.jsonl", "snapshots/", "summary.json", "tables.md",
+    "journal/", "models/", "report.md", "set_aside.jsonl", "snapshots/", "summary.json", "tables.md",
 )  # fmt: skip
 """Files of a run, not of the project."""
 
@@ -64,7 +64,7 @@ def test_commands_that_are_not_run_name_jobs_options_and_targets_that_exist(monk
         elif words[0] == "make":
             assert words[1] in targets, command
         else:
-            assert words[0] in ("docker", "kubectl", "pip", "python", "mlflow", "mosquitto_pub", "ray"), command
+            assert words[0] in ("curl", "docker", "kubectl", "pip", "python", "mlflow", "mosquitto_pub", "ray"), command
 
 
 def test_commands_run(tmp_path: Path) -> None:
