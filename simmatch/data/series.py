@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -166,12 +166,18 @@ def series_of_npz(path: str, name: str, files: OpenRecordings) -> Iterator[tuple
     for member in ask(path, lambda: _parsed(name, members), remote=False):
         key = member.filename.removesuffix(".npy")
         if member.compress_type == zipfile.ZIP_STORED:
-            yield key, series_of_npy(path, f"{name}/{key}", files, _stored_at(path, member))
+            offset = ask(path, partial(_parsed, f"{name}/{key}", partial(_stored_at, path, member)), remote=False)
+            yield key, series_of_npy(path, f"{name}/{key}", files, offset)
             continue
-        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            values = _parsed(f"{name}/{key}", lambda file=file: np.lib.format.read_array(file, allow_pickle=False))
+        values = ask(path, partial(_parsed, f"{name}/{key}", partial(_member, path, member)), remote=False)
         _table(f"{name}/{key}", values.shape, values.dtype)
         yield key, Series.of(values)
+
+
+def _member(path: str, member: zipfile.ZipInfo) -> Array:
+    """The array of a compressed member."""
+    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _stored_at(path: str, member: zipfile.ZipInfo) -> int:
@@ -193,7 +199,9 @@ def _parsed(name: str, call: Any) -> Any:
     """The result of a call that parses a file; any fault of its content is a `DataError`."""
     try:
         return call()
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy takes a header for Python's syntax, zipfile knows many faults
         raise DataError(f"{shortened(name)}: expected an array of numpy: {message(error)}") from None
 
 

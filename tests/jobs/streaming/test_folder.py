@@ -180,6 +180,7 @@ def test_lines_that_are_added_to_a_file_are_read(tmp_path: Path) -> None:
         ("a.npy", b"\x93NUMPY", "a.npy: expected an array of numpy: "),
         ("a.npz", b"PK\x03\x04", "a.npz: expected an array of numpy: "),
         ("a.npy", b"", "a.npy: expected an array of numpy: "),
+        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00\x00'descr': '<f8', ", "a.npy: expected an array of numpy: "),
         ("a.png", b"\x89PNG\r\n", "a.png: cannot be decoded: not an image in one of the formats "),
         ("a.csv", b"x\n1\n", "a.csv: expected a column time, found x"),
         ("a.csv", b"time,x\n1,one\n", "a.csv: expected numbers in column x, got others"),
