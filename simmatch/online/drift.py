@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from simmatch.config import Frozen, PositiveFloat, PositiveInt
+from simmatch.config import Frozen, NonNegativeInt, PositiveFloat, PositiveInt
 from simmatch.extras import extra
+from simmatch.online.state import State
 
-State = dict[str, Tensor]
 Values = NDArray[np.float64]
 
 ERROR = "error"
@@ -55,17 +55,23 @@ class DriftConfig(Frozen):
     )
     """Which detectors watch each signal; the first that finds a change raises the alarm."""
 
+    signals: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = (ERROR, "novelty", "objective")
+    """Which signals are watched. `residual` and `active` are at hand too, but change as long as the model learns."""
+
     rising: Annotated[tuple[str, ...], Field(strict=False)] = (ERROR, "novelty", "objective", "residual")
     """Signals of which only a rise is an alarm: they fall where the model learns. Where ADWIN finds that one has
     fallen, it is watched from there. Others are watched in both directions."""
 
+    begin: NonNegativeInt = 3000
+    """Records at the very start that are not watched: a model that begins to learn changes all signals."""
+
     reference: PositiveInt = 300
     """Values of a signal from which its reference is taken, at the start and after a drift; no alarm before."""
 
-    keep: PositiveInt = 2000
+    keep: PositiveInt = 1000
     """Last values of a signal from which reference and detectors are rebuilt, whenever there are twice as many."""
 
-    adwin_delta: PositiveFloat = 1e-6
+    adwin_delta: PositiveFloat = 1e-4
     """δ of ADWIN: bound of the probability of a false alarm at each of its looks."""
 
     adwin_clock: PositiveInt = 8
@@ -74,7 +80,7 @@ class DriftConfig(Frozen):
     tolerance: PositiveFloat = 0.05
     """δ of Page–Hinkley: deviations from the mean, as shares of the reference, that do not count."""
 
-    threshold: PositiveFloat = 15.0
+    threshold: PositiveFloat = 11.0
     """λ of Page–Hinkley: the sum of the deviations at which it raises the alarm."""
 
     @model_validator(mode="after")
@@ -119,7 +125,7 @@ class DriftMonitor:
         `river` is missing.
 
     >>> generator = torch.Generator().manual_seed(0)
-    >>> monitor = DriftMonitor(DriftConfig())
+    >>> monitor = DriftMonitor(DriftConfig(begin=0))
     >>> monitor.add({"objective": torch.rand(1000, generator=generator)}, number=0)
     []
     >>> drift = monitor.add({"objective": 0.5 + torch.rand(1000, generator=generator)}, number=1000)[0]
@@ -130,6 +136,7 @@ class DriftMonitor:
     def __init__(self, config: DriftConfig) -> None:
         self.config = config
         self._watches: dict[str, _Watch] = {}
+        self._records = 0
         with extra("stream"):
             import river.drift  # noqa: F401
 
@@ -138,15 +145,22 @@ class DriftMonitor:
 
         Parameters
         ----------
-        values: name → [n], a signal of each record; NaN for a record without a value.
+        values: name → [n], a signal of each record; NaN for a record without a value. Those that are not among
+            `config.signals` are ignored.
         number: of the record that the first values belong to; value i belongs to record number + i.
 
         Returns
         -------
         The changes that were found, at most one per signal. If there is any, what came before this batch is forgotten.
         """
-        drifts = []
-        for name, signal in values.items():
+        drifts: list[Drift] = []
+        self._records += max((len(signal) for signal in values.values()), default=0)
+        if self._records <= self.config.begin:
+            return drifts
+        for name in self.config.signals:
+            if name not in values:
+                continue
+            signal = values[name]
             numbers = torch.isfinite(signal).nonzero()[:, 0]
             watch = self._watches.setdefault(name, _Watch(name, self.config))
             found = watch.add(signal[numbers].double().cpu().numpy())
@@ -160,13 +174,13 @@ class DriftMonitor:
     def state(self) -> State:
         """The values from which `restore` rebuilds all: at most 3 `keep` numbers per signal.
 
-        >>> monitor = DriftMonitor(DriftConfig())
-        >>> monitor.add({"active": torch.rand(400)}, number=0)
+        >>> monitor = DriftMonitor(DriftConfig(begin=0))
+        >>> monitor.add({"novelty": torch.rand(400)}, number=0)
         []
         >>> {name: tensor.shape for name, tensor in monitor.state().items()}
-        {'active.values': torch.Size([400]), 'active.reference': torch.Size([300])}
+        {'records': torch.Size([]), 'novelty.values': torch.Size([400]), 'novelty.reference': torch.Size([300])}
         """
-        state: State = {}
+        state: State = {"records": torch.tensor(self._records)}
         for name, watch in self._watches.items():
             state[f"{name}.values"] = torch.tensor(watch.values, dtype=torch.float64)
             if watch.reference is not None:
@@ -176,14 +190,16 @@ class DriftMonitor:
     def restore(self, state: State) -> None:
         """Go on where the monitor was that gave this state, with the same bits.
 
-        >>> monitor, other = DriftMonitor(DriftConfig()), DriftMonitor(DriftConfig())
-        >>> monitor.add({"active": torch.rand(400)}, number=0)
+        >>> monitor, other = DriftMonitor(DriftConfig(begin=0)), DriftMonitor(DriftConfig(begin=0))
+        >>> monitor.add({"novelty": torch.rand(400)}, number=0)
         []
         >>> other.restore(monitor.state())
-        >>> other.add({"active": torch.full((100,), 2.0)}, 400) == monitor.add({"active": torch.full((100,), 2.0)}, 400)
+        >>> later = {"novelty": torch.full((100,), 2.0)}
+        >>> other.add(later, 400) == monitor.add(later, 400)
         True
         """
         self._watches.clear()
+        self._records = int(state["records"])
         for key in state:
             name, _, what = key.rpartition(".")
             if what == "values":
@@ -267,7 +283,8 @@ class _Watch:
         if name == "adwin":
             return of_river.ADWIN(delta=config.adwin_delta, clock=config.adwin_clock)
         mode = "up" if self.rising else "both"
-        return of_river.PageHinkley(delta=config.tolerance, threshold=config.threshold, mode=mode)
+        # alpha < 1, river's default, holds the sum at −δ / (1 − α), where δ no longer makes it fall
+        return of_river.PageHinkley(delta=config.tolerance, threshold=config.threshold, alpha=1.0, mode=mode)
 
 
 def _mean(values: list[float]) -> float:

@@ -1,9 +1,12 @@
 """How far a record is from what was seen lately: a score, a threshold of a stated rate of false alarms, and weights.
 
-    score       s = 1 − max_j f·f_j / (‖f‖ ‖f_j‖), f the features of the record, f_j those of `memory` earlier records
+    score       s = min_j ‖g − g_j‖, g = f / ‖f‖^½, g_j in a memory of earlier records
     threshold   t = the k-th smallest of the last n scores, k = ⌈(1 − a)(n + 1)⌉, without those beyond the far fence
     far fence   log s > q₃ + 3 (q₃ − q₁), quartiles of the logarithms of the last n scores
     weight      1 where s ≤ t, (t / s)^`slope` above, 0 beyond the far fence
+
+f are the features of a record. The length of g is the root of that of f: distances of f itself, and angles, tell
+held-out classes less well (`LOG.md`), and moments of f, of any kind, far less.
 
 *What the threshold promises.* If the last n scores and the next one are exchangeable and none is beyond the fence, the
 next one is above t with a probability of at most a, for any n and any distribution (split conformal prediction). Scores
@@ -12,7 +15,8 @@ between t and the fence that come from outliers only raise t, so there are fewer
 
 The memory holds records up to the threshold; each takes the place of a random one, so that what is held is `memory`
 records old on average. Where most of the last records are above the threshold, they are the new normal: they weigh 1
-and are remembered. So threshold and memory follow a drift, and not outliers.
+and are remembered. So threshold and memory follow a drift, and not outliers. A new kind of record of which some are
+below the threshold is known after some tens of them.
 
 Sources: Vovk, Gammerman & Shafer, "Algorithmic learning in a random world" (2005), for the threshold; Tukey,
 "Exploratory data analysis" (1977), for the fence.
@@ -28,9 +32,9 @@ from pydantic import Field
 from torch import Tensor
 
 from simmatch.config import Frozen, NonNegativeFloat, PositiveInt
+from simmatch.online.state import State
 from simmatch.seeding import folded, stream, uniform
 
-State = dict[str, Tensor]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 FAR = 3.0
@@ -100,7 +104,7 @@ class NoveltyDetector:
         self._calibrate()
 
     def score(self, features: Tensor) -> Tensor:
-        """Scores s [B] in [0, 2] of records with features [B, F], float64; NaN before anything is remembered.
+        """Scores s ≥ 0 [B] of records with features [B, F], float64; NaN before anything is remembered.
 
         >>> NoveltyDetector(3, NoveltyConfig()).score(torch.rand(2, 3))
         tensor([nan, nan], dtype=torch.float64)
@@ -108,7 +112,7 @@ class NoveltyDetector:
         held = self._memory[: min(self._remembered, self.config.memory)]
         if len(held) == 0:
             return torch.full((len(features),), math.nan, dtype=torch.float64)
-        return 1.0 - (_directions(features) @ held.T).amax(dim=1).double()
+        return torch.cdist(_shortened(features), held).amin(dim=1).double()
 
     @property
     def threshold(self) -> float | None:
@@ -143,18 +147,20 @@ class NoveltyDetector:
         if self._threshold is not None and not self._majority:
             known = ~(scores > self._threshold)
             self.far += int((self.weights(scores) < 1).sum())
-        self._remember(_directions(features[known.to(features.device)]))
+        self._remember(_shortened(features[known.to(features.device)]))
         scores = scores[scores.isfinite()].double().cpu()
         self._scores = torch.cat([self._scores, scores])[-self.config.calibration :]
         self._calibrate()
 
-    def _remember(self, directions: Tensor) -> None:
-        size, numbers = self.config.memory, self._remembered + torch.arange(len(directions))
+    def _remember(self, shortened: Tensor) -> None:
+        if len(shortened) == 0:
+            return
+        size, numbers = self.config.memory, self._remembered + torch.arange(len(shortened))
         drawn = (uniform(folded(stream("novelty", self.config.seed), numbers)) * size).long()
         places = torch.where(numbers < size, numbers, drawn)
         last = {int(place): row for row, place in enumerate(places)}  # of two in one place the later one stays
-        self._memory[list(last)] = directions[list(last.values())]
-        self._remembered += len(directions)
+        self._memory[list(last)] = shortened[list(last.values())]
+        self._remembered += len(shortened)
 
     def _calibrate(self) -> None:
         """Threshold, fence, and whether most of the last records are novel: functions of the last scores."""
@@ -202,6 +208,7 @@ class NoveltyDetector:
         self._calibrate()
 
 
-def _directions(features: Tensor) -> Tensor:
-    """Features [B, F] of length 1, in float32 on the host; zero stays zero."""
-    return torch.nn.functional.normalize(features.float().flatten(1).cpu())
+def _shortened(features: Tensor) -> Tensor:
+    """g = f / ‖f‖^½ of features f [B, F], in float32 on the host; zero stays zero."""
+    f = features.float().cpu()
+    return f / torch.linalg.vector_norm(f, dim=1, keepdim=True).sqrt().clamp(min=1e-12)
