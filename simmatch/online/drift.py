@@ -36,7 +36,7 @@ ERROR = "error"
 """Name of the signal that is 1 where an answer was wrong and 0 where it was right."""
 
 RECENT = 50
-"""Values after a change that Page–Hinkley found, as `Drift.after` has it; ADWIN knows where the change was."""
+"""Last values whose mean is `Drift.after`."""
 
 UNIFORM_DEVIATION = 12**-0.5
 """Standard deviation of a number that is uniform in [0, 1]."""
@@ -98,7 +98,7 @@ class Drift:
     ----------
     signal: which one changed.
     number: of the record at which it was found.
-    before, after: mean of the signal before and after the change, in its own unit.
+    before, after: means of the signal, in its own unit: `after` of its last 50 values, `before` of those before them.
     detector: which one found it.
 
     >>> Drift("error", number=1200, before=0.02, after=0.4, detector="adwin").number
@@ -226,11 +226,10 @@ class _Watch:
             self.values.extend(part[:used].tolist())
             done += used
             if name is not None:
-                recent = int(self.detectors[name].width) if name == "adwin" else RECENT
-                before, after = _mean(self.values[:-recent]), _mean(self.values[-recent:])
-                if not self.rising or after > before:
-                    return done - 1, before, after, name
-                self.restart(np.asarray(self.values[-recent:]), None)
+                width = int(self.detectors[name].width) if name == "adwin" else RECENT
+                if not self.rising or _mean(self.values[-width:]) > _mean(self.values[:-width]):
+                    return done - 1, _mean(self.values[:-RECENT]), _mean(self.values[-RECENT:]), name
+                self.restart(np.asarray(self.values[-width:]), None)
             elif self._room() == 0:
                 self.restart(np.asarray(self.values[-self.config.keep :]), None)
         return None
