@@ -211,4 +211,5 @@ class NoveltyDetector:
 def _shortened(features: Tensor) -> Tensor:
     """g = f / ‖f‖^½ of features f [B, F], in float32 on the host; zero stays zero."""
     f = features.float().cpu()
-    return f / torch.linalg.vector_norm(f, dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+    length: Tensor = torch.linalg.vector_norm(f, dim=1, keepdim=True)
+    return f / length.sqrt().clamp(min=1e-12)

@@ -172,7 +172,7 @@ def test_the_command_measures_what_is_missing_and_reports(
             **{name: np.sin(2 * np.pi * time / tone) + draws.normal(size=len(time)) for name, tone in tones.items()},
         )
     words = ["stream", "--quick", "--data", str(tmp_path), "--run-dir", str(tmp_path / "run")]
-    words += ["--streams", "bearings-types", "--labels", "5%"]
+    words += ["--streams", "bearings-types", "--labels", "5%", "--parts", "rows"]
     assert jobs.benchmark.main([*words, "--rows", "spectrum", "no-change"]) == 0
     [path, _] = sorted((tmp_path / "run" / "quick").rglob("*.json"), reverse=True)
     before = path.stat().st_mtime_ns

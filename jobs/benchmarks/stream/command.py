@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from jobs.benchmarks.stream import speed
+from jobs.benchmarks.stream import alarms, novelty, speed
 from jobs.benchmarks.stream.catalogue import STREAMS
 from jobs.benchmarks.stream.prequential import Result, measure
 from jobs.benchmarks.stream.results import Store, curves, differences, held_out_table, table
@@ -35,7 +35,7 @@ class Unit:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
-    add_parts(parser, ("rows", "speed"))
+    add_parts(parser, ("rows", "speed", "alarms", "novelty"))
     parser.add_argument(
         "--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS), metavar="NAME",
         help=f"of {', '.join(STREAMS)} (default: all)",
@@ -56,6 +56,10 @@ def run(options: argparse.Namespace, report: Report) -> None:
     if "speed" in options.parts and not options.report:
         rounds = 2 if options.quick else options.rounds
         speed.measure(STREAMS["bearings-types"].make(Path(options.data), options.quick), rounds, report)
+    seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
+    for name, part in (("alarms", alarms), ("novelty", novelty)):
+        if name in options.parts and not options.report:
+            part.measure(Path(options.data), options.quick, seeds, report)
 
 
 def _rows(options: argparse.Namespace, report: Report) -> None:

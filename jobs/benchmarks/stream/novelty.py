@@ -129,10 +129,10 @@ def _scores(model: Watched, learnt: Tensor, seed: int) -> dict[str, Callable[[Te
     from sklearn.ensemble import IsolationForest
 
     def features(x: Tensor) -> Tensor:
-        return torch.cat([model.stack.encode(part).features for part in x.split(500)])
+        return torch.cat([model.stack.encode(part).features for part in torch.split(x, 500)])
 
     def signal(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.cat([model.stack.encode(part).signals[name] for part in x.split(500)])
+        return lambda x: torch.cat([model.stack.encode(part).signals[name] for part in torch.split(x, 500)])
 
     known = features(learnt)
     forest = IsolationForest(n_estimators=200, random_state=seed).fit(known.numpy())
@@ -157,7 +157,7 @@ def _autoencoder(rows: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     scaled = (rows - centre) / scale
     for _ in range(EPOCHS):
-        for part in torch.randperm(len(rows), generator=generator).split(128):
+        for part in torch.split(torch.randperm(len(rows), generator=generator), 128):
             optimizer.zero_grad()
             (network(scaled[part]) - scaled[part]).square().mean().backward()
             optimizer.step()
@@ -191,10 +191,10 @@ def _among_outliers(kind: str, draw: Draw, share: float, slope: float | None, se
     watching = Watching(weighted=slope is not None, novelty=NoveltyConfig(slope=slope or 0.0))
     model = Watched(kind, first[:2], seed, watching)
     weights = [
-        model.see(second[0][part], second[1][part]).weights for part in torch.arange(len(second[1])).split(BATCH)
+        model.see(second[0][part], second[1][part]).weights for part in torch.split(torch.arange(len(second[1])), BATCH)
     ]
     less, outlying = torch.cat(weights) < 1, second[2]
-    errors = torch.cat([model.errors(x, y) for x, y in zip(*(each.split(500) for each in tested), strict=True)])
+    errors = torch.cat([model.errors(x, y) for x, y in zip(*(torch.split(each, 500) for each in tested), strict=True)])
     caught = float(less[outlying].double().mean()) if bool(outlying.any()) else 0.0
     return {"accuracy": 1 - float(errors.mean()), "caught": caught, "lost": float(less[~outlying].double().mean())}
 

@@ -84,7 +84,7 @@ class Watched:
     def __init__(self, kind: str, warm_up: tuple[Tensor, Tensor], seed: int, watching: Watching | None = None) -> None:
         x, labels = warm_up
         self.watching = watching or Watching()
-        layer = LAYERS[kind] | {
+        layer = dict(LAYERS[kind]) | {
             "train": {"positions": 16} if kind != "electricity" else {},
             "dynamics": {"exchange": "gather_state", "encode_iterations": 20},
             "plasticity": {"lr": 0.1},
@@ -98,7 +98,7 @@ class Watched:
         self.monitor = DriftMonitor(self.watching.drift)
         self.number = 0
         learning, self._learning = self.watching.learns, True
-        for part in torch.arange(len(x)).split(BATCH):
+        for part in torch.split(torch.arange(len(x)), BATCH):
             self.see(x[part], labels[part])
         self._learning = learning
 
