@@ -26,6 +26,9 @@ CONFIDENCE = 0.95
 CURVE = 500
 """Records of a point of a curve."""
 
+SHOWN = 0.6
+"""Rows with less than this part of the best accuracy do not set the scale of a figure."""
+
 
 @dataclass(frozen=True)
 class Store:
@@ -146,21 +149,31 @@ def differences(results: Sequence[Result], row: str, others: Sequence[str]) -> T
 
 
 def curves(results: Sequence[Result], rows: Sequence[str], path: Path) -> None:
-    """Prequential accuracy along a stream, mean over seeds, with the ends of its segments."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        lines = [_curve(result) for result in results if result.row == row]
-        if lines:
-            axes.plot(lines[0][0], torch.tensor([line for _, line in lines]).mean(dim=0), label=row)
-    sizes, ends = results[0].sizes, results[0].segment_ends
-    for end, name in zip(ends, results[0].segments, strict=True):
+    """Prequential accuracy along a stream, mean over seeds, with the ends of its segments; ours, the first, is bold."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes, lowest = figure.subplots(), 1.0
+    for number, row in enumerate(rows):
+        own = [result for result in results if result.row == row]
+        if own:
+            lines = [_curve(result) for result in own]
+            values = torch.tensor([line for _, line in lines]).mean(dim=0)
+            style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else ":"}
+            axes.plot(
+                lines[0][0], values, label=row, linewidth=1.2 if number else 2.4, zorder=3 - number / 100, **style
+            )
+            if float(values.mean()) > SHOWN * max(result.accuracy for result in results):
+                lowest = min(lowest, float(values.min()))
+    begun = 0
+    for end, name in zip(results[0].segment_ends, results[0].segments, strict=True):
         axes.axvline(end, color="0.8", linewidth=0.8)
-        axes.annotate(name, (end, 0.01), xycoords=("data", "axes fraction"), ha="right", fontsize=8, color="0.4")
-    axes.set_xlim(0, sum(sizes))
+        middle = ((begun + end) / 2, 1.01)
+        axes.annotate(name, middle, xycoords=("data", "axes fraction"), ha="center", fontsize=7, color="0.4")
+        begun = end
+    axes.set_xlim(0, sum(results[0].sizes))
+    axes.set_ylim(max(0.0, lowest - 0.02), 1.005)
     axes.set_xlabel("records")
     axes.set_ylabel(f"prequential accuracy of {CURVE} records")
-    axes.set_title(f"{results[0].stream}, {results[0].labels} of labels", fontsize=10)
+    axes.set_title(f"{results[0].stream}, {results[0].labels} of labels", fontsize=10, pad=16)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
