@@ -157,10 +157,8 @@ def curves(results: Sequence[Result], rows: Sequence[str], path: Path) -> None:
         if own:
             lines = [_curve(result) for result in own]
             values = torch.tensor([line for _, line in lines]).mean(dim=0)
-            style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else ":"}
-            axes.plot(
-                lines[0][0], values, label=row, linewidth=1.2 if number else 2.4, zorder=3 - number / 100, **style
-            )
+            dashes, width = "-" if number < 10 else ":", 1.2 if number else 2.4
+            axes.plot(lines[0][0], values, dashes, color=f"C{number % 10}", label=row, linewidth=width)
             if float(values.mean()) > SHOWN * max(result.accuracy for result in results):
                 lowest = min(lowest, float(values.min()))
     begun = 0
