@@ -17,11 +17,13 @@ from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeFloat, 
 from simmatch.config import PositiveInt as Count
 from simmatch.data.config import SignalKeys
 from simmatch.data.windows import WindowShape
+from simmatch.model import InputConfig, layer_inputs
 from simmatch.online.comparison import ComparisonConfig
 from simmatch.online.drift import DriftConfig
 from simmatch.online.novelty import NoveltyConfig
 from simmatch.online.rate import RateConfig
 from simmatch.online.readout import ReadoutConfig
+from simmatch.online.stack import checked
 
 OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 """Sections that a candidate may override: the others are common to all."""
@@ -49,6 +51,12 @@ class StreamDataConfig(SignalKeys):
 
     new_classes: Literal["allow", "set_aside"] = "allow"
     """A label that is none of the classes so far: a new class, or a fault of the record, which is set aside."""
+
+    most_classes: Count = 1000
+    """With `allow`: labels that would be more classes are faults of their records, such as a number for each record."""
+
+    most_groups: Count = 1000
+    """Groups that are cut into windows; records of more are set aside."""
 
     calibrate: Count = 500
     """Windows from which the statistics of patches are measured, before anything is learnt; until then there are no
@@ -210,6 +218,13 @@ def parse_stream(values: Mapping[str, Any]) -> StreamConfig:
         Some values are invalid.
     """
     config = parse(StreamConfig, values)
+    window = config.data.window
     for name in config.candidates:
-        config.candidate(name)
+        candidate = config.candidate(name)
+        try:
+            model = checked(candidate.model, candidate.rate)
+            if window is not None:  # whatever the number of channels, which the first record tells
+                layer_inputs(model, InputConfig(in_channels=1, height=1, width=window, num_classes=0))
+        except ConfigError as error:
+            raise ConfigError(f"candidates.{name}: {error}" if config.candidates[name] else str(error)) from None
     return config

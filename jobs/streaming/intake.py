@@ -18,8 +18,12 @@ from jobs.streaming.pending import Early, Held, Pending
 from jobs.streaming.records import Fault, LateLabel, Record
 from simmatch.data.cutter import Cutter
 from simmatch.data.windows import WindowShape, scaled
+from simmatch.documents import listed
 from simmatch.labels import UNLABELLED
 from simmatch.online.state import joined, part_of
+
+MOST_NAMED = 20
+"""Classes in a message."""
 
 LONGEST_RAW = 200
 """Characters of a record's own values that are kept where it is set aside."""
@@ -105,6 +109,7 @@ class Intake:
     def __init__(self, config: StreamDataConfig, pending: Pending) -> None:
         self._config, self._pending = config, pending
         self.classes = list(config.classes)
+        self._indices = {name: index for index, name in enumerate(self.classes)}
         self.records, self.set_aside, self.time = 0, 0, 0.0
         self.shape: list[int] | None = None
         self._schema: list[int] | None = None
@@ -117,7 +122,8 @@ class Intake:
             try:
                 match item:
                     case Record():
-                        self._record(item, entry, taken)
+                        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is looked for
+                            self._record(item, taken)
                     case LateLabel():
                         self._label(item.id, Early(item.label, self.records, entry), taken)
                     case Fault():
@@ -130,7 +136,7 @@ class Intake:
         self.set_aside += len(taken.set_aside)
         return taken
 
-    def _record(self, record: Record, entry: int, taken: Taken) -> None:
+    def _record(self, record: Record, taken: Taken) -> None:
         taken.records += 1
         self.records += 1
         self.time = record.time
@@ -164,12 +170,17 @@ class Intake:
             taken.labelled.append(Labelled(held, self._class(early.label, taken)))
 
     def _class(self, name: str, taken: Taken) -> int:
-        if name not in self.classes:
-            if self._config.new_classes == "set_aside":
-                raise Unusable(f"label: expected one of {', '.join(self.classes[:20])}, got {name!r}")
-            self.classes.append(name)
-            taken.new_classes.append((name, self.records, self.time))
-        return self.classes.index(name)
+        index = self._indices.get(name)
+        if index is not None:
+            return index
+        if self._config.new_classes == "set_aside":
+            raise Unusable(f"label: expected one of {listed(self.classes, MOST_NAMED)}, got {name!r}")
+        if len(self.classes) >= self._config.most_classes:
+            raise Unusable(f"label: expected at most data.most_classes={len(self.classes)}, got {name!r} as well")
+        self.classes.append(name)
+        self._indices[name] = len(self.classes) - 1
+        taken.new_classes.append((name, self.records, self.time))
+        return self._indices[name]
 
     def _check(self, record: Record) -> None:
         """Refuse another shape than that of the first record."""
@@ -211,6 +222,8 @@ class Intake:
         return ended
 
     def _group(self, name: str) -> _Group:
+        if len(self._groups) >= self._config.most_groups:
+            raise Unusable(f"group: expected at most data.most_groups={len(self._groups)}, got {name!r} as well")
         assert self._config.shape is not None
         assert self._schema is not None
         group = self._groups[name] = _Group(Cutter(self._config.shape, self._schema[0], self._config.period))
@@ -242,6 +255,7 @@ class Intake:
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """As it was when the state was taken."""
         self.classes, self.records, self.time = list(plain["classes"]), plain["records"], plain["time"]
+        self._indices = {name: index for index, name in enumerate(self.classes)}
         self.shape, self._schema, self.set_aside = plain["shape"], plain["schema"], plain["set_aside"]
         self._groups = {}
         for index, (name, time, broken, origins) in enumerate(plain["groups"]):

@@ -50,7 +50,11 @@ class Pending:
         self._early: dict[str, Early] = {}
 
     def hold(self, name: str, held: Held) -> None:
-        """Keep the windows of a record without a label."""
+        """Keep the windows of a record without a label; some may have come before, and these waited to be filled."""
+        before = self._held.get(name)
+        if before is not None:
+            windows = torch.cat([before.windows, held.windows])
+            held = Held(held.number, windows, torch.cat([before.predictions, held.predictions]))
         self._held[name] = held
 
     def label(self, name: str, early: Early) -> Held | None:

@@ -73,6 +73,25 @@ class Encoded:
     version: int
 
 
+def checked(model: ModelConfig, rate: RateConfig) -> ModelConfig:
+    """The model with the rates of its layers set, if it can learn from a stream.
+
+    Raises
+    ------
+    ConfigError
+        Several layers without `schedule: together`, or a layer with a falling rate of its own.
+
+    >>> from simmatch.config import LayerConfig
+    >>> layer = LayerConfig(out_channels=4, kernel_size=3)
+    >>> checked(ModelConfig(layers=(layer, layer)), RateConfig())
+    Traceback (most recent call last):
+    simmatch.config.ConfigError: model.schedule: expected together for a stream, got greedy
+    """
+    if len(model.layers) > 1 and model.schedule != "together":
+        raise ConfigError(f"model.schedule: expected together for a stream, got {model.schedule}")
+    return rate.applied(model)
+
+
 class OnlineStack:
     """A stack of layers that learns from batches of a stream.
 
@@ -123,11 +142,9 @@ class OnlineStack:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if len(model.layers) > 1 and model.schedule != "together":
-            raise ConfigError(f"model.schedule: expected together for a stream, got {model.schedule}")
         model.check_reduce(reduce)
         self.rate, self.updates = rate or RateConfig(), 0
-        self.stack = Stack(self.rate.applied(model), source, seed=seed, dtype=dtype, device=device)
+        self.stack = Stack(checked(model, self.rate), source, seed=seed, dtype=dtype, device=device)
         self._mesh, self._reduce = mesh, reduce
         self._ranges = learning_updates(self.stack.config, ENDLESS)
         last = self.stack.layer(-1)

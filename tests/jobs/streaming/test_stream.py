@@ -107,6 +107,7 @@ def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("candidates.main=[seed=1]", "candidates.main: expected a key below model, rate, readout, novelty, drift"),
         ("candidates.main=[rate.knd=constant]", "candidates.main: rate.knd: unknown key; expected one of"),
         ("source.lines=null", "source: expected one of"),
+        ("data.window=4", "model.layers.0.kernel_size: expected at most 1 × 4"),
         ("snapshot.keep=1", "snapshot.keep: expected greater than or equal to 2, got 1"),
     ],
 )
