@@ -75,7 +75,8 @@ class ReadoutConfig(Frozen):
     """γ, the factor by which a labelled record makes all earlier ones count less. 1: none is forgotten."""
 
     reservoir: NonNegativeInt = 0
-    """Records kept, a random sample of all labelled ones, to compute the sums anew once features have moved."""
+    """Records kept, a sample of all labelled ones that is balanced over classes, to compute the sums anew once features
+    have moved."""
 
 
 class OnlineReadout:
