@@ -76,17 +76,19 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def ticks(low: float, high: float, most: int = 4) -> list[float]:
+def ticks(low: float, high: float, most: int = 4, *, whole: bool = False) -> list[float]:
     """Round numbers from `low` or below to `high` or above.
 
-    >>> ticks(0.62, 0.97)
-    [0.6, 0.8, 1.0]
+    >>> ticks(0.62, 0.97), ticks(0, 0, whole=True)
+    ([0.6, 0.8, 1.0], [0.0, 1.0])
     """
+    if whole and low == high == 0:
+        return [0.0, 1.0]
     if not (math.isfinite(low) and math.isfinite(high)):
         return [0.0, 1.0]
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
-    rough = (high - low) / most
+    rough = max((high - low) / most, 1.0 if whole else 0.0)
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -101,6 +103,8 @@ def chart(
     *,
     unit: str = "",
     most: float = math.inf,
+    least_range: float = 0.0,
+    whole: bool = False,
 ) -> str:
     """Lines over a common axis, which begins at 0; no value is below 0.
 
@@ -109,11 +113,17 @@ def chart(
     title: HTML.
     xs: places of the points, ascending.
     most: greatest value that there can be.
+    least_range: least range of the axis.
+    whole: values are counts.
     """
     known = [y for line in lines for y in line.ys if y is not None and math.isfinite(y)]
     if not known or not xs or xs[-1] <= 0:
         return f'<figure><figcaption>{title}</figcaption><p class="none">nothing yet</p></figure>'
-    at = [tick for tick in ticks(min(known), max(known)) if 0 <= tick <= most]
+    low, high = min(known), max(known)
+    if high - low < least_range:
+        high = min(most, (low + high + least_range) / 2)
+        low = max(0.0, high - least_range)
+    at = [tick for tick in ticks(low, high, whole=whole) if 0 <= tick <= most]
     low, high = at[0], at[-1]
     shapes = [f'<path class="grid" d="M0 {_y(tick, low, high)}H{WIDTH}"/>' for tick in at]
     shapes += [f'<path class="{mark.style}" d="M{_x(mark.x, xs[-1])} 0V{HEIGHT}"/>' for mark in marks]

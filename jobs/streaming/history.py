@@ -269,12 +269,13 @@ def points_of(kept: Kept) -> list[Point]:
 
 
 def windowed(totals: Sequence[tuple[float, float]], least: float) -> list[float | None]:
-    """Ratio of the increases of two totals over the latest points with an increase of the second by at least `least`.
+    """Ratio of the increases of two totals over the latest points with an increase of the second by at least `least`,
+    or over all of them where it has not increased so far yet.
 
-    totals: (numerator, denominator) at every point, since the beginning. None before the denominator has grown so far.
+    totals: (numerator, denominator) at every point, since the beginning. None while the denominator is 0.
 
-    >>> windowed([(1, 2), (2, 4), (2, 6), (4, 8)], least=4)
-    [None, 0.5, 0.25, 0.5]
+    >>> windowed([(0, 0), (1, 2), (2, 4), (2, 6), (4, 8)], least=4)
+    [None, 0.5, 0.5, 0.25, 0.5]
     """
     ratios: list[float | None] = []
     known = [(0.0, 0.0), *totals]
@@ -283,7 +284,7 @@ def windowed(totals: Sequence[tuple[float, float]], least: float) -> list[float 
         while first + 1 < len(known) and below - known[first + 1][1] >= least:
             first += 1
         part = below - known[first][1]
-        ratios.append((above - known[first][0]) / part if part >= max(least, 1) else None)
+        ratios.append((above - known[first][0]) / part if part > 0 else None)
     return ratios
 
 

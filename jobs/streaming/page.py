@@ -5,6 +5,7 @@ Text from outside (classes, ids, reasons, names) is escaped, and the page forbid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
@@ -129,7 +130,7 @@ def moment(time: float) -> str:
 
 
 def records_per_second(points: Sequence[Point]) -> list[float | None]:
-    """At every point, over at least one second."""
+    """At every point, over at least one second where so much has passed."""
     return windowed([(point.records, point.elapsed_s) for point in points], least=1.0)
 
 
@@ -176,30 +177,35 @@ def _charts(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
     names = list(dict.fromkeys(name for point in points for name in point.candidates))
     marks = [*_drifts(points), *(Mark(s.number, "switch") for s in kept.switches[1:])]
     scores = [
-        Line(name, windowed([_scored(point, name) for point in points], config.window), style_of(index))
+        Line(name, _in_percent(windowed([_scored(point, name) for point in points], config.window)), style_of(index))
         for index, name in enumerate(names)
     ]
-    total = [point.right / point.answered if point.answered else None for point in points]
-    scores.append(Line("all answers", total, "soft thin dashed"))
+    total = windowed([(point.right, point.answered) for point in points], math.inf)
+    scores.append(Line("all answers", _in_percent(total), "soft thin dashed"))
     keys = '<span class="key drift">drift</span><span class="key switch">switch</span>'
     novelty = [
         Line("mean score", _of_champion(points, {name: _novelty(points, name) for name in names}), "novelty"),
         Line("threshold", [_threshold(point) for point in points], "soft thin dashed"),
     ]
+    title = f"Prequential score, latest {config.window} labelled answers{keys}"
     labels = [Line("labels", [float(point.labels) for point in points], "c0")]
     labels.append(Line("of these late", [float(point.late) for point in points], "c1 thin"))
     return "".join(
         [
-            chart(f"Prequential score, latest {config.window} labelled answers{keys}", xs, scores, marks, most=1.0),
+            chart(title, xs, scores, marks, unit=" %", most=100.0, least_range=10.0),
             band("Champion", xs[-1] if xs else 0, _spans(kept, points, names)),
             chart(f"Novelty, champion{keys}", xs, novelty, marks),
-            chart("Labels used", xs, labels),
+            chart("Labels used", xs, labels, whole=True),
             chart("Records per second", xs, [Line("", records_per_second(points), "c2")]),
             chart("Lag", xs, [Line("", [point.lag_s for point in points], "c3")], unit=" s"),
-            chart("Set aside", xs, [Line("", [float(point.faults) for point in points], "c5")]),
+            chart("Set aside", xs, [Line("", [float(point.faults) for point in points], "c5")], whole=True),
             "<p>Every chart over the number of records.</p>" if xs else "",
         ]
     )
+
+
+def _in_percent(values: Iterable[float | None]) -> list[float | None]:
+    return [None if value is None else 100 * value for value in values]
 
 
 def _drifts(points: Sequence[Point]) -> Iterable[Mark]:

@@ -33,6 +33,12 @@ HOUR_S, GIGABYTE, THOUSAND = 3600.0, 1e9, 1000.0
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKED = {"drift": "#d1242f", "champion": "#8250df"}
+ALARMS = ("drift", "novelty")
+"""Kinds of events that are alarms."""
+
+LEAST_RANGE = 10.0
+"""Of the axis of accuracies, in percent."""
+
 SHOWN = 50
 """Latest events in the report."""
 
@@ -77,6 +83,8 @@ def text(kept: Kept, points: Sequence[Point], config: StreamConfig) -> str:
         *_decision(latest),
         "",
         _alarms(kept, latest).markdown(),
+        _other_events(kept),
+        "",
         _events(kept).markdown(),
     ]
     return "\n".join(parts)
@@ -187,13 +195,18 @@ def _decision(latest: Point) -> list[str]:
 
 
 def _alarms(kept: Kept, latest: Point) -> Table:
-    kinds = [(plain(kind), number) for kind, number in sorted(kept.counts.items())]
+    kinds = [("drifts", kept.counts.get("drift", 0)), ("batches with novel windows", kept.counts.get("novelty", 0))]
     per_candidate = [(f"drifts of {plain(name)}", each.drifts) for name, each in latest.candidates.items()]
     windows = [
         (f"windows of {plain(name)} above its threshold", each.novel) for name, each in latest.candidates.items()
     ]
     rows = [(name, number, _per_million(number, latest.records)) for name, number in (*kinds, *per_candidate, *windows)]
     return Table("Alarms", ("what", "number", "per million records"), rows)
+
+
+def _other_events(kept: Kept) -> str:
+    others = [f"{number:,} × {plain(kind)}" for kind, number in sorted(kept.counts.items()) if kind not in ALARMS]
+    return f"Other events: {', '.join(others) or 'none'}."
 
 
 def _events(kept: Kept) -> Table:
@@ -213,14 +226,19 @@ def figure(kept: Kept, points: Sequence[Point], window: int) -> Figure:
     for index, name in enumerate(names):
         values = windowed([_scored(point, name) for point in points], window)
         colour, dashes = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
-        accuracy.plot(records, _floats(values), dashes, color=colour, linewidth=1.2, label=_label(name))
+        accuracy.plot(records, 100 * _floats(values), dashes, color=colour, linewidth=1.2, label=_label(name))
         scores = windowed([_novelty(point, name) for point in points], 1)
         novelty.plot(records, _floats(scores), dashes, color=colour, linewidth=1.0)
-    accuracy.set_ylabel(f"prequential accuracy, latest {window}")
+    accuracy.set_ylabel(f"prequential accuracy, latest {window}, %")
+    low, high = accuracy.dataLim.intervaly
+    if high - low < LEAST_RANGE:  # not where nothing is known: infinite limits
+        high = min(100.0, (low + high + LEAST_RANGE) / 2)
+        accuracy.set_ylim(high - LEAST_RANGE, high + LEAST_RANGE / 30)
     novelty.set_ylabel("mean novelty")
     labels.plot(records, [point.labels for point in points], color="#0072B2", label="labels used")
     labels.plot(records, [point.faults for point in points], color="#D55E00", label="set aside")
     labels.set_xlabel("records")
+    labels.set_ylim(bottom=0, top=None if points[-1].labels or points[-1].faults else 1)
     for axes in (accuracy, novelty, labels):
         axes.grid(alpha=0.3)
         _mark(axes, kept)

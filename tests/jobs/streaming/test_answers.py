@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from jobs.streaming.answers import Answers, AnswersConfig, Latest, Served, as_js
 from jobs.streaming.candidate import Candidate
 from jobs.streaming.config import StreamDataConfig
 from jobs.streaming.journal import Journal
-from jobs.streaming.outcome import Answer
+from jobs.streaming.outcome import Answer, Metrics, Outcome
 from jobs.streaming.records import Record
 from jobs.streaming.seen import Seen
 from jobs.streaming.service import Service
 from simmatch.config import parse
+from tests.broker import Broker
 from tests.jobs.streaming.streams import ListSource, small, waves
 
 TOKEN = "a token of the test, long"
@@ -171,6 +174,7 @@ def client() -> Iterator[Client]:
 
 
 ONE = [[[0.0, 1.0]] * 4]
+EMPTY = Outcome((), (), (), Metrics(1, 1, 0.0, 0, 0, 0, 0, 0, 0, 0, "main", {}))
 
 
 @pytest.mark.parametrize(
@@ -267,3 +271,35 @@ def test_copies_take_a_small_share_of_the_time() -> None:
         now[0] += 0.003
     assert 0.015 <= copies * 0.01 / now[0] <= 0.021
     assert served.offer(copied, idle=True)
+
+
+def test_a_topic_gets_every_answer(tmp_path: Path) -> None:
+    """With a real broker: each answer of a stream, in order, as `as_json` has it."""
+    mqtt = pytest.importorskip("paho.mqtt.client")
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    got: list[dict[str, Any]] = []
+    with Broker(tmp_path / "broker") as broker:
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, "listener")
+        client.on_message = lambda *about: got.append(json.loads(about[2].payload))
+        client.on_connect = lambda *_: client.subscribe("line/answers", qos=1)
+        subscribed = threading.Event()
+        client.on_subscribe = lambda *_: subscribed.set()
+        client.connect("127.0.0.1", broker.port)
+        client.loop_start()
+        assert subscribed.wait(20)
+        topic = {"host": "127.0.0.1", "port": broker.port, "topic": "line/answers", "features": True}
+        config = parse(AnswersConfig, {"mqtt": topic})
+        answers = Answers("waves", config, data=StreamDataConfig(), state=dict, tell=print)
+        made = [answer(window, features=torch.tensor([0.5, window])) for window in range(1, 51)]
+        for part in (made[:20], made[20:]):
+            answers.add(replace(EMPTY, answers=tuple(part)))
+        deadline = time.monotonic() + 20
+        while len(got) < len(made) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        answers.close()
+        client.loop_stop()
+        client.disconnect()
+    assert got == [{"stream": "waves"} | as_json(each, features=True) for each in made]
+    assert got[-1]["features"] == [0.5, 50.0]
+    assert answers.dropped == 0

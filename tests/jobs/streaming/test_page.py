@@ -108,11 +108,8 @@ def test_values_that_are_not_finite_harm_no_file(tmp_path: Path) -> None:
 def test_windowed() -> None:
     totals = [(n * n, 10.0 * n) for n in range(1, 50)]
     for index, value in enumerate(windowed(totals, least=30)):
-        if index < 2:
-            assert value is None
-        else:
-            above, below = totals[index - 3] if index > 2 else (0, 0)
-            assert value == pytest.approx((totals[index][0] - above) / (totals[index][1] - below))
+        above, below = totals[index - 3] if index > 2 else (0, 0)
+        assert value == pytest.approx((totals[index][0] - above) / (totals[index][1] - below))
 
 
 class Page(HTMLParser):
@@ -229,3 +226,13 @@ def test_a_score_has_no_room_above_one() -> None:
     assert 'top:0%">1</span>' in html
     assert "1.5" not in html
     assert 'd="M500 0L1000 0"' in html
+    narrow = chart("t", [2.0, 4.0], [Line("a", [97.0, 97.5], "c0")], unit=" %", most=100.0, least_range=10.0)
+    assert 'top:0%">100 %</span>' in narrow
+    assert "95 %" in narrow
+
+
+def test_counts_have_whole_numbers_at_their_axis() -> None:
+    for ys in ([0.0, 0.0], [0.0, 1.0], [1.0, 2.0], [3.0, 3.0]):
+        labels = re.findall(r'%">([^<]*)</span>', chart("t", [2.0, 4.0], [Line("a", ys, "c0")], whole=True))
+        assert len(labels) >= 2
+        assert all(float(label).is_integer() and float(label) >= 0 for label in labels), labels
