@@ -26,8 +26,8 @@ EXTRAS = {
     "simmatch, inside functions": ("eval", "images", "signals", "stream"),
     "cluster": ("cluster",),
     "jobs": ("cluster", "eval"),
-    "jobs, inside functions": ("cluster", "eval", "images"),
-    "tests": ("cluster", "eval", "images", "s3", "test"),
+    "jobs, inside functions": ("cluster", "eval", "images", "stream"),
+    "tests": ("cluster", "eval", "images", "s3", "stream", "test"),
 }
 """Whose imports `dependencies` and these extras of pyproject.toml declare, all of them."""
 
@@ -150,6 +150,7 @@ def test_what_is_declared_is_imported() -> None:
         "eval": ("simmatch", "jobs"),
         "images": ("simmatch",),
         "signals": ("simmatch",),
+        "stream": ("simmatch", "jobs"),
         "s3": ("tests",),
         "test": ("tests",),
     }
