@@ -108,20 +108,24 @@ def discriminant_size(budget: int, classes: int) -> int:
     return (math.isqrt(classes**2 + 4 * values) - classes) // 2
 
 
+_after_warm_up = partial(WithReadout, afresh_after=-1)
+"""All readouts begin where that of frozen features begins."""
+
+
 def _online(config: ReadoutConfig, stream: Stream, seed: int, rate: RateConfig) -> Row:
-    return WithReadout(SimilarityMatching(stream, MODEL, seed, rate), config)
+    return _after_warm_up(SimilarityMatching(stream, MODEL, seed, rate), config)
 
 
 def _recomputed(stream: Stream, seed: int, rate: RateConfig) -> Row:
-    return WithReadout(SimilarityMatching(stream, MODEL, seed, rate), RECOMPUTED, recompute_every=RECOMPUTE_EVERY)
+    return _after_warm_up(SimilarityMatching(stream, MODEL, seed, rate), RECOMPUTED, recompute_every=RECOMPUTE_EVERY)
 
 
 def _frozen(config: ReadoutConfig, stream: Stream, seed: int, _: None) -> Row:
-    return WithReadout(SimilarityMatching(stream, MODEL, seed, UNTIL_FROZEN), config, frozen_after=-1, afresh=True)
+    return _after_warm_up(SimilarityMatching(stream, MODEL, seed, UNTIL_FROZEN), config, frozen_after=-1)
 
 
 def _random(config: ReadoutConfig, stream: Stream, seed: int, threshold: float) -> Row:
-    return WithReadout(random_features(stream, seed, threshold), config)
+    return _after_warm_up(random_features(stream, seed, threshold), config)
 
 
 def _joint(stream: Stream, seed: int, _: None) -> Row:

@@ -78,7 +78,8 @@ class WithReadout:
     features: what the readout sees.
     config: of the readout.
     frozen_after: number of the segment after which the features do not learn, −1 for the warm-up; None: they always do.
-    afresh: the readout begins anew then; else it keeps sums of features that have moved since.
+    afresh_after: number of the segment after which the readout begins anew, as sums of features that have moved since
+        are worth little; None: it never does.
     recompute_every: batches from one time to the next that the readout is computed anew from its reservoir, as long as
         the features learn, and when they are frozen; 0: never.
 
@@ -91,11 +92,11 @@ class WithReadout:
         config: ReadoutConfig,
         *,
         frozen_after: int | None = None,
-        afresh: bool = False,
+        afresh_after: int | None = None,
         recompute_every: int = 0,
     ) -> None:
         self.features, self.config = features, config
-        self.frozen_after, self.afresh, self.recompute_every = frozen_after, afresh, recompute_every
+        self.frozen_after, self.afresh_after, self.recompute_every = frozen_after, afresh_after, recompute_every
         self.learning, self.readout, self.names, self.batches = True, None, list[int](), 0
         self._encoded: tuple[Tensor, Tensor] | None = None
 
@@ -130,10 +131,10 @@ class WithReadout:
         """See `Row`."""
         if number == self.frozen_after:
             self.learning = False
-            if self.afresh:
-                self.readout, self.names = None, []
-            elif self.recompute_every:
+            if self.recompute_every:
                 self._recompute()
+        if number == self.afresh_after:
+            self.readout, self.names = None, []
 
     @property
     def nbytes(self) -> int:
