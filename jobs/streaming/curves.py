@@ -64,6 +64,12 @@ class Curves:
         for event in outcome.events:
             self._tracker.tags({f"simmatch.stream.{event.kind}": f"record {event.number:,}: {event.text}"})
         if number >= self._next or outcome.events:
+            self.record(latest, counts)
+
+    def record(self, latest: Point, counts: dict[str, int]) -> None:
+        """A row now, unless this record has one."""
+        number = latest.number
+        if number > self._recorded:
             self._tracker.metrics(number, row(self._before, latest) | _counts(counts))
             self._before, self._recorded, self._next = latest, number, _next(number)
 

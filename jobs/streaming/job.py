@@ -252,8 +252,10 @@ class Several:
 
 
 def public(config: StreamConfig) -> dict[str, Any]:
-    """Plain values as they may be written down: no credentials in a tracking URI."""
+    """Plain values as they may be written down: no credentials in an address."""
     values: dict[str, Any] = config.model_dump(mode="json")
     if config.tracking.uri is not None:
         values["tracking"]["uri"] = redact(config.tracking.uri)
+    if config.events.webhook is not None:
+        values["events"]["webhook"]["url"] = redact(config.events.webhook.url)
     return values

@@ -131,6 +131,8 @@ class Seen:
         """
         self._state = state
         self._write()
+        if self._curves is not None:
+            self._curves.record(self._latest, self.history.kept.counts)
         self._try("model", partial(self._register, MODEL, ""))
         self.events.close()
         self._try("file of waiting events", self.events.sync)

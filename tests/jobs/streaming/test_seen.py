@@ -16,6 +16,7 @@ from jobs import stream
 from jobs.streaming import curves, seen
 from jobs.streaming.curves import Curves, row
 from jobs.streaming.history import Candidate, History, Point, Spent, load, points_of
+from jobs.streaming.job import public
 from jobs.streaming.page import PageConfig, ReportConfig
 from jobs.streaming.report import costs, plain, report, text
 from jobs.streaming.seen import Seen
@@ -281,3 +282,10 @@ def test_nothing_is_started_with_a_bad_configuration(
     assert lines[0].startswith(f"error: {what}") or what in lines[0]
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "journal").exists()
+
+
+def test_no_secret_of_a_webhook_is_written_down() -> None:
+    webhook = {"url": "https://example.org/hook?token=5ecret&plant=4", "secret_env": "SOME_SECRET"}
+    values = public(small(events={"webhook": webhook}))
+    assert values["events"]["webhook"]["url"] == "https://example.org/hook?token=***&plant=4"
+    assert "5ecret" not in json.dumps(values)
