@@ -127,7 +127,7 @@ class OnlineReadout:
 
     def scores(self, features: Tensor) -> Tensor | None:
         """Scores [B, classes] of features [B, F], in float64; None before there are two classes."""
-        return None if self.classifier is None else self.classifier.scores(features)
+        return None if self.classifier is None else self.classifier.scores(features.cpu())
 
     def learn(
         self, features: Tensor, labels: Tensor, weights: Tensor | None = None, inputs: Tensor | None = None
@@ -144,22 +144,30 @@ class OnlineReadout:
         Raises
         ------
         ValueError
-            Shapes do not agree, or a reservoir gets no inputs.
+            Shapes do not agree, values are not finite, or a reservoir gets no inputs; nothing has been learnt.
         """
-        if features.shape != (len(labels), self.features):
-            raise ValueError(f"features: expected {[len(labels), self.features]}, got {list(features.shape)}")
+        features, labels = features.cpu(), labels.cpu()
+        self._check(features, len(labels))
         if self.config.reservoir and inputs is None:
             raise ValueError("inputs: expected those of the features, for the reservoir, got None")
-        known = labels != UNLABELLED if weights is None else (labels != UNLABELLED) & (weights > 0)
+        known = labels != UNLABELLED if weights is None else (labels != UNLABELLED) & (weights.cpu() > 0)
         if not bool(known.any()):
             return
-        labels, weights = labels[known].long(), None if weights is None else weights[known]
+        labels, weights = labels[known].long(), None if weights is None else weights.cpu()[known]
+        if int(labels.min()) < 0:
+            raise ValueError(f"labels: expected classes from 0 or {UNLABELLED}, got {int(labels.min())}")
         if self.config.reservoir and inputs is not None:
-            self.reservoir.add(inputs[known], labels, weights)
+            self.reservoir.add(inputs.cpu()[known], labels, weights)
         if self.config.forgetting < 1:
             self._fade(self.config.forgetting ** len(labels))
             weights = self._remembered(torch.arange(len(labels) - 1, -1, -1), weights)
         self._add(features[known], labels, weights)
+
+    def _check(self, features: Tensor, count: int) -> None:
+        if features.shape != (count, self.features):
+            raise ValueError(f"features: expected {[count, self.features]}, got {list(features.shape)}")
+        if not bool(features.isfinite().all()):
+            raise ValueError("features: expected finite values, got others")
 
     def _remembered(self, ages: Tensor, weights: Tensor | None) -> Tensor:
         """Weights of records after `ages` [n] others: float64."""
@@ -230,10 +238,11 @@ class OnlineReadout:
         inputs, labels, classes = self.reservoir.inputs, self.reservoir.labels, self.classes
         if inputs is None:
             return
+        order = self.reservoir.numbers.argsort()  # oldest first
+        features = torch.cat([encode(part).cpu() for part in torch.split(inputs[order], ENCODED)])
+        self._check(features, len(order))
         self._forget()
         self._moments.grow(classes)
-        order = self.reservoir.numbers.argsort()  # oldest first
-        features = torch.cat([encode(part) for part in torch.split(inputs[order], ENCODED)])
         self._add(features, labels[order], self._remembered(self.reservoir.ages, self.reservoir.weights)[order])
 
     @property

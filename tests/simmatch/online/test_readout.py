@@ -169,9 +169,20 @@ def test_recomputed_sums_are_those_of_the_reservoir(forgetting: float) -> None:
     torch.testing.assert_close(found(readout, x.square()), found(moved, x.square()))
 
 
-def test_bad_input_is_named() -> None:
-    readout = OnlineReadout(3, ReadoutConfig(reservoir=5))
+def test_bad_input_is_named_and_changes_nothing() -> None:
+    readout, x = OnlineReadout(3, ReadoutConfig(reservoir=5, forgetting=0.9)), torch.rand(2, 3)
+    labels = torch.tensor([0, 1])
+    readout.learn(x, labels, inputs=x)
+    before = readout.state()
     with pytest.raises(ValueError, match=r"features: expected \[2, 3\], got \[2, 4\]"):
-        readout.learn(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+        readout.learn(torch.zeros(2, 4), labels, inputs=x)
     with pytest.raises(ValueError, match="inputs: expected those of the features, for the reservoir, got None"):
-        readout.learn(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+        readout.learn(x, labels)
+    with pytest.raises(ValueError, match="features: expected finite values, got others"):
+        readout.learn(x.log().fill_(torch.nan), labels, inputs=x)
+    with pytest.raises(ValueError, match="labels: expected classes from 0 or -1, got -2"):
+        readout.learn(x, labels - 2, inputs=x)
+    with pytest.raises(ValueError, match="features: expected finite values, got others"):
+        readout.recompute(lambda inputs: inputs / 0)
+    for name, value in before.items():
+        assert torch.equal(value, readout.state()[name]), name
