@@ -26,7 +26,7 @@ from cluster.config import GroupConfig, RunConfig
 from cluster.group import WorkerGroup
 from cluster.mesh import MeshConfig
 from cluster.online_rank import Arrays, OnlineRank, Reply, StreamAssignment
-from cluster.policy import FailurePolicy, GroupFailure, Stop
+from cluster.policy import FailurePolicy, GroupFailure, RanksLostError, Stop
 from simmatch.config import ConfigError, ModelConfig, Reduce
 from simmatch.data.config import DataConfig
 from simmatch.model import InputConfig, Stack
@@ -39,10 +39,6 @@ STATE_EVERY = 200
 
 PART_OF_HEARTBEAT = 0.25
 """Pause between two signs of life of a driver that has nothing to do, over the heartbeat."""
-
-
-class RanksLostError(RuntimeError):
-    """Ranks were lost and not replaced, or would fail again; the message is for people."""
 
 
 @dataclass(frozen=True)

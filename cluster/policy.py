@@ -78,6 +78,10 @@ class GroupFailure(RuntimeError):
         super().__init__(failure.message)
 
 
+class RanksLostError(RuntimeError):
+    """Ranks of a stream were lost and not replaced, or would fail again; the message is for people."""
+
+
 @dataclass(frozen=True)
 class FailurePolicy:
     """Restart after a lost rank; stop on anything that would happen again.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from jobs.ray_session import embeds_ray
 from jobs.streaming.config import StreamConfig
 from simmatch.labels import UNLABELLED
 from simmatch.model import InputConfig
@@ -21,6 +23,9 @@ from simmatch.online.state import joined, part_of
 NONE = -1
 """A prediction that was not made."""
 
+
+if TYPE_CHECKING:
+    from cluster.online import RankedStack
 
 COUNTS = ("batches", "answered", "right", "drifts", "nbytes")
 
@@ -51,10 +56,36 @@ class Said:
 
 
 def make_stack(config: StreamConfig, shape: list[int], classes: int) -> OnlineStack:
-    """The stack of a candidate, in this process. Whatever has its interface, such as one of ranks, does as well."""
+    """The stack of a candidate, in this process."""
+    source = _source(shape, classes)
+    return OnlineStack(config.model, source, seed=config.seed, rate=config.rate, reduce=config.reduce)
+
+
+def _source(shape: list[int], classes: int) -> InputConfig:
     channels, height, width = shape
-    source = InputConfig(in_channels=channels, height=height, width=width, num_classes=classes)
-    return OnlineStack(config.model, source, seed=config.seed, rate=config.rate)
+    return InputConfig(in_channels=channels, height=height, width=width, num_classes=classes)
+
+
+def learning_stack(config: StreamConfig, shape: list[int], classes: int) -> OnlineStack | RankedStack:
+    """The stack that a candidate learns with: in this process, or on the ranks of `mesh`."""
+    if config.mesh.world_size == 1:
+        return make_stack(config, shape, classes)
+    from cluster.online import RankedStack  # imports ray, whose environment must be set by then
+
+    cluster = config.cluster
+    if cluster.threads_per_rank is None:
+        cluster = cluster.model_copy(update={"threads_per_rank": config.threads})
+    return RankedStack(
+        config.model,
+        _source(shape, classes),
+        mesh=config.mesh,
+        cluster=cluster,
+        seed=config.seed,
+        rate=config.rate,
+        reduce=config.reduce,
+        note=lambda text: print(text, file=sys.stderr),
+        grows=not embeds_ray(),
+    )
 
 
 class Candidate:
@@ -76,7 +107,7 @@ class Candidate:
 
     def __init__(self, config: StreamConfig, shape: list[int], classes: int) -> None:
         self._config = config
-        self.stack = make_stack(config, shape, classes)
+        self.stack = learning_stack(config, shape, classes)
         self.monitor = DriftMonitor(config.drift)
         self.batches = self.answered = self.right = self.drifts = self.nbytes = 0
         self._features = 0

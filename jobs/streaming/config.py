@@ -7,13 +7,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from cluster.config import GroupConfig
+from cluster.mesh import MeshConfig
 from cluster.tracking.config import TrackingConfig
 from jobs.options import override
 from jobs.streaming.answers import AnswersConfig
 from jobs.streaming.events import EventsConfig
 from jobs.streaming.page import PageConfig, ReportConfig
 from jobs.streaming.sources import SourceConfig
-from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeFloat, NonNegativeInt, PositiveFloat, parse
+from simmatch.config import (
+    ConfigError,
+    Frozen,
+    ModelConfig,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Reduce,
+    parse,
+)
 from simmatch.config import PositiveInt as Count
 from simmatch.data.config import SignalKeys
 from simmatch.data.windows import WindowShape
@@ -31,7 +42,7 @@ OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 OF_RECORDINGS = ("columns", "time_column", "label_pattern", "split", "turn")
 """Keys of signals that mean nothing for a stream: its source names columns, and where the time and the label are."""
 
-FREE = ("source", "max_wait_s", "journal", "snapshot", "answers", "events", "page", "report", "tracking")
+FREE = ("source", "max_wait_s", "journal", "snapshot", "answers", "events", "page", "report", "tracking", "cluster")
 """Keys that may differ between a stream and its continuation: nothing that is learnt follows from them, but by way of
 the journal."""
 
@@ -147,6 +158,16 @@ class StreamConfig(Frozen):
     """Configurations that learn from the stream side by side: name → assignments `key=value`, as for `--set`, of keys
     below model, rate, readout, novelty and drift."""
 
+    mesh: MeshConfig = MeshConfig()
+    """Ranks of each candidate's stack: replicas (`data`) and shards of the channels (`channel`), Ray actors. One rank:
+    this process."""
+
+    reduce: Reduce = "fast"
+    """How ranks add their sums, see `jobs.pretrain`. `exact`: the bits of one process at any number of ranks."""
+
+    cluster: GroupConfig = GroupConfig()
+    """The actors, their waits and their network. `threads_per_rank`: as `threads`, unless it is set."""
+
     champion: str = "main"
     """Which of them answers first; from then on the comparison decides."""
 
@@ -223,8 +244,12 @@ def parse_stream(values: Mapping[str, Any]) -> StreamConfig:
         candidate = config.candidate(name)
         try:
             model = checked(candidate.model, candidate.rate)
+            model.check_reduce(config.reduce)
+            config.mesh.check(model)
             if window is not None:  # whatever the number of channels, which the first record tells
                 layer_inputs(model, InputConfig(in_channels=1, height=1, width=window, num_classes=0))
         except ConfigError as error:
             raise ConfigError(f"candidates.{name}: {error}" if config.candidates[name] else str(error)) from None
+    if config.mesh.layer > 1:
+        raise ConfigError(f"mesh.layer: expected 1 for a stream, got {config.mesh.layer}")
     return config

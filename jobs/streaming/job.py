@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from cluster.controller import RunFailed
+from cluster.policy import RanksLostError
 from cluster.redaction import Redactor, one_line, redact
 from cluster.text import count
 from cluster.tracking.events import RunStatus
@@ -19,6 +21,7 @@ from cluster.tracking.spool import SpoolBusyError
 from cluster.tracking.tracker import Tracker
 from jobs.entry_point import BAD_INPUT, FAILED
 from jobs.origin import program_commit, source_tags
+from jobs.ray_session import shut_down_ray, start_ray
 from jobs.recording import outcome_fields, send_records
 from jobs.same_run import refuse_differences
 from jobs.signals import Interrupted, SignalHandler, exit_status
@@ -130,6 +133,7 @@ class StreamJob:
         try:
             with self._display as display:
                 self.tracker.announce_to(display.note)
+                self._start_ranks()
                 journal.open()
                 watchers = Several([self._display, seen])
                 service = self._service = Service(self.config, self.run_dir, journal, watchers, display.note)
@@ -145,13 +149,23 @@ class StreamJob:
             status, code, message = "KILLED", exit_status(self._signum), str(Interrupted(self._signum))
         except ConfigError as error:
             code, message = BAD_INPUT, str(error)
-        except (JournalError, SourceError, SharedFault, OSError) as error:
+        except (JournalError, SourceError, SharedFault, RanksLostError, RunFailed, OSError) as error:
             message = str(error)
         finally:
             self._over = True
             journal.close()
         self._close(status, message, time.monotonic() - started)
+        if self.config.mesh.world_size > 1:
+            shut_down_ray()  # after the summary, for which the ranks are asked
         return code
+
+    def _start_ranks(self) -> None:
+        """Join or start a Ray cluster, where the candidates' stacks are on several ranks."""
+        config = self.config
+        if config.mesh.world_size > 1:
+            ranks = config.mesh.world_size * len(config.candidates)
+            address = start_ray(ranks * config.cluster.cpus_per_rank, config.cluster.heartbeat_s)
+            self._display.note(f"ray: {address}; mesh: {config.mesh}")
 
     def _stream(self, service: Service) -> None:
         """Catch up with the journal, then read the source."""

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.mesh import MeshConfig
 from jobs.streaming.config import StreamConfig
 from jobs.streaming.journal import JournalError, list_segments, read_entries
 from jobs.streaming.keeper import FOLDER
 from jobs.streaming.outcome import Outcome
 from jobs.streaming.snapshots import Snapshot, listed, load
 from jobs.streaming.state import StreamState
+from simmatch.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,13 @@ def replay(run_dir: Path, config: StreamConfig, see: Callable[[Outcome], None] =
     ------
     JournalError
         There is no journal, it is damaged, or its beginning was removed and no snapshot takes its place.
+    ConfigError
+        The stream was learnt by ranks whose sums differ from those of one process in their last bits.
     """
+    if config.mesh.world_size > 1 and config.reduce != "exact":
+        why = "as a replay runs in one process, whose last bits differ"
+        raise ConfigError(f"reduce: expected exact to replay a stream of {config.mesh}, got {config.reduce}, {why}")
+    config = config.model_copy(update={"mesh": MeshConfig()})
     segments = list_segments(run_dir / "journal")
     if not segments:
         raise JournalError(f"{run_dir / 'journal'}: expected a journal, got nothing")

@@ -30,7 +30,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
     """
     total = sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name].detach().cpu().clone(memory_format=torch.contiguous_format)  # strides of 0 among them
         total.update(repr((name, str(tensor.dtype), list(tensor.shape))).encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

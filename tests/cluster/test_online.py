@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cluster.config import GroupConfig
 from cluster.mesh import MeshConfig
-from cluster.online import RankedStack, RanksLostError
+from cluster.online import RankedStack
+from cluster.policy import RanksLostError
 from simmatch.config import ConfigError, ModelConfig, parse
 from simmatch.labels import UNLABELLED
 from simmatch.model import InputConfig
