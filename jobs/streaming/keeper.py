@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.redaction import one_line
 from cluster.storage import AnyPath, find, locate, remove, write_whole
+from cluster.text import size
 from jobs.streaming.config import StreamConfig
 from jobs.streaming.journal import Journal
 from jobs.streaming.records import Source
@@ -26,7 +27,7 @@ class Keeper:
 
     def __init__(self, config: StreamConfig, run_dir: Path, journal: Journal, tell: Callable[[str], None]) -> None:
         self._config, self._folder, self._journal, self._tell = config, run_dir / FOLDER, journal, tell
-        self._told = False
+        self._told = self._over = False
         self._copies = None if config.snapshot.copy_to is None else Copies(locate(config.snapshot.copy_to), tell)
 
     def newest(self) -> Snapshot | None:
@@ -61,6 +62,13 @@ class Keeper:
             journal.remove_before(oldest)
         ):
             pass
+        over = config.max_bytes is not None and journal.nbytes > config.max_bytes
+        if over and not self._over:
+            self._tell(
+                f"{journal.folder}: {size(journal.nbytes)}, more than journal.max_bytes: snapshots need what is there; "
+                "snapshot.every_batches and snapshot.keep say how much that is"
+            )
+        self._over = over
 
     def _oldest(self) -> int:
         """Entries before the oldest good snapshot that is kept; with a single one, all are needed."""
