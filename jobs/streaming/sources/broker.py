@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from jobs.streaming.mqtt import MqttConfig, MqttConnection, Subscription
+from jobs.streaming.mqtt import MqttConnection, Subscription
+from jobs.streaming.mqtt_config import MqttConfig
 from jobs.streaming.records import Delivery, Fault, SourceError
 from jobs.streaming.sources.fields import Place, RecordKeys, from_json
 from simmatch.documents import quoted, shortened

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from jobs.streaming.mqtt import MqttConfig, MqttConnection
+from jobs.streaming.mqtt import MqttConnection
+from jobs.streaming.mqtt_config import MqttConfig
 from jobs.streaming.records import Delivery, Fault, LateLabel, Record, Source
 from jobs.streaming.sources import SourceConfig, open_source
 from simmatch.config import ConfigError, parse

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from jobs.streaming.config import StreamConfig
-from jobs.streaming.mqtt import MqttConfig, MqttConnection
+from jobs.streaming.mqtt import MqttConnection
+from jobs.streaming.mqtt_config import MqttConfig
 from jobs.streaming.records import LateLabel, Record
 from jobs.streaming.replay import replay
 from simmatch.config import parse
