@@ -435,7 +435,7 @@ class OnlineStack:
             part = slice(layer.rows.start, layer.rows.stop)
             expected = layer.state_dict()
             given = {name: tensor[part] if name in SHARDED else tensor for name, tensor in own.items()}
-            for name in expected.keys() | given.keys():
+            for name in dict.fromkeys([*expected, *given]):
                 shapes = [list(each[name].shape) if name in each else "nothing" for each in (expected, given)]
                 if shapes[0] != shapes[1]:
                     raise ValueError(f"layers.{index}.{name}: expected {shapes[0]}, got {shapes[1]} in the state")
