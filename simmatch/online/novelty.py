@@ -112,7 +112,8 @@ class NoveltyDetector:
         held = self._memory[: min(self._remembered, self.config.memory)]
         if len(held) == 0:
             return torch.full((len(features),), math.nan, dtype=torch.float64)
-        return torch.cdist(_shortened(features), held).amin(dim=1).double()
+        # in float64, as ‖a‖² + ‖b‖² − 2 aᵀb of neighbours would lose all digits in float32
+        return torch.cdist(_shortened(features).double(), held.double()).amin(dim=1)
 
     @property
     def threshold(self) -> float | None:
@@ -147,7 +148,8 @@ class NoveltyDetector:
         if self._threshold is not None and not self._majority:
             known = ~(scores > self._threshold)
             self.far += int((self.weights(scores) < 1).sum())
-        self._remember(_shortened(features[known.to(features.device)]))
+        shortened = _shortened(features[known.to(features.device)])
+        self._remember(shortened[shortened.isfinite().all(dim=1)])
         scores = scores[scores.isfinite()].double().cpu()
         self._scores = torch.cat([self._scores, scores])[-self.config.calibration :]
         self._calibrate()
@@ -171,10 +173,11 @@ class NoveltyDetector:
             return
         logs = scores.clamp(min=torch.finfo(torch.float32).eps).log()
         first, third = torch.quantile(logs, torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
-        self._fence = math.exp(third + FAR * (third - first))
-        inside = scores[scores <= self._fence].sort().values
+        limit = third + FAR * (third - first)
+        inside = scores[logs <= limit].sort().values  # never empty, which exp(limit) could be by rounding
         place = min(math.ceil((1 - rate) * (len(inside) + 1)), len(inside))
         self._threshold = float(inside[place - 1])
+        self._fence = max(math.exp(limit), self._threshold)
         self._majority = float((scores[-LATEST:] > self._threshold).double().mean()) > self.config.majority
 
     @property
@@ -199,10 +202,18 @@ class NoveltyDetector:
     def restore(self, state: State) -> None:
         """Set what `state` gave.
 
+        Raises
+        ------
+        ValueError
+            It is of more records or another number of features than this memory has.
+
         >>> detector = NoveltyDetector(3, NoveltyConfig())
         >>> detector.restore(NoveltyDetector(3, NoveltyConfig()).state())
         """
-        self._memory[: len(state["memory"])] = state["memory"]
+        (most, size), given = self._memory.shape, list(state["memory"].shape)
+        if given[0] > most or given[1] != size:
+            raise ValueError(f"memory: expected at most {most} records of {size} features, got {given} in the state")
+        self._memory[: given[0]] = state["memory"]
         self._scores = state["scores"].clone()
         self.far, self._remembered = int(state["far"]), int(state["remembered"])
         self._calibrate()

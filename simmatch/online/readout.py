@@ -144,13 +144,20 @@ class OnlineReadout:
         Raises
         ------
         ValueError
-            Shapes do not agree, values are not finite, or a reservoir gets no inputs; nothing has been learnt.
+            Shapes do not agree, values are not finite, a weight is negative, or a reservoir gets no inputs; nothing has
+            been learnt.
         """
         features, labels = features.cpu(), labels.cpu()
         self._check(features, len(labels))
-        if self.config.reservoir and inputs is None:
-            raise ValueError("inputs: expected those of the features, for the reservoir, got None")
-        known = labels != UNLABELLED if weights is None else (labels != UNLABELLED) & (weights.cpu() > 0)
+        if self.config.reservoir and (inputs is None or len(inputs) != len(labels)):
+            given = "None" if inputs is None else str(list(inputs.shape))
+            raise ValueError(
+                f"inputs: expected those of the features, [{len(labels)}, …], for the reservoir, got {given}"
+            )
+        known = labels != UNLABELLED
+        if weights is not None:
+            _check_weights(weights.cpu(), len(labels))
+            known &= weights.cpu() > 0
         if not bool(known.any()):
             return
         labels, weights = labels[known].long(), None if weights is None else weights.cpu()[known]
@@ -227,7 +234,7 @@ class OnlineReadout:
     def recompute(self, encode: Callable[[Tensor], Tensor]) -> None:
         """Forget all sums, and learn from the reservoir as `encode`, inputs → features, sees it now.
 
-        Its records count by their weights, and as forgetting has left them.
+        Its records count by their weights, and by their ages as forgetting has it: the newest one held is of age 0.
 
         >>> readout, x = OnlineReadout(2, ReadoutConfig(reservoir=10)), torch.rand(30, 2)
         >>> readout.learn(x, torch.arange(30) % 3, inputs=x)
@@ -243,7 +250,8 @@ class OnlineReadout:
         self._check(features, len(order))
         self._forget()
         self._moments.grow(classes)
-        self._add(features, labels[order], self._remembered(self.reservoir.ages, self.reservoir.weights)[order])
+        ages = self.reservoir.ages - self.reservoir.ages.min()  # γ to the power of all ages may be 0
+        self._add(features, labels[order], self._remembered(ages, self.reservoir.weights)[order])
 
     @property
     def nbytes(self) -> int:
@@ -269,7 +277,15 @@ class OnlineReadout:
         }
 
     def restore(self, state: State) -> None:
-        """Set what `state` gave: from then on the same bits."""
+        """Set what `state` gave: from then on the same bits.
+
+        Raises
+        ------
+        ValueError
+            It is of another number of features.
+        """
+        if (given := state["scatter"].shape[0]) != self.features:
+            raise ValueError(f"scatter: expected {self.features} features, got {given} in the state")
         self._moments.counts, self._moments.means = state["counts"].clone(), state["means"].clone()
         self._moments.scatter = state["scatter"].clone()
         self._pending, self._solved = state["pending"].clone(), state["solved"].clone()
@@ -278,3 +294,11 @@ class OnlineReadout:
         prefix = "reservoir."
         kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         self.reservoir.restore(kept)
+
+
+def _check_weights(weights: Tensor, count: int) -> None:
+    if weights.shape != (count,):
+        raise ValueError(f"weights: expected {[count]}, one per record, got {list(weights.shape)}")
+    valid = weights.isfinite() & (weights >= 0)
+    if not bool(valid.all()):
+        raise ValueError(f"weights: expected finite numbers from 0 on, got {float(weights[~valid][0]):g}")

@@ -319,11 +319,11 @@ class OnlineStack:
             weights = None if bool((weights == 1).all()) else weights.to(device)
         number = self.updates + 1
         batch = Staged(encoded.x, None if labels is None else labels.to(device), count, weights)
-        if batch.labels is not None:
-            self._add_label_sums(encoded.activity, batch.labels, weights)
         current = encoded.version == self._version
         self._layers.update(number, batch, encoded.solved if current else None)
         self.updates, self._version = number, self._version + 1
+        if batch.labels is not None:
+            self._add_label_sums(encoded.activity, batch.labels, weights)
         if len(self._images) > 0:
             self._drop_images()
 
@@ -424,7 +424,8 @@ class OnlineStack:
             The state is that of another model.
         """
         like = self.stack.layer(0).feedforward
-        classes = state["label_yz"].shape[1] if self.stack.config.layers[-1].supervised else 0
+        names = [f"layers.{index}.label" for index, each in enumerate(self.stack.config.layers) if each.supervised]
+        classes = max((state[name].shape[1] for name in names if name in state), default=0)
         self._layers.close()
         self._begin(state["images"].to(like))
         if classes > self.source.num_classes:

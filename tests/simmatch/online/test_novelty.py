@@ -52,6 +52,47 @@ def test_scores_as_written_out() -> None:
         assert score == pytest.approx(expected, rel=1e-3)
 
 
+def test_scores_of_close_neighbours_keep_their_digits() -> None:
+    """Of rows of length 80 that differ by 10⁻⁶ of it, alone and in a batch."""
+    generator = drawn(1)
+    known, asked = (10 + 1e-3 * torch.randn(50, 64, generator=generator) for _ in range(2))
+    detector = NoveltyDetector(64, NoveltyConfig())
+    detector.learn(known, detector.score(known))
+    held = detector.state()["memory"].double()
+    for row, score in zip(asked, detector.score(asked), strict=True):
+        alone = detector.score(row[None])
+        shortened = (row / row.norm().sqrt()).double()
+        expected = float((shortened - held).norm(dim=1).min())
+        assert float(score) == pytest.approx(expected, rel=0.01)
+        assert float(alone) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("score", [0.0, 1e-9, 0.3, 5.0, 1e30])
+def test_scores_that_are_all_equal_are_not_novel(score: float) -> None:
+    """Of any size: the fence is not below them by rounding."""
+    detector, scores = NoveltyDetector(3, NoveltyConfig()), torch.full((200,), score, dtype=torch.float64)
+    detector.learn(torch.rand(200, 3, generator=drawn(0)), scores)
+    assert detector.threshold == score
+    assert detector.weights(scores).tolist() == [1.0] * 200
+
+
+def test_features_that_are_not_finite_are_not_remembered() -> None:
+    detector, features = learnt(NoveltyConfig(), 400), usual(20, drawn(1))
+    before = detector.score(features)
+    bad = features.clone()
+    bad[3, 2], bad[4, 2] = torch.nan, torch.inf
+    detector.learn(bad[3:5], detector.score(bad[3:5]))
+    assert torch.equal(detector.score(features), before)
+
+
+def test_a_state_of_another_size_is_refused() -> None:
+    state = learnt(NoveltyConfig(memory=100), 400).state()
+    with pytest.raises(ValueError, match=r"memory: expected at most 100 records of 9 features, got \[100, 8\]"):
+        NoveltyDetector(9, NoveltyConfig(memory=100)).restore(state)
+    with pytest.raises(ValueError, match="memory: expected at most 50 records"):
+        NoveltyDetector(8, NoveltyConfig(memory=50)).restore(state)
+
+
 @pytest.mark.parametrize(("records", "rate"), [(400, 0.01), (1600, 0.05), (2000, 0.002)])
 def test_threshold_as_written_out(records: int, rate: float) -> None:
     config = NoveltyConfig(false_alarm_rate=rate)

@@ -169,6 +169,31 @@ def test_recomputed_sums_are_those_of_the_reservoir(forgetting: float) -> None:
     torch.testing.assert_close(found(readout, x.square()), found(moved, x.square()))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_recomputed_late_in_a_stream_does_not_vanish(kind: Literal["ridge", "discriminant"]) -> None:
+    """γ to the power of every age is 0 in float64 where none of the last records is held."""
+    x, labels = records(60, 5, 3)
+    readout, moved = (OnlineReadout(5, ReadoutConfig(kind=kind, forgetting=0.9, reservoir=60)) for _ in range(2))
+    for each in (readout, moved):
+        each.learn(x, labels, inputs=x)
+    readout.reservoir.seen[0] += 10**6  # as after so many others, none of which is held
+    for each in (readout, moved):
+        each.recompute(torch.square)
+    assert torch.equal(found(readout, x.square()), found(moved, x.square()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forgetting", [0.5, 0.999])
+def test_a_long_stream_is_its_last_records(kind: Literal["ridge", "discriminant"], forgetting: float) -> None:
+    """Of 10⁵ records only the last ones have a weight that float64 tells from 0."""
+    generator = seeded("long")
+    x, labels = torch.randn(100_000, 2, generator=generator), torch.randint(3, (100_000,), generator=generator)
+    x[:, 0] += labels
+    config = ReadoutConfig(kind=kind, forgetting=forgetting)
+    whole, end = learnt(x, labels, 2000, config), learnt(x[-50_000:], labels[-50_000:], 2000, config)
+    torch.testing.assert_close(found(whole, x[:9]), found(end, x[:9]))
+
+
 def test_bad_input_is_named_and_changes_nothing() -> None:
     readout, x = OnlineReadout(3, ReadoutConfig(reservoir=5, forgetting=0.9)), torch.rand(2, 3)
     labels = torch.tensor([0, 1])
@@ -176,12 +201,21 @@ def test_bad_input_is_named_and_changes_nothing() -> None:
     before = readout.state()
     with pytest.raises(ValueError, match=r"features: expected \[2, 3\], got \[2, 4\]"):
         readout.learn(torch.zeros(2, 4), labels, inputs=x)
-    with pytest.raises(ValueError, match="inputs: expected those of the features, for the reservoir, got None"):
+    with pytest.raises(ValueError, match=r"inputs: expected those of the features, .*, for the reservoir, got None"):
         readout.learn(x, labels)
     with pytest.raises(ValueError, match="features: expected finite values, got others"):
         readout.learn(x.log().fill_(torch.nan), labels, inputs=x)
     with pytest.raises(ValueError, match="labels: expected classes from 0 or -1, got -2"):
         readout.learn(x, labels - 2, inputs=x)
+    with pytest.raises(ValueError, match=r"inputs: expected those of the features, \[2, …\]"):
+        readout.learn(x, labels, inputs=x[:1])
+    with pytest.raises(ValueError, match=r"weights: expected \[2\], one per record, got \[3\]"):
+        readout.learn(x, labels, torch.ones(3), inputs=x)
+    for weight in (torch.nan, torch.inf, -1.0):
+        with pytest.raises(ValueError, match=f"weights: expected finite numbers from 0 on, got {weight:g}"):
+            readout.learn(x, labels, torch.tensor([1.0, weight]), inputs=x)
+    with pytest.raises(ValueError, match="scatter: expected 4 features, got 3 in the state"):
+        OnlineReadout(4, ReadoutConfig()).restore(before)
     with pytest.raises(ValueError, match="features: expected finite values, got others"):
         readout.recompute(lambda inputs: inputs / 0)
     for name, value in before.items():

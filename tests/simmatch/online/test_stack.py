@@ -19,6 +19,7 @@ from simmatch.observer import Observer, Pass
 from simmatch.online.rate import RateConfig
 from simmatch.online.stack import OnlineStack
 from simmatch.online.state import State, digest, load_state, save_state
+from simmatch.sharding.faults import SharedFault
 from simmatch.solvers.dynamics import Dynamics
 
 SEED, BATCH, CLASSES = 3, 20, 4
@@ -258,6 +259,35 @@ def test_classes_that_come_later() -> None:
     assert bool((growing.stack.layer(0).label[:, 2:] != 0).any())
     with pytest.raises(ValueError, match=r"num_classes: expected at least 4, the classes so far, got 3"):
         growing.grow(3)
+
+
+@pytest.mark.parametrize("supervised", [(True, False), (True, True), (False, True)])
+def test_goes_on_with_classes_that_came_later_in_any_layer(supervised: tuple[bool, bool]) -> None:
+    x, labels = records(6, 12)
+    layers = [
+        {"out_channels": 8, "kernel_size": 3, "pool": 2, "supervised": supervised[0]},
+        {"out_channels": 6, "kernel_size": "full", "supervised": supervised[1]},
+    ]
+    first, second = (OnlineStack(model_of(layers), InputConfig.of(x, 2), seed=SEED) for _ in range(2))
+    first.calibrate(x)
+    first.grow(CLASSES)
+    learnt_from(first, x, labels, stream_of(x)[:2])
+    second.restore(first.state())
+    for online in (first, second):
+        learnt_from(online, x, labels, stream_of(x)[2:])
+    assert digest(second.state()) == digest(first.state())
+
+
+def test_an_update_that_fails_changes_nothing() -> None:
+    x, labels = records(6, 6)
+    online = online_of(model_of([{"out_channels": 9, "kernel_size": "full", "supervised": True}]), x)
+    online.calibrate(x)
+    encoded, before = online.encode(x[:5]), digest(online.state())
+    encoded.x.fill_(torch.nan)
+    object.__setattr__(encoded, "solved", {})
+    with pytest.raises(SharedFault):
+        online.learn(encoded, labels[:5].clamp(min=0))
+    assert digest(online.state()) == before
 
 
 def test_rates() -> None:
