@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _config(options: argparse.Namespace) -> StreamConfig:
     if options.config is None:
         return read_config(Path(options.run_dir))
-    return parse_stream(override(read_yaml(Path(options.config)), options.set))
+    local = ["mesh={}"] if options.local else []
+    return parse_stream(override(read_yaml(Path(options.config)), [*options.set, *local]))
 
 
 def _replay(config: StreamConfig, run_dir: Path, console: Console) -> int:
@@ -123,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         choices=("auto", "never"),
         help="auto (default): go on with the stream that the run directory holds; never: begin a new, numbered one",
+    )
+    parser.add_argument(
+        "--local", action="store_true", help="one process without Ray, whatever mesh says; a mesh of one rank is local"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the configuration, then exit")

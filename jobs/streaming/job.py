@@ -74,9 +74,8 @@ def choose(config: StreamConfig, base: Path, resume: str) -> Path:
             folder, number = base.with_name(f"{base.name}-{number}"), number + 1
         return folder
     if (base / "config.yaml").exists():
-        refuse_differences(
-            config.model_dump(mode="json"), read_config(base).model_dump(mode="json"), base, (*FREE, "name")
-        )
+        free = (*FREE, "name", *(("mesh",) if config.reduce == "exact" else ()))  # the same bits on any mesh
+        refuse_differences(config.model_dump(mode="json"), read_config(base).model_dump(mode="json"), base, free)
     return base
 
 

@@ -37,6 +37,21 @@ def test_ranks_give_the_digest_of_one_process(tmp_path: Path, capsys: pytest.Cap
     assert f"digest {found['mesh.channel=1']}" in capsys.readouterr().out
 
 
+def test_local_is_one_process_and_may_go_on_with_exact_sums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With fast sums another mesh has other bits."""
+    for options, code in ((EXACT, 0), ((), 2)):
+        folder = tmp_path / str(code)
+        folder.mkdir()
+        (folder / "waves.jsonl").write_text(lines(waves(30)))
+        assert main(command(folder, *options, "--set", "mesh.channel=2", "--local")) == 0
+        config = folder / "run" / "config.yaml"
+        config.write_text(config.read_text().replace("channel: 1", "channel: 2"))
+        before = summary(folder)["digest"]
+        assert main(command(folder, *options, "--set", "mesh.channel=2", "--local")) == code
+        assert ("mesh.channel: expected 2, got 1" in capsys.readouterr().err) == (code == 2)
+        assert summary(folder)["digest"] == before
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
