@@ -40,6 +40,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 FAR = 3.0
 """Interquartile ranges above the upper quartile beyond which a score is far out, in Tukey's words."""
 
+CLOSE = 0.03
+"""Score, in lengths of the record's own g, below which it is computed in float64: ‖a‖² + ‖b‖² − 2 aᵀb loses digits."""
+
 LATEST = 100
 """Scores among which those above the threshold may be the majority."""
 
@@ -112,8 +115,12 @@ class NoveltyDetector:
         held = self._memory[: min(self._remembered, self.config.memory)]
         if len(held) == 0:
             return torch.full((len(features),), math.nan, dtype=torch.float64)
-        # in float64, as ‖a‖² + ‖b‖² − 2 aᵀb of neighbours would lose all digits in float32
-        return torch.cdist(_shortened(features).double(), held.double()).amin(dim=1)
+        shortened = _shortened(features)
+        scores = torch.cdist(shortened, held).amin(dim=1).double()
+        close = scores < CLOSE * torch.linalg.vector_norm(shortened, dim=1)
+        if bool(close.any()):
+            scores[close] = torch.cdist(shortened[close].double(), held.double()).amin(dim=1)
+        return scores
 
     @property
     def threshold(self) -> float | None:
