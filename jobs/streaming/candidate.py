@@ -114,10 +114,14 @@ class Candidate:
         self.readout: OnlineReadout
         self.detector: NoveltyDetector
 
-    def calibrate(self, x: Tensor) -> None:
-        """Measure the statistics of patches on windows [n, C, H, W], from which nothing is learnt yet."""
-        self.stack.calibrate(x)
-        self._build(self.stack.encode(x[:1]).features.shape[1])
+    def calibrate(self, x: Tensor) -> bool:
+        """Measure the statistics of patches on windows [n, C, H, W], from which nothing is learnt yet, unless that is
+        done. False: they are all alike, as those of a sensor that is off; others have to come."""
+        if not self.stack.calibrated:
+            self.stack.calibrate(x)
+        if self.stack.calibrated and not self._features:
+            self._build(self.stack.encode(x[:1]).features.shape[1])
+        return self.stack.calibrated
 
     def _build(self, features: int) -> None:
         self._features = features

@@ -25,6 +25,9 @@ from simmatch.online.state import joined, part_of
 MOST_NAMED = 20
 """Classes in a message."""
 
+MOST_VALUE = 1e12
+"""Largest value of a window, scaled: float32 has room for what is computed from it, and learnt."""
+
 LONGEST_RAW = 200
 """Characters of a record's own values that are kept where it is set aside."""
 
@@ -150,13 +153,12 @@ class Intake:
         else:
             windows = self._cut(record, origin)
         for x, ended in windows:
-            if not bool(x.isfinite().all()):
-                raise Unusable("values: expected numbers of at most 3e38, which float32 holds, got larger ones")
+            if not bool((x.abs() <= MOST_VALUE).all()):
+                raise Unusable(f"values: expected at most {MOST_VALUE:g} in a window, got more")
             if ended.label == UNLABELLED and (early := self._pending.of_record(ended.id)) is not None:
                 ended.label = self._class(early.label, taken)  # it came while the window waited to be filled
             taken.windows.append(Window(x, ended.id, ended.number, ended.time, record.group, ended.label))
-        if windows and self.shape is None:
-            self.shape = list(windows[0][0].shape)
+            self.shape = self.shape or list(x.shape)
 
     def _label(self, name: str, early: Early, taken: Taken) -> None:
         waiting = [window for window in taken.windows if window.id == name and window.label == UNLABELLED]

@@ -6,13 +6,19 @@
 A file begins with one line of JSON, and holds entries as in `jobs.streaming.entries`. `append` keeps an entry in
 memory; `sync` writes all that were kept, and returns once they are on the disk. A record is acknowledged to its source
 only after that, so what a crash cuts off comes again.
+
+Behind that line stands how much of the file is known to be on the disk, written after each sync and brought to the disk
+by the next one. What is damaged before that point was acknowledged, and is an error; what is not whole behind it was
+left by a crash, and is cut off.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +29,9 @@ from jobs.streaming.entries import FRAME, HEAD, MOST_BYTES, Entry, decode, encod
 from simmatch.files import make_folder, sync_folder, write_whole
 
 SUFFIX = ".journal"
-FORMAT = 1
+FORMAT = 2
+SYNCED = struct.Struct("<QI")
+"""Bytes of a file that were synced, and their checksum."""
 
 
 class JournalError(RuntimeError):
@@ -32,12 +40,20 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Segment:
-    """One file. `stream`: that it belongs to; `first`: number of its first entry; `start`: bytes before it."""
+    """One file.
+
+    Attributes
+    ----------
+    stream: that it belongs to.
+    first: number of its first entry; start: bytes before it.
+    synced: bytes that are known to have been on the disk; what is damaged there was acknowledged.
+    """
 
     path: Path
     stream: str
     first: int
     start: int
+    synced: int
 
 
 class Journal:
@@ -104,6 +120,7 @@ class Journal:
         if self.cut_bytes:
             self._file.truncate(self._end)
         os.fsync(self._file.fileno())  # entries that a process was killed before it could sync
+        self._note_synced()
         self._before_bytes = sum(segment.path.stat().st_size for segment in self._segments[:-1])
 
     def append(self, entry: Entry) -> int:
@@ -137,16 +154,24 @@ class Journal:
             raise
         self._end = end
         self._kept.clear()
+        with suppress(OSError):  # the one before is true as well
+            self._note_synced()
+
+    def _note_synced(self) -> None:
+        """Write how much is on the disk; the next sync brings it there."""
+        assert self._file is not None
+        os.pwrite(self._file.fileno(), _synced(self._end), self._segments[-1].start - SYNCED.size)
 
     def _begin_segment(self, first: int) -> None:
         path = self.folder / f"{first:016d}{SUFFIX}"
-        head = json.dumps({"format": FORMAT, "stream": self.stream, "first": first}).encode() + b"\n"
-        write_whole(path, head)
+        line = json.dumps({"format": FORMAT, "stream": self.stream, "first": first}).encode() + b"\n"
+        start = len(line) + SYNCED.size
+        write_whole(path, line + _synced(start))
         if self._file is not None:
             self._file.close()
         self._before_bytes += self._end
-        self._segments.append(Segment(path, self.stream, first, len(head)))
-        self._file, self._end = path.open("r+b"), len(head)
+        self._segments.append(Segment(path, self.stream, first, start, start))
+        self._file, self._end = path.open("r+b"), start
 
     def read(self, first: int = 0) -> Iterator[tuple[int, Entry]]:
         """Entries that are on the disk, from number `first` on.
@@ -189,11 +214,12 @@ def list_segments(folder: Path) -> list[Segment]:
     found: list[Segment] = []
     for path in sorted(folder.glob(f"{'[0-9]' * 16}{SUFFIX}")):
         with path.open("rb") as file:
-            line = file.readline(65536)
+            line, mark = file.readline(65536), file.read(SYNCED.size)
         head = _head(line)
         if head is None or head.get("format") != FORMAT or head.get("first") != int(path.stem):
             raise JournalError(f"{path}: expected a file of a journal of format {FORMAT}, got {line[:80]!r}")
-        segment = Segment(path, str(head.get("stream")), int(path.stem), len(line))
+        start = len(line) + SYNCED.size
+        segment = Segment(path, str(head.get("stream")), int(path.stem), start, _synced_of(mark, start))
         if found and segment.stream != found[0].stream:
             raise JournalError(
                 f"{path}: expected the journal of stream {found[0].stream}, got that of {segment.stream}"
@@ -203,7 +229,14 @@ def list_segments(folder: Path) -> list[Segment]:
 
 
 def read_entries(segments: list[Segment], first: int = 0) -> Iterator[tuple[int, Entry]]:
-    """Entries of these files from number `first` on; of the last file, up to the first one that is not whole."""
+    """Entries of these files from number `first` on; of the last file, what was not synced up to the first one that is
+    not whole.
+
+    Raises
+    ------
+    JournalError
+        An entry is damaged, or missing.
+    """
     if segments and first < segments[0].first:
         raise JournalError(f"{segments[0].path}: expected entry {first} or an earlier one first, they were removed")
     for index, segment in enumerate(segments):
@@ -221,18 +254,45 @@ def read_entries(segments: list[Segment], first: int = 0) -> Iterator[tuple[int,
 
 
 def _payloads(file: BinaryIO, segment: Segment) -> Iterator[bytes]:
-    """Payloads of a file's entries, up to the first one that is not whole."""
+    """Payloads of a file's entries, up to the first one that is not whole.
+
+    Raises
+    ------
+    JournalError
+        That one was synced.
+    """
     file.seek(segment.start)
-    number = segment.first
-    while len(frame := file.read(FRAME.size)) == FRAME.size:
-        length, checksum = FRAME.unpack(frame)
-        if not HEAD.size <= length <= MOST_BYTES:
-            return
-        payload = file.read(length)
-        if len(payload) < length or not sound(payload, checksum, number):
-            return
+    number, end = segment.first, segment.start
+    while (payload := _payload(file, number)) is not None:
         yield payload
-        number += 1
+        number, end = number + 1, end + FRAME.size + len(payload)
+    if end < segment.synced:
+        behind = f"where {segment.synced} bytes were on the disk"
+        raise JournalError(f"{segment.path}: expected entry {number} at byte {end}, got it damaged, {behind}")
+
+
+def _payload(file: BinaryIO, number: int) -> bytes | None:
+    """The payload of the next entry; None: it is not whole."""
+    frame = file.read(FRAME.size)
+    if len(frame) < FRAME.size:
+        return None
+    length, checksum = FRAME.unpack(frame)
+    if not HEAD.size <= length <= MOST_BYTES:
+        return None
+    payload = file.read(length)
+    return payload if len(payload) == length and sound(payload, checksum, number) else None
+
+
+def _synced(end: int) -> bytes:
+    return SYNCED.pack(end, zlib.crc32(end.to_bytes(8, "little")))
+
+
+def _synced_of(mark: bytes, start: int) -> int:
+    """What `_synced` was given; of a damaged one the least that it can be."""
+    if len(mark) < SYNCED.size:
+        return start
+    end, _ = SYNCED.unpack(mark)
+    return end if mark == _synced(end) else start
 
 
 def _head(line: bytes) -> dict[str, Any] | None:

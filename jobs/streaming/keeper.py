@@ -31,7 +31,7 @@ class Keeper:
         self._copies = None if config.snapshot.copy_to is None else Copies(locate(config.snapshot.copy_to), tell)
 
     def newest(self) -> Snapshot | None:
-        """The newest good one that the journal reaches."""
+        """The newest good one; a `JournalError` if records are missing that it has learnt from."""
         return newest_good(self._folder, self._journal.stream, self._journal.count, self._tell)
 
     def has(self, batch: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jobs.streaming.entries import Boundary, Entry, Why
-from jobs.streaming.records import Fault, LateLabel, Record
+from jobs.streaming.records import Fault, LateLabel, Position, Record
 
 ID_BYTES = 16
 
@@ -97,7 +97,7 @@ class Ledger:
     def __init__(self, ids: int, *, whole: bool) -> None:
         self._whole = whole
         self.entries = self.batches = self.size = 0
-        self.positions: dict[str, Any] = {}
+        self.positions: dict[str, Position] = {}
         self.open: list[tuple[int, Record | LateLabel | Fault]] = []
         self._known = KnownIds(ids)
 
@@ -106,12 +106,16 @@ class Ledger:
         name = name_of(item)
         return name is not None and name in self._known
 
+    def note(self, position: Position | None) -> None:
+        """The source was read so far; also where what came was known, which only snapshots remember."""
+        if position is not None:
+            self.positions[position["source"]] = position
+
     def take(self, number: int, entry: Entry) -> Batch | None:
         """The next entry; returns the batch that it ends."""
         assert number == self.entries, f"expected entry {self.entries}, got {number}"
         self.entries += 1
-        if entry.position is not None:
-            self.positions[entry.position["source"]] = entry.position
+        self.note(entry.position)
         item = entry.item
         if isinstance(item, Boundary):
             batch = Batch(item.batch, item.why, tuple(self.open))

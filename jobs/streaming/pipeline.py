@@ -124,14 +124,16 @@ class Pipeline:
         answers = silent(windows, self.windows + 1, self.champion, note)
         if calibration.count >= enough:
             x, labels = torch.cat(calibration.x), torch.tensor(calibration.labels)
+            self._calibration = _Calibration()
+            if not all(candidate.calibrate(x) for candidate in self.candidates.values()):
+                return answers
             for name, candidate in self.candidates.items():
                 with self._timed(name):
-                    candidate.calibrate(x)
                     candidate.grow(len(self.intake.classes))
                     for rows in torch.split(torch.arange(len(x)), self.config.batch_size):
                         candidate.learn(x[rows], candidate.say(x[rows]), labels[rows])
             told.calibrated(len(x))
-            self.calibrated, self._calibration = True, _Calibration()
+            self.calibrated = True
         return answers
 
     def _step(self, taken: Taken, told: Told, metrics: dict[str, CandidateMetrics]) -> tuple[Answer, ...]:

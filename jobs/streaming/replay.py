@@ -79,6 +79,10 @@ def replay(run_dir: Path, config: StreamConfig, see: Callable[[Outcome], None] =
             compared.append(batch.number)
             if state.snapshot(stream).digest != snapshot.digest:
                 differing.append(batch.number)
+    if later := [batch for batch in known if batch > state.ledger.batches]:
+        raise JournalError(
+            f"{segments[-1].path}: expected entries of batch {max(later)}, got {state.ledger.batches} last"
+        )
     digest = state.snapshot(stream).digest
     return Replayed(state.ledger.batches, state.ledger.entries, digest, begun, tuple(compared), tuple(differing))
 

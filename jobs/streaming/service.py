@@ -183,6 +183,7 @@ class Service:
         self._unsynced_s = self._unsynced_s or now
         if self.state.ledger.knows(delivery.item):
             self.duplicates += 1
+            self.state.ledger.note(delivery.position)
             return
         self._append(Entry(delivery.item, delivery.position))
         self._came_s = self._came_s or now

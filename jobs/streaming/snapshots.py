@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jobs.streaming.journal import JournalError
 from jobs.streaming.records import Position
 from simmatch.files import write_whole
 from simmatch.online.state import digest, load_state, save_state
@@ -110,9 +111,17 @@ def listed(folder: Path) -> list[Path]:
 
 
 def newest_good(folder: Path, stream: str, entries: int, tell: Callable[[str], None]) -> Snapshot | None:
-    """The newest snapshot of a stream that is good, and that its journal of so many entries reaches.
+    """The newest snapshot that is good.
 
-    tell: is given one line for each that is not.
+    Parameters
+    ----------
+    stream, entries: name of the journal, and how many entries it has.
+    tell: is given one line for each snapshot that is damaged.
+
+    Raises
+    ------
+    JournalError
+        It is not of this journal, or of more entries than are left of it: records that were acknowledged are missing.
     """
     for path in reversed(listed(folder)):
         try:
@@ -121,11 +130,10 @@ def newest_good(folder: Path, stream: str, entries: int, tell: Callable[[str], N
             tell(f"{error}; an earlier one serves")
             continue
         if snapshot.stream != stream:
-            tell(f"{path}: expected a snapshot of stream {stream}, got {snapshot.stream}; an earlier one serves")
-        elif snapshot.entries > entries:
-            tell(f"{path}: expected a journal of {snapshot.entries} entries, got {entries}; an earlier one serves")
-        else:
-            return snapshot
+            raise JournalError(f"{path}: expected a snapshot of journal {stream}, got that of {snapshot.stream}")
+        if snapshot.entries > entries:
+            raise JournalError(f"{path}: expected a journal of at least {snapshot.entries} entries, got {entries}")
+        return snapshot
     return None
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.streaming.entries import FRAME, Boundary, Entry, decode, encode
-from jobs.streaming.journal import Journal, JournalError, list_segments
+from jobs.streaming.journal import SYNCED, Journal, JournalError, list_segments, read_entries
 from jobs.streaming.ledger import KnownIds, Ledger
 from jobs.streaming.records import Fault, LateLabel, Record
 
@@ -124,17 +124,24 @@ def test_what_was_written_is_read_again_across_files(tmp_path: Path) -> None:
     assert again.append(Entry(record(23))) == 23
 
 
-def test_any_cut_at_the_end_leaves_what_was_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand of them take seconds
-    journal = filled(tmp_path, 12, segment_bytes=10_000)
-    journal.close()
+def synced_entries(folder: Path, count: int, later: int) -> tuple[bytes, list[int]]:
+    """The one file of a journal of `count` entries that were synced in pairs, and of `later` that a killed process had
+    written and not yet synced; and where each entry ends."""
+    filled(folder, count, segment_bytes=10_000).close()
+    [path] = folder.iterdir()
+    content = path.read_bytes()
+    every = [encode(entry, number) for number, entry in enumerate(entries(count + later))]
+    content += b"".join(every[count:])
+    start = list_segments(folder)[0].start
+    return content, [start + sum(map(len, every[:number])) for number in range(count + later + 1)]
+
+
+def test_what_was_not_synced_is_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of them take seconds
+    content, ends = synced_entries(tmp_path, 8, later=4)
     [path] = tmp_path.iterdir()
-    content, start = path.read_bytes(), list_segments(tmp_path)[0].start
-    ends = [start]
-    for number, entry in enumerate(entries(12)):
-        ends.append(ends[-1] + len(encode(entry, number)))
     assert ends[-1] == len(content)
-    for size in range(start, len(content) + 1):
+    for size in range(ends[8], len(content) + 1):
         path.write_bytes(content[:size])
         again = opened(tmp_path, 10_000)
         whole = sum(end <= size for end in ends[1:])
@@ -143,12 +150,38 @@ def test_any_cut_at_the_end_leaves_what_was_whole(tmp_path: Path, monkeypatch: p
         again.close()
 
 
-def test_after_a_cut_the_next_entries_follow(tmp_path: Path) -> None:
-    filled(tmp_path, 7, segment_bytes=10_000).close()
+def test_damage_to_what_was_synced_is_named_and_nothing_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit anywhere, or a cut: these entries were acknowledged, so no source sends them again."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    content, ends = synced_entries(tmp_path, 8, later=2)
     [path] = tmp_path.iterdir()
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - 3)
+    flipped = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in range(ends[0], ends[8], 7)]
+    for damaged in [*flipped, *(content[:size] for size in range(ends[0], ends[8], 7))]:
+        path.write_bytes(damaged)
+        number = next(number for number in range(8) if content[: ends[number + 1]] != damaged[: ends[number + 1]])
+        message = rf"^{path}: expected entry {number} at byte {ends[number]}, got it damaged, where {ends[8]} bytes "
+        with pytest.raises(JournalError, match=message):
+            opened(tmp_path, 10_000)
+        with pytest.raises(JournalError, match=message):
+            list(read_entries(list_segments(tmp_path)))
+        assert path.read_bytes() == damaged
+
+
+def test_a_mark_that_is_damaged_says_nothing(tmp_path: Path) -> None:
+    content, ends = synced_entries(tmp_path, 8, later=0)
+    [path] = tmp_path.iterdir()
+    for at in range(ends[0] - SYNCED.size, ends[0]):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert opened(tmp_path, 10_000).count == 8
+        assert list_segments(tmp_path)[0].synced == ends[8]  # written anew
+
+
+def test_after_a_cut_the_next_entries_follow(tmp_path: Path) -> None:
+    content, _ = synced_entries(tmp_path, 6, later=1)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(content[:-3])
     again = opened(tmp_path, 10_000)
+    assert again.count == 6
     for entry in list(entries(9))[again.count :]:
         again.append(entry)
     again.sync()
@@ -162,7 +195,7 @@ def test_damage_before_the_last_file_is_named(tmp_path: Path) -> None:
     content[-5] ^= 1
     path.write_bytes(content)
     again = opened(tmp_path, 600)
-    with pytest.raises(JournalError, match=rf"^{path}: expected entries up to \d+, got \d+ damaged$"):
+    with pytest.raises(JournalError, match=rf"^{path}: expected entry \d+ at byte \d+, got it damaged, "):
         list(again.read())
 
 

@@ -171,8 +171,42 @@ def test_windows_and_images_keep_their_shape() -> None:
     ]
     config = small(data={"window_scale": "none"})
     assert reasons(config, [replace(window, values=np.full((16, 1), 1e39))]) == [
-        ("w", "values: expected numbers of at most 3e38, which float32 holds, got larger ones")
+        ("w", "values: expected at most 1e+12 in a window, got more")
     ]
+
+
+@pytest.mark.parametrize("size", [1e11, 1e13, 1e20, 1e38])
+def test_no_record_ends_the_stream(size: float) -> None:
+    """Values that overflow in float32 once they are multiplied, at the start and later, one in three: they are set
+    aside, and the others are learnt from. All windows after the first that have no limit are learnt from."""
+    items = [item for item in waves(90) if isinstance(item, Record)]
+    wild = [replace(item, values=size * item.values) if n % 3 == 0 else item for n, item in enumerate(items)]
+    outcomes = applied(small(data={"calibrate": 20, "window_scale": "none"}), wild)
+    aside = sum(outcome.metrics.faults for outcome in outcomes)
+    assert aside == (0 if size < 1e12 else len(wild[:88:3]))
+    assert outcomes[-1].metrics.candidates["main"].answered == outcomes[-1].metrics.windows
+
+
+def test_the_first_windows_may_be_too_large() -> None:
+    values = np.concatenate([np.ones(16), np.full(16, 1e39), np.sin(np.arange(96))])[:, None]
+    items = [Record(f"r{n}", 128.0 * n, values if n == 0 else values[32:], "a") for n in range(6)]
+    config = small(data={"window": 16, "hop": 16, "calibrate": 1, "window_scale": "none"})
+    outcomes = applied(config, items, batch=1)
+    assert [outcome.metrics.windows for outcome in outcomes] == [1, 6, 6, 6, 6, 6]
+    assert outcomes[0].metrics.faults == 1
+
+
+@pytest.mark.parametrize("candidates", [{"main": []}, TWO])
+def test_windows_that_are_all_alike_calibrate_nothing(candidates: dict[str, list[str]]) -> None:
+    """Of a sensor that is off at first."""
+    items = [item for item in waves(120) if isinstance(item, Record)]
+    off = [replace(item, values=np.ones((16, 1))) if n < 50 else item for n, item in enumerate(items)]
+    config = small(candidates=candidates)
+    outcomes = applied(config, off)
+    assert [event.kind for outcome in outcomes[:6] for event in outcome.events] == ["class", "class"]
+    assert [event.kind for event in outcomes[8].events] == ["calibrated"]  # of 24 windows from the 49th on
+    assert outcomes[-1].metrics.candidates["main"].answered == 8
+    assert all(outcome.metrics.faults == 0 for outcome in outcomes)
 
 
 def test_an_unknown_class_is_new_or_set_aside() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from jobs.streaming import snapshots
 from jobs.streaming.config import StreamConfig
-from jobs.streaming.journal import Journal
+from jobs.streaming.journal import Journal, JournalError
+from jobs.streaming.records import Delivery
 from jobs.streaming.replay import replay
 from jobs.streaming.service import Service
 from tests.jobs.streaming.streams import Item, ListSource, Notes, journalled, named, small, waves
@@ -149,6 +150,51 @@ def test_a_damaged_snapshot_costs_the_one_before(tmp_path: Path) -> None:
     assert named(found) == named(items)
     (newest / "state.safetensors").unlink()
     assert replay(tmp_path, config).digest == service.state.snapshot(service.journal.stream).digest
+
+
+def test_records_that_are_missing_are_an_error(tmp_path: Path) -> None:
+    """The newest file of the journal is gone, or all are: no older snapshot and no new stream takes its place."""
+    config, items, acknowledged = small(), waves(100), set[int]()
+    run(config, tmp_path, ListSource(items, acknowledged))
+    newest = snapshots.listed(tmp_path / "snapshots")[-1]
+    files = sorted((tmp_path / "journal").iterdir())
+    files[-1].unlink()
+    with pytest.raises(JournalError, match=rf"^{newest}: expected a journal of at least \d+ entries, got \d+$"):
+        run(config, tmp_path, ListSource(items, acknowledged))
+    with pytest.raises(JournalError, match=rf"^{files[-2]}: expected entries of batch \d+, got \d+ last$"):
+        replay(tmp_path, config)
+    for path in files[:-1]:
+        path.unlink()
+    with pytest.raises(JournalError, match=rf"^{newest}: expected a snapshot of journal [0-9a-f]+, got that of "):
+        run(config, tmp_path, ListSource(items, acknowledged))
+    assert list(tmp_path.glob("journal/*")) == []
+
+
+def test_what_came_twice_is_not_read_again_once_its_id_is_forgotten(tmp_path: Path) -> None:
+    """Positions of what was known are in the snapshots, though not in the journal."""
+    config, items = small(labels={"ids": 10}), waves(30)
+    copies = [*items[:8], *items[:8], *items[8:]]
+
+    class Files(ListSource):
+        """Each 8 items are a file, which is read on from its position."""
+
+        def poll(self, limit: int, wait_s: float) -> list[Delivery]:
+            found = super().poll(limit, wait_s)
+            return [Delivery(each.item, {"source": f"{each.receipt // 8}", "at": each.receipt}) for each in found]
+
+        def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+            pass
+
+    first, _, _ = run(config, tmp_path, Files(copies, set()))
+    assert first.duplicates == 8
+    journal = Journal(tmp_path / "journal", 4096)
+    journal.open()
+    again = Service(config, tmp_path, journal, Notes(), print)
+    again.catch_up()
+    journal.close()
+    assert {key: place["at"] for key, place in again.state.ledger.positions.items()} == {
+        "0": 7, "1": 15, "2": 23, "3": 31, "4": 37
+    }  # fmt: skip
 
 
 def test_files_of_the_journal_are_removed_behind_snapshots(tmp_path: Path) -> None:
