@@ -161,14 +161,14 @@ def settled_label(label: Tensor, yz: Tensor, zz: Tensor) -> Tensor:
     ----------
     label: [K, num_classes], V of all channels.
     yz, zz: [K, num_classes] and [num_classes, num_classes], sums as in `Statistics`, over label-free activities.
-        Classes without images are ignored.
+        Classes without images are ignored; counts need not be whole numbers.
 
     >>> settled_label(2 * torch.eye(2), yz=torch.eye(2), zz=torch.eye(2))
     tensor([[1., 0.],
             [0., 1.]])
     """
-    means = yz / zz.diagonal().clamp(min=1.0)
-    known = label * (zz.diagonal() > 0)
+    counts = zz.diagonal()
+    means, known = yz / torch.where(counts > 0, counts, 1.0), label * (counts > 0)
     return label * ((means * known).sum() / known.square().sum().clamp(min=torch.finfo(label.dtype).tiny))
 
 

@@ -24,16 +24,16 @@ from simmatch.config import ConfigError, ModelConfig, Reduce
 from simmatch.data.sources import to_unit
 from simmatch.features import FeatureStore
 from simmatch.inputs import Staged
-from simmatch.labels import UNLABELLED, check_labels, one_hot
+from simmatch.labels import UNLABELLED, check_labels
 from simmatch.learning import Setup
 from simmatch.memory import MemoryWatch
 from simmatch.model import InputConfig, Stack, readout_input
 from simmatch.observer import Observer
+from simmatch.online.label_sums import LabelSums
 from simmatch.online.rate import RateConfig
 from simmatch.online.signals import label_free_signals
 from simmatch.online.state import State, part_of
-from simmatch.plasticity import Weights, settled_label
-from simmatch.readout import decode
+from simmatch.plasticity import Weights
 from simmatch.schedule import learning_updates
 from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.state import SHARDED, gather_layer, gather_rows
@@ -148,8 +148,7 @@ class OnlineStack:
         self._mesh, self._reduce = mesh, reduce
         self._ranges = learning_updates(self.stack.config, ENDLESS)
         last = self.stack.layer(-1)
-        self._label_yz = torch.zeros_like(last.label)
-        self._label_zz = last.label.new_zeros(last.num_classes)
+        self._label_sums = LabelSums(last.label, last.plasticity.lr)
         self._version = 0
         shape = source.in_channels, source.height, source.width
         self._begin(torch.zeros(0, *shape, dtype=dtype, device=device))
@@ -284,14 +283,10 @@ class OnlineStack:
         return Weights(w, m, m[:, :0])
 
     def _label_scores(self, activity: Tensor) -> Tensor | None:
-        seen = self._label_zz > 0
-        if not self.stack.config.layers[-1].supervised or not bool(seen.any()):
+        if not self.stack.config.layers[-1].supervised:
             return None
         last = self._layers.layers[len(self.stack.config.layers) - 1]
-        label = settled_label(
-            gather_rows(last.label, last.rows, last.mesh.owners), self._label_yz, self._label_zz.diag()
-        )
-        return decode(activity, label).masked_fill(~seen, -torch.inf)
+        return self._label_sums.scores(gather_rows(last.label, last.rows, last.mesh.owners), activity)
 
     @torch.no_grad()
     def learn(self, encoded: Encoded, labels: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -322,8 +317,8 @@ class OnlineStack:
         current = encoded.version == self._version
         self._layers.update(number, batch, encoded.solved if current else None)
         self.updates, self._version = number, self._version + 1
-        if batch.labels is not None:
-            self._add_label_sums(encoded.activity, batch.labels, weights)
+        if batch.labels is not None and self.stack.config.layers[-1].supervised:
+            self._label_sums.add(encoded.activity, batch.labels, weights)
         if len(self._images) > 0:
             self._drop_images()
 
@@ -333,17 +328,6 @@ class OnlineStack:
             return None
         check_labels(labels, self.source.num_classes, count)
         return labels if bool((labels != UNLABELLED).any()) else None
-
-    def _add_label_sums(self, activity: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        """Add to the running sums of label-free activity by class, to which V is scaled for scores."""
-        last = self.stack.config.layers[-1]
-        if not last.supervised:
-            return
-        z = one_hot(labels, self.source.num_classes, activity)
-        weighted = z if weights is None else z * weights.to(z)
-        keep = 1.0 - last.plasticity.lr
-        self._label_yz = keep * self._label_yz + activity.T @ weighted.T
-        self._label_zz = keep * self._label_zz + weighted.sum(dim=1)
 
     @torch.no_grad()
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
@@ -364,7 +348,8 @@ class OnlineStack:
             if config.supervised and number in self._ranges[index]:
                 self._layers.layers[index].learn_labels(solved.patches, checked)
             passed = solved.passed
-        self._add_label_sums(reduce(solved.solution.y, "b k h w -> b k", "mean"), checked, None)
+        if model.layers[-1].supervised:
+            self._label_sums.add(reduce(solved.solution.y, "b k h w -> b k", "mean"), checked)
 
     def raise_rate(self) -> None:
         """After a drift: with `rate.kind: after_drift`, the rates of all layers rise to `lr`, and fall again."""
@@ -391,9 +376,7 @@ class OnlineStack:
                 }.values():
                     layer.grow(num_classes)
         self._layers.close()  # what was captured has other shapes
-        added = self.stack.layer(-1).num_classes - self._label_yz.shape[1]
-        self._label_yz = torch.nn.functional.pad(self._label_yz, (0, added))
-        self._label_zz = torch.nn.functional.pad(self._label_zz, (0, added))
+        self._label_sums.grow(self.stack.layer(-1).num_classes)
         self.stack.source = self.source.model_copy(update={"num_classes": num_classes})
 
     # ------------------------------------------------------------------------------------------- state
@@ -403,8 +386,8 @@ class OnlineStack:
         """All that later updates depend on, whole on every rank; restoring it gives the same bits ever after."""
         state: State = {
             "updates": torch.tensor(self.updates),
-            "label_yz": self._label_yz.clone(),
-            "label_zz": self._label_zz.clone(),
+            "label_yz": self._label_sums.yz.clone(),
+            "label_zz": self._label_sums.zz.clone(),
             "images": self._images.clone(),
         }
         for index, layer in self._layers.layers.items():
@@ -442,7 +425,7 @@ class OnlineStack:
                     raise ValueError(f"layers.{index}.{name}: expected {shapes[0]}, got {shapes[1]} in the state")
             layer.load_state_dict(given)
         self.updates, self._version = int(state["updates"]), self._version + 1
-        self._label_yz, self._label_zz = state["label_yz"].to(like).clone(), state["label_zz"].to(like).clone()
+        self._label_sums.restore(state["label_yz"], state["label_zz"])
         self._layers.agree()
 
     @torch.no_grad()
@@ -455,5 +438,5 @@ class OnlineStack:
         for index, layer in self._layers.layers.items():
             gather_layer(layer, whole.layer(index))
         if stack.config.layers[-1].supervised:
-            whole.layer(-1).settle_label(self._label_yz, self._label_zz.diag())
+            whole.layer(-1).settle_label(self._label_sums.yz, self._label_sums.zz.diag())
         return whole.eval()
