@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         run_dir = choose(config, base, options.resume)
         if options.dry_run:
             return _dry_run(config, run_dir, console)
+        if config.source.lines is not None and not (run_dir / "config.yaml").exists():
+            config.source.lines.check()
         tracker = open_tracker(run_dir, config.tracking, ModelLogger(load_exported))
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

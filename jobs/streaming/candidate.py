@@ -57,11 +57,12 @@ class Said:
 
 def make_stack(config: StreamConfig, shape: list[int], classes: int) -> OnlineStack:
     """The stack of a candidate, in this process."""
-    source = _source(shape, classes)
+    source = input_of(shape, classes)
     return OnlineStack(config.model, source, seed=config.seed, rate=config.rate, reduce=config.reduce)
 
 
-def _source(shape: list[int], classes: int) -> InputConfig:
+def input_of(shape: list[int], classes: int) -> InputConfig:
+    """What a model is made for, windows of a shape [C, H, W]."""
     channels, height, width = shape
     return InputConfig(in_channels=channels, height=height, width=width, num_classes=classes)
 
@@ -77,7 +78,7 @@ def learning_stack(config: StreamConfig, shape: list[int], classes: int) -> Onli
         cluster = cluster.model_copy(update={"threads_per_rank": config.threads})
     return RankedStack(
         config.model,
-        _source(shape, classes),
+        input_of(shape, classes),
         mesh=config.mesh,
         cluster=cluster,
         seed=config.seed,

@@ -197,6 +197,13 @@ class StreamConfig(Frozen):
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("candidates")
+    @classmethod
+    def _at_least_one(cls, candidates: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if not candidates:
+            raise ValueError("expected at least one, got none")
+        return candidates
+
     @field_validator("champion")
     @classmethod
     def _champion_is_one(cls, champion: str, others: ValidationInfo) -> str:
@@ -250,6 +257,10 @@ def parse_stream(values: Mapping[str, Any]) -> StreamConfig:
                 layer_inputs(model, InputConfig(in_channels=1, height=1, width=window, num_classes=0))
         except ConfigError as error:
             raise ConfigError(f"candidates.{name}: {error}" if config.candidates[name] else str(error)) from None
+    broker, ids = config.source.mqtt, config.labels.ids
+    if broker is not None and broker.most_unacknowledged > ids:
+        again = f"source.mqtt.most_unacknowledged={broker.most_unacknowledged}, as so many may come again"
+        raise ConfigError(f"labels.ids: expected at least {again}, got {ids}")
     if config.mesh.layer > 1:
         raise ConfigError(f"mesh.layer: expected 1 for a stream, got {config.mesh.layer}")
     return config

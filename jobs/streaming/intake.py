@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from jobs.streaming.ledger import Batch
 from jobs.streaming.outcome import SetAside
 from jobs.streaming.pending import Early, Held, Pending
 from jobs.streaming.records import Fault, LateLabel, Record
+from simmatch.config import ConfigError
 from simmatch.data.cutter import Cutter
 from simmatch.data.windows import WindowShape, scaled
 from simmatch.documents import listed
@@ -100,6 +101,7 @@ class Intake:
     ----------
     config: how records become windows.
     pending: what waits for labels.
+    fit: raises a ConfigError if the candidates cannot be made for windows [C, H, W].
 
     Attributes
     ----------
@@ -109,8 +111,8 @@ class Intake:
     shape: [C, H, W] of a window, once one is known.
     """
 
-    def __init__(self, config: StreamDataConfig, pending: Pending) -> None:
-        self._config, self._pending = config, pending
+    def __init__(self, config: StreamDataConfig, pending: Pending, fit: Callable[[list[int]], None]) -> None:
+        self._config, self._pending, self._fit = config, pending, fit
         self.classes = list(config.classes)
         self._indices = {name: index for index, name in enumerate(self.classes)}
         self.records, self.set_aside, self.time = 0, 0, 0.0
@@ -148,10 +150,8 @@ class Intake:
         name = record.label if record.label is not None or early is None else early.label
         label = UNLABELLED if name is None else self._class(name, taken)
         origin = Origin(0, record.id, self.records, record.time, label)
-        if record.values.ndim == 3 or self._config.shape is None:
-            windows = [(self._whole(record.values), origin)]
-        else:
-            windows = self._cut(record, origin)
+        whole = self._config.shape is None
+        windows = [(self._whole(record.values), origin)] if whole else self._cut(record, origin)
         for x, ended in windows:
             if not bool((x.abs() <= MOST_VALUE).all()):
                 raise Unusable(f"values: expected at most {MOST_VALUE:g} in a window, got more")
@@ -185,12 +185,22 @@ class Intake:
         return self._indices[name]
 
     def _check(self, record: Record) -> None:
-        """Refuse another shape than that of the first record."""
+        """Refuse another shape than that of the first record, and a first one that the candidates cannot be made
+        for."""
         values = record.values
         image = values.ndim == 3
-        whole = image or self._config.shape is None
+        if image and self._config.shape is not None:
+            raise Unusable(
+                f"values: expected samples to cut windows from, got an image of {_shown(list(values.shape))}"
+            )
+        whole = self._config.shape is None
         schema = list(values.shape) if whole else [values.shape[1]]
         if self._schema is None:
+            try:
+                if whole:
+                    self._fit(schema if image else [schema[1], 1, schema[0]])
+            except ConfigError as error:
+                raise Unusable(f"values: expected a shape that the model fits, got {_shown(schema)}: {error}") from None
             self._schema = schema
         elif schema != self._schema:
             kind = "an image" if image else "a window [samples, channels]" if whole else "channels"

@@ -56,7 +56,10 @@ def read_config(run_dir: Path) -> StreamConfig:
         values = load_yaml_file(run_dir / "config.yaml")
     except (OSError, DocumentError) as error:
         raise ConfigError(f"--run-dir: expected the folder of a stream, got {run_dir}: {one_line(error)}") from None
-    return parse_stream(values if isinstance(values, dict) else {})
+    try:
+        return parse_stream(values if isinstance(values, dict) else {})
+    except ConfigError as error:
+        raise ConfigError(f"--run-dir: expected the folder of a stream, got {run_dir}: {one_line(error)}") from None
 
 
 def choose(config: StreamConfig, base: Path, resume: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.streaming.candidate import NONE, Candidate, Said, right
+from jobs.streaming.candidate import NONE, Candidate, Said, input_of, right
 from jobs.streaming.config import StreamConfig
 from jobs.streaming.intake import Intake, Labelled, Taken, Window
 from jobs.streaming.ledger import Batch
@@ -24,6 +24,7 @@ from jobs.streaming.outcome import Answer, CandidateMetrics, Metrics, Outcome
 from jobs.streaming.pending import Held, Pending, columns
 from jobs.streaming.told import Told, silent, spoken
 from simmatch.labels import UNLABELLED
+from simmatch.model import layer_inputs
 from simmatch.online.comparison import Comparison
 from simmatch.online.state import joined, part_of
 
@@ -48,7 +49,7 @@ class Pipeline:
         self._configs = {name: config.candidate(name) for name in names}
         self._columns = columns(names)
         self._pending = Pending(config.labels.horizon, 2 * len(names))
-        self.intake = Intake(config.data, self._pending)
+        self.intake = Intake(config.data, self._pending, self._fit)
         self.comparison = Comparison(names, config.champion, config.comparison)
         self.candidates: dict[str, Candidate] = {}
         self.calibrated = False
@@ -64,6 +65,10 @@ class Pipeline:
     def champion_candidate(self) -> Candidate | None:
         """The candidate that answers; None before the first window."""
         return self.candidates.get(self.champion)
+
+    def _fit(self, shape: list[int]) -> None:
+        for config in self._configs.values():
+            layer_inputs(config.model, input_of(shape, 0))
 
     def apply(self, batch: Batch) -> Outcome:
         """Score a batch, then learn from it."""

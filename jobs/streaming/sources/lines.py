@@ -13,7 +13,7 @@ from pydantic import model_validator
 from jobs.streaming.records import Delivery, Fault, LateLabel, Position, Record
 from jobs.streaming.sources.fields import Place, RecordKeys, from_fields, from_json
 from jobs.streaming.sources.tail import Line, Tail
-from simmatch.config import NonNegativeFloat
+from simmatch.config import ConfigError, NonNegativeFloat
 from simmatch.documents import quoted, shortened
 
 LOOK_S = 0.05
@@ -55,6 +55,19 @@ class LinesConfig(RecordKeys):
             return self.format
         return "csv" if ".csv" in os.path.basename(self.path).lower() else "json"
 
+    def check(self) -> None:
+        """Before a stream begins.
+
+        Raises
+        ------
+        ConfigError
+            There is no such file, and it is not waited for; or it is a folder.
+        """
+        if os.path.isdir(os.path.expanduser(self.path)):
+            raise ConfigError(f"source.lines.path: expected a file, got {self.path}, a folder; see source.folder")
+        if not self.follow and not os.path.exists(os.path.expanduser(self.path)):
+            raise ConfigError(f"source.lines.path: expected a file, got {self.path}, which does not exist")
+
     @model_validator(mode="after")
     def _complete(self) -> LinesConfig:
         if not self.path:
@@ -77,7 +90,6 @@ class LinesSource:
 
     def __init__(self, config: LinesConfig, positions: Mapping[str, Position], tell: Callable[[str], None]) -> None:
         self._key = os.path.basename(config.path)
-        self._wait_for_more = config.follow
         place = positions.get(self._key)
         self._tail = Tail(
             os.path.abspath(os.path.expanduser(config.path)), place, longest=config.max_record_bytes,

@@ -156,9 +156,21 @@ def test_bad_records_are_set_aside_with_the_reason() -> None:
     assert reasons(config, items) == [
         ("schema", "values: expected channels of 2 as before, got 3"),
         ("clock", "time: expected at least 5.0, of the record before, got 4.0"),
-        ("image", "values: expected an image of 2 as before, got 1 × 8 × 8"),
+        ("image", "values: expected samples to cut windows from, got an image of 1 × 8 × 8"),
         ("", "expected JSON"),
     ]
+
+
+@pytest.mark.parametrize("values", [np.ones((3, 1)), np.zeros((1, 2, 2), np.uint8)])
+def test_a_first_record_of_a_wrong_shape_is_set_aside(values: np.ndarray[Any, Any]) -> None:
+    """The shape of all is that of the first one which the model fits."""
+    items = [item for item in waves(60) if isinstance(item, Record)]
+    config = small(candidates={"main": [], "wide": ["model.layers.0.kernel_size=[1,4]"]})
+    [first, *others] = applied(config, [replace(items[0], values=values), *items[1:]], batch=1)
+    [aside] = first.set_aside
+    shape = " × ".join(map(str, values.shape))
+    assert aside.reason.startswith(f"values: expected a shape that the model fits, got {shape}: model.layers.0.kernel")
+    assert [outcome.metrics.windows for outcome in others] == [1] * 59
 
 
 def test_windows_and_images_keep_their_shape() -> None:

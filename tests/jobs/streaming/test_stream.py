@@ -89,6 +89,7 @@ def test_a_replay_that_differs_is_an_error(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "waves.jsonl").touch()
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run" / "lock", 0.0):
         assert main(command(tmp_path)) == 2
@@ -108,17 +109,42 @@ def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("candidates.main=[rate.knd=constant]", "candidates.main: rate.knd: unknown key; expected one of"),
         ("source.lines=null", "source: expected one of"),
         ("data.window=4", "model.layers.0.kernel_size: expected at most 1 × 4"),
+        ("candidates={}", "candidates: expected at least one, got none"),
+        (
+            "source.lines.path=/nowhere/log.jsonl",
+            "source.lines.path: expected a file, got /nowhere/log.jsonl, which does",
+        ),
+        ("source.lines.path=/", "source.lines.path: expected a file, got /, a folder; see source.folder"),
+        (
+            "source={mqtt: {host: localhost, topics: [a], client_id: a, most_unacknowledged: 100001}}",
+            "source.mqtt.most_unacknowledged: expected",
+        ),
+        (
+            "source={mqtt: {host: localhost, topics: [a], client_id: a, most_unacknowledged: 60000}}",
+            "labels.ids: expected at least source.mqtt.most_unacknowledged=60000, as so many may come again, got 1000",
+        ),
         ("snapshot.keep=1", "snapshot.keep: expected greater than or equal to 2, got 1"),
     ],
 )
 def test_bad_configuration_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
 ) -> None:
-    assert main(command(tmp_path, "--set", option)) == 2
+    (tmp_path / "waves.jsonl").touch()  # that it is there is looked at last
+    assert main([*command(tmp_path), "--set", "labels.ids=1000", "--set", option]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: other\nepochs: 3\n")
+    for arguments in (command(tmp_path), ["--run-dir", str(tmp_path / "run"), "--report"]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --run-dir: expected the folder of a stream, got {tmp_path / 'run'}: ")
+        assert error.count("\n") == 1
 
 
 def test_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
