@@ -80,7 +80,7 @@ def ticks(low: float, high: float, most: int = 4, *, whole: bool = False) -> lis
     """Round numbers from `low` or below to `high` or above.
 
     >>> ticks(0.62, 0.97), ticks(0, 0, whole=True)
-    ([0.6, 0.8, 1.0], [0.0, 1.0])
+    ([0.6, 0.7, 0.8, 0.9, 1.0], [0.0, 1.0])
     """
     if whole and low == high == 0:
         return [0.0, 1.0]

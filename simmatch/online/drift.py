@@ -172,7 +172,7 @@ class DriftMonitor:
         return drifts
 
     def state(self) -> State:
-        """The values from which `restore` rebuilds all: at most 3 `keep` numbers per signal.
+        """The values from which `restore` rebuilds all: at most 4 `keep` numbers per signal.
 
         >>> monitor = DriftMonitor(DriftConfig(begin=0))
         >>> monitor.add({"novelty": torch.rand(400)}, number=0)

@@ -7,7 +7,7 @@ whole state of our row, `own_bytes`. The random projection of RanDumb, which fol
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -233,5 +233,3 @@ _SOME_LENETS = {name: LENETS[name] for name in ("LeNet", "LeNet, replay of 500")
 ROTATING_ROWS: Mapping[str, Kind] = MappingProxyType(_own(TURNING) | _SOME_LENETS)
 
 CORRUPTED_ROWS: Mapping[str, Kind] = MappingProxyType(_own(CORRUPTED) | _SOME_LENETS)
-
-REFERENCES: Sequence[str] = ("similarity matching, frozen", "random filters")

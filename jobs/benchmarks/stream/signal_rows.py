@@ -146,5 +146,3 @@ ELECTRICITY: Mapping[str, Kind] = MappingProxyType(
     _rows({name: each for name, each in LEARNING.items() if not each.recompute}, (1,), lambda x: x[..., -1].flatten(1))
 )
 """Records come one by one, so that nothing is recomputed. The forest sees the last half-hour, as in the literature."""
-
-REFERENCES: Sequence[str] = ("similarity matching, frozen", "random", "random, whitened")
