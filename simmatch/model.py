@@ -7,14 +7,13 @@ Nothing flows backward: a layer learns from its own input, its own output and th
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import reduce
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simmatch.config import ConfigError, Frozen, LayerConfig, ModelConfig, NonNegativeInt, PositiveInt, parse
@@ -28,6 +27,7 @@ from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.memory import Lever, MemoryWatch
 from simmatch.readout import decode
 from simmatch.solvers.bound import check_lateral
+from simmatch.tensor_files import write_tensors
 
 EXPORTED = ("feedforward", "lateral", "label", "whitening", "whitening_mean")
 """Tensors of a layer that are saved with an exported model, if they exist."""
@@ -303,7 +303,7 @@ def save_model(stack: Stack, path: str | Path) -> None:
         if hasattr(layer, name)
     }
     export = ExportConfig(input=stack.source, model=stack.config)
-    write_whole(folder / "model.safetensors", partial(save_file, tensors))
+    write_tensors(folder / "model.safetensors", tensors)
     write_whole(folder / "config.yaml", dump_yaml(export.model_dump(mode="json")))
 
 

@@ -17,18 +17,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from simmatch.config import ConfigError, DynamicsConfig, PlasticityConfig
 from simmatch.data.order import Batches
 from simmatch.data.sources import Dataset, to_unit
-from simmatch.files import write_whole
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.seeding import seeded
 from simmatch.sharding.rows import Rows
 from simmatch.solvers.bound import Bound, certify_afresh
 from simmatch.solvers.dynamics import Dynamics
+from simmatch.tensor_files import write_tensors
 
 EXACT = 1e-10
 """Residual of what is taken for y*: at condition 1e4 an error of 1e-6 at most."""
@@ -181,7 +180,7 @@ def trained_problem(
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
     """Keep what was trained, with everything that it depends on."""
-    write_whole(path, lambda file: save_file(tensors, file, {"recipe": json.dumps(recipe)}))
+    write_tensors(path, tensors, {"recipe": json.dumps(recipe)})
 
 
 def load_tensors(path: Path, recipe: dict[str, Any]) -> dict[str, Tensor] | None:

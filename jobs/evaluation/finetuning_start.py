@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jobs.evaluation.backprop import IMAGES_AT_ONCE
@@ -29,9 +28,9 @@ from simmatch.agreement import Agreement, agreement
 from simmatch.config import Frozen, LayerConfig, ModelConfig, PlasticityConfig, PositiveFloat, TrainConfig
 from simmatch.data.order import epoch_order
 from simmatch.encoder import feedforward_filter
-from simmatch.files import write_whole
 from simmatch.fit import fit_stack
 from simmatch.layer import SimilarityMatchingConv2d
+from simmatch.tensor_files import write_tensors
 
 AGREEMENT_IMAGES = 50
 """Images on which a filter is compared with the activities of its layer, all positions of them."""
@@ -89,7 +88,7 @@ class PretrainedFilters:
             for name, values in zip(("weight", "bias"), filters, strict=True)
         }
         metadata = {"agreements": json.dumps([asdict(each) for each in self.agreements])}
-        write_whole(path, lambda file: save_file(tensors, file, metadata))
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> PretrainedFilters | None:

@@ -47,6 +47,7 @@ class Pipeline:
         self.seconds: dict[str, float] = {}
         names = list(config.candidates)
         self._configs = {name: config.candidate(name) for name in names}
+        self._guided = any(layer.label_gain > 0 for each in self._configs.values() for layer in each.model.layers)
         self._columns = columns(names)
         self._pending = Pending(config.labels.horizon, 2 * len(names))
         self.intake = Intake(config.data, self._pending, self._fit)
@@ -107,10 +108,11 @@ class Pipeline:
         )
 
     def _make(self, taken: Taken) -> None:
-        """Make the candidates at the first window; later, tell them of new classes."""
+        """Make the candidates at the first window, and with `label_gain` at the first class; later, tell them of new
+        classes."""
         classes = len(self.intake.classes)
-        if not self.candidates and self.intake.shape is not None:
-            shape = self.intake.shape
+        shape = self.intake.shape
+        if not self.candidates and shape is not None and (classes or not self._guided):
             self.candidates = {name: Candidate(config, shape, classes) for name, config in self._configs.items()}
         elif taken.new_classes:
             for candidate in self.candidates.values():
@@ -130,7 +132,7 @@ class Pipeline:
         if calibration.count >= enough:
             x, labels = torch.cat(calibration.x), torch.tensor(calibration.labels)
             self._calibration = _Calibration()
-            if not all(candidate.calibrate(x) for candidate in self.candidates.values()):
+            if not self.candidates or not all(candidate.calibrate(x) for candidate in self.candidates.values()):
                 return answers
             for name, candidate in self.candidates.items():
                 with self._timed(name):

@@ -7,16 +7,15 @@ named by a digest of all its bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from simmatch.files import write_whole
+from simmatch.tensor_files import write_tensors
 
 State = dict[str, Tensor]
 """Tensors by name; numbers are 0-d, in float64 or int64."""
@@ -39,6 +38,11 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def save_state(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Save a state as one safetensors file; it is there whole, or not at all.
 
+    Raises
+    ------
+    OSError
+        The disk is full or gone.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_state({"a": torch.ones(2)}, Path(folder) / "state.safetensors")
@@ -48,7 +52,7 @@ def save_state(state: Mapping[str, Tensor], path: str | Path) -> None:
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    write_whole(Path(path), partial(save_file, tensors))
+    write_tensors(Path(path), tensors)
 
 
 def load_state(path: str | Path) -> State:

@@ -221,6 +221,16 @@ def test_windows_that_are_all_alike_calibrate_nothing(candidates: dict[str, list
     assert all(outcome.metrics.faults == 0 for outcome in outcomes)
 
 
+def test_a_model_that_is_guided_by_labels_waits_for_the_first() -> None:
+    items = [item for item in waves(90) if isinstance(item, Record)]
+    late = [replace(item, label=None) if n < 40 else item for n, item in enumerate(items)]
+    layer = small().model.layers[0].model_dump(mode="json") | {"supervised": True, "label_gain": 0.5}
+    config = small(model={"layers": [layer]})
+    outcomes = applied(config, late)
+    assert [event.kind for outcome in outcomes for event in outcome.events][:3] == ["class", "class", "calibrated"]
+    assert outcomes[-1].metrics.candidates["main"].answered == 8
+
+
 def test_an_unknown_class_is_new_or_set_aside() -> None:
     items = [Record("r", 0.0, np.ones((16, 1)), "a"), Record("s", 1.0, np.ones((16, 1))), LateLabel("s", "b")]
     [_, outcome, last] = applied(small(), items, batch=1)

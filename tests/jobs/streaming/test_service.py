@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from jobs.streaming import snapshots
 from jobs.streaming.config import StreamConfig
@@ -15,6 +16,8 @@ from jobs.streaming.records import Delivery
 from jobs.streaming.replay import replay
 from jobs.streaming.service import Service
 from tests.jobs.streaming.streams import Item, ListSource, Notes, journalled, named, small, waves
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 class Killed(BaseException):
@@ -134,6 +137,27 @@ def test_a_full_disk_is_told_once_and_waited_for(tmp_path: Path, monkeypatch: py
         f"{tmp_path / 'journal'} is written again",
     ]
     check(tmp_path, small(), items, service)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), FULL])
+def test_a_disk_too_full_for_a_snapshot_costs_a_longer_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As a full disk is told by the library that writes tensors."""
+    config, items, acknowledged = small(), waves(100), set[int]()
+    with monkeypatch.context() as patched:
+
+        def full(*_: object) -> None:
+            raise error
+
+        patched.setattr("simmatch.tensor_files.save_file", full)
+        _, _, told = run(config, tmp_path, ListSource(items[:70], acknowledged))
+    assert told == [
+        f"{tmp_path / 'snapshots'} takes no snapshot: No space left on device; the journal holds all that is needed"
+    ]
+    assert snapshots.listed(tmp_path / "snapshots") == []
+    service, _, _ = run(config, tmp_path, ListSource(items, acknowledged))
+    check(tmp_path, config, items, service)
 
 
 def test_a_damaged_snapshot_costs_the_one_before(tmp_path: Path) -> None:
