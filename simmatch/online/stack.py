@@ -406,27 +406,42 @@ class OnlineStack:
         ValueError
             The state is that of another model.
         """
-        like = self.stack.layer(0).feedforward
-        names = [f"layers.{index}.label" for index, each in enumerate(self.stack.config.layers) if each.supervised]
-        classes = max((state[name].shape[1] for name in names if name in state), default=0)
+        like, layers = self.stack.layer(0).feedforward, self.stack.config.layers
+        names = [f"layers.{index}.label" for index, each in enumerate(layers) if each.supervised]
+        classes = max(self.source.num_classes, *(state[name].shape[-1] for name in names if name in state), 0)
+        expected, given = self._shapes(classes), {name: list(tensor.shape) for name, tensor in state.items()}
+        expected["images"] = given.get("images", [0])[:1] + expected["images"][1:]
+        for name in dict.fromkeys([*expected, *given]):
+            wanted, found = expected.get(name, "nothing"), given.get(name, "nothing")
+            if wanted != found:
+                raise ValueError(f"{name}: expected {wanted}, got {found} in the state")
         self._layers.close()
         self._begin(state["images"].to(like))
         if classes > self.source.num_classes:
             self.grow(classes)
         for index, layer in self._layers.layers.items():
-            own = part_of(state, f"layers.{index}")
+            own, part = part_of(state, f"layers.{index}"), slice(layer.rows.start, layer.rows.stop)
             layer.rate_from.copy_(own.pop("rate_from"))
-            part = slice(layer.rows.start, layer.rows.stop)
-            expected = layer.state_dict()
-            given = {name: tensor[part] if name in SHARDED else tensor for name, tensor in own.items()}
-            for name in dict.fromkeys([*expected, *given]):
-                shapes = [list(each[name].shape) if name in each else "nothing" for each in (expected, given)]
-                if shapes[0] != shapes[1]:
-                    raise ValueError(f"layers.{index}.{name}: expected {shapes[0]}, got {shapes[1]} in the state")
-            layer.load_state_dict(given)
+            layer.load_state_dict({name: each[part] if name in SHARDED else each for name, each in own.items()})
         self.updates, self._version = int(state["updates"]), self._version + 1
         self._label_sums.restore(state["label_yz"], state["label_zz"])
         self._layers.agree()
+
+    def _shapes(self, classes: int) -> dict[str, list[int]]:
+        """Of the tensors of a state with so many classes, and no images."""
+        layers, source = self.stack.config.layers, self.source
+        last = classes if layers[-1].supervised else 0
+        shapes = {"updates": [], "label_yz": [layers[-1].out_channels, last], "label_zz": [last]}
+        shapes["images"] = [0, source.in_channels, source.height, source.width]
+        for index, layer in self._layers.layers.items():
+            for name, tensor in (*layer.state_dict().items(), ("rate_from", layer.rate_from)):
+                shape = list(tensor.shape)
+                if name in SHARDED:
+                    shape[0] = layer.out_channels
+                if name in ("label", "class_frequency") and layers[index].supervised:
+                    shape[-1] = classes
+                shapes[f"layers.{index}.{name}"] = shape
+        return shapes
 
     @torch.no_grad()
     def export(self) -> Stack:

@@ -278,6 +278,30 @@ def test_goes_on_with_classes_that_came_later_in_any_layer(supervised: tuple[boo
     assert digest(second.state()) == digest(first.state())
 
 
+def test_a_state_of_another_model_is_refused_and_changes_nothing() -> None:
+    x, labels = records(6, 6)
+    layer = {"out_channels": 9, "kernel_size": 3, "supervised": True}
+    own = online_of(model_of([layer, {**layer, "out_channels": 5}]), x)
+    own.calibrate(x)
+    learnt_from(own, x, labels, stream_of(x)[:2])
+    wider, before = online_of(model_of([layer]), torch.zeros(1, 1, 6, 7)), digest(own.state())
+    others = {
+        r"label_yz: expected \[5, 4\], got \[9, 4\] in the state": online_of(model_of([layer]), x).state(),
+        r"layers.1.label: expected \[5, 4\], got \[5, 3\]": {**own.state(), "layers.1.label": torch.zeros(5, 3)},
+        r"layers.1.rate_from: expected \[\], got nothing": {
+            name: each for name, each in own.state().items() if name != "layers.1.rate_from"
+        },
+        r"layers.2.label: expected nothing, got \[1\]": {**own.state(), "layers.2.label": torch.zeros(1)},
+        "images: expected .*6, 6.*, got nothing": {k: v for k, v in own.state().items() if k != "images"},
+    }
+    for message, state in others.items():
+        with pytest.raises(ValueError, match=message):
+            own.restore(state)
+        assert digest(own.state()) == before
+    with pytest.raises(ValueError, match=r"images: expected \[0, 1, 6, 6\], got \[0, 1, 6, 7\]"):
+        online_of(model_of([layer]), x).restore(wider.state())
+
+
 def test_an_update_that_fails_changes_nothing() -> None:
     x, labels = records(6, 6)
     online = online_of(model_of([{"out_channels": 9, "kernel_size": "full", "supervised": True}]), x)
@@ -375,7 +399,5 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match=r"model.layers.0.plasticity.lr_decay_steps: expected null, .*, got 5"):
         online_of(falling, x)
     other = online_of(model_of(IMAGES[:1]), records(6, 6)[0])
-    with pytest.raises(
-        ValueError, match=r"layers.0.feedforward: expected \[8, 1, 3, 3\], got \[8, 1, 1, 7\] in the state"
-    ):
+    with pytest.raises(ValueError, match=r"images: expected \[0, 1, 6, 6\], got \[0, 1, 1, 40\] in the state"):
         other.restore(online.state())
