@@ -147,6 +147,7 @@ class DriftMonitor:
         ----------
         values: name → [n], a signal of each record; NaN for a record without a value. Those that are not among
             `config.signals` are ignored.
+            `error` may be longer, with values of earlier records whose labels came late.
         number: of the record that the first values belong to; value i belongs to record number + i.
 
         Returns
@@ -154,7 +155,7 @@ class DriftMonitor:
         The changes that were found, at most one per signal. If there is any, what came before this batch is forgotten.
         """
         drifts: list[Drift] = []
-        self._records += max((len(signal) for signal in values.values()), default=0)
+        self._records += min((len(signal) for signal in values.values()), default=0)
         if self._records <= self.config.begin:
             return drifts
         for name in self.config.signals:

@@ -154,6 +154,14 @@ def test_the_beginning_is_not_watched() -> None:
     assert fed(DriftMonitor(DriftConfig(begin=1000)), {"novelty": signal}, 50) == []
 
 
+def test_labels_that_come_late_do_not_shorten_the_beginning() -> None:
+    monitor = DriftMonitor(DriftConfig(begin=100))
+    for start in range(0, 100, 50):
+        monitor.add({"error": torch.zeros(90), "novelty": torch.rand(50, generator=drawn(start))}, start)
+    assert int(monitor.state()["records"]) == 100
+    assert "novelty.values" not in monitor.state()
+
+
 def test_rates_on_stationary_signals_are_as_stated() -> None:
     """At most one alarm in 20,000 records: 100,000 with 17 alarms or more are improbable (1e-5) then; here 0 or 1."""
     generator, alarms, monitor = drawn(10), 0, DriftMonitor(DriftConfig(begin=0))
