@@ -110,4 +110,11 @@ def test_files_and_sections_that_it_names_exist(readme: Path) -> None:
         assert target.exists(), f"{name_of(readme)} links to {link}"
         if section:
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert section in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+            assert section in sections(headings), link
+
+
+def sections(headings: list[str]) -> list[str]:
+    """What links to headings are called; of equal ones the second is `…-1`."""
+    names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    earlier = (names[:place].count(name) for place, name in enumerate(names))
+    return [f"{name}-{count}" if count else name for name, count in zip(names, earlier, strict=True)]
