@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from jobs.streaming.history import Candidate, Point
-from jobs.streaming.outcome import Outcome
+from jobs.streaming.outcome import EventKind, Outcome
 
 UNUSUAL = re.compile(r"[^\w .:/-]")
 """Characters that MLflow takes in no name."""
@@ -37,6 +37,10 @@ PART = 1000
 """Of a longer one, a row is recorded for every such part of the records so far."""
 
 
+FREQUENT: tuple[EventKind, ...] = ("fault", "novelty")
+"""Events that may come with every batch: they wait for the next row."""
+
+
 class Curves:
     """Records what a stream does with a tracker.
 
@@ -49,6 +53,7 @@ class Curves:
     def __init__(self, tracker: Tracker, run_dir: Path) -> None:
         self._tracker = tracker
         self._before = Point()
+        self._tags: dict[str, str] = {}
         path = run_dir / SPOOL_NAME
         events = Spool(path).read() if path.exists() else ()
         rows = [event.step for event, _ in events if isinstance(event, MetricsEvent)]
@@ -62,13 +67,16 @@ class Curves:
             self._before = latest
             return
         for event in outcome.events:
-            self._tracker.tags({f"simmatch.stream.{event.kind}": f"record {event.number:,}: {event.text}"})
-        if number >= self._next or outcome.events:
+            self._tags[f"simmatch.stream.{event.kind}"] = f"record {event.number:,}: {event.text}"
+        if number >= self._next or any(event.kind not in FREQUENT for event in outcome.events):
             self.record(latest, counts)
 
     def record(self, latest: Point, counts: dict[str, int]) -> None:
         """A row now, unless this record has one."""
         number = latest.number
+        if self._tags:
+            self._tracker.tags(self._tags)
+            self._tags = {}
         if number > self._recorded:
             self._tracker.metrics(number, row(self._before, latest) | _counts(counts))
             self._before, self._recorded, self._next = latest, number, _next(number)

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jobs.streaming import curves, seen
 from jobs.streaming.curves import Curves, row
 from jobs.streaming.history import Candidate, History, Point, Spent, load, points_of
 from jobs.streaming.job import public
+from jobs.streaming.outcome import Event
 from jobs.streaming.page import PageConfig, ReportConfig
 from jobs.streaming.report import costs, plain, report, text
 from jobs.streaming.seen import Seen
@@ -57,7 +59,8 @@ def test_curves_are_means_since_the_row_before(tmp_path: Path) -> None:
     notebook = Notebook()
     recorded(notebook, tmp_path, 200)
     batches = [(outcome.metrics, usage) for outcome, usage in outcomes(200)]
-    events = {event.number for outcome, _ in outcomes(200) for event in outcome.events}
+    every = [event for outcome, _ in outcomes(200) for event in outcome.events]
+    events = {event.number for event in every if event.kind != "novelty"}
     steps = [step for step, _ in notebook.rows]
     assert set(steps) >= events
     assert steps == sorted(set(steps))
@@ -82,6 +85,20 @@ def test_a_long_stream_has_few_rows() -> None:
     while number < 10**9:
         number, rows = curves._next(number), rows + 1
     assert 5_000 < rows < 10_000
+
+
+def test_events_of_every_batch_wait_for_the_next_row(tmp_path: Path) -> None:
+    """Else the records for MLflow would grow with each batch, however long the stream is."""
+    notebook = Notebook()
+    told, known = Curves(notebook, tmp_path), History("line 4")  # type: ignore[arg-type]
+    for index, (outcome, usage) in enumerate(outcomes(500)):
+        events = (Event(index, "fault", outcome.metrics.number, 0.0, "expected JSON", {}),)
+        known.add(replace(outcome, events=events), usage, SPENT)
+        assert known.kept.latest is not None
+        told.add(replace(outcome, events=events), known.kept.latest, known.kept.counts)
+    assert [step for step, _ in notebook.rows] == list(range(1024, 16_001, 1024))
+    assert notebook.rows[-1][1]["events/fault"] == 480
+    assert notebook.tagged == {"simmatch.stream.fault": "record 15,360: expected JSON"}
 
 
 def test_a_restart_records_no_row_again(tmp_path: Path) -> None:
