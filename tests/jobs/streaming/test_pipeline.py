@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,45 @@ def samples(count: int, length: int, *, group: str = "", start: float = 0.0) -> 
         Record(f"{group}{n}", start + n * length, values[n * length : (n + 1) * length], "a", group)
         for n in range(count)
     ]
+
+
+def machines(seed: int) -> list[Item]:
+    """Blocks of samples of two machines: gaps, missing values, times that go back, recordings that begin, labels
+    before and after their records."""
+    draw, clock, items = np.random.default_rng(seed), {"m": 0.0, "n": 0.0}, list[Item]()
+    for number in range(60):
+        group, length, kind = "mn"[draw.integers(2)], int(draw.choice([1, 3, 9])), int(draw.integers(2))
+        values = np.sin((1 + 2 * kind) * np.arange(length) + 6 * draw.random())[:, None]
+        values[draw.integers(length)] = draw.choice([np.nan, 0.5], p=[0.2, 0.8])
+        clock[group] += draw.choice([0.0, 7.0, -3.0], p=[0.8, 0.1, 0.1])
+        label = "ab"[kind] if draw.random() < 0.4 else None
+        items.append(Record(f"r{number}", float(clock[group]), values, label, group, draw.random() < 0.05))
+        if label is None:
+            items.append(LateLabel(f"r{max(0, number + draw.integers(-6, 3))}", "ab"[kind]))
+        clock[group] += length
+    return items
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_restarted_after_every_batch_samples_are_cut_and_labelled_alike(tmp_path: Path, seed: int) -> None:
+    """Batches of one item, or a few."""
+    data = {"window": 8, "hop": 3, "period": 1.0, "missing": "hold", "hold_samples": 2, "calibrate": 5}
+    config = small(data=data, labels={"horizon": 8, "ids": 9}, readout={"forgetting": 0.95})
+    whole, part = StreamState(config), StreamState(config)
+    outcomes = []
+    for number, entry in enumerate(entries(machines(seed), 1 + 2 * seed)):
+        batch, again = whole.take(number, entry), part.take(number, entry)
+        if batch is not None and again is not None:
+            outcomes.append(whole.pipeline.apply(batch))
+            assert repr(part.pipeline.apply(again)) == repr(outcomes[-1])  # NaN is NaN there
+            snapshot = snapshots.load(snapshots.save(tmp_path, part.snapshot("s")))
+            part = StreamState(config)
+            part.restore(snapshot)
+            assert part.snapshot("s").digest == whole.snapshot("s").digest
+    assert sum(outcome.metrics.windows for outcome in outcomes) > 20
+    assert sum(outcome.metrics.late for outcome in outcomes) > 0
+    assert sum(outcome.metrics.unused for outcome in outcomes) > 0
+    assert sum(outcome.metrics.faults for outcome in outcomes) > 0
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 40])
