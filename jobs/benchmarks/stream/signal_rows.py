@@ -62,7 +62,7 @@ LEARNING: Mapping[str, Learning] = MappingProxyType(
         f"rate halved after {steps} updates, readout {'recomputed' if recompute else 'summed'}": Learning(
             steps, recompute
         )
-        for steps in (5, 20)
+        for steps in (5, 20, 100)
         for recompute in (False, True)
     }
 )
