@@ -418,6 +418,7 @@ def test_help_lists_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
         "network",
         "overhead",
         "signals",
+        "stream",
     }
     assert all(name in said for name in SUBCOMMANDS)
     for name in SUBCOMMANDS:

@@ -10,6 +10,7 @@ from cluster.config import RunConfig
 from jobs.evaluation.config import EvaluationConfig, overridden
 from jobs.evaluation.finetuning import FinetuneConfig
 from jobs.options import override, read_yaml
+from jobs.streaming.config import parse_stream
 from simmatch.config import ConfigError, parse
 
 
@@ -126,7 +127,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_every_configuration_here_is_valid() -> None:
     folder = Path(__file__).resolve().parents[2] / "jobs" / "configs"
     names = [_name(path) for path in sorted(folder.glob("*.yaml"))]
-    assert {"digits", "evaluate_digits", "finetune_digits"} <= set(names)
+    assert {"digits", "evaluate_digits", "finetune_digits", "stream", "stream_small"} <= set(names)
 
 
 def _name(path: Path) -> str:
@@ -134,6 +135,8 @@ def _name(path: Path) -> str:
     kinds: dict[str, type[EvaluationConfig] | type[FinetuneConfig]]
     kinds = {"evaluate": EvaluationConfig, "finetune": FinetuneConfig}
     kind = kinds.get(path.stem.partition("_")[0])
+    if path.stem.startswith("stream"):
+        return parse_stream(read_yaml(path)).name
     if kind is None:
         return parse(RunConfig, read_yaml(path)).name
     quick = parse(kind, overridden(read_yaml(path), [], quick=True))

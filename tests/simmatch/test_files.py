@@ -122,6 +122,10 @@ def test_there_is_one_way_to_write_a_file() -> None:
         # line by line
         ("jobs/reporting.py", 'self.path.open("a", encoding="utf-8")'),
         ("jobs/entry_point.py", 'open(os.devnull, "w")'),
+        ("jobs/streaming/set_aside.py", 'self._path.open("ab")'),
+        ("jobs/streaming/example.py", 'Path(options.file).open("a"'),
+        # a file of the sender's, which has been read
+        ("jobs/streaming/sources/folder.py", "shutil.move("),
         # generated images, deleted at the end
         ("jobs/benchmarks/ingest.py", ".write_bytes(content)"),
         ("jobs/benchmarks/ingest.py", "tarfile.open(tar"),

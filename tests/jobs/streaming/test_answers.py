@@ -227,7 +227,7 @@ def test_windows_are_scaled_as_those_of_records() -> None:
     cases = [draw.standard_normal((16, 3)), draw.integers(0, 256, (3, 5, 7)).astype(np.uint8)]
     for values in cases:
         data = StreamDataConfig(window_scale="center")
-        intake = Intake(data, Pending(10, 2))
+        intake = Intake(data, Pending(10, 2), fit=lambda shape: None)
         batch = Batch(1, "full", [(0, Record("a", 0.0, values))])
         (window,) = intake.take(batch).windows
         assert intake.shape is not None
