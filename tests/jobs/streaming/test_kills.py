@@ -134,7 +134,7 @@ def wait_a_while(run: Path, draw: random.Random) -> None:
 
 
 def nbytes(run: Path) -> int:
-    return sum(path.stat().st_size for path in (run / "journal").glob("*"))
+    return sum(path.stat().st_size for path in (run / "journal").glob("*.journal"))
 
 
 def strike(folder: Path, kills: int) -> None:
