@@ -111,7 +111,9 @@ def test_what_is_not_acknowledged_comes_again(broker: Broker) -> None:
         with source(broker) as stream:
             publish(connection, range(10))
             taken = take(stream, 10, acknowledge=False)
+            before = broker.log().count("Received PUBACK from stream")
             stream.acknowledge(taken[:4])
+            wait_for(lambda: broker.log().count("Received PUBACK from stream") == before + 4)
         publish(connection, range(10, 15))
         with source(broker) as stream:
             assert ids(take(stream, 11)) == list(range(4, 15))
