@@ -122,11 +122,11 @@ def cost(config: RunConfig, ranks: int, run_dir: Path, ray: PretendedRay) -> dic
 def test_a_round_grows_with_the_ranks_and_not_with_their_square(
     digits_config: ConfigMaker, tmp_path: Path, ray: PretendedRay
 ) -> None:
-    """512 ranks against 128: 4 times as many. A square is 16 times."""
+    """512 ranks against 128: 4 times as many. A square is 16 times; noisy times are told from it at 8."""
     config = digits_config(2)
     few, many = (cost(config, ranks, tmp_path, ray) for ranks in (128, 512))
     for name in few:
-        assert many[name] / few[name] < 5.5, (name, few, many)
+        assert many[name] / few[name] < (8.0 if name == "seconds" else 5.5), (name, few, many)
     assert many["seconds"] < 1.0
     assert many["memory"] < 16e6
     assert many["bytes"] < 512 * 3000
