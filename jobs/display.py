@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
@@ -32,6 +32,9 @@ from cluster.messages import Display, Progress
 from cluster.text import size
 from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+"""Options of `rich` for a line that is shown as it is."""
 
 LINE_EVERY_S = 5.0
 SEPARATOR = " · "
@@ -163,7 +166,7 @@ class ProgressBars:
         self._print(self._hide(str(text)))
 
     def _print(self, text: str) -> None:
-        self.console.print(without_control(text), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(without_control(text), **PLAIN)
 
 
 def load_shown(console: Console, config: DataConfig) -> Dataset:

@@ -17,6 +17,7 @@ from cluster.tracking.mlflow_sink import PARENT
 from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from cluster.training import check_data
 from jobs import sync
+from jobs.display import PLAIN
 from jobs.mirror import Mirror
 from jobs.recording import where_to_look
 from jobs.run_directory import RunStart
@@ -25,9 +26,6 @@ from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset
 from simmatch.documents import dump_json, load_json
 from simmatch.files import write_whole
-
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-"""Options of `rich` for a line that is shown as it is."""
 
 
 def report_finished(start: RunStart, dataset: Dataset, console: Console) -> int:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig, public
 from cluster.text import count, size
+from jobs.display import PLAIN
 from jobs.plan_layout import layout_table, placement_lines, volumes_table
 from jobs.plan_memory import DRIVER_BYTES, PROGRAM_BYTES, plan_disk, plan_features, plan_memory
 from jobs.reporting import Table
@@ -147,11 +148,11 @@ def print_plan(console: Console, config: RunConfig, dataset: Dataset) -> None:
     """The resolved configuration, the mesh, and tables of the layers and of the memory."""
     source, train_images = dataset.source, len(dataset.train_images)
     text = dump_yaml(public(config))
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, **PLAIN)
     mesh = config.mesh
     console.print(f"mesh: {mesh}, {count(mesh.world_size, 'rank')} on {config.device}", highlight=False)
     for line in placement_lines(config):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, **PLAIN)
     layout_table(config, source).show(console)
     rows = [
         (

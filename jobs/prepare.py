@@ -24,7 +24,7 @@ from cluster.controller import RunFailed
 from cluster.cpus import allowed_cpus
 from cluster.redaction import one_line
 from cluster.text import count, size
-from jobs.display import LINE_EVERY_S, ProgressBars
+from jobs.display import LINE_EVERY_S, PLAIN, ProgressBars
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import add_counts, override, read_yaml
 from jobs.ray_session import shut_down_ray, start_ray
@@ -157,7 +157,7 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, **PLAIN)
 
 
 def _parser() -> argparse.ArgumentParser:

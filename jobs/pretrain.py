@@ -22,9 +22,9 @@ from cluster.holder import Holder
 from cluster.redaction import one_line
 from cluster.storage import is_local
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
-from jobs.display import MakeDisplay, RunDisplay, load_shown
+from jobs.display import PLAIN, MakeDisplay, RunDisplay, load_shown
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
-from jobs.finished import PLAIN, report_finished
+from jobs.finished import report_finished
 from jobs.options import at_least, override, read_yaml
 from jobs.plan import print_plan
 from jobs.preflight import check, check_checkpoint, check_device_of_ranks, check_surroundings

@@ -22,6 +22,7 @@ from cluster.tracking.events import RunStatus
 from cluster.tracking.mlflow_model import ModelLogger
 from cluster.tracking.server_check import ask_server
 from cluster.tracking.tracker import Tracker
+from jobs.display import PLAIN
 from jobs.entry_point import BAD_INPUT, FAILED
 from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
@@ -63,7 +64,7 @@ def run_recorded(work: Callable[[], None], tracker: Tracker, console: Console, s
 
     Every result is kept as soon as it is known, so the same command continues after an interruption.
     """
-    report = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    report = partial(console.print, **PLAIN)
     tracker.announce_to(report)
     started, code = time.monotonic(), FAILED
     status: RunStatus = "FAILED"

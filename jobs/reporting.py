@@ -36,7 +36,7 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from cluster.cpus import allowed_cpus
-from jobs.display import ProgressBars
+from jobs.display import PLAIN, ProgressBars
 from jobs.origin import git_commit
 from simmatch.config import ConfigError
 from simmatch.devices import cpu_model
@@ -116,7 +116,7 @@ class Report:
 
     def note(self, text: str) -> None:
         """A line for people."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, **PLAIN)
 
     @contextmanager
     def figure(self, name: str, width: float = 7.0, height: float = 4.5) -> Iterator[Figure]:

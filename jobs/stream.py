@@ -17,6 +17,7 @@ from rich.console import Console
 from cluster.redaction import one_line
 from cluster.text import count
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
+from jobs.display import PLAIN
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import override, read_yaml
 from jobs.recording import open_tracker
@@ -71,7 +72,7 @@ def _replay(config: StreamConfig, run_dir: Path, console: Console) -> int:
     found = replay(run_dir, config)
     origin = f"the snapshot of batch {found.begun}" if found.begun else "the first entry"
     line = f"{found.entries} entries and {found.batches} batches of the journal from {origin}: digest {found.digest}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, **PLAIN)
     if found.differing:
         numbers = ", ".join(map(str, found.differing))
         print(f"error: the replay differs from the snapshots of batches {numbers}", file=sys.stderr)
@@ -89,20 +90,18 @@ def _report(config: StreamConfig, run_dir: Path, console: Console) -> int:
     except OSError as error:
         print(f"error: the report is not written: {one_line(error)}", file=sys.stderr)
         return FAILED
-    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(path), **PLAIN)
     return 0
 
 
 def _dry_run(config: StreamConfig, run_dir: Path, console: Console) -> int:
     """Print the configuration, and what would be done."""
-    console.print(dump_yaml(public(config)).rstrip(), markup=False, highlight=False, soft_wrap=True)
+    console.print(dump_yaml(public(config)).rstrip(), **PLAIN)
     begun = (run_dir / "config.yaml").exists()
     names = ", ".join(config.candidates)
     console.print(
         f"{'continues' if begun else 'begins'} in {run_dir}; source: {config.source.kind}; candidates: {names}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        **PLAIN,
     )
     return 0
 

@@ -24,7 +24,7 @@ from cluster.summary import RunRecord
 from cluster.text import count
 from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from cluster.tracking.tracker import Tracker
-from jobs.display import JobDisplay, MakeDisplay, RunDisplay
+from jobs.display import PLAIN, JobDisplay, MakeDisplay, RunDisplay
 from jobs.entry_point import BAD_INPUT, FAILED
 from jobs.mirror import Mirror
 from jobs.origin import program_commit, source_tags
@@ -256,7 +256,7 @@ class TrainingJob:
 
     def _print(self, text: str) -> None:
         """A line after the display has ended."""
-        self.console.print(self._hide(text), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(self._hide(text), **PLAIN)
 
     def _on_signal(self, signum: int) -> None:
         """While ranks train, the first signal asks for a last checkpoint and the next one ends the run.

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.diagnosis.findings import Finding, Status
-from jobs.display import without_control
+from jobs.display import PLAIN, without_control
 from jobs.reporting import plain
 
 COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -102,7 +102,7 @@ class Report:
         colour = COLOURS[finding.status]
         if not self._console.is_terminal:  # a line, however long
             line = f"{finding.status:<7}  {finding.check:<{self._width}}  {text}{f'; fix: {fix}' if fix else ''}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(line, **PLAIN)
             return
         row = Table.grid(padding=(0, 2, 0, 0))
         row.add_column(width=7, no_wrap=True)

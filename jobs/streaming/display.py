@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster.text import count, size
-from jobs.display import SEPARATOR, without_control
+from jobs.display import PLAIN, SEPARATOR, without_control
 from jobs.streaming.outcome import Metrics, Outcome, Usage
 
 LINE_EVERY_S = 10.0
@@ -80,7 +80,7 @@ class StreamDisplay:
 
     def note(self, text: str) -> None:
         """A line to read."""
-        self._console.print(without_control(self._hide(text)), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(without_control(self._hide(text)), **PLAIN)
 
     def add(self, outcome: Outcome, usage: Usage) -> None:
         """A batch was applied: count, and show from time to time."""
