@@ -57,12 +57,15 @@ class Keeper:
     def _trim(self) -> None:
         """Remove files of the journal from before the oldest snapshot, as configured."""
         config, journal = self._config.journal, self._journal
-        oldest = self._oldest()
-        while (config.keep == "snapshots" or journal.nbytes > (config.max_bytes or journal.nbytes)) and (
-            journal.remove_before(oldest)
-        ):
-            pass
-        over = config.max_bytes is not None and journal.nbytes > config.max_bytes
+
+        def too_large() -> bool:
+            return config.max_bytes is not None and journal.nbytes > config.max_bytes
+
+        if config.keep == "snapshots" or too_large():
+            oldest = self._oldest()  # which reads the whole snapshot
+            while (config.keep == "snapshots" or too_large()) and journal.remove_before(oldest):
+                pass
+        over = too_large()
         if over and not self._over:
             self._tell(
                 f"{journal.folder}: {size(journal.nbytes)}, more than journal.max_bytes: snapshots need what is there; "
