@@ -24,7 +24,7 @@ from torch import Tensor
 from jobs.streaming.events import TopicConfig
 from jobs.streaming.http_port import HttpConfig, HttpPort, Refused, last_part, token_from
 from jobs.streaming.mqtt import MqttConnection
-from jobs.streaming.outcome import Answer, Outcome
+from jobs.streaming.outcome import Answer, Outcome, finite
 from simmatch.config import Frozen, PositiveInt
 from simmatch.data.windows import WindowShape, scaled
 from simmatch.documents import quoted
@@ -129,11 +129,11 @@ class Snapshot:
             answers.append(
                 {
                     "label": None if scores is None else self.classes[int(said.predictions[index, 0])],
-                    "scores": {} if scores is None else dict(zip(self.classes, map(_finite, scores), strict=False)),
-                    "novelty": _finite(novelty[index]),
+                    "scores": {} if scores is None else dict(zip(self.classes, map(finite, scores), strict=False)),
+                    "novelty": finite(novelty[index]),
                     "novel": novel[index],
                 }
-                | ({"features": list(map(_finite, said.encoded.features[index].tolist()))} if features else {})
+                | ({"features": list(map(finite, said.encoded.features[index].tolist()))} if features else {})
             )
         return answers
 
@@ -226,20 +226,20 @@ def as_json(answer: Answer, *, features: bool = False) -> dict[str, Any]:
     values: dict[str, Any] = {
         "id": answer.id,
         "number": answer.number,
-        "time": _finite(answer.time),
+        "time": finite(answer.time),
         "window": answer.window,
         "group": answer.group,
         "candidate": answer.candidate,
         "version": answer.version,
         "label": answer.label,
-        "scores": {name: _finite(float(score)) for name, score in answer.scores.items()},
-        "novelty": _finite(answer.novelty),
+        "scores": {name: finite(float(score)) for name, score in answer.scores.items()},
+        "novelty": finite(answer.novelty),
         "novel": answer.novel,
     }
     if answer.note:
         values["note"] = answer.note
     if features and answer.features is not None:
-        values["features"] = list(map(_finite, answer.features.tolist()))
+        values["features"] = list(map(finite, answer.features.tolist()))
     return values
 
 
@@ -374,7 +374,3 @@ def _windows_of(body: Any, most: int) -> tuple[Floats, bool]:
     if not np.isfinite(values).all():
         raise refuse("windows: expected finite numbers")
     return values, features
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cluster.storage import read_as
-from jobs.streaming.outcome import CandidateMetrics, Event, Outcome, Usage
+from jobs.streaming.outcome import CandidateMetrics, Event, Outcome, Usage, finite
 from simmatch.config import Frozen, NonNegativeInt
 from simmatch.documents import shortened
 from simmatch.files import write_whole
@@ -70,7 +70,7 @@ class Candidate(Frozen):
         self, batch: CandidateMetrics, *, windows: int, drifts: int, seconds: float, same_champion: bool
     ) -> Candidate:
         """With one more batch; what it tells nothing about stays."""
-        novelty = _finite(batch.novelty)
+        novelty = finite(batch.novelty)
         difference = batch.difference or (self.difference if same_champion else None)
         return Candidate(
             answered=self.answered + batch.answered,
@@ -79,8 +79,8 @@ class Candidate(Frozen):
             drifts=self.drifts + drifts,
             novelty=self.novelty + (0.0 if novelty is None else windows * novelty),
             measured=self.measured + (0 if novelty is None else windows),
-            weight=self.weight + (0.0 if novelty is None else windows * (_finite(batch.weight) or 0.0)),
-            threshold=self.threshold if batch.threshold is None else _finite(batch.threshold),
+            weight=self.weight + (0.0 if novelty is None else windows * (finite(batch.weight) or 0.0)),
+            threshold=self.threshold if batch.threshold is None else finite(batch.threshold),
             seconds=self.seconds + max(0.0, seconds),
             state_bytes=batch.nbytes or self.state_bytes,
             difference=difference if difference and all(map(math.isfinite, difference)) else None,
@@ -126,7 +126,7 @@ class Point(Frozen):
         return Point(
             batch=metrics.batch,
             number=metrics.number,
-            time=_finite(metrics.time) or 0.0,
+            time=finite(metrics.time) or 0.0,
             records=self.records + metrics.records,
             windows=self.windows + metrics.windows,
             labels=self.labels + metrics.labels,
@@ -305,7 +305,7 @@ def _noted(event: Event) -> Noted:
         index=event.index,
         kind=event.kind,
         number=event.number,
-        time=_finite(event.time) or 0.0,
+        time=finite(event.time) or 0.0,
         text=shortened(event.text, LONGEST),
         candidate=shortened(str(event.fields.get("candidate", "")), LONGEST),
     )
@@ -318,10 +318,6 @@ def _counted(counts: Mapping[str, int], events: Iterable[Event]) -> dict[str, in
     return counted
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _greatest(first: float | None, second: float | None) -> float | None:
-    known = [value for value in (first, second) if value is not None and math.isfinite(value)]
+    known = [value for value in map(finite, (first, second)) if value is not None]
     return max(known) if known else None

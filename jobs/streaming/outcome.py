@@ -7,6 +7,7 @@ batch, events by their index, answers by the number of their window. `Usage` is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -112,18 +113,6 @@ class CandidateMetrics:
     difference: tuple[float, float, float] | None = None
     nbytes: int = 0
 
-    @property
-    def objective(self) -> float | None:
-        return self.signals.get("objective")
-
-    @property
-    def residual(self) -> float | None:
-        return self.signals.get("residual")
-
-    @property
-    def active(self) -> float | None:
-        return self.signals.get("active")
-
 
 @dataclass(frozen=True)
 class Metrics:
@@ -195,7 +184,6 @@ class Usage:
     wall_s: from the end of the batch to its outcome.
     lag_s: from the arrival of the batch's first record to the outcome; None for a batch that is applied again.
     journal_bytes: on the disk.
-    waiting: records that the source holds ready, where it knows.
     duplicates: records and labels that came again, since this process began.
     """
 
@@ -203,5 +191,13 @@ class Usage:
     wall_s: float = 0.0
     lag_s: float | None = None
     journal_bytes: int = 0
-    waiting: int = 0
     duplicates: int = 0
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON holds it: None where it is not finite.
+
+    >>> finite(0.5), finite(math.inf)
+    (0.5, None)
+    """
+    return value if value is not None and math.isfinite(value) else None

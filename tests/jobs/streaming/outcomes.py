@@ -65,6 +65,6 @@ def outcomes(
             batch, number, time, size, size, labelled, labelled // 4, 0, int(batch % 50 == 0), 10, champion, candidates
         )
         answer = Answer(f"record {number}{text}", number, time, number, "", champion, batch - 1, label="a")
-        usage = Usage(seconds, 0.02, abs(generator.gauss(0.3, 0.2)), 9000 * batch, 0, 2 * batch)
+        usage = Usage(seconds, 0.02, abs(generator.gauss(0.3, 0.2)), 9000 * batch, 2 * batch)
         if part is None or batch in part:
             yield Outcome((answer,), tuple(events), (), metrics), usage
