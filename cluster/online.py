@@ -266,19 +266,23 @@ class RankedStack:
         )
 
     def learn(self, encoded: Encoded, labels: Tensor | None = None, weights: Tensor | None = None) -> None:
-        number, given = {"number": encoded.version}, {"labels": labels, "weights": weights}
-        tensors = {name: each for name, each in given.items() if each is not None}
-        whole = Call("learn", {"x": encoded.x, **tensors}, number)
-        with self._turn:
-            here = self._group is not None and self._encoded == encoded.version
-            self._call(Call("learn", tensors, number) if here else whole, again=whole)
-            self._encoded = None
+        given = {"labels": labels, "weights": weights}
+        self._learn_from(encoded, "learn", {name: each for name, each in given.items() if each is not None})
         if sum(call.name == "learn" for call in self._since) >= STATE_EVERY:
             self.state()
 
-    def learn_labels(self, x: Tensor, labels: Tensor) -> None:
-        self._call(Call("learn_labels", {"x": x, "labels": labels}))
-        self._encoded = None
+    def learn_labels(self, encoded: Encoded, labels: Tensor) -> None:
+        if any(layer.supervised for layer in self._config.model.layers):
+            self._learn_from(encoded, "learn_labels", {"labels": labels})
+
+    def _learn_from(self, encoded: Encoded, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Records are sent again only where the ranks have encoded others since, or are new."""
+        number = {"number": encoded.version}
+        whole = Call(name, {"x": encoded.x, **tensors}, number)
+        with self._turn:
+            here = self._group is not None and self._encoded == encoded.version
+            self._call(Call(name, tensors, number) if here else whole, again=whole)
+            self._encoded = None
 
     def raise_rate(self) -> None:
         self._call(Call("raise_rate"))

@@ -120,16 +120,20 @@ class OnlineRank(Worker):
         return found if encoded.label_scores is None else {**found, "scores": encoded.label_scores}
 
     def _learn(self, number: int, x: Tensor | None = None, **known: Tensor) -> None:
-        """From the batch that was encoded last, unless there is another x."""
+        self.stack.learn(self._encoded(number, x), known.get("labels"), known.get("weights"))
+
+    def _learn_labels(self, number: int, labels: Tensor, x: Tensor | None = None) -> None:
+        self.stack.learn_labels(self._encoded(number, x), labels)
+
+    def _encoded(self, number: int, x: Tensor | None) -> Encoded:
+        """The batch that was encoded last, unless there is another x; it is learnt from once."""
         if x is not None:
             self._encode(number, x)
         assert self._last is not None
-        assert self._last[0] == number
-        self.stack.learn(self._last[1], known.get("labels"), known.get("weights"))
+        last, encoded = self._last
+        assert last == number
         self._last = None
-
-    def _learn_labels(self, x: Tensor, labels: Tensor) -> None:
-        self.stack.learn_labels(x, labels)
+        return encoded
 
     def _raise_rate(self) -> None:
         self.stack.raise_rate()

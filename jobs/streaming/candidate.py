@@ -170,7 +170,7 @@ class Candidate:
         """Labels [n] of windows that W and M have learnt from when they came: the readout and V learn from them."""
         encoded = self.stack.encode(x)
         self.readout.learn(encoded.features, labels, inputs=x)
-        self.stack.learn_labels(x, labels)
+        self.stack.learn_labels(encoded, labels)
 
     def recompute(self) -> None:
         """Compute the readout's sums anew, from the features that its reservoir has now."""

@@ -330,26 +330,25 @@ class OnlineStack:
         return labels if bool((labels != UNLABELLED).any()) else None
 
     @torch.no_grad()
-    def learn_labels(self, x: Tensor, labels: Tensor) -> None:
+    def learn_labels(self, encoded: Encoded, labels: Tensor) -> None:
         """Learn V alone from labels that arrived late: W and M have learnt from these records already.
 
         Parameters
         ----------
-        x: [B, C, H, W], the records, which are encoded anew.
+        encoded: the records, encoded anew. If the stack has learnt since, they are encoded once more.
         labels: [B], their classes, `UNLABELLED` where unknown.
         """
-        passed, model = self._unit(x), self.stack.config
-        checked = self._checked_labels(labels, len(passed))
+        checked = self._checked_labels(labels, len(encoded.x))
         if checked is None:
             return
-        checked, number = checked.to(passed.device), max(self.updates, 1)
-        for index, config in enumerate(model.layers):
-            solved = self._layers.solve(index, passed)
+        if encoded.version != self._version:
+            encoded = self.encode(encoded.x)
+        checked, number = checked.to(encoded.x.device), max(self.updates, 1)
+        for index, config in enumerate(self.stack.config.layers):
             if config.supervised and number in self._ranges[index]:
-                self._layers.layers[index].learn_labels(solved.patches, checked)
-            passed = solved.passed
-        if model.layers[-1].supervised:
-            self._label_sums.add(reduce(solved.solution.y, "b k h w -> b k", "mean"), checked)
+                self._layers.layers[index].learn_labels(encoded.solved[index].patches, checked)
+        if self.stack.config.layers[-1].supervised:
+            self._label_sums.add(encoded.activity, checked)
 
     def raise_rate(self) -> None:
         """After a drift: with `rate.kind: after_drift`, the rates of all layers rise to `lr`, and fall again."""

@@ -107,7 +107,7 @@ def stream(
             os.kill(pids_of(stack)[rank], signal.SIGKILL)
         stack.learn(encoded, labels, weights if number % 2 else None)
         if number == 3:
-            stack.learn_labels(x[:4], labels[:4])
+            stack.learn_labels(stack.encode(x[:4]), labels[:4])
             stack.grow(3)
         if number == 4:
             stack.state()

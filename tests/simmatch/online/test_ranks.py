@@ -41,7 +41,7 @@ def learnt(model: ModelConfig, height: int, reduce: Reduce, dtype: torch.dtype) 
             encoded = online.encode(x[chosen])
             online.learn(encoded, (first if number < 3 else labels)[chosen], weights[chosen] if number % 2 else None)
             if number == 2:
-                online.learn_labels(x[3:17], first[3:17])
+                online.learn_labels(online.encode(x[3:17]), first[3:17])
                 online.grow(4)
                 online.raise_rate()
                 state = online.state()

@@ -134,7 +134,7 @@ def test_goes_on_from_a_state_to_the_same_bits(case: tuple[ModelConfig, int], af
     assert digest(other.state()) == digest(online.state())
     for stack in (online, other):
         learnt_from(stack, x, labels, batches[after:])
-        stack.learn_labels(x[:7], labels[:7])
+        stack.learn_labels(stack.encode(x[:7]), labels[:7])
     assert digest(other.state()) == digest(online.state())
     assert digest(dict(enumerate_outputs(other, x))) == digest(dict(enumerate_outputs(online, x)))
 
@@ -201,10 +201,10 @@ def test_late_labels_teach_v_as_labels_in_time_do(gain: float) -> None:
         online.calibrate(x)
         learnt_from(online, x, labels, stream_of(x)[:3])
     before = digest(late.state())
-    late.learn_labels(x[:20], torch.full((20,), UNLABELLED))
+    late.learn_labels(late.encode(x[:20]), torch.full((20,), UNLABELLED))
     assert digest(late.state()) == before
     kept = copied(late.stack.layer(0))
-    late.learn_labels(x[:20], labels[:20])
+    late.learn_labels(late.encode(x[:20]), labels[:20])
     in_time.learn(in_time.encode(x[:20]), labels[:20])
     for name in ("label", "class_frequency"):
         assert torch.equal(late.stack.layer(0).get_buffer(name), in_time.stack.layer(0).get_buffer(name)), name
@@ -212,6 +212,19 @@ def test_late_labels_teach_v_as_labels_in_time_do(gain: float) -> None:
         assert torch.equal(late.stack.layer(0).get_buffer(name), kept[name]), name
     for name in ("label_yz", "label_zz"):
         assert torch.equal(late.state()[name], in_time.state()[name]), name
+
+
+def test_late_labels_of_records_that_were_encoded_before_an_update() -> None:
+    """They are encoded once more, by the stack as it is now."""
+    x, labels = records(6, 6)
+    model = model_of([{"out_channels": 9, "kernel_size": "full", "supervised": True}])
+    now, before = (online_of(model, x) for _ in range(2))
+    for online in (now, before):
+        online.calibrate(x)
+        early = online.encode(x[:20])
+        learnt_from(online, x, labels, stream_of(x)[:3])
+        online.learn_labels(early if online is before else online.encode(x[:20]), labels[:20])
+    assert digest(before.state()) == digest(now.state())
 
 
 def test_scores_are_those_of_an_exported_v_and_of_classes_that_were_seen(tmp_path: Path) -> None:
