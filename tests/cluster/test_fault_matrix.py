@@ -10,7 +10,6 @@ The cells of `FAST` run in `make test`, all of them in `make test-faults`.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -35,7 +34,7 @@ from cluster.config import RunConfig
 from cluster.storage import AnyPath, find, locate, read
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
-from tests.cluster.actors import pids_in
+from tests.cluster.actors import embedded_ray, pids_in
 from tests.faults import COMMIT_S, HOLD_S, MOMENTS, FaultPlan, Kind, wait_for
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -152,20 +151,11 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="module")
 def ray(store: ObjectStore) -> Iterator[Any]:
-    import ray
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # actors find the planned faults
-        ray.init(
-            address="local",
-            num_cpus=CPUS,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
-    yield ray
-    ray.shutdown()
+        with embedded_ray(CPUS) as ray:
+            patch.undo()
+            yield ray
 
 
 @pytest.fixture(scope="module")

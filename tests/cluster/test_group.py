@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import os
 import re
 import signal
@@ -41,7 +40,7 @@ from cluster.worker import Worker
 from simmatch.config import ConfigError
 from simmatch.data.sources import load_dataset
 from simmatch.layer import SimilarityMatchingConv2d
-from tests.cluster.actors import assert_gone, limits, nothing_reserved, train
+from tests.cluster.actors import assert_gone, embedded_ray, limits, nothing_reserved, train
 from tests.exchanges import results
 from tests.faults import FaultPlan, Kind, faulty_worker
 
@@ -56,19 +55,8 @@ ConfigMaker = Callable[..., RunConfig]
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """An embedded Ray of this module's own."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=CPUS,
-        num_gpus=1,  # as Ray was told; whether there is a card is another matter
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",  # nothing of it is reachable from outside
-    )
-    yield ray
-    ray.shutdown()
+    with embedded_ray(CPUS, num_gpus=1) as ray:  # as Ray was told; whether there is a card is another matter
+        yield ray
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ processor time to start."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from simmatch.model import InputConfig
 from simmatch.online.rate import RateConfig
 from simmatch.online.stack import OnlineStack
 from simmatch.online.state import digest
-from tests.cluster.actors import assert_gone, limits, nothing_reserved
+from tests.cluster.actors import assert_gone, embedded_ray, limits, nothing_reserved
 
 pytestmark = pytest.mark.slow
 
@@ -48,18 +47,8 @@ OPTIONS: dict[str, Any] = {"seed": 3, "rate": RATE, "reduce": "exact"}
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """An embedded Ray of this module's own."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=CPUS,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",  # nothing of it is reachable from outside
-    )
-    yield ray
-    ray.shutdown()
+    with embedded_ray(CPUS) as ray:
+        yield ray
 
 
 @contextmanager
