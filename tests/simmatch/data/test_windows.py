@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from simmatch.data.formats import DataError
 from simmatch.data.series import OpenRecordings, Series, series_of_npy, series_of_npz
 from simmatch.data.windows import Windows, WindowShape, filled, in_turn, runs, scaled, starts_in
+from tests.open_files import open_files
 
 
 def expected_runs(missing: list[bool], gaps: set[int], hold: int) -> list[list[int]]:
@@ -183,6 +184,5 @@ def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
     for index in range(5):
         np.save(tmp_path / f"{index}.npy", np.full(4, index))
     all_series = [series_of_npy(str(tmp_path / f"{index}.npy"), f"{index}.npy", files) for index in range(5)]
-    before = len(os.listdir("/proc/self/fd"))
     assert [int(series.read(1, 2)[0, 0]) for series in [*all_series, *all_series]] == [*range(5), *range(5)]
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert open_files(tmp_path) == [str(tmp_path / f"{index}.npy") for index in (3, 4)]
