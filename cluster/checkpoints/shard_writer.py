@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.checkpoints.manifest import CONSTANTS, Constant, Cursor, LayerState, Shard, folder_of
@@ -26,6 +24,7 @@ from cluster.storage import AnyPath, copy_whole, size_bytes, write_whole
 from simmatch.files import make_folder
 from simmatch.remote import retry
 from simmatch.sharding.rows import Rows
+from simmatch.tensor_files import save_tensors
 
 WriteShard = Callable[[AnyPath, int, int, dict[str, Tensor], dict[str, Rows]], Shard]
 
@@ -75,10 +74,7 @@ def write_constant(folder: AnyPath, tensors: dict[str, Tensor], rows: dict[str, 
 
 def _save(tensors: dict[str, Tensor], rows: dict[str, Rows], file: Path, target: AnyPath) -> dict[str, Any]:
     """Save tensors to a file of this machine; returns what a manifest says of them. `target` is for the message."""
-    try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:  # which the library raises on a full disk
-        raise OSError(f"{target}: {error}") from error
+    save_tensors(file, {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, target=target)
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return {
