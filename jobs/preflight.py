@@ -78,7 +78,7 @@ def memory_of_ranks() -> float | None:
     return float(machine_bytes())
 
 
-def check_device_of_ranks(config: RunConfig) -> None:
+def check_device_of_ranks(device: str, ranks: int) -> None:
     """Refuse a device that this machine lacks, where it is to run all ranks: a cluster's own nodes check theirs.
 
     Raises
@@ -88,9 +88,9 @@ def check_device_of_ranks(config: RunConfig) -> None:
     """
     if not embeds_ray():
         return
-    check_device(config.device, touch=False)
-    ranks, gpus = config.mesh.world_size, torch.cuda.device_count()
-    if config.device == "cuda" and gpus < ranks:
+    check_device(device, touch=False)
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < ranks:
         raise ConfigError(f"mesh: expected a GPU for each of {count(ranks, 'rank')}, got {gpus} on this machine")
 
 

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None, make_display: MakeDisplay = RunDisp
         config = start.config
         if start.finished:
             return report_finished(start, dataset, console)
-        check_device_of_ranks(config)
+        check_device_of_ranks(config.device, config.mesh.world_size)
         if start.resume is not None:
             check_checkpoint(config, start.resume, dataset)
         for warning in check_surroundings(config, start.destination, dataset):

@@ -14,12 +14,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from cluster.controller import RunFailed
+from cluster.failures import classify
+from cluster.mesh import MeshConfig
 from cluster.redaction import one_line
 from cluster.text import count
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from jobs.display import PLAIN
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.options import override, read_yaml
+from jobs.preflight import check_device_of_ranks
 from jobs.recording import open_tracker
 from jobs.run_directory import default_root, local_folder
 from jobs.streaming.config import StreamConfig, parse_stream
@@ -27,7 +31,9 @@ from jobs.streaming.job import StreamJob, choose, public, read_config
 from jobs.streaming.journal import JournalError
 from jobs.streaming.replay import replay
 from simmatch.config import ConfigError
+from simmatch.devices import check_device
 from simmatch.documents import dump_yaml
+from simmatch.precision import exact_float32
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,13 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
         run_dir = choose(config, base, options.resume)
         if options.dry_run:
             return _dry_run(config, run_dir, console)
+        _check_device(config)
         if config.source.lines is not None and not (run_dir / "config.yaml").exists():
             config.source.lines.check()
         tracker = open_tracker(run_dir, config.tracking, ModelLogger(load_exported))
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    except JournalError as error:
+    except (JournalError, RunFailed) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return FAILED
     return StreamJob(config, run_dir, tracker, console).run()
@@ -66,9 +73,30 @@ def _config(options: argparse.Namespace) -> StreamConfig:
     return parse_stream(override(read_yaml(Path(options.config)), [*options.set, *local]))
 
 
+def _check_device(config: StreamConfig) -> None:
+    """Refuse a device that this process, or where they are on this machine the ranks, cannot use.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or fewer than ranks.
+    RunFailed
+        It is broken, or another process has it for itself.
+    """
+    if config.mesh.world_size > 1:
+        check_device_of_ranks(config.device, config.mesh.world_size * len(config.candidates))
+        return
+    try:
+        check_device(config.device)
+    except RuntimeError as error:
+        raise RunFailed(f"device: {classify(error).message}") from error
+
+
 def _replay(config: StreamConfig, run_dir: Path, console: Console) -> int:
     """Apply the journal of a run, and compare with its snapshots."""
+    _check_device(config.model_copy(update={"mesh": MeshConfig()}))
     torch.set_num_threads(config.threads)
+    exact_float32()
     found = replay(run_dir, config)
     origin = f"the snapshot of batch {found.begun}" if found.begun else "the first entry"
     line = f"{found.entries} entries and {found.batches} batches of the journal from {origin}: digest {found.digest}"
@@ -99,8 +127,11 @@ def _dry_run(config: StreamConfig, run_dir: Path, console: Console) -> int:
     console.print(dump_yaml(public(config)).rstrip(), **PLAIN)
     begun = (run_dir / "config.yaml").exists()
     names = ", ".join(config.candidates)
+    ranks = config.mesh.world_size * len(config.candidates)
+    where = "this process" if config.mesh.world_size == 1 else count(ranks, "rank")
     console.print(
-        f"{'continues' if begun else 'begins'} in {run_dir}; source: {config.source.kind}; candidates: {names}",
+        f"{'continues' if begun else 'begins'} in {run_dir}; source: {config.source.kind}; candidates: {names}; "
+        f"layers in {where}, device: {config.device}",
         **PLAIN,
     )
     return 0

@@ -338,11 +338,11 @@ class Answers:
             x = prepared(windows, self._data, snapshot.shape)
         except ValueError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, f"windows: {error}") from None
-        return {
-            "candidate": snapshot.name,
-            "batch": snapshot.batch,
-            "windows": snapshot.score(x, features=features),
-        }
+        try:
+            answers = snapshot.score(x, features=features)
+        except torch.OutOfMemoryError:  # of a GPU on which the stream learns
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "expected free memory on the GPU", after_s=1.0) from None
+        return {"candidate": snapshot.name, "batch": snapshot.batch, "windows": answers}
 
 
 def dumped(values: Any) -> bytes:

@@ -39,7 +39,7 @@ class Said:
 
     Attributes
     ----------
-    encoded: by the stack.
+    encoded: by the stack, what it tells of them on the host.
     scores: [n, classes] of the readout; None before two classes.
     novelty: [n].
     novel: bool [n], above the threshold.
@@ -56,9 +56,9 @@ class Said:
 
 
 def make_stack(config: StreamConfig, shape: list[int], classes: int) -> OnlineStack:
-    """The stack of a candidate, in this process."""
-    source = input_of(shape, classes)
-    return OnlineStack(config.model, source, seed=config.seed, rate=config.rate, reduce=config.reduce)
+    """The stack of a candidate in this process, which may have no GPU where the stacks that learn are on ranks."""
+    source, device = input_of(shape, classes), config.device if config.mesh.world_size == 1 else "cpu"
+    return OnlineStack(config.model, source, seed=config.seed, rate=config.rate, reduce=config.reduce, device=device)
 
 
 def input_of(shape: list[int], classes: int) -> InputConfig:
@@ -84,6 +84,7 @@ def learning_stack(config: StreamConfig, shape: list[int], classes: int) -> Onli
         seed=config.seed,
         rate=config.rate,
         reduce=config.reduce,
+        device=config.device,
         note=lambda text: print(text, file=sys.stderr),
         grows=not embeds_ray(),
     )
@@ -135,7 +136,7 @@ class Candidate:
 
     def say(self, x: Tensor) -> Said:
         """Encode, score: windows [n, C, H, W]."""
-        encoded = self.stack.encode(x)
+        encoded = self.stack.encode(x).told()
         scores = self.readout.scores(encoded.features)
         novelty = self.detector.score(encoded.features)
         threshold = self.detector.threshold

@@ -147,6 +147,10 @@ class StreamConfig(Frozen):
 
     seed: NonNegativeInt = 0
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the layers are: `cuda` is a GPU for all candidates, or with a `mesh` of several ranks a whole one for every
+    rank of each. All else is in the memory of this process. Another device changes the last bits."""
+
     threads: Count = 1
     """torch threads of this process; another number changes the last bits."""
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from cluster.controller import RunFailed
+from cluster.failures import classify
 from cluster.policy import RanksLostError
 from cluster.redaction import Redactor, one_line, redact
 from cluster.text import count
@@ -36,6 +37,7 @@ from jobs.streaming.sources import open_source
 from simmatch.config import ConfigError
 from simmatch.documents import DocumentError, dump_json, dump_yaml, load_yaml_file
 from simmatch.files import locked, make_folder, write_whole
+from simmatch.precision import exact_float32
 from simmatch.sharding.faults import SharedFault
 
 LOCK = "lock"
@@ -99,6 +101,8 @@ class StreamJob:
         self._service: Service | None = None
         self._seen: Seen | None = None
         self._over = False
+        self._torn = False
+        """Whether a batch was learnt in part: there is no state then, and maybe no device or rank to ask for one."""
 
     def run(self) -> int:
         """Returns the exit status."""
@@ -119,6 +123,7 @@ class StreamJob:
 
     def _run(self) -> int:
         torch.set_num_threads(self.config.threads)
+        exact_float32()
         try:
             seen = self._seen = Seen(self.run_dir, self.config, self._display.note, self.tracker)
         except ConfigError as error:
@@ -151,8 +156,12 @@ class StreamJob:
             status, code, message = "KILLED", exit_status(self._signum), str(Interrupted(self._signum))
         except ConfigError as error:
             code, message = BAD_INPUT, str(error)
-        except (JournalError, SourceError, SharedFault, RanksLostError, RunFailed, OSError) as error:
+        except (JournalError, SourceError, RunFailed, OSError) as error:
             message = str(error)
+        except (SharedFault, RanksLostError) as error:
+            message, self._torn = str(error), True
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            message, self._torn = f"device: {classify(error).message}", True
         finally:
             self._over = True
             journal.close()
@@ -167,7 +176,7 @@ class StreamJob:
         if config.mesh.world_size > 1:
             ranks = config.mesh.world_size * len(config.candidates)
             address = start_ray(ranks * config.cluster.cpus_per_rank, config.cluster.heartbeat_s)
-            self._display.note(f"ray: {address}; mesh: {config.mesh}")
+            self._display.note(f"ray: {address}; mesh: {config.mesh}; device: {config.device}")
 
     def _stream(self, service: Service) -> None:
         """Catch up with the journal, then read the source."""
@@ -196,7 +205,8 @@ class StreamJob:
         self.tracker.metrics(int(summary["records"]), {"seconds": seconds})
         self.tracker.finish(status)
         if self._seen is not None:
-            self._seen.close(ENDS[status] if status != "FAILED" else f"failed: {one_line(self._hide(message or ''))}")
+            end = ENDS[status] if status != "FAILED" else f"failed: {one_line(self._hide(message or ''))}"
+            self._seen.close(end, model=not self._torn)
         if self._display.candidates:
             self._display.note(self._display.line())
         send_records(self.tracker, self._display.note)
@@ -225,7 +235,7 @@ class StreamJob:
             "accuracy": {name: one.right / one.answered if one.answered else None for name, one in candidates},
             "answered": {name: one.answered for name, one in candidates},
             "drifts": {name: one.drifts for name, one in candidates},
-            "digest": service.digest,
+            "digest": None if self._torn else service.digest,
             "seconds": seconds,
         }
 
@@ -245,6 +255,7 @@ class StreamJob:
         return source_tags(program_commit()) | {
             "mlflow.note.content": f"A stream, source: {self.config.source.kind}; {candidates}",
             "simmatch.host": os.uname().nodename,
+            "simmatch.device": self.config.device,
         }
 
 

@@ -124,16 +124,18 @@ class Seen:
         self._write()
         self._try("file of waiting events", self.events.sync)
 
-    def close(self, state: str) -> None:
+    def close(self, state: str, *, model: bool = True) -> None:
         """The job ends: the last page, the champion's model, and what waits is sent for some seconds.
 
         state: `ended`, or `failed: …`.
+        model: whether the champion is between two batches, so that it can be exported.
         """
         self._state = state
         self._write()
         if self._curves is not None:
             self._curves.record(self._latest, self.history.kept.counts)
-        self._try("model", partial(self._register, MODEL, ""))
+        if model:
+            self._try("model", partial(self._register, MODEL, ""))
         self.events.close()
         self._try("file of waiting events", self.events.sync)
         self.answers.close()

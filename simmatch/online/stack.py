@@ -13,7 +13,7 @@ records are kept until the last layer has begun.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import reduce
@@ -71,6 +71,13 @@ class Encoded:
     activity: Tensor
     solved: Mapping[int, Solved] = field(repr=False)
     version: int
+
+    def told(self) -> Encoded:
+        """With features, signals and scores on the host, where readouts, detectors and monitors are; the rest, from
+        which the stack learns, stays on its device."""
+        scores = None if self.label_scores is None else self.label_scores.cpu()
+        signals = {name: values.cpu() for name, values in self.signals.items()}
+        return replace(self, features=self.features.cpu(), signals=signals, label_scores=scores)
 
 
 def checked(model: ModelConfig, rate: RateConfig) -> ModelConfig:
@@ -149,7 +156,7 @@ class OnlineStack:
         self._ranges = learning_updates(self.stack.config, ENDLESS)
         last = self.stack.layer(-1)
         self._label_sums = LabelSums(last.label, last.plasticity.lr)
-        self._version = 0
+        self._version, self._calibrated = 0, False
         shape = source.in_channels, source.height, source.width
         self._begin(torch.zeros(0, *shape, dtype=dtype, device=device))
 
@@ -160,7 +167,9 @@ class OnlineStack:
     @property
     def calibrated(self) -> bool:
         """Whether the first layer has been calibrated, so that records can be encoded."""
-        return self._layers.layers[0].calibrated
+        if not self._calibrated:  # once it is, the device is not asked again
+            self._calibrated = self._layers.layers[0].calibrated
+        return self._calibrated
 
     @property
     def learning_rate(self) -> float:
@@ -187,6 +196,7 @@ class OnlineStack:
             to_tolerance=True,
         )
         self._layers = StageLayers(self._setup, range(len(stack.config.layers)), self._ranges)
+        self._calibrated = False
 
     def _unit(self, x: Tensor) -> Tensor:
         """Checked records, in the dtype and on the device of the weights."""

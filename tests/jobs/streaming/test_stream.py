@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.stream import main
 from jobs.streaming.records import LateLabel, Record
 from simmatch.documents import dump_yaml
 from simmatch.files import locked
 from tests.jobs.streaming.streams import Item, journalled, small, wait_until, waves
+
+SIX_GPUS = "candidates={main: [], other: [rate.kind=falling]}", "mesh.data=3", "device=cuda"
 
 
 def lines(items: list[Item]) -> str:
@@ -79,6 +83,24 @@ def test_another_configuration_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "run-2" / "summary.json").exists()
 
 
+def test_without_snapshots_the_journal_is_applied_to_another_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How a stream is moved to another device; as that needs one, here to another seed."""
+    (tmp_path / "waves.jsonl").write_text(lines(waves(60)))
+    assert main(command(tmp_path)) == 0
+    shutil.rmtree(tmp_path / "run" / "snapshots")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1", 1))
+    with (tmp_path / "waves.jsonl").open("a") as file:
+        file.write(lines(waves(90)[60:]))
+    assert main(command(tmp_path, "--set", "seed=1")) == 0
+    assert summary(tmp_path)["records"] == len(journalled(tmp_path / "run")) == 90
+    capsys.readouterr()
+    assert main(["--run-dir", str(tmp_path / "run"), "--replay"]) == 0
+    assert f"digest {summary(tmp_path)['digest']}\n" in capsys.readouterr().out
+
+
 def test_a_replay_that_differs_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "waves.jsonl").write_text(lines(waves(60)))
     assert main(command(tmp_path)) == 0
@@ -123,6 +145,7 @@ def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
             "source={mqtt: {host: localhost, topics: [a], client_id: a, most_unacknowledged: 60000}}",
             "labels.ids: expected at least source.mqtt.most_unacknowledged=60000, as so many may come again, got 1000",
         ),
+        ("device=gpu", "device: expected 'cpu' or 'cuda', got 'gpu'"),
         ("snapshot.keep=1", "snapshot.keep: expected greater than or equal to 2, got 1"),
     ],
 )
@@ -137,6 +160,43 @@ def test_bad_configuration_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_device_that_cannot_be_used_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether this process or ranks would use it; and another one for a stream that has begun."""
+    (tmp_path / "waves.jsonl").write_text(lines(waves(30)))
+    empty = torch.empty
+
+    def refused(*options: str) -> str:
+        assert main(command(tmp_path, *(part for each in options for part in ("--set", each)))) in (1, 2)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error.removeprefix("error: ").removesuffix("\n")
+
+    def broken(*size: int, device: str | torch.device = "cpu", **options: Any) -> torch.Tensor:
+        if torch.device(device).type == "cuda":
+            raise torch.AcceleratorError(
+                "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously"
+            )
+        return empty(*size, device=device, **options)
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch, "empty", broken)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for mesh in ("mesh={}", "mesh.channel=2"):
+        reason = "torch sees no CUDA device, for want of a driver or because CUDA_VISIBLE_DEVICES hides it"
+        expected = f"device: expected one that torch can use here, got 'cuda': {reason}"
+        assert refused("device=cuda", mesh) == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    assert refused("device=cuda") == "device: AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+    assert refused(*SIX_GPUS) == "mesh: expected a GPU for each of 6 ranks, got 5 on this machine"
+    assert not (tmp_path / "run").exists()
+    assert main(command(tmp_path)) == 0
+    capsys.readouterr()
+    other = f"{tmp_path / 'run'} belongs to another configuration: device: expected 'cpu', got 'cuda'"
+    assert refused("device=cuda") == f"--resume: {other}; use --resume never or --run-dir"
+
+
 def test_a_folder_of_something_else_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("name: other\nepochs: 3\n")
@@ -149,7 +209,10 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path, capsys: pytest.Capt
 
 def test_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, "--dry-run")) == 0
-    assert f"begins in {tmp_path / 'run'}; source: lines; candidates: main\n" in capsys.readouterr().out
+    begins = f"begins in {tmp_path / 'run'}; source: lines; candidates: main; "
+    assert f"{begins}layers in this process, device: cpu\n" in capsys.readouterr().out
+    assert main(command(tmp_path, "--dry-run", *(part for each in SIX_GPUS for part in ("--set", each)))) == 0
+    assert "layers in 6 ranks, device: cuda\n" in capsys.readouterr().out  # a plan: nobody looks for them
     assert not (tmp_path / "run").exists()
 
 
