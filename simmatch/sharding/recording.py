@@ -44,11 +44,15 @@ class FaultRecord:
         self.error: Exception | None = None
 
     def add(self, stages: dict[str, Tensor], error: Exception | None) -> None:
-        """Record the statuses [G, 2] of an update by the name of their values; all updates have the same names."""
-        statuses = torch.stack(list(stages.values()))
-        if self._statuses is None:
+        """Record the statuses [G, 2] of an update by the name of their values; one that need not solve has fewer."""
+        if not stages.keys() <= set(self._values):
+            before = {} if self._statuses is None else dict(zip(self._values, self._statuses, strict=True))
+            kept = {name: before.get(name, torch.zeros_like(one)) for name, one in (stages | before).items()}
             with torch.inference_mode(False):
-                self._statuses, self._values = statuses.clone(), list(stages)
+                self._statuses, self._values = torch.stack(list(kept.values())), list(kept)
+        assert self._statuses is not None
+        like = next(iter(stages.values()))
+        statuses = torch.stack([stages[name] if name in stages else torch.zeros_like(like) for name in self._values])
         self._statuses.copy_(torch.where(self.ok, statuses, self._statuses))  # the layer may be of another dtype now
         self.ok.logical_and_((statuses * 0.0).sum() == 0.0)
         self.error = self.error or error

@@ -176,6 +176,39 @@ def test_values_that_are_not_finite_are_raised_at_the_next_look(
     assert outcomes == [(expected(kind, replicas, owners), [guilty])] * (guilty + 1)
 
 
+@pytest.mark.parametrize("solved_first", [True, False])
+@pytest.mark.parametrize("mode", ["alone", "gather_state"])
+def test_updates_that_need_not_solve_take_turns_with_others(mode: str, solved_first: bool) -> None:
+    """As in a stream, where the solution is known unless labels drive it: the bits and the fault of other updates."""
+    own, other = (make_layer("supervised", Mesh() if mode == "gather_state" else None) for _ in range(2))
+
+    def update(layer: SimilarityMatchingConv2d, number: int) -> None:
+        x, labels = batch(number)
+        patches = layer.prepare(x)
+        known = layer.solve(patches) if number % 2 == solved_first else None
+        given = None if known is not None else labels
+        layer.partial_fit(patches, given, solution=known, recorded=layer is own)
+
+    for number in range(1, 7):
+        for layer in (own, other):
+            update(layer, number)
+    own.raise_faults()
+    assert_same(state_of(own), state_of(other))
+    for number in (7, 8):
+        for layer in (own, other):
+            layer.load_state_dict(other.state_dict())
+            layer.certify()
+        learnt = own._learnt
+        own._learnt = overflowing(learnt)  # type: ignore[method-assign]
+        update(own, number)
+        own._learnt = learnt  # type: ignore[method-assign]
+        update(own, number + 1)  # sound again; changes nothing
+        with pytest.raises(SharedFault, match="non-finite feedforward or label weights on rank 0 in update 7"):
+            own.raise_faults()
+        assert_same(state_of(own), state_of(other))
+        own.raise_faults()
+
+
 @pytest.mark.parametrize(("replicas", "owners"), SHAPES[1:])
 def test_an_exception_of_one_rank_is_raised_by_all_at_the_next_look(replicas: int, owners: int) -> None:
     def program(mesh: Mesh) -> str:
