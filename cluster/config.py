@@ -104,6 +104,17 @@ class GroupConfig(Frozen):
     at which all ranks write a checkpoint, and not before it has written one of its own. Twice as long after a larger
     group that did not come up, and so on."""
 
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Raise ConfigError where the smallest group allowed does not fit the mesh."""
+        least = self.min_shards
+        if least is not None and (mesh.data, mesh.layer) != (1, 1):
+            raise ConfigError(
+                f"cluster.min_shards: expected none with {mesh}, since only a group of shards (mesh.data=1 and "
+                f"mesh.layer=1) can become smaller, got {least}"
+            )
+        if least is not None and least > mesh.channel:
+            raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={mesh.channel}, got {least}")
+
 
 class RunConfig(Frozen):
     """Everything about one run; `jobs/configs/*.yaml` hold examples."""
@@ -150,14 +161,7 @@ class RunConfig(Frozen):
         of training images, where it is known; or layers cannot be summed as `reduce` asks."""
         self.model.check_reduce(self.reduce)
         self.mesh.check(self.model, images)
-        least = self.cluster.min_shards
-        if least is not None and (self.mesh.data, self.mesh.layer) != (1, 1):
-            raise ConfigError(
-                f"cluster.min_shards: expected none with {self.mesh}, since only a group of shards (mesh.data=1 and "
-                f"mesh.layer=1) can become smaller, got {least}"
-            )
-        if least is not None and least > self.mesh.channel:
-            raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={self.mesh.channel}, got {least}")
+        self.cluster.check_mesh(self.mesh)
 
     def at_rate(self, factor: float) -> RunConfig:
         """The same with all learning rates multiplied."""

@@ -225,7 +225,8 @@ class WorkerGroup:
         Once a rank has failed the others get no more than the heartbeat: they may be waiting for it.
         """
         limit_s = limit_s or self.config.start_timeout_s
-        deadline = time.monotonic() + limit_s
+        started = time.monotonic()
+        deadline = started + limit_s
         results: dict[int, Any] = {}
         failed: dict[int, Failure] = {}
         waiting = {ref: rank for rank, ref in enumerate(refs)}
@@ -242,7 +243,8 @@ class WorkerGroup:
         if not waiting and not failed:
             return [results[rank] for rank in range(len(refs))]
         missing = [self._name(rank) for rank in sorted(waiting.values())]
-        late = f"{listed(missing, MOST_NAMED)} did not {verb} within {limit_s:g} s" if waiting else ""
+        waited_s = min(limit_s, round(time.monotonic() - started, 1)) if failed else limit_s
+        late = f"{listed(missing, MOST_NAMED)} did not {verb} within {waited_s:g} s" if waiting else ""
         if not failed:
             raise GroupFailure(Failure(late, retryable=True))
         # a failure that would happen again explains the ranks that are late; any other is explained by them

@@ -4,8 +4,8 @@ The driver holds the stream; Ray actors hold the stack (`cluster.online_rank`). 
 needed of it comes back from there. All ranks get the same calls in the same order, so nothing else is agreed on.
 
 A rank that is lost replaces the whole group, as in training: the new one starts from the newest state that the driver
-has, and is called again as the old one was since then, to the same bits. So the driver keeps the batches since the
-newest state, which it takes every `STATE_EVERY` updates if nobody else has.
+has, and is called again as the old one was since then, to the same bits. So the driver keeps the calls since the
+newest state, which it takes after `STATE_EVERY` of them if nobody else has.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -23,65 +22,34 @@ import torch
 from torch import Tensor
 
 from cluster.config import GroupConfig, RunConfig
-from cluster.group import WorkerGroup
+from cluster.failures import classify
 from cluster.mesh import MeshConfig
-from cluster.online_rank import Arrays, OnlineRank, Reply, StreamAssignment
-from cluster.policy import FailurePolicy, GroupFailure, RanksLostError, Stop
+from cluster.online_group import Call, StreamGroup
+from cluster.online_rank import OnlineRank, Reply, StreamAssignment
+from cluster.policy import GroupFailure, RanksLostError, Stop
+from cluster.succession import Succession
+from cluster.summary import RunRecord
+from cluster.text import count
 from simmatch.config import ConfigError, ModelConfig, Reduce
 from simmatch.data.config import DataConfig
 from simmatch.model import InputConfig, Stack
+from simmatch.online.arguments import check_records, learnable, learnable_labels
 from simmatch.online.rate import RateConfig
 from simmatch.online.stack import Encoded, OnlineStack
 from simmatch.online.state import State
 
 STATE_EVERY = 200
-"""Updates between two states that the driver takes."""
+"""Calls that change the stack between two states that the driver takes."""
 
 PART_OF_HEARTBEAT = 0.25
 """Pause between two signs of life of a driver that has nothing to do, over the heartbeat."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of all ranks."""
-
-    name: str
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    options: Mapping[str, int] = field(default_factory=dict)
-
-
-class StreamGroup(WorkerGroup):
-    """The ranks of one generation, which are called for every batch."""
-
-    def _write_nonce(self) -> str:
-        return ""
-
-    def _check_run_dir(self, nonce: str) -> None:
-        """Ranks of a stream write nothing."""
-
-    def perform(self, call: Call) -> Reply:
-        """Call all ranks; the answer of rank 0.
-
-        Raises
-        ------
-        GroupFailure
-            A rank died, raised an exception, or did not answer within `stall_timeout_s`.
-        """
-        header = [
-            (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-            for name, tensor in call.tensors.items()
-        ]
-        arrays: Arrays = {name: tensor.detach().cpu().numpy() for name, tensor in call.tensors.items()}
-        refs = [
-            actor.perform.remote(call.name, dict(call.options), header, arrays if rank == 0 else None)
-            for rank, actor in enumerate(self._actors)
-        ]
-        reply: Reply = self._gather(refs, call.name, limit_s=self.config.stall_timeout_s)[0]
-        return reply
-
-
 class RankedStack:
     """A stack on several ranks. Methods and attributes are those of `OnlineStack`, but for the layers themselves.
+
+    A call during which ranks are lost for good, or that is interrupted, ends it: all later calls but `close` raise
+    `RanksLostError`, and the newest state, with what was learnt since, is where another one goes on.
 
     Parameters
     ----------
@@ -95,6 +63,7 @@ class RankedStack:
     Attributes
     ----------
     generation: groups so far that have been replaced.
+    seconds: of processor time of all ranks so far, for calls.
     """
 
     def __init__(
@@ -131,16 +100,19 @@ class RankedStack:
             }
         )
         self._config.check_mesh()
-        self.rate, self.source, self.generation = rate or RateConfig(), source, 0
-        self._local().state()  # what cannot be built is refused here
+        self.rate, self.source, self.seconds = rate or RateConfig(), source, 0.0
+        local = self._local()
+        local.state()  # what cannot be built is refused here
         self._first_source, self._note, self._grows = source, note, grows
-        self._policy = FailurePolicy(limits.max_restarts, limits.max_preemptions, limits.min_shards, limits.backoff_s)
-        self._in_a_row, self._number = 0, 0
+        self._succession = Succession(self._config, RunRecord())
+        self._number = 0
         self._group: StreamGroup | None = None
+        self._failure: GroupFailure | None = None
+        self._over = ""
         self._state: State | None = None
         self._since: list[Call] = []
         self._encoded: int | None = None
-        self._reply = Reply({}, updates=0, learning_rate=self._local().learning_rate, calibrated=False)
+        self._reply = Reply({}, local.updates, local.learning_rate, calibrated=False)
         self._turn, self._closed = threading.RLock(), threading.Event()
         self._keeper = threading.Thread(target=self._keep_alive, name="ranks of a stream", daemon=True)
         self._keeper.start()
@@ -153,7 +125,11 @@ class RankedStack:
 
     # ------------------------------------------------------------------------------------------- ranks
 
-    def _start(self) -> StreamGroup:
+    @property
+    def generation(self) -> int:
+        return self._succession.generation
+
+    def _start(self) -> None:
         """A new group that has been called as the one before it."""
         assignment = StreamAssignment(
             self._config,
@@ -164,14 +140,18 @@ class RankedStack:
             source=self._first_source,
             rate=self.rate,
         )
-        self._group = group = StreamGroup(assignment, OnlineRank, grows=self._grows)
-        group.start(self._note)
-        self._encoded = None
-        if self._state is not None:
-            self._reply = group.perform(Call("restore", self._state))
-        for call in self._since:
-            self._reply = group.perform(call)
-        return group
+        self._group = StreamGroup(assignment, OnlineRank, grows=self._grows)
+        self._group.start(self._note)
+        calls = [] if self._state is None else [Call("restore", self._state)]
+        for call in (*calls, *self._since):
+            self._perform(self._group, call)
+
+    def _perform(self, group: StreamGroup, call: Call) -> Reply:
+        if self._failure is not None:  # as a sign of life has found
+            raise self._failure
+        self._reply = group.perform(call)
+        self.seconds += self._reply.seconds
+        return self._reply
 
     def _call(self, call: Call, *, changes: bool = True, again: Call | None = None) -> Reply:
         """Call all ranks, of as many groups as the policy allows.
@@ -180,36 +160,49 @@ class RankedStack:
         again: the call for a new group, where it differs.
         """
         with self._turn:
-            while True:
-                try:
-                    fresh = self._group is None
-                    group = self._group or self._start()
-                    self._reply = group.perform(again if again is not None and fresh else call)
-                    break
-                except GroupFailure as error:
-                    self._after(error)
-            if changes:
-                self._since.append(again or call)
-            return self._reply
+            if self._over:
+                raise RanksLostError(self._over)
+            try:
+                reply = self._called(call, again or call)
+                if changes:
+                    kept = again or call  # with tensors of its own: the caller may use the memory again
+                    self._since.append(replace(kept, tensors={key: one.clone() for key, one in kept.tensors.items()}))
+            except BaseException as error:  # the ranks may have done what this process does not know of
+                self._over = str(error) or type(error).__name__
+                self._end()
+                raise
+            if changes and len(self._since) >= STATE_EVERY:
+                self.state()
+            return reply
+
+    def _called(self, call: Call, again: Call) -> Reply:
+        while True:
+            try:
+                if self._group is not None:
+                    return self._perform(self._group, call)
+                self._start()
+                call = again
+            except GroupFailure as error:
+                self._after(error)
 
     def _after(self, error: GroupFailure) -> None:
         """End the group; make way for another, or raise."""
         self._end()
-        failure, shards = error.failure, self._config.mesh.channel
-        decision = self._policy.decide(failure, self._in_a_row, shards)
+        failure, ranks = error.failure, self._config.mesh.world_size
+        decision = self._succession.after(failure, ranks, room=0)
         if isinstance(decision, Stop):
             raise RanksLostError(decision.why) from error
-        self._in_a_row += 1
-        self.generation += 1
-        if decision.shards != shards:
+        self._succession.count(decision, failure, ranks)
+        if decision.shards != ranks:
             mesh = self._config.mesh.model_copy(update={"channel": decision.shards})
             self._config = self._config.model_copy(update={"mesh": mesh})
-        calls = f"{len(self._since)} call{'' if len(self._since) == 1 else 's'}"
-        self._note(f"{failure.message}; starting new ranks from the newest state, {calls} to repeat")
+        origin = "the beginning" if self._state is None else "the newest state"
+        calls = count(len(self._since), "call")
+        self._note(f"{failure.message}; starting {count(decision.shards, 'new rank')} from {origin}, {calls} to repeat")
         time.sleep(decision.after_s)
 
     def _end(self) -> None:
-        group, self._group, self._encoded = self._group, None, None
+        group, self._group, self._encoded, self._failure = self._group, None, None, None
         if group is not None:
             group.end()
 
@@ -217,15 +210,22 @@ class RankedStack:
         """A sign of life now and then: ranks end themselves where their driver does not call."""
         while not self._closed.wait(PART_OF_HEARTBEAT * self._config.cluster.heartbeat_s):
             with self._turn:
-                if self._group is not None and not self._closed.is_set():
-                    with suppress(GroupFailure):  # the next call finds out
-                        self._group.poll()
+                if self._group is None or self._failure is not None:
+                    continue
+                try:
+                    self._group.poll()
+                except GroupFailure as error:
+                    self._failure = error  # for the next call
+                except Exception as error:  # such as of a Ray that was left
+                    self._failure = GroupFailure(classify(error))
 
     def close(self) -> None:
         """End the ranks."""
         self._closed.set()
         with self._turn:
+            self._over = self._over or "the stack was closed"
             self._end()
+        self._keeper.join()
 
     # ------------------------------------------------------------------------------------------- as an OnlineStack
 
@@ -244,11 +244,13 @@ class RankedStack:
     def calibrate(self, x: Tensor) -> None:
         if self.calibrated:
             raise RuntimeError("calibrate: expected one call, got another; what is measured first stays")
+        check_records(x, self.source)
         self._call(Call("calibrate", {"x": x}))
 
     def encode(self, x: Tensor) -> Encoded:
         if not self.calibrated:
             raise RuntimeError("encode: expected a calibrated stack; call calibrate() with the first records")
+        check_records(x, self.source)
         with self._turn:
             self._number += 1
             reply = self._call(Call("encode", {"x": x}, {"number": self._number}), changes=False)
@@ -266,14 +268,15 @@ class RankedStack:
         )
 
     def learn(self, encoded: Encoded, labels: Tensor | None = None, weights: Tensor | None = None) -> None:
-        given = {"labels": labels, "weights": weights}
-        self._learn_from(encoded, "learn", {name: each for name, each in given.items() if each is not None})
-        if sum(call.name == "learn" for call in self._since) >= STATE_EVERY:
-            self.state()
+        known = learnable(self._config.model, self.source, len(encoded.x), labels, weights)
+        if known is not None:
+            given = dict(zip(("labels", "weights"), known, strict=True))
+            self._learn_from(encoded, "learn", {name: each for name, each in given.items() if each is not None})
 
     def learn_labels(self, encoded: Encoded, labels: Tensor) -> None:
-        if any(layer.supervised for layer in self._config.model.layers):
-            self._learn_from(encoded, "learn_labels", {"labels": labels})
+        known = learnable_labels(self._config.model, self.source, len(encoded.x), labels)
+        if known is not None:
+            self._learn_from(encoded, "learn_labels", {"labels": known})
 
     def _learn_from(self, encoded: Encoded, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Records are sent again only where the ranks have encoded others since, or are new."""
@@ -296,16 +299,19 @@ class RankedStack:
 
     def state(self) -> State:
         with self._turn:
-            reply = self._call(Call("state"), changes=False)
-            state = {name: torch.from_numpy(array.copy()) for name, array in reply.tensors.items()}
-            self._state, self._since, self._in_a_row = state, [], 0
-        return dict(state)
+            if self._state is None or self._since:
+                reply = self._call(Call("state"), changes=False)
+                self._state = {name: torch.from_numpy(array.copy()) for name, array in reply.tensors.items()}
+                self._since = []
+                self._succession.saved()
+            return {name: tensor.clone() for name, tensor in self._state.items()}
 
     def restore(self, state: State) -> None:
         local = self._local()
         local.restore(state)  # refuses that of another model
         with self._turn:
-            self._state, self._since, self._encoded, self.source = dict(state), [], None, local.source
+            self._since, self._encoded, self.source = [], None, local.source
+            self._state = {name: tensor.clone() for name, tensor in state.items()}
             if self._group is None:
                 self._reply = Reply({}, local.updates, local.learning_rate, local.calibrated)
             else:

@@ -7,6 +7,7 @@ alone answers with tensors. All ranks get the same calls in the same order.
 from __future__ import annotations
 
 import faulthandler
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,12 +50,14 @@ class Reply:
     Attributes
     ----------
     updates, learning_rate, calibrated: of the stack after the call.
+    seconds: of processor time for the call.
     """
 
     tensors: Arrays
     updates: int
     learning_rate: float
     calibrated: bool
+    seconds: float = 0.0
 
 
 class OnlineRank(Worker):
@@ -83,17 +86,20 @@ class OnlineRank(Worker):
         )
         self._last: tuple[int, Encoded] | None = None
 
-    def perform(self, name: str, options: dict[str, Any], header: Header, arrays: Arrays | None) -> Reply | None:
-        """One call of all ranks: a method of the stack, with plain options and tensors that rank 0 has."""
+    def perform(self, name: str, options: dict[str, Any], header: Header, arrays: Arrays | None) -> Reply | float:
+        """One call of all ranks: a method of the stack, with plain options and tensors that rank 0 has. The others
+        answer with their seconds of processor time."""
+        began = time.process_time()
         faulthandler.cancel_dump_traceback_later()  # exchanges have limits of their own
         try:
             result = getattr(self, f"_{name}")(**options, **self._received(header, arrays))
         finally:
             self._renew()
         if self.assignment.rank > 0:
-            return None
+            return time.process_time() - began
         tensors = {key: tensor.detach().cpu().numpy() for key, tensor in (result or {}).items()}
-        return Reply(tensors, self.stack.updates, self.stack.learning_rate, self.stack.calibrated)
+        stack, seconds = self.stack, time.process_time() - began
+        return Reply(tensors, stack.updates, stack.learning_rate, stack.calibrated, seconds)
 
     def _received(self, header: Header, arrays: Arrays | None) -> dict[str, Tensor]:
         tensors = {}

@@ -116,6 +116,16 @@ class Candidate:
         self.readout: OnlineReadout
         self.detector: NoveltyDetector
 
+    @property
+    def ranks_s(self) -> float:
+        """Seconds of processor time of its ranks so far; 0 where the stack is in this process."""
+        return 0.0 if isinstance(self.stack, OnlineStack) else self.stack.seconds
+
+    def close(self) -> None:
+        """End its ranks, if it has any."""
+        if not isinstance(self.stack, OnlineStack):
+            self.stack.close()
+
     def calibrate(self, x: Tensor) -> bool:
         """Measure the statistics of patches on windows [n, C, H, W], from which nothing is learnt yet, unless that is
         done. False: they are all alike, as those of a sensor that is off; others have to come."""

@@ -267,4 +267,12 @@ def parse_stream(values: Mapping[str, Any]) -> StreamConfig:
         raise ConfigError(f"labels.ids: expected at least {again}, got {ids}")
     if config.mesh.layer > 1:
         raise ConfigError(f"mesh.layer: expected 1 for a stream, got {config.mesh.layer}")
+    if config.mesh.world_size > 1:
+        config.cluster.check_mesh(config.mesh)
+        threads = config.cluster.threads_per_rank
+        if config.reduce == "exact" and threads not in (None, config.threads):
+            raise ConfigError(
+                f"cluster.threads_per_rank: expected threads={config.threads} with reduce: exact, as in one process, "
+                f"got {threads}"
+            )
     return config

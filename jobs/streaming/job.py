@@ -102,7 +102,7 @@ class StreamJob:
         self._seen: Seen | None = None
         self._over = False
         self._torn = False
-        """Whether a batch was learnt in part: there is no state then, and maybe no device or rank to ask for one."""
+        """Whether a batch may be learnt in part: there is no state then, and maybe no device or rank to ask for one."""
 
     def run(self) -> int:
         """Returns the exit status."""
@@ -129,7 +129,6 @@ class StreamJob:
         except ConfigError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return BAD_INPUT
-        write_whole(self.run_dir / "config.yaml", dump_yaml(public(self.config)))
         self.tracker.start(self.run_dir.name, layers=0, tags=self._tags())
         self.tracker.params({key: value for key, value in public(self.config).items() if key != "tracking"})
         started = time.monotonic()
@@ -141,6 +140,7 @@ class StreamJob:
             with self._display as display:
                 self.tracker.announce_to(display.note)
                 self._start_ranks()
+                write_whole(self.run_dir / "config.yaml", dump_yaml(public(self.config)))  # from here on it is begun
                 journal.open()
                 watchers = Several([self._display, seen])
                 service = self._service = Service(self.config, self.run_dir, journal, watchers, display.note)
@@ -149,13 +149,10 @@ class StreamJob:
                     display.note(f"answers at {seen.answers.url}")
                 self._stream(service)
             status, code = "FINISHED", 0
-            if self._signum is not None:
-                raise Interrupted(self._signum)
         except KeyboardInterrupt:
-            assert self._signum is not None
-            status, code, message = "KILLED", exit_status(self._signum), str(Interrupted(self._signum))
+            self._torn = True
         except ConfigError as error:
-            code, message = BAD_INPUT, str(error)
+            code, message, self._torn = BAD_INPUT, str(error), True
         except (JournalError, SourceError, RunFailed, OSError) as error:
             message = str(error)
         except (SharedFault, RanksLostError) as error:
@@ -165,9 +162,11 @@ class StreamJob:
         finally:
             self._over = True
             journal.close()
+        if self._signum is not None and message is None:
+            status, code, message = "KILLED", exit_status(self._signum), str(Interrupted(self._signum))
         self._close(status, message, time.monotonic() - started)
         if self.config.mesh.world_size > 1:
-            shut_down_ray()  # after the summary, for which the ranks are asked
+            shut_down_ray()
         return code
 
     def _start_ranks(self) -> None:
@@ -207,6 +206,8 @@ class StreamJob:
         if self._seen is not None:
             end = ENDS[status] if status != "FAILED" else f"failed: {one_line(self._hide(message or ''))}"
             self._seen.close(end, model=not self._torn)
+        if self._service is not None:
+            self._service.state.pipeline.close()  # for digest and model the ranks are asked
         if self._display.candidates:
             self._display.note(self._display.line())
         send_records(self.tracker, self._display.note)

@@ -180,7 +180,7 @@ class Usage:
 
     Attributes
     ----------
-    seconds: of processor time of this thread, by candidate.
+    seconds: of processor time of this thread and of ranks, by candidate.
     wall_s: from the end of the batch to its outcome.
     lag_s: from the arrival of the batch's first record to the outcome; None for a batch that is applied again.
     journal_bytes: on the disk.

@@ -86,8 +86,9 @@ class Pipeline:
         self._events = told.next_index
         every = self.config.recompute_every
         if self.calibrated and every and batch.number % every == 0:
-            for candidate in self.candidates.values():
-                candidate.recompute()
+            for name, candidate in self.candidates.items():
+                with self._timed(name):
+                    candidate.recompute()
         return Outcome(answers, tuple(told.events), tuple(taken.set_aside), self._metrics(taken, metrics))
 
     def _metrics(self, taken: Taken, candidates: Mapping[str, CandidateMetrics]) -> Metrics:
@@ -204,9 +205,15 @@ class Pipeline:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        started = time.thread_time()
+        candidate = self.candidates[name]
+        started_s, ranks_s = time.thread_time(), candidate.ranks_s
         yield
-        self.seconds[name] += time.thread_time() - started
+        self.seconds[name] += time.thread_time() - started_s + candidate.ranks_s - ranks_s
+
+    def close(self) -> None:
+        """End the ranks of the candidates, if there are any."""
+        for candidate in self.candidates.values():
+            candidate.close()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values, between two batches."""

@@ -19,16 +19,16 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from simmatch.arguments import check_images, check_weights
+from simmatch.arguments import check_images
 from simmatch.config import ConfigError, ModelConfig, Reduce
 from simmatch.data.sources import to_unit
 from simmatch.features import FeatureStore
 from simmatch.inputs import Staged
-from simmatch.labels import UNLABELLED, check_labels
 from simmatch.learning import Setup
 from simmatch.memory import MemoryWatch
 from simmatch.model import InputConfig, Stack, readout_input
 from simmatch.observer import Observer
+from simmatch.online.arguments import check_records, learnable, learnable_labels
 from simmatch.online.label_sums import LabelSums
 from simmatch.online.rate import RateConfig
 from simmatch.online.signals import label_free_signals
@@ -200,13 +200,10 @@ class OnlineStack:
 
     def _unit(self, x: Tensor) -> Tensor:
         """Checked records, in the dtype and on the device of the weights."""
-        source, like = self.source, self.stack.layer(0).feedforward
-        expected = [source.in_channels, source.height, source.width]
-        if not isinstance(x, Tensor) or x.ndim != 4 or list(x.shape[1:]) != expected or len(x) == 0:
-            given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x: expected [B, {', '.join(map(str, expected))}], got {given}")
+        check_records(x, self.source)
+        like = self.stack.layer(0).feedforward
         x = to_unit(x.to(like.device), like.dtype)
-        check_images(x, source.in_channels, like)
+        check_images(x, self.source.in_channels, like)
         return x
 
     # ------------------------------------------------------------------------------------------- calibration
@@ -304,7 +301,7 @@ class OnlineStack:
 
         Parameters
         ----------
-        encoded: from `encode`. If the stack has learnt since, it is solved again.
+        encoded: from `encode`. If the stack has learnt since, the records are encoded once more.
         labels: [B], classes, `UNLABELLED` where unknown; used by supervised layers. None: no labels.
         weights: [B], 0 ≤ w ≤ 1, how much each record counts, see `simmatch.plasticity`. None: 1 each.
 
@@ -315,29 +312,23 @@ class OnlineStack:
         SharedFault
             Values that are not finite, on some rank; no weights have changed.
         """
-        count, device = len(encoded.x), encoded.x.device
-        labels = self._checked_labels(labels, count)
-        if weights is not None:
-            if isinstance(weights, Tensor) and weights.shape == (count,) and not bool(weights.any()):
-                return
-            check_weights(weights, count)
-            weights = None if bool((weights == 1).all()) else weights.to(device)
+        model, device = self.stack.config, encoded.x.device
+        known = learnable(model, self.source, len(encoded.x), labels, weights)
+        if known is None:
+            return
+        encoded = self._current(encoded)
+        labels, weights = (None if each is None else each.to(device) for each in known)
         number = self.updates + 1
-        batch = Staged(encoded.x, None if labels is None else labels.to(device), count, weights)
-        current = encoded.version == self._version
-        self._layers.update(number, batch, encoded.solved if current else None)
+        self._layers.update(number, Staged(encoded.x, labels, len(encoded.x), weights), encoded.solved)
         self.updates, self._version = number, self._version + 1
-        if batch.labels is not None and self.stack.config.layers[-1].supervised:
-            self._label_sums.add(encoded.activity, batch.labels, weights)
+        if labels is not None and model.layers[-1].supervised:
+            self._label_sums.add(encoded.activity, labels, weights)
         if len(self._images) > 0:
             self._drop_images()
 
-    def _checked_labels(self, labels: Tensor | None, count: int) -> Tensor | None:
-        """The labels of a batch if there are any, and some layer learns from them."""
-        if labels is None or not any(layer.supervised for layer in self.stack.config.layers):
-            return None
-        check_labels(labels, self.source.num_classes, count)
-        return labels if bool((labels != UNLABELLED).any()) else None
+    def _current(self, encoded: Encoded) -> Encoded:
+        """Records as the stack encodes them now."""
+        return encoded if encoded.version == self._version else self.encode(encoded.x)
 
     @torch.no_grad()
     def learn_labels(self, encoded: Encoded, labels: Tensor) -> None:
@@ -348,17 +339,16 @@ class OnlineStack:
         encoded: the records, encoded anew. If the stack has learnt since, they are encoded once more.
         labels: [B], their classes, `UNLABELLED` where unknown.
         """
-        checked = self._checked_labels(labels, len(encoded.x))
-        if checked is None:
+        known = learnable_labels(self.stack.config, self.source, len(encoded.x), labels)
+        if known is None:
             return
-        if encoded.version != self._version:
-            encoded = self.encode(encoded.x)
-        checked, number = checked.to(encoded.x.device), max(self.updates, 1)
+        encoded = self._current(encoded)
+        known, number = known.to(encoded.x.device), max(self.updates, 1)
         for index, config in enumerate(self.stack.config.layers):
             if config.supervised and number in self._ranges[index]:
-                self._layers.layers[index].learn_labels(encoded.solved[index].patches, checked)
+                self._layers.layers[index].learn_labels(encoded.solved[index].patches, known)
         if self.stack.config.layers[-1].supervised:
-            self._label_sums.add(encoded.activity, checked)
+            self._label_sums.add(encoded.activity, known)
 
     def raise_rate(self) -> None:
         """After a drift: with `rate.kind: after_drift`, the rates of all layers rise to `lr`, and fall again."""

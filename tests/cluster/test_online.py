@@ -24,6 +24,7 @@ from simmatch.online.rate import RateConfig
 from simmatch.online.stack import OnlineStack
 from simmatch.online.state import digest
 from tests.cluster.actors import assert_gone, embedded_ray, limits, nothing_reserved
+from tests.jobs.streaming.streams import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -79,10 +80,14 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def stream(
-    stack: OnlineStack | RankedStack, *, kill: dict[int, tuple[int, ...]] | None = None, start: int = 0
+    stack: OnlineStack | RankedStack,
+    *,
+    kill: dict[int, tuple[int, ...]] | None = None,
+    stop: dict[int, tuple[int, ...]] | None = None,
+    start: int = 0,
 ) -> list[str]:
-    """Ten batches; a label that comes late, a class, a drift, a state; ranks kill[n] are killed once batch n has been
-    encoded. What is said of every batch."""
+    """Ten batches; a label that comes late, a class, a drift, a state; ranks kill[n] are killed, and ranks stop[n] are
+    suspended, once batch n has been encoded. What is said of every batch."""
     said = []
     work = batches()
     if not stack.calibrated:
@@ -91,9 +96,10 @@ def stream(
         encoded = stack.encode(x)
         scores = {} if encoded.label_scores is None else {"scores": encoded.label_scores}
         said.append(digest({"features": encoded.features, **encoded.signals, **scores}))
-        for rank in (kill or {}).get(number, ()):
-            assert isinstance(stack, RankedStack)
-            os.kill(pids_of(stack)[rank], signal.SIGKILL)
+        for signum, ranks in ((signal.SIGKILL, kill), (signal.SIGSTOP, stop)):
+            for rank in (ranks or {}).get(number, ()):
+                assert isinstance(stack, RankedStack)
+                os.kill(pids_of(stack)[rank], signum)
         stack.learn(encoded, labels, weights if number % 2 else None)
         if number == 3:
             stack.learn_labels(stack.encode(x[:4]), labels[:4])
@@ -127,7 +133,7 @@ def test_ranks_give_the_bits_of_one_process_whoever_is_lost(
         assert (stack.updates, stack.learning_rate) == (alone.updates, alone.learning_rate)
         assert stack.source == alone.source
         assert digest(stack.export().state_dict()) == digest(alone.export().state_dict())
-        lost = [note for note in notes if "starting new ranks" in note]
+        lost = [note for note in notes if "; starting 2 new ranks from " in note]
         assert len(lost) == stack.generation == generations
         assert all("rank" in note for note in lost)
 
@@ -149,20 +155,32 @@ def test_goes_on_from_the_state_of_one_process(ray: Any) -> None:
 
 @pytest.mark.fault
 def test_what_would_fail_again_ends_it(ray: Any) -> None:
-    """Values that are not finite, on all ranks; and no more new groups than allowed."""
-    with ranked(ray, MeshConfig(channel=2), max_restarts=0) as (stack, _):
+    """Values that are not finite, on all ranks: none is left, and none is started any more."""
+    with ranked(ray, MeshConfig(channel=2)) as (stack, _):
         stack.calibrate(batches()[0][0])
+        pids = pids_of(stack)
         with pytest.raises(RanksLostError, match="non-finite"):
             stack.encode(torch.full((2, 1, 1, 40), torch.nan))
-        os.kill(pids_of_new(stack)[1], signal.SIGKILL)
-        with pytest.raises(RanksLostError, match=r"rank 1.*cluster.max_restarts=0 without a new checkpoint"):
-            stack.encode(batches()[0][0])
+        assert_gone(pids)
+        with pytest.raises(RanksLostError, match="non-finite"):
+            stack.state()
 
 
-def pids_of_new(stack: RankedStack) -> list[int]:
-    """Of the group that comes next."""
-    stack.encode(batches()[0][0])
-    return pids_of(stack)
+@pytest.mark.fault
+def test_a_rank_that_hangs_is_replaced(ray: Any) -> None:
+    """Between two batches it is noticed within the heartbeat, and during one within the limit on an exchange."""
+    alone = OnlineStack(MODEL, SOURCE, **OPTIONS)
+    expected = stream(alone)
+    with ranked(ray, MeshConfig(channel=2), collective_timeout_s=15.0) as (stack, notes):
+        x, _, _ = batches()[0]
+        stack.calibrate(x)
+        os.kill(pids_of(stack)[1], signal.SIGSTOP)
+        wait_until(lambda: stack._failure is not None, 60.0)
+        assert stream(stack, stop={3: (1,)}) == expected
+        assert digest(stack.state()) == digest(alone.state())
+        assert "rank 1" in notes[0]
+        assert "did not answer within 10 s" in notes[0]
+        assert "within 900 s" not in notes[1]
 
 
 def test_what_a_stream_refuses() -> None:

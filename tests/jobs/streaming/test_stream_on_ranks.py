@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cluster.online_group import Call
+from cluster.online_rank import Reply
 from jobs.stream import main
 from jobs.streaming.config import parse_stream
+from jobs.streaming.history import load
+from jobs.streaming.job import StreamJob
 from simmatch.config import ConfigError
+from tests.cluster.stream_groups import FATAL, LOST, Group, Groups, groups_here
 from tests.jobs.streaming.streams import small, waves
 from tests.jobs.streaming.test_stream import command, lines, summary
 
@@ -61,6 +73,22 @@ def test_local_is_one_process_and_may_go_on_with_exact_sums(tmp_path: Path, caps
             {"reduce": "exact"},
             "reduce: expected fast with model.layers.0.dynamics.exchange: every_iteration, got exact",
         ),
+        (
+            {"mesh": {"channel": 2}, "cluster": {"min_shards": 3}},
+            "cluster.min_shards: expected at most mesh.channel=2, got 3",
+        ),
+        ({"mesh": {"data": 2}, "cluster": {"min_shards": 1}}, "cluster.min_shards: expected none with data 2"),
+        (
+            {
+                "mesh": {"channel": 2},
+                "cluster": {"threads_per_rank": 2},
+                "reduce": "exact",
+                "model": {
+                    "layers": [{"out_channels": 8, "kernel_size": [1, 8], "dynamics": {"exchange": "gather_state"}}]
+                },
+            },
+            "cluster.threads_per_rank: expected threads=1 with reduce: exact, as in one process, got 2",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit(changes: dict[str, object], message: str) -> None:
@@ -77,3 +105,131 @@ def test_a_replay_of_other_sums_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "error: reduce: expected exact to replay a stream of data 1 × layer 1 × channel 2, got fast" in (
         capsys.readouterr().err
     )
+
+
+RANKS = ("--set", "mesh.channel=2", "--set", "cluster.heartbeat_s=0.2", "--set", "cluster.backoff_s=0.001")
+TWO = ("--set", "candidates={main: [], slow: [model.layers.0.plasticity.lr=0.01]}")
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
+    """Ranks in this process, which are gone when the job has ended."""
+    monkeypatch.setattr(StreamJob, "_start_ranks", lambda job: None)
+    threads = set(threading.enumerate())
+    with groups_here() as groups:
+        yield groups
+    assert groups.alive == 0
+    assert not [each.name for each in set(threading.enumerate()) - threads if each.name == "ranks of a stream"]
+
+
+def whole(folder: Path) -> Path:
+    """A folder with records, labels early and late, and `run`: what one process makes of them."""
+    folder.mkdir()
+    (folder / "waves.jsonl").write_text(lines(waves(80, labelled=0.5)))
+    return folder
+
+
+def test_ranks_that_are_lost_change_no_digest(tmp_path: Path, groups: Groups) -> None:
+    """Two candidates; ranks of either are lost at random, also while a snapshot takes their state, and while they
+    recompute a readout."""
+    options = (*EXACT, *TWO, "--set", "recompute_every=3", "--set", "readout.reservoir=16")
+    alone, ranks = whole(tmp_path / "alone"), whole(tmp_path / "ranks")
+    assert main(command(alone, *options)) == 0
+    draw = random.Random(1)
+    groups.before = lambda number, call: LOST if draw.random() < 0.1 else None
+    groups.after = lambda number, call: LOST if draw.random() < (0.3 if call.name == "state" else 0.1) else None
+    assert main(command(ranks, *options, *RANKS, "--set", "cluster.max_restarts=50")) == 0
+    assert summary(ranks)["digest"] == summary(alone)["digest"]
+    assert groups.calls.count("restore") > 5
+
+
+REFUSED = ConfigError("device: expected a GPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "code", "message"),
+    [
+        ("calibrate", REFUSED, 2, "error: device: expected a GPU\n"),
+        *((name, FATAL, 1, "error: rank 0 failed: no such thing\n") for name in ("encode", "learn_labels", "state")),
+    ],
+)
+def test_ranks_that_end_the_stream_end_it_with_one_line(
+    tmp_path: Path,
+    groups: Groups,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    name: str,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    """Nobody waits for them any more; the same command goes on to the digest of one process."""
+    model = ("--set", "model.layers.0.supervised=true")
+    alone, ranks = whole(tmp_path / "alone"), whole(tmp_path / "ranks")
+    groups.after = lambda number, call: error if call.name == name and number >= 12 * (name != "calibrate") else None
+    assert main(command(ranks, *EXACT, *model, *RANKS)) == code
+    assert capsys.readouterr().err == message
+    ended = summary(ranks)
+    assert (ended["status"], ended["digest"]) == ("FAILED", None)
+    assert not (ranks / "run" / "model").exists()
+    groups.after = lambda number, call: None
+    assert main(command(ranks, *EXACT, *model, *RANKS)) == 0
+    assert main(command(alone, *EXACT, *model)) == 0
+    assert summary(ranks)["digest"] == summary(alone)["digest"]
+
+
+def test_a_second_signal_ends_a_wait_for_ranks(
+    tmp_path: Path, groups: Groups, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as for room in a cluster, which they may have only after half an hour."""
+    ranks, pid = whole(tmp_path / "ranks"), os.getpid()
+
+    def wait(generation: int) -> None:
+        for _ in range(2):
+            os.kill(pid, signal.SIGINT)
+        time.sleep(30.0)
+
+    groups.start = wait
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(command(ranks, *EXACT, *RANKS)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "error: ended by SIGINT\n"
+    assert (summary(ranks)["status"], summary(ranks)["digest"], groups.calls) == ("KILLED", None, [])
+
+
+def test_a_stream_that_has_nothing_new_starts_no_ranks(tmp_path: Path, groups: Groups) -> None:
+    ranks = whole(tmp_path / "ranks")
+    assert main(command(ranks, *EXACT, *RANKS)) == 0
+    before, calls = summary(ranks)["digest"], len(groups.calls)
+    assert main(command(ranks, *EXACT, *RANKS)) == 0
+    assert (summary(ranks)["digest"], len(groups.calls)) == (before, calls)
+
+
+def test_costs_count_the_processors_of_ranks(tmp_path: Path, groups: Groups) -> None:
+    """Each call costs a thousand seconds somewhere else."""
+    perform = Group.perform
+
+    def slow(group: Group, call: Call) -> Reply:
+        return replace(perform(group, call), seconds=1000.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Group, "perform", slow)
+        ranks = whole(tmp_path / "ranks")
+        assert main(command(ranks, *EXACT, *RANKS)) == 0
+    kept = load(ranks / "run")
+    assert kept is not None
+    assert kept.latest is not None
+    assert kept.latest.candidates["main"].seconds > 1000.0 * kept.latest.batch
+
+
+def test_ranks_that_cannot_be_started_leave_no_stream_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So another mesh can be tried."""
+    folder = whole(tmp_path / "ranks")
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    assert main(command(folder, "--set", "mesh.channel=2")) == 2
+    assert "error: RAY_ADDRESS: expected host:port" in capsys.readouterr().err
+    assert main(command(folder)) == 0
