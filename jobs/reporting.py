@@ -67,6 +67,10 @@ class Report:
     name: the benchmark's.
     run_dir: where the files go; made here.
 
+    Attributes
+    ----------
+    tables: shown so far.
+
     Raises
     ------
     ConfigError
@@ -75,6 +79,7 @@ class Report:
 
     def __init__(self, name: str, run_dir: Path) -> None:
         self.name, self.run_dir = name, run_dir
+        self.tables: list[Table] = []
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.console = Console(stderr=True)
         self.path = run_dir / f"{name}.jsonl"
@@ -108,7 +113,8 @@ class Report:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Some rows for people."""
-        Table(title, columns, rows).show(self.console)
+        self.tables.append(Table(title, columns, rows))
+        self.tables[-1].show(self.console)
 
     def rows_table(self, title: str, headings: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
         """Some rows of `row` for people; headings: field → heading of its column."""

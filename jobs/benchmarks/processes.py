@@ -201,9 +201,7 @@ class RankGroup:
 
 def _launch(host: Host, pipe: int, threads: int) -> subprocess.Popen[bytes]:
     """A process that serves on a pipe's descriptor, in its own session: Ctrl-C reaches only the caller."""
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = environment_of(threads)
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warning about a host without a name server
     program = f"from jobs.benchmarks.processes import serve; serve({pipe})"
     return subprocess.Popen(
@@ -214,6 +212,13 @@ def _launch(host: Host, pipe: int, threads: int) -> subprocess.Popen[bytes]:
         stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,  # rows go to stdout alone
         start_new_session=True,
     )
+
+
+def environment_of(threads: int) -> dict[str, str]:
+    """For a process of this program with so many threads."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
 
 
 def _has_descriptor(stream: Any) -> bool:

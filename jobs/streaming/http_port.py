@@ -7,6 +7,7 @@
 * A body has at most `body_bytes`, and a length. Work on requests takes at most `share` of one processor: what is above
   is told to come later (429).
 * Paths are looked up in dictionaries. No file is read or written.
+* An answer says how many milliseconds of processor time it took (header `Server-Timing`).
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ class HttpPort:
             return {}
         return {f"p{part}_ms": round(1000 * float(np.percentile(known, part)), 3) for part in (50, 99)}
 
-    def answer(self, method: str, path: str, body: Any) -> Any:
-        """What a route says, within the share of time."""
+    def answer(self, method: str, path: str, body: Any) -> tuple[Any, float]:
+        """What a route says, within the share of time, and the seconds of processor time that it took."""
         route, rest = self.find(method, path)
         if not self.work.acquire(timeout=self.config.request_s / 2):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "expected fewer requests at a time", after_s=1.0)
@@ -166,9 +167,11 @@ class HttpPort:
                 raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "expected fewer requests a second", after_s=wait_s)
             started = time.thread_time()
             try:
-                return route(rest, body)
+                content = route(rest, body)
             finally:
-                self.share.spend(time.thread_time() - started)
+                seconds = time.thread_time() - started
+                self.share.spend(seconds)
+            return content, seconds
         finally:
             self.work.release()
 
@@ -261,14 +264,17 @@ class _Handler(BaseHTTPRequestHandler):
             port.find(self.command, path)
             body = self._body() if self.command == "POST" else None
             started = time.monotonic()
-            self._send(HTTPStatus.OK, port.answer(self.command, path, body))
+            content, seconds = port.answer(self.command, path, body)
+            self._send(HTTPStatus.OK, content, {"Server-Timing": f"work;dur={1000 * seconds:.3f}"})
             port.latencies_s.append(time.monotonic() - started)
             port.answered += 1
         except Refused as refusal:
             port.refused += 1
             # a body that was not read would be taken for the next request
             self.close_connection = True
-            self._send(refusal.status, {"error": str(refusal)}, refusal.after_s)
+            after_s = refusal.after_s
+            later = {} if after_s is None else {"Retry-After": str(math.ceil(after_s))}
+            self._send(refusal.status, {"error": str(refusal)}, later)
         with port.lock:
             if self.connection in port.open:
                 port.open[self.connection] = time.monotonic() + port.config.request_s
@@ -288,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
         except DocumentError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
 
-    def _send(self, status: HTTPStatus, content: Any, after_s: float | None = None) -> None:
+    def _send(self, status: HTTPStatus, content: Any, headers: Mapping[str, str]) -> None:
         raw = json.dumps(content, ensure_ascii=False, allow_nan=False).encode(errors="replace")
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -297,8 +303,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         if status == HTTPStatus.UNAUTHORIZED:
             self.send_header("WWW-Authenticate", "Bearer")
-        if after_s is not None:
-            self.send_header("Retry-After", str(math.ceil(after_s)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()

@@ -7,12 +7,12 @@ measures what has none. `--report` measures nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from jobs.benchmarks.stream import alarms, novelty, speed
+from jobs.benchmarks.stream import alarms, novelty, service, speed
 from jobs.benchmarks.stream.catalogue import STREAMS
 from jobs.benchmarks.stream.prequential import Result, measure
 from jobs.benchmarks.stream.results import Store, curves, differences, held_out_table, table
@@ -35,7 +35,7 @@ class Unit:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
-    add_parts(parser, ("rows", "speed", "alarms", "novelty"))
+    add_parts(parser, ("rows", "speed", "alarms", "novelty", "service"))
     parser.add_argument(
         "--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS), metavar="NAME",
         help=f"of {', '.join(STREAMS)} (default: all)",
@@ -50,16 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """The parts."""
+    """The parts; the tables of each but the rows are kept in a file of its own."""
     if "rows" in options.parts:
         _rows(options, report)
-    if "speed" in options.parts and not options.report:
-        rounds = 2 if options.quick else options.rounds
-        speed.measure(STREAMS["bearings-types"].make(Path(options.data), options.quick), rounds, report)
-    seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
-    for name, part in (("alarms", alarms), ("novelty", novelty)):
+    folder, quick = Path(options.data), options.quick
+    rounds = 2 if quick else options.rounds
+    seeds = range(options.seed, options.seed + (1 if quick else options.seeds))
+    parts: dict[str, Callable[[], None]] = {
+        "speed": lambda: speed.measure(STREAMS["bearings-types"].make(folder, quick), rounds, report),
+        "alarms": lambda: alarms.measure(folder, quick, seeds, report),
+        "novelty": lambda: novelty.measure(folder, quick, seeds, report),
+        "service": lambda: service.measure(quick, rounds, options.seed, report),
+    }
+    for name, measure_part in parts.items():
         if name in options.parts and not options.report:
-            part.measure(Path(options.data), options.quick, seeds, report)
+            report.tables.clear()
+            measure_part()
+            text = "\n".join(each.markdown() for each in report.tables)
+            write_whole(report.run_dir / f"tables-{name}.md", text.encode())
 
 
 def _rows(options: argparse.Namespace, report: Report) -> None:

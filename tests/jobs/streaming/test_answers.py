@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import threading
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.benchmarks.stream.served import Client
 from jobs.streaming.answers import Answers, AnswersConfig, Latest, Served, as_json, prepared
 from jobs.streaming.candidate import Candidate
 from jobs.streaming.config import StreamDataConfig
@@ -37,21 +37,8 @@ def _token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAM_TEST_TOKEN", TOKEN)
 
 
-class Client:
-    """Asks over one connection."""
-
-    def __init__(self, url: str) -> None:
-        host, port = url.removeprefix("http://").split(":")
-        self._link = http.client.HTTPConnection(host, int(port), timeout=30)
-
-    def close(self) -> None:
-        self._link.close()
-
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        raw = None if body is None else json.dumps(body)
-        self._link.request(method, path, raw, {"Authorization": f"Bearer {TOKEN}"})
-        answer = self._link.getresponse()
-        return answer.status, json.loads(answer.read())
+def opened(url: str) -> Client:
+    return Client(url, TOKEN)
 
 
 def expected(candidate: Candidate, classes: list[str]) -> list[dict[str, Any]]:
@@ -92,7 +79,7 @@ def test_every_answer_is_of_one_version(tmp_path: Path) -> None:
 
     seen.add = noted  # type: ignore[method-assign]
     assert seen.answers.url is not None
-    client, answers, ended = Client(seen.answers.url), [], threading.Event()
+    client, answers, ended = opened(seen.answers.url), [], threading.Event()
 
     def ask() -> None:
         while not ended.is_set():
@@ -117,6 +104,7 @@ def test_every_answer_is_of_one_version(tmp_path: Path) -> None:
     status, state = client.ask("GET", "/state")
     assert status == 200
     assert (state["records"], state["champion"], state["served"]["batch"]) == (240, "main", pipeline.batch)
+    assert client.work_s > 0
     assert state["requests"]["p99_ms"] >= state["requests"]["p50_ms"] > 0
     status, content = client.ask("GET", "/answers/r239")
     assert status == 200
@@ -141,7 +129,7 @@ def test_learning_goes_on_as_without_requests(tmp_path: Path) -> None:
         seen.follow(service.state.pipeline)
         service.run(ListSource(waves(200), set()))
         if seen.answers.url is not None:
-            client = Client(seen.answers.url)
+            client = opened(seen.answers.url)
             assert client.ask("POST", "/score", {"windows": PROBE})[0] == 200
             seen.idle()
             assert client.ask("POST", "/score", {"windows": PROBE})[0] == 200
@@ -167,9 +155,9 @@ def client() -> Iterator[Client]:
 
     answers.served._snapshot = Fixed()  # type: ignore[assignment]
     assert answers.url is not None
-    opened = Client(answers.url)
-    yield opened
-    opened.close()
+    client = opened(answers.url)
+    yield client
+    client.close()
     answers.close()
 
 
