@@ -152,7 +152,8 @@ class StreamProcess:
         return dict(content)
 
     def append(self, count: int) -> None:
-        """Add records to the file, all at once."""
+        """Add records to the file, all at once; whole batches, as no batch ends before it is full."""
+        assert count % self.config.batch_size == 0, count
         text = "".join(json.dumps(record) + "\n" for record in islice(self._records, count)).encode()
         self.appended, self.json_bytes = self.appended + count, self.json_bytes + len(text)
         self.appended_s = time.perf_counter()

@@ -42,8 +42,6 @@ BATCH, WINDOW = 64, 256
 POINTS = 20
 """At which memory is looked at."""
 
-Step = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -57,33 +55,43 @@ class Sizes:
     every_batches: int
 
 
-FULL = Sizes(per_round=6_400, long=200_000, asked=19_200, requests=1_000, every_batches=200)
+FULL = Sizes(per_round=6_400, long=204_800, asked=19_200, requests=1_000, every_batches=200)
 QUICK = Sizes(per_round=640, long=5_120, asked=1_280, requests=50, every_batches=20)
 
 NAMES = {"resident": "resident", "own": "of it not of files"}
 
 
+@dataclass(frozen=True)
+class Call:
+    """What one call measures, and where it tells of it."""
+
+    sizes: Sizes
+    rounds: int
+    step: Callable[[str], None]
+    report: Report
+
+    @property
+    def most(self) -> int:
+        """Records that a stream may need."""
+        sizes = self.sizes
+        return (self.rounds + 1) * sizes.per_round + sizes.long + sizes.asked + 2 * BATCH * sizes.every_batches
+
+
 def measure(quick: bool, rounds: int, seed: int, report: Report) -> None:
-    """All four, as rows, tables and a figure."""
+    """Each case in a process of its own, as rows, tables and figures."""
     sizes, folder = QUICK if quick else FULL, report.run_dir / "service"
     shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    make_folder(folder)
-    before = (rounds + 1) * sizes.per_round
-    with report.progress(2 * (rounds + 1) + POINTS + 3) as step:
-        most = before + sizes.long
-        with StreamProcess(folder / "windows", _windows(sizes), most, seed) as stream:
-            stream.start()
-            _rates("windows of 32 samples", stream, rounds, sizes, step, report)
-            _show_memory(_memory(stream, sizes.long, step), report)
-        most = before + sizes.asked + 2 * BATCH * sizes.every_batches
-        with StreamProcess(folder / "blocks", _blocks(sizes), most, seed) as stream:
-            stream.start()
-            _rates("blocks of 32 samples", stream, rounds, sizes, step, report)
-            step("answers")
-            asked(stream, WINDOW, sizes.asked, sizes.requests, report)
-            _restore(stream, rounds, sizes, step, report)
+    with report.progress(len(CASES) * (rounds + 1) + POINTS + 3) as step:
+        call = Call(sizes, rounds, step, report)
+        for name, (values, others) in CASES.items():
+            with StreamProcess(folder / name.replace(" ", "-"), values(sizes), call.most, seed) as stream:
+                stream.start()
+                _rates(name, stream, call)
+                for other in others:
+                    other(stream, call)
     torch.set_num_threads(threads)
 
 
@@ -123,13 +131,13 @@ class Alone:
         return time.perf_counter() - begun, time.thread_time() - processor
 
 
-def _rates(case: str, stream: StreamProcess, rounds: int, sizes: Sizes, step: Step, report: Report) -> None:
+def _rates(case: str, stream: StreamProcess, call: Call) -> None:
     """Rounds after a first one, in which the stacks are calibrated and all is compiled."""
-    alone, count = Alone(stream), sizes.per_round
+    alone, count, rounds, report = Alone(stream), call.sizes.per_round, call.rounds, call.report
     wall: dict[str, list[float]] = {"service": [], "pipeline alone": []}
     work: dict[str, list[float]] = {name: [] for name in wall}
     for number in range(rounds + 1):
-        step(f"{case}, round {number}")
+        call.step(f"{case}, round {number}")
         processor = stream.processor_s()
         stream.append(count)
         stream.wait_learnt()
@@ -169,15 +177,15 @@ class Memory:
     own: int
 
 
-def _memory(stream: StreamProcess, count: int, step: Step) -> list[Memory]:
-    """At the beginning of the long stream and at every point."""
-    found = [Memory(0, *stream.memory_bytes())]
+def _memory(stream: StreamProcess, call: Call) -> None:
+    """Look at the beginning of the long stream and at every point."""
+    found, count = [Memory(0, *stream.memory_bytes())], call.sizes.long
     for point in range(1, POINTS + 1):
-        step(f"memory, point {point}")
+        call.step(f"memory, point {point}")
         stream.append(count // POINTS)
         stream.wait_learnt()
         found.append(Memory(count * point // POINTS, *stream.memory_bytes()))
-    return found
+    _show_memory(found, call.report)
 
 
 def _show_memory(found: Sequence[Memory], report: Report) -> None:
@@ -209,7 +217,7 @@ def _show_memory(found: Sequence[Memory], report: Report) -> None:
         axes.legend(fontsize=8)
 
 
-# -- after a kill ------------------------------------------------------------------------------------------------------
+# -- answers, and after a kill -----------------------------------------------------------------------------------------
 
 
 class Nobody:
@@ -225,17 +233,22 @@ class Nobody:
         """See `Watcher`."""
 
 
-def _restore(stream: StreamProcess, rounds: int, sizes: Sizes, step: Step, report: Report) -> None:
+def _answers(stream: StreamProcess, call: Call) -> None:
+    call.step("answers")
+    asked(stream, WINDOW, call.sizes.asked, call.sizes.requests, call.report)
+
+
+def _restore(stream: StreamProcess, call: Call) -> None:
     """Killed one batch before a snapshot; restored in this process, then by the same command."""
-    step("killed")
-    every = sizes.every_batches
+    call.step("killed")
+    every, report = call.sizes.every_batches, call.report
     batches = stream.appended // BATCH
     stream.append((2 * every - 1 - batches % every) % every * BATCH)
     stream.wait_learnt()
     batches = stream.appended // BATCH
     stream.kill()
     wall, work = list[float](), list[float]()
-    for _ in range(rounds):
+    for _ in range(call.rounds):
         journal = Journal(stream.run_dir / "journal", stream.config.journal.segment_bytes)
         journal.open()
         service = Service(stream.config, stream.run_dir, journal, Nobody(), report.note)
@@ -246,7 +259,7 @@ def _restore(stream: StreamProcess, rounds: int, sizes: Sizes, step: Step, repor
         assert service.state.pipeline.intake.records == stream.appended
         journal.close()
         service.close(0.0)
-    step("started again")
+    call.step("started again")
     begun = time.perf_counter()
     stream.start()
     stream.wait_served(batches)
@@ -259,3 +272,12 @@ def _restore(stream: StreamProcess, rounds: int, sizes: Sizes, step: Step, repor
                 "processor_s": "of processor", "process_s": "s of a new process until it answers",
                 "process_processor_s": "of processor"}  # fmt: skip
     report.rows_table("after a kill", headings, [row])
+
+
+Measure = Callable[[StreamProcess, Call], None]
+
+CASES: dict[str, tuple[Callable[[Sizes], dict[str, Any]], tuple[Measure, ...]]] = {
+    "windows of 32 samples": (_windows, (_memory,)),
+    "blocks of 32 samples": (_blocks, (_answers, _restore)),
+}
+"""Name → its configuration, and what is measured in addition to its rate."""
