@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,9 @@ def input_of(shape: list[int], classes: int) -> InputConfig:
     return InputConfig(in_channels=channels, height=height, width=width, num_classes=classes)
 
 
-def learning_stack(config: StreamConfig, shape: list[int], classes: int) -> OnlineStack | RankedStack:
+def learning_stack(
+    config: StreamConfig, shape: list[int], classes: int, note: Callable[[str], None]
+) -> OnlineStack | RankedStack:
     """The stack that a candidate learns with: in this process, or on the ranks of `mesh`."""
     if config.mesh.world_size == 1:
         return make_stack(config, shape, classes)
@@ -85,7 +86,7 @@ def learning_stack(config: StreamConfig, shape: list[int], classes: int) -> Onli
         rate=config.rate,
         reduce=config.reduce,
         device=config.device,
-        note=lambda text: print(text, file=sys.stderr),
+        note=note,
         grows=not embeds_ray(),
     )
 
@@ -98,6 +99,7 @@ class Candidate:
     config: with the candidate's overrides.
     shape: [C, H, W] of a window.
     classes: known so far.
+    note: is given lines about its ranks.
 
     Attributes
     ----------
@@ -107,9 +109,9 @@ class Candidate:
     nbytes: size of its state, at the latest look.
     """
 
-    def __init__(self, config: StreamConfig, shape: list[int], classes: int) -> None:
+    def __init__(self, config: StreamConfig, shape: list[int], classes: int, note: Callable[[str], None]) -> None:
         self._config = config
-        self.stack = learning_stack(config, shape, classes)
+        self.stack = learning_stack(config, shape, classes, note)
         self.monitor = DriftMonitor(config.drift)
         self.batches = self.answered = self.right = self.drifts = self.nbytes = 0
         self._features = 0

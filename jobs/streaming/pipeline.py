@@ -7,9 +7,10 @@ when a journal is replayed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -32,6 +33,8 @@ from simmatch.online.state import joined, part_of
 class Pipeline:
     """All that learns from a stream.
 
+    tell: is given lines about ranks: what is waited for, and why they are replaced.
+
     Attributes
     ----------
     seconds: of processor time for the last batch, by candidate; measured, no part of the state.
@@ -41,8 +44,8 @@ class Pipeline:
     calibrated: whether they are, so that they answer.
     """
 
-    def __init__(self, config: StreamConfig) -> None:
-        self.config = config
+    def __init__(self, config: StreamConfig, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.config, self._tell = config, tell
         self.batch = self.windows = 0
         self.seconds: dict[str, float] = {}
         names = list(config.candidates)
@@ -114,10 +117,14 @@ class Pipeline:
         classes = len(self.intake.classes)
         shape = self.intake.shape
         if not self.candidates and shape is not None and (classes or not self._guided):
-            self.candidates = {name: Candidate(config, shape, classes) for name, config in self._configs.items()}
+            for name, config in self._configs.items():
+                self.candidates[name] = Candidate(config, shape, classes, partial(self._note, name))
         elif taken.new_classes:
             for candidate in self.candidates.values():
                 candidate.grow(classes)
+
+    def _note(self, name: str, text: str) -> None:
+        self._tell(f"{name}: {text}" if len(self._configs) > 1 else text)
 
     def _wait(self, taken: Taken, told: Told) -> tuple[Answer, ...]:
         """Collect windows until there are enough to calibrate; then learn from all of them."""

@@ -83,7 +83,7 @@ class Service:
     ) -> None:
         self.config, self.journal = config, journal
         self._seen, self._tell, self._point = seen, tell, point
-        self.state = StreamState(config)
+        self.state = StreamState(config, tell)
         self.duplicates = 0
         self.stopping = threading.Event()
         self._aside = SetAsideFile(run_dir, tell)

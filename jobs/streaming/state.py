@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jobs.streaming.config import StreamConfig
 from jobs.streaming.entries import Entry
 from jobs.streaming.ledger import Batch, Ledger
@@ -13,15 +15,17 @@ from simmatch.online.state import joined, part_of
 class StreamState:
     """Applies a journal.
 
+    tell: as for `Pipeline`.
+
     Attributes
     ----------
     ledger: takes its entries; pipeline: applies its batches.
     """
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: StreamConfig, tell: Callable[[str], None] = lambda _: None) -> None:
         self.config = config
         self.ledger = Ledger(config.labels.ids, whole=config.data.shape is None)
-        self.pipeline = Pipeline(config)
+        self.pipeline = Pipeline(config, tell)
 
     def take(self, number: int, entry: Entry) -> Batch | None:
         """The next entry of the journal; returns the batch that it ends, for the pipeline to apply."""

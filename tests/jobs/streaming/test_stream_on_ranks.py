@@ -129,7 +129,9 @@ def whole(folder: Path) -> Path:
     return folder
 
 
-def test_ranks_that_are_lost_change_no_digest(tmp_path: Path, groups: Groups) -> None:
+def test_ranks_that_are_lost_change_no_digest(
+    tmp_path: Path, groups: Groups, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two candidates; ranks of either are lost at random, also while a snapshot takes their state, and while they
     recompute a readout."""
     options = (*EXACT, *TWO, "--set", "recompute_every=3", "--set", "readout.reservoir=16")
@@ -141,6 +143,9 @@ def test_ranks_that_are_lost_change_no_digest(tmp_path: Path, groups: Groups) ->
     assert main(command(ranks, *options, *RANKS, "--set", "cluster.max_restarts=50")) == 0
     assert summary(ranks)["digest"] == summary(alone)["digest"]
     assert groups.calls.count("restore") > 5
+    shown = capsys.readouterr()
+    assert {line.partition(":")[0] for line in shown.out.splitlines() if "rank 1 was lost" in line} == {"main", "slow"}
+    assert shown.err == ""
 
 
 REFUSED = ConfigError("device: expected a GPU")
