@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from jobs.benchmarks.stream import alarms, comparison, novelty, service, speed
+from jobs.benchmarks.stream import alarms, comparison, novelty, readouts, service, speed
 from jobs.benchmarks.stream.catalogue import STREAMS
 from jobs.benchmarks.stream.prequential import Result, measure
 from jobs.benchmarks.stream.results import Store, curves, differences, held_out_table, table
@@ -35,7 +35,7 @@ class Unit:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
-    add_parts(parser, ("rows", "speed", "alarms", "novelty", "comparison", "service"))
+    add_parts(parser, ("rows", "speed", "alarms", "novelty", "readouts", "comparison", "service"))
     parser.add_argument(
         "--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS), metavar="NAME",
         help=f"of {', '.join(STREAMS)} (default: all)",
@@ -57,9 +57,10 @@ def run(options: argparse.Namespace, report: Report) -> None:
     rounds = 2 if quick else options.rounds
     seeds = range(options.seed, options.seed + (1 if quick else options.seeds))
     parts: dict[str, Callable[[], None]] = {
-        "speed": lambda: speed.measure(STREAMS["bearings-types"].make(folder, quick), rounds, report),
+        "speed": lambda: speed.measure(STREAMS["bearings-types"].make(folder, quick), rounds, quick, report),
         "alarms": lambda: alarms.measure(folder, quick, seeds, report),
         "novelty": lambda: novelty.measure(folder, quick, seeds, report),
+        "readouts": lambda: readouts.measure(folder, quick, seeds, report),
         "comparison": lambda: comparison.measure(quick, options.seed, report),
         "service": lambda: service.measure(quick, rounds, options.seed, report),
     }

@@ -1,4 +1,5 @@
-"""Windows per second of a stream on one thread: each batch is encoded, scored and learnt from, and the readout learns.
+"""Windows per second of a stream on one thread: each batch is encoded, scored and learnt from, and the readout learns;
+and what each part costs, see `costs`.
 
 The layer of `jobs.benchmark signals`: one channel, windows of 256 samples, 64 filters of 32 at stride 8, all positions;
 batches of 64. All windows are labelled.
@@ -12,6 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from jobs.benchmarks.stream import costs
 from jobs.benchmarks.stream.rows import SimilarityMatching, WithReadout
 from jobs.benchmarks.stream.streams import Part, Stream
 from jobs.benchmarks.timing import Spread
@@ -34,7 +36,7 @@ MODEL = parse(
 )  # fmt: skip
 
 
-def measure(stream: Stream, rounds: int, report: Report) -> None:
+def measure(stream: Stream, rounds: int, quick: bool, report: Report) -> None:
     """Processor time of a record in `rounds` rounds of `UPDATES` batches, after a first round that is not counted."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -54,6 +56,7 @@ def measure(stream: Stream, rounds: int, report: Report) -> None:
     report.row(kind="speed", **rate.fields("windows_per_second"), target=TARGET, state_bytes=row.nbytes)
     cells = [round(rate.median), f"{rate.min:,.0f}–{rate.max:,.0f}", TARGET, row.nbytes]
     report.table("test, then learn, on one thread", ["windows / s", "rounds", "target", "bytes of state"], [cells])
+    costs.measure(whole.read(slice(None)), MODEL, rounds, quick, report)
     torch.set_num_threads(threads)
 
 
