@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from scipy.stats import ttest_1samp
 from torch import Tensor
 
 import jobs.benchmark
-from jobs.benchmarks.stream import speed
+from jobs.benchmarks.stream import readouts, speed
 from jobs.benchmarks.stream.prequential import Result, run_stream
+from jobs.benchmarks.stream.readouts import encoded, remembered
 from jobs.benchmarks.stream.results import Store, difference, held_out_table
 from jobs.benchmarks.stream.rivals import AdaptiveForest, Network, NetworkSettings
 from jobs.benchmarks.stream.rows import Fixed, NoChange, WithReadout
@@ -186,10 +187,43 @@ def test_the_command_measures_what_is_missing_and_reports(
     assert (tmp_path / "run" / "figures" / "bearings-types-5.png").stat().st_size > 5000
     monkeypatch.setattr(speed, "UPDATES", 3)
     assert jobs.benchmark.main([*words, "--parts", "speed"]) == 0
-    [timed] = [json.loads(line) for line in capsys.readouterr().out.splitlines() if '"speed"' in line][1:]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    [timed] = [row for row in rows if row["kind"] == "speed"]
     assert timed["windows_per_second"] > 100
+    cost = {(row["part"], row["of"], row["batch"]): row["us_per_record"] for row in rows if row["kind"] == "cost"}
+    assert cost["layer", "coordinate descent", 64] < cost["layer", "coordinate descent", 1]
+    assert cost["readout", "128", 64] < cost["readout", "128", 1]
+    assert min(cost.values()) > 0
+    monkeypatch.setattr(readouts, "SHARES", (1.0,))
+    assert jobs.benchmark.main([*words, "--parts", "readouts"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {row["row"]: row["accuracies"]["100"] for row in rows if row["kind"] == "readouts"}
+    assert list(found) == [*readouts.KINDS, *readouts.MOVING, "random filters, nothing forgotten"]
+    assert all(min(accuracies) > 0.75 for accuracies in found.values())  # chance: 0.5
     assert jobs.benchmark.main([*words, "--rows", "nothing"]) == 2
     assert "--rows: expected some of similarity matching; " in capsys.readouterr().err
+
+
+def test_a_readout_of_what_was_encoded_before_is_the_one_beside_the_features() -> None:
+    """Features that move: what a row learns together with them, and what it learns from a record of them."""
+
+    class Moving(Fixed):
+        seen = 0
+
+        def learn(self, x: Tensor, labels: Tensor) -> None:
+            Moving.seen += len(x)
+
+    def moving() -> Moving:
+        Moving.seen = 0
+        return Moving(lambda x: torch.cat([x.flatten(1), x[..., 0].flatten(1) * Moving.seen], dim=1))
+
+    data = stream([0, 1, 2, 0, 1, 2, 2], [1, 2, 0, 1], batch=3)
+    known = encoded(data, moving())
+    assert not torch.equal(known[1][:, 2], known[1][:, 0])
+    rows = [WithReadout(moving(), ReadoutConfig()), remembered(known, ReadoutConfig())]
+    one, other = (run_stream(replace(data, held_out=()), row, Labelling(), seed=0) for row in rows[::-1])
+    assert one.right == other.right
+    assert sum(one.right) > 3
 
 
 def test_what_was_forgotten_is_seen_in_the_table_of_held_out_parts() -> None:

@@ -60,7 +60,7 @@ def measure(folder: Path, quick: bool, seeds: Sequence[int], report: Report) -> 
         known, kinds = encoded(rest, random(stream, seeds[0])), dict[str, list[list[float]]]()
         for name, config in KINDS.items():
             step(name)
-            kinds[name] = _accuracies(rest, lambda config=config: _remembered(known, config), draws)  # type: ignore[misc]
+            kinds[name] = _accuracies(rest, lambda config=config: remembered(known, config), draws)  # type: ignore[misc]
         _show(f"load 0, random filters on whitened windows, {len(draws)} draws of the labels", kinds, report)
         moving: dict[str, list[list[float]]] = {}
         for seed in seeds:
@@ -97,7 +97,7 @@ def encoded(stream: Stream, features: Features) -> list[Tensor]:
     return known
 
 
-def _remembered(known: Sequence[Tensor], config: ReadoutConfig) -> WithReadout:
+def remembered(known: Sequence[Tensor], config: ReadoutConfig) -> WithReadout:
     """A row that is given what was encoded; a batch is encoded once, in its order."""
     batches = iter(known)
     return WithReadout(Fixed(lambda _: next(batches)), config)
@@ -119,13 +119,13 @@ def _moving(stream: Stream, seed: int) -> dict[str, Make]:
     def learning() -> Features:
         return SimilarityMatching(stream, model, seed, RateConfig())
 
-    def remembered(known: Sequence[Tensor], config: ReadoutConfig) -> Make:
-        return lambda: _remembered(known, config)
+    def known_before(known: Sequence[Tensor], config: ReadoutConfig) -> Make:
+        return lambda: remembered(known, config)
 
     def anew(config: ReadoutConfig) -> Make:
         return lambda: WithReadout(learning(), config, recompute_every=RECOMPUTE_EVERY)
 
     known = encoded(stream, learning())
-    rows = {name: anew(config) if config.reservoir else remembered(known, config) for name, config in MOVING.items()}
+    rows = {name: anew(config) if config.reservoir else known_before(known, config) for name, config in MOVING.items()}
     fixed = encoded(stream, random(stream, seed))
-    return rows | {"random filters, nothing forgotten": remembered(fixed, ReadoutConfig())}
+    return rows | {"random filters, nothing forgotten": known_before(fixed, ReadoutConfig())}

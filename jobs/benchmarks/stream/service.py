@@ -190,7 +190,7 @@ def _memory(stream: StreamProcess, call: Call) -> None:
 
 def _show_memory(found: Sequence[Memory], report: Report) -> None:
     quarters = found[:: POINTS // 4]
-    for each in quarters:
+    for each in found:
         report.row(kind="memory", **asdict(each))
     first = quarters[1]
     growth = {name: max(getattr(each, name) for each in found[POINTS // 4 :]) - getattr(first, name) for name in NAMES}
