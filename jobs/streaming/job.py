@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -37,6 +38,7 @@ from jobs.streaming.sources import open_source
 from simmatch.config import ConfigError
 from simmatch.documents import DocumentError, dump_json, dump_yaml, load_yaml_file
 from simmatch.files import locked, make_folder, write_whole
+from simmatch.online.drift import DriftMonitor
 from simmatch.precision import exact_float32
 from simmatch.sharding.faults import SharedFault
 
@@ -190,9 +192,13 @@ class StreamJob:
         note(f"{self.run_dir}: {'continues after' if before else 'begins with'} batch {batches if before else 1}")
         positions, period_s = service.state.ledger.positions, self.config.data.period
         source = open_source(self.config.source, positions, note, period_s=period_s)
+        DriftMonitor(self.config.drift)  # loads what it needs, some 200,000 objects
+        gc.collect()
+        gc.freeze()  # else each full collection looks at these and all modules, while answers wait
         try:
             service.run(source)
         finally:
+            gc.unfreeze()
             source.close()
             service.close(COPIES_S)
 
