@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from jobs.stream import main
-from jobs.streaming.records import LateLabel, Record
+from jobs.streaming.records import LateLabel, Record, Source
+from jobs.streaming.service import Service
 from simmatch.documents import dump_yaml
 from simmatch.files import locked
 from tests.jobs.streaming.streams import Item, journalled, small, wait_until, waves
@@ -47,6 +49,24 @@ def summary(folder: Path) -> dict[str, Any]:
     """Of the run there."""
     values: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
     return values
+
+
+def test_modules_are_no_part_of_collections_while_records_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, whole = [], Service.run
+
+    def run(service: Service, source: Source) -> None:
+        frozen.append(gc.get_freeze_count())
+        assert "river.drift" in sys.modules
+        whole(service, source)
+
+    monkeypatch.setattr(Service, "run", run)
+    (tmp_path / "waves.jsonl").write_text(lines(waves(40)))
+    before = len(gc.get_objects())
+    assert main(command(tmp_path)) == 0
+    assert frozen[0] > before // 2
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_file_is_learnt_replayed_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
