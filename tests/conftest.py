@@ -7,13 +7,19 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
+from simmatch.precision import exact_float32
+
+if TYPE_CHECKING:
+    from tests.pretended import Place
 
 # The problems are small and the machines that run them are shared: more threads only add noise.
 torch.set_num_threads(1)
@@ -53,3 +59,18 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none here")
     return torch.device("cuda")
+
+
+@pytest.fixture(params=["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
+def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """`cuda` as a GPU that is pretended, and as a CUDA device; the latter is skipped where there is none."""
+    from tests.pretended import Place, pretended
+
+    if request.param == "cuda":
+        request.getfixturevalue("cuda")
+        pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
+        exact_float32()
+        yield Place(tolerance=0.05, real=True)
+        return
+    with pretended(monkeypatch):
+        yield Place(tolerance=1e-4, real=False)
