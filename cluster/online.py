@@ -149,9 +149,10 @@ class RankedStack:
     def _perform(self, group: StreamGroup, call: Call) -> Reply:
         if self._failure is not None:  # as a sign of life has found
             raise self._failure
-        self._reply = group.perform(call)
-        self.seconds += self._reply.seconds
-        return self._reply
+        reply = group.perform(call)
+        self._reply = replace(reply, tensors={})  # they may be a whole state, in Ray's memory as long as they are kept
+        self.seconds += reply.seconds
+        return reply
 
     def _call(self, call: Call, *, changes: bool = True, again: Call | None = None) -> Reply:
         """Call all ranks, of as many groups as the policy allows.

@@ -188,6 +188,7 @@ def test_a_driver_keeps_few_calls_and_asks_for_no_state_that_it_has(
         tensor.zero_()
     assert digest(stack.state()) != digest(state)
     assert groups.calls.count("state") == asked
+    assert stack._reply.tensors == {}  # the memory of Ray is not held
     stack.close()
     assert stack.state().keys() == state.keys()
 

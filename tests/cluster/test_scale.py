@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 import cluster.group
 from cluster.checkpoints.manifest import Cursor, LayerState, Shard
@@ -37,6 +38,7 @@ class PretendedRay:
     def __init__(self) -> None:
         self.looked_at = self.bytes = 0
         self.silent: set[int] = set()
+        self.dead: set[int] = set()
 
     def wait(self, refs: Sequence[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
         self.looked_at += len(set(refs))  # as Ray does, to refuse doubles
@@ -44,6 +46,8 @@ class PretendedRay:
         return answered, []
 
     def get(self, ref: tuple[int, bytes], timeout: float) -> Any:
+        if ref[0] in self.dead:
+            raise ActorDiedError
         self.bytes += len(ref[1])
         return pickle.loads(ref[1])
 
@@ -141,6 +145,20 @@ def test_ranks_that_do_not_answer_are_counted_and_some_are_named(
     ray.silent = set(range(10, 60))
     with pytest.raises(GroupFailure, match=r"^rank 10, rank 11, rank 12 and 47 more did not answer within 0.3 s$"):
         scene.step()
+
+
+def test_a_rank_that_waits_for_a_lost_one_is_late_after_what_has_passed(
+    digits_config: ConfigMaker, tmp_path: Path, ray: PretendedRay
+) -> None:
+    """Not after the limit on the call, which may be long."""
+    config = digits_config(2)
+    quick = config.cluster.model_copy(update={"heartbeat_s": 0.3})
+    scene = Scene(config.model_copy(update={"cluster": quick}), 2, tmp_path)
+    ray.dead, ray.silent = {0}, {1}
+    with pytest.raises(
+        GroupFailure, match=r"^rank 1 did not encode within 0\.[3-9] s; rank 0 was lost: ActorDiedError"
+    ):
+        scene.group._gather([(0, b""), (1, b"")], "encode", limit_s=900.0)
 
 
 def test_a_rank_keeps_no_messages_that_have_arrived(
