@@ -38,6 +38,7 @@ from jobs.streaming.sources import open_source
 from simmatch.config import ConfigError
 from simmatch.documents import DocumentError, dump_json, dump_yaml, load_yaml_file
 from simmatch.files import locked, make_folder, write_whole
+from simmatch.memory import Shortage
 from simmatch.online.drift import DriftMonitor
 from simmatch.precision import exact_float32
 from simmatch.sharding.faults import SharedFault
@@ -159,8 +160,11 @@ class StreamJob:
             message = str(error)
         except (SharedFault, RanksLostError) as error:
             message, self._torn = str(error), True
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            message, self._torn = f"device: {classify(error).message}", True
+        except (RuntimeError, MemoryError) as error:
+            shortage = Shortage.of(error)
+            if shortage is None and not isinstance(error, torch.AcceleratorError):
+                raise
+            message, self._torn = f"device: {shortage or classify(error).message}", True
         finally:
             self._over = True
             journal.close()

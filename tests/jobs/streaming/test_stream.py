@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from jobs.stream import main
+from jobs.streaming.candidate import Candidate
 from jobs.streaming.records import LateLabel, Record, Source
 from jobs.streaming.service import Service
 from simmatch.documents import dump_yaml
 from simmatch.files import locked
+from simmatch.online.stack import OnlineStack
 from tests.jobs.streaming.streams import Item, journalled, small, wait_until, waves
 
 SIX_GPUS = "candidates={main: [], other: [rate.kind=falling]}", "mesh.data=3", "device=cuda"
@@ -101,6 +103,50 @@ def test_another_configuration_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert main(command(tmp_path, "--set", "max_wait_s=2")) == 0
     assert main(command(tmp_path, "--set", "seed=1", "--resume", "never")) == 0
     assert (tmp_path / "run-2" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                                   "79.11 GiB of which 1.50 GiB is free. If reserved but"),
+            "out of GPU memory (asked for 2 GiB, 1.5 GiB of 79.1 GiB free)",
+        ),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cuda"),
+         "AcceleratorError: CUDA error: unspecified launch failure"),
+    ],
+    ids=["memory", "launch"],
+)  # fmt: skip
+def test_a_device_that_fails_ends_the_stream_with_one_line(
+    error: RuntimeError, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of a batch; nothing is asked of it after that, and the same command goes on."""
+    (tmp_path / "waves.jsonl").write_text(lines(waves(60)))
+    learn, batches = Candidate.learn, []
+
+    def failing(*_: Any) -> Any:
+        raise error
+
+    def broken(self: Candidate, *arguments: Any) -> None:
+        batches.append(1)
+        if len(batches) == 6:
+            monkeypatch.setattr(OnlineStack, "state", failing)
+            monkeypatch.setattr(OnlineStack, "export", failing)
+            raise error
+        learn(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Candidate, "learn", broken)
+        assert main(command(tmp_path)) == 1
+    monkeypatch.undo()
+    assert capsys.readouterr().err == f"error: device: {said}\n"
+    failed = summary(tmp_path)
+    assert (failed["status"], failed["digest"]) == ("FAILED", None)
+    assert not (tmp_path / "run" / "model").exists()
+    assert main(command(tmp_path)) == 0
+    assert summary(tmp_path)["records"] == len(journalled(tmp_path / "run")) == 60
+    assert main(["--run-dir", str(tmp_path / "run"), "--replay"]) == 0
 
 
 def test_without_snapshots_the_journal_is_applied_to_another_configuration(
