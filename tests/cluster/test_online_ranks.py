@@ -14,7 +14,7 @@ from cluster.config import GroupConfig
 from cluster.mesh import MeshConfig
 from cluster.online import RankedStack
 from cluster.online_group import Call
-from cluster.policy import RanksLostError
+from cluster.policy import Failure, GroupFailure, RanksLostError
 from simmatch.config import ConfigError, parse
 from simmatch.online.stack import OnlineStack
 from simmatch.online.state import digest
@@ -34,10 +34,10 @@ def groups() -> Iterator[Groups]:
 def make(groups: Groups) -> Iterator[Callable[..., RankedStack]]:
     made: list[RankedStack] = []
 
-    def make(*, notes: list[str] | None = None, **limits: Any) -> RankedStack:
+    def make(*, notes: list[str] | None = None, mesh: MeshConfig | None = None, **limits: Any) -> RankedStack:
         cluster = parse(GroupConfig, {"backoff_s": 1e-3, **limits})
         note = [].append if notes is None else notes.append
-        made.append(RankedStack(MODEL, SOURCE, mesh=MeshConfig(), cluster=cluster, note=note, **OPTIONS))
+        made.append(RankedStack(MODEL, SOURCE, mesh=mesh or MeshConfig(), cluster=cluster, note=note, **OPTIONS))
         return made[-1]
 
     yield make
@@ -105,6 +105,23 @@ def test_the_limits_are_those_of_training(groups: Groups, make: Callable[..., Ra
     with pytest.raises(RanksLostError, match=r"rank 1 was lost; cluster.max_restarts=1 without a new checkpoint"):
         stack.encode(x)
     assert notes[-1].endswith("starting 1 new rank from the newest state, 0 calls to repeat")
+
+
+def test_a_group_may_shrink_where_there_is_no_room(
+    groups: Groups, make: Callable[..., RankedStack], alone: tuple[list[str], str]
+) -> None:
+    """Two of three ranks are left, whatever the number of restarts; with exact sums to the same bits."""
+    notes: list[str] = []
+    no_room = GroupFailure(Failure("no room for 3 ranks", retryable=True, fits=2))
+    stack = make(notes=notes, mesh=MeshConfig(channel=3), min_shards=2, max_restarts=1)
+    groups.before = lambda number, call: LOST if call.name == "learn" and groups.alive and number == 8 else None
+    groups.start = lambda generation: no_room if generation == 1 else None
+    assert stream(stack) == alone[0]
+    assert digest(stack.state()) == alone[1]
+    assert [note.partition("; ")[2] for note in notes] == [
+        "starting 3 new ranks from the beginning, 4 calls to repeat",
+        "starting 2 new ranks from the beginning, 4 calls to repeat",
+    ]
 
 
 ENDS: dict[str, tuple[BaseException, type[BaseException], str]] = {
