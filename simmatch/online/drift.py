@@ -6,18 +6,24 @@ the signal is, so that one setting gives one rate of false alarms:
     error (0 or 1)       e / max(1, √12 s), s the standard deviation of the reference
     any other signal     its rank among the values of the reference, as a share: uniform where nothing changes
 
-The reference is the first values of the signal, and later its last `keep` values: the newest are then the reference,
+Detectors assume independent numbers. Where those of the reference depend on each other, as in records that come in
+runs, detectors see means of blocks, whose length is the correlation time τ: such a mean is as certain as one
+independent number. With independent values blocks have length one.
+
+The reference is the first values of the signal, and later its last `keep` blocks: the newest are then the reference,
 and both detectors start anew from them. So what a detector knows is a function of a bounded list of last values, which
 is all that is stored; a monitor that is restored goes on with the same bits.
 
 Sources: Bifet & Gavaldà, "Learning from time-changing data with adaptive windowing" (2007); Page, "Continuous
-inspection schemes" (1954).
+inspection schemes" (1954); means of blocks: Kim, Alexopoulos, Tsui & Wilson, "A distribution-free tabular CUSUM chart
+for autocorrelated data" (2007).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -28,6 +34,7 @@ from torch import Tensor
 
 from simmatch.config import Frozen, NonNegativeInt, PositiveFloat, PositiveInt
 from simmatch.extras import extra
+from simmatch.online.dependence import correlation_time
 from simmatch.online.state import State
 
 Values = NDArray[np.float64]
@@ -36,7 +43,11 @@ ERROR = "error"
 """Name of the signal that is 1 where an answer was wrong and 0 where it was right."""
 
 RECENT = 50
-"""Last values whose mean is `Drift.after`."""
+"""Last blocks whose mean is `Drift.after`."""
+
+INDEPENDENT = 1.5
+"""Correlation time below which values count as independent: that of 300 independent ones is estimated with an error of
+up to 0.4."""
 
 UNIFORM_DEVIATION = 12**-0.5
 """Standard deviation of a number that is uniform in [0, 1]."""
@@ -66,10 +77,13 @@ class DriftConfig(Frozen):
     """Records at the very start that are not watched: a model that begins to learn changes all signals."""
 
     reference: PositiveInt = 300
-    """Values of a signal from which its reference is taken, at the start and after a drift; no alarm before."""
+    """Blocks of a signal from which its reference is taken, at the start and after a drift; no alarm before."""
 
     keep: PositiveInt = 1000
-    """Last values of a signal from which reference and detectors are rebuilt, whenever there are twice as many."""
+    """Last blocks of a signal from which reference and detectors are rebuilt, whenever there are twice as many."""
+
+    block: PositiveInt = 50
+    """Most values in a block; 1: values are taken for independent."""
 
     adwin_delta: PositiveFloat = 1e-4
     """δ of ADWIN: bound of the probability of a false alarm at each of its looks."""
@@ -98,7 +112,7 @@ class Drift:
     ----------
     signal: which one changed.
     number: of the record at which it was found.
-    before, after: means of the signal, in its own unit: `after` of its last 50 values, `before` of those before them.
+    before, after: means of the signal, in its own unit: `after` of its last 50 blocks, `before` of those before them.
     detector: which one found it.
 
     >>> Drift("error", number=1200, before=0.02, after=0.4, detector="adwin").number
@@ -173,17 +187,20 @@ class DriftMonitor:
         return drifts
 
     def state(self) -> State:
-        """The values from which `restore` rebuilds all: at most 4 `keep` numbers per signal.
+        """The values from which `restore` rebuilds all: at most 3 `keep` · `block` numbers per signal.
 
         >>> monitor = DriftMonitor(DriftConfig(begin=0))
         >>> monitor.add({"novelty": torch.rand(400)}, number=0)
         []
         >>> {name: tensor.shape for name, tensor in monitor.state().items()}
-        {'records': torch.Size([]), 'novelty.values': torch.Size([400]), 'novelty.reference': torch.Size([300])}
+        {'records': torch.Size([]),
+         'novelty.values': torch.Size([400]), 'novelty.block': torch.Size([]),
+         'novelty.reference': torch.Size([300])}
         """
         state: State = {"records": torch.tensor(self._records)}
         for name, watch in self._watches.items():
             state[f"{name}.values"] = torch.tensor(watch.values, dtype=torch.float64)
+            state[f"{name}.block"] = torch.tensor(watch.block)
             if watch.reference is not None:
                 state[f"{name}.reference"] = torch.from_numpy(watch.reference.copy())
         return state
@@ -206,7 +223,8 @@ class DriftMonitor:
             if what == "values":
                 watch = self._watches[name] = _Watch(name, self.config)
                 reference = state.get(f"{name}.reference")
-                watch.restart(state[key].numpy(), None if reference is None else reference.numpy())
+                watch.block = int(state.get(f"{name}.block", torch.tensor(1)))  # earlier versions had none
+                watch.rebuild(state[key].numpy(), None if reference is None else reference.numpy())
 
 
 class _Watch:
@@ -215,8 +233,11 @@ class _Watch:
     def __init__(self, name: str, config: DriftConfig) -> None:
         self.config, self.is_error, self.rising = config, name == ERROR, name in config.rising
         self.values: list[float] = []
+        self.block = 1
         self.reference: Values | None = None
         self.detectors: dict[str, Any] = {}
+        self._begun: list[float] = []
+        """Shares of a block that has not ended."""
 
     def add(self, values: Values) -> tuple[int, float, float, str] | None:
         """Look at the next values: place of an alarm among them, means before and after, detector; None: no alarm."""
@@ -227,53 +248,66 @@ class _Watch:
             self.values.extend(part[:used].tolist())
             done += used
             if name is not None:
-                width = int(self.detectors[name].width) if name == "adwin" else RECENT
+                recent = RECENT * self.block
+                width = int(self.detectors[name].width) * self.block if name == "adwin" else recent
                 if not self.rising or _mean(self.values[-width:]) > _mean(self.values[:-width]):
-                    return done - 1, _mean(self.values[:-RECENT]), _mean(self.values[-RECENT:]), name
-                self.restart(np.asarray(self.values[-width:]), None)
+                    return done - 1, _mean(self.values[:-recent]), _mean(self.values[-recent:]), name
+                self.restart(
+                    np.asarray(self.values[-min(width, recent) :])
+                )  # before it are values from before the fall
             elif self._room() == 0:
-                self.restart(np.asarray(self.values[-self.config.keep :]), None)
+                self.restart(np.asarray(self.values[-self.config.keep * self.block :]))
         return None
 
     def _room(self) -> int:
         """Values that fit until the reference is taken."""
-        limit = self.config.reference if self.reference is None else 2 * self.config.keep
-        return max(0, limit - len(self.values))
+        blocks = self.config.reference if self.reference is None else 2 * self.config.keep
+        return max(0, blocks * self.block - len(self.values))
 
-    def restart(self, values: Values, reference: Values | None) -> None:
-        """Start anew from these last values; what the detectors find in them is no alarm."""
-        self.values = values.tolist()
-        if reference is None and len(values) >= self.config.reference:
-            reference = np.sort(values)
-        self.reference, self.detectors = reference, {}
+    def restart(self, values: Values) -> None:
+        """Start anew from these last values, if they are enough for a reference."""
+        self.block = 1
+        if len(values) >= self.config.reference and self.config.block > 1:
+            time = correlation_time(np.asarray(self._shares(values, np.sort(values))))
+            self.block = 1 if time < INDEPENDENT else min(self.config.block, ceil(time))
+        values = values[-self.config.keep * self.block :]
+        enough = len(values) >= self.config.reference * self.block
+        self.rebuild(values, np.sort(values) if enough else None)
+
+    def rebuild(self, values: Values, reference: Values | None) -> None:
+        """Go on from these last values; what the detectors find in them is no alarm."""
+        self.values, self.reference, self.detectors, self._begun = values.tolist(), reference, {}, []
         if reference is not None:
             self.detectors = {name: self._detector(name) for name in self.config.detectors}
-            for value in self._shares(values):
-                for detector in self.detectors.values():
-                    detector.update(value)
+            for share in self._shares(values, reference):
+                self._update(share)
 
     def _watched(self, values: Values) -> tuple[int, str | None]:
         """Number of values used, up to the first alarm, and its detector."""
-        if self.reference is None:
-            return len(values), None
-        for index, value in enumerate(self._shares(values)):
-            alarm = None
-            for name, detector in self.detectors.items():
-                detector.update(value)
-                if alarm is None and detector.drift_detected:
-                    alarm = name
-            if alarm is not None:
-                return index + 1, alarm
+        if self.reference is not None:
+            for index, share in enumerate(self._shares(values, self.reference)):
+                alarm = self._update(share)
+                if alarm is not None:
+                    return index + 1, alarm
         return len(values), None
 
-    def _shares(self, values: Values) -> list[float]:
+    def _update(self, share: float) -> str | None:
+        """Show the detectors the mean of a block where it ends; the first that raises an alarm."""
+        self._begun.append(share)
+        if len(self._begun) < self.block:
+            return None
+        mean, self._begun = sum(self._begun) / self.block, []
+        for detector in self.detectors.values():
+            detector.update(mean)
+        return next((name for name, detector in self.detectors.items() if detector.drift_detected), None)
+
+    def _shares(self, values: Values, reference: Values) -> list[float]:
         """What the detectors see: numbers in [0, 1] with a variance of at most 1/12."""
-        assert self.reference is not None
         if self.is_error:
-            shares = values * min(1.0, UNIFORM_DEVIATION / max(float(self.reference.std()), 1e-9))
+            shares = values * min(1.0, UNIFORM_DEVIATION / max(float(reference.std()), 1e-9))
         else:
-            below = np.searchsorted(self.reference, values, "left") + np.searchsorted(self.reference, values, "right")
-            shares = below / (2.0 * len(self.reference))
+            below = np.searchsorted(reference, values, "left") + np.searchsorted(reference, values, "right")
+            shares = below / (2.0 * len(reference))
         return list(shares.tolist())
 
     def _detector(self, name: str) -> Any:

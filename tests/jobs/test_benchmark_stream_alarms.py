@@ -13,7 +13,9 @@ from torch import Generator, Tensor
 
 from jobs.benchmarks.stream.alarms import Counted, simulated
 from jobs.benchmarks.stream.novelty import Without, area
+from jobs.benchmarks.stream.stationary import RUN, Autoregressive, Runs, Switching
 from jobs.benchmarks.stream.watched import Watched, Watching
+from simmatch.online.dependence import correlation_time
 from simmatch.online.drift import DriftConfig
 
 WATCHING = Watching(drift=DriftConfig(begin=500))
@@ -43,8 +45,29 @@ def test_area_is_that_of_scikit_learn() -> None:
 def test_simulated_errors_change_where_they_are_said_to_rest() -> None:
     """With a detector that tolerates nothing there are alarms; with the defaults there is none."""
     nervous = DriftConfig(begin=0, detectors=("page_hinkley",), tolerance=1e-6, threshold=2.0)
-    assert simulated(9_000, 0, nervous).alarms > 10
-    assert simulated(9_000, 0, DriftConfig(begin=0)).alarms == 0
+    assert simulated(9_000, 0, nervous, Autoregressive(0.0)).alarms > 10
+    assert simulated(9_000, 0, DriftConfig(begin=0), Autoregressive(0.0)).alarms == 0
+
+
+def test_runs_have_their_mean_length_and_go_on_from_call_to_call() -> None:
+    generator = torch.Generator().manual_seed(5)
+    runs = Runs()
+    classes = torch.cat([runs(count, generator) for count in [7, 50, 43] * 2000])
+    ends = (classes.diff() != 0).sum()
+    assert len(classes) / int(ends) == pytest.approx(RUN, rel=5 / ends.sqrt().item())  # geometric: deviation = mean
+    assert torch.bincount(classes).numpy() == pytest.approx(len(classes) / 9, rel=0.15)
+    turns = Runs(turns=True)
+    assert torch.cat([turns(30, generator) for _ in range(30)]).tolist() == [n // RUN % 9 for n in range(900)]
+
+
+def test_signals_have_the_variance_and_the_dependence_that_they_are_said_to_have() -> None:
+    generator = torch.Generator().manual_seed(6)
+    values = Autoregressive(0.9)(100_000, 0.1, generator)
+    assert float(values["novelty"].std()) == pytest.approx(1.0, abs=0.05)
+    assert correlation_time(values["objective"].numpy()) == pytest.approx(19.0, rel=0.2)
+    assert float(values["error"].mean()) == pytest.approx(0.1, abs=0.02)
+    switching = Switching(1.0)(100_000, 0.1, generator)["novelty"].double()
+    assert correlation_time(switching.numpy()) > 20
 
 
 @pytest.mark.filterwarnings("ignore:the relative objective is above 1")  # 128 filters for two tones

@@ -1,7 +1,8 @@
 """Drift: how often it is found where there is none, and how soon where there is.
 
-    stationary   records drawn at random from one distribution: each alarm is a false one. Simulated signals, and those
-                 of a model on windows of bearings at one load, which begin at any sample; the model learns on, or not
+    stationary   records of one distribution: each alarm is a false one. Simulated signals, and those of a model on
+                 windows of bearings at one load, which begin at any sample; the model learns on, or not. Records are
+                 independent, or come in runs, where detectors are also measured that take them for independent
     changes      the model learns one load, or upright images, then another follows: records until the alarm
     electricity  a real stream, of which nobody knows when it changes: alarms are counted
 
@@ -10,35 +11,42 @@ Alarms in one batch are one. Intervals are those of Clopper and Pearson (1934), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
-from torch import Generator, Tensor
+from torch import Generator
 
-from jobs.benchmarks.stream.bearings import FILES, WINDOW
+from jobs.benchmarks.stream.bearings import FILES
 from jobs.benchmarks.stream.electricity import electricity
+from jobs.benchmarks.stream.stationary import Autoregressive, Draw, Runs, Signals, Switching, images, windows_at
 from jobs.benchmarks.stream.watched import BATCH, Watched, Watching
 from jobs.reporting import Report
-from simmatch.data.config import DataConfig
-from simmatch.data.prepared import StoredImages
-from simmatch.data.sources import load_dataset
-from simmatch.online.drift import ERROR, Drift, DriftConfig, DriftMonitor
+from simmatch.online.drift import Drift, DriftConfig, DriftMonitor
 from simmatch.seeding import seeded
-
-Draw = Callable[[int, Generator], tuple[Tensor, Tensor]]
-"""(number of records, generator) → records [n, C, H, W] and their classes."""
-
-HOP = 7
-"""Samples between windows that can be drawn: of the recordings of one load, some 150,000."""
 
 ERROR_RATES = (0.02, 0.1, 0.4)
 """Of simulated errors, in turn."""
 
-WARM_UP, BEFORE, AFTER = 5_000, 1_000, 500
-"""Records that a model learns first, those before the change, and those after it among which it is to be found."""
+WARM_UP, BEFORE, SOON, AFTER = 5_000, 1_000, 500, 2_000
+"""Records that a model learns first, those before the change, those after it among which it is to be found, and those
+among which it is looked for."""
+
+SETTLED = 20_000
+"""More records before a change in a stream of runs: its signals are watched later."""
+
+CHANGES = ((0, 1), (1, 2), (2, 3), (3, 0))
+"""Of loads."""
+
+COEFFICIENTS, SPREADS = (0.3, 0.5, 0.9, 0.98), (0.3, 1.0)
+"""Of simulated signals that depend on their past."""
+
+LENGTH, SHIFT = 20_000, 1.5
+"""Records of a simulated stream of dependent signals; the change of such a signal, in standard deviations."""
+
+BLIND = "taken for independent"
+"""Of detectors that see values instead of blocks."""
 
 PER = 20_000
 """Records that rates of false alarms are quoted for."""
@@ -81,7 +89,8 @@ def measure(folder: Path, quick: bool, seeds: Sequence[int], report: Report) -> 
     rows = [{"change": change, **_summary(delays)} for change, delays in _changes(folder, quick, seeds)]
     for row in rows:
         report.row(kind="delay", **row)
-    headings = {"change": "change", "runs": "runs", "found": f"found within {AFTER}", "median": "records, median",
+    headings = {"change": "change", "runs": "runs", "soon": f"found within {SOON}",
+                "found": f"within {AFTER:,}", "median": "records, median",
                 "greatest": "greatest", "signals": "first seen in"}  # fmt: skip
     report.rows_table("records until a drift is found", headings, rows)
     report.row(kind="electricity", **_electricity(folder, quick, seeds[0]))
@@ -91,28 +100,46 @@ def measure(folder: Path, quick: bool, seeds: Sequence[int], report: Report) -> 
 
 
 def _stationary(folder: Path, quick: bool, seeds: Sequence[int]) -> Iterator[tuple[str, Counted]]:
-    share = 100 if quick else 1
+    share, independent = 100 if quick else 1, Autoregressive(0.0)
+    as_independent = DriftConfig(begin=0, block=1)
     for name, keep in (("simulated", DriftConfig().keep), ("simulated, never rebuilt", 10**9)):
-        yield name, simulated(1_200_000 // share, seeds[0], DriftConfig(begin=0, keep=keep))
+        yield name, simulated(1_200_000 // share, seeds[0], DriftConfig(begin=0, keep=keep), independent)
     draw = windows_at(folder, 0)
     for name, learns in (("bearings, load 0, frozen", False), ("bearings, load 0, learning", True)):
         yield name, _at_rest(draw, 240_000 // share, seeds, Watching(learns=learns))
+    dependent: dict[str, Signals] = {f"autoregressive, {c}": Autoregressive(c) for c in COEFFICIENTS}
+    dependent |= {f"classes in runs, means spread by {spread}": Switching(spread) for spread in SPREADS}
+    for name, signals in dependent.items():
+        length = LENGTH // share
+        yield f"simulated, {name}", simulated(240_000 // share, seeds[0], DriftConfig(begin=0), signals, length)
+        yield f"simulated, {name}, {BLIND}", simulated(60_000 // share, seeds[0], as_independent, signals, length)
+    for turns in (False, True):
+        for blind, records in ((False, 120_000), (True, 30_000)):
+            name = (
+                f"bearings, load 0, learning, faults in {'turns' if turns else 'runs'}{f', {BLIND}' if blind else ''}"
+            )
+            watching = Watching(drift=DriftConfig(block=1) if blind else DriftConfig())
+            counted = _at_rest(windows_at(folder, 0, Runs(turns=turns)), records // share, seeds, watching)
+            yield f"{name}, {BLIND}" if blind else name, counted
 
 
-def simulated(records: int, seed: int, config: DriftConfig) -> Counted:
-    """Alarms in independent signals: errors of three rates in turn, the others Gaussian.
+def simulated(records: int, seed: int, config: DriftConfig, signals: Signals, length: int | None = None) -> Counted:
+    """Alarms in simulated signals, with errors of three rates in turn, in streams of a length.
 
-    >>> simulated(2_000, seed=0, config=DriftConfig(begin=0)).alarms
+    length: None for one stream of each rate.
+
+    >>> simulated(2_000, seed=0, config=DriftConfig(begin=0), signals=Autoregressive(0.0)).alarms
     0
     """
     generator, alarms, seen = seeded("stationary signals", seed), 0, 0
-    for rate in ERROR_RATES:
+    length = (length or records // len(ERROR_RATES)) // BATCH * BATCH
+    for number in range(max(1, records // length)):
         monitor = DriftMonitor(config)
-        for _ in range(records // len(ERROR_RATES) // BATCH):
-            values = {name: torch.randn(BATCH, generator=generator) for name in config.signals}
-            values[ERROR] = (torch.rand(BATCH, generator=generator) < rate).double()
-            alarms += bool(monitor.add(values, seen))
-            seen += BATCH
+        values = signals(length, ERROR_RATES[number % len(ERROR_RATES)], generator)
+        for start in range(0, length, BATCH):
+            part = {name: signal[start : start + BATCH] for name, signal in values.items()}
+            alarms += bool(monitor.add(part, start))
+        seen += length
     return Counted(alarms, seen)
 
 
@@ -134,17 +161,28 @@ def _at_rest(draw: Draw, records: int, seeds: Sequence[int], watching: Watching)
 def _changes(folder: Path, quick: bool, seeds: Sequence[int]) -> Iterator[tuple[str, list[Drift | None]]]:
     """Of each change, what was found in each run; numbers count records since the change."""
     loads, runs = [windows_at(folder, load) for load in range(len(FILES))], 1 if quick else 5
-    for before, after in ((0, 1), (1, 2), (2, 3), (3, 0)):
+    for before, after in CHANGES:
         yield f"bearings, load {before} → {after}", _found("bearings", loads[before], loads[after], seeds, runs)
     for degrees in (30, 90):
         yield f"Fashion-MNIST, turned by {degrees}°", _found("images", images(0), images(degrees), seeds, runs)
+    settled, order = (BEFORE if quick else SETTLED), Runs()
+    loads = [windows_at(folder, load, order) for load in range(len(FILES))]
+    for before, after in CHANGES:
+        name = f"bearings, faults in runs, load {before} → {after}"
+        yield name, _found("bearings", loads[before], loads[after], seeds, runs, settled)
+    for c in (0.0, *COEFFICIENTS):
+        yield f"simulated, autoregressive, {c}", _shifted(Autoregressive(c), settled, seeds, runs)
 
 
-def _found(kind: str, before: Draw, after: Draw, seeds: Sequence[int], runs: int) -> list[Drift | None]:
+def _found(
+    kind: str, before: Draw, after: Draw, seeds: Sequence[int], runs: int, settled: int = 0
+) -> list[Drift | None]:
     found: list[Drift | None] = []
     for seed in seeds:
         generator = seeded("changes", seed)
         model = Watched(kind, before(WARM_UP, generator), seed)
+        for _ in range(settled // BATCH):
+            model.see(*before(BATCH, generator))
         state = model.state()
         for _ in range(runs):
             model.restore(state)
@@ -163,12 +201,29 @@ def _first_drift(model: Watched, draw: Draw, generator: Generator) -> Drift | No
     return None
 
 
+def _shifted(signals: Signals, before: int, seeds: Sequence[int], runs: int) -> list[Drift | None]:
+    """What is found where novelty rises by `SHIFT` and all else stays."""
+    found: list[Drift | None] = []
+    for seed in seeds:
+        generator = seeded("shifts", seed)
+        for _ in range(runs):
+            values, monitor = signals(before + AFTER, ERROR_RATES[0], generator), DriftMonitor(DriftConfig(begin=0))
+            values["novelty"][before:] += SHIFT
+            drifts: list[Drift] = []
+            for start in range(0, before + AFTER, BATCH):
+                part = {name: signal[start : start + BATCH] for name, signal in values.items()}
+                drifts += [drift for drift in monitor.add(part, start - before) if start >= before]
+            found.append(min(drifts, key=lambda drift: drift.number, default=None))
+    return found
+
+
 def _summary(found: list[Drift | None]) -> dict[str, object]:
     drifts = [drift for drift in found if drift is not None]
     delays = [drift.number for drift in drifts]
     names = sorted({drift.signal for drift in drifts})
     by_signal = ", ".join(f"{name} {sum(drift.signal == name for drift in drifts)}" for name in names)
-    return {"runs": len(found), "found": len(drifts), "median": median(delays) if delays else None,
+    soon = sum(delay < SOON for delay in delays)
+    return {"runs": len(found), "soon": soon, "found": len(drifts), "median": median(delays) if delays else None,
             "greatest": max(delays, default=None), "signals": by_signal}  # fmt: skip
 
 
@@ -181,36 +236,3 @@ def _electricity(folder: Path, quick: bool, seed: int) -> dict[str, int]:
             alarms += bool(model.see(*batch).drifts)
             records += len(batch[1])
     return {"alarms": alarms, "records": records}
-
-
-# -- records -----------------------------------------------------------------------------------------------------------
-
-
-def windows_at(folder: Path, load: int) -> Draw:
-    """Windows of bearings at one load, which begin anywhere; classes are the nine faults."""
-    path = str(folder / "bearings" / FILES[load])
-    config = DataConfig(path=path, window=WINDOW, hop=HOP, label_pattern=r"/(\w+)$", split="time", test_fraction=0.01)
-    dataset = load_dataset(config)
-    return _drawn(dataset.train_images, dataset.train_labels)
-
-
-def images(degrees: float) -> Draw:
-    """Fashion-MNIST, turned."""
-    from torchvision.transforms.functional import InterpolationMode, rotate
-
-    dataset = load_dataset(DataConfig(name="fashion_mnist"))
-    draw = _drawn(dataset.train_images, dataset.train_labels)
-
-    def turned(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        x, labels = draw(count, generator)
-        return rotate(x.float() / 255, degrees, InterpolationMode.BILINEAR), labels
-
-    return turned
-
-
-def _drawn(x: StoredImages, labels: Tensor) -> Draw:
-    def draw(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(labels), (count,), generator=generator)
-        return x[chosen], labels[chosen]
-
-    return draw

@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 from torch import Generator, Tensor, nn
 
-from jobs.benchmarks.stream.alarms import Draw, images, windows_at
+from jobs.benchmarks.stream.stationary import Draw, images, windows_at
 from jobs.benchmarks.stream.watched import BATCH, Watched, Watching
 from jobs.reporting import Report
 from simmatch.online.novelty import NoveltyConfig
