@@ -158,7 +158,13 @@ class StreamJob:
             code, message, self._torn = BAD_INPUT, str(error), True
         except (JournalError, SourceError, RunFailed, OSError) as error:
             message = str(error)
-        except (SharedFault, RanksLostError) as error:
+        except RanksLostError as error:
+            self._torn = True
+            if self._signum is None:
+                message = str(error)
+            else:  # a signal to all processes has reached Ray's, too
+                self._display.note(str(error))
+        except SharedFault as error:
             message, self._torn = str(error), True
         except (RuntimeError, MemoryError) as error:
             shortage = Shortage.of(error)

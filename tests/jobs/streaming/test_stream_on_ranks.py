@@ -204,6 +204,30 @@ def test_a_second_signal_ends_a_wait_for_ranks(
     assert (summary(ranks)["status"], summary(ranks)["digest"], groups.calls) == ("KILLED", None, [])
 
 
+def test_a_signal_that_ends_ranks_as_well_ends_the_stream(
+    tmp_path: Path, groups: Groups, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one to a control group, or to all processes of a terminal."""
+    ranks, pid = whole(tmp_path / "ranks"), os.getpid()
+
+    def end(number: int, call: Call) -> BaseException | None:
+        if number < 10:
+            return None
+        os.kill(pid, signal.SIGTERM)
+        return FATAL
+
+    groups.before = end
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(command(ranks, *EXACT, *RANKS)) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    shown = capsys.readouterr()
+    assert shown.err == "error: ended by SIGTERM\n"
+    assert "rank 0 failed: no such thing" in shown.out
+    assert (summary(ranks)["status"], summary(ranks)["digest"]) == ("KILLED", None)
+
+
 def test_a_stream_that_has_nothing_new_starts_no_ranks(tmp_path: Path, groups: Groups) -> None:
     ranks = whole(tmp_path / "ranks")
     assert main(command(ranks, *EXACT, *RANKS)) == 0
