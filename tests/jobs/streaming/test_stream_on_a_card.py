@@ -119,7 +119,7 @@ def test_what_the_host_waits_for(
     config = small(device="cuda", model={"layers": layers, "schedule": "together"})
     x, labels = torch.rand(48, 1, 1, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
     with pretended(monkeypatch) as card:
-        candidate = Candidate(config, [1, 1, 16], 2)
+        candidate = Candidate(config, [1, 1, 16], 2, print)
         candidate.calibrate(x[:20])
         for part in x.split(8):
             card.waits.clear()
