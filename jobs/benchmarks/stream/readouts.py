@@ -20,7 +20,7 @@ from torch import Tensor
 from jobs.benchmarks.stream.bearings import bearings
 from jobs.benchmarks.stream.prequential import run_stream
 from jobs.benchmarks.stream.rows import Features, Fixed, SimilarityMatching, WithReadout
-from jobs.benchmarks.stream.signal_rows import MODELS, RECOMPUTE_EVERY
+from jobs.benchmarks.stream.signal_rows import BEARINGS_LAYER, RECOMPUTE_EVERY
 from jobs.benchmarks.stream.streams import Labelling, Stream
 from jobs.benchmarks.windows import rows_of
 from jobs.reporting import Report
@@ -105,14 +105,14 @@ def remembered(known: Sequence[Tensor], config: ReadoutConfig) -> WithReadout:
 
 def random(stream: Stream, seed: int) -> Features:
     """Random filters on whitened windows."""
-    stack = Stack(MODELS["bearings"], stream.source, seed=seed)
+    stack = Stack(BEARINGS_LAYER, stream.source, seed=seed)
     stack.layer(0).calibrate(stream.warm_up.read(slice(None)))
     return Fixed(rows_of(stack, seed)["random, whitened"])
 
 
 def _moving(stream: Stream, seed: int) -> dict[str, Make]:
     """Row → how it is made."""
-    layer = MODELS["bearings"].layers[0]
+    layer = BEARINGS_LAYER.layers[0]
     plasticity = layer.plasticity.model_copy(update={"lr": RATE})
     model = ModelConfig(layers=(layer.model_copy(update={"plasticity": plasticity}),))
 

@@ -140,12 +140,21 @@ def _rows(recipe: Recipe) -> Mapping[str, Kind]:
     return MappingProxyType(rows)
 
 
+BEARINGS_LAYER = _layer(
+    out_channels=128,
+    kernel_size=[1, 32],
+    whiten=True,
+    whiten_ridge=0.001,
+    pool=[1, 1],
+    power=0.3,
+    plasticity={"lr": 0.3},
+    train={"positions": 16},
+)
+"""Pools over all positions; chosen by hand on the warm-up."""
+
 BEARINGS = _rows(
     Recipe(
-        layers={
-            "": _layer(out_channels=128, kernel_size=[1, 32], whiten=True, whiten_ridge=0.001, pool=[1, 1], power=0.3,
-                       plasticity={"lr": 0.3}, train={"positions": 16})
-        },
+        layers={"": BEARINGS_LAYER},
         learning={
             f"rate halved after {steps} updates, readout {'recomputed' if recompute else 'summed'}": Learning(
                 steps, recompute
@@ -157,8 +166,7 @@ BEARINGS = _rows(
         steps=(1, 10),
         of_forest=_spectrum,
     )
-)  # fmt: skip
-"""The layer, which pools over all positions, was chosen by hand on the warm-up."""
+)
 
 ELECTRICITY = _rows(
     Recipe(
