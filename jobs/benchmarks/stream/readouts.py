@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 from torch import Tensor
 
 from jobs.benchmarks.stream.bearings import bearings
 from jobs.benchmarks.stream.prequential import run_stream
+from jobs.benchmarks.stream.results import spread
 from jobs.benchmarks.stream.rows import Features, Fixed, SimilarityMatching, WithReadout
 from jobs.benchmarks.stream.signal_rows import BEARINGS_LAYER, RECOMPUTE_EVERY
 from jobs.benchmarks.stream.streams import Labelling, Stream
@@ -73,7 +73,10 @@ def measure(folder: Path, quick: bool, seeds: Sequence[int], report: Report) -> 
 
 def _show(title: str, found: Mapping[str, list[list[float]]], report: Report) -> None:
     columns = {f"{100 * share:g}": f"{100 * share:g} % of labels" for share in SHARES}
-    rows = [{"row": row} | dict(zip(columns, map(mean, shares), strict=True)) for row, shares in found.items()]
+    rows = [
+        {"row": row, **{name: spread(each) for name, each in zip(columns, shares, strict=True)}}
+        for row, shares in found.items()
+    ]
     for row, shares in found.items():
         report.row(kind="readouts", case=title, row=row, accuracies=dict(zip(columns, shares, strict=True)))
     report.rows_table(title, {"row": "readout"} | columns, rows)
