@@ -60,7 +60,7 @@ def start_ray(cpus: int, limit_s: float) -> str:
     ConfigError
         `RAY_ADDRESS`, or the token for it, is not what the cluster expects, or the checkout is too large for Ray.
     RunFailed
-        The address does not answer, or not within `CONNECT_S` and `limit_s`.
+        The address does not answer, or not within `CONNECT_S` and `limit_s`; or Ray does not start here.
     """
     # read when ray is imported: no usage reports, and accelerators stay visible to actors that reserve none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -84,14 +84,17 @@ def _embedded(cpus: int) -> str:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
-    with own_signals():
-        ray.init(
-            address="local",
-            num_cpus=max(cpus, allowed_cpus()),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    try:
+        with own_signals():
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, allowed_cpus()),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except Exception as error:  # such as a machine too busy to start its processes in time
+        raise RunFailed(f"Ray: expected its processes to start on this machine, got {error}") from error
     return "embedded" if mode == "token" else "embedded, open to every process of this machine"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.allocation import allocation
 from cluster.config import RunConfig
+from cluster.controller import RunFailed
 from cluster.redaction import one_line
 from cluster.storage import AnyPath
 from cluster.text import count
@@ -188,7 +189,7 @@ class Examination:
         cpus = self.config.mesh.world_size * self.config.cluster.cpus_per_rank if self.config and cluster else 1
         try:
             where = start_ray(cpus, JOIN_S)
-        except Exception as error:  # ConfigError, RunFailed, and what Ray raises where none starts here
+        except (ConfigError, RunFailed) as error:
             text = one_line(error)
             if text.startswith(("RAY_AUTH", "~/.ray")):
                 self.report.skip("cluster")

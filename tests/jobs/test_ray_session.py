@@ -203,3 +203,15 @@ def test_an_unknown_mode_is_refused_before_ray_starts(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match=r"^RAY_AUTH_MODE: expected token or disabled, got 'tokens'$"):
         ray_session.start_ray(1, 5.0)
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setattr(ray, "init", late)
+    expected = "Ray: expected its processes to start on this machine, got The current node timed out during startup."
+    with pytest.raises(RunFailed, match=f"^{re.escape(expected)}$"):
+        ray_session.start_ray(1, 5.0)
