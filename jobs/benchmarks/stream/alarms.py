@@ -115,9 +115,7 @@ def _stationary(folder: Path, quick: bool, seeds: Sequence[int]) -> Iterator[tup
         yield f"simulated, {name}, {BLIND}", simulated(60_000 // share, seeds[0], as_independent, signals, length)
     for turns in (False, True):
         for blind, records in ((False, 120_000), (True, 30_000)):
-            name = (
-                f"bearings, load 0, learning, faults in {'turns' if turns else 'runs'}{f', {BLIND}' if blind else ''}"
-            )
+            name = f"bearings, load 0, learning, faults in {'turns' if turns else 'runs'}"
             watching = Watching(drift=DriftConfig(block=1) if blind else DriftConfig())
             counted = _at_rest(windows_at(folder, 0, Runs(turns=turns)), records // share, seeds, watching)
             yield f"{name}, {BLIND}" if blind else name, counted
