@@ -37,6 +37,7 @@ class InThisProcess:
         return [program(None, *arguments)]
 
 
+@pytest.mark.timeout(600)  # processes import torch, one after the other
 def test_the_whole_service_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
