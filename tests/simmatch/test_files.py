@@ -124,6 +124,8 @@ def test_there_is_one_way_to_write_a_file() -> None:
         ("jobs/entry_point.py", 'open(os.devnull, "w")'),
         ("jobs/streaming/set_aside.py", 'self._path.open("ab")'),
         ("jobs/streaming/example.py", 'Path(options.file).open("a"'),
+        ("jobs/benchmarks/stream/served.py", 'self._log.open("ab")'),
+        ("jobs/benchmarks/stream/served.py", 'self._file.open("ab")'),
         # a file of the sender's, which has been read
         ("jobs/streaming/sources/folder.py", "shutil.move("),
         # generated images, deleted at the end

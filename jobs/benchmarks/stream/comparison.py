@@ -83,7 +83,7 @@ def constant(difference: float, differ: float) -> Differences:
     """A challenger that is better by `difference`, on records of which a share `differ` tells them apart.
 
     >>> draw = constant(0.1, 0.3)
-    >>> float(torch.cat([draw(0, Generator().manual_seed(each)) for each in range(2000)]).mean()) > 0.08
+    >>> float(torch.cat([draw(0, Generator().manual_seed(each)) for each in range(2000)]).float().mean()) > 0.08
     True
     """
     return lambda _, generator: _drawn(difference, differ, generator)

@@ -28,7 +28,7 @@ from jobs.streaming.config import StreamConfig, parse_stream
 from jobs.streaming.example import records
 from jobs.streaming.seen import ADDRESS
 from simmatch.documents import DocumentError, dump_yaml, load_json
-from simmatch.files import make_folder
+from simmatch.files import make_folder, write_whole
 
 LOOK_S = 0.02
 LIMIT_S = 300.0
@@ -95,7 +95,7 @@ class StreamProcess:
             "tracking": {"enabled": False},
         }
         self.config: StreamConfig = parse_stream({**values, **fixed})
-        self._path.write_text(dump_yaml(self.config.model_dump(mode="json")))
+        write_whole(self._path, dump_yaml(self.config.model_dump(mode="json")))
         self._records = records(most, seed)
         self.appended = self.json_bytes = 0
         self.appended_s = 0.0
