@@ -39,21 +39,18 @@ class FaultRecord:
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):  # so that updates outside of it may write to them too
             self.ok = torch.ones((), dtype=torch.bool, device=device)
-        self._statuses: Tensor | None = None
-        self._values: list[str] = []
+        self._statuses: dict[tuple[str, ...], Tensor] = {}
+        """By the names of the values of an update: not all need to solve. A captured update writes to one for ever."""
         self.error: Exception | None = None
 
     def add(self, stages: dict[str, Tensor], error: Exception | None) -> None:
-        """Record the statuses [G, 2] of an update by the name of their values; one that need not solve has fewer."""
-        if not stages.keys() <= set(self._values):
-            before = {} if self._statuses is None else dict(zip(self._values, self._statuses, strict=True))
-            kept = {name: before.get(name, torch.zeros_like(one)) for name, one in (stages | before).items()}
+        """Record the statuses [G, 2] of an update by the name of their values."""
+        statuses, values = torch.stack(list(stages.values())), tuple(stages)
+        if values not in self._statuses:
             with torch.inference_mode(False):
-                self._statuses, self._values = torch.stack(list(kept.values())), list(kept)
-        assert self._statuses is not None
-        like = next(iter(stages.values()))
-        statuses = torch.stack([stages[name] if name in stages else torch.zeros_like(like) for name in self._values])
-        self._statuses.copy_(torch.where(self.ok, statuses, self._statuses))  # the layer may be of another dtype now
+                self._statuses[values] = torch.zeros_like(statuses)
+        kept = self._statuses[values]
+        kept.copy_(torch.where(self.ok, statuses, kept))  # the layer may be of another dtype now
         self.ok.logical_and_((statuses * 0.0).sum() == 0.0)
         self.error = self.error or error
 
@@ -61,6 +58,8 @@ class FaultRecord:
         """Forget the faults; the device is not waited for."""
         self.error = None
         self.ok.fill_(True)
+        for statuses in self._statuses.values():
+            statuses.zero_()
 
     def raise_first(self, updates: int | Tensor) -> None:
         """Raise the error of the first update with a fault, if there is one; this waits for the device.
@@ -74,11 +73,12 @@ class FaultRecord:
         SharedFault
             As it would have been raised at the exchange, with the number of the update. The record is then empty again.
         """
-        if self._statuses is None or bool(self.ok):
+        if bool(self.ok):
             return
-        statuses, error = self._statuses.cpu(), self.error
+        recorded = {values: statuses.to("cpu", copy=True) for values, statuses in self._statuses.items()}
+        error = self.error
         self.clear()
-        for stage, values in zip(statuses, self._values, strict=True):
+        for stage, values in (pair for names, kept in recorded.items() for pair in zip(kept, names, strict=True)):
             try:
                 raise_shared(stage, values)
             except SharedFault as fault:

@@ -13,6 +13,7 @@ from simmatch.config import DynamicsConfig, PlasticityConfig
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
+from simmatch.sharding.recording import FaultRecord
 from simmatch.sharding.rows import split_rows
 from tests.exchanges import meshes, results, run_meshes
 from tests.simmatch.kernels import scripted
@@ -207,6 +208,18 @@ def test_updates_that_need_not_solve_take_turns_with_others(mode: str, solved_fi
             own.raise_faults()
         assert_same(state_of(own), state_of(other))
         own.raise_faults()
+
+
+def test_what_a_captured_update_writes_to_stays_when_another_kind_of_update_comes() -> None:
+    record, sound = FaultRecord(torch.device("cpu")), torch.zeros(1, 2)
+    record.add({"activities": sound}, None)
+    [written] = record._statuses.values()
+    record.add({"activities": sound, "lateral weights": sound}, None)
+    written.fill_(float("nan"))  # as a replay does
+    record.ok.fill_(False)
+    with pytest.raises(SharedFault, match="non-finite activities on rank 0 in update 4"):
+        record.raise_first(updates=3)
+    record.raise_first(updates=3)  # it is empty again
 
 
 @pytest.mark.parametrize(("replicas", "owners"), SHAPES[1:])
