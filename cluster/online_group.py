@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from cluster.group import WorkerGroup
-from cluster.online_rank import Arrays, Reply
+from cluster.online_rank import Arrays, Header, Reply
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,16 @@ class Call:
     name: str
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     options: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def header(self) -> Header:
+        """Names, dtypes and shapes of the tensors, for all ranks."""
+        return [(name, str(each.dtype).removeprefix("torch."), list(each.shape)) for name, each in self.tensors.items()]
+
+    @property
+    def arrays(self) -> Arrays:
+        """The tensors, for rank 0."""
+        return {name: each.detach().cpu().numpy() for name, each in self.tensors.items()}
 
 
 class StreamGroup(WorkerGroup):
@@ -37,11 +47,7 @@ class StreamGroup(WorkerGroup):
         GroupFailure
             A rank died, raised an exception, or did not answer within `stall_timeout_s`.
         """
-        header = [
-            (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-            for name, tensor in call.tensors.items()
-        ]
-        arrays: Arrays = {name: tensor.detach().cpu().numpy() for name, tensor in call.tensors.items()}
+        header, arrays = call.header, call.arrays
         refs = [
             actor.perform.remote(call.name, dict(call.options), header, arrays if rank == 0 else None)
             for rank, actor in enumerate(self._actors)

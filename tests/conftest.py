@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from simmatch import captured
 from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.precision import exact_float32
@@ -74,3 +75,17 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         return
     with pretended(monkeypatch):
         yield Place(tolerance=1e-4, real=False)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one at each replay of a captured update."""
+    seen: list[int] = []
+    replay = captured.CudaGraph.replay
+
+    def counted(graph: captured.CudaGraph) -> None:
+        seen.append(1)
+        replay(graph)
+
+    monkeypatch.setattr(captured.CudaGraph, "replay", counted)
+    return seen

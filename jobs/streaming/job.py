@@ -154,23 +154,10 @@ class StreamJob:
             status, code = "FINISHED", 0
         except KeyboardInterrupt:
             self._torn = True
-        except ConfigError as error:
-            code, message, self._torn = BAD_INPUT, str(error), True
-        except (JournalError, SourceError, RunFailed, OSError) as error:
-            message = str(error)
-        except RanksLostError as error:
-            self._torn = True
-            if self._signum is None:
-                message = str(error)
-            else:  # a signal to all processes has reached Ray's, too
-                self._display.note(str(error))
-        except SharedFault as error:
-            message, self._torn = str(error), True
-        except (RuntimeError, MemoryError) as error:
-            shortage = Shortage.of(error)
-            if shortage is None and not isinstance(error, torch.AcceleratorError):
-                raise
-            message, self._torn = f"device: {shortage or classify(error).message}", True
+        except Exception as error:
+            self._torn = not isinstance(error, (JournalError, SourceError, RunFailed, OSError))
+            message = self._reason(error)
+            code = BAD_INPUT if isinstance(error, ConfigError) else FAILED
         finally:
             self._over = True
             journal.close()
@@ -180,6 +167,19 @@ class StreamJob:
         if self.config.mesh.world_size > 1:
             shut_down_ray()
         return code
+
+    def _reason(self, error: Exception) -> str | None:
+        """What to tell of an error that ends the stream; None where a signal has ended it. Raises one that is a fault
+        of this program."""
+        if isinstance(error, RanksLostError) and self._signum is not None:
+            self._display.note(str(error))  # a signal to all processes has reached Ray's, too
+            return None
+        if isinstance(error, (ConfigError, JournalError, SourceError, RunFailed, OSError, RanksLostError, SharedFault)):
+            return str(error)
+        shortage = Shortage.of(error) if isinstance(error, (RuntimeError, MemoryError)) else None
+        if shortage is None and not isinstance(error, torch.AcceleratorError):
+            raise error
+        return f"device: {shortage or classify(error).message}"
 
     def _start_ranks(self) -> None:
         """Join or start a Ray cluster, where the candidates' stacks are on several ranks."""

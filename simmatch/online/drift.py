@@ -250,9 +250,8 @@ class _Watch:
                 width = int(self.detectors[name].width) * self.block if name == "adwin" else recent
                 if not self.rising or _mean(self.values[-width:]) > _mean(self.values[:-width]):
                     return done - 1, _mean(self.values[:-recent]), _mean(self.values[-recent:]), name
-                self.restart(
-                    np.asarray(self.values[-min(width, recent) :])
-                )  # before it are values from before the fall
+                # earlier ones of the window may be from before the fall
+                self.restart(np.asarray(self.values[-min(width, recent) :]))
             elif self._room() == 0:
                 self.restart(np.asarray(self.values[-self.config.keep * self.block :]))
         return None

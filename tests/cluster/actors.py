@@ -135,8 +135,10 @@ def embedded_ray(cpus: int, **options: Any) -> Iterator[Any]:
         _node_ip_address="127.0.0.1",  # nothing of it is reachable from outside
         **options,
     )
-    yield ray
-    ray.shutdown()
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def nothing_reserved(ray: Any, cpus: float, limit_s: float = 20.0) -> None:

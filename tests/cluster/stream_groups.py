@@ -62,11 +62,7 @@ class Group:
         number = len(self._groups.calls)
         self._groups.calls.append(call.name)
         _raise(self._groups.before(number, call))
-        header = [
-            (name, str(each.dtype).removeprefix("torch."), list(each.shape)) for name, each in call.tensors.items()
-        ]
-        arrays = {name: each.numpy() for name, each in call.tensors.items()}
-        reply = self._rank.perform(call.name, dict(call.options), header, arrays)
+        reply = self._rank.perform(call.name, dict(call.options), call.header, call.arrays)
         assert isinstance(reply, Reply)
         _raise(self._groups.after(number, call))
         return reply

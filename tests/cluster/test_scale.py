@@ -136,12 +136,17 @@ def test_a_round_grows_with_the_ranks_and_not_with_their_square(
     assert many["bytes"] < 512 * 3000
 
 
+def impatient(digits_config: ConfigMaker, ranks: int, tmp_path: Path) -> Scene:
+    """A heartbeat of 0.3 s."""
+    config = digits_config(2)
+    quick = config.cluster.model_copy(update={"heartbeat_s": 0.3})
+    return Scene(config.model_copy(update={"cluster": quick}), ranks, tmp_path)
+
+
 def test_ranks_that_do_not_answer_are_counted_and_some_are_named(
     digits_config: ConfigMaker, tmp_path: Path, ray: PretendedRay
 ) -> None:
-    config = digits_config(2)
-    quick = config.cluster.model_copy(update={"heartbeat_s": 0.3})
-    scene = Scene(config.model_copy(update={"cluster": quick}), 64, tmp_path)
+    scene = impatient(digits_config, 64, tmp_path)
     ray.silent = set(range(10, 60))
     with pytest.raises(GroupFailure, match=r"^rank 10, rank 11, rank 12 and 47 more did not answer within 0.3 s$"):
         scene.step()
@@ -151,9 +156,7 @@ def test_a_rank_that_waits_for_a_lost_one_is_late_after_what_has_passed(
     digits_config: ConfigMaker, tmp_path: Path, ray: PretendedRay
 ) -> None:
     """Not after the limit on the call, which may be long."""
-    config = digits_config(2)
-    quick = config.cluster.model_copy(update={"heartbeat_s": 0.3})
-    scene = Scene(config.model_copy(update={"cluster": quick}), 2, tmp_path)
+    scene = impatient(digits_config, 2, tmp_path)
     ray.dead, ray.silent = {0}, {1}
     with pytest.raises(
         GroupFailure, match=r"^rank 1 did not encode within 0\.[3-9] s; rank 0 was lost: ActorDiedError"

@@ -125,20 +125,6 @@ def assert_same(one: Stack, other: Stack) -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one at each replay."""
-    seen: list[int] = []
-    replay = captured.CudaGraph.replay
-
-    def counted(graph: captured.CudaGraph) -> None:
-        seen.append(1)
-        replay(graph)
-
-    monkeypatch.setattr(captured.CudaGraph, "replay", counted)
-    return seen
-
-
 @pytest.mark.parametrize("mode", ["alone", "gather_state"])
 def test_captured_updates_have_the_bits_of_others_and_the_values_of_a_cpu(
     mode: str, cuda: torch.device, digits: Dataset, replays: list[int], monkeypatch: pytest.MonkeyPatch

@@ -79,7 +79,7 @@ class StreamProcess:
 
     Attributes
     ----------
-    run_dir: of the stream.
+    run_dir: of the stream; token: that its port expects.
     appended, json_bytes: records so far, and the bytes of their lines.
     appended_s: of `time.perf_counter`, when the latest began to be written.
     """
@@ -87,7 +87,7 @@ class StreamProcess:
     def __init__(self, folder: Path, values: Mapping[str, Any], most: int, seed: int) -> None:
         make_folder(folder)
         self.run_dir, self._file, self._log = folder / "run", folder / "records.jsonl", folder / "log"
-        self._path, self._token = folder / "stream.yaml", secrets.token_hex(16)
+        self._path, self.token = folder / "stream.yaml", secrets.token_hex(16)
         fixed = {
             "source": {"lines": {"path": str(self._file)}},
             "answers": {"http": {"share": 1.0}},
@@ -113,7 +113,7 @@ class StreamProcess:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jobs.stream", "--config", str(self._path), "--run-dir", str(self.run_dir)],
-                env=environment_of(self.config.threads) | {"SIMMATCH_ANSWERS_TOKEN": self._token},
+                env=environment_of(self.config.threads) | {"SIMMATCH_ANSWERS_TOKEN": self.token},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -130,17 +130,12 @@ class StreamProcess:
 
     def client(self) -> Client:
         """Of its port."""
-        return Client(self.url, self._token)
+        return Client(self.url, self.token)
 
     @property
     def url(self) -> str:
         """Of its port."""
         return str(load_json((self.run_dir / ADDRESS).read_bytes())["url"])
-
-    @property
-    def token(self) -> str:
-        """Of its port."""
-        return self._token
 
     def state(self) -> dict[str, Any]:
         """What GET /state says; nothing while it does not listen."""

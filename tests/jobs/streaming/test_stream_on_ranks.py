@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +184,16 @@ def test_ranks_that_end_the_stream_end_it_with_one_line(
     assert summary(ranks)["digest"] == summary(alone)["digest"]
 
 
+@contextmanager
+def handler_of(signum: int) -> Iterator[None]:
+    """It is what it was, afterwards."""
+    before = signal.getsignal(signum)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+
+
 def test_a_second_signal_ends_a_wait_for_ranks(
     tmp_path: Path, groups: Groups, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,11 +206,8 @@ def test_a_second_signal_ends_a_wait_for_ranks(
         time.sleep(30.0)
 
     groups.start = wait
-    before = signal.getsignal(signal.SIGINT)
-    try:
+    with handler_of(signal.SIGINT):
         assert main(command(ranks, *EXACT, *RANKS)) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "error: ended by SIGINT\n"
     assert (summary(ranks)["status"], summary(ranks)["digest"], groups.calls) == ("KILLED", None, [])
 
@@ -217,11 +225,8 @@ def test_a_signal_that_ends_ranks_as_well_ends_the_stream(
         return FATAL
 
     groups.before = end
-    before = signal.getsignal(signal.SIGTERM)
-    try:
+    with handler_of(signal.SIGTERM):
         assert main(command(ranks, *EXACT, *RANKS)) == 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
     shown = capsys.readouterr()
     assert shown.err == "error: ended by SIGTERM\n"
     assert "rank 0 failed: no such thing" in shown.out

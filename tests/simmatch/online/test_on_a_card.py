@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmatch import ModelConfig, captured, learning
+from simmatch import ModelConfig, learning
 from simmatch.config import parse
 from simmatch.labels import UNLABELLED
 from simmatch.model import InputConfig, load_model, save_model
@@ -139,17 +139,9 @@ def test_two_runs_give_the_same_bits(model: ModelConfig, cuda: torch.device) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["some positions", "labels drive"])
 def test_captured_updates_have_the_bits_of_others(
-    name: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str, cuda: torch.device, replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact_float32()
-    replays: list[int] = []
-    replay = captured.CudaGraph.replay
-
-    def counted(graph: captured.CudaGraph) -> None:
-        replays.append(1)
-        replay(graph)
-
-    monkeypatch.setattr(captured.CudaGraph, "replay", counted)
     own = Learner(MODELS[name], str(cuda)).learn(0, 20)
     assert len(replays) > 0
     monkeypatch.setattr(learning, "new_graph", lambda device: None)
