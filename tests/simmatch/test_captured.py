@@ -53,7 +53,7 @@ class Replayed:
     def tensors(self) -> list[Tensor]:
         layer = self.follower.layer
         bound, record = layer._kept.bound, layer._record
-        kept = [bound.largest, bound.epsilon, bound.perron, layer._kept._norm, record.ok, record._statuses]
+        kept = [bound.largest, bound.epsilon, bound.perron, layer._kept._norm, record.ok, *record._statuses.values()]
         return [*layer.buffers(), *kept]
 
     def capture(self, function: Callable[[], Any]) -> Any:
