@@ -135,7 +135,8 @@ class Updates(Generic[T]):
         return result
 
     def _capture(self, graph: Graph, batch: Staged) -> None:
-        source, labels, weights = (None if each is None else each.clone() for each in _tensors(batch))
+        with torch.inference_mode(False):  # so that batches can be copied there in inference mode and outside of it
+            source, labels, weights = (None if each is None else each.clone() for each in _tensors(batch))
         assert source is not None
         inputs = replace(batch, source=source, labels=labels, weights=weights)
         before = [(exchange.num_exchanges, exchange.bytes_exchanged) for exchange in self._exchanges]

@@ -110,7 +110,7 @@ class Trainer:
             stack=stack,
             layers=layers,
             store=self.store,
-            labels=labels,
+            labels=None if labels is None else labels.cpu(),  # batches are sent from there
             blocks=blocks,
             mesh=ranks,
             alone=mesh is None and reduce == "fast",

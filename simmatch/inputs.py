@@ -110,7 +110,7 @@ class LayerInputs:
     ) -> None:
         self._layer, self._store, self._positions, self._below = layer, store, positions, below
         self._columns = positions or math.prod(layer.patch.map_size(size))
-        self._labels = None if labels is None else labels.cpu()
+        self._labels = labels
         self._rows = self._fill(on_progress) if store.features is not None and below is None else None
         self._resident: Tensor | None = None
         device = layer.feedforward.device

@@ -50,7 +50,7 @@ class Setup:
     stack: the stack; its layers are complete once they have learnt.
     layers: configurations of the layers to train, from the first one on.
     store: the images, and later their features.
-    labels: [N], or None.
+    labels: [N], on the host, or None.
     blocks: as for `Trainer`.
     mesh: this rank's connections.
     alone: whether a single process trains the stack's own layers.

@@ -129,7 +129,7 @@ class Together:
                 chosen = self._batches[number]
                 own = chosen[self._part(len(chosen)).images]
                 images = () if setup.mesh.stage > 0 else (setup.store.stored(own),)
-                yield *images, *(() if labels is None else (labels.index_select(0, chosen.to(labels.device)),))
+                yield *images, *(() if labels is None else (labels.index_select(0, chosen),))
 
         return setup.store.staged(selected())
 

@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from simmatch import captured
 from simmatch.data.config import DataConfig
 from simmatch.data.sources import Dataset, load_dataset
 from simmatch.precision import exact_float32
+from tests.tape import TapeGraph
 
 if TYPE_CHECKING:
     from tests.pretended import Place
@@ -81,11 +83,11 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at each replay of a captured update."""
     seen: list[int] = []
-    replay = captured.CudaGraph.replay
 
-    def counted(graph: captured.CudaGraph) -> None:
+    def counted(graph: Any, replay: Callable[[Any], None]) -> None:
         seen.append(1)
         replay(graph)
 
-    monkeypatch.setattr(captured.CudaGraph, "replay", counted)
+    for kind in (captured.CudaGraph, TapeGraph):
+        monkeypatch.setattr(kind, "replay", partialmethod(counted, kind.replay))
     return seen

@@ -2,6 +2,7 @@
 
 All values are real, so what runs there can be compared with the CPU, bit by bit. An operation on tensors of both places
 is an error, as on a GPU, and what a host would wait for is noted. The dynamics are solved by `scripted`, on either.
+Updates are captured and replayed as on a GPU (`tests.tape`).
 
 Operations in other threads are not intercepted where they make a tensor from nothing.
 """
@@ -19,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmatch import kernels, learning
 from tests.simmatch.kernels import scripted
+from tests.tape import NOT_CAPTURED, READ, Tape, TapeGraph
 
 CARD = torch.device("cuda", 0)
 
@@ -31,8 +33,6 @@ OURS = re.compile(r"/(simmatch|cluster|jobs)/(?!.*/tests/)[^.]*[.]py$")
 COPIES = ("_to_copy", "copy_")
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 """Operations that take indices of the host, and wait where they are a mask on the GPU."""
-READ = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "bincount")
-"""Operations whose result is a value, or has a shape that depends on values."""
 
 
 class CardTensor(Tensor):
@@ -70,14 +70,16 @@ class Card(TorchDispatchMode):
     Attributes
     ----------
     waits: where the host has waited, `module.function`.
+    tape: sees what the pretended GPU does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return perform(func, args, kwargs or {}, self.waits)
+        return perform(func, args, kwargs or {}, self.waits, capturing=self.tape.recording is not None)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Place:
     real: bool
 
 
-def perform(func: Any, args: Any, kwargs: Any, waits: list[str]) -> Any:
+def perform(func: Any, args: Any, kwargs: Any, waits: list[str], *, capturing: bool = False) -> Any:
     """One operation, on the values in the memory of the host."""
     name = func.overloadpacket.__name__
     on_card: dict[int, Tensor] = {}
@@ -106,9 +108,13 @@ def perform(func: Any, args: Any, kwargs: Any, waits: list[str]) -> Any:
     there = bool(on_card) if device is None else torch.device(device).type == "cuda"
     if name == "copy_":
         there = isinstance(args[0], CardTensor)
+    if capturing and there and name in COPIES and any(tensor.ndim > 0 for tensor in of_host):
+        raise RuntimeError(f"{NOT_CAPTURED}: a copy from the host, {func}")
     if on_card:
         masks = name in INDEXED and any(isinstance(each, CardTensor) and each.dtype == torch.bool for each in args[1])
         if masks or name in READ or not there:
+            if capturing:
+                raise RuntimeError(f"{NOT_CAPTURED}: {func}")
             waits.append(_place())
     if device is not None and there:
         held[1]["device"] = "cpu"
@@ -148,10 +154,9 @@ def solve(solver: str, drive: Tensor, system: kernels.System, *others: Any, **op
     """`scripted.solve`, on the values."""
     on_card: dict[int, Tensor] = {}
     held = _held([drive, system.lateral, system.ridge, system.bound, others, options], on_card, [])
-    with _disable_current_modes():
-        found = scripted.solve(solver, held[0], kernels.System(*held[1:4]), *held[4], **held[5])
-        values = (found.y, found.iterations, found.residual)
-        return kernels.KernelSolution(*map(CardTensor, values)) if on_card else found
+    found = scripted.solve(solver, held[0], kernels.System(*held[1:4]), *held[4], **held[5])
+    values = (found.y, found.iterations, found.residual)
+    return kernels.KernelSolution(*map(CardTensor, values)) if on_card else found
 
 
 @contextmanager
@@ -162,8 +167,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     scripted.use(monkeypatch)
     monkeypatch.setattr(kernels, "solve", solve)
     monkeypatch.setattr(kernels, "capability", lambda device: None if device.type == "cpu" else 9)
-    monkeypatch.setattr(learning, "new_graph", lambda device: None)
+    tape = Tape()
+    monkeypatch.setattr(learning, "new_graph", lambda device: TapeGraph(tape) if device.type == "cuda" else None)
     for name, value in {"_lazy_init": None, "get_device_name": "pretended", "memory_allocated": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    with Card() as card:
+    with tape, Card(tape) as card:
         yield card

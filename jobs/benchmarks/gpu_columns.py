@@ -17,6 +17,7 @@ from jobs.benchmarks.problems import Problem, Recipe, error
 from jobs.pynsm import require_pynsm, similarity_matching
 from jobs.reporting import MissingError, Report
 from simmatch import kernels
+from simmatch.captured import CudaGraph
 from simmatch.config import DynamicsConfig
 from simmatch.data.sources import to_unit
 from simmatch.seeding import seeded
@@ -187,18 +188,16 @@ class GraphLoop:
         self._drive, self._width = drive, min(width, drive.shape[1])
         self._input = drive[:, : self._width].contiguous()
         self.y = torch.empty_like(drive)
-        blocks = -(-iterations // 4)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            block(self._input, begin(self._input))
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+
+        def loop(blocks: int) -> Tensor:
             state = begin(self._input)
             for _ in range(blocks):
                 state = block(self._input, state)
-            self._output = state[0]
+            return state[0]
+
+        loop(1)  # what is made once for all calls is not part of a graph
+        self._graph = CudaGraph(drive.device)
+        self._output = self._graph.capture(partial(loop, -(-iterations // 4)))
 
     def run(self) -> None:
         columns = self._drive.shape[1]

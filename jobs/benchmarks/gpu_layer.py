@@ -73,7 +73,7 @@ class GpuPlan:
     def now(self) -> float:
         """Seconds on the clock, once the device has finished its queue."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def timed(self, candidates: dict[str, Callable[[], object]]) -> Timings:

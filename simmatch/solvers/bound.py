@@ -103,9 +103,10 @@ class KeptBound:
         if self.bound is not None and self._norm is not None:
             kept = (self.bound.largest, self.bound.epsilon, self.bound.perron, self._norm)
             pairs = zip(kept, values, strict=True)
-            if all((a.device, a.dtype) == (b.device, b.dtype) and not a.is_inference() for a, b in pairs):
+            if all((a.device, a.dtype) == (b.device, b.dtype) for a, b in pairs):
                 return kept
-        largest, epsilon, perron, self._norm = (value.clone() for value in values)
+        with torch.inference_mode(False):  # so that they can be written to in inference mode and outside of it
+            largest, epsilon, perron, self._norm = (value.clone() for value in values)
         self.bound = Bound(largest, epsilon, perron)
         return largest, epsilon, perron, self._norm
 

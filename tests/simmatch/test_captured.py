@@ -1,4 +1,4 @@
-"""Updates that are replayed: the flow of captured updates, on a CPU, where a replay makes the update anew.
+"""Updates that are replayed: captured updates on a CPU, where a replay repeats the operations that were captured.
 
 What a device makes of a graph is tested in `test_on_a_card`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from simmatch import captured, learning
-from simmatch.config import LayerConfig, ModelConfig, PlasticityConfig, TrainConfig
+from simmatch.config import DynamicsConfig, LayerConfig, ModelConfig, PlasticityConfig, TrainConfig
 from simmatch.fit import Trainer
 from simmatch.inputs import Staged
 from simmatch.layer import SimilarityMatchingConv2d
 from simmatch.model import InputConfig, Stack
 from simmatch.observer import Observer, Update
 from simmatch.sharding.faults import SharedFault
+from simmatch.sharding.mesh import Mesh
 from tests.simmatch.kernels import scripted
+from tests.tape import TapeGraph
 
 IMAGES, BATCH, EPOCHS = 50, 20, 4
 PER_EPOCH = 3  # the last of 10 images
@@ -44,42 +46,6 @@ class Follower(Observer):
         self.states.append({name: tensor.clone() for name, tensor in update.layer.state_dict().items()})
 
 
-class Replayed:
-    """A graph that makes the captured work anew at each replay; capturing it leaves no trace in the layer."""
-
-    def __init__(self, follower: Follower, fault: Exception | None = None) -> None:
-        self.follower, self.fault, self.replays, self.closed = follower, fault, 0, False
-
-    def tensors(self) -> list[Tensor]:
-        layer = self.follower.layer
-        bound, record = layer._kept.bound, layer._record
-        kept = [bound.largest, bound.epsilon, bound.perron, layer._kept._norm, record.ok, *record._statuses.values()]
-        return [*layer.buffers(), *kept]
-
-    def capture(self, function: Callable[[], Any]) -> Any:
-        before = [tensor.clone() for tensor in self.tensors()]
-        self.function, self.result = function, function()
-        for tensor, value in zip(self.tensors(), before, strict=True):
-            tensor.copy_(value)
-        layer = self.follower.layer
-        layer._kept._of = (layer.lateral, layer.lateral._version)
-        if self.fault is not None:
-            raise self.fault
-        return self.result
-
-    def replay(self) -> None:
-        self.replays += 1
-        (patches, solution), (new_patches, new_solution) = self.result, self.function()
-        for name in ("images", "inverse_scale", "matrix"):
-            if (target := getattr(patches, name)) is not None:
-                target.copy_(getattr(new_patches, name))
-        for name in ("y", "iterations", "residual"):
-            getattr(solution, name).copy_(getattr(new_solution, name))
-
-    def close(self) -> None:
-        self.closed = True
-
-
 @pytest.fixture(autouse=True)
 def kernels_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted.use(monkeypatch)
@@ -91,7 +57,7 @@ def data() -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 3, (IMAGES,), generator=generator)
 
 
-def train(follower: Follower, images: Tensor | None = None, measure_every: int | None = 4) -> Stack:
+def train(follower: Follower, *, measure_every: int | None = 4) -> Stack:
     """A layer at drawn positions, and a supervised one on cached features."""
     learning = TrainConfig(epochs=EPOCHS, batch_size=BATCH, positions=20)
     rates = PlasticityConfig(lr=0.2, lr_decay_steps=10, dead_after=2)
@@ -104,8 +70,7 @@ def train(follower: Follower, images: Tensor | None = None, measure_every: int |
         )
     )
     stack = Stack(model, InputConfig(in_channels=1, height=9, width=9, num_classes=3), seed=3)
-    default, labels = data()
-    Trainer(stack, default if images is None else images, labels, observer=follower, measure_every=measure_every).fit()
+    Trainer(stack, *data(), observer=follower, measure_every=measure_every).fit()
     return stack
 
 
@@ -114,11 +79,11 @@ def assert_same(one: Stack, other: Stack) -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
-def graphs_for(follower: Follower, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> list[Replayed]:
-    made: list[Replayed] = []
+def graphs_for(monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> list[TapeGraph]:
+    made: list[TapeGraph] = []
 
-    def new_graph(device: torch.device) -> Replayed:
-        made.append(Replayed(follower, fault))
+    def new_graph(device: torch.device) -> TapeGraph:
+        made.append(TapeGraph(fault=fault))
         return made[-1]
 
     monkeypatch.setattr(learning, "new_graph", new_graph)
@@ -129,7 +94,7 @@ def test_captured_updates_have_the_bits_of_others(monkeypatch: pytest.MonkeyPatc
     """Of both layers, with metrics; a smaller batch is not replayed. Without kernels for a graph: the same weights."""
     plain, follower = Follower(), Follower()
     expected = train(plain)
-    graphs = graphs_for(follower, monkeypatch)
+    graphs = graphs_for(monkeypatch)
     assert_same(train(follower), expected)
     measured = [[update.measurement for update in each.updates] for each in (plain, follower)]
     assert measured[0] == measured[1]
@@ -137,6 +102,16 @@ def test_captured_updates_have_the_bits_of_others(monkeypatch: pytest.MonkeyPatc
     assert [graph.replays for graph in graphs] == [full - captured.WARM_UP] * 2
     assert all(graph.closed for graph in graphs)
     assert [update.looked for update in follower.updates] == [n % 4 == 0 for n in range(1, 13)] * 2
+
+
+def test_captured_updates_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tensors that are made cannot be written to later, outside of it; the bound is kept in the same ones."""
+    expected, follower = train(Follower()), Follower()
+    graphs = graphs_for(monkeypatch)
+    with torch.inference_mode():
+        stack = train(follower)
+    assert_same(stack, expected)
+    assert all(graph.replays > 0 for graph in graphs)
 
 
 def test_updates_that_raise_faults_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +126,7 @@ def test_updates_go_on_uncaptured_where_capturing_fails(monkeypatch: pytest.Monk
     """With one warning for each layer, that says why."""
     expected = train(Follower())
     follower = Follower()
-    graphs = graphs_for(follower, monkeypatch, RuntimeError("operation not permitted when stream is capturing"))
+    graphs = graphs_for(monkeypatch, RuntimeError("operation not permitted when stream is capturing"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert_same(train(follower), expected)
@@ -167,33 +142,79 @@ def test_a_fault_is_raised_at_the_next_look(
     measure_every: int | None, replayed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The update is named; the weights are those before it."""
-    plain, follower = Follower(), Follower()
+    plain, spoilt = Follower(), torch.zeros(())
     train(plain)
-    images = data()[0].float() / 255.0
-    broken = 6  # of the first layer: the last update before it that is the same
+    broken = 7  # of the first layer: the second that is replayed
     original = scripted.solve
-    calls = 0
+
+    class Spoiling(Follower):
+        def updating(self, index: int, layer: SimilarityMatchingConv2d) -> AbstractContextManager[None]:
+            spoilt.fill_(torch.nan if len(self.updates) == broken - 1 else 0.0)
+            return super().updating(index, layer)
 
     def solve(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
         solution = original(*arguments, **options)
-        # one call more is made for capturing, after which the fourth update of a full batch is replayed
-        if calls == broken + (1 if replayed else 0):
-            solution.residual[3] = torch.nan
+        solution.residual[3] += spoilt
         return solution
 
     monkeypatch.setattr("simmatch.kernels.solve", solve)
-    if replayed:
-        graphs_for(follower, monkeypatch)
+    graphs, follower = graphs_for(monkeypatch) if replayed else [], Spoiling()
     with pytest.raises(SharedFault, match=f"non-finite activities on rank 0 in update {broken}"):
-        train(follower, images, measure_every)
+        train(follower, measure_every=measure_every)
+    assert [graph.replays > 1 for graph in graphs] == [True] * replayed
     looks = 8 if measure_every else EPOCHS * PER_EPOCH
     assert len(follower.updates) == looks - 1
     last = dict(follower.layer.state_dict())
     assert int(last["updates"]) == broken - 1
     for name, tensor in last.items():
         assert torch.equal(tensor, plain.states[broken - 2][name]), name
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "drawn": {"plasticity": PlasticityConfig(lr=0.2, lr_decay_steps=5, dead_after=2)},
+    "exact": {"dynamics": DynamicsConfig(exchange="gather_state"), "mesh": Mesh(), "reduce": "exact"},
+    "whitened": {"whiten": True, "padding": 1, "normalize": "contrast"},
+    "weights": {"num_classes": 3, "label_gain": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_update_can_be_captured(kind: str) -> None:
+    """And has the bits of one that is not, while the rate falls and is raised."""
+    images, labels = data()
+    x, graph = images.float() / 255.0, TapeGraph()
+    own, other = (SimilarityMatchingConv2d(1, 6, 4, **KINDS[kind]) for _ in range(2))
+
+    def updates_of(layer: SimilarityMatchingConv2d, graph: TapeGraph | None) -> captured.Updates[Tensor]:
+        def make(batch: Staged) -> Tensor:
+            patches = layer.prepare(batch.source, 10 if kind == "drawn" else None)
+            return layer.partial_fit(patches, batch.labels, batch.weights, recorded=True).y
+
+        layer.calibrate(x)
+        return captured.Updates(make, graph, layer.mesh.learning)
+
+    pair = updates_of(own, graph), updates_of(other, None)
+    for number in range(10):
+        chosen = torch.arange(10) + 4 * number
+        weights = torch.linspace(0.1, 1.0, 10).roll(number) if kind == "weights" else None
+        batch = Staged(x[chosen], labels[chosen] if own.num_classes else None, 10, weights)
+        assert torch.equal(*(updates(batch) for updates in pair))
+        if number == 6:
+            for layer in (own, other):
+                layer.raise_rate(hold=1)
+    own.raise_faults()
+    assert graph.replays == 10 - captured.WARM_UP
+    for name, tensor in other.named_buffers():
+        assert torch.equal(own.get_buffer(name), tensor), name
+    assert torch.equal(own.bound.largest, other.bound.largest)
+
+
+def test_batches_are_taken_in_inference_mode_and_outside_of_it() -> None:
+    updates = captured.Updates(lambda batch: batch.source * 2.0, TapeGraph(), [])
+    for number in range(captured.WARM_UP + 3):
+        with torch.inference_mode(number % 2 == 1):
+            result = updates(Staged(torch.full((2,), float(number)), labels=None, images=2))
+            assert result.tolist() == [2.0 * number] * 2
 
 
 def test_exchanges_of_replays_are_counted() -> None:

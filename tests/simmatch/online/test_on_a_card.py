@@ -136,16 +136,14 @@ def test_two_runs_give_the_same_bits(model: ModelConfig, cuda: torch.device) -> 
     assert digest(one.outputs()) == digest(other.outputs())
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["some positions", "labels drive"])
 def test_captured_updates_have_the_bits_of_others(
-    name: str, cuda: torch.device, replays: list[int], monkeypatch: pytest.MonkeyPatch
+    name: str, card: Place, replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact_float32()
-    own = Learner(MODELS[name], str(cuda)).learn(0, 20)
+    own = Learner(MODELS[name], "cuda").learn(0, 15)
     assert len(replays) > 0
     monkeypatch.setattr(learning, "new_graph", lambda device: None)
-    other = Learner(MODELS[name], str(cuda)).learn(0, 20)
+    other = Learner(MODELS[name], "cuda").learn(0, 15)
     assert digest(own.stack.state()) == digest(other.stack.state())
 
 
