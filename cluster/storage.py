@@ -14,9 +14,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-from upath import UPath
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from cluster.timeouts import run_with_timeout
 from simmatch import files
@@ -25,7 +23,10 @@ from simmatch.documents import DocumentError, load_json
 from simmatch.files import Content
 from simmatch.remote import StorageError, file_system
 
-AnyPath = Path | UPath
+if TYPE_CHECKING:
+    from upath import UPath
+
+AnyPath: TypeAlias = "Path | UPath"
 """A folder or file, of this machine or remote."""
 
 LIMIT_S = 600.0
@@ -53,6 +54,8 @@ def locate(place: str | os.PathLike[str]) -> AnyPath:
     if protocol in ("file", "local"):
         return Path(rest).absolute()
     _, _, options = file_system(text)
+    from upath import UPath  # only URIs need it: a machine for benchmarks or for tests of a GPU need not have it
+
     path: AnyPath = UPath(text, **options)
     return path
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from tests.tape import TapeGraph
 
 if TYPE_CHECKING:
     from tests.pretended import Place
+
+OURS = ("simmatch", "cluster", "jobs", "tests")
 
 # The problems are small and the machines that run them are shared: more threads only add noise.
 torch.set_num_threads(1)
@@ -42,6 +44,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("SIMMATCH_CACHE", str(folder))
     return folder
+
+
+class MaybeMissing(pytest.Module):
+    """A file of tests that is skipped where a package that it imports is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            _ = self.obj  # imports it
+        except self.CollectError as error:
+            missing = error.__cause__
+            if not isinstance(missing, ModuleNotFoundError) or str(missing.name).startswith(OURS):
+                raise
+            pytest.skip(f"needs {missing.name}, which is not installed", allow_module_level=True)
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """With `-m gpu`, files of tests may need packages that a machine for the tests of a GPU does not have."""
+    if parent.config.option.markexpr != "gpu":
+        return None
+    return MaybeMissing.from_parent(parent, path=module_path)  # type: ignore[no-any-return]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,6 +58,24 @@ for module in pkgutil.walk_packages(simmatch.__path__, "simmatch."):
 print(*sys.modules)
 """
 
+ON_A_CARD = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("aeon", "jsonschema", "mlflow", "paho", "pynsm", "ray", "river", "upath"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import pytest
+files = [f"tests/simmatch/{name}" for name in ("test_plasticity.py", "solvers/test_dynamics.py", "test_on_a_card.py")]
+files += ["tests/cluster/test_parity.py", "tests/jobs/test_benchmark.py"]
+status = pytest.main(["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *files])
+assert status == 0, status
+from jobs.benchmark import main
+main(["gpu", "--help"])
+"""
+
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
     """(module, line, whether inside a function or under TYPE_CHECKING) of every import in a file."""
@@ -183,3 +201,15 @@ def test_what_simmatch_loads() -> None:
     assert {f"simmatch.{path.stem}" for path in (ROOT / "simmatch").glob("[a-z]*.py")} <= with_every_module
     assert not with_every_module & {"ray", "mlflow", "cluster", "jobs"}
     assert not at_first & {"torchvision", "sklearn", "scipy", "matplotlib", "pandas", "numba", "triton"}
+
+
+def test_what_a_machine_with_a_card_need_not_have() -> None:
+    """For the tests of a GPU and its benchmark: neither Ray nor MLflow, nor what knows URIs, brokers and rivals."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_CARD], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for test in ("solvers/test_dynamics.py::test_cuda_equals_cpu", "test_on_a_card.py::test_kernels"):
+        assert f"tests/simmatch/{test}" in done.stdout
+    assert "tests/cluster/test_parity.py::test_two_ranks_share_one_device_over_gloo" in done.stdout
+    assert "--channels" in done.stdout

@@ -195,7 +195,8 @@ def synchronisations(action: Callable[[], object]) -> dict[str, int]:
             action()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return dict(Counter(f"{one.filename.rpartition('/')[2]}:{one.lineno}" for one in caught).most_common())
+    waits = (one for one in caught if "synchronizing CUDA operation" in str(one.message))
+    return dict(Counter(f"{one.filename.rpartition('/')[2]}:{one.lineno}" for one in waits).most_common())
 
 
 def profile(action: Callable[[], object], plan: GpuPlan) -> Row:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from safetensors.torch import load_file
 from jobs.benchmark import BAD_INPUT, SUBCOMMANDS, main
 from jobs.benchmarks.dynamics import configuration, iterations_per_column, slope, solver_names
 from jobs.benchmarks.efficiency import peak_allocated_bytes, peak_resident_bytes, step_memory
+from jobs.benchmarks.gpu_layer import GpuPlan, synchronisations
 from jobs.benchmarks.problems import Problem, Recipe, trained_problem
 from jobs.benchmarks.pynsm_training import RATES, edges
 from jobs.benchmarks.rivals import LeastSquares, nnls, tuned_descent
@@ -391,6 +395,24 @@ def test_gpu_benchmark_runs_dry_on_a_cpu(
     assert all(row["seconds_per_update"] > 0 for row in updates)
     (wide,) = (row for row in rows if row["kind"] == "wide")
     assert set(wide["ridge_accuracy"]) == {"simmatch", "exemplars", "k_means"}
+
+
+def test_gpu_benchmark_waits_for_the_device_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one: seconds would be those of starting work."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    options = argparse.Namespace(device="cpu", root=None, channels=None, wide=None, quick=True, rounds=5, seed=0)
+    assert replace(GpuPlan.of(options), device=torch.device("cuda", 1)).now() > 0
+    assert waited == [torch.device("cuda", 1)]
+
+
+def test_gpu_benchmark_counts_waits_of_the_host_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of the mode itself too."""
+    told = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(told, stacklevel=2))
+    waits = synchronisations(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1))
+    assert list(waits.values()) == [1]
+    assert next(iter(waits)).startswith("test_benchmark.py:")
 
 
 def test_gpu_benchmark_asks_for_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

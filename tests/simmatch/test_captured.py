@@ -79,6 +79,29 @@ def assert_same(one: Stack, other: Stack) -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+def test_the_graph_of_these_tests_is_one() -> None:
+    """What it repeats are operations on memory, with the numbers of the capture: see `tests.tape`."""
+    numbers, kept, made, graph = [1.0], {"moving": torch.zeros(2)}, dict[str, Tensor](), TapeGraph()
+    in_place, version = torch.zeros(2), 0
+
+    def function() -> Tensor:
+        in_place.add_(numbers[0])
+        kept["moving"] = kept["moving"] + 1.0
+        made.setdefault("in a capture", torch.zeros(2)).add_(1.0)
+        return torch.stack([in_place, kept["moving"], made["in a capture"]])
+
+    result = graph.capture(function)
+    assert result.isnan().all()
+    assert in_place.tolist() == [0.0, 0.0]
+    numbers[0], kept["moving"], version = 5.0, torch.full((2,), 10.0), in_place._version
+    for replay in (1.0, 2.0, 3.0):
+        graph.replay()
+        assert result[:, 0].tolist() == [replay, 1.0, 1.0]
+    assert in_place._version == version
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        TapeGraph().capture(lambda: float(in_place.sum()))
+
+
 def graphs_for(monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> list[TapeGraph]:
     made: list[TapeGraph] = []
 

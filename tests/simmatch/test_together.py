@@ -24,6 +24,7 @@ from simmatch.sharding.mesh import Mesh
 from simmatch.sharding.passing import IN_FLIGHT
 from simmatch.stages import layer_costs, stages_of
 from tests.exchanges import LinkEnd, ThreadExchange, meshes, results, run_meshes
+from tests.pretended import Place
 
 SEED = 5
 TRAIN = {"epochs": 2, "images": 100, "batch_size": 30}  # eight updates; the last of an epoch has ten images
@@ -495,3 +496,15 @@ def test_stages_are_split_where_the_slowest_is_fastest() -> None:
     greedy = model.model_copy(update={"schedule": "greedy"})
     with pytest.raises(ConfigError, match=r"mesh.layer: expected 1 with model.schedule: greedy, got 2"):
         stages_of(greedy, source, 2)
+
+
+def test_labels_may_be_on_the_gpu(card: Place) -> None:
+    """The batches of a GPU are sent from the host, labels included."""
+    model = parse(ModelConfig, {"layers": [{**LAYERS[3], "kernel_size": 3}], "schedule": "together"})
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 2
+    stack = Stack(model, InputConfig.of(images, num_classes=2), device="cuda")
+    trainer = Trainer(stack, images, labels.to("cuda"))
+    assert trainer.setup.labels is not None
+    assert trainer.setup.labels.device.type == "cpu"
+    if card.real:
+        trainer.fit()

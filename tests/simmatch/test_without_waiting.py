@@ -169,3 +169,8 @@ def test_the_trace_notices_what_it_looks_for(card: FakeTensorMode) -> None:
         with Trace() as trace:
             torch.zeros(3).to(CARD)
     assert any("_to_copy" in operation for operation in trace.on_host)
+
+
+def test_forbidding_waits_on_a_card_is_no_warning() -> None:
+    """Else the first test that forbids them on a card fails, and waits stay forbidden in all that follow."""
+    torch._C._cuda_set_sync_debug_mode(0)  # type: ignore[attr-defined]

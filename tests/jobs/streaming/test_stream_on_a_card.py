@@ -22,6 +22,8 @@ from tests.jobs.streaming.streams import small, waves
 from tests.jobs.streaming.test_stream import lines, summary
 from tests.pretended import Place, pretended
 
+pytest.importorskip("river", reason="needs river, whose detectors watch every stream")
+
 LAYER: dict[str, Any] = {"out_channels": 8, "kernel_size": [1, 8], "stride": [1, 4], "pool": [1, 1]}
 SUPERVISED: dict[str, Any] = {"out_channels": 6, "kernel_size": "full", "supervised": True, "label_gain": 1.0}
 
