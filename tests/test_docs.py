@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -90,6 +91,23 @@ def test_examples_run(readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exec(compile(text, name_of(readme), "exec"), names)
         for expression, shape in re.findall(r"^(\S.*\.shape)  # (\[[\d, ]+\])", text, re.MULTILINE):
             assert str(list(eval(expression, names))) == shape, expression
+
+
+@pytest.mark.parametrize("page", [*READMES, ROOT / "simmatch/LOG.md"], ids=name_of)
+def test_tables_are_tables(page: Path) -> None:
+    """A line of bars that is no row of a table is shown as it is; cells too many are not shown at all."""
+    text = page.read_text(encoding="utf-8")
+    lines, rows = text.splitlines(), set[int]()
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        if token.type == "table_open" and token.map is not None:
+            first, end = token.map
+            rows.update(range(first, end))
+            cells = [lines[number].replace(r"\|", "").count("|") for number in range(first, end)]
+            assert set(cells) == {cells[0]}, f"{name_of(page)}:{first + 1}"
+        elif token.type == "fence" and token.map is not None:
+            rows.update(range(*token.map))
+    lost = [number + 1 for number, line in enumerate(lines) if line.startswith("|") and number not in rows]
+    assert not lost, f"{name_of(page)}: lines {lost}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
