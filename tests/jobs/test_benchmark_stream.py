@@ -132,8 +132,20 @@ def test_rivals_learn_what_is_easy(replay: int) -> None:
     network = Network(net, 8, 2, NetworkSettings(lr=0.02, steps=5, replay=replay), seed=0)
     assert run_stream(data, network, Labelling(), seed=0).accuracy > 0.8
     assert len(network.kept) == replay
-    forest = AdaptiveForest(lambda x: x.flatten(1), 3, seed=0)
-    assert run_stream(data, forest, Labelling(), seed=0).accuracy > 0.9
+
+
+def test_trees_of_a_forest_are_replaced_only_if_they_are_to_be() -> None:
+    """Two classes change places: a forest that replaces trees makes fewer errors afterwards."""
+    draws = np.random.default_rng(0)
+    labels = torch.from_numpy(draws.integers(0, 2, 2_000))
+    x = torch.from_numpy(draws.normal(size=(2_000, 1, 1, 2))).float() + 3.0 * labels[:, None, None, None]
+    swapped = torch.cat([labels[:1_000], 1 - labels[1_000:]])
+    data = Stream("tones", 2, Part("warm-up", x[:20], labels[:20]), (Part("all", x, swapped),), (), 50)
+    forests = [AdaptiveForest(lambda x: x.flatten(1), 3, drifts, seed=0) for drifts in (True, False)]
+    replaced, kept = (run_stream(data, forest, Labelling(), seed=0).right for forest in forests)
+    assert min(sum(replaced[:20]), sum(kept[:20])) > 950
+    assert sum(replaced[21:26]) > sum(kept[21:26]) + 25
+    assert forests[0].forest.n_drifts_detected() > 0 == forests[1].forest.n_drifts_detected()
 
 
 def result(row: str, seed: int, accuracy: float) -> Result:

@@ -28,16 +28,20 @@ class AdaptiveForest:
     ----------
     function: records [B, C, H, W] → features [B, F].
     models: trees.
+    drifts: whether a tree is replaced when its errors grow.
     seed: of the forest.
 
     Source: Gomes et al., "Adaptive random forests for evolving data stream classification" (2017).
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], models: int, seed: int) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], models: int, drifts: bool, seed: int) -> None:
         with extra("stream"):
+            from river.drift import NoDrift
             from river.forest import ARFClassifier
 
-        self.function, self.forest = function, ARFClassifier(n_models=models, seed=seed)
+        detector = None if drifts else NoDrift()  # type: ignore[no-untyped-call]  # None: ADWIN
+        self.function = function
+        self.forest = ARFClassifier(n_models=models, drift_detector=detector, warning_detector=detector, seed=seed)
 
     def predict(self, x: Tensor) -> Tensor:
         """See `Row`."""

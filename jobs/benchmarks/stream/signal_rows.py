@@ -104,8 +104,18 @@ def _spectrum(x: Tensor) -> Tensor:
     return spectrum.flatten(1)
 
 
-def _forest(function: Callable[[Tensor], Tensor], stream: Stream, seed: int, models: int) -> Row:
-    return AdaptiveForest(function, models, seed)
+def _forest(function: Callable[[Tensor], Tensor], stream: Stream, seed: int, settings: tuple[int, bool]) -> Row:
+    return AdaptiveForest(function, *settings, seed)
+
+
+FORESTS: Mapping[str, tuple[int, bool]] = MappingProxyType(
+    {
+        f"{models} trees{'' if drifts else ', never replaced'}": (models, drifts)
+        for models in (10, 30)
+        for drifts in (True, False)
+    }
+)
+"""Trees, and whether one is replaced when its errors grow, as they do with every batch of another class."""
 
 
 def _network(readout: ReadoutConfig | None, stream: Stream, seed: int, settings: NetworkSettings) -> Row:
@@ -134,7 +144,7 @@ def _rows(recipe: Recipe) -> Mapping[str, Kind]:
         "network, replay of 200": Kind(partial(_network, None), _networks(200, steps)),
         "network + readout": Kind(partial(_network, readout), _networks(0, steps)),
         "network, replay of 200 + readout": Kind(partial(_network, readout), _networks(200, steps)),
-        "adaptive random forest": Kind(partial(_forest, recipe.of_forest), {"10 trees": 10}),
+        "adaptive random forest": Kind(partial(_forest, recipe.of_forest), FORESTS),
         "no-change": Kind(lambda stream, seed, _: NoChange()),
     }
     return MappingProxyType(rows)
