@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from scipy.stats import binomtest
 from torch import Generator
 
 from jobs.benchmarks.stream.bearings import FILES
@@ -59,21 +60,13 @@ class Counted:
     alarms: int
     records: int
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of the rate per record, at 95 %.
-
-        >>> [round(1e4 * end, 2) for end in Counted(alarms=3, records=10_000).interval]
-        [0.62, 8.76]
-        """
-        from scipy.stats import beta
-
-        k, n = self.alarms, self.records
-        return (float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0), float(beta.ppf(0.975, k + 1, n - k))
-
     def fields(self) -> dict[str, float]:
-        """For a row."""
-        low, high = (PER * end for end in self.interval)
+        """For a row: the rate, and the interval that holds it.
+
+        >>> {name: round(value, 1) for name, value in Counted(alarms=3, records=10_000).fields().items()}
+        {'alarms': 3, 'records': 10000, 'rate': 6.0, 'low': 1.2, 'high': 17.5}
+        """
+        low, high = (PER * end for end in binomtest(self.alarms, self.records).proportion_ci())
         return {"alarms": self.alarms, "records": self.records, "rate": PER * self.alarms / self.records,
                 "low": low, "high": high}  # fmt: skip
 

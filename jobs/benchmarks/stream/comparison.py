@@ -16,9 +16,9 @@ from statistics import median
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Generator, Tensor
 
-from jobs.benchmarks.stream.alarms import Counted
 from jobs.reporting import Report
 from simmatch.online.comparison import Comparison, ComparisonConfig
 from simmatch.seeding import seeded
@@ -68,10 +68,10 @@ def measure(quick: bool, seed: int, report: Report) -> None:
             step(f"{case}, different on {100 * differ:g} %")
             draw = worse_then_better(points, differ) if points else constant(0.0, differ)
             streams = FALSE_STREAMS // share
-            counted = Counted(sum(switches(draw, seed + each) for each in range(streams)), streams)
-            low, high = (100 * end for end in counted.interval)
-            row = {"case": case, "differ_percent": 100 * differ, "switched": counted.alarms, "streams": streams}
-            row |= {"percent": 100 * counted.alarms / streams, "low": low, "high": high}
+            switched = sum(switches(draw, seed + each) for each in range(streams))
+            low, high = (100 * end for end in binomtest(switched, streams).proportion_ci())
+            row = {"case": case, "differ_percent": 100 * differ, "switched": switched, "streams": streams}
+            row |= {"percent": 100 * switched / streams, "low": low, "high": high}
             report.row(kind="false switches", alpha=ComparisonConfig().alpha, records=LENGTH, **row)
             rows.append(row)
         headings = {"case": "challenger", "differ_percent": "differ on, %", "streams": "streams",
