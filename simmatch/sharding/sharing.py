@@ -24,7 +24,8 @@ from simmatch.batch import Batch, batch_drive, batch_statistics, with_totals
 from simmatch.config import DynamicsConfig
 from simmatch.parts import timed
 from simmatch.plasticity import Statistics, Weights
-from simmatch.sharding.columns import Part, covering
+from simmatch.sharding.columns import Part
+from simmatch.sharding.covering import covering
 from simmatch.sharding.exchange import IDENTITY, Exchange
 from simmatch.sharding.faults import LocalFault
 from simmatch.sharding.gathered_state import GatheredState, gather_columns

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from simmatch.batch import Batch
 from simmatch.geometry import PatchConfig, correlate, draw_positions, drive, prepare
-from simmatch.sharding.columns import covering, split_columns
+from simmatch.sharding.columns import split_columns
+from simmatch.sharding.covering import covering
 
 
 @given(total=st.integers(1, 10_000), parts=st.integers(1, 40))
