@@ -19,8 +19,8 @@ from cluster.config import RunConfig
 from cluster.failures import group_failure
 from cluster.fence import UNFENCED, AttemptLostError, Unfenced
 from cluster.halting import Halting
-from cluster.layout import oversubscribed, threads_per_rank
-from cluster.messages import Display, GroupStarted, RankInfo, StartingPoint
+from cluster.layout import RankInfo, oversubscribed, threads_per_rank
+from cluster.messages import Display, GroupStarted, StartingPoint
 from cluster.policy import RATE_FACTOR_AFTER_DIVERGENCE, Failure, GroupFailure, Growth, Restart, Stop
 from cluster.reports import Reports
 from cluster.storage import AnyPath

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.messages import RankInfo
+from cluster.layout import RankInfo
 from simmatch.sharding.faults import named
 
 

@@ -19,8 +19,8 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.config import GroupConfig
 from cluster.departures import ClusterView
 from cluster.failures import classify
-from cluster.layout import idle_gpus, threads_per_rank
-from cluster.messages import RankInfo, RankStatus
+from cluster.layout import RankInfo, idle_gpus, threads_per_rank
+from cluster.messages import RankStatus
 from cluster.network import LOOPBACK, RayHead
 from cluster.node_usage import samplers
 from cluster.placement import Placement, Seat, ask_ray, order_by_gpu

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from cluster.allocation import Allocation
+from cluster.config import RunConfig
 from cluster.text import count, size, spans
 from simmatch.config import ConfigError
 
-if TYPE_CHECKING:
-    from cluster.config import RunConfig
-    from cluster.messages import RankInfo
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank runs.
+
+    Attributes
+    ----------
+    pid: of its process; 0 where there is none yet.
+    allocation: what its process may use of its node.
+    node: id of its Ray node.
+    run_dir_error: why it cannot use the run directory, see `cluster.shared_folder`; empty where it can.
+    device_error: why it cannot use the run's device; empty where it can.
+    """
+
+    rank: int
+    pid: int
+    allocation: Allocation
+    run_dir_error: str = ""
+    device_error: str = ""
+    node: str = ""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.allocation.host})"
 
 
 def layout_lines(ranks: Sequence[RankInfo]) -> list[str]:
@@ -39,24 +60,39 @@ def _line(on_node: Sequence[RankInfo], *, several: bool) -> str:
 
 def threads_per_rank(ranks: Sequence[RankInfo]) -> int:
     """Threads for every rank: the CPUs per rank of the node that has the fewest."""
-    return max(1, min(_cpus(on_node).cpus // len(on_node) for on_node in _by_node(ranks).values()))
+    return min(_fitting_threads(_cpus(on_node), len(on_node)) for on_node in _by_node(ranks).values())
 
 
-def oversubscribed(ranks: Sequence[RankInfo], threads: int) -> list[str]:
-    """A line for every node that allows fewer CPUs than its ranks have threads.
+def _fitting_threads(held: Allocation, ranks: int) -> int:
+    """Threads of each rank of a node, so that they share no CPU; at least 1."""
+    return max(1, held.cpus // ranks)
+
+
+def too_few_cpus(held: Allocation, ranks: int, threads: int) -> tuple[str, str] | None:
+    """That a node allows fewer CPUs than its ranks have threads, and what mends it; None where it does not.
 
     It is told and not refused, whatever `reduce` is: as many threads give the same bits on fewer CPUs, and a run that
     begins or goes on elsewhere, to be compared bit by bit, needs just that.
+
+    >>> too_few_cpus(Allocation("a", "10.0.0.1", cpus=6), ranks=2, threads=4)
+    ('fewer than cluster.threads_per_rank=4 for each: slower, same bits', 'cluster.threads_per_rank=3 for a new run')
     """
+    if held.cpus >= ranks * threads:
+        return None
+    fitting = _fitting_threads(held, ranks)
+    fewer_ranks = "fewer ranks on a node (cluster.cpus_per_rank)"
+    fix = f"cluster.threads_per_rank={fitting} for a new run" if fitting < threads else fewer_ranks
+    return f"fewer than cluster.threads_per_rank={threads} for each: slower, same bits", fix
+
+
+def oversubscribed(ranks: Sequence[RankInfo], threads: int) -> list[str]:
+    """A line for every node that allows fewer CPUs than its ranks have threads."""
     lines = []
     for on_node in _by_node(ranks).values():
         held = _cpus(on_node)
-        if held.cpus < len(on_node) * threads:
-            fitting = max(1, held.cpus // len(on_node))
-            lines.append(
-                f"cluster.threads_per_rank: expected at most {fitting} on {held}, which allows "
-                f"{held.of_cpus} to {count(len(on_node), 'rank')}, got {threads}: slower, same bits"
-            )
+        found = too_few_cpus(held, len(on_node), threads)
+        if found is not None:
+            lines.append(f"{held}: {held.of_cpus} for {count(len(on_node), 'rank')}, {found[0]}; {found[1]}")
     return lines
 
 

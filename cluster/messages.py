@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from cluster.allocation import Allocation
 from cluster.checkpoints.manifest import Constant, Cursor, LayerState, Shard
-from cluster.layout import layout_lines
+from cluster.layout import RankInfo, layout_lines
 from cluster.policy import Failure
 from simmatch.parts import PartTime
 
@@ -200,30 +199,6 @@ OfAStage = LayerMetrics | LayerWarning
 OfTheRun = FeaturesFound | TrainingWarning | ModelExported | ReadoutScored
 """Messages that all ranks would send alike: rank 0 sends them."""
 Message = OfOneRank | OfAStage | OfTheRun
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """Where a rank runs.
-
-    Attributes
-    ----------
-    pid: of its process; 0 where there is none yet.
-    allocation: what its process may use of its node.
-    node: id of its Ray node.
-    run_dir_error: why it cannot use the run directory, see `cluster.shared_folder`; empty where it can.
-    device_error: why it cannot use the run's device; empty where it can.
-    """
-
-    rank: int
-    pid: int
-    allocation: Allocation
-    run_dir_error: str = ""
-    device_error: str = ""
-    node: str = ""
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (pid {self.pid} on {self.allocation.host})"
 
 
 @dataclass(frozen=True)

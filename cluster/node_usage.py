@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from cluster.messages import RankInfo
+from cluster.layout import RankInfo
 
 PREFIX = "system/"
 """MLflow shows metrics `system/NODE/…` on a page of their own."""

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from cluster.checkpoints.collector import CheckpointCollector
 from cluster.config import RunConfig
+from cluster.layout import RankInfo
 from cluster.messages import (
     Display,
     FeaturesFound,
@@ -18,7 +19,6 @@ from cluster.messages import (
     ModelExported,
     NodeWarning,
     Progress,
-    RankInfo,
     RankStatus,
     ReadoutScored,
     ShardFailed,

@@ -23,7 +23,8 @@ from cluster.collectives import WATCHDOG_FACTOR, PeerTimeout, connect_store, joi
 from cluster.connections import Traffic, join_mesh
 from cluster.cpus import ThreadClock
 from cluster.failures import classify
-from cluster.messages import Outbox, RankInfo, RankStatus, Traceback
+from cluster.layout import RankInfo
+from cluster.messages import Outbox, RankStatus, Traceback
 from cluster.network import interface_of, use_interface
 from cluster.node_usage import NodeUsage
 from cluster.node_warnings import node_warnings

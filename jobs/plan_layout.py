@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from cluster.allocation import allocation
 from cluster.config import RunConfig
-from cluster.layout import idle_gpus, layout_lines, oversubscribed, threads_per_rank
-from cluster.messages import RankInfo
+from cluster.layout import RankInfo, idle_gpus, layout_lines, oversubscribed, threads_per_rank
 from cluster.network import LOOPBACK
 from cluster.text import count, size
 from jobs.plan_memory import LayerSizes, layer_sizes

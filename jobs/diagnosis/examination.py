@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.allocation import allocation
+from cluster.allocation import Allocation, allocation
 from cluster.config import RunConfig
 from cluster.controller import RunFailed
 from cluster.redaction import one_line
@@ -82,6 +82,7 @@ class Examination:
     def __init__(self, config: RunConfig | None, run_dir: str | None, report: Report) -> None:
         self.config, self._run_dir, self.report = config, run_dir, report
         self._dataset: Future[Dataset | None] = Future()
+        self._allocations: Future[dict[str, Allocation]] = Future()
         self._running: dict[str, Running] = {}
         self._ends = time.monotonic() + TOTAL_S
         self._known_by = time.monotonic() + CHECK_S
@@ -242,9 +243,9 @@ class Examination:
             "gpus": lambda: _asked(
                 nodes.ask("gpus", CHECK_S, gpus), lambda found: judge.judge_gpus(found, nodes.nodes, self.config)
             ),
-            "cores": lambda: self._allocation("cores", nodes),
-            "memory": lambda: self._allocation("memory", nodes),
-            "interface": lambda: self._allocation("interface", nodes),
+            "cores": lambda: self._cores(nodes),
+            "memory": lambda: self._memory(nodes),
+            "interface": lambda: judge.judge_interfaces(self._allocations.result()),
             "data": lambda: self._data(nodes),
             "disk": lambda: [*self._own_disk(), *self._disks(nodes)],
             surroundings.RUN_DIR: lambda: self._run_directory(nodes),
@@ -258,19 +259,19 @@ class Examination:
         offsets = {name: (at - began - half_s, half_s) for name, at in answers.by_node.items()}
         return [*answers.faults, *judge.judge_clocks(offsets)]
 
-    def _allocation(self, name: str, nodes: Nodes) -> list[Finding]:
-        interface = self.config.cluster.interface if self.config else None
-        answers = nodes.ask(name, CHECK_S, allocation, lambda node: (interface, node.address))
-        found, config = answers.by_node, self.config
-        if name == "cores":
-            findings = judge.judge_cores(found, nodes.nodes, config)
-        elif name == "interface":
-            findings = judge.judge_interfaces(found)
-        else:
-            dataset = self._data_set()
-            needed = None if dataset is None or config is None else rank_bytes(config, dataset)
-            findings = judge.judge_memory(found, nodes.nodes, config, needed)
-        return [*answers.faults, *findings]
+    def _cores(self, nodes: Nodes) -> list[Finding]:
+        """Asks for the allocations, which memory and interface wait for: a silent node is one fault."""
+        interface, answers = self.config.cluster.interface if self.config else None, Answers()
+        try:
+            answers = nodes.ask("cores", CHECK_S, allocation, lambda node: (interface, node.address))
+        finally:
+            self._allocations.set_result(answers.by_node)
+        return [*answers.faults, *judge.judge_cores(answers.by_node, nodes.nodes, self.config)]
+
+    def _memory(self, nodes: Nodes) -> list[Finding]:
+        config, dataset = self.config, self._data_set()
+        needed = None if dataset is None or config is None else rank_bytes(config, dataset)
+        return judge.judge_memory(self._allocations.result(), nodes.nodes, config, needed)
 
     def _data(self, nodes: Nodes) -> list[Finding]:
         config = self.config

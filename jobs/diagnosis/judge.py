@@ -8,6 +8,7 @@ from statistics import median
 from cluster.allocation import Allocation
 from cluster.capacity import fitting, needs_of
 from cluster.config import RunConfig
+from cluster.layout import too_few_cpus
 from cluster.text import count, size
 from jobs.diagnosis.findings import Finding, Status, named, ok
 from jobs.diagnosis.links import LinkSpeed
@@ -140,16 +141,15 @@ def _cores_of(own: Allocation, node: Node, config: RunConfig | None) -> Finding:
     ranks = 0 if config is None else most_ranks(node, config)
     threads = None if config is None else config.cluster.threads_per_rank
     values = {"cpus": own.cpus, "offered": offered, "ranks": ranks, "threads_per_rank": threads}
-    status: Status = "ok"
+    status: Status = "warning"
     text, fix = own.of_cpus, ""
-    if threads is not None and ranks * threads > own.cpus:
-        text += f", fewer than cluster.threads_per_rank={threads} for up to {count(ranks, 'rank')}: slower, same bits"
-        status, fix = "warning", f"cluster.threads_per_rank={max(1, own.cpus // ranks)} for a new run"
+    found = None if threads is None else too_few_cpus(own, ranks, threads)
+    if found is not None:
+        text, fix = f"{text} for up to {count(ranks, 'rank')}, {found[0]}", found[1]
     elif offered > own.cpus:
-        text += f", of which Ray offers {offered}: ranks would share them"
-        status, fix = "warning", f"ray start --num-cpus {own.cpus}"
+        text, fix = f"{text}, of which Ray offers {offered}: ranks would share them", f"ray start --num-cpus {own.cpus}"
     else:
-        text += f", Ray offers {offered}"
+        status, text = "ok", f"{text}, Ray offers {offered}"
     return Finding("cores", status, text, fix, (node.name,), values)
 
 

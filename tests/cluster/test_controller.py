@@ -22,6 +22,7 @@ from cluster.checkpoints.reader import newest_good
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.departures import ClusterView
+from cluster.layout import RankInfo
 from cluster.messages import (
     LayerMetrics,
     Message,
@@ -31,7 +32,6 @@ from cluster.messages import (
     Outbox,
     Phase,
     Progress,
-    RankInfo,
     RankStatus,
     ReadoutScored,
     ShardFailed,
@@ -552,8 +552,8 @@ def test_threads_are_counted_once_and_kept(scene: MakeScene, tmp_path: Path) -> 
     (note,) = [note for note in playing.display.notes if "threads_per_rank" in note]
     assert (
         note
-        == "cluster.threads_per_rank: expected at most 1 on node (127.0.0.1), which allows 2 CPUs to 2 ranks, got 4: "
-        "slower, same bits"
+        == "node (127.0.0.1): 2 CPUs for 2 ranks, fewer than cluster.threads_per_rank=4 for each: slower, same bits; "
+        "cluster.threads_per_rank=1 for a new run"
     )
 
 

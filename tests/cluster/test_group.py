@@ -31,7 +31,8 @@ from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed
 from cluster.failures import group_failure, stalled
 from cluster.group import WorkerGroup, lease_s
-from cluster.messages import GroupStarted, Note, Progress, RankInfo, RankStatus
+from cluster.layout import RankInfo
+from cluster.messages import GroupStarted, Note, Progress, RankStatus
 from cluster.placement import Placement, Seat
 from cluster.policy import Failure, GroupFailure
 from cluster.profiles import FOLDER

@@ -9,8 +9,8 @@ import pytest
 
 from cluster.allocation import Allocation
 from cluster.config import RunConfig
-from cluster.layout import idle_gpus, oversubscribed, threads_per_rank
-from cluster.messages import GroupStarted, RankInfo
+from cluster.layout import RankInfo, idle_gpus, oversubscribed, threads_per_rank
+from cluster.messages import GroupStarted
 
 
 def on_hosts(*hosts: tuple[str, int], **more: Any) -> list[RankInfo]:
@@ -37,9 +37,11 @@ def test_a_host_that_allows_fewer_is_named() -> None:
     ranks = on_hosts(("1", 8), ("2", 6), ("2", 6), cores=64, limited_by="control group")
     (line,) = oversubscribed(ranks, 4)
     assert line == (
-        "cluster.threads_per_rank: expected at most 3 on 2 (10.0.0.2), which allows 6 CPUs (of 64, by its control "
-        "group) to 2 ranks, got 4: slower, same bits"
+        "2 (10.0.0.2): 6 CPUs (of 64, by its control group) for 2 ranks, fewer than cluster.threads_per_rank=4 for "
+        "each: slower, same bits; cluster.threads_per_rank=3 for a new run"
     )
+    (line,) = oversubscribed(on_hosts(("1", 1), ("1", 1)), 1)
+    assert line.endswith("; fewer ranks on a node (cluster.cpus_per_rank)")  # there are no fewer threads
 
 
 def test_the_layout_names_every_node() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.allocation import Allocation
-from cluster.messages import RankInfo
+from cluster.layout import RankInfo
 from cluster.node_usage import NodeUsage, metrics_of, samplers
 from cluster.summary import RunRecord
 from cluster.tracking.config import TrackingConfig

@@ -15,7 +15,8 @@ from cluster.allocation import Allocation
 from cluster.config import RunConfig
 from cluster.controller import Controller, RunFailed, RunStopped
 from cluster.departures import ClusterView, departures
-from cluster.messages import Message, Progress, RankInfo, RankStatus
+from cluster.layout import RankInfo
+from cluster.messages import Message, Progress, RankStatus
 from cluster.policy import Failure, FailurePolicy, GroupFailure, GrowthPolicy, Restart, Stop
 from cluster.training import Assignment
 from simmatch.config import ConfigError

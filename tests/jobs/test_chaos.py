@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from cluster.allocation import Allocation
-from cluster.messages import GroupStarted, Progress, RankInfo, StartingPoint
+from cluster.layout import RankInfo
+from cluster.messages import GroupStarted, Progress, StartingPoint
 from jobs.chaos import main
 from jobs.json_progress import JsonDisplay, Shown, Text, read_line, write_line
 from jobs.watched_job import ENDS_DRIVER, STRIKES, WatchedJob

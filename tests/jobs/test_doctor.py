@@ -116,7 +116,7 @@ def test_cores_against_threads_and_against_what_ray_offers(make_config: Callable
     many = make_config("mesh.channel=4", "cluster.threads_per_rank=2")
     finding = only(judge.judge_cores({HERE: an_allocation()}, [a_node(HERE)], many))
     assert finding.status == "warning"
-    assert finding.text == "4 CPUs, fewer than cluster.threads_per_rank=2 for up to 4 ranks: slower, same bits"
+    assert finding.text == "4 CPUs for up to 4 ranks, fewer than cluster.threads_per_rank=2 for each: slower, same bits"
     assert finding.fix.startswith("cluster.threads_per_rank=1")
     limited = an_allocation(cpus=2, cores=64, limited_by="control group")
     finding = only(judge.judge_cores({HERE: limited}, [a_node(HERE)], None))
@@ -316,6 +316,25 @@ def test_a_check_that_hangs_is_named_and_nothing_waits_for_it(
     assert status == 1
     assert line == f"failure versions on {THERE}: no answer within 4 s; fix: {nodes.LATE_FIX}"
     assert time.monotonic() - began < 30
+
+
+def test_a_node_is_asked_once_for_what_three_checks_need(instead: Any, diagnose: Callable[..., Diagnosis]) -> None:
+    asked: list[str] = []
+
+    def answer(_: object, address: str) -> Allocation:
+        asked.append(address)
+        if len(asked) > 2 and address == THERE:
+            raise OSError("no such device")
+        return an_allocation(address=address, interface_error="no interface")
+
+    instead["allocation", HERE] = instead["allocation", THERE] = answer
+    status, (interface, _) = diagnose()
+    assert (status, sorted(asked)) == (1, sorted([HERE, THERE]))
+    assert interface.startswith("failure interface on both nodes: no interface")
+    status, lines = diagnose()
+    assert [line.split(": ")[0] for line in lines[:-1]] == [
+        f"failure cores on {THERE}", f"failure interface on {HERE}",
+    ]  # fmt: skip
 
 
 def test_the_driver_itself_hangs(

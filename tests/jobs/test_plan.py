@@ -289,8 +289,8 @@ def test_where_ranks_will_run_is_told_as_far_as_it_is_known(
     assert placement_lines(make_config("device=cuda", "cluster.threads_per_rank=4", "mesh.channel=2")) == [
         "placement: 0, 1 on node-a (127.0.0.1), GPUs 0, 1, 6 CPUs (of 64, by its control group), 32 GB",
         "threads: 4 threads for each rank",
-        "cluster.threads_per_rank: expected at most 3 on node-a (127.0.0.1), which allows 6 CPUs (of 64, by its "
-        "control group) to 2 ranks, got 4: slower, same bits",
+        "node-a (127.0.0.1): 6 CPUs (of 64, by its control group) for 2 ranks, fewer than cluster.threads_per_rank=4 "
+        "for each: slower, same bits; cluster.threads_per_rank=3 for a new run",
         "mesh: data 1 × layer 1 × channel 2; 6 GPUs are idle; mesh.data: 4 or mesh.channel: 8 would use them",
     ]
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
