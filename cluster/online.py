@@ -30,12 +30,14 @@ from cluster.policy import GroupFailure, RanksLostError, Stop
 from cluster.succession import Succession
 from cluster.summary import RunRecord
 from cluster.text import count
+from simmatch.arguments import check_classes
 from simmatch.config import ConfigError, ModelConfig, Reduce
 from simmatch.data.config import DataConfig
 from simmatch.model import InputConfig, Stack
-from simmatch.online.arguments import check_records, learnable, learnable_labels
+from simmatch.online.arguments import check_calibrated, check_records, check_uncalibrated, learnable, learnable_labels
+from simmatch.online.encoded import Encoded
 from simmatch.online.rate import RateConfig
-from simmatch.online.stack import Encoded, OnlineStack
+from simmatch.online.stack import OnlineStack
 from simmatch.online.state import State
 
 STATE_EVERY = 200
@@ -243,14 +245,12 @@ class RankedStack:
         return self._reply.learning_rate
 
     def calibrate(self, x: Tensor) -> None:
-        if self.calibrated:
-            raise RuntimeError("calibrate: expected one call, got another; what is measured first stays")
+        check_uncalibrated(self.calibrated)
         check_records(x, self.source)
         self._call(Call("calibrate", {"x": x}))
 
     def encode(self, x: Tensor) -> Encoded:
-        if not self.calibrated:
-            raise RuntimeError("encode: expected a calibrated stack; call calibrate() with the first records")
+        check_calibrated(self.calibrated)
         check_records(x, self.source)
         with self._turn:
             self._number += 1
@@ -292,9 +292,7 @@ class RankedStack:
         self._call(Call("raise_rate"))
 
     def grow(self, num_classes: int) -> None:
-        before = self.source.num_classes
-        if num_classes < before:
-            raise ValueError(f"num_classes: expected at least {before}, the classes so far, got {num_classes}")
+        check_classes(num_classes, self.source.num_classes)
         self._call(Call("grow", options={"num_classes": num_classes}))
         self.source = self.source.model_copy(update={"num_classes": num_classes})
 

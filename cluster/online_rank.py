@@ -18,8 +18,9 @@ from torch import Tensor
 from cluster.training import Assignment
 from cluster.worker import Worker
 from simmatch.model import InputConfig
+from simmatch.online.encoded import Encoded
 from simmatch.online.rate import RateConfig
-from simmatch.online.stack import Encoded, OnlineStack
+from simmatch.online.stack import OnlineStack
 from simmatch.precision import exact_float32
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -152,3 +152,14 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return str(value.dtype)
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def check_classes(num_classes: int, before: int) -> None:
+    """Raise ValueError if V is to have fewer classes than before.
+
+    >>> check_classes(2, before=3)
+    Traceback (most recent call last):
+    ValueError: num_classes: expected at least 3, the classes so far, got 2
+    """
+    if num_classes < before:
+        raise ValueError(f"num_classes: expected at least {before}, the classes so far, got {num_classes}")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from simmatch.arguments import (
     check_activities,
+    check_classes,
     check_images,
     check_not_empty,
     check_patches,
@@ -555,8 +556,7 @@ class SimilarityMatchingConv2d(Synapses):
         (torch.Size([4, 3]), tensor([0.3333, 0.3333, 0.3333]))
         """
         before = self.num_classes
-        if num_classes < before:
-            raise ValueError(f"num_classes: expected at least {before}, the classes so far, got {num_classes}")
+        check_classes(num_classes, before)
         label = self.label.new_zeros(len(self.label), num_classes)
         label[:, :before] = self.label
         frequency = self.class_frequency.new_full((num_classes,), 1.0 / max(num_classes, 1))

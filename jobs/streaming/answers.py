@@ -1,141 +1,31 @@
 """Answers while a stream learns: over HTTP the latest by id, and scores of any window; on an MQTT topic all of them.
 
-A request is answered by a `Snapshot`: the champion between two batches, copied and never changed, replaced as a whole.
-So one answer is of one version, and no request waits for a batch. Copying takes at most `COPY_SHARE` of the time: where
-it is quick, every version is served, else some are left out. While the stream waits for records, the newest is served.
+Scores are those of the champion as it was between two batches, see `jobs.streaming.served`.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.streaming.events import TopicConfig
-from jobs.streaming.http_port import HttpConfig, HttpPort, Refused, last_part, token_from
+from jobs.streaming.answers_config import AnswersConfig
+from jobs.streaming.config import StreamDataConfig
+from jobs.streaming.http_port import HttpPort, Refused, last_part, token_from
 from jobs.streaming.mqtt import MqttConnection
 from jobs.streaming.outcome import Answer, Outcome, finite
-from simmatch.config import Frozen, PositiveInt
+from jobs.streaming.served import Served, Snapshot
 from simmatch.data.windows import WindowShape, scaled
 from simmatch.documents import quoted
 
-if TYPE_CHECKING:
-    from jobs.streaming.candidate import Candidate
-    from jobs.streaming.config import StreamConfig, StreamDataConfig
-    from simmatch.online.state import State
-    from simmatch.readout import LinearClassifier
-
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-COPY_SHARE = 0.02
-"""Of the time, that copies of the champion may take."""
-
-
-class AnswerTopicConfig(TopicConfig):
-    """A topic that every answer is published to as JSON, with QoS 1.
-
-    After a restart answers since the newest snapshot are published again, with the same content: a receiver drops a
-    `window` that it knows. While the broker is away the latest 1,000 wait; others are dropped, and counted.
-    """
-
-    features: bool = False
-    """With the features."""
-
-
-class AnswersConfig(Frozen):
-    """Who gets answers while the stream learns."""
-
-    http: HttpConfig | None = None
-    mqtt: AnswerTopicConfig | None = None
-
-    kept: PositiveInt = 10_000
-    """Latest answers that GET /answers/ID knows, in memory; after a restart, those since the newest snapshot."""
-
-
-class FixedReadout:
-    """The scores of an online readout as they were."""
-
-    def __init__(self, classifier: LinearClassifier | None) -> None:
-        self._classifier = classifier
-
-    def scores(self, features: Tensor) -> Tensor | None:
-        """Scores [B, classes]; None before there were two classes."""
-        return None if self._classifier is None else self._classifier.scores(features)
-
-
-class Snapshot:
-    """A candidate between two batches, never changed.
-
-    Made by the thread that learns, which only copies; what answers is built by the thread of the first request.
-
-    Parameters
-    ----------
-    name: who it is.
-    config: with its overrides.
-    batch: the last batch that it has learnt from.
-    classes: names, in the order of scores.
-    shape: [C, H, W] of a window.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        config: StreamConfig,
-        candidate: Candidate,
-        *,
-        batch: int,
-        classes: Sequence[str],
-        shape: Sequence[int],
-    ) -> None:
-        self.name, self.batch, self.classes, self.shape = name, batch, tuple(classes), list(shape)
-        self._config = config
-        self._candidate = cast(Any, copy.copy(candidate))
-        self._candidate.readout = FixedReadout(candidate.readout.classifier)
-        self._candidate.detector = copy.deepcopy(candidate.detector)
-        self._candidate.stack = None
-        self._weights: State | None = candidate.stack.state()
-        self._lock = threading.Lock()
-
-    def _built(self) -> Candidate:
-        with self._lock:
-            if self._weights is not None:
-                from jobs.streaming.candidate import (
-                    make_stack,  # which reads the configuration that holds this module's
-                )
-
-                stack = make_stack(self._config, self.shape, len(self.classes))
-                stack.restore(self._weights)
-                self._candidate.stack, self._weights = stack, None
-        built: Candidate = self._candidate
-        return built
-
-    def score(self, x: Tensor, *, features: bool = False) -> list[dict[str, Any]]:
-        """Answers about windows [n, C, H, W], as JSON has them."""
-        said = self._built().say(x)
-        novelty, novel = said.novelty.tolist(), said.novel.tolist()
-        answers = []
-        for index in range(len(x)):
-            scores = None if said.scores is None else said.scores[index].tolist()
-            answers.append(
-                {
-                    "label": None if scores is None else self.classes[int(said.predictions[index, 0])],
-                    "scores": {} if scores is None else dict(zip(self.classes, map(finite, scores), strict=False)),
-                    "novelty": finite(novelty[index]),
-                    "novel": novel[index],
-                }
-                | ({"features": list(map(finite, said.encoded.features[index].tolist()))} if features else {})
-            )
-        return answers
 
 
 def prepared(values: Floats, data: StreamDataConfig, shape: Sequence[int]) -> Tensor:
@@ -162,36 +52,6 @@ def prepared(values: Floats, data: StreamDataConfig, shape: Sequence[int]) -> Te
         return torch.from_numpy(values).float() / 255
     how = WindowShape(width, width, data.window_scale, data.window_floor)
     return torch.from_numpy(scaled(values.transpose(0, 2, 1), how)[:, :, None])
-
-
-class Served:
-    """The snapshot of the moment. `offer` is called by the thread that learns, all else by any.
-
-    clock: seconds, as of `time.monotonic`.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._snapshot: Snapshot | None = None
-        self._not_before = -math.inf
-
-    @property
-    def snapshot(self) -> Snapshot | None:
-        """None before the stack is calibrated."""
-        return self._snapshot
-
-    def offer(self, copied: Callable[[], Snapshot], *, idle: bool = False) -> bool:
-        """A new version is there: copy it, unless the last copy was too short a time ago. Returns whether it was.
-
-        idle: nothing else is to be done.
-        """
-        started = self._clock()
-        if started < self._not_before and not idle:
-            return False
-        self._snapshot = copied()  # one assignment: a request has the old one or the new one
-        ended = self._clock()
-        self._not_before = ended + (ended - started) * (1 / COPY_SHARE - 1)
-        return True
 
 
 class Latest:

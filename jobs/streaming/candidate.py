@@ -14,9 +14,10 @@ from jobs.streaming.config import StreamConfig
 from simmatch.labels import UNLABELLED
 from simmatch.model import InputConfig
 from simmatch.online.drift import ERROR, Drift, DriftMonitor
+from simmatch.online.encoded import Encoded
 from simmatch.online.novelty import NoveltyDetector
 from simmatch.online.readout import OnlineReadout
-from simmatch.online.stack import Encoded, OnlineStack
+from simmatch.online.stack import OnlineStack
 from simmatch.online.state import joined, part_of
 
 NONE = -1

@@ -11,7 +11,7 @@ from cluster.config import GroupConfig
 from cluster.mesh import MeshConfig
 from cluster.tracking.config import TrackingConfig
 from jobs.options import override
-from jobs.streaming.answers import AnswersConfig
+from jobs.streaming.answers_config import AnswersConfig
 from jobs.streaming.events import EventsConfig
 from jobs.streaming.page import PageConfig, ReportConfig
 from jobs.streaming.sources import SourceConfig
@@ -29,12 +29,12 @@ from simmatch.config import PositiveInt as Count
 from simmatch.data.config import SignalKeys
 from simmatch.data.windows import WindowShape
 from simmatch.model import InputConfig, layer_inputs
+from simmatch.online.arguments import streaming
 from simmatch.online.comparison import ComparisonConfig
 from simmatch.online.drift import DriftConfig
 from simmatch.online.novelty import NoveltyConfig
 from simmatch.online.rate import RateConfig
 from simmatch.online.readout import ReadoutConfig
-from simmatch.online.stack import checked
 
 OF_CANDIDATES = ("model", "rate", "readout", "novelty", "drift")
 """Sections that a candidate may override: the others are common to all."""
@@ -254,7 +254,7 @@ def parse_stream(values: Mapping[str, Any]) -> StreamConfig:
     for name in config.candidates:
         candidate = config.candidate(name)
         try:
-            model = checked(candidate.model, candidate.rate)
+            model = streaming(candidate.model, candidate.rate)
             model.check_reduce(config.reduce)
             config.mesh.check(model)
             if window is not None:  # whatever the number of channels, which the first record tells

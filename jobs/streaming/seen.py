@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.redaction import one_line
 from jobs.streaming import page
-from jobs.streaming.answers import Answers, Snapshot
+from jobs.streaming.answers import Answers
 from jobs.streaming.curves import Curves
 from jobs.streaming.events import Events
 from jobs.streaming.history import History, Point, Spent
 from jobs.streaming.outcome import Outcome, Usage
+from jobs.streaming.served import Snapshot
 from simmatch.documents import dump_json
 from simmatch.files import write_whole
 from simmatch.model import save_model

@@ -6,9 +6,51 @@ import torch
 from torch import Tensor
 
 from simmatch.arguments import check_weights
-from simmatch.config import ModelConfig
+from simmatch.config import ConfigError, ModelConfig
 from simmatch.labels import UNLABELLED, check_labels
 from simmatch.model import InputConfig
+from simmatch.online.rate import RateConfig
+
+
+def streaming(model: ModelConfig, rate: RateConfig) -> ModelConfig:
+    """The model with the rates of its layers set, if it can learn from a stream.
+
+    Raises
+    ------
+    ConfigError
+        Several layers without `schedule: together`, or a layer with a falling rate of its own.
+
+    >>> from simmatch.config import LayerConfig
+    >>> layer = LayerConfig(out_channels=4, kernel_size=3)
+    >>> streaming(ModelConfig(layers=(layer, layer)), RateConfig())
+    Traceback (most recent call last):
+    simmatch.config.ConfigError: model.schedule: expected together for a stream, got greedy
+    """
+    if len(model.layers) > 1 and model.schedule != "together":
+        raise ConfigError(f"model.schedule: expected together for a stream, got {model.schedule}")
+    return rate.applied(model)
+
+
+def check_uncalibrated(calibrated: bool) -> None:
+    """Raise RuntimeError if a stack that is to be calibrated has been.
+
+    >>> check_uncalibrated(True)
+    Traceback (most recent call last):
+    RuntimeError: calibrate: expected one call, got another; what is measured first stays
+    """
+    if calibrated:
+        raise RuntimeError("calibrate: expected one call, got another; what is measured first stays")
+
+
+def check_calibrated(calibrated: bool) -> None:
+    """Raise RuntimeError unless a stack that is to encode has been calibrated.
+
+    >>> check_calibrated(False)
+    Traceback (most recent call last):
+    RuntimeError: encode: expected a calibrated stack; call calibrate() with the first records
+    """
+    if not calibrated:
+        raise RuntimeError("encode: expected a calibrated stack; call calibrate() with the first records")
 
 
 def check_records(x: Tensor, source: InputConfig) -> None:

@@ -12,15 +12,12 @@ records are kept until the last layer has begun.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
 import torch
 from einops import reduce
 from torch import Tensor
 
-from simmatch.arguments import check_images
-from simmatch.config import ConfigError, ModelConfig, Reduce
+from simmatch.arguments import check_classes, check_images
+from simmatch.config import ModelConfig, Reduce
 from simmatch.data.sources import to_unit
 from simmatch.features import FeatureStore
 from simmatch.inputs import Staged
@@ -28,7 +25,15 @@ from simmatch.learning import Setup
 from simmatch.memory import MemoryWatch
 from simmatch.model import InputConfig, Stack, readout_input
 from simmatch.observer import Observer
-from simmatch.online.arguments import check_records, learnable, learnable_labels
+from simmatch.online.arguments import (
+    check_calibrated,
+    check_records,
+    check_uncalibrated,
+    learnable,
+    learnable_labels,
+    streaming,
+)
+from simmatch.online.encoded import Encoded
 from simmatch.online.label_sums import LabelSums
 from simmatch.online.rate import RateConfig
 from simmatch.online.signals import label_free_signals
@@ -36,67 +41,11 @@ from simmatch.online.state import State, part_of
 from simmatch.plasticity import Weights
 from simmatch.schedule import learning_updates
 from simmatch.sharding.mesh import Mesh
-from simmatch.sharding.state import SHARDED, gather_layer, gather_rows
-from simmatch.stage_layers import Solved, StageLayers
+from simmatch.sharding.state import gather_layer, gather_rows, load_rows, whole_state
+from simmatch.stage_layers import StageLayers
 
 ENDLESS = 1 << 62
 """Updates of a pass that does not end."""
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A batch of records as the stack encodes it, before it learns from it.
-
-    Attributes
-    ----------
-    x: [B, C, H, W], the records.
-    features: [B, F], input of a readout.
-    signals: by name, a number of each record [B] that needs no label, of the first layer: `objective`, `residual` of
-        the drive, `active`; see `simmatch.online.signals`.
-    label_scores: [B, num_classes], class scores from V, −inf for classes that have not been seen; None if the last
-        layer is not supervised or has seen no label.
-    activity: [B, K], mean activities of the last layer.
-    solved: by layer, what need not be computed again to learn.
-    version: number of the weights of the stack with which this was encoded.
-
-    >>> x, none = torch.zeros(2, 1, 1, 32), torch.zeros(2, 0)
-    >>> Encoded(x, none, {}, label_scores=None, activity=none, solved={}, version=0).features.shape
-    torch.Size([2, 0])
-    """
-
-    x: Tensor
-    features: Tensor
-    signals: dict[str, Tensor]
-    label_scores: Tensor | None
-    activity: Tensor
-    solved: Mapping[int, Solved] = field(repr=False)
-    version: int
-
-    def told(self) -> Encoded:
-        """With features, signals and scores on the host, where readouts, detectors and monitors are; the rest, from
-        which the stack learns, stays on its device."""
-        scores = None if self.label_scores is None else self.label_scores.cpu()
-        signals = {name: values.cpu() for name, values in self.signals.items()}
-        return replace(self, features=self.features.cpu(), signals=signals, label_scores=scores)
-
-
-def checked(model: ModelConfig, rate: RateConfig) -> ModelConfig:
-    """The model with the rates of its layers set, if it can learn from a stream.
-
-    Raises
-    ------
-    ConfigError
-        Several layers without `schedule: together`, or a layer with a falling rate of its own.
-
-    >>> from simmatch.config import LayerConfig
-    >>> layer = LayerConfig(out_channels=4, kernel_size=3)
-    >>> checked(ModelConfig(layers=(layer, layer)), RateConfig())
-    Traceback (most recent call last):
-    simmatch.config.ConfigError: model.schedule: expected together for a stream, got greedy
-    """
-    if len(model.layers) > 1 and model.schedule != "together":
-        raise ConfigError(f"model.schedule: expected together for a stream, got {model.schedule}")
-    return rate.applied(model)
 
 
 class OnlineStack:
@@ -151,7 +100,7 @@ class OnlineStack:
     ) -> None:
         model.check_reduce(reduce)
         self.rate, self.updates = rate or RateConfig(), 0
-        self.stack = Stack(checked(model, self.rate), source, seed=seed, dtype=dtype, device=device)
+        self.stack = Stack(streaming(model, self.rate), source, seed=seed, dtype=dtype, device=device)
         self._mesh, self._reduce = mesh, reduce
         self._ranges = learning_updates(self.stack.config, ENDLESS)
         last = self.stack.layer(-1)
@@ -221,8 +170,7 @@ class OnlineStack:
         RuntimeError
             It has been calibrated already.
         """
-        if self.calibrated:
-            raise RuntimeError("calibrate: expected one call, got another; what is measured first stays")
+        check_uncalibrated(self.calibrated)
         most = max(layer.whiten_images for layer in self.stack.config.layers)
         self._begin(self._unit(x[:most]).clone())
         self._layers.agree()
@@ -258,8 +206,7 @@ class OnlineStack:
         RuntimeError
             The stack has not been calibrated.
         """
-        if not self.calibrated:
-            raise RuntimeError("encode: expected a calibrated stack; call calibrate() with the first records")
+        check_calibrated(self.calibrated)
         unit, model, solved = self._unit(x), self.stack.config, {}
         passed = unit
         for index in range(len(model.layers)):
@@ -365,9 +312,7 @@ class OnlineStack:
         ValueError
             There are more classes already.
         """
-        before = self.source.num_classes
-        if num_classes < before:
-            raise ValueError(f"num_classes: expected at least {before}, the classes so far, got {num_classes}")
+        check_classes(num_classes, self.source.num_classes)
         for index, config in enumerate(self.stack.config.layers):
             if config.supervised:
                 for layer in {
@@ -391,9 +336,8 @@ class OnlineStack:
         }
         for index, layer in self._layers.layers.items():
             layer.raise_faults()
-            for name, tensor in (*layer.state_dict().items(), ("rate_from", layer.rate_from)):
-                whole = gather_rows(tensor, layer.rows, layer.mesh.owners) if name in SHARDED else tensor
-                state[f"layers.{index}.{name}"] = whole.clone()
+            for name, tensor in (*whole_state(layer), ("rate_from", layer.rate_from)):
+                state[f"layers.{index}.{name}"] = tensor.clone()
         return state
 
     @torch.no_grad()
@@ -419,9 +363,9 @@ class OnlineStack:
         if classes > self.source.num_classes:
             self.grow(classes)
         for index, layer in self._layers.layers.items():
-            own, part = part_of(state, f"layers.{index}"), slice(layer.rows.start, layer.rows.stop)
-            layer.rate_from.copy_(own.pop("rate_from"))
-            layer.load_state_dict({name: each[part] if name in SHARDED else each for name, each in own.items()})
+            whole = part_of(state, f"layers.{index}")
+            layer.rate_from.copy_(whole.pop("rate_from"))
+            load_rows(layer, whole)
         self.updates, self._version = int(state["updates"]), self._version + 1
         self._label_sums.restore(state["label_yz"], state["label_zz"])
         self._layers.agree()
@@ -432,14 +376,11 @@ class OnlineStack:
         last = classes if layers[-1].supervised else 0
         shapes = {"updates": [], "label_yz": [layers[-1].out_channels, last], "label_zz": [last]}
         shapes["images"] = [0, source.in_channels, source.height, source.width]
-        for index, layer in self._layers.layers.items():
-            for name, tensor in (*layer.state_dict().items(), ("rate_from", layer.rate_from)):
-                shape = list(tensor.shape)
-                if name in SHARDED:
-                    shape[0] = layer.out_channels
-                if name in ("label", "class_frequency") and layers[index].supervised:
-                    shape[-1] = classes
-                shapes[f"layers.{index}.{name}"] = shape
+        for index, config in enumerate(layers):
+            whole = self.stack.layer(index)
+            for name, tensor in (*whole.state_dict().items(), ("rate_from", whole.rate_from)):
+                by_class = name in ("label", "class_frequency") and config.supervised
+                shapes[f"layers.{index}.{name}"] = [*tensor.shape[:-1], classes] if by_class else list(tensor.shape)
         return shapes
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ A rank holds rows of W, M, V and of the counters `silent`. All other tensors are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -63,6 +63,28 @@ def gather_rows(tensor: Tensor, rows: Rows, exchange: Exchange) -> Tensor:
     return join_rows(gather_padded(tensor, rows.padded, exchange), rows.total)
 
 
+def whole_state(layer: SimilarityMatchingConv2d) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of a layer that are saved, whole, one after the other, on every rank.
+
+    >>> [name for name, _ in whole_state(SimilarityMatchingConv2d(1, 4, kernel_size=3))][:3]
+    ['feedforward', 'lateral', 'label']
+    """
+    for name, tensor in layer.state_dict().items():
+        yield name, gather_rows(tensor, layer.rows, layer.mesh.owners) if name in SHARDED else tensor
+
+
+def load_rows(layer: SimilarityMatchingConv2d, whole: Mapping[str, Tensor]) -> None:
+    """Load what `whole_state` has given: the rows that this rank holds, and all that is equal on all ranks.
+
+    >>> one, other = (SimilarityMatchingConv2d(1, 4, kernel_size=3, seed=seed) for seed in (0, 1))
+    >>> load_rows(other, dict(whole_state(one)))
+    >>> torch.equal(other.feedforward, one.feedforward)
+    True
+    """
+    own = slice(layer.rows.start, layer.rows.stop)
+    layer.load_state_dict({name: tensor[own] if name in SHARDED else tensor for name, tensor in whole.items()})
+
+
 def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingConv2d) -> None:
     """Fill `target`, a layer that holds all rows, from the shards of `source`, on every rank.
 
@@ -74,10 +96,8 @@ def gather_layer(source: SimilarityMatchingConv2d, target: SimilarityMatchingCon
     True
     """
     with torch.no_grad():
-        for name, tensor in replicated_state(source).items():
+        for name, tensor in whole_state(source):
             getattr(target, name).copy_(tensor)
-        for name, tensor in shard_state(source).items():
-            getattr(target, name).copy_(gather_rows(tensor, source.rows, source.mesh.owners))
     target.recertify()
 
 

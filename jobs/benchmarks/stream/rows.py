@@ -16,9 +16,10 @@ from torch import Tensor
 from jobs.benchmarks.stream.streams import Stream
 from simmatch.config import ModelConfig
 from simmatch.labels import UNLABELLED
+from simmatch.online.encoded import Encoded
 from simmatch.online.rate import RateConfig
 from simmatch.online.readout import OnlineReadout, ReadoutConfig
-from simmatch.online.stack import Encoded, OnlineStack
+from simmatch.online.stack import OnlineStack
 
 NO_CLASS = -1
 """A prediction where none can be made yet."""

@@ -15,13 +15,15 @@ import pytest
 import torch
 
 from jobs.benchmarks.stream.served import Client
-from jobs.streaming.answers import Answers, AnswersConfig, Latest, Served, as_json, prepared
+from jobs.streaming.answers import Answers, Latest, as_json, prepared
+from jobs.streaming.answers_config import AnswersConfig
 from jobs.streaming.candidate import Candidate
 from jobs.streaming.config import StreamDataConfig
 from jobs.streaming.journal import Journal
 from jobs.streaming.outcome import Answer, Metrics, Outcome
 from jobs.streaming.records import Record
 from jobs.streaming.seen import Seen
+from jobs.streaming.served import Served
 from jobs.streaming.service import Service
 from simmatch.config import parse
 from tests.broker import Broker

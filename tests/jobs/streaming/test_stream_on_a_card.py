@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from jobs.stream import main
-from jobs.streaming.answers import Snapshot
 from jobs.streaming.candidate import Candidate
 from jobs.streaming.config import StreamConfig
 from jobs.streaming.journal import list_segments, read_entries
+from jobs.streaming.served import Snapshot
 from jobs.streaming.state import StreamState
 from simmatch.documents import dump_yaml
 from simmatch.model import load_model
