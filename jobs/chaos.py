@@ -25,7 +25,7 @@ from cluster.redaction import one_line
 from cluster.text import count
 from jobs.display import ProgressBars
 from jobs.entry_point import BAD_INPUT, run_main
-from jobs.options import override, read_yaml
+from jobs.options import add_set, override, read_yaml
 from jobs.preflight import check
 from jobs.reporting import Report
 from jobs.run_directory import default_root, local_folder
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    add_set(parser)
     parser.add_argument(
         "--minutes", type=float, default=20.0, metavar="M", help="how long to inject faults (default: 20)"
     )

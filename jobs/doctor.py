@@ -25,7 +25,7 @@ from cluster.redaction import Redactor, one_line
 from jobs.diagnosis.examination import CHECKS, Examination
 from jobs.diagnosis.report import Report
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
-from jobs.options import override, read_yaml
+from jobs.options import add_set, override, read_yaml
 from simmatch.config import ConfigError, parse
 
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Check every node of the Ray cluster at RAY_ADDRESS, or this machine, before a run does.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run that is to work; see jobs/configs")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    add_set(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="where the run's files would go (default: as jobs.pretrain)")
     parser.add_argument(
         "--submit",

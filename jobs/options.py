@@ -33,6 +33,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def add_set(parser: argparse.ArgumentParser, example: str = "") -> None:
+    """The option `--set`, whose assignments `override` applies.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_set(parser, "seed=1")
+    >>> parser.parse_args(["--set", "seed=2", "--set", "data.name=mnist"]).set
+    ['seed=2', 'data.name=mnist']
+    """
+    given = f", e.g. {example}" if example else ""
+    text = f"override a key{given}; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Apply `dotted.key=value` assignments; numbers in a key index lists, values are YAML.
 

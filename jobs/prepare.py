@@ -26,7 +26,7 @@ from cluster.redaction import one_line
 from cluster.text import count, size
 from jobs.display import LINE_EVERY_S, PLAIN, ProgressBars
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
-from jobs.options import add_counts, override, read_yaml
+from jobs.options import add_counts, add_set, override, read_yaml
 from jobs.ray_session import shut_down_ray, start_ray
 from simmatch.config import ConfigError, parse
 from simmatch.data.formats import DataError, errors_name
@@ -166,9 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Decode own images once, on Ray, into shards that any number of runs read.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see jobs/configs; `data` is used")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. data.path; repeatable"
-    )
+    add_set(parser, "data.path")
     parser.add_argument(
         "--out",
         metavar="DIR",

@@ -25,7 +25,7 @@ from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from jobs.display import PLAIN, MakeDisplay, RunDisplay, load_shown
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
 from jobs.finished import report_finished
-from jobs.options import at_least, override, read_yaml
+from jobs.options import add_set, at_least, override, read_yaml
 from jobs.plan import print_plan
 from jobs.preflight import check, check_checkpoint, check_device_of_ranks, check_surroundings
 from jobs.ray_job import SUBMISSION, job_metadata
@@ -86,13 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pre-train a stack of similarity-matching layers on Ray, logged to MLflow.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see jobs/configs")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, e.g. --set mesh.channel=3 --set model.layers.0.out_channels=32; repeatable",
-    )
+    add_set(parser, "--set mesh.channel=3 --set model.layers.0.out_channels=32")
     parser.add_argument(
         "--run-dir",
         metavar="DIR",

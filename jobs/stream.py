@@ -22,7 +22,7 @@ from cluster.text import count
 from cluster.tracking.mlflow_model import ModelLogger, load_exported
 from jobs.display import PLAIN
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
-from jobs.options import override, read_yaml
+from jobs.options import add_set, override, read_yaml
 from jobs.preflight import check_device_of_ranks
 from jobs.recording import open_tracker
 from jobs.run_directory import default_root, local_folder
@@ -143,13 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Learn from data that does not end: a file that grows, a folder that files arrive in, a broker.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, see jobs/configs/stream*.yaml")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, e.g. --set batch_size=16 --set source.lines.path=log.csv; repeatable",
-    )
+    add_set(parser, "--set batch_size=16 --set source.lines.path=log.csv")
     parser.add_argument("--run-dir", metavar="DIR", help="where the stream's files go (default: runs/<name>)")
     parser.add_argument(
         "--resume",

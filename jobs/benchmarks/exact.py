@@ -21,7 +21,7 @@ from typing import Any
 from cluster.config import RunConfig
 from jobs.benchmarks.processes import Host, RankGroup
 from jobs.benchmarks.updates import Comparison, compare, keep_inputs, sample, trained
-from jobs.options import at_least, override, read_yaml
+from jobs.options import add_set, at_least, override, read_yaml
 from jobs.reporting import Report
 from jobs.watched_job import WatchedJob
 from simmatch.config import DynamicsConfig, parse
@@ -52,7 +52,7 @@ TARGET = 1.3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="of the job (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    add_set(parser)
     names, widths = ", ".join(LAYOUTS), " ".join(map(str, WIDTHS))
     layouts = f"of the job, from: {names} (default: all, and a job that is killed); without a name: no job"
     parser.add_argument("--layouts", nargs="*", choices=sorted(LAYOUTS), metavar="NAME", help=layouts)

@@ -24,7 +24,7 @@ from typing import Any
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
 from jobs.benchmarks.timing import Spread
-from jobs.options import add_counts
+from jobs.options import add_counts, add_set
 from jobs.reporting import Report
 from simmatch.config import ConfigError
 
@@ -50,7 +50,7 @@ class Shares:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: fashion_mnist.yaml cut to 6,000 images)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    add_set(parser)
     add_counts(parser, "every", "N", f"updates between checkpoints (default: {EVERY_STEPS})", default=EVERY_STEPS)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cluster.config import RunConfig
 from jobs.benchmarks.timing import Spread
-from jobs.options import at_least, override, read_yaml
+from jobs.options import add_set, at_least, override, read_yaml
 from jobs.reporting import Report
 from simmatch.config import DynamicsConfig, ModelConfig, PlasticityConfig, parse
 from simmatch.data.sources import Dataset, load_dataset
@@ -55,7 +55,7 @@ TARGET = 5_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones."""
     parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="of the job (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    add_set(parser)
     parser.add_argument("--seeds", type=at_least(1), default=5, metavar="N", help="of weights and filters (default: 5)")
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.learners import Shape
-from jobs.options import override
+from jobs.options import add_set, override
 from simmatch.config import ConfigError, Frozen, ModelConfig, NonNegativeInt, PositiveInt, parse
 from simmatch.data.config import DataConfig
 
@@ -138,13 +138,7 @@ def command_parser(program: str, purpose: str, default: Path) -> argparse.Argume
     """
     parser = argparse.ArgumentParser(prog=program, description=purpose)
     parser.add_argument("--config", default=str(default), metavar="FILE", help="YAML file (default: %(default)s)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, e.g. --set held_out=500; repeatable",
-    )
+    add_set(parser, "--set held_out=500")
     parser.add_argument("--run-dir", metavar="DIR", help="folder of results and figures (default: runs/<name>)")
     parser.add_argument("--quick", action="store_true", help="same tables from less: minutes, less precise")
     return parser
