@@ -116,10 +116,14 @@ class GroupConfig(Frozen):
             raise ConfigError(f"cluster.min_shards: expected at most mesh.channel={mesh.channel}, got {least}")
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Of a run: it is part of paths."""
+
+
 class RunConfig(Frozen):
     """Everything about one run; `jobs/configs/*.yaml` hold examples."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     """Names the run and its default folder, runs/<name>."""
 
     seed: NonNegativeInt = 0

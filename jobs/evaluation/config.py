@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from cluster.config import Name
 from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.learners import Shape
 from jobs.options import add_set, override
@@ -89,7 +90,7 @@ class MeasurementConfig(Frozen):
 class EvaluationConfig(MeasurementConfig):
     """Everything about one comparison."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     """Names the run and its default folder, runs/<name>."""
 
     data: DataConfig

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.config import Name
 from cluster.tracking.config import TrackingConfig
 from jobs.evaluation.backprop import CANDIDATES, candidates, compare, predict, train
 from jobs.evaluation.finetuning_start import PretrainedFilters, StartConfig, pretrain
@@ -39,8 +40,6 @@ BASELINE: StartName = "random"
 
 FREE = frozenset({"tracking", "quick"})
 """Keys that results do not depend on."""
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class BudgetConfig(Frozen):

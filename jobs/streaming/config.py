@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from cluster.config import GroupConfig
+from cluster.config import GroupConfig, Name
 from cluster.mesh import MeshConfig
 from cluster.tracking.config import TrackingConfig
 from jobs.options import override
@@ -142,7 +142,7 @@ def _one() -> dict[str, tuple[str, ...]]:
 class StreamConfig(Frozen):
     """Everything about one stream; `jobs/configs/stream*.yaml` hold examples."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     """Names the stream and its default folder, runs/<name>."""
 
     seed: NonNegativeInt = 0
