@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -28,27 +29,42 @@ def exact_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-@contextmanager
-def repeatable_convolutions(device: torch.device) -> Iterator[None]:
+class _Repeatable:
+    """Settings of cuDNN while some thread needs them; they are those of the whole process, so threads are counted."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, (False, False)
+
+    def __enter__(self) -> None:
+        cudnn = torch.backends.cudnn
+        with self._lock:
+            if self._inside == 0:
+                self._before = cudnn.deterministic, cudnn.benchmark
+                cudnn.deterministic, cudnn.benchmark = True, False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        cudnn = torch.backends.cudnn
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                cudnn.deterministic, cudnn.benchmark = self._before
+
+
+_REPEATABLE = _Repeatable()
+
+
+def repeatable_convolutions(device: torch.device) -> AbstractContextManager[None]:
     """Convolutions on a GPU that give the same bits in every run on GPUs of one type.
 
     Some of cuDNN's weight gradients add up in the order in which threads finish; they are left out. Nor is an algorithm
-    selected by timing, which may end differently in every run.
+    selected by timing, which may end differently in every run. Several threads may be inside at the same time.
 
     >>> with repeatable_convolutions(torch.device("cuda")):
     ...     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     (True, False)
     """
-    cudnn = torch.backends.cudnn
-    if device.type != "cuda" or (cudnn.deterministic and not cudnn.benchmark):
-        yield
-        return
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
+    return _REPEATABLE if device.type == "cuda" else nullcontext()
 
 
 def eager_full_precision(method: FunctionT) -> FunctionT:

@@ -130,6 +130,12 @@ def test_settings_of_the_process_come_back() -> None:
         with repeatable_convolutions(torch.device("cuda")):
             assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
         assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+        other = repeatable_convolutions(torch.device("cuda"))  # of another thread, say
+        other.__enter__()
+        with repeatable_convolutions(torch.device("cuda")):
+            other.__exit__(None, None, None)
+            assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+        assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
     finally:
         cudnn.deterministic, cudnn.benchmark = before
 
