@@ -144,7 +144,8 @@ class Updates(Generic[T]):
             self._captured = inputs, graph.capture(lambda: self._make(inputs))
         except Exception as error:
             self.close()
-            why = f"{type(error).__name__}: {error}"
+            errors = [error, error.__context__]  # ending a capture in which something failed is an error of its own
+            why = ", after ".join(f"{type(one).__name__}: {one}" for one in errors if one is not None)
             warnings.warn(f"updates are not captured in a CUDA graph, and take longer: {why}", stacklevel=3)
         self._made = []
         for exchange, (exchanges, received) in zip(self._exchanges, before, strict=True):

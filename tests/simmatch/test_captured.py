@@ -145,6 +145,24 @@ def test_updates_that_raise_faults_have_the_same_bits(monkeypatch: pytest.Monkey
     assert all(update.looked for update in follower.updates)
 
 
+def test_what_has_failed_in_a_capture_is_named() -> None:
+    """torch ends the capture then, which fails as well."""
+
+    class Invalid(TapeGraph):
+        def capture(self, function: Callable[[], Any]) -> Any:
+            try:
+                return super().capture(function)
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    updates = captured.Updates(lambda batch: float(batch.source.sum()), Invalid(), [])
+    batch = Staged(torch.ones(5, 2), labels=None, images=5)
+    for _ in range(captured.WARM_UP):
+        updates(batch)
+    with pytest.warns(UserWarning, match="previous error during capture, after .* not permitted .*_local_scalar"):
+        assert updates(batch) == 10.0
+
+
 def test_updates_go_on_uncaptured_where_capturing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one warning for each layer, that says why."""
     expected = train(Follower())
