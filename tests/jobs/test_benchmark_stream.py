@@ -134,6 +134,36 @@ def test_rivals_learn_what_is_easy(replay: int) -> None:
     assert len(network.kept) == replay
 
 
+def test_networks_learn_the_warm_up_in_passes_when_it_ends() -> None:
+    """So many passes in steps of 50, over labelled records of the warm-up alone; then the readout is made anew."""
+    draws = np.random.default_rng(0)
+    labels = torch.from_numpy(draws.integers(0, 2, 480))
+    x = torch.from_numpy(draws.normal(size=(480, 1, 1, 2))).float() + 3.0 * labels[:, None, None, None]
+    warm_up, part = Part("warm-up", x[:240], labels[:240]), Part("all", x[240:], labels[240:])
+    data = Stream("tones", 2, warm_up, (part, part), (), 10)
+    seen: list[Tensor] = []
+
+    class Counted(Network):
+        def _step(self, x: Tensor, labels: Tensor) -> None:
+            seen.append(x)
+            super()._step(x, labels)
+
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 8), torch.nn.ReLU())
+    network = Counted(net, 8, 2, NetworkSettings(epochs=3), seed=0)
+    row = WithReadout(network, ReadoutConfig(reservoir=100), recompute_every=1_000)
+    labelling = Labelling(0.5)
+    given = labelling.given(labels[:240], 0, seed=0) != UNLABELLED
+    moments: list[tuple[int, bool]] = []
+    row._recompute = lambda: moments.append((len(seen), row.learning))  # type: ignore[method-assign]
+    run_stream(data, row, labelling, seed=0)
+    count, batches = int(given.sum()), sum(bool(part.any()) for part in given.split(10))
+    steps = seen[batches : batches + 3 * -(-count // 50)]
+    for passed in torch.cat(steps).split(count):
+        assert torch.equal(passed.flatten(1).sort(dim=0).values, x[:240][given].flatten(1).sort(dim=0).values)
+    assert moments == [(batches + len(steps), True)]
+    assert all(len(each) <= 10 for each in seen[batches + len(steps) :])
+
+
 def test_trees_of_a_forest_are_replaced_only_if_they_are_to_be() -> None:
     """Two classes change places: a forest that replaces trees makes fewer errors afterwards."""
     draws = np.random.default_rng(0)

@@ -80,12 +80,15 @@ class NetworkSettings:
     steps: for each batch that has a label, or for every batch once records are kept.
     channels: of the two convolutions.
     replay: labelled records that are kept, a uniform sample of all.
+    epochs: passes over the labelled records of the warm-up, in any order, when it ends. Without them a network that
+        is fine-tuned has learnt too little by then to choose its settings by.
     """
 
     lr: float = 1e-3
     steps: int = 1
     channels: tuple[int, int] = (32, 64)
     replay: int = 0
+    epochs: int = 20
 
 
 class Network:
@@ -112,6 +115,7 @@ class Network:
         self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.lr)
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.met, self.generator = 0, seeded("replay", seed)
+        self._warm_up: list[tuple[Tensor, Tensor]] | None = []  # until it ends
 
     def encode(self, x: Tensor) -> Tensor:
         """See `Features`."""
@@ -131,26 +135,38 @@ class Network:
         x, labels = x[given], labels[given]
         self.met += len(x)
         for _ in range(self.settings.steps if len(x) or self.kept else 0):
-            again, classes = self._drawn(x, labels)
-            with torch.enable_grad():
-                loss = F.cross_entropy(self.head(self.net(again)), classes)
-                self.optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-            self.optimiser.step()
+            self._step(*self._drawn(x, labels))
         self._keep(x, labels)
+        if self._warm_up is not None and len(x):
+            self._warm_up.append((x, labels))
 
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
         """See `Row`."""
         self.learn(x, labels)
 
-    def end_segment(self, number: int) -> None:
-        """Nothing."""
+    def end_segment(self, number: int) -> bool:
+        """See `Features`: after the warm-up, passes over what was labelled in it."""
+        known, self._warm_up = self._warm_up, None
+        if not known:
+            return False
+        x, labels = (torch.cat(list(each)) for each in zip(*known, strict=True))
+        for _ in range(self.settings.epochs):
+            for part in torch.split(torch.randperm(len(x), generator=self.generator), PRE_TRAINED):
+                self._step(x[part], labels[part])
+        return True
 
     @property
     def nbytes(self) -> int:
         """Weights, two moments of each, and what is kept for replay."""
         kept = sum(x.nbytes + label.nbytes for x, label in self.kept)
         return 3 * sum(values.nbytes for values in self.parameters) + kept
+
+    def _step(self, x: Tensor, labels: Tensor) -> None:
+        with torch.enable_grad():
+            loss = F.cross_entropy(self.head(self.net(x)), labels)
+            self.optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
 
     def _drawn(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The labelled records of a batch, and as many that are kept beside them, at least `REPLAYED`."""
@@ -175,6 +191,9 @@ class Network:
 
 REPLAYED = 32
 """Least number of kept records that go with a step."""
+
+PRE_TRAINED = 50
+"""Records of a step of the passes over the warm-up."""
 
 
 def signal_network(stream: Stream, settings: NetworkSettings, seed: int) -> Network:

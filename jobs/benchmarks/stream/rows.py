@@ -40,7 +40,7 @@ class Row(Protocol):
         """Learn from labels that come late; everything else was learnt from these records when they arrived."""
         ...
 
-    def end_segment(self, number: int) -> None:
+    def end_segment(self, number: int) -> object:
         """A segment has ended, −1 for the warm-up; rows that are frozen after it stop learning."""
         ...
 
@@ -65,6 +65,10 @@ class Features(Protocol):
         """Learn from labels that come late."""
         ...
 
+    def end_segment(self, number: int) -> bool:
+        """A segment has ended, −1 for the warm-up; whether features have moved by that."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes of its state."""
@@ -82,7 +86,7 @@ class WithReadout:
     afresh_after: number of the segment after which the readout begins anew, as sums of features that have moved since
         are worth little; None: it never does.
     recompute_every: batches from one time to the next that the readout is computed anew from its reservoir, as long as
-        the features learn, and when they are frozen; 0: never.
+        the features learn, and when they have learnt at the end of a segment, or are frozen; 0: never.
 
     Classes are numbered for the readout in the order in which their labels arrive.
     """
@@ -130,10 +134,11 @@ class WithReadout:
 
     def end_segment(self, number: int) -> None:
         """See `Row`."""
+        moved = self.learning and self.features.end_segment(number)
         if number == self.frozen_after:
-            self.learning = False
-            if self.recompute_every:
-                self._recompute()
+            self.learning, moved = False, True
+        if moved and self.recompute_every:
+            self._recompute()
         if number == self.afresh_after:
             self.readout, self.names = None, []
 
@@ -181,6 +186,10 @@ class Fixed:
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
         """Nothing."""
 
+    def end_segment(self, number: int) -> bool:
+        """Nothing."""
+        return False
+
 
 class SimilarityMatching:
     """A stack that learns from every batch, calibrated on the warm-up: `Features`.
@@ -211,6 +220,10 @@ class SimilarityMatching:
 
     def learn_labels(self, x: Tensor, labels: Tensor) -> None:
         """Nothing."""
+
+    def end_segment(self, number: int) -> bool:
+        """Nothing."""
+        return False
 
     @property
     def nbytes(self) -> int:
