@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import re
 import shutil
@@ -38,10 +39,18 @@ os.environ["SIMMATCH_CACHE"] = tempfile.mkdtemp(prefix="simmatch-tests-")
 atexit.register(shutil.rmtree, os.environ["SIMMATCH_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders that nobody has used. Pytest would look through all that it has made whenever it makes one."""
+    parent = tmp_path_factory.mktemp("caches")
+    return (parent / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test encodes its images itself."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = next(caches)
+    folder.mkdir()
     monkeypatch.setenv("SIMMATCH_CACHE", str(folder))
     return folder
 

@@ -26,8 +26,9 @@ from cluster.collectives import TorchExchange, connect_store, join_group, open_s
 from cluster.config import RunConfig
 from simmatch.config import parse
 from simmatch.sharding.exchange import IdentityExchange
-from tests.cluster.actors import assert_gone
+from tests.cluster.actors import assert_gone, model, train
 from tests.cluster.ray_nodes import Nodes
+from tests.exchanges import results
 
 # Read when ray is imported. A developer's own settings must not decide what the tests see.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -206,6 +207,16 @@ def digits_config() -> Callable[..., RunConfig]:
         return parse(RunConfig, values | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def without_ray(
+    ranks: Ranks, digits_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> bytes:
+    """The model that two processes without Ray learn, nothing going wrong."""
+    run_dir = tmp_path_factory.mktemp("without-ray")
+    results(ranks(train, 2, digits_config(2), run_dir))
+    return model(run_dir).read_bytes()
 
 
 @pytest.fixture

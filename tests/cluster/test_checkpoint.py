@@ -702,7 +702,7 @@ def test_a_damaged_checkpoint_stops_every_rank(
     shutil.copytree(folder_of(pair.run_dir, 8), folder)
     name = flip_a_bit(folder)
     damaged = next(shard.rank for shard in read_manifest(folder).shards if shard.file == name)
-    outcomes = ranks(train, 2, digits_config(2), tmp_path, folder)
+    outcomes = ranks(train, 2, digits_config(2), tmp_path, folder, exchange_timeout_s=5.0)
     assert isinstance(outcomes[damaged], DamagedError), outcomes
     assert name in str(outcomes[damaged])
     assert not any(isinstance(outcome, str) or outcome is None for outcome in outcomes), outcomes

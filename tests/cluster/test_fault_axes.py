@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from cluster.storage import read
-from tests.cluster.test_axes import BEGINS, UPDATES, together  # noqa: F401  a fixture
+from tests.cluster.actors import model
+from tests.cluster.test_axes import BEGINS, UPDATES, Run, together  # noqa: F401  a fixture
 from tests.cluster.test_fault_matrix import Cell, assert_nothing_left, make_cell, model_of, ray, store  # noqa: F401
 from tests.faults import FaultPlan, Kind
 
@@ -48,16 +49,18 @@ def cell_of(make_cell: Callable[..., Cell], together: Callable[..., Any]) -> Cal
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cell_of: Callable[[str], Cell]) -> Callable[[str], bytes]:
-    """Weights of a run over a mesh in which nothing goes wrong."""
+def undisturbed(
+    ranks: Any,
+    together: Callable[..., Any],  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], bytes]:
+    """Weights that processes without Ray learn over a mesh, where nothing goes wrong."""
     known: dict[str, bytes] = {}
 
     def weights(mesh: str) -> bytes:
         if mesh not in known:
-            cell = cell_of(mesh)
-            cell.start(None)
-            assert cell.end() == 0, cell.out
-            known[mesh] = model_of(cell)
+            run = Run(ranks, together(**MESHES[mesh]), tmp_path_factory.mktemp(mesh) / "run")
+            known[mesh] = model(run.run_dir).read_bytes()
         return known[mesh]
 
     return weights

@@ -213,25 +213,17 @@ def model_of(cell: Cell) -> bytes:
     return read(cell.run_dir / "model" / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(make_cell: Callable[..., Cell]) -> bytes:
-    cell = make_cell()
-    cell.start(None)
-    assert cell.end() == 0, cell.out
-    return model_of(cell)
-
-
 def recorded(cell: Cell) -> list[tuple[int, int]]:
     """(layer, step) of the metrics in the spool, in its order."""
     events = [event for event, _ in Spool(cell.local(SPOOL_NAME)).read()]
     return [(e.layer, e.step) for e in events if isinstance(e, MetricsEvent) and e.layer is not None]
 
 
-def assert_whole(ray: Any, cell: Cell, undisturbed: bytes, restarts: int) -> None:
+def assert_whole(ray: Any, cell: Cell, without_ray: bytes, restarts: int) -> None:
     shown = "\n".join(cell.out)
     summary = json.loads(read(cell.run_dir / "summary.json"))
     assert (summary["status"], summary["restarts"], summary["steps"]) == ("FINISHED", restarts, 22), shown
-    assert model_of(cell) == undisturbed, shown
+    assert model_of(cell) == without_ray, shown
     assert recorded(cell) == ROWS, shown
     newest = newest_good(cell.run_dir, pytest.fail)
     assert newest is not None
@@ -257,21 +249,21 @@ def cells(fast: bool) -> list[Any]:
 def test_a_run_ends_as_if_nothing_had_happened(
     ray: Any,
     make_cell: Callable[..., Cell],
-    undisturbed: bytes,
+    without_ray: bytes,
     request: pytest.FixtureRequest,
     fault: str,
     moment: str,
 ) -> None:
     if fault in get_args(Kind):
-        of_a_rank(ray, make_cell(), undisturbed, fault, moment)
+        of_a_rank(ray, make_cell(), without_ray, fault, moment)
     elif fault in OUTSIDE:
-        from_outside(ray, make_cell(remote=OUTSIDE[fault].remote), undisturbed, fault, moment)
+        from_outside(ray, make_cell(remote=OUTSIDE[fault].remote), without_ray, fault, moment)
     else:
         server = request.getfixturevalue("bad_servers")[fault]
-        tracker_away(ray, make_cell(uri=server), undisturbed, moment)
+        tracker_away(ray, make_cell(uri=server), without_ray, moment)
 
 
-def of_a_rank(ray: Any, cell: Cell, undisturbed: bytes, fault: Kind, moment: str) -> None:
+def of_a_rank(ray: Any, cell: Cell, without_ray: bytes, fault: Kind, moment: str) -> None:
     """A rank does it to itself, in the first group only."""
     cell.start(FaultPlan.at(moment, fault))
     status = cell.end()
@@ -289,10 +281,10 @@ def of_a_rank(ray: Any, cell: Cell, undisturbed: bytes, fault: Kind, moment: str
         )
         assert told in summary["message"]
         resume(cell)
-        assert_whole(ray, cell, undisturbed, restarts=0)
+        assert_whole(ray, cell, without_ray, restarts=0)
         return
     assert status == 0, shown
-    assert_whole(ray, cell, undisturbed, restarts=int(fault in LOST))
+    assert_whole(ray, cell, without_ray, restarts=int(fault in LOST))
     if fault == "disk full":
         assert " was not written: " in shown
         assert "No space left on device" in shown
@@ -302,7 +294,7 @@ def of_a_rank(ray: Any, cell: Cell, undisturbed: bytes, fault: Kind, moment: str
             assert re.search(r"step-\d+ is damaged and passed over: \S+", shown), shown
 
 
-def from_outside(ray: Any, cell: Cell, undisturbed: bytes, fault: str, moment: str) -> None:
+def from_outside(ray: Any, cell: Cell, without_ray: bytes, fault: str, moment: str) -> None:
     """A rank holds on at the moment until the fault has struck."""
     outside, signals = OUTSIDE[fault], cell.work / "signals"
     signals.mkdir()
@@ -317,15 +309,15 @@ def from_outside(ray: Any, cell: Cell, undisturbed: bytes, fault: str, moment: s
             assert json.loads(read(cell.run_dir / "summary.json"))["status"] == "KILLED"
         assert_nothing_left(ray, cell)
         resume(cell)
-    assert_whole(ray, cell, undisturbed, restarts=0)
+    assert_whole(ray, cell, without_ray, restarts=0)
 
 
-def tracker_away(ray: Any, cell: Cell, undisturbed: bytes, moment: str) -> None:
+def tracker_away(ray: Any, cell: Cell, without_ray: bytes, moment: str) -> None:
     """The server is bad all the time; a rank is killed on top. The records follow later, and once."""
     cell.start(FaultPlan.at(moment, "kill"))
     assert cell.end() == 0, cell.out
     assert "; send them with: python -m jobs.sync" in cell.out[0]
-    assert_whole(ray, cell, undisturbed, restarts=1)
+    assert_whole(ray, cell, without_ray, restarts=1)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +345,7 @@ def bad_servers() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.fault
-def test_another_machine_goes_on(ray: Any, make_cell: Callable[..., Cell], undisturbed: bytes) -> None:
+def test_another_machine_goes_on(ray: Any, make_cell: Callable[..., Cell], without_ray: bytes) -> None:
     """The driver's machine is gone, and with it every file of the run that is not in the object store."""
     cell = make_cell(remote=True)
     signals = cell.work / "signals"
@@ -368,11 +360,11 @@ def test_another_machine_goes_on(ray: Any, make_cell: Callable[..., Cell], undis
     shutil.rmtree(cell.work / "runs")
     resume(cell)
     assert re.search(r"continuing the unfinished run in s3://\S+, from step-000000(12|16)\n", cell.out[1]), cell.out[1]
-    assert_whole(ray, cell, undisturbed, restarts=0)  # what was recorded up to the checkpoint came with it
+    assert_whole(ray, cell, without_ray, restarts=0)  # what was recorded up to the checkpoint came with it
 
 
 @pytest.mark.fault
-def test_a_driver_that_dies_while_it_commits(ray: Any, make_cell: Callable[..., Cell], undisturbed: bytes) -> None:
+def test_a_driver_that_dies_while_it_commits(ray: Any, make_cell: Callable[..., Cell], without_ray: bytes) -> None:
     """Half a manifest is no manifest. Its checkpoint has its number already, so the next driver writes the manifest."""
     cell = make_cell()
     cell.start("crash in commit")
@@ -381,7 +373,7 @@ def test_a_driver_that_dies_while_it_commits(ray: Any, make_cell: Callable[..., 
     assert not half.with_suffix("").exists()
     resume(cell)
     assert f"continuing the unfinished run in {cell.run_dir}, from step-00000008" in cell.out[1]
-    assert_whole(ray, cell, undisturbed, restarts=0)
+    assert_whole(ray, cell, without_ray, restarts=0)
     assert not half.exists()
 
 
@@ -395,7 +387,7 @@ def files_of(run_dir: AnyPath) -> dict[str, bytes]:
 @pytest.mark.fault
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "s3"])
 def test_two_jobs_of_one_run_overlap(
-    ray: Any, make_cell: Callable[..., Cell], undisturbed: bytes, remote: bool
+    ray: Any, make_cell: Callable[..., Cell], without_ray: bytes, remote: bool
 ) -> None:
     """The first one is frozen, as on a host that is cut off, and goes on once the second one has finished: it stops,
     and changes nothing. Submitted once more, the job trains nothing."""
@@ -419,5 +411,5 @@ def test_two_jobs_of_one_run_overlap(
     told = second.out[1].splitlines()
     assert [line for line in told if line.startswith("already finished, see ")] == told[-1:]
     assert files_of(first.run_dir) == before
-    assert_whole(ray, second, undisturbed, restarts=0)
+    assert_whole(ray, second, without_ray, restarts=0)
     assert_nothing_left(ray, first)

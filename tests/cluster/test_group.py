@@ -41,8 +41,7 @@ from cluster.worker import Worker
 from simmatch.config import ConfigError
 from simmatch.data.sources import load_dataset
 from simmatch.layer import SimilarityMatchingConv2d
-from tests.cluster.actors import assert_gone, embedded_ray, limits, nothing_reserved, train
-from tests.exchanges import results
+from tests.cluster.actors import assert_gone, embedded_ray, limits, nothing_reserved
 from tests.faults import FaultPlan, Kind, faulty_worker
 
 pytestmark = pytest.mark.slow
@@ -120,14 +119,6 @@ class Quiet:
 
 
 # -- to the end --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def without_ray(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The model that two plain processes learn, nothing going wrong."""
-    run_dir = tmp_path_factory.mktemp("plain")
-    results(ranks(train, 2, digits_config(2), run_dir))
-    return (run_dir / "model" / "model.safetensors").read_bytes()
 
 
 def test_a_run_of_two_actors_gives_the_model_of_two_processes(

@@ -48,16 +48,8 @@ def two_nodes_and_nothing_left(nodes: Nodes) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run directory of two plain processes, nothing going wrong."""
-    run_dir = tmp_path_factory.mktemp("undisturbed")
-    results(ranks(train, 2, digits_config(2), run_dir))
-    return run_dir
-
-
-@pytest.fixture(scope="module")
 def undisturbed_double(ranks: Any, digits_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on one process, in float64."""
+    """Run directory of one process without Ray, in float64, nothing going wrong."""
     run_dir = tmp_path_factory.mktemp("double")
     results(ranks(train, 1, digits_config(1, dtype="float64"), run_dir))
     return run_dir
@@ -97,7 +89,7 @@ class Scene:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_node_that_comes_back_is_waited_for(
-    nodes: Nodes, digits_config: ConfigMaker, undisturbed: Path, tmp_path: Path, record_property: Record, moment: str
+    nodes: Nodes, digits_config: ConfigMaker, without_ray: bytes, tmp_path: Path, record_property: Record, moment: str
 ) -> None:
     scene = Scene(nodes, digits_config(2, cluster=limits()), tmp_path, moment)
     with ThreadPoolExecutor(1) as pool:  # nodes are added by the main thread only
@@ -116,7 +108,7 @@ def test_a_node_that_comes_back_is_waited_for(
     assert record.restarts == 1
     assert record.steps == 22
     assert scene.controller.config.mesh.channel == 2
-    assert model(tmp_path).read_bytes() == model(undisturbed).read_bytes()
+    assert model(tmp_path).read_bytes() == without_ray
     assert_gone(scene.watcher.pids)
 
 
@@ -156,7 +148,7 @@ def test_a_run_that_may_not_shrink_ends_and_says_what_is_missing(
 
 
 def test_nodes_that_come_late_cost_no_restart(
-    nodes: Nodes, digits_config: ConfigMaker, undisturbed: Path, tmp_path: Path
+    nodes: Nodes, digits_config: ConfigMaker, without_ray: bytes, tmp_path: Path
 ) -> None:
     """The run begins on a cluster without a node for any rank; its one request is there until all have come."""
     import ray
@@ -181,7 +173,7 @@ def test_nodes_that_come_late_cost_no_restart(
     assert record.restarts == 0
     assert watcher.notes[0].startswith("waiting for room for 2 ranks of 1 CPU, at most 60 s (cluster.placement_timeout")
     assert any(note.startswith("room for 2 ranks of 1 CPU after ") for note in watcher.notes)
-    assert model(tmp_path).read_bytes() == model(undisturbed).read_bytes()
+    assert model(tmp_path).read_bytes() == without_ray
 
 
 HELD = """
