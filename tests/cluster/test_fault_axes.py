@@ -33,7 +33,7 @@ FAULTS: dict[Kind, str] = {
 """Kind of a fault → part of the message with which the run ends; none where it goes on by itself."""
 
 CELLS = [(mesh, kind, rank) for mesh in MESHES for kind in FAULTS for rank in (0, 1)]
-FAST = [("stages", "kill", 1), ("stages", "exception", 0)]
+FAST = [("stages", "kill", 1)]
 STRIKES = 14
 """The update of the pass; the checkpoint of update 12 may not be committed by then."""
 NEWEST = r"from step-000000(04|08|12)"

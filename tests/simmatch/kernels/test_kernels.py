@@ -38,7 +38,7 @@ needs_measured_triton = pytest.mark.skipif(
 def test_what_the_kernels_compute() -> None:
     """All of `kernel_checks`, in a separate process: the interpreter is selected when Triton is imported.
 
-    It takes half a minute of one processor, and several times that where others want the same processor.
+    It takes many seconds of one processor, and several times that where others want the same processor.
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.simmatch.kernels.kernel_checks"],
