@@ -25,11 +25,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -41,6 +40,9 @@ from jobs.origin import git_commit
 from simmatch.config import ConfigError
 from simmatch.devices import cpu_model
 from simmatch.files import make_folder, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DIGITS = 6
 """Significant digits of a number in a row; a clock has fewer."""
@@ -127,6 +129,8 @@ class Report:
     @contextmanager
     def figure(self, name: str, width: float = 7.0, height: float = 4.5) -> Iterator[Figure]:
         """A matplotlib figure to draw on, saved as `<run_dir>/figures/<name>.png` at the end."""
+        from matplotlib.figure import Figure  # most jobs that import this draw nothing
+
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         save_figure(figure, self.run_dir / "figures" / f"{name}.png")

@@ -17,7 +17,6 @@ from cluster.summary import RunRecord, summarise
 from cluster.text import count
 from cluster.tracking.events import RunStatus
 from cluster.tracking.tracker import Tracker
-from jobs import figures
 from jobs.mirror import Mirror
 from jobs.profiles import profile_rows, profile_tables, with_earlier
 from jobs.recording import outcome_fields, send_records
@@ -75,6 +74,8 @@ class RunResults:
             self.report(f"figures are left out: {type(error).__name__}: {one_line(error)}")
 
     def _draw(self, model: Path, record: RunRecord) -> None:
+        from jobs import figures  # matplotlib is not needed before
+
         folder = self.start.run_dir / "figures"
         stack = load_model(model)
         images = to_unit(self.dataset.test_images[:FIGURE_IMAGES], stack.dtype)
