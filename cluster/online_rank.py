@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.training import Assignment
 from cluster.worker import Worker
+from simmatch.data.staging import moved
 from simmatch.model import InputConfig
 from simmatch.online.encoded import Encoded
 from simmatch.online.rate import RateConfig
@@ -106,7 +107,7 @@ class OnlineRank(Worker):
         tensors = {}
         for name, dtype, shape in header:
             if arrays is not None:
-                tensor = torch.from_numpy(arrays[name].copy()).to(self._device)
+                tensor = moved(torch.from_numpy(arrays[name].copy()), self._device)
             else:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
             if tensor.numel() > 0:

@@ -108,8 +108,12 @@ def perform(func: Any, args: Any, kwargs: Any, waits: list[str], *, capturing: b
     there = bool(on_card) if device is None else torch.device(device).type == "cuda"
     if name == "copy_":
         there = isinstance(args[0], CardTensor)
-    if capturing and there and name in COPIES and any(tensor.ndim > 0 for tensor in of_host):
-        raise RuntimeError(f"{NOT_CAPTURED}: a copy from the host, {func}")
+    if name == "_pin_memory":
+        return args[0].clone()
+    if there and name in COPIES and of_host and not _without_waiting(args, kwargs):
+        if capturing:
+            raise RuntimeError(f"{NOT_CAPTURED}: a copy from the host, {func}")
+        waits.append(_place())
     if on_card:
         masks = name in INDEXED and any(isinstance(each, CardTensor) and each.dtype == torch.bool for each in args[1])
         if masks or name in READ or not there:
@@ -120,6 +124,11 @@ def perform(func: Any, args: Any, kwargs: Any, waits: list[str], *, capturing: b
         held[1]["device"] = "cpu"
     result = func(*held[0], **held[1])
     return _put(result, on_card) if there else result
+
+
+def _without_waiting(args: Any, kwargs: Any) -> bool:
+    """Whether a copy is to be started only."""
+    return bool(kwargs.get("non_blocking", len(args) > 2 and args[2]))
 
 
 def _held(value: Any, on_card: dict[int, Tensor], of_host: list[Tensor]) -> Any:

@@ -67,7 +67,19 @@ def select(images: Images, chosen: Tensor | slice) -> Tensor:
         return found
     if isinstance(chosen, slice):
         return images[chosen]
-    return images.index_select(0, chosen.to(images.device))  # several times as fast as `images[chosen]`
+    return images.index_select(0, moved(chosen, images.device))  # several times as fast as `images[chosen]`
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the host to a CUDA device through pinned memory, so that the host does not wait.
+
+    >>> moved(torch.zeros(2), torch.device("cpu"))
+    tensor([0., 0.])
+    """
+    if tensor.device.type != "cpu" or device.type != "cuda":
+        return tensor.to(device)
+    # the allocator keeps a pinned block until the copy from it has ended
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def in_memory(images: Images, device: torch.device) -> bool:
@@ -94,7 +106,7 @@ def staged(batches: Iterator[Tensors], device: torch.device, *, ahead: bool) -> 
     """
     if not ahead:
         for tensors in batches:
-            yield tuple(tensor.to(device) for tensor in tensors)
+            yield tuple(moved(tensor, device) for tensor in tensors)
         return
     wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -153,9 +165,7 @@ class Transfer:
             return tensors, None
         if len(self._used) > IN_FLIGHT:
             self._used.popleft().synchronize()
-        # the allocator keeps a pinned block until the copy from it has ended
-        copies = tuple(tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors)
-        return copies, self._stream.record_event()
+        return tuple(moved(tensor, self._device) for tensor in tensors), self._stream.record_event()
 
     def receive(self, sent: tuple[Tensors, torch.cuda.Event | None]) -> Tensors:
         """Let the current stream wait for the copies; the host does not."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from simmatch.arguments import check_classes, check_images
 from simmatch.config import ModelConfig, Reduce
 from simmatch.data.sources import to_unit
+from simmatch.data.staging import moved
 from simmatch.features import FeatureStore
 from simmatch.inputs import Staged
 from simmatch.learning import Setup
@@ -151,7 +152,7 @@ class OnlineStack:
         """Checked records, in the dtype and on the device of the weights."""
         check_records(x, self.source)
         like = self.stack.layer(0).feedforward
-        x = to_unit(x.to(like.device), like.dtype)
+        x = to_unit(moved(x, like.device), like.dtype)
         check_images(x, self.source.in_channels, like)
         return x
 
@@ -264,7 +265,7 @@ class OnlineStack:
         if known is None:
             return
         encoded = self._current(encoded)
-        labels, weights = (None if each is None else each.to(device) for each in known)
+        labels, weights = (None if each is None else moved(each, device) for each in known)
         number = self.updates + 1
         self._layers.update(number, Staged(encoded.x, labels, len(encoded.x), weights), encoded.solved)
         self.updates, self._version = number, self._version + 1
@@ -290,7 +291,7 @@ class OnlineStack:
         if known is None:
             return
         encoded = self._current(encoded)
-        known, number = known.to(encoded.x.device), max(self.updates, 1)
+        known, number = moved(known, encoded.x.device), max(self.updates, 1)
         for index, config in enumerate(self.stack.config.layers):
             if config.supervised and number in self._ranges[index]:
                 self._layers.layers[index].learn_labels(encoded.solved[index].patches, known)

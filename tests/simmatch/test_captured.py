@@ -23,6 +23,7 @@ from simmatch.model import InputConfig, Stack
 from simmatch.observer import Observer, Update
 from simmatch.sharding.faults import SharedFault
 from simmatch.sharding.mesh import Mesh
+from tests.pretended import pretended
 from tests.simmatch.kernels import scripted
 from tests.tape import TapeGraph
 
@@ -312,3 +313,25 @@ def test_a_graph_is_captured_on_the_device_of_the_layer(monkeypatch: pytest.Monk
     assert graph is not None
     assert graph.capture(lambda: 7) == 7
     assert entered == [("current stream of cuda:1", None), ("graph", "new stream of cuda:1")]
+
+
+def test_the_host_does_not_wait_where_images_are_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for indices and labels, which come from the host: from the second update on, until it looks at faults."""
+    images, labels = data()
+    waits: list[list[str]] = []
+    with pretended(monkeypatch) as card:
+
+        class Watching(Follower):
+            def updating(self, index: int, layer: SimilarityMatchingConv2d) -> AbstractContextManager[None]:
+                card.waits.clear()
+                return super().updating(index, layer)
+
+            def updated(self, update: Update) -> None:
+                waits.append(list(card.waits))
+
+        layer = LayerConfig(out_channels=5, kernel_size=4, supervised=True, train=TrainConfig(batch_size=10))
+        stack = Stack(ModelConfig(layers=(layer,)), InputConfig.of(images, num_classes=3), device="cuda")
+        Trainer(stack, images.to("cuda"), labels, observer=Watching()).fit()
+    assert len(waits) == IMAGES // 10
+    assert waits[1:-1] == [[]] * (len(waits) - 2)
+    assert len(waits[-1]) > 0

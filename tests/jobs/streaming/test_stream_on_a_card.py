@@ -102,7 +102,7 @@ def test_requests_are_answered_on_the_card(card: Place, tmp_path: Path) -> None:
 SOLVE = ["bound.holds_for", "dynamics._by_kernel"]
 """M may have been written to; values may not be finite."""
 
-TELL = ["stack.told", *3 * ["stack.<dictcomp>"]]
+TELL = ["encoded.told", *3 * ["encoded.<dictcomp>"]]
 """Features, and three signals."""
 
 
@@ -110,7 +110,7 @@ TELL = ["stack.told", *3 * ["stack.<dictcomp>"]]
     ("layers", "say", "learn"),
     [
         ([LAYER], [*SOLVE, *TELL], []),
-        ([LAYER, SUPERVISED], [*SOLVE, *SOLVE, "label_sums.scores", "stack.told", *TELL], SOLVE),
+        ([LAYER, SUPERVISED], [*SOLVE, *SOLVE, "label_sums.scores", "encoded.told", *TELL], SOLVE),
     ],
     ids=["one layer", "two layers"],
 )
