@@ -12,15 +12,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from simmatch import kernels, learning
 from tests.simmatch.kernels import scripted
@@ -50,7 +51,7 @@ class CardTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return perform(func, args, kwargs or {}, [])
+        return perform(func, args, kwargs or {}, [], None)
 
     # what torch makes of a tensor's memory, past all operations
 
@@ -70,7 +71,7 @@ class Card(TorchDispatchMode):
     Attributes
     ----------
     waits: where the host has waited, `module.function`.
-    tape: sees what the pretended GPU does.
+    tape: knows which graph captures.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -79,7 +80,7 @@ class Card(TorchDispatchMode):
         self.tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return perform(func, args, kwargs or {}, self.waits, capturing=self.tape.recording is not None)
+        return perform(func, args, kwargs or {}, self.waits, self.tape.recording)
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Place:
     real: bool
 
 
-def perform(func: Any, args: Any, kwargs: Any, waits: list[str], *, capturing: bool = False) -> Any:
-    """One operation, on the values in the memory of the host."""
+def perform(func: Any, args: Any, kwargs: Any, waits: list[str], graph: TapeGraph | None) -> Any:
+    """One operation, on the values in the memory of the host; noted in the graph that captures, if there is one."""
     name = func.overloadpacket.__name__
     on_card: dict[int, Tensor] = {}
     of_host: list[Tensor] = []
@@ -111,19 +112,20 @@ def perform(func: Any, args: Any, kwargs: Any, waits: list[str], *, capturing: b
     if name == "_pin_memory":
         return args[0].clone()
     if there and name in COPIES and of_host and not _without_waiting(args, kwargs):
-        if capturing:
+        if graph is not None:
             raise RuntimeError(f"{NOT_CAPTURED}: a copy from the host, {func}")
         waits.append(_place())
     if on_card:
         masks = name in INDEXED and any(isinstance(each, CardTensor) and each.dtype == torch.bool for each in args[1])
         if masks or name in READ or not there:
-            if capturing:
+            if graph is not None:
                 raise RuntimeError(f"{NOT_CAPTURED}: {func}")
             waits.append(_place())
     if device is not None and there:
         held[1]["device"] = "cpu"
-    result = func(*held[0], **held[1])
-    return _put(result, on_card) if there else result
+    if not there:
+        return func(*held[0], **held[1])
+    return _put(func(*held[0], **held[1]) if graph is None else graph.note(func, *held), on_card)
 
 
 def _without_waiting(args: Any, kwargs: Any) -> bool:
@@ -159,11 +161,14 @@ def _place() -> str:
     return f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
 
 
-def solve(solver: str, drive: Tensor, system: kernels.System, *others: Any, **options: Any) -> kernels.KernelSolution:
+def solve(
+    tape: Tape, solver: str, drive: Tensor, system: kernels.System, *others: Any, **options: Any
+) -> kernels.KernelSolution:
     """`scripted.solve`, on the values."""
     on_card: dict[int, Tensor] = {}
     held = _held([drive, system.lateral, system.ridge, system.bound, others, options], on_card, [])
-    found = scripted.solve(solver, held[0], kernels.System(*held[1:4]), *held[4], **held[5])
+    with _disable_current_modes(), nullcontext() if tape.recording is None else tape:
+        found = scripted.solve(solver, held[0], kernels.System(*held[1:4]), *held[4], **held[5])
     values = (found.y, found.iterations, found.residual)
     return kernels.KernelSolution(*map(CardTensor, values)) if on_card else found
 
@@ -174,11 +179,11 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     pytest.importorskip("triton", reason="needs a torch for CUDA, with which Triton comes")
     torch._C._ensureCUDADeviceGuardSet()
     scripted.use(monkeypatch)
-    monkeypatch.setattr(kernels, "solve", solve)
-    monkeypatch.setattr(kernels, "capability", lambda device: None if device.type == "cpu" else 9)
     tape = Tape()
+    monkeypatch.setattr(kernels, "solve", partial(solve, tape))
+    monkeypatch.setattr(kernels, "capability", lambda device: None if device.type == "cpu" else 9)
     monkeypatch.setattr(learning, "new_graph", lambda device: TapeGraph(tape) if device.type == "cuda" else None)
     for name, value in {"_lazy_init": None, "get_device_name": "pretended", "memory_allocated": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    with tape, Card(tape) as card:
+    with Card(tape) as card:
         yield card

@@ -35,11 +35,11 @@ GARBAGE = 0xFF
 
 
 class Tape(TorchDispatchMode):
-    """Notes operations on tensors in the memory of the host while it records; entered around them, or for a test.
+    """Notes operations on tensors in the memory of the host in the graph that records them, while it is entered.
 
     Attributes
     ----------
-    recording: the graph that captures; None: operations are not noted.
+    recording: the graph that captures; None: none does.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class TapeGraph:
 
     Parameters
     ----------
-    tape: sees the operations. None: one of its own, entered for the capture.
+    tape: of a pretended GPU, which hands over its operations while this graph captures. None: all operations are noted.
     fault: what happens at the end of a capture.
 
     Attributes

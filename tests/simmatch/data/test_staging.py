@@ -126,6 +126,8 @@ class FakeEvent:
 class FakeTransfers:
     """Stands in for streams, events and tensors of a card, and notes what is done with them."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         self.log: list[str] = []
 
