@@ -25,7 +25,7 @@ from cluster.redaction import one_line
 from cluster.text import count
 from jobs.display import ProgressBars
 from jobs.entry_point import BAD_INPUT, run_main
-from jobs.options import add_set, override, read_yaml
+from jobs.options import add_set, amount, at_least, override, read_yaml
 from jobs.preflight import check
 from jobs.reporting import Report
 from jobs.run_directory import default_root, local_folder
@@ -80,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default=str(DEFAULT), metavar="FILE", help="YAML file (default: %(default)s)")
     add_set(parser)
     parser.add_argument(
-        "--minutes", type=float, default=20.0, metavar="M", help="how long to inject faults (default: 20)"
+        "--minutes", type=amount, default=20.0, metavar="M", help="how long to inject faults (default: 20)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the faults and their times (default: 0)"
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of the faults and their times (default: 0)"
     )
     parser.add_argument(
-        "--gap", type=float, nargs=2, default=list(GAP_S), metavar=("MIN", "MAX"),
+        "--gap", type=amount, nargs=2, default=list(GAP_S), metavar=("MIN", "MAX"),
         help="seconds between a recovery and the next fault (default: 45 90)",
     )  # fmt: skip
     parser.add_argument(

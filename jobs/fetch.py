@@ -37,7 +37,8 @@ PACKAGE_TIMEOUT_S = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 with the files in place, 1 if they cannot be fetched, 2 for an unknown name."""
+    """Returns the exit status: 0 with the files in place, 1 if they cannot be fetched, 2 for an unknown name, or a
+    folder that cannot be written."""
     options = _parser().parse_args(arguments)
     config = DataConfig(name=options.name, root=options.root)
     root = Path(options.root).expanduser() if options.root is not None else default_root()
@@ -51,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.name} is not here yet; fetching it into {root}", flush=True)
     except DataError as error:
         print(f"unusable: {one_line(error)}; fetching it again into {root}", flush=True)
+    try:
+        make_folder(root)
+    except OSError as error:
+        print(f"error: --root: expected a folder that can be written, got {root}: {error.strerror}", file=sys.stderr)
+        return 2
     try:
         fetch(options.name, root)
         print(f"fetched: {_summary(load_dataset(config))}")
@@ -79,7 +85,8 @@ def fetch(name: str, root: Path) -> None:
                 load_dataset(DataConfig(name=name, root=temporary))
             except DataError as error:
                 failures.append(f"{label}: {error}")
-                print(f"{label} failed: {one_line(error)}", flush=True)
+                then = "; trying Debian's package" if way is _from_network and DATASETS[name].package else ""
+                print(f"{label} failed: {one_line(error)}{then}", flush=True)
                 continue
             _copy_into_place(Path(temporary), root)
             return

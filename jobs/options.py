@@ -29,7 +29,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except DocumentError as error:
         raise ConfigError(f"--config: expected YAML in {path}, got: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--config: expected a mapping in {path}, got {type(values).__name__}")
+        found = "nothing" if values is None else quoted(values)
+        raise ConfigError(f"--config: expected a mapping (key: value) in {path}, got {found}")
     return values
 
 
@@ -106,6 +107,17 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return integer
+
+
+def amount(text: str) -> float:
+    """An `argparse` type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
 
 
 def add_counts(

@@ -78,6 +78,9 @@ def _prepared(plan: Plan, to: Location, workers: int | None, console: Console) -
     try:
         if to.path is not None:
             make_folder(to.path)
+    except OSError as error:
+        raise ConfigError(f"--out: expected a folder that can be written, got {to}: {error.strerror}") from None
+    try:
         with nullcontext() if to.path is None else locked(to.path / LOCK, 0.0):
             address = start_ray(workers or allowed_cpus(), START_S)
             with ProgressBars(console, keep=True, line_every_s=LINE_EVERY_S) as bars:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 
+CONTINUES = "the same command continues"
+"""Told where a signal has ended a job."""
+
 
 def termination_signals() -> list[signal.Signals]:
     """SIGINT, SIGTERM, and SIGHUP, unless the program is to outlive its terminal (`nohup`)."""

@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         _check_device(config)
         if config.source.lines is not None and not (run_dir / "config.yaml").exists():
             config.source.lines.check()
+        if config.source.mqtt is not None:
+            config.source.mqtt.password("source.mqtt")
         tracker = open_tracker(run_dir, config.tracking, ModelLogger(load_exported))
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

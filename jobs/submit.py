@@ -28,7 +28,7 @@ from cluster.holder import user_name
 from cluster.redaction import one_line
 from cluster.timeouts import run_with_timeout
 from jobs.entry_point import BAD_INPUT, FAILED, run_main
-from jobs.options import at_least
+from jobs.options import amount, at_least
 from jobs.origin import git_commit
 from jobs.ray_job import COMMIT, OWNER
 from jobs.ray_token import check_token
@@ -86,7 +86,7 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
     if not command:
         raise ConfigError("expected a command after --, such as: -- python -m jobs.pretrain --config FILE, got none")
     metadata = _json("--metadata-json", options.metadata_json, "names and texts", lambda value: isinstance(value, str))
-    resources = _json("--entrypoint-resources", options.entrypoint_resources, "names and numbers", _is_amount)
+    resources = _json("--entrypoint-resources", options.entrypoint_resources, "names and numbers", _isamount)
     if (name := options.submission_id) is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ConfigError(f"--submission-id: expected letters, digits, '_', '.' and '-', got {name!r}")
     runtime_env: dict[str, Any] = {"env_vars": {GRACE: str(options.stop_grace_s), **_variables(options.env)}}
@@ -120,7 +120,7 @@ def _name(command: list[str]) -> str:
     return " ".join(words).strip()
 
 
-def _is_amount(value: object) -> bool:
+def _isamount(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
@@ -225,8 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--submission-id", metavar="ID", help="name of the job, which no other job of the cluster has")
     add("--metadata-json", metavar="JSON", help="names and texts to keep with the job, besides commit and owner")
-    add("--entrypoint-num-cpus", type=_amount, metavar="N", help="CPUs reserved for the command itself")
-    add("--entrypoint-num-gpus", type=_amount, metavar="N", help="GPUs reserved for it; a run's ranks have their own")
+    add("--entrypoint-num-cpus", type=amount, metavar="N", help="CPUs reserved for the command itself")
+    add("--entrypoint-num-gpus", type=amount, metavar="N", help="GPUs reserved for it; a run's ranks have their own")
     add("--entrypoint-memory", type=at_least(1), metavar="BYTES", help="memory reserved for it")
     add("--entrypoint-resources", metavar="JSON", help="other resources reserved for it")
     add(
@@ -247,16 +247,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--wait", action="store_true", help="show the job's output until it ends, then exit with its status")
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
     return parser
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from cluster.tracking.spool import SPOOL_NAME, Spool, SpoolBusyError
 from cluster.tracking.spool_parts import FOLDER, SpoolParts
 from jobs.display import ProgressBars
 from jobs.entry_point import run_main
+from jobs.options import amount
 from jobs.run_directory import local_folder
 from jobs.signals import SignalHandler
 from simmatch.config import ConfigError
@@ -129,9 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"MLflow's tracking URI (default: the one recorded, if ${URI_VARIABLE} or the default is the same)",
     )
     parser.add_argument(
-        "--wait", type=float, default=60.0, metavar="S", help="give up after this long without success (default: 60)"
+        "--wait", type=amount, default=60.0, metavar="S", help="give up after this long without success (default: 60)"
     )
-    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="timeout of one request (default: 10)")
+    parser.add_argument(
+        "--timeout", type=amount, default=10.0, metavar="S", help="timeout of one request (default: 10)"
+    )
     return parser
 
 

@@ -32,7 +32,7 @@ from jobs.ray_job import COMMIT
 from jobs.ray_session import embeds_ray, shut_down_ray, start_ray
 from jobs.run_directory import RunStart, continued
 from jobs.run_results import RunOutcome, RunResults, description_of, lines_of, table_of, waits_of
-from jobs.signals import Interrupted, SignalHandler, exit_status
+from jobs.signals import CONTINUES, Interrupted, SignalHandler, exit_status
 from simmatch.config import ConfigError
 from simmatch.data.sources import Dataset
 from simmatch.documents import dump_yaml
@@ -225,6 +225,8 @@ class TrainingJob:
             tables = self.results.write_profiles(self.record, self._profile)
             if outcome.message is not None:
                 print(f"error: {one_line(outcome.message)}", file=sys.stderr)
+            if outcome.status == "KILLED":
+                self._print(CONTINUES)
             for table in tables:
                 table.show(self.console)
             if outcome.status == "FINISHED":

@@ -320,14 +320,16 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
     FileNotFoundError
         A file is missing.
     ConfigError
-        The configuration is invalid, a tensor does not have the shape that it requires, or a lateral matrix M is not
-        symmetric positive semidefinite.
+        The folder is that of a run, not of its model; the configuration is invalid, a tensor does not have the shape
+        that it requires, or a lateral matrix M is not symmetric positive semidefinite.
 
     >>> load_model("missing")
     Traceback (most recent call last):
     FileNotFoundError: [Errno 2] No such file or directory: 'missing/config.yaml'
     """
     folder = Path(path)
+    if not (folder / MODEL_FILES[0]).exists() and (folder / "model" / MODEL_FILES[0]).exists():
+        raise ConfigError(f"{folder}: expected the folder of a model, got that of a run; its model: {folder / 'model'}")
     try:
         values = load_yaml_file(folder / "config.yaml")
     except DocumentError as error:
@@ -335,7 +337,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> Stack
     if not isinstance(values, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: expected a mapping, got {type(values).__name__}")
     export = parse(ExportConfig, values)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / MODEL_FILES[0])
     if "layers.0.feedforward" not in tensors:
         raise ConfigError("layers.0.feedforward: expected a tensor, got nothing")
     stack = Stack(export.model, export.input, dtype=tensors["layers.0.feedforward"].dtype, device=device)

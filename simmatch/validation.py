@@ -15,6 +15,10 @@ MOST_FAULTS = 20
 """Maximum number of faults listed in one message."""
 
 
+ONE_OF = "expected one of "
+UNKNOWN_KEY = f": unknown key; {ONE_OF}"
+
+
 def one_line(cls: type[BaseModel], error: ValidationError) -> str:
     """The errors from building a `cls`, as one line.
 
@@ -27,7 +31,7 @@ def one_line(cls: type[BaseModel], error: ValidationError) -> str:
     channel: expected an integer, unable to parse string as an integer, got 'two'
     """
     faults = _of_their_own(error.errors(include_url=False))
-    lines = _merged([_describe(cls, fault) for fault in faults[:MOST_FAULTS]])
+    lines = _merged(_known_keys_once([_describe(cls, fault) for fault in faults[:MOST_FAULTS]]))
     more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
     return "; ".join([*lines, *more])
 
@@ -36,6 +40,18 @@ def _of_their_own(faults: Sequence[Any]) -> list[Any]:
     """Without the fault that a list is too short where one of its items is wrong: pydantic counts the others only."""
     inside = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
     return [fault for fault in faults if fault["type"] != "too_short" or fault["loc"] not in inside]
+
+
+def _known_keys_once(lines: list[str]) -> list[str]:
+    """With the keys that a mapping knows after its first unknown key only."""
+    listed: set[str] = set()
+    kept = []
+    for line in lines:
+        key, unknown, rest = line.partition(UNKNOWN_KEY)
+        known, _, given = rest.partition("; got ")
+        kept.append(f"{key}{UNKNOWN_KEY.removesuffix(ONE_OF)}got {given}" if unknown and known in listed else line)
+        listed.add(known)
+    return kept
 
 
 def _merged(lines: list[str]) -> list[str]:
@@ -56,6 +72,8 @@ WORDING = {
     "^String to match pattern": "text that matches",
     " after validation, not 0": "",
     "a valid integer": "an integer",
+    "a valid (list|tuple)": "a list",
+    "a valid dictionary": "a mapping (key: value)",
     "a valid ": "a ",
 }
 """Patterns in pydantic's messages, and their replacements in ours, after 'expected'."""
@@ -73,7 +91,7 @@ def _describe(cls: type[BaseModel], fault: Any) -> str:
         known = sorted(_known_keys(cls, location[:-1]))
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        return f"{key}: unknown key; expected one of {', '.join(known)}; got '{_shown(location[-1])}'{hint}"
+        return f"{key}{UNKNOWN_KEY}{', '.join(known)}; got '{_shown(location[-1])}'{hint}"
     if kind == "missing":
         return f"{key}: expected a value, got nothing"
     message = fault["msg"].removeprefix("Value error, ")

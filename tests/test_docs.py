@@ -148,6 +148,28 @@ def test_tables_are_tables(page: Path) -> None:
     assert not lost, f"{name_of(page)}: lines {lost}"
 
 
+def test_the_sensors_of_the_example_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples, one with a missing value, and a label that comes late."""
+    from jobs.streaming.config import parse_stream
+    from jobs.streaming.records import LateLabel, Record
+    from jobs.streaming.sources import open_source
+    from simmatch.documents import load_yaml
+
+    readme = ROOT / "jobs" / "README.md"
+    [configuration] = blocks(readme, "yaml")
+    [csv] = re.findall(r"^```\n(id,.*?)^```$", readme.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "plant.csv").write_text(csv)
+    monkeypatch.chdir(tmp_path)
+    source = open_source(parse_stream(load_yaml(configuration)).source, {})
+    first, second, late = [delivery.item for delivery in source.poll(10, 1.0)]
+    source.close()
+    assert isinstance(first, Record)
+    assert isinstance(second, Record)
+    assert (first.label, first.values.tolist()) == ("idle", [[0.19, 39.93, 2.93]])
+    assert str(second.values.tolist()) == "[[nan, 39.95, 2.99]]"
+    assert late == LateLabel("s1", "run")
+
+
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
 def test_files_and_sections_that_it_names_exist(readme: Path) -> None:
     text = BLOCK.sub("", readme.read_text(encoding="utf-8"))

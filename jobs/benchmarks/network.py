@@ -23,6 +23,7 @@ from jobs.benchmarks.namespaces import exits_on_sigterm
 from jobs.benchmarks.processes import RankGroup
 from jobs.benchmarks.sweep import Cell, Sizes
 from jobs.benchmarks.updates import BASELINE, Comparison, keep_inputs, modes, sample, trained
+from jobs.options import amount
 from jobs.reporting import Report
 from simmatch.config import ConfigError, DynamicsConfig
 
@@ -48,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark in addition to the common ones; `--threads` is per rank, 1 by default."""
     sweep.add_arguments(parser, FULL, QUICK, "float32 exchange")
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=RATES, metavar="R",
+        "--rates", type=amount, nargs="+", default=RATES, metavar="R",
         help="limits in Mbit/s, one run each (default: 1000 200)",
     )  # fmt: skip
     parser.add_argument(
-        "--delay", type=float, default=0.0, metavar="MS",
+        "--delay", type=amount, default=0.0, metavar="MS",
         help="delay of the link in each direction, in milliseconds; needs netem (default: 0)",
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jobs.benchmarks.processes import RankGroup
 from jobs.benchmarks.updates import Comparison, compare, images_within, modes
-from jobs.options import add_counts
+from jobs.options import add_counts, amount
 from simmatch.config import ConfigError, DynamicsConfig
 
 
@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser, full: Sizes, quick: Sizes, ba
     add_counts(parser, "channels", "K", f"layer widths (default: {_joined(full.channels)})", several=True)
     add_counts(parser, "batches", "B", f"images per update (default: {_joined(full.batches)})", several=True)
     parser.add_argument(
-        "--tolerance", type=float, default=1e-2, metavar="R", help="residual of the dynamics (default: 0.01)"
+        "--tolerance", type=amount, default=1e-2, metavar="R", help="residual of the dynamics (default: 0.01)"
     )
     seconds = f"default: {full.update_seconds:g}, quick: {quick.update_seconds:g}"
     parser.add_argument(
         "--update-seconds",
-        type=float,
+        type=amount,
         metavar="S",
         help=f"reduce batches to what {baseline} learns from in S seconds ({seconds})",
     )

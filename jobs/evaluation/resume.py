@@ -255,4 +255,4 @@ def _unreadable(run_dir: Path, error: Exception) -> ConfigError:
 
 
 def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error}")
+    return ConfigError(f"--run-dir: expected a folder that can be written to, got {run_dir}: {error.strerror or error}")

@@ -183,7 +183,9 @@ class Answers:
         record = last_part(rest)
         found = self.latest.of(record)
         if not found:
-            raise Refused(HTTPStatus.NOT_FOUND, f"expected the id of a late record, got {quoted(record)}")
+            raise Refused(
+                HTTPStatus.NOT_FOUND, f"expected the id of a recent record in which a window ends, got {quoted(record)}"
+            )
         return {"id": record, "answers": found}
 
     def _post_score(self, rest: str, body: Any) -> dict[str, Any]:

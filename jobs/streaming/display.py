@@ -14,6 +14,7 @@ from rich.table import Table
 from cluster.text import count, size
 from jobs.display import PLAIN, SEPARATOR, without_control
 from jobs.streaming.outcome import Metrics, Outcome, Usage
+from jobs.streaming.pipeline import Pipeline
 
 LINE_EVERY_S = 10.0
 SHOW_EVERY_S = 0.25
@@ -78,6 +79,13 @@ class StreamDisplay:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
+    def restore(self, pipeline: Pipeline) -> None:
+        """What is known of the batches before the first one that is added."""
+        self.set_aside = pipeline.intake.set_aside
+        for name, candidate in pipeline.candidates.items():
+            self.drifts += candidate.drifts
+            self.candidates.setdefault(name, Recent()).add(candidate.answered, candidate.right)
+
     def note(self, text: str) -> None:
         """A line to read."""
         self._console.print(without_control(self._hide(text)), **PLAIN)
@@ -111,6 +119,11 @@ class StreamDisplay:
             self._live.update(self._table(), refresh=True)
         else:
             self.note(self.line())
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a batch to show."""
+        return self._metrics is not None
 
     def idle(self) -> None:
         """Nothing changes."""

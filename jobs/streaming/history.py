@@ -106,6 +106,7 @@ class Point(Frozen):
     labels: int = 0
     late: int = 0
     unused: int = 0
+    came: int = 0
     faults: int = 0
     duplicates: int = 0
     classes: int = 0
@@ -132,6 +133,7 @@ class Point(Frozen):
             labels=self.labels + metrics.labels,
             late=self.late + metrics.late,
             unused=self.unused + metrics.unused,
+            came=self.came + metrics.came,
             faults=self.faults + metrics.faults,
             duplicates=self.duplicates + max(0, spent.duplicates),
             classes=metrics.classes,

@@ -91,6 +91,8 @@ class Taken:
     new_classes: list[tuple[str, int, float]] = field(default_factory=list)
     """Name, and number and time of the record at which it appeared."""
     records: int = 0
+    came: int = 0
+    """Labels, with a record or by its id."""
     unused: int = 0
 
 
@@ -124,6 +126,7 @@ class Intake:
         """The windows and labels of a batch."""
         taken = Taken()
         for entry, item in batch.items:
+            taken.came += isinstance(item, Record | LateLabel) and item.label is not None
             try:
                 match item:
                     case Record():

@@ -26,7 +26,7 @@ from jobs.origin import program_commit, source_tags
 from jobs.ray_session import shut_down_ray, start_ray
 from jobs.recording import outcome_fields, send_records
 from jobs.same_run import refuse_differences
-from jobs.signals import Interrupted, SignalHandler, exit_status
+from jobs.signals import CONTINUES, Interrupted, SignalHandler, exit_status
 from jobs.streaming.config import FREE, StreamConfig, parse_stream
 from jobs.streaming.display import StreamDisplay
 from jobs.streaming.journal import Journal, JournalError
@@ -148,6 +148,7 @@ class StreamJob:
                 watchers = Several([self._display, seen])
                 service = self._service = Service(self.config, self.run_dir, journal, watchers, display.note)
                 seen.follow(service.state.pipeline)
+                self._display.restore(service.state.pipeline)
                 if seen.answers.url is not None:
                     display.note(f"answers at {seen.answers.url}")
                 self._stream(service)
@@ -216,6 +217,8 @@ class StreamJob:
         """Write and show the results, then wait for MLflow."""
         if message is not None:
             print(f"error: {one_line(self._hide(message))}", file=sys.stderr)
+        if status == "KILLED":
+            self._display.note(CONTINUES)
         summary = self._summary(status, message, seconds)
         self.tracker.metrics(int(summary["records"]), {"seconds": seconds})
         self.tracker.finish(status)
@@ -224,7 +227,7 @@ class StreamJob:
             self._seen.close(end, model=not self._torn)
         if self._service is not None:
             self._service.state.pipeline.close()  # for digest and model the ranks are asked
-        if self._display.candidates:
+        if self._display.begun:
             self._display.note(self._display.line())
         send_records(self.tracker, self._display.note)
         try:

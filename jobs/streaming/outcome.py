@@ -125,6 +125,7 @@ class Metrics:
     records, windows: in this batch.
     labels: windows learnt from with a label in this batch, at once or late; `late` of them late.
     unused: late labels of unknown or forgotten records, or of records in which no window ends.
+    came: labels that came, with a record or by its id; one that is used may be that of several windows, or of none.
     faults: records, labels and faults of the source that were set aside.
     classes: known by now.
     champion: who answers from the next batch on.
@@ -142,6 +143,7 @@ class Metrics:
     classes: int
     champion: str
     candidates: Mapping[str, CandidateMetrics]
+    came: int = 0
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,11 @@ def _tiles(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
     champion = latest.candidates.get(latest.champion)
     drifts, bursts = kept.counts.get("drift", 0), kept.counts.get("novelty", 0)
     tiles = [
-        ("score of all answers", _percent(latest.right, latest.answered)),
+        ("accuracy of all answers", _percent(latest.right, latest.answered)),
         (f"of the latest {config.window}", "–" if scores[-1] is None else f"{100 * scores[-1]:.1f} %"),
-        ("labels used", f"{latest.labels:,}"),
-        ("of all windows labelled", _percent(latest.labels, latest.windows)),
+        ("labels came", f"{latest.came:,}"),
+        ("windows learnt with a label", f"{latest.labels:,}"),
+        ("of all windows", _percent(latest.labels, latest.windows)),
         ("champion", text(latest.champion or "–")),
         ("drifts", f"{drifts:,}"),
         ("novelty bursts", f"{bursts:,}"),
@@ -187,15 +188,16 @@ def _charts(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
         Line("mean score", _of_champion(points, {name: _novelty(points, name) for name in names}), "novelty"),
         Line("threshold", [_threshold(point) for point in points], "soft thin dashed"),
     ]
-    title = f"Prequential score, latest {config.window} labelled answers{keys}"
-    labels = [Line("labels", [float(point.labels) for point in points], "c0")]
+    title = f"Prequential accuracy, latest {config.window} labelled answers{keys}"
+    labels = [Line("windows learnt with a label", [float(point.labels) for point in points], "c0")]
     labels.append(Line("of these late", [float(point.late) for point in points], "c1 thin"))
+    labels.append(Line("labels came", [float(point.came) for point in points], "soft thin dashed"))
     return "".join(
         [
             chart(title, xs, scores, marks, unit=" %", most=100.0, least_range=10.0),
             band("Champion", xs[-1] if xs else 0, _spans(kept, points, names)),
             chart(f"Novelty, champion{keys}", xs, novelty, marks),
-            chart("Labels used", xs, labels, whole=True),
+            chart("Labels", xs, labels, whole=True),
             chart("Records per second", xs, [Line("", records_per_second(points), "c2")]),
             chart("Lag", xs, [Line("", [point.lag_s for point in points], "c3")], unit=" s"),
             chart("Set aside", xs, [Line("", [float(point.faults) for point in points], "c5")], whole=True),

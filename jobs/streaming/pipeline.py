@@ -109,6 +109,7 @@ class Pipeline:
             classes=len(self.intake.classes),
             champion=self.champion,
             candidates=dict(candidates),
+            came=taken.came,
         )
 
     def _make(self, taken: Taken) -> None:

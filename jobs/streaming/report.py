@@ -72,8 +72,9 @@ def text(kept: Kept, points: Sequence[Point], config: StreamConfig) -> str:
         f"{latest.batch:,} batches; time of the newest record: {moment(latest.time)}; "
         f"written {moment(kept.written)}.",
         "",
-        f"{count(latest.labels, 'label')} used ({_percent(latest.labels, latest.windows)} of the windows, "
-        f"{latest.late:,} of them late); {latest.faults:,} set aside; {count(latest.duplicates, 'duplicate')}; "
+        f"{count(latest.labels, 'window')} learnt with a label ({_percent(latest.labels, latest.windows)} of all, "
+        f"{latest.late:,} late); {count(latest.came, 'label')} came; {latest.faults:,} set aside; "
+        f"{count(latest.duplicates, 'duplicate')}; "
         f"champion: **{plain(latest.champion)}**.",
         "",
         f"![accuracy and alarms over records]({FIGURE})",
@@ -235,7 +236,7 @@ def figure(kept: Kept, points: Sequence[Point], window: int) -> Figure:
         high = min(100.0, (low + high + LEAST_RANGE) / 2)
         accuracy.set_ylim(high - LEAST_RANGE, high + LEAST_RANGE / 30)
     novelty.set_ylabel("mean novelty")
-    labels.plot(records, [point.labels for point in points], color="#0072B2", label="labels used")
+    labels.plot(records, [point.labels for point in points], color="#0072B2", label="windows learnt with a label")
     labels.plot(records, [point.faults for point in points], color="#D55E00", label="set aside")
     labels.set_xlabel("records")
     labels.set_ylim(bottom=0, top=None if points[-1].labels or points[-1].faults else 1)

@@ -154,6 +154,7 @@ class Seen:
             "batch": latest.batch,
             "records": latest.records,
             "time": latest.time,
+            "labels_came": latest.came,
             "labels": latest.labels,
             "faults": latest.faults,
             "classes": latest.classes,

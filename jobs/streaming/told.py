@@ -74,6 +74,7 @@ class Told:
         worst = int(said.novelty.where(said.novel, -1).argmax())
         window, largest = windows[worst], float(said.novelty[worst])
         text = f"{novel} of {count(len(windows), 'window')} novel, most of all {window.id!r}: {largest:.3g}"
+        text += "" if threshold is None else f" (threshold {threshold:.3g})"
         fields: dict[str, JsonValue] = {"candidate": candidate, "windows": novel, "of": len(windows)}
         fields |= {"largest": largest, "threshold": threshold, "id": window.id}
         self._add("novelty", text, fields, window.number, window.time)

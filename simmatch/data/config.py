@@ -205,9 +205,14 @@ class DataConfig(SignalKeys):
         kind, other = ("signals", OF_IMAGES_ONLY) if self.signals else ("images", tuple(SignalKeys.model_fields))
         given = [key for key in other if getattr(self, key) != type(self).model_fields[key].default]
         if given and self.signals:
-            raise ValueError(f"expected images with {', '.join(given)}, got {kind} (window, or format: {self.format})")
+            raise ValueError(f"expected images with {', '.join(given)}, got {kind} ({self._signal_keys})")
         if given:
             raise ValueError(f"expected window, for signals, with {', '.join(given)}, got none")
+
+    @property
+    def _signal_keys(self) -> str:
+        """What makes these signals."""
+        return f"window: {self.window}" if self.window is not None else f"format: {self.format}"
 
     @property
     def signals(self) -> bool:

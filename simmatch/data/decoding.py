@@ -27,6 +27,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow's names of the formats that are read; others, such as EPS, would start another program."""
 
+LEAVE_OUT = "data.damaged: skip leaves such images out"
+"""Told with the image that ends a run."""
+
 MAX_PIXELS = 89_478_485
 """Largest image; Pillow warns of anything larger, since a small file can declare a size that fills the memory."""
 

@@ -72,7 +72,7 @@ def list_folder(path: str, config: DataConfig) -> tuple[Samples, tuple[str, ...]
         else:
             ignored += 1
     if not keys:
-        found = f"{ignored} other files" if ignored else "an empty folder"
+        found = f"other files ({ignored:,})" if ignored else "an empty folder"
         raise DataError(f"{shortened(path)}: expected images ({', '.join(SUFFIXES)}), got {found}")
     keys.sort()
     folders = [key.partition(b"/")[0] if b"/" in key else b"" for key in keys]

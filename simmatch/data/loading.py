@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simmatch.data.config import DataConfig
-from simmatch.data.decoding import ImagePolicy, Pixels, decode
+from simmatch.data.decoding import LEAVE_OUT, ImagePolicy, Pixels, decode
 from simmatch.data.formats import DataError
 from simmatch.data.samples import Samples
 from simmatch.documents import listed, shortened
@@ -149,7 +149,7 @@ class Loader:
 
     def _leave_out(self, error: DataError) -> None:
         if self._config.damaged == "stop":
-            raise error
+            raise DataError(f"{error}; {LEAVE_OUT}") from None
         self.damaged.append(str(error))
         if len(self.damaged) > self._config.max_skipped:
             most = f"data.max_skipped={self._config.max_skipped}"

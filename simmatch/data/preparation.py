@@ -16,7 +16,7 @@ import numpy as np
 
 from simmatch.config import ConfigError
 from simmatch.data.config import DataConfig
-from simmatch.data.decoding import ImagePolicy
+from simmatch.data.decoding import LEAVE_OUT, ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import Listing
 from simmatch.data.location import Location
@@ -113,7 +113,7 @@ def prepare(plan: Plan, to: Location, run: Run, progress: Progress) -> Manifest:
 
 def _check_damaged(damaged: list[str], config: DataConfig) -> None:
     if damaged and config.damaged == "stop":
-        raise DataError(damaged[0])
+        raise DataError(f"{damaged[0]}; {LEAVE_OUT}")
     if len(damaged) > config.max_skipped:
         raise DataError(
             f"{config.title}: expected at most data.max_skipped={config.max_skipped} damaged images, got more; the "

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from simmatch.config import ConfigError, Frozen, parse
 from simmatch.data.config import OF_OWN_IMAGES, DataConfig
-from simmatch.data.decoding import ImagePolicy
+from simmatch.data.decoding import LEAVE_OUT, ImagePolicy
 from simmatch.data.formats import DataError
 from simmatch.data.listing import Listing
 from simmatch.data.loading import Shape, decoded
@@ -263,7 +263,7 @@ class Plan:
                 break
         if self.shape.shape is None:
             assert damaged is not None, "a list has an image"
-            raise damaged
+            raise DataError(f"{damaged}; {LEAVE_OUT}") if config.damaged == "stop" else damaged
         self.most = images_per_shard(self.shape.known)
         """Images of a part."""
 

@@ -125,6 +125,15 @@ def test_bad_input(
     assert not (tmp_path / "chaos").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--minutes", "-1"), ("--minutes", "nan"), ("--gap", "1", "x"), ("--seed", "-1")]
+)
+def test_numbers_are_checked(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(list(arguments))
+    assert f"argument {arguments[0]}: expected a" in capsys.readouterr().err
+
+
 @pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -61,6 +61,13 @@ def test_no_way_works(offline, monkeypatch, capsys, answers):
     assert list((offline / "root").iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written(offline, capsys):
+    (offline / "file").touch()
+    assert jobs.fetch.main(["fashion_mnist", "--root", str(offline / "file" / "x")]) == 2
+    message = f"error: --root: expected a folder that can be written, got {offline / 'file' / 'x'}: Not a directory\n"
+    assert capsys.readouterr().err == message
+
+
 def test_unknown_name(capsys):
     assert jobs.fetch.main(["mnsit"]) == 2
     assert "did you mean 'mnist'" in capsys.readouterr().err

@@ -104,8 +104,8 @@ BOMB = b"a: &a [" + b"1," * 1000 + b"]\nb: &b [" + b"*a," * 1000 + b"]\n"
             "expected YAML in {path}, got: line 3, column 1: expected every key once, got 'a' of line 1",
         ),
         (BOMB, "expected YAML in {path}, got: line 2, column "),
-        (b"- 1\n- 2\n", "expected a mapping in {path}, got list"),
-        (b"", "expected a mapping in {path}, got NoneType"),
+        (b"- 1\n- 2\n", "expected a mapping (key: value) in {path}, got [1, 2]"),
+        (b"", "expected a mapping (key: value) in {path}, got nothing"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, content: bytes, message: str) -> None:

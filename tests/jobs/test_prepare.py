@@ -112,6 +112,15 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_made_is_named(
+    config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for out in (str(tmp_path / "file" / "prepared"), "/proc/prepared"):
+        assert jobs.prepare.main([*config, "--out", out]) == 2
+        assert capsys.readouterr().err.startswith("error: --out: ")
+
+
 def test_a_damaged_image_is_named(
     photos: Path,
     config: list[str],
@@ -127,6 +136,7 @@ def test_a_damaged_image_is_named(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "007.pgm: cannot be decoded" in error
+    assert "; data.damaged: skip leaves such images out" in error
     assert not Path(out, MANIFEST).exists()
     assert jobs.prepare.main([*config, "--out", out, "--set", "data.damaged=skip"]) == 0
     assert "1 damaged image left out" in capsys.readouterr().out

@@ -174,13 +174,22 @@ def test_all_faults_are_told_at_once(refuse: Refuse) -> None:
         assert part in message
 
 
+def test_the_keys_of_a_mapping_are_listed_once(refuse: Refuse) -> None:
+    """Such as with the configuration of another job."""
+    wrong = ("sedd=1", "zzz=1", "mesh.zzz=1", "mesh.chanel=2", "model.layers.0.zzz=1", "model.layers.1.zzz=1")
+    message = refuse(*(word for each in wrong for word in ("--set", each)))
+    assert message.count("; expected one of") == 3  # of the run, of mesh, and of layers
+    assert message.endswith("; zzz: unknown key; got 'zzz'")
+    assert "mesh.chanel: unknown key; got 'chanel'; did you mean 'channel'?" in message
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "--config: expected a YAML file, got {path}, which does not exist"),
         ("model: [1\n", "--config: expected YAML in {path}, got: line 2, column 1: while parsing a flow sequence"),
-        ("- digits\n", "--config: expected a mapping in {path}, got list"),
-        ("", "--config: expected a mapping in {path}, got NoneType"),
+        ("- digits\n", "--config: expected a mapping (key: value) in {path}, got ['digits']"),
+        ("", "--config: expected a mapping (key: value) in {path}, got nothing"),
         ("name: x\n", "data: expected a value, got nothing; model: expected a value, got nothing"),
         ("1: 2\n", "1: expected"),
     ],

@@ -129,6 +129,13 @@ def test_the_exported_graph_equals_the_model_at_any_batch(trained: Stack, digits
             torch.testing.assert_close(exported[name], value, rtol=1e-4, atol=1e-4)
 
 
+def test_the_folder_of_a_run_is_told_from_that_of_its_model(trained: Stack, tmp_path: Path) -> None:
+    save_model(trained, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text("name: run\n")
+    with pytest.raises(ConfigError, match=r"run: expected the folder of a model, got that of a run; .*run/model$"):
+        load_model(tmp_path / "run")
+
+
 def test_decode_needs_labels() -> None:
     stack = Stack(ModelConfig(layers=(LayerConfig(out_channels=4, kernel_size=3),)), SOURCE)
     with pytest.raises(ValueError, match="expected a supervised last layer"):

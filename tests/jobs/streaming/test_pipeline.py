@@ -169,6 +169,19 @@ def test_samples_are_cut_as_they_come(length: int) -> None:
     assert {answer.note for answer in answers} == {f"calibrating: {n} of 1000 windows" for n in batch_totals(answers)}
 
 
+def test_labels_that_came_are_counted_beside_those_of_windows() -> None:
+    """A window has the label of the record in which it ends: of samples 15, 31, 47 and 63."""
+    values = np.random.default_rng(1).standard_normal((64, 1, 1))
+    items: list[Item] = [
+        Record(f"s{n}", float(n), values[n], "a" if n in (10, 15, 40) else None, "m") for n in range(64)
+    ]
+    config = small(data={"window": 16, "hop": 16, "calibrate": 1000, "period": 1.0})
+    late = [LateLabel("s31", "a"), LateLabel("s20", "b")]
+    metrics = [outcome.metrics for outcome in applied(config, [*items, *late], batch=6)]
+    totals = [sum(getattr(each, key) for each in metrics) for key in ("came", "labels", "late", "unused")]
+    assert totals == [5, 2, 1, 0]
+
+
 def batch_totals(answers: Sequence[Any]) -> set[int]:
     """Windows that had come by the end of each record's batch."""
     return {max(each.window for each in answers if each.id == one.id) for one in answers}

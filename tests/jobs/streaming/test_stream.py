@@ -92,6 +92,22 @@ def test_a_file_is_learnt_replayed_and_continued(tmp_path: Path, capsys: pytest.
     assert len(journalled(tmp_path / "run")) == len(items) + 1 + 30
 
 
+def test_a_restarted_stream_shows_what_was_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "waves.jsonl").write_text(lines(waves(120)) + "x\n")
+    assert main(command(tmp_path)) == 0
+    [before] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("120 records")]
+    with (tmp_path / "waves.jsonl").open("a") as file:
+        file.write('{"id": "r120", "time": 120, "values": ' + json.dumps([[0.5]] * 16) + "}\n")  # without a label
+    assert main(command(tmp_path)) == 0
+    [after] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("121 records")]
+    assert [part for part in before.split(" · ") if "main" in part or "aside" in part] == [
+        part for part in after.split(" · ") if "main" in part or "aside" in part
+    ]
+    assert "1 set aside" in after
+    assert main(command(tmp_path)) == 0  # no new record: nothing to show
+    assert " records · " not in capsys.readouterr().out
+
+
 def test_another_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "waves.jsonl").write_text(lines(waves(30)))
     assert main(command(tmp_path)) == 0
@@ -210,6 +226,10 @@ def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (
             "source={mqtt: {host: localhost, topics: [a], client_id: a, most_unacknowledged: 60000}}",
             "labels.ids: expected at least source.mqtt.most_unacknowledged=60000, as so many may come again, got 1000",
+        ),
+        (
+            "source={mqtt: {host: localhost, topics: [a], client_id: a, user: u, password_variable: SIMMATCH_NO_SUCH}}",
+            "source.mqtt.password_variable: expected a variable that holds a password, got SIMMATCH_NO_SUCH, which is",
         ),
         ("device=gpu", "device: expected 'cpu' or 'cuda', got 'gpu'"),
         ("snapshot.keep=1", "snapshot.keep: expected greater than or equal to 2, got 1"),

@@ -247,7 +247,7 @@ def test_damaged_images_stop_or_are_left_out_and_named(tmp_path: Path) -> None:
     for index in (7, 20):
         some[index] = (some[index][0], some[index][1], b"no image")
     write_folder(tmp_path, some)
-    with pytest.raises(DataError, match=r"/(dog/007|élan/020)\.png: cannot be decoded: not an image"):
+    with pytest.raises(DataError, match=r"/(dog/007|élan/020)\.png: cannot be decoded: .*; data\.damaged: skip"):
         load(tmp_path)
     dataset = load(tmp_path, damaged="skip")
     assert dataset.skipped == 2
@@ -332,7 +332,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "missing pattern": (lambda f: None, {"path": "{}/a-{{0..3}}.tar"}, r"/a-0\.tar: expected a file, found none"),
     "missing tar": (lambda f: None, {"path": "{}/a.tar"}, r"/a\.tar: no such file or folder"),
     "empty": (lambda f: None, {}, r"expected images \(\.jpg, .*\), got an empty folder"),
-    "no images": (lambda f: (f / "a.txt").touch(), {}, r"expected images \(.*\), got 1 other files"),
+    "no images": (lambda f: (f / "a.txt").touch(), {}, r"expected images \(.*\), got other files \(1\)"),
     "a file of another kind": (
         lambda f: (f / "a.zip").touch(),
         {"path": "{}/a.zip"},

@@ -162,7 +162,7 @@ def test_the_digest_is_that_of_content_places_and_scale(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"hop": 5, "window": None}, "expected window, for signals, with hop, got none"),
-        ({"size": 8}, r"expected images with size, got signals \(window, or format: auto\)"),
+        ({"size": 8}, r"expected images with size, got signals \(window: 10\)"),
         ({"label_pattern": "fan"}, r"label_pattern: expected a group \(…\) that is the name of the class, got 'fan'"),
         ({"label_pattern": "("}, "label_pattern: expected a regular expression, got"),
         ({"window": 0}, "window: .*greater than 0"),
