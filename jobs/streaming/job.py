@@ -148,7 +148,6 @@ class StreamJob:
                 watchers = Several([self._display, seen])
                 service = self._service = Service(self.config, self.run_dir, journal, watchers, display.note)
                 seen.follow(service.state.pipeline)
-                self._display.restore(service.state.pipeline)
                 if seen.answers.url is not None:
                     display.note(f"answers at {seen.answers.url}")
                 self._stream(service)
@@ -196,7 +195,7 @@ class StreamJob:
         if journal.cut_bytes:
             note(f"{count(journal.cut_bytes, 'byte')} that a crash left unfinished cut off; what they held comes again")
         before = journal.count
-        service.catch_up()
+        service.catch_up(lambda: self._display.restore(service.state.pipeline))
         if service.stopping.is_set():
             return
         batches = service.state.ledger.batches

@@ -96,10 +96,10 @@ class Service:
         self._unsynced_s: float | None = None
         """When the first entry that is not on the disk came."""
 
-    def catch_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def catch_up(self, restored: Callable[[], None] = lambda: None) -> None:
         """Restore the newest good snapshot, and apply what the journal holds since.
 
-        progress: is told how many entries of how many are done.
+        restored: is called in between.
 
         Raises
         ------
@@ -109,11 +109,11 @@ class Service:
         snapshot = self._keeper.newest()
         if snapshot is not None:
             self.state.restore(snapshot)
+        restored()
         for number, entry in self.journal.read(self.state.ledger.entries):
             batch = self.state.take(number, entry)
             if batch is not None:
                 self._apply(batch, None)
-                progress(number + 1, self.journal.count)
             if self.stopping.is_set():
                 break
 
