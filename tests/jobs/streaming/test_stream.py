@@ -95,11 +95,11 @@ def test_a_file_is_learnt_replayed_and_continued(tmp_path: Path, capsys: pytest.
 def test_a_restarted_stream_shows_what_was_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "waves.jsonl").write_text(lines(waves(120)) + "x\n")
     assert main(command(tmp_path)) == 0
-    [before] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("120 records")]
+    before = [line for line in capsys.readouterr().out.splitlines() if line.startswith("120 records")][-1]
     with (tmp_path / "waves.jsonl").open("a") as file:
         file.write('{"id": "r120", "time": 120, "values": ' + json.dumps([[0.5]] * 16) + "}\n")  # without a label
     assert main(command(tmp_path)) == 0
-    [after] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("121 records")]
+    after = [line for line in capsys.readouterr().out.splitlines() if line.startswith("121 records")][-1]
     assert [part for part in before.split(" · ") if "main" in part or "aside" in part] == [
         part for part in after.split(" · ") if "main" in part or "aside" in part
     ]
