@@ -18,10 +18,11 @@ from torch import Tensor
 
 from jobs.streaming.answers_config import AnswersConfig
 from jobs.streaming.config import StreamDataConfig
-from jobs.streaming.http_port import HttpPort, Refused, last_part, token_from
+from jobs.streaming.http_port import HttpPort, Refused, last_part
 from jobs.streaming.mqtt import MqttConnection
 from jobs.streaming.outcome import Answer, Outcome, finite
 from jobs.streaming.served import Served, Snapshot
+from jobs.streaming.tokens import token_from
 from simmatch.data.windows import WindowShape, scaled
 from simmatch.documents import quoted
 

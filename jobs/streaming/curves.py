@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from cluster.tracking.events import MetricsEvent
 from cluster.tracking.spool import SPOOL_NAME, Spool
-from jobs.streaming.history import Candidate, Point
 from jobs.streaming.outcome import EventKind, Outcome
+from jobs.streaming.totals import Point
 
 UNUSUAL = re.compile(r"[^\w .:/-]")
 """Characters that MLflow takes in no name."""
@@ -93,8 +93,8 @@ def _counts(counts: dict[str, int]) -> dict[str, float]:
 def row(before: Point, latest: Point) -> dict[str, float]:
     """Metrics since an earlier point."""
     records, seconds = latest.records - before.records, latest.elapsed_s - before.elapsed_s
-    champion = latest.candidates.get(latest.champion, Candidate())
-    champion_before = before.candidates.get(latest.champion, Candidate())
+    champion = latest.of(latest.champion)
+    champion_before = before.of(latest.champion)
     windows = latest.windows - before.windows
     measured = champion.measured - champion_before.measured
     values = {
@@ -113,7 +113,7 @@ def row(before: Point, latest: Point) -> dict[str, float]:
         "lag_s": latest.lag_s,
     }
     for name, candidate in latest.candidates.items():
-        earlier = before.candidates.get(name, Candidate())
+        earlier = before.of(name)
         values[f"accuracy/{name}"] = _ratio(candidate.right - earlier.right, candidate.answered - earlier.answered)
         values[f"us_per_record/{name}"] = _ratio(1e6 * (candidate.seconds - earlier.seconds), records)
         values[f"state_bytes/{name}"] = float(candidate.state_bytes)

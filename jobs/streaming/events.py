@@ -20,11 +20,11 @@ from pydantic import Field, field_validator
 import jobs.streaming.outbox as outbox
 from cluster.redaction import redact
 from cluster.timeouts import run_with_timeout
-from jobs.streaming.http_port import token_from
 from jobs.streaming.mqtt import MqttConnection
 from jobs.streaming.mqtt_config import MqttConfig
 from jobs.streaming.outbox import EventRefused, Message, Outbox, message_of
 from jobs.streaming.outcome import EventKind, Outcome
+from jobs.streaming.tokens import token_from
 from simmatch.config import Frozen, PositiveFloat, PositiveInt
 
 SECRET_HEADER = "X-Simmatch-Secret"

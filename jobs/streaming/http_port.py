@@ -15,7 +15,6 @@ from __future__ import annotations
 import hmac
 import json
 import math
-import os
 import socket
 import threading
 import time
@@ -33,7 +32,6 @@ from pydantic import Field
 from simmatch.config import ConfigError, Frozen, PositiveFloat, PositiveInt
 from simmatch.documents import DocumentError, load_json
 
-SHORTEST_TOKEN = 16
 LOOK_S = 0.2
 """Between two looks for connections that have taken too long."""
 
@@ -316,23 +314,6 @@ def _cut(links: Any) -> None:
     for link in list(links):
         with suppress(OSError):
             link.shutdown(socket.SHUT_RDWR)
-
-
-def token_from(variable: str, key: str) -> str:
-    """The secret that an environment variable holds.
-
-    Raises
-    ------
-    ConfigError
-        There is none, or it is too short, or no header can carry it.
-    """
-    token = os.environ.get(variable, "").strip()
-    expected = f"{key}: expected the name of an environment variable that holds a secret"
-    if not token:
-        raise ConfigError(f"{expected}, got {variable}, which is not set")
-    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"{expected} of at least {SHORTEST_TOKEN} printable ASCII characters, got {variable}")
-    return token
 
 
 def last_part(rest: str) -> str:

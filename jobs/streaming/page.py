@@ -14,7 +14,8 @@ from pydantic import Field
 
 from cluster.text import count, size
 from jobs.streaming.charts import Line, Mark, Span, band, chart, number, style_of, text
-from jobs.streaming.history import SWITCHES, Candidate, Kept, Point, points_of, windowed
+from jobs.streaming.history import SWITCHES, Kept, points_of
+from jobs.streaming.totals import Point, accuracies, novelties, windowed
 from simmatch.config import Frozen, NonNegativeFloat, PositiveInt
 
 FILE = "page.html"
@@ -178,14 +179,14 @@ def _charts(kept: Kept, points: Sequence[Point], config: PageConfig) -> str:
     names = list(dict.fromkeys(name for point in points for name in point.candidates))
     marks = [*_drifts(points), *(Mark(s.number, "switch") for s in kept.switches[1:])]
     scores = [
-        Line(name, _in_percent(windowed([_scored(point, name) for point in points], config.window)), style_of(index))
+        Line(name, _in_percent(accuracies(points, name, config.window)), style_of(index))
         for index, name in enumerate(names)
     ]
     total = windowed([(point.right, point.answered) for point in points], math.inf)
     scores.append(Line("all answers", _in_percent(total), "soft thin dashed"))
     keys = '<span class="key drift">drift</span><span class="key switch">switch</span>'
     novelty = [
-        Line("mean score", _of_champion(points, {name: _novelty(points, name) for name in names}), "novelty"),
+        Line("mean score", _of_champion(points, {name: novelties(points, name) for name in names}), "novelty"),
         Line("threshold", [_threshold(point) for point in points], "soft thin dashed"),
     ]
     title = f"Prequential accuracy, latest {config.window} labelled answers{keys}"
@@ -231,24 +232,12 @@ def _spans(kept: Kept, points: Sequence[Point], names: Sequence[str]) -> list[Sp
     ]
 
 
-def _scored(point: Point, name: str) -> tuple[float, float]:
-    candidate = point.candidates.get(name)
-    return (candidate.right, candidate.answered) if candidate is not None else (0, 0)
-
-
-def _novelty(points: Sequence[Point], name: str) -> list[float | None]:
-    """Means since the point before."""
-    candidates = [point.candidates.get(name, Candidate()) for point in points]
-    return windowed([(each.novelty, each.measured) for each in candidates], 1)
-
-
 def _of_champion(points: Sequence[Point], values: Mapping[str, Sequence[float | None]]) -> list[float | None]:
     return [values[point.champion][i] if point.champion in values else None for i, point in enumerate(points)]
 
 
 def _threshold(point: Point) -> float | None:
-    candidate = point.candidates.get(point.champion)
-    return candidate.threshold if candidate is not None else None
+    return point.of(point.champion).threshold
 
 
 def _candidates(points: Sequence[Point], config: PageConfig) -> str:
@@ -256,7 +245,7 @@ def _candidates(points: Sequence[Point], config: PageConfig) -> str:
         return ""
     latest, rows = points[-1], []
     for name, each in latest.candidates.items():
-        recent = windowed([_scored(point, name) for point in points], config.window)[-1]
+        recent = accuracies(points, name, config.window)[-1]
         low, mean, high = each.difference or (None, None, None)
         rows.append(
             [

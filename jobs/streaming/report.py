@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 from cluster.text import count, size
 from jobs.reporting import Table, cell, save_figure
 from jobs.streaming.config import StreamConfig
-from jobs.streaming.history import Candidate, Kept, Point, load, points_of, windowed
+from jobs.streaming.history import Kept, load, points_of
 from jobs.streaming.page import ReportConfig, moment
+from jobs.streaming.totals import CandidateTotals, Point, accuracies, novelties
 from simmatch.config import ConfigError
 from simmatch.documents import shortened
 from simmatch.files import write_whole
@@ -102,12 +103,12 @@ def plain(value: object) -> str:
     return "".join(entities.get(each, f"\\{each}" if each in "\\`*_{}[]()#+-!~" else each) for each in shown)
 
 
-def costs(candidate: Candidate, latest: Point, prices: ReportConfig) -> dict[str, float | None]:
+def costs(candidate: CandidateTotals, latest: Point, prices: ReportConfig) -> dict[str, float | None]:
     """What a candidate costs: processor and storage per 1,000 records, and their sum; its state per month.
 
     >>> latest = Point(records=2000, journal_bytes=4_000_000)
     >>> prices = ReportConfig(price_cpu_hour=0.36, price_gb_month=0.02)
-    >>> costs(Candidate(seconds=10.0, state_bytes=5 * 10**8), latest, prices)["processor"]
+    >>> costs(CandidateTotals(seconds=10.0, state_bytes=5 * 10**8), latest, prices)["processor"]
     0.0005
     """
     thousands = latest.records / THOUSAND
@@ -121,7 +122,7 @@ def costs(candidate: Candidate, latest: Point, prices: ReportConfig) -> dict[str
 def _accuracy(points: Sequence[Point], window: int) -> Table:
     latest, rows = points[-1], []
     for name, each in latest.candidates.items():
-        recent = windowed([_scored(point, name) for point in points], window)[-1]
+        recent = accuracies(points, name, window)[-1]
         low, mean, high = each.difference or (None, None, None)
         known = mean is not None and low is not None and high is not None
         rows.append(
@@ -225,10 +226,10 @@ def figure(kept: Kept, points: Sequence[Point], window: int) -> Figure:
     records = [point.records for point in points]
     names = list(dict.fromkeys(name for point in points for name in point.candidates))
     for index, name in enumerate(names):
-        values = windowed([_scored(point, name) for point in points], window)
+        values = accuracies(points, name, window)
         colour, dashes = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
         accuracy.plot(records, 100 * _floats(values), dashes, color=colour, linewidth=1.2, label=_label(name))
-        scores = windowed([_novelty(point, name) for point in points], 1)
+        scores = novelties(points, name)
         novelty.plot(records, _floats(scores), dashes, color=colour, linewidth=1.0)
     accuracy.set_ylabel(f"prequential accuracy, latest {window}, %")
     low, high = accuracy.dataLim.intervaly
@@ -259,16 +260,6 @@ def _mark(axes: Axes, kept: Kept) -> None:
 def _label(name: str) -> str:
     """As matplotlib takes it: a dollar would begin a formula, an underscore hides a line."""
     return f" {shortened(name, 40)}".replace("$", r"\$")
-
-
-def _scored(point: Point, name: str) -> tuple[float, float]:
-    candidate = point.candidates.get(name, Candidate())
-    return candidate.right, candidate.answered
-
-
-def _novelty(point: Point, name: str) -> tuple[float, float]:
-    candidate = point.candidates.get(name, Candidate())
-    return candidate.novelty, candidate.measured
 
 
 def _floats(values: Sequence[float | None]) -> Any:

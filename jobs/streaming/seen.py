@@ -22,9 +22,10 @@ from jobs.streaming import page
 from jobs.streaming.answers import Answers
 from jobs.streaming.curves import Curves
 from jobs.streaming.events import Events
-from jobs.streaming.history import History, Point, Spent
+from jobs.streaming.history import History
 from jobs.streaming.outcome import Outcome, Usage
 from jobs.streaming.served import Snapshot
+from jobs.streaming.totals import Point, Spent
 from simmatch.documents import dump_json
 from simmatch.files import write_whole
 from simmatch.model import save_model

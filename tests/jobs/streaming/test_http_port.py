@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from jobs.streaming.http_port import HttpConfig, HttpPort, Share, token_from
+from jobs.streaming.http_port import HttpConfig, HttpPort, Share
+from jobs.streaming.tokens import token_from
 from simmatch.config import ConfigError, parse
 from tests import ports
 

@@ -13,9 +13,10 @@ import pytest
 
 from jobs.streaming import history
 from jobs.streaming.charts import Line, chart, text, ticks
-from jobs.streaming.history import KEPT, History, Spent, points_of, windowed
+from jobs.streaming.history import KEPT, History, points_of
 from jobs.streaming.outcome import CandidateMetrics
 from jobs.streaming.page import PageConfig, render
+from jobs.streaming.totals import Spent, windowed
 from tests.jobs.streaming.outcomes import NAMES, outcomes
 
 SPENT = Spent(0.03, 0.02, 1)

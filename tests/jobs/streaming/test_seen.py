@@ -16,12 +16,13 @@ from cluster.tracking.events import MetricsEvent, line_of
 from jobs import stream
 from jobs.streaming import curves, seen
 from jobs.streaming.curves import Curves, row
-from jobs.streaming.history import Candidate, History, Point, Spent, load, points_of
+from jobs.streaming.history import History, load, points_of
 from jobs.streaming.job import public
 from jobs.streaming.outcome import Event
 from jobs.streaming.page import PageConfig, ReportConfig
 from jobs.streaming.report import costs, plain, report, text
 from jobs.streaming.seen import Seen
+from jobs.streaming.totals import CandidateTotals, Point, Spent
 from simmatch.config import ConfigError
 from tests.jobs.streaming.outcomes import outcomes
 from tests.jobs.streaming.streams import small
@@ -143,14 +144,14 @@ class Config:
 
 def test_costs_against_hand_written_sums() -> None:
     latest = Point(records=50_000, journal_bytes=10**9)
-    found = costs(Candidate(seconds=100.0, state_bytes=4 * 10**9), latest, Config.report)
+    found = costs(CandidateTotals(seconds=100.0, state_bytes=4 * 10**9), latest, Config.report)
     assert found == {
         "processor": pytest.approx(100.0 / 3600 * 0.36 / 50),
         "storage": pytest.approx(0.5 / 50),
         "sum": pytest.approx(0.0102),
         "state": pytest.approx(2.0),
     }
-    nothing = costs(Candidate(), Point(), Config.report)
+    nothing = costs(CandidateTotals(), Point(), Config.report)
     assert (nothing["processor"], nothing["storage"], nothing["sum"]) == (None, None, None)
 
 
