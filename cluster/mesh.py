@@ -71,6 +71,16 @@ class MeshConfig(Frozen):
             if all(want in (None, got) for want, got in zip(wanted, (at.replica, at.stage, at.owner), strict=True))
         )
 
+    def check_stream(self) -> None:
+        """Check that a stream can have these axes: it has no stages.
+
+        >>> MeshConfig(layer=2).check_stream()
+        Traceback (most recent call last):
+        simmatch.config.ConfigError: mesh.layer: expected 1 for a stream, got 2
+        """
+        if self.layer > 1:
+            raise ConfigError(f"mesh.layer: expected 1 for a stream, got {self.layer}")
+
     def check(self, model: ModelConfig, images: int | None = None) -> None:
         """Check that every axis fits every layer.
 

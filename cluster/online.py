@@ -31,7 +31,7 @@ from cluster.succession import Succession
 from cluster.summary import RunRecord
 from cluster.text import count
 from simmatch.arguments import check_classes
-from simmatch.config import ConfigError, ModelConfig, Reduce
+from simmatch.config import ModelConfig, Reduce
 from simmatch.data.config import DataConfig
 from simmatch.model import InputConfig, Stack
 from simmatch.online.arguments import check_calibrated, check_records, check_uncalibrated, learnable, learnable_labels
@@ -83,8 +83,7 @@ class RankedStack:
         note: Callable[[str], None] = lambda _: None,
         grows: bool = True,
     ) -> None:
-        if mesh.layer > 1:
-            raise ConfigError(f"mesh.layer: expected 1 for a stream, got {mesh.layer}")
+        mesh.check_stream()
         limits = cluster or GroupConfig()
         if limits.threads_per_rank is None:
             limits = limits.model_copy(update={"threads_per_rank": 1})

@@ -265,8 +265,7 @@ def parse_stream(values: Mapping[str, Any]) -> StreamConfig:
     if broker is not None and broker.most_unacknowledged > ids:
         again = f"source.mqtt.most_unacknowledged={broker.most_unacknowledged}, as so many may come again"
         raise ConfigError(f"labels.ids: expected at least {again}, got {ids}")
-    if config.mesh.layer > 1:
-        raise ConfigError(f"mesh.layer: expected 1 for a stream, got {config.mesh.layer}")
+    config.mesh.check_stream()
     if config.mesh.world_size > 1:
         config.cluster.check_mesh(config.mesh)
         threads = config.cluster.threads_per_rank

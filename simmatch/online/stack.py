@@ -316,9 +316,7 @@ class OnlineStack:
         check_classes(num_classes, self.source.num_classes)
         for index, config in enumerate(self.stack.config.layers):
             if config.supervised:
-                for layer in {
-                    id(each): each for each in (self._layers.layers[index], self.stack.layer(index))
-                }.values():
+                for layer in {self._layers.layers[index], self.stack.layer(index)}:  # one and the same without ranks
                     layer.grow(num_classes)
         self._layers.close()  # what was captured has other shapes
         self._label_sums.grow(self.stack.layer(-1).num_classes)
