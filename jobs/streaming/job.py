@@ -59,11 +59,8 @@ def read_config(run_dir: Path) -> StreamConfig:
     """
     try:
         values = load_yaml_file(run_dir / "config.yaml")
-    except (OSError, DocumentError) as error:
-        raise ConfigError(f"--run-dir: expected the folder of a stream, got {run_dir}: {one_line(error)}") from None
-    try:
         return parse_stream(values if isinstance(values, dict) else {})
-    except ConfigError as error:
+    except (OSError, DocumentError, ConfigError) as error:
         raise ConfigError(f"--run-dir: expected the folder of a stream, got {run_dir}: {one_line(error)}") from None
 
 

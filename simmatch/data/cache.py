@@ -207,7 +207,7 @@ class ShardCache:
             if error.errno not in _NO_ROOM:
                 raise DataError(f"data.cache_dir: {path}: {error.strerror or error}") from None
             return self._past(location, shard, f"{path}: {error.strerror}")
-        return opened or self._past(location, shard, f"data.cache_bytes={self._room.budget} is taken by what is in use")
+        return opened or self._past(location, shard, self._room.shortage)
 
     def _past(self, location: Location, shard: Shard, why: str) -> RemoteFile:
         if not self._warned:

@@ -85,7 +85,7 @@ class FeatureCache:
         """Write `size` bytes if there is room for them, which may have to be made."""
         fits = self._room.make(size, write, ahead=AHEAD * size)
         if not fits:
-            self.past(f"data.cache_bytes={self._room.budget} is taken by what is in use")
+            self.past(self._room.shortage)
         return fits
 
     def past(self, why: str) -> None:

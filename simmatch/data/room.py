@@ -48,6 +48,11 @@ class Room:
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget, self._looked = folder, budget, False
 
+    @property
+    def shortage(self) -> str:
+        """Why `make` has made no room."""
+        return f"data.cache_bytes={self.budget} is taken by what is in use"
+
     def make(self, size: int, write: Callable[[], object] | None = None, *, ahead: int = 0) -> bool:
         """Remove what was used longest ago and is not in use, until `size` more bytes fit; returns whether they do.
 
