@@ -170,6 +170,8 @@ def starts_where_it_is_told(device: torch.device) -> None:
         assert (warm.y - solved).norm() <= 0.02 * solved.norm()
         far = solve(name, drive, system, 1e-5, start=torch.rand_like(drive) * drive.abs().amax(dim=1, keepdim=True))
         assert (far.y - solved).norm() <= 1e-3 * solved.norm(), name
+        near = solve(name, drive, system, start=1.01 * solved)  # not good enough to be left as it is
+        assert (near.y != cold.y).any(dim=1).all(), name  # else the way there was that from silence
 
 
 def fixed_iterations_are_those_of_torch(device: torch.device) -> None:
