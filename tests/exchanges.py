@@ -160,13 +160,14 @@ class ThreadLink:
     Attributes
     ----------
     delay_s: slept before every message is delivered.
+    held: messages that must have been sent before the first is delivered.
     most_pending: most messages sent at a time that the receiver had not taken.
     """
 
     def __init__(self, *, delay_s: float = 0.0) -> None:
         self.changed, self.delay_s = threading.Condition(), delay_s
         self.sent: list[Tensor] = []
-        self.taken = self.asked = self.most_pending = 0
+        self.taken = self.asked = self.most_pending = self.held = 0
 
     def send(self, tensor: Tensor) -> Sent:
         assert tensor.is_contiguous()
@@ -214,7 +215,8 @@ class Received:
     def wait(self) -> None:
         time.sleep(self.link.delay_s)
         with self.link.changed:
-            if not self.link.changed.wait_for(lambda: len(self.link.sent) > self.number, TIMEOUT_S):
+            wanted = max(self.number + 1, self.link.held)
+            if not self.link.changed.wait_for(lambda: len(self.link.sent) >= wanted, TIMEOUT_S):
                 raise TimeoutError(f"message {self.number} was not sent within {TIMEOUT_S:g} s")
             message = self.link.sent[self.number]
             if (message.shape, message.dtype) != (self.target.shape, self.target.dtype):

@@ -385,7 +385,7 @@ def test_a_stage_is_a_few_batches_ahead_at_most(images: Tensor, labels: Tensor) 
     places = meshes(stages=2)
     assert isinstance(places[0].above, LinkEnd)
     link = places[0].above.to
-    link.delay_s = 0.05
+    link.held, link.delay_s = IN_FLIGHT, 0.05
     results(run_meshes(places, lambda mesh: train(mesh, model, images, labels)))
     assert link.most_pending in (IN_FLIGHT, IN_FLIGHT + 1)
 
