@@ -226,7 +226,7 @@ class TrainingJob:
             if outcome.message is not None:
                 print(f"error: {one_line(outcome.message)}", file=sys.stderr)
             if outcome.status == "KILLED":
-                self._print(CONTINUES)
+                self._print(f"{CONTINUES} (--resume auto, the default)")
             for table in tables:
                 table.show(self.console)
             if outcome.status == "FINISHED":

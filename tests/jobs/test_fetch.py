@@ -107,7 +107,7 @@ def test_damaged_download_is_not_moved_into_place(offline, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("has_lists", [True, False])
-def test_package_is_unpacked(offline, monkeypatch, has_lists):
+def test_package_is_unpacked(offline, monkeypatch, has_lists, capsys):
     """`apt-get` and `dpkg` replaced by what they leave behind; without package lists fresh private ones are made."""
     commands = []
 
@@ -126,6 +126,7 @@ def test_package_is_unpacked(offline, monkeypatch, has_lists):
     monkeypatch.setattr(jobs.fetch.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(jobs.fetch.subprocess, "run", tool)
     assert jobs.fetch.main(["fashion_mnist", "--root", "root"]) == 0
+    assert capsys.readouterr().out.count("; trying Debian's package\n") == 1
     assert len(commands) == (2 if has_lists else 4)
     assert [path.name for path in (offline / "root").iterdir()] == ["fashion-mnist"]
 

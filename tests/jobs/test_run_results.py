@@ -52,7 +52,7 @@ from jobs.finished import report_finished
 from jobs.ray_session import own_signals
 from jobs.run_directory import choose
 from jobs.run_results import RunResults, lines_of
-from jobs.signals import termination_signals
+from jobs.signals import CONTINUES, termination_signals
 from jobs.training_job import TrainingJob
 from simmatch.data.formats import DataError
 from simmatch.data.sources import Dataset
@@ -282,7 +282,9 @@ def test_the_status_is_that_of_the_training(
     assert job.run() == code
     summary = summary_of(job)
     assert (summary["status"], summary.get("message")) == (status, message)
-    assert capsys.readouterr().err == ("" if message is None else f"error: {message}\n")
+    shown = capsys.readouterr()
+    assert shown.err == ("" if message is None else f"error: {message}\n")
+    assert (f"{CONTINUES} (--resume auto, the default)" in shown.out.splitlines()) == (status == "KILLED")
 
 
 def test_a_signal_before_anything_is_shown(

@@ -111,7 +111,10 @@ def test_every_answer_is_of_one_version(tmp_path: Path) -> None:
     status, content = client.ask("GET", "/answers/r239")
     assert status == 200
     assert content["answers"][0]["label"] in ("a", "b")
-    assert client.ask("GET", "/answers/nobody")[0] == 404
+    status, unknown = client.ask("GET", "/answers/nobody")
+    assert (status, unknown["error"]) == (
+        404, "expected the id of a recent record in which a window ends, got 'nobody'"
+    )  # fmt: skip
     client.close()
     seen.close("ended")
     journal.close()

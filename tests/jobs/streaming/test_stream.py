@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.signals import CONTINUES
 from jobs.stream import main
 from jobs.streaming.candidate import Candidate
 from jobs.streaming.records import LateLabel, Record, Source
@@ -312,7 +313,8 @@ def test_a_signal_leaves_a_snapshot(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
-    assert "error: ended by SIGTERM" in output
+    assert "error: ended by SIGTERM\n" in output
+    assert CONTINUES in output.splitlines()
     ended = summary(tmp_path)
     assert (ended["status"], ended["records"]) == ("KILLED", 75)
     assert (run / "snapshots" / f"{ended['batches']:08d}" / "snapshot.json").exists()
