@@ -193,7 +193,6 @@ def test_stages_learn_the_bits_of_one_rank(other_axes: list[dict[str, Any]]) -> 
         (["--threads", "3"], "--threads: expected a multiple of 2 for so many ranks, got 3"),
         (["--channels", "1"], "--channels: expected at least 2, one per rank, got 1"),
         (["--batches", "9999"], "--batches: expected at most 1437 images of digits, got 9999"),
-        (["--tolerance", "-1"], "tolerance: expected greater than or equal to 0, got -1.0"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
