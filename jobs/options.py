@@ -110,13 +110,13 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def amount(text: str) -> float:
-    """An `argparse` type: a finite number of at least 0."""
+    """An `argparse` type: a number of at least 0, below 1e9."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, below 1e9, got {text!r}")
     return value
 
 
